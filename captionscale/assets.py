@@ -1,0 +1,47 @@
+"""Find the files that ship beside the code: experiment configs, launch profiles, recipes.
+
+In a checkout they are the top-level folders; a wheel carries copies under `captionscale/_assets/`.
+"""
+
+from pathlib import Path
+
+from captionscale.errors import UserError, did_you_mean
+
+_PACKAGE = Path(__file__).parent
+
+
+def folder(name: str) -> Path:
+    """Return one of the folders `configs`, `launch`, `shards` or `slurm`.
+
+    A checkout's own folder comes first, so that an editable install reads what the user edits.
+    """
+    checkout = _PACKAGE.parent
+    root = checkout if (checkout / "pyproject.toml").is_file() else _PACKAGE / "_assets"
+    return root / name
+
+
+def find(kind: str, name: str, suffix: str) -> Path:
+    """Return the file that a user means by a path or by the bare name of a shipped one.
+
+    Args:
+        kind: Folder of shipped files, such as `configs`.
+        name: A path to a file, or a shipped file's name without its suffix.
+        suffix: Such as `.toml`.
+
+    Raises:
+        UserError: Neither a file nor a shipped name.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = folder(kind) / f"{name.removesuffix(suffix)}{suffix}"
+    if shipped.is_file():
+        return shipped
+    raise UserError(
+        f"{name}: no such file, and no such name in {kind}/; {did_you_mean(name, names(kind, suffix))}"
+    )
+
+
+def names(kind: str, suffix: str) -> list[str]:
+    """Return the names that `find` knows, sorted."""
+    return sorted(path.stem for path in folder(kind).glob(f"*{suffix}"))

@@ -1,0 +1,106 @@
+"""Which samples each optimiser step reads: arithmetic on integers, the same for any number of ranks.
+
+A global batch is a fixed number of micro-batches. Micro-batch number m reads its own stream, the m-th equal
+part of the epoch's shuffled sequence of shards, so a rank opens only the shards of its own streams; rank r of
+w does the micro-batches r, r + w, r + 2w, ... Nothing else here knows of ranks.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from jaxtyping import Int
+
+from captionscale.errors import UserError
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a split's samples over all epochs.
+
+    Args:
+        shard_sizes: Samples in each shard; items number them through, shard after shard.
+        seed: Of the experiment.
+        global_batch: Samples in one step.
+        micro_batch: Samples in one micro-batch, at most.
+        window: Samples are shuffled within so many neighbouring shards of a stream.
+
+    Raises:
+        UserError: Too few samples to give each micro-batch one at each step.
+    """
+
+    shard_sizes: tuple[int, ...]
+    seed: int
+    global_batch: int
+    micro_batch: int
+    window: int
+
+    def __post_init__(self) -> None:
+        if sum(self.shard_sizes) // self.streams < self.steps_per_epoch:
+            raise UserError(
+                f"train split: {sum(self.shard_sizes):,} samples cannot give each of {self.streams}"
+                f" micro-batches at least one sample in each of {self.steps_per_epoch} steps of an epoch;"
+                " lower train.global_batch or raise train.micro_batch"
+            )
+
+    @property
+    def streams(self) -> int:
+        """Micro-batches in a step."""
+        return self.global_batch // self.micro_batch
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which each sample is read exactly once."""
+        longest_stream = -(-sum(self.shard_sizes) // self.streams)
+        return -(-longest_stream // self.micro_batch)
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch that a step, counted from 0, belongs to."""
+        return step // self.steps_per_epoch
+
+    def micro_batches(
+        self, step: int, rank: int, world_size: int
+    ) -> list[tuple[int, Int[np.ndarray, "item"]]]:
+        """Return one rank's micro-batches of a step: their numbers and items.
+
+        A stream is cut into nearly equal parts, so that no step of an epoch has much less to learn from
+        than the others.
+
+        Raises:
+            UserError: More ranks than micro-batches.
+        """
+        if self.streams < world_size:
+            raise UserError(
+                f"train.global_batch = {self.global_batch} holds {self.streams} micro-batches of"
+                f" train.micro_batch = {self.micro_batch}, wanted one for each of {world_size} processes;"
+                " lower train.micro_batch or start fewer processes"
+            )
+        streams = _streams(self, self.epoch(step))
+        part = step % self.steps_per_epoch
+        return [
+            (number, _part(streams[number], part, self.steps_per_epoch))
+            for number in range(rank, self.streams, world_size)
+        ]
+
+
+# Two: at an epoch's end the loader reads ahead into the next one.
+@lru_cache(maxsize=2)
+def _streams(order: Order, epoch: int) -> list[Int[np.ndarray, "item"]]:
+    """Return the items of each stream of an epoch, in the order in which they are read."""
+    random = np.random.default_rng([order.seed, epoch])
+    sizes = np.array(order.shard_sizes)
+    first = np.cumsum(sizes) - sizes
+    shuffled = random.permutation(len(sizes))
+    sequence = np.concatenate([np.arange(first[shard], first[shard] + sizes[shard]) for shard in shuffled])
+    shard_rank = np.repeat(np.arange(len(sizes)), sizes[shuffled])
+    chance = random.random(len(sequence))
+    streams = []
+    for part in range(order.streams):
+        start, stop = (len(sequence) * edge // order.streams for edge in (part, part + 1))
+        window = (shard_rank[start:stop] - shard_rank[start : start + 1]) // order.window
+        streams.append(sequence[start:stop][np.lexsort((chance[start:stop], window))])
+    return streams
+
+
+def _part(stream: Int[np.ndarray, "item"], part: int, parts: int) -> Int[np.ndarray, "share"]:
+    return stream[len(stream) * part // parts : len(stream) * (part + 1) // parts]

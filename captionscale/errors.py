@@ -1,0 +1,27 @@
+"""The error that a user can fix, and the words that help to fix it."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(Exception):
+    """Something that the user can put right: the command line prints it in one line and exits with 1.
+
+    Its text has four parts: the place, what was found, what was wanted, and the cure.
+    """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return the tail of an error about an unknown word: the nearest known one, or all of them.
+
+    Args:
+        word: What the user wrote.
+        known: What could have been written.
+
+    Example:
+        >>> did_you_mean("globl_batch", ["global_batch", "micro_batch"])
+        "did you mean 'global_batch'?"
+    """
+    choices = sorted(known)
+    nearest = get_close_matches(word, choices, n=1, cutoff=0.6)
+    return f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(choices)}"

@@ -1,0 +1,66 @@
+"""Files that are whole or absent, and folders that one process writes."""
+
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from captionscale.errors import UserError
+
+LOCK = ".lock"
+
+
+def sha256_of(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes its name only when it is complete and on the disk.
+
+    On any error the partial file is removed and what stood at `path` before stays.
+    """
+    partial = path.with_name(path.name + ".tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def lock(folder: Path, who: str) -> Iterator[None]:
+    """Be the only process that writes into a folder; the system lets go of it if the process dies.
+
+    Args:
+        folder: Made if need be.
+        who: Command that the next one is told of.
+
+    Raises:
+        UserError: Another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise UserError(
+                f"{folder}: in use by {holder}; wanted to be the only writer;"
+                " wait for it, stop it, or take another --out"
+            ) from None
+        file.truncate(0)
+        file.write(f"{who}, process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+        file.truncate(0)

@@ -1,0 +1,45 @@
+"""Attention over the regions of a picture."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class AdditiveAttention(nn.Module):
+    """Look at every image region and return their weighted mean.
+
+    Source:
+        Bahdanau et al. 2015 (arXiv:1409.0473), as used for images by Xu et al. 2015,
+        "Show, Attend and Tell" (arXiv:1502.03044), equations 4 to 6 and 13.
+    """
+
+    def __init__(self, feature: int, hidden: int, attend: int):
+        super().__init__()
+        self.key = nn.Linear(feature, attend)
+        self.query = nn.Linear(hidden, attend, bias=False)
+        self.energy = nn.Linear(attend, 1, bias=False)
+
+    def keys(self, features: Float[Tensor, "batch region feature"]) -> Float[Tensor, "batch region attend"]:
+        """Return what the attention needs of the regions; the same for all words, so computed once."""
+        keys: Tensor = self.key(features)
+        return keys
+
+    def forward(
+        self,
+        features: Float[Tensor, "batch region feature"],
+        keys: Float[Tensor, "batch region attend"],
+        hidden: Float[Tensor, "batch hidden"],
+    ) -> tuple[Float[Tensor, "batch feature"], Float[Tensor, "batch region"]]:
+        """Attend to the regions that matter for the next word.
+
+        Args:
+            features: Encoder grid cells, flattened row by row from the top left.
+            keys: Of these features.
+            hidden: Decoder state before it has read the next word.
+
+        Returns:
+            The context vector, and the attention weights: non-negative, summing to one.
+        """
+        energies = self.energy(torch.tanh(keys + self.query(hidden).unsqueeze(1))).squeeze(2)
+        weights = energies.softmax(1)
+        return torch.bmm(weights.unsqueeze(1), features).squeeze(1), weights

@@ -1,0 +1,53 @@
+"""The captioner: an encoder and a decoder."""
+
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from captionscale import config
+from captionscale.model import weights
+from captionscale.model.decoders import DECODERS, AttentionDecoder, PlainDecoder
+from captionscale.model.encoder import Encoder
+
+
+class Captioner(nn.Module):
+    """Reads pictures, writes captions."""
+
+    def __init__(self, settings: config.Model, words: int):
+        """Build a captioner with random weights.
+
+        Args:
+            settings: The config's section `model`.
+            words: Size of the vocabulary.
+
+        Raises:
+            UserError: An unknown encoder.
+        """
+        super().__init__()
+        self.encoder = Encoder(settings.encoder)
+        build: type[PlainDecoder | AttentionDecoder] = DECODERS[settings.decoder.name]
+        self.decoder = build(settings.decoder, self.encoder.feature_size, words)
+
+    def load_pretrained(self) -> None:
+        """Give the encoder the weights that its settings name.
+
+        Raises:
+            UserError: They cannot be had, or belong to another network.
+        """
+        settings = self.encoder.settings
+        weights.load_into(self.encoder.trunk, settings.name, settings.weights)
+
+    def forward(
+        self,
+        images: UInt8[Tensor, "image 3 height width"],
+        tokens: Int[Tensor, "caption time"],
+        owners: Int[Tensor, "caption"],
+    ) -> tuple[Float[Tensor, "caption time word"], Float[Tensor, "caption time region"] | None]:
+        """Return the logits of each caption's next words, and where the decoder looked for them.
+
+        Args:
+            images: Each encoded once, however many captions it has.
+            tokens: Start and words; what each time reads, not what it predicts.
+            owners: The row of `images` that each caption belongs to.
+        """
+        logits, attention = self.decoder(self.encoder(images), tokens, owners)
+        return logits, attention

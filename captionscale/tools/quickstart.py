@@ -1,0 +1,90 @@
+"""The main job, end to end, on drawn pictures, by the commands that a user gives for COCO."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from captionscale.data import scenes, sources
+from captionscale.data.shards import MANIFEST
+from captionscale.progress import console
+from captionscale.score.metrics import METRICS, score
+
+COUNTS = {"train": 2000, "val": 150, "test": 250}
+SIZE = 96
+_SAMPLES = 5
+
+
+def quickstart(out: Path) -> None:
+    """Draw, pack, verify, train, score, caption, and show what came of it.
+
+    What an earlier call has done already is not done again.
+
+    Args:
+        out: Folder for pictures, shards and run.
+
+    Raises:
+        SystemExit: A command failed; it has told why.
+    """
+    coco, packed, run = out / "coco", out / "shards", out / "run"
+    if not (packed / MANIFEST).exists():
+        console().print(f"drawing {sum(COUNTS.values()):,} pictures into {coco}, in the layout of COCO 2017")
+        scenes.draw(coco, counts=COUNTS, size=SIZE)
+        for split in COUNTS:
+            images, captions = coco / f"{split}2017", _captions(coco, split)
+            _run(
+                "pack", "coco", "--images", images, "--captions", captions, "--split", split, "--out", packed
+            )
+    _run("verify", packed)
+    _run("train", "quickstart", "--set", f"data.shards={packed}", "--out", run)
+    _run("score", run, "--split", "test", "--out", out / "receipt.json")
+    pictures = sorted((coco / "test2017").iterdir())[:_SAMPLES]
+    said = _run("caption", run, *pictures)
+    _show(coco, out / "receipt.json", [line.split("\t")[1] for line in said.splitlines()])
+
+
+def random_captions(train: dict[int, list[str]], image_ids: list[int]) -> dict[int, str]:
+    """Return a caption drawn at random from the training set for each image: what knowing nothing scores."""
+    pool = [caption for captions in train.values() for caption in captions]
+    picks = np.random.default_rng(0).integers(len(pool), size=len(image_ids))
+    return {image_id: pool[pick] for image_id, pick in zip(image_ids, picks, strict=True)}
+
+
+def _show(coco: Path, receipt: Path, said: list[str]) -> None:
+    """Print the scores beside those of random captions, and what was said beside what people say."""
+    references = sources.coco_references(_captions(coco, "test"))
+    train = sources.coco_references(_captions(coco, "train"))
+    chance = score(random_captions(train, list(references)), references).values
+    found = json.loads(receipt.read_text(encoding="utf-8"))["scores"]
+    table = Table(title=f"{len(references)} scenes that training never saw")
+    for heading in ("metric", "captionscale", "random training captions", "ratio"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for name in METRICS:
+        ratio = f"{found[name] / chance[name]:.1f}" if chance[name] else "-"
+        table.add_row(name, f"{found[name]:.3f}", f"{chance[name]:.3f}", ratio)
+    out = console()
+    out.print(table)
+    pictures = sorted((coco / "test2017").iterdir())
+    for picture, caption in zip(pictures, said, strict=False):
+        out.print(f"\n{picture}\n  [bold]{caption}[/bold]")
+        for reference in references[int(picture.stem)][:3]:
+            out.print(f"  [dim]{reference}[/dim]")
+
+
+def _captions(coco: Path, split: str) -> Path:
+    return coco / "annotations" / f"captions_{split}2017.json"
+
+
+def _run(*words: str | Path) -> str:
+    """Run a captionscale command where the user sees it, and return what it printed."""
+    command = ["captionscale", *map(str, words)]
+    console().print(f"\n[bold]$ {shlex.join(command)}[/bold]", soft_wrap=True)
+    done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, end="")
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return done.stdout

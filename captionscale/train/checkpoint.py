@@ -1,0 +1,253 @@
+"""Checkpoints: one format for every engine and any number of ranks, whole or not there.
+
+A run keeps them in `checkpoints/step-00012000/`: `model.safetensors`, `optimizer.safetensors`, `state.json`
+(step, fingerprint, best score, checksums), `config.toml` and `vocab.json`. Nothing is pickled.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from captionscale import config as configs
+from captionscale import vocab
+from captionscale.config import Config
+from captionscale.errors import UserError
+from captionscale.files import sha256_of
+from captionscale.model.captioner import Captioner
+from captionscale.vocab import Vocabulary
+
+FORMAT = 1
+_MODEL, _OPTIMIZER, _STATE, _CONFIG, _VOCAB = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.toml",
+    "vocab.json",
+)
+
+
+@dataclass
+class Standing:
+    """How far a run is: all that is carried from step to step beside weights and optimiser."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    best_score: float = float("-inf")
+    """Of the validation split, in `train.score_metric`."""
+    best_step: int = 0
+    scores_since_best: int = 0
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """The fp16 loss scaler's state."""
+
+
+def save(
+    run: Path,
+    standing: Standing,
+    fingerprint: Mapping[str, Any],
+    model: nn.Module,
+    optimizer: Optimizer,
+    config: Config,
+    vocabulary: Vocabulary,
+) -> None:
+    """Write a checkpoint, then remove those that `train.keep` does not keep.
+
+    It is written beside the others under a passing name, so that a kill or a full disk leaves them whole.
+
+    Raises:
+        UserError: The disk refuses.
+    """
+    folder = _folder(run, standing.step)
+    partial = folder.with_name(folder.name + ".tmp")
+    try:
+        _remove(partial)
+        partial.mkdir(parents=True)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / _MODEL
+        )
+        save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
+        (partial / _CONFIG).write_text(configs.dumps(config), encoding="utf-8")
+        vocabulary.save(partial / _VOCAB)
+        state = {
+            "format": FORMAT,
+            **asdict(standing),
+            "fingerprint": dict(fingerprint),
+            "sha256": {path.name: sha256_of(path) for path in sorted(partial.iterdir())},
+        }
+        (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        _remove(folder)
+        partial.rename(folder)
+    # Neither a full disk's OSError nor safetensors' own error about it may cost the checkpoints before.
+    except Exception as error:
+        _remove(partial)
+        raise UserError(
+            f"{folder}: cannot be written ({error}); the checkpoints before it are whole;"
+            " free the disk and train again with the same --out"
+        ) from None
+    kept = {*steps(run)[-config.train.keep :], standing.best_step}
+    for step in steps(run):
+        if step not in kept:
+            _remove(_folder(run, step))
+
+
+def steps(run: Path) -> list[int]:
+    """Return the steps of which a run has checkpoints, in their order."""
+    names = (path.name for path in (run / "checkpoints").glob("step-*[0-9]"))
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
+class Checkpoint:
+    """A checkpoint on disk, proven whole."""
+
+    def __init__(self, folder: Path):
+        """Read a checkpoint's state and compare its files with their checksums.
+
+        Raises:
+            UserError: A file is missing or damaged.
+        """
+        self.folder = folder
+        try:
+            self._state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+            if self._state["format"] != FORMAT:
+                raise ValueError(f"format {self._state['format']}, this version reads {FORMAT}")
+            for name, sha256 in self._state["sha256"].items():
+                if sha256_of(folder / name) != sha256:
+                    raise ValueError(f"sha256 of {name} is not the one that was saved")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}: damaged checkpoint ({error}); remove it to use the one before"
+            ) from None
+
+    @property
+    def standing(self) -> Standing:
+        """How far the run was."""
+        return Standing(**{name: self._state[name] for name in Standing.__dataclass_fields__})
+
+    def config(self) -> Config:
+        """Return the run's settings."""
+        return configs.load(self.folder / _CONFIG)
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the run's words."""
+        return vocab.load(self.folder / _VOCAB)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights."""
+        sha256: str = self._state["sha256"][_MODEL]
+        return sha256
+
+    def captioner(self) -> Captioner:
+        """Return the captioner as it was saved, in evaluation mode."""
+        captioner = Captioner(self.config().model, len(self.vocabulary()))
+        captioner.load_state_dict(load_file(self.folder / _MODEL))
+        return captioner.eval()
+
+    def restore(self, fingerprint: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
+        """Bring model and optimiser back to where they were.
+
+        Args:
+            fingerprint: What the run that goes on would do; it must be what this one did.
+            model: Of the same settings.
+            optimizer: Over the model's trainable parameters.
+
+        Raises:
+            UserError: It would not be the same run; names what differs.
+        """
+        saved = self._state["fingerprint"]
+        differing = [key for key in {**saved, **fingerprint} if saved.get(key) != fingerprint.get(key)]
+        if differing:
+            changes = "; ".join(
+                f"{key} was {_short(saved.get(key))}, now {_short(fingerprint.get(key))}" for key in differing
+            )
+            raise UserError(
+                f"{self.folder}: cannot go on with another experiment: {changes};"
+                " set these back, or take another --out"
+            )
+        model.load_state_dict(load_file(self.folder / _MODEL))
+        tensors = load_file(self.folder / _OPTIMIZER)
+        for name, parameter in model.named_parameters():
+            kept = {key: tensors[f"{name}/{key}"] for key in _ADAM if f"{name}/{key}" in tensors}
+            if kept:
+                device = parameter.device
+                optimizer.state[parameter] = {key: tensor.to(device) for key, tensor in kept.items()}
+
+
+def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole; none if there is none at all.
+
+    Args:
+        run: The run's folder.
+        warn: Told of each damaged one that is passed over.
+
+    Raises:
+        UserError: There are some, all of them damaged.
+    """
+    for step in reversed(steps(run)):
+        try:
+            return Checkpoint(_folder(run, step))
+        except UserError as error:
+            warn(f"warning: {error}")
+    if steps(run):
+        raise UserError(f"{run}: every checkpoint is damaged; take another --out to start again")
+    return None
+
+
+def open_run(run: Path, which: str = "best") -> Checkpoint:
+    """Return a run's checkpoint to caption with.
+
+    Args:
+        run: The run's folder.
+        which: `best`, `last`, or a step.
+
+    Raises:
+        UserError: No run, no such checkpoint, or a damaged one.
+    """
+    if not steps(run):
+        raise UserError(f"{run}: no checkpoint, so no run; wanted the --out of captionscale train")
+    if which == "best":
+        last = Checkpoint(_folder(run, steps(run)[-1])).standing
+        step = last.best_step or last.step
+    elif which == "last":
+        step = steps(run)[-1]
+    elif which.isdecimal():
+        step = int(which)
+    else:
+        raise UserError(f"--checkpoint {which}: wanted best, last, or a step: {steps(run)}")
+    if step not in steps(run):
+        raise UserError(f"{run}: no checkpoint of step {step}; there are {steps(run)}")
+    return Checkpoint(_folder(run, step))
+
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return AdamW's memory under the names of the parameters, so that any engine finds it again."""
+    return {
+        f"{name}/{key}": torch.as_tensor(optimizer.state[parameter][key]).contiguous()
+        for name, parameter in model.named_parameters()
+        if optimizer.state.get(parameter)
+        for key in _ADAM
+    }
+
+
+def _folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else text[:12] + "...'"

