@@ -4,7 +4,10 @@ The name of a field is the TOML key, the `--set` path and the word that errors u
 """
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from itertools import groupby
+from operator import getitem
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -189,7 +192,7 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(path, found) for found in error.errors())) from None
+        raise UserError("\n".join(_explain(path, tree, error.errors()))) from None
 
 
 def dumps(config: Config) -> str:
@@ -227,25 +230,37 @@ def _put(tree: dict[str, Any], change: str) -> None:
     tree[last] = value
 
 
-def _explain(path: Path, found: Any) -> str:
-    """Turn one of pydantic's findings into place, found, wanted, cure."""
-    *sections, key = [str(part) for part in found["loc"]] or ["", ""]
-    place = ": ".join([str(path), ".".join(sections)] if sections else [str(path)])
-    if found["type"] == "extra_forbidden":
-        return f"{place}: unknown key '{key}'; {did_you_mean(key, _keys(sections))}"
-    if found["type"] == "missing":
-        path_to = ".".join([*sections, key])
-        return f"{place}: key '{key}' is missing; add it to the file or pass --set {path_to}=..."
-    if found["type"] == "value_error":
-        return f"{path}: {found['ctx']['error']}"
-    return f"{place}: {key} = {found['input']!r}: {found['msg'][:1].lower()}{found['msg'][1:]}"
+def _explain(path: Path, tree: dict[str, Any], findings: Iterable[Any]) -> Iterator[str]:
+    """Turn pydantic's findings into place, found, wanted, cure: one line for each key."""
+    for (section, key), group in groupby(findings, lambda found: _locate(found["loc"])):
+        first, *others = group
+        if not key:
+            yield f"{path}: {first['ctx']['error']}"
+            continue
+        *sections, name = key
+        place = ": ".join([str(path), ".".join(sections)] if sections else [str(path)])
+        if first["type"] == "extra_forbidden":
+            yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
+        elif first["type"] == "missing" and first["loc"] == key:
+            yield f"{place}: key '{name}' is missing; add it to the file or pass --set {'.'.join(key)}=..."
+        else:
+            messages = dict.fromkeys(
+                found["msg"][:1].lower() + found["msg"][1:] for found in (first, *others)
+            )
+            meaning = section.model_fields[name].description or "a section"
+            yield f"{place}: {name} = {reduce(getitem, key, tree)!r}: {' or '.join(messages)} ({meaning})"
 
 
-def _keys(sections: Sequence[str]) -> list[str]:
-    """Return the keys that a section of the tree knows."""
-    section: type[BaseModel] = Config
-    for name in sections:
-        inner = section.model_fields[name].annotation
-        assert isinstance(inner, type)
+def _locate(place: tuple[Any, ...]) -> tuple[type[Section], tuple[Any, ...]]:
+    """Return the section and the key that a finding is about.
+
+    What follows the key in pydantic's place is an item of the value, or a type that it tried.
+    """
+    section: type[Section] = Config
+    for depth, name in enumerate(place, start=1):
+        field = section.model_fields.get(name)
+        inner = field.annotation if field else None
+        if depth == len(place) or not (isinstance(inner, type) and issubclass(inner, Section)):
+            return section, place[:depth]
         section = inner
-    return list(section.model_fields)
+    return section, ()

@@ -1,6 +1,5 @@
 """How far something is, shown to people."""
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 @cache
 def console() -> Console:
     """Return where people read: the standard error, so that results can be piped."""
-    return Console(file=sys.stderr, highlight=False)
+    return Console(stderr=True, highlight=False)
 
 
 @contextmanager
@@ -78,9 +77,9 @@ class Bar:
             pace = (now - self._started) / max(1, self._done - self._start)
             left = f"{pace * (self._total - self._done):,.0f} s left"
             parts = [f"{self._title} {self._done:,}/{self._total:,}", left, self._note]
-            self._out.print("  ".join(part for part in parts if part), soft_wrap=True)
+            self._out.print("  ".join(part for part in parts if part), soft_wrap=True, markup=False)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._out is not None:
-            (self._bars.console if self._bars else self._out).print(text, soft_wrap=True)
+            self._out.print(text, soft_wrap=True, markup=False)

@@ -8,6 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -130,11 +131,6 @@ class Ranks:
         """Return this rank's part of `count` things: every size-th, from its own number on."""
         return range(self.rank, count, self.size)
 
-    def unwrap(self, model: nn.Module) -> nn.Module:
-        """Return the model without the engine's wrapping."""
-        bare: nn.Module = self._accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        return bare
-
     def scaler_state(self) -> dict[str, float]:
         """Return the loss scaler's state; empty unless the precision is fp16."""
         scaler = self._accelerator.scaler
@@ -146,5 +142,6 @@ class Ranks:
             self._accelerator.scaler.load_state_dict(state)
 
     def leave(self) -> None:
-        """Say goodbye to the peers."""
+        """Say goodbye to the peers; this process may join others later, in another precision."""
         self._accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)

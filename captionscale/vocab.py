@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -94,10 +94,9 @@ def load(path: Path) -> Vocabulary:
         UserError: Missing, or not a vocabulary.
     """
     try:
-        words: Sequence[str] = json.loads(path.read_text(encoding="utf-8"))["words"]
+        return Vocabulary(tuple(json.loads(path.read_text(encoding="utf-8"))["words"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: no vocabulary ({type(error).__name__}); it is written by captionscale train,"
             " take it from the run's checkpoint"
         ) from None
-    return Vocabulary(tuple(words))

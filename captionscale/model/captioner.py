@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from captionscale import config
 from captionscale.model import weights
-from captionscale.model.decoders import DECODERS, AttentionDecoder, PlainDecoder
+from captionscale.model.decoders import DECODERS
 from captionscale.model.encoder import Encoder
 
 
@@ -24,7 +24,7 @@ class Captioner(nn.Module):
         """
         super().__init__()
         self.encoder = Encoder(settings.encoder)
-        build: type[PlainDecoder | AttentionDecoder] = DECODERS[settings.decoder.name]
+        build = DECODERS[settings.decoder.name]
         self.decoder = build(settings.decoder, self.encoder.feature_size, words)
 
     def load_pretrained(self) -> None:

@@ -171,4 +171,7 @@ class AttentionDecoder(nn.Module):
         return logits
 
 
-DECODERS = {"plain": PlainDecoder, "attention": AttentionDecoder}
+DECODERS: dict[str, type[PlainDecoder | AttentionDecoder]] = {
+    "plain": PlainDecoder,
+    "attention": AttentionDecoder,
+}

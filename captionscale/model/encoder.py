@@ -91,7 +91,7 @@ class Encoder(nn.Module):
                     module.requires_grad_(False)
 
     def _frozen_modules(self) -> list[nn.Module]:
-        """Return the batch norms and dropouts of parts that do not learn, and all batch norms if frozen."""
+        """Return everything if nothing learns, else the batch norms that do not."""
         if not self.learns:
             return list(self.trunk.modules())
         return [

@@ -1,5 +1,6 @@
 """Find the captions that a decoder thinks likely; written once against `start` and `step`."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Found:
 
     def score(self, length_power: float) -> float:
         """Return what captions of one picture are ranked by: log-probability / tokens**length_power."""
-        return self.log_probability / float(max(len(self.tokens), 1)) ** length_power
+        return self.log_probability / math.pow(max(len(self.tokens), 1), length_power)
 
 
 @torch.no_grad()

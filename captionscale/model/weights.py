@@ -1,13 +1,12 @@
 """Pretrained encoder weights: torchvision's download, or a file."""
 
 from pathlib import Path
-from typing import Any
 from urllib.error import URLError
 
 import torch
 import torchvision
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from captionscale.errors import UserError
 
@@ -46,14 +45,14 @@ def load_into(trunk: nn.Module, name: str, weights: str) -> None:
     trunk.load_state_dict(state, strict=False)
 
 
-def _download(name: str) -> dict[str, Any]:
+def _download(name: str) -> dict[str, Tensor]:
     """Return the first ImageNet weights that torchvision published for a model.
 
     The later ones (IMAGENET1K_V2) classify better, but published captioners stand on the first.
     """
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
-        state: dict[str, Any] = weights.get_state_dict(progress=True, check_hash=True)
+        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
@@ -64,7 +63,7 @@ def _download(name: str) -> dict[str, Any]:
     return state
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(
             f"model.encoder.weights = '{path}': no such file; wanted 'imagenet', 'none', or a .safetensors or"
@@ -73,10 +72,13 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+            raise TypeError
         return state
     # Damaged files make both readers raise nearly anything; all of it means the same to a user.
     except Exception as error:
         raise UserError(
-            f"{path}: not a file of weights ({type(error).__name__}); download it again"
+            f"{path}: not a file of weights ({type(error).__name__}); wanted a dictionary of tensors;"
+            " download it again"
         ) from None

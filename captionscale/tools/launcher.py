@@ -67,7 +67,8 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
 def _read(path: Path) -> dict[str, Any]:
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-        int(facts["num_processes"])
+        if int(facts["num_processes"]) < 1:
+            raise ValueError
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a profile ({type(error).__name__}); wanted an Accelerate config with num_processes,"

@@ -40,8 +40,8 @@ class Standing:
 
     step: int = 0
     """Optimiser steps done."""
-    best_score: float = float("-inf")
-    """Of the validation split, in `train.score_metric`."""
+    best_score: float = -1.0
+    """Of the validation split, in `train.score_metric`; negative before the first scoring."""
     best_step: int = 0
     scores_since_best: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)

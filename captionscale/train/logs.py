@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from captionscale.files import atomic
+
 LOG = "log.jsonl"
 
 
@@ -19,7 +21,8 @@ class Log:
         self._path = run / LOG
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
-        self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with atomic(self._path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, **values: Any) -> None:

@@ -1,8 +1,9 @@
 """The training loop."""
 
+import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from captionscale.config import Config, Search
 from captionscale.data.loader import Batch, Items, Loader
 from captionscale.data.order import Order
 from captionscale.data.shards import Split
+from captionscale.errors import UserError
 from captionscale.files import lock
 from captionscale.model.captioner import Captioner
 from captionscale.progress import console, progress
@@ -84,7 +86,7 @@ def _train(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Standin
     start, steps = standing.step, settings.epochs * order.steps_per_epoch
     score_every = settings.score_every or order.steps_per_epoch
     save_every = settings.save_every or order.steps_per_epoch
-    log = Log(run, start) if ranks.first else None
+    log = stack.enter_context(closing(Log(run, start))) if ranks.first else None
     batches = loader.ahead(_requests(order, ranks, range(start, steps)))
     rate = _Rate()
     with progress("training", steps, start, quiet=not ranks.first) as bar:
@@ -117,6 +119,7 @@ def _train(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Standin
             if done % settings.log_every == 0 or last:
                 values = {"loss": (ranks.sum(sum(losses)) / words).item(), "lr": factor * settings.lr}
                 values |= {"gradient_norm": norm.item(), **rate.read(ranks)}
+                _refuse_nonsense(done, values["loss"])
                 bar.note(_NOTE.format_map(values))
                 if log:
                     log.write(done, epoch=done / order.steps_per_epoch, **values)
@@ -134,8 +137,10 @@ def _train(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Standin
                     checkpoint.save, run, standing, fingerprint, captioner, optimizer, config, vocabulary
                 )
             bar.advance()
-    if log:
-        log.close()
+    say(
+        f"{run}: {standing.step:,} of {steps:,} steps done, the best {settings.score_metric}"
+        f" {standing.best_score:.4f} at step {standing.best_step:,}"
+    )
     return standing
 
 
@@ -186,6 +191,14 @@ def _score(run: Path, step: int, results: list[Result], split: Split) -> dict[st
     write_results(results, run / "validation" / f"step-{step:08d}.json")
     captions = {result["image_id"]: result["caption"] for result in results}
     return score(captions, split.references(), _VALIDATION_METRICS).values
+
+
+def _refuse_nonsense(step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"step {step:,}: the loss is {loss}, wanted a number; lower train.lr, or set train.precision to"
+            " bf16 or fp32; the checkpoints before it are whole"
+        )
 
 
 def _judge(standing: Standing, found: float) -> None:

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from captionscale.data.scenes import COLOURS, FLYING, NOUNS, SIDES, SIZES, TOYS, WHERE, captions, draw, world
+from captionscale.data.scenes import NOUNS, SIDES, SIZES, WHERE, captions, draw, world
+from captionscale.data.sketches import COLOURS, FLYING, TOYS
 from captionscale.errors import UserError
 
 COUNTS = {"train": 60, "val": 12, "test": 12}
@@ -62,6 +63,12 @@ def test_more_pictures_than_scenes_are_refused_with_the_limit(tmp_path: Path) ->
     limit = sum(map(len, world()))
     with pytest.raises(UserError, match=f"holds {limit} scenes"):
         draw(tmp_path, counts={"train": limit, "val": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_fewer_than_no_pictures_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="-1 pictures asked for in split 'val'"):
+        draw(tmp_path / "out", counts={"train": 3, "val": -1})
     assert not list(tmp_path.iterdir())
 
 

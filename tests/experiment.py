@@ -1,0 +1,58 @@
+"""A tiny experiment that trains in seconds, for tests of what a run does."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from captionscale import config
+from captionscale.train import checkpoint
+
+CHANGES = (
+    "data.image_size=32",
+    "data.min_count=1",
+    "data.max_words=8",
+    "data.colour_jitter=0.1",
+    "data.workers=1",
+    "model.encoder.name=resnet18",
+    "model.encoder.weights=none",
+    'model.encoder.trainable=["layer4"]',
+    "model.decoder.embed=16",
+    "model.decoder.hidden=16",
+    "model.decoder.attend=16",
+    "model.decoder.dropout=0.5",
+    "train.epochs=2",
+    "train.global_batch=16",
+    "train.micro_batch=4",
+    "train.precision=fp32",
+    "train.log_every=1",
+)
+
+
+def tiny(folder: Path, packed: Path, *changes: str) -> config.Config:
+    """Write a tiny experiment's file, `experiment.toml`, and return its settings."""
+    path = folder / "experiment.toml"
+    path.write_text(f'[data]\nshards = "{packed}"\n', encoding="utf-8")
+    settings = config.load(path, [*CHANGES, *changes])
+    path.write_text(config.dumps(settings), encoding="utf-8")
+    return settings
+
+
+def weights(run: Path, step: int | None = None) -> dict[str, Tensor]:
+    """Return the weights of a run's checkpoint; the newest, if no step is named."""
+    step = step or checkpoint.steps(run)[-1]
+    return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def greatest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """Return by how much two sets of weights differ, over all numbers in them."""
+    assert first.keys() == second.keys()
+    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+
+
+def losses(run: Path) -> list[tuple[int, Any]]:
+    """Return the steps and losses of a run's log."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if "loss" in line]

@@ -1,0 +1,129 @@
+"""From raw files to scored captions, by the commands that a user gives."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from captionscale.cli import main
+from experiment import tiny
+
+
+def _say(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def _refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run, trained by the command line."""
+    folder = tmp_path_factory.mktemp("journey")
+    tiny(folder, packed, "train.epochs=1")
+    main(["train", str(folder / "experiment.toml"), "--out", str(folder / "run")])
+    return folder / "run"
+
+
+def test_coco_goes_from_raw_files_to_verified_shards(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    for split, images in (("train", 48), ("val", 8)):
+        captions = scenes / "annotations" / f"captions_{split}2017.json"
+        said = _say(
+            capsys, "pack", "coco", "--images", scenes / f"{split}2017", "--captions", captions,
+            "--split", split, "--out", out,
+        )  # fmt: skip
+        assert said == f"{out}: {split}: {images} images, {5 * images} captions\n"
+    assert _say(capsys, "verify", out) == f"{out}: as packed: images: train 48, val 8\n"
+    image = next(iter((scenes / "val2017").iterdir()))
+    said = _say(capsys, "show", out, str(int(image.stem)), "--save", tmp_path / "saved.jpg")
+    assert f"{image.name}  split val" in said
+    assert len(said.splitlines()) == 2 + 5
+    assert (tmp_path / "saved.jpg").read_bytes() == image.read_bytes()
+
+
+def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
+    run: Path, packed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = _say(capsys, "score", run, "--split", "test", "--beam", "2")
+    names = [line.split()[0] for line in said.splitlines()[:7]]
+    assert names == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D"]
+    [folder] = (run / "scores").iterdir()
+    receipt = json.loads((folder / "receipt.json").read_text())
+    assert receipt["images"] == 8
+    assert receipt["references"] == 40
+    assert receipt["made_by"]["split"] == "test"
+    assert receipt["made_by"]["search"]["beam"] == 2
+    assert len(receipt["per_image"]) == 8
+    from pycocotools.coco import COCO
+
+    results = json.loads((folder / "captions.json").read_text())
+    references = COCO()
+    references.dataset = {"images": [{"id": result["image_id"]} for result in results], "annotations": []}
+    references.createIndex()
+    assert sorted(references.loadRes(results).getImgIds()) == sorted(references.getImgIds())
+
+
+def test_the_scores_of_a_file_are_those_of_the_run_that_wrote_it(
+    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_run = _say(capsys, "score", run, "--split", "val", "--out", tmp_path / "receipt.json")
+    [folder] = (run / "scores").glob("val-*")
+    by_file = _say(
+        capsys, "score", "--captions", folder / "captions.json",
+        "--references", scenes / "annotations" / "captions_val2017.json", "--out", tmp_path / "other.json",
+    )  # fmt: skip
+    assert by_run.splitlines()[:7] == by_file.splitlines()[:7]
+    receipts = [json.loads((tmp_path / name).read_text()) for name in ("receipt.json", "other.json")]
+    assert receipts[0]["scores"] == receipts[1]["scores"]
+    assert receipts[0]["references_sha256"] == receipts[1]["references_sha256"]
+
+
+def test_images_are_captioned_one_line_each(
+    run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = sorted((scenes / "test2017").iterdir())[:3]
+    lines = _say(capsys, "caption", run, *images, "--beam", "3").splitlines()
+    assert [line.split("\t")[0] for line in lines] == [str(image) for image in images]
+
+
+def test_the_config_that_is_printed_is_the_config_that_is_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "attention" in _say(capsys, "config").split()
+    assert "lr = 0.125\n" in _say(capsys, "config", "attention", "--set", "train.lr=0.125")
+
+
+def test_bad_input_is_told_in_one_line(
+    run: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.jpg"
+    text.write_text("no image")
+    assert "not a readable image" in _refuse(capsys, "caption", run, text)
+    assert "no such file; wanted an image" in _refuse(capsys, "caption", run, tmp_path / "none.jpg")
+    assert "no checkpoint, so no run" in _refuse(capsys, "caption", tmp_path, text)
+    assert "no split 'vla'; did you mean 'val'?" in _refuse(capsys, "score", run, "--split", "vla")
+    assert "no --split" in _refuse(capsys, "score", run)
+    assert "wanted either RUN" in _refuse(capsys, "score")
+    assert "no image 42 in any split" in _refuse(capsys, "show", packed, "42")
+    assert "run captionscale pack first" in _refuse(capsys, "verify", tmp_path)
+    assert "did you mean 'attention'?" in _refuse(capsys, "config", "atention")
+    assert "check the path" in _refuse(capsys, "train", "attention", "--out", "/proc/run")
+    results = tmp_path / "results.json"
+    results.write_text('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]')
+    references = tmp_path / "references.json"
+    references.write_text(
+        '{"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "a dog"}]}'
+    )
+    said = _refuse(capsys, "score", "--captions", results, "--references", references)
+    assert "more than one caption" in said
+    results.write_text("{}[")
+    said = _refuse(capsys, "score", "--captions", results, "--references", references)
+    assert "no COCO results" in said

@@ -1,0 +1,126 @@
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim import AdamW
+
+from captionscale.config import Config
+from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
+from captionscale.train import checkpoint
+from captionscale.train.checkpoint import Standing
+from captionscale.vocab import SPECIALS, Vocabulary
+from experiment import tiny
+
+VOCABULARY = Vocabulary((*SPECIALS, "a", "dog"))
+
+
+def _model_and_optimizer(config: Config) -> tuple[Captioner, AdamW]:
+    model = Captioner(config.model, len(VOCABULARY))
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = AdamW(learning, lr=1e-2, fused=True)
+    for parameter in learning:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return tiny(tmp_path, tmp_path / "no shards are read here")
+
+
+def _save(run: Path, config: Config, step: int, **standing: Any) -> tuple[Captioner, AdamW]:
+    model, optimizer = _model_and_optimizer(config)
+    checkpoint.save(run, Standing(step=step, **standing), {"seed": 0}, model, optimizer, config, VOCABULARY)
+    return model, optimizer
+
+
+def test_a_restored_model_and_optimizer_take_the_same_next_step(tmp_path: Path, config: Config) -> None:
+    model, optimizer = _save(tmp_path, config, 7)
+    other, other_optimizer = _model_and_optimizer(config)
+    saved = checkpoint.newest(tmp_path, pytest.fail)
+    assert saved is not None
+    assert saved.standing.step == 7
+    assert saved.vocabulary() == VOCABULARY
+    assert saved.config() == config
+    saved.restore({"seed": 0}, other, other_optimizer)
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+        if one.requires_grad:
+            one.grad = two.grad = torch.ones_like(one)
+    optimizer.step()
+    other_optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path, config: Config) -> None:
+    for step in (1, 2, 3, 4, 5):
+        _save(tmp_path, config, step, best_step=min(step, 2))
+    assert config.train.keep == 2
+    assert checkpoint.steps(tmp_path) == [2, 4, 5]
+    assert checkpoint.open_run(tmp_path).standing.step == 2
+    assert checkpoint.open_run(tmp_path, "last").standing.step == 5
+    assert checkpoint.open_run(tmp_path, "4").standing.step == 4
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "vocab.json", "state.json"])
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, config: Config, name: str
+) -> None:
+    _save(tmp_path, config, 1)
+    _save(tmp_path, config, 2)
+    damaged = tmp_path / "checkpoints" / "step-00000002" / name
+    damaged.write_bytes(damaged.read_bytes()[:-3])
+    warnings: list[str] = []
+    saved = checkpoint.newest(tmp_path, warnings.append)
+    assert saved is not None
+    assert saved.standing.step == 1
+    assert "step-00000002: damaged checkpoint" in warnings[0]
+
+
+def test_a_run_of_damaged_checkpoints_is_not_silently_started_again(tmp_path: Path, config: Config) -> None:
+    _save(tmp_path, config, 1)
+    (tmp_path / "checkpoints" / "step-00000001" / "state.json").unlink()
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        checkpoint.newest(tmp_path, lambda _: None)
+
+
+def test_a_full_disk_costs_no_earlier_checkpoint(
+    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _save(tmp_path, config, 1)
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device.*the checkpoints before it are whole"):
+        _save(tmp_path, config, 2)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert checkpoint.newest(tmp_path, pytest.fail) is not None
+
+
+def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path: Path, config: Config) -> None:
+    _save(tmp_path, config, 1)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step-00000001", folder / "step-00000002.tmp")
+    assert checkpoint.steps(tmp_path) == [1]
+    _save(tmp_path, config, 2)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_a_folder_without_a_run_says_what_was_wanted(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint, so no run; wanted the --out of captionscale train"):
+        checkpoint.open_run(tmp_path)
+
+
+def test_a_step_without_a_checkpoint_names_those_that_are_there(tmp_path: Path, config: Config) -> None:
+    _save(tmp_path, config, 3)
+    with pytest.raises(UserError, match=r"no checkpoint of step 9; there are \[3\]"):
+        checkpoint.open_run(tmp_path, "9")
+    with pytest.raises(UserError, match="wanted best, last, or a step"):
+        checkpoint.open_run(tmp_path, "newest")

@@ -1,0 +1,129 @@
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+
+from captionscale.errors import UserError
+from captionscale.files import lock
+from captionscale.train import checkpoint, loop
+from captionscale.train.loop import train
+from experiment import greatest_difference, losses, tiny, weights
+
+
+@pytest.fixture(scope="module")
+def done(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of six steps, scored and saved after each third."""
+    folder = tmp_path_factory.mktemp("done")
+    train(tiny(folder, packed), folder / "run")
+    return folder / "run"
+
+
+def test_a_run_logs_every_step_scores_every_epoch_and_keeps_the_best(done: Path) -> None:
+    assert [step for step, _ in losses(done)] == [1, 2, 3, 4, 5, 6]
+    assert [path.name for path in sorted((done / "validation").iterdir())] == [
+        "step-00000003.json",
+        "step-00000006.json",
+    ]
+    saved = checkpoint.newest(done, pytest.fail)
+    assert saved is not None
+    assert saved.standing.step == 6
+    assert saved.standing.best_step in checkpoint.steps(done)
+    assert list((done / "tensorboard").iterdir())
+
+
+def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_not(
+    done: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny(tmp_path, packed, "train.save_every=1")
+    killed_at = 4
+    real = loop.lr_factor
+
+    def die(step: int, steps: int, warmup: float) -> float:
+        if step == killed_at:
+            raise KeyboardInterrupt
+        return real(step, steps, warmup)
+
+    monkeypatch.setattr(loop, "lr_factor", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run")[-1] == killed_at
+    monkeypatch.setattr(loop, "lr_factor", real)
+    train(settings, tmp_path / "run")
+    assert greatest_difference(weights(tmp_path / "run"), weights(done)) == 0
+    assert losses(tmp_path / "run") == losses(done)
+
+
+def test_a_finished_run_has_nothing_left_to_do(done: Path, packed: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(done, tmp_path / "run")
+    before = (run / "log.jsonl").read_text()
+    assert train(tiny(tmp_path, packed), run).step == 6
+    assert (run / "log.jsonl").read_text() == before
+
+
+def test_training_stops_when_scores_stop_rising(packed: Path, tmp_path: Path) -> None:
+    # A learning rate of nearly nothing: every validation has the captions of the first.
+    changes = ("train.lr=1e-12", "train.encoder_lr=1e-12", "train.score_every=1", "train.patience=2")
+    assert train(tiny(tmp_path, packed, *changes), tmp_path / "run").step == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("data.min_count=30", "vocabulary"),
+        ("data.min_count=30", "data.min_count was 1, now 30"),
+        ("train.micro_batch=2", "train.micro_batch was 4, now 2"),
+        ("seed=1", "seed was 0, now 1"),
+        ("model.decoder.hidden=8", "model.decoder.hidden"),
+    ],
+)
+def test_another_experiment_cannot_go_on_in_a_run(
+    done: Path, packed: Path, tmp_path: Path, change: str, named: str
+) -> None:
+    with pytest.raises(UserError, match="cannot go on with another experiment") as caught:
+        train(tiny(tmp_path, packed, change), done)
+    assert named in str(caught.value)
+    assert "take another --out" in str(caught.value)
+
+
+def test_workers_and_places_may_change_within_a_run(done: Path, packed: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(packed, tmp_path / "moved")
+    run = shutil.copytree(done, tmp_path / "run")
+    train(tiny(tmp_path, moved, "data.workers=2"), run)
+
+
+def test_a_run_that_another_process_writes_is_refused(packed: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held, over = context.Event(), context.Event()
+
+    def hold() -> None:
+        with lock(tmp_path / "run", "captionscale train"):
+            held.set()
+            over.wait(30)
+
+    holder = context.Process(target=hold)
+    holder.start()
+    try:
+        assert held.wait(30)
+        with pytest.raises(UserError, match=rf"in use by captionscale train, process {holder.pid}"):
+            train(tiny(tmp_path, packed), tmp_path / "run")
+    finally:
+        over.set()
+        holder.join()
+
+
+def test_an_unknown_split_is_refused(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no split 'dev'; known: test, train, val"):
+        train(tiny(tmp_path, packed, "data.val_split=dev"), tmp_path / "run")
+
+
+def test_fp16_without_a_gpu_is_refused(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="train.precision = fp16 needs a GPU"):
+        train(tiny(tmp_path, packed, "train.precision=fp16"), tmp_path / "run")
+
+
+def test_a_run_learns_in_bf16(packed: Path, tmp_path: Path) -> None:
+    changes = ("train.precision=bf16", "train.epochs=4", "train.lr=1e-2", "train.label_smoothing=0")
+    train(tiny(tmp_path, packed, *changes), tmp_path / "run")
+    found = [loss for _, loss in losses(tmp_path / "run")]
+    assert found[-1] < 0.8 * found[0]
