@@ -156,14 +156,14 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
 def _pack(options: argparse.Namespace) -> None:
     from captionscale.data import sources
     from captionscale.data.packing import pack
-    from captionscale.progress import console, progress
+    from captionscale.progress import progress, say
 
     if options.kind == "coco":
         records = sources.coco(options.images, options.captions, options.split)
     else:
         records = sources.flickr(options.images, options.captions, options.splits)
         if options.splits is None:
-            console().print(f"note: no --splits, so all {len(records):,} images are in the split 'train'")
+            say(f"note: no --splits, so all {len(records):,} images are in the split 'train'")
     with progress("packing", len(records)) as bar:
         pack(
             records,

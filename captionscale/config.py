@@ -136,7 +136,7 @@ class Search(Section):
     beam: Count = 5
     """Captions kept at each word; 1 is greedy search."""
     length_power: Annotated[float, Field(ge=0)] = 0.7
-    """Captions are ranked by log-probability / words**length_power; 0 favours short ones."""
+    """Captions are ranked by log-probability / tokens**length_power; 0 favours short ones."""
     batch: Count = 32
     """Pictures captioned at once."""
 

@@ -59,8 +59,15 @@ def lock(folder: Path, who: str) -> Iterator[None]:
                 f"{folder}: in use by {holder}; wanted to be the only writer;"
                 " wait for it, stop it, or take another --out"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"{folder}: its file system has no locks ({error.strerror}), wanted one where only one process can"
+                " write; mount it with flock, or take --out elsewhere"
+            ) from None
         file.truncate(0)
         file.write(f"{who}, process {os.getpid()} on {os.uname().nodename}")
         file.flush()
-        yield
-        file.truncate(0)
+        try:
+            yield
+        finally:
+            file.truncate(0)

@@ -12,7 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 @cache
 def console() -> Console:
     """Return where people read: the standard error, so that results can be piped."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False)
+
+
+def say(text: str) -> None:
+    """Tell people one thing."""
+    console().print(text, soft_wrap=True)
 
 
 @contextmanager
@@ -77,9 +82,9 @@ class Bar:
             pace = (now - self._started) / max(1, self._done - self._start)
             left = f"{pace * (self._total - self._done):,.0f} s left"
             parts = [f"{self._title} {self._done:,}/{self._total:,}", left, self._note]
-            self._out.print("  ".join(part for part in parts if part), soft_wrap=True, markup=False)
+            self._out.print("  ".join(part for part in parts if part), soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._out is not None:
-            self._out.print(text, soft_wrap=True, markup=False)
+            self._out.print(text, soft_wrap=True)

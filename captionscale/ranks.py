@@ -90,7 +90,7 @@ class Ranks:
         found: Tensor = self._accelerator.clip_grad_norm_(model.parameters(), norm)
         return found
 
-    def sum(self, *values: Tensor | float) -> Float[Tensor, "values"]:
+    def sum(self, *values: Tensor | int | float) -> Float[Tensor, "values"]:
         """Return the sums of scalars over all ranks, in double precision, on the device."""
         total = torch.stack(
             [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]

@@ -29,7 +29,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _say(home: Path, *words: str) -> str:
     command = [str(home / "venv" / "bin" / "captionscale"), *words]
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")
+    }
     return subprocess.run(
         command, cwd=home, env=environment, check=True, text=True, stdout=subprocess.PIPE
     ).stdout

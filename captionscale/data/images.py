@@ -11,7 +11,11 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from captionscale.errors import UserError
 
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
+
+# The filters are the whole process's: a thread that set them for itself would put back another's.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 def decode(data: bytes, place: str) -> Image.Image:
@@ -25,24 +29,37 @@ def decode(data: bytes, place: str) -> Image.Image:
         UserError: No such file, a damaged one, or one of absurdly many pixels.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", category=UserWarning)
-            with Image.open(io.BytesIO(data), formats=[*EXTENSIONS]) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+        with _open(data) as image:
+            return _rgb(ImageOps.exif_transpose(image))
     # Pillow's decoders raise nearly anything on damaged bytes; all of it means the same to a user.
     except Exception as error:
-        reason = str(error).replace(f"{io.BytesIO}", "").strip() or type(error).__name__
+        reason = str(error).split("<_io")[0].strip() or type(error).__name__
         raise UserError(
-            f"{place}: not a readable image ({reason.split('<_io')[0].strip()}), {len(data):,} bytes;"
-            f" wanted {', '.join(EXTENSIONS)}; repair or remove it"
+            f"{place}: not a readable image ({reason}), {len(data):,} bytes;"
+            f" wanted {', '.join(FORMATS)}; repair or remove it"
         ) from None
 
 
 def extension(data: bytes) -> str:
     """Return the file name extension that a WebDataset reader decodes these image bytes by."""
-    with Image.open(io.BytesIO(data), formats=[*EXTENSIONS]) as image:
-        return EXTENSIONS[str(image.format)]
+    with _open(data) as image:
+        # MPO, of phones with two lenses, is a JPEG with more behind it.
+        return {"JPEG": "jpg", "MPO": "jpg"}.get(str(image.format)) or str(image.format).lower()
+
+
+def _open(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Return a picture in RGB, on white where it is transparent."""
+    if image.mode.startswith("I"):
+        # Greys of 16 bits, which Pillow would cut off at 255 where they have to be scaled.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def centre_view(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 size size"]:

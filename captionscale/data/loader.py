@@ -69,7 +69,9 @@ class Loader:
         """
         return self._collate(items, self._submit(items, epoch))
 
-    def ahead(self, requests: Iterable[tuple[Items, int | None]], depth: int = 3) -> Iterator[Batch]:
+    def ahead(
+        self, requests: Iterable[tuple[Int[np.ndarray, "_"], int | None]], depth: int = 3
+    ) -> Iterator[Batch]:
         """Yield the batches of these requests, decoding `depth` batches ahead of the one in use."""
         waiting: deque[tuple[Items, list[Future[Sample]]]] = deque()
         for items, epoch in requests:

@@ -58,9 +58,7 @@ class Order:
         """Return the epoch that a step, counted from 0, belongs to."""
         return step // self.steps_per_epoch
 
-    def micro_batches(
-        self, step: int, rank: int, world_size: int
-    ) -> list[tuple[int, Int[np.ndarray, "item"]]]:
+    def micro_batches(self, step: int, rank: int, world_size: int) -> list[tuple[int, Int[np.ndarray, "_"]]]:
         """Return one rank's micro-batches of a step: their numbers and items.
 
         A stream is cut into nearly equal parts, so that no step of an epoch has much less to learn from
@@ -85,7 +83,7 @@ class Order:
 
 # Two: at an epoch's end the loader reads ahead into the next one.
 @lru_cache(maxsize=2)
-def _streams(order: Order, epoch: int) -> list[Int[np.ndarray, "item"]]:
+def _streams(order: Order, epoch: int) -> list[Int[np.ndarray, "_"]]:
     """Return the items of each stream of an epoch, in the order in which they are read."""
     random = np.random.default_rng([order.seed, epoch])
     sizes = np.array(order.shard_sizes)

@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,9 @@ def pack(
     for record in records:
         by_split.setdefault(record.split, []).append(record)
     made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    try:
-        with lock(out, "captionscale pack"):
+    with lock(out, "captionscale pack"):
+        try:
             manifest = _manifest_of(out)
             _refuse_known(out, manifest, by_split)
             hashes = {path.name: sha256_of(path) for path in sources}
@@ -65,13 +64,13 @@ def pack(
                 }
             with atomic(out / shards.MANIFEST) as file:
                 file.write(json.dumps(manifest, indent=1).encode())
-    except BaseException:
-        for path in written:
-            path.unlink(missing_ok=True)
-        if made:
-            (out / LOCK).unlink(missing_ok=True)
-            out.rmdir()
-        raise
+        except BaseException:
+            for path in written:
+                path.unlink(missing_ok=True)
+            if made:
+                (out / LOCK).unlink()
+                out.rmdir()
+            raise
 
 
 def _manifest_of(out: Path) -> dict[str, Any]:
@@ -87,13 +86,14 @@ def _refuse_known(out: Path, manifest: dict[str, Any], by_split: dict[str, list[
             raise UserError(
                 f"{out}: split '{split}' is packed already; take another --out, or remove this folder"
             )
-    ids = [record.image_id for members in by_split.values() for record in members]
-    for split in manifest["splits"]:
-        both = np.intersect1d(ids, shards.Split(out, split).index["image_id"])
+    ids = {split: [record.image_id for record in members] for split, members in by_split.items()}
+    ids |= {split: shards.Split(out, split).index["image_id"].tolist() for split in manifest["splits"]}
+    for split, other in combinations(ids, 2):
+        both = np.intersect1d(ids[split], ids[other])
         if len(both):
             raise UserError(
-                f"{out}: image {both[0]} and {len(both) - 1} more are in split '{split}' already;"
-                " an image may be in one split only; take another --out"
+                f"{out}: {len(both):,} images of split '{split}', such as image {both[0]}, are in split"
+                f" '{other}' too; wanted each image in one split only; take another --out or other images"
             )
 
 

@@ -48,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found = manifest["format"]
+        found, _ = manifest["format"], manifest["splits"]
     except FileNotFoundError:
         raise UserError(
             f"{folder}: no {MANIFEST}, so no finished shards; run captionscale pack first"
@@ -220,7 +220,9 @@ def index_shard(path: Path, number: int) -> Shaped[np.ndarray, "sample"]:
     rows = []
     with tarfile.open(path, "r:") as tar:
         members = tar.getmembers()
-        for image, facts in zip(members[::2], members[1::2], strict=True):
+        for pair in zip(members[::2], members[1::2], strict=True):
+            # A TarWriter sorts by name, so .json stands after .jpg and before .png.
+            facts, image = sorted(pair, key=lambda member: not member.name.endswith(".json"))
             extracted = tar.extractfile(facts)
             assert extracted is not None
             sample = json.load(extracted)
@@ -240,8 +242,10 @@ def index_shard(path: Path, number: int) -> Shaped[np.ndarray, "sample"]:
 
 def _read_index(path: Path) -> Shaped[np.ndarray, "sample"]:
     try:
-        index: Shaped[np.ndarray, "sample"] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            index: Shaped[np.ndarray, "sample"] = np.lib.format.read_array(file, allow_pickle=False)
+    # NumPy lets out what its parsers raise on a damaged header: SyntaxError, TokenError and others.
+    except Exception as error:
         raise UserError(f"{path}: not an index ({error}); pack this split again") from None
     if index.dtype != INDEX_ROW:
         raise UserError(f"{path}: columns {index.dtype.names}, wanted {INDEX_ROW.names}; pack again")

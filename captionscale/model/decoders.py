@@ -38,7 +38,7 @@ class AttentionState(NamedTuple):
     cell: Float[Tensor, "batch layer hidden"]
 
 
-State = TypeVar("State", bound=NamedTuple)
+State = TypeVar("State", bound=PlainState | AttentionState)
 
 
 def select(state: State, rows: Int[Tensor, "rows"]) -> State:

@@ -1,7 +1,6 @@
 """The convolutional encoder: a picture becomes a grid of feature vectors."""
 
 from collections import OrderedDict
-from typing import Self
 
 import torch
 import torchvision
@@ -65,7 +64,7 @@ class Encoder(nn.Module):
             grid: Tensor = self.trunk(pictures.contiguous(memory_format=torch.channels_last))
         return grid.flatten(2).transpose(1, 2)
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "Encoder":
         """Enter training mode, except for what is frozen."""
         super().train(mode)
         for module in self._frozen_modules():

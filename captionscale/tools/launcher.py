@@ -12,6 +12,7 @@ import yaml
 from captionscale import assets
 from captionscale.errors import UserError
 
+# A job's own: two jobs may share a node.
 _PORT = 29_500
 
 
@@ -43,7 +44,7 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
     arguments += ["--num_cpu_threads_per_process", str(max(1, _cores() // (count // machines)))]
     if machines > 1:
         arguments += ["--machine_rank", str(machine), "--main_process_ip", address]
-        arguments += ["--main_process_port", str(_PORT)]
+        arguments += ["--main_process_port", str(_PORT + int(os.environ["SLURM_JOB_ID"]) % 1000)]
     else:
         arguments += ["--main_process_port", "0"]
     arguments += ["--module", "captionscale", *command]
@@ -79,15 +80,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _surroundings() -> tuple[int, int, str]:
-    """Return how many machines there are, which one this is, and the address of the first."""
+    """Return how many machines there are, which one this is, and the address of the first.
+
+    Raises:
+        UserError: SLURM has given several, but does not say which one this is, or what they are called.
+    """
     machines = int(os.environ.get("SLURM_NNODES", 1))
     if machines == 1:
         return 1, 0, "localhost"
-    nodes = os.environ["SLURM_JOB_NODELIST"]
-    names = subprocess.run(
-        ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-    )
-    return machines, int(os.environ["SLURM_NODEID"]), names.stdout.split()[0]
+    try:
+        machine, nodes = int(os.environ["SLURM_NODEID"]), os.environ["SLURM_JOB_NODELIST"]
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        )
+    except (KeyError, OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"SLURM_NNODES = {machines}, but this process cannot find the first of these machines ({error});"
+            " wanted to run once on each; start it by srun --ntasks-per-node=1"
+        ) from None
+    return machines, machine, names.stdout.split()[0]
 
 
 def _cores() -> int:

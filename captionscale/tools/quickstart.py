@@ -11,12 +11,14 @@ from rich.table import Table
 
 from captionscale.data import scenes, sources
 from captionscale.data.shards import MANIFEST
-from captionscale.progress import console
+from captionscale.errors import UserError
+from captionscale.progress import console, say
 from captionscale.score.metrics import METRICS, score
 
 COUNTS = {"train": 2000, "val": 150, "test": 250}
 SIZE = 96
 _SAMPLES = 5
+_LEAST_RATIO = 3
 
 
 def quickstart(out: Path) -> None:
@@ -29,10 +31,11 @@ def quickstart(out: Path) -> None:
 
     Raises:
         SystemExit: A command failed; it has told why.
+        UserError: The captioner has learned next to nothing, so this installation does not work.
     """
     coco, packed, run = out / "coco", out / "shards", out / "run"
     if not (packed / MANIFEST).exists():
-        console().print(f"drawing {sum(COUNTS.values()):,} pictures into {coco}, in the layout of COCO 2017")
+        say(f"drawing {sum(COUNTS.values()):,} pictures into {coco}, in the layout of COCO 2017")
         scenes.draw(coco, counts=COUNTS, size=SIZE)
         for split in COUNTS:
             images, captions = coco / f"{split}2017", _captions(coco, split)
@@ -70,9 +73,16 @@ def _show(coco: Path, receipt: Path, said: list[str]) -> None:
     out.print(table)
     pictures = sorted((coco / "test2017").iterdir())
     for picture, caption in zip(pictures, said, strict=False):
-        out.print(f"\n{picture}\n  [bold]{caption}[/bold]")
+        out.print(f"\n{picture}")
+        out.print(f"  {caption}", style="bold")
         for reference in references[int(picture.stem)][:3]:
-            out.print(f"  [dim]{reference}[/dim]")
+            out.print(f"  {reference}", style="dim")
+    model, random = found["CIDEr-D"], chance["CIDEr-D"]
+    if model < _LEAST_RATIO * random:
+        raise UserError(
+            f"{receipt}: CIDEr-D {model:.3f}, wanted {_LEAST_RATIO} times the {random:.3f} of random"
+            " captions: this installation does not learn; run make test to see what is broken"
+        )
 
 
 def _captions(coco: Path, split: str) -> Path:
@@ -82,7 +92,7 @@ def _captions(coco: Path, split: str) -> Path:
 def _run(*words: str | Path) -> str:
     """Run a captionscale command where the user sees it, and return what it printed."""
     command = ["captionscale", *map(str, words)]
-    console().print(f"\n[bold]$ {shlex.join(command)}[/bold]", soft_wrap=True)
+    console().print(f"\n$ {shlex.join(command)}", style="bold", soft_wrap=True)
     done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, check=False)
     print(done.stdout, end="")
     if done.returncode:

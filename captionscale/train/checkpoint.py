@@ -174,10 +174,13 @@ class Checkpoint:
         model.load_state_dict(load_file(self.folder / _MODEL))
         tensors = load_file(self.folder / _OPTIMIZER)
         for name, parameter in model.named_parameters():
-            kept = {key: tensors[f"{name}/{key}"] for key in _ADAM if f"{name}/{key}" in tensors}
-            if kept:
-                device = parameter.device
-                optimizer.state[parameter] = {key: tensor.to(device) for key, tensor in kept.items()}
+            if parameter.requires_grad:
+                # In the parameter's own memory format: the fused optimiser goes through both by address.
+                memory = {
+                    key: torch.empty_like(parameter).copy_(tensors[f"{name}/{key}"]) for key in _MOMENTS
+                }
+                step = tensors[f"{name}/step"].to(parameter.device)
+                optimizer.state[parameter] = {"step": step, **memory}
 
 
 def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -226,7 +229,7 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
     return Checkpoint(_folder(run, step))
 
 
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -235,7 +238,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
         f"{name}/{key}": torch.as_tensor(optimizer.state[parameter][key]).contiguous()
         for name, parameter in model.named_parameters()
         if optimizer.state.get(parameter)
-        for key in _ADAM
+        for key in ("step", *_MOMENTS)
     }
 
 

@@ -18,7 +18,7 @@ from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.files import lock
 from captionscale.model.captioner import Captioner
-from captionscale.progress import console, progress
+from captionscale.progress import progress, say
 from captionscale.ranks import Ranks
 from captionscale.score.evaluate import Result, caption_split, write_results
 from captionscale.score.metrics import score
@@ -68,8 +68,8 @@ def _train(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Standin
 
     ranks.seed(config.seed)
     captioner = Captioner(config.model, len(vocabulary))
-    say = console().print if ranks.first else _silence
-    saved = checkpoint.newest(run, say)
+    tell = say if ranks.first else _silence
+    saved = checkpoint.newest(run, tell)
     if saved is None:
         captioner.load_pretrained()
     captioner.to(ranks.device).train()
@@ -80,7 +80,7 @@ def _train(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Standin
         saved.restore(fingerprint, captioner, optimizer)
         standing = saved.standing
         ranks.load_scaler_state(standing.scaler)
-        say(f"{run}: going on from step {standing.step:,}")
+        tell(f"{run}: going on from step {standing.step:,}")
     model, stepper = ranks.prepare(captioner, optimizer)
 
     start, steps = standing.step, settings.epochs * order.steps_per_epoch
@@ -137,7 +137,7 @@ def _train(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Standin
                     checkpoint.save, run, standing, fingerprint, captioner, optimizer, config, vocabulary
                 )
             bar.advance()
-    say(
+    tell(
         f"{run}: {standing.step:,} of {steps:,} steps done, the best {settings.score_metric}"
         f" {standing.best_score:.4f} at step {standing.best_step:,}"
     )

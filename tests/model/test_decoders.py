@@ -20,7 +20,9 @@ def build(name: str, layers: int = 2, dropout: float = 0.0) -> PlainDecoder | At
     return DECODERS[name](settings, FEATURE, WORDS)
 
 
-@pytest.fixture(params=[(name, layers) for name in DECODERS for layers in (1, 2)], ids=lambda p: f"{p[0]}{p[1]}")
+@pytest.fixture(
+    params=[(name, layers) for name in DECODERS for layers in (1, 2)], ids=lambda p: f"{p[0]}{p[1]}"
+)
 def decoder(request: pytest.FixtureRequest) -> PlainDecoder | AttentionDecoder:
     return build(*request.param).eval()
 
@@ -77,7 +79,7 @@ def test_a_caption_sees_its_own_image_and_no_other(decoder, features, tokens) ->
         changed[image] += 1
         after, _ = decoder(changed, tokens, OWNERS)
         moved = (after - before).abs().flatten(1).amax(1) > 1e-5
-        assert moved.tolist() == (OWNERS == image).tolist()
+        assert moved.tolist() == OWNERS.eq(image).tolist()
 
 
 def test_select_repeats_and_reorders_all_of_a_state(decoder, features) -> None:
@@ -114,16 +116,22 @@ def test_the_plain_decoder_is_an_lstm_that_reads_the_picture_as_its_first_word(f
     torch.testing.assert_close(decoder(features, tokens, OWNERS)[0], expected)
 
 
-def test_the_attention_decoder_is_the_recurrence_that_its_docstring_states(features, tokens) -> None:
-    decoder = build("attention", layers=1).eval()
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_attention_decoder_is_the_recurrence_that_its_docstring_states(features, tokens, layers) -> None:
+    decoder = build("attention", layers).eval()
     regions = decoder.regions(features[:1]).relu()
-    hidden, cell = torch.tanh(decoder.first_states(regions.mean(1))).chunk(2, 1)
+    first_states = torch.tanh(decoder.first_states(regions.mean(1))).chunk(2 * layers, 1)
+    hidden, cell = list(first_states[:layers]), list(first_states[layers:])
     expected = []
     for token in tokens[0]:
         word = decoder.embedding.weight[token].unsqueeze(0)
-        context, _ = decoder.attention(regions, decoder.attention.keys(regions), hidden)
-        hidden, cell = decoder.cells[0](torch.cat([word, context], 1), (hidden, cell))
-        expected.append(decoder.vocabulary(word + decoder.from_hidden(hidden) + decoder.from_context(context)))
+        context, _ = decoder.attention(regions, decoder.attention.keys(regions), hidden[-1])
+        below = torch.cat([word, context], 1)
+        for layer in range(layers):
+            below, cell[layer] = decoder.cells[layer](below, (hidden[layer], cell[layer]))
+            hidden[layer] = below
+        deep = word + decoder.from_hidden(below) + decoder.from_context(context)
+        expected.append(decoder.vocabulary(deep))
     logits, _ = decoder(features[:1], tokens[:1], torch.tensor([0]))
     torch.testing.assert_close(logits[0], torch.cat(expected))
 
@@ -138,6 +146,6 @@ def test_additive_attention_is_the_formula_of_bahdanau() -> None:
     features = torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])
     context, weights = attention(features, attention.keys(features), torch.tensor([[-1.0]]))
     # Keys (1, 0) and (0, 1); query (-0.5, -1): energies 2 tanh(0.5) - tanh(-1) and 2 tanh(-0.5) - tanh(0),
-    # that is 1.6858284 and -0.9242343; their difference 2.6100627 through the logistic function: 0.9315.
-    torch.testing.assert_close(weights, torch.tensor([[0.931496, 0.068504]]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(context, torch.tensor([[0.931496, 0.534252]]), atol=1e-5, rtol=0)
+    # that is 1.6858284 and -0.9242343; their difference 2.6100627 through the logistic function: 0.931506.
+    torch.testing.assert_close(weights, torch.tensor([[0.931506, 0.068494]]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(context, torch.tensor([[0.931506, 0.534247]]), atol=1e-5, rtol=0)

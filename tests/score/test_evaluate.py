@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from experiment import tiny
 
 from captionscale.config import Search
 from captionscale.data.loader import Loader
@@ -10,7 +11,6 @@ from captionscale.model.captioner import Captioner
 from captionscale.ranks import Ranks
 from captionscale.score.evaluate import caption_split
 from captionscale.vocab import build
-from experiment import tiny
 
 
 class OneOf(Ranks):
@@ -65,4 +65,6 @@ def test_the_beam_batch_does_not_change_captions(captioner_and_loader: tuple[Cap
         caption_split(captioner, loader, Search(beam=3, batch=batch), Ranks(), "batch") for batch in (1, 8)
     ]
     assert captions[0] == captions[1]
-    assert len({result["image_id"] for result in captions[0]}) == len(np.unique(loader.split.index["image_id"]))
+    assert len({result["image_id"] for result in captions[0]}) == len(
+        np.unique(loader.split.index["image_id"])
+    )

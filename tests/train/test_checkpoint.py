@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from experiment import tiny
 from torch.optim import AdamW
 
 from captionscale.config import Config
@@ -13,7 +14,6 @@ from captionscale.model.captioner import Captioner
 from captionscale.train import checkpoint
 from captionscale.train.checkpoint import Standing
 from captionscale.vocab import SPECIALS, Vocabulary
-from experiment import tiny
 
 VOCABULARY = Vocabulary((*SPECIALS, "a", "dog"))
 

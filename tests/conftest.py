@@ -1,0 +1,35 @@
+"""What many tests read: drawn pictures in COCO's layout, and the shards made from them.
+
+captionscale is imported inside the fixtures: jaxtyping can check only what is imported after it.
+"""
+
+from pathlib import Path
+
+import pytest
+
+COUNTS = {"train": 48, "val": 8, "test": 8}
+IMAGES_PER_SHARD = 16
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in COCO 2017 layout: 48 train, 8 val and 8 test pictures of 64 pixels. Not to be changed."""
+    from captionscale.data.scenes import draw
+
+    out = tmp_path_factory.mktemp("scenes")
+    draw(out, counts=COUNTS, size=64)
+    return out
+
+
+@pytest.fixture(scope="session")
+def packed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of `scenes`, 16 images in each: three of train, one of val and test. Not to be changed."""
+    from captionscale.data import sources
+    from captionscale.data.packing import pack
+
+    out = tmp_path_factory.mktemp("packed") / "shards"
+    for split in COUNTS:
+        captions = scenes / "annotations" / f"captions_{split}2017.json"
+        records = sources.coco(scenes / f"{split}2017", captions, split)
+        pack(records, out, sources=[captions], images_per_shard=IMAGES_PER_SHARD)
+    return out

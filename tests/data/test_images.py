@@ -1,0 +1,286 @@
+import io
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captionscale.data.images import FORMATS, centre_view, decode, extension, random_view
+from captionscale.errors import UserError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+# What Pillow does to an upright picture so that the orientation of the key turns it back.
+STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+PLAIN = {"crop_scale": (1.0, 1.0), "flip": False, "colour_jitter": 0.0}
+WILD = {"crop_scale": (0.3, 1.0), "flip": True, "colour_jitter": 0.4}
+
+
+def quarters(width: int = 64, height: int = 48) -> Image.Image:
+    """Return red, green, blue and white quarters: top left, top right, bottom left, bottom right."""
+    image = Image.new("RGB", (width, height), WHITE)
+    image.paste(RED, (0, 0, width // 2, height // 2))
+    image.paste(GREEN, (width // 2, 0, width, height // 2))
+    image.paste(BLUE, (0, height // 2, width // 2, height))
+    return image
+
+
+def noise(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def far(first: Image.Image, second: Image.Image) -> float:
+    """Return the mean difference of two pictures, in steps of 256."""
+    assert first.mode == second.mode == "RGB"
+    assert first.size == second.size
+    return float(np.abs(np.asarray(first, float) - np.asarray(second, float)).mean())
+
+
+# ---- decode
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "options"),
+    [
+        ("JPEG", "jpg", {"quality": 95}),
+        ("JPEG", "jpg", {"quality": 95, "progressive": True}),
+        ("MPO", "jpg", {"quality": 95, "save_all": True, "append_images": [quarters()]}),
+        ("PNG", "png", {}),
+        ("WEBP", "webp", {"lossless": True}),
+        ("BMP", "bmp", {}),
+        ("GIF", "gif", {}),
+    ],
+)
+def test_every_format_looks_the_same_and_has_its_extension(
+    kind: str, name: str, options: dict[str, Any]
+) -> None:
+    # Once, asking Pillow for MPO by name made it refuse all that is no JPEG.
+    data = encode(quarters(), kind, **options)
+    assert far(decode(data, "here"), quarters()) < (3 if name == "jpg" else 0.01)
+    assert extension(data) == name
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+@pytest.mark.parametrize("orientation", [1, *STORED])
+def test_a_picture_is_turned_the_way_up_that_its_exif_orientation_says(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = quarters()
+    stored = upright.transpose(STORED[orientation]) if orientation in STORED else upright
+    data = encode(stored, kind, exif=exif)
+    assert far(decode(data, "here"), upright) < 5
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("L", "JPEG"), ("1", "PNG"), ("LA", "PNG")])
+def test_grey_becomes_the_same_grey_in_three_channels(mode: str, kind: str) -> None:
+    grey = Image.linear_gradient("L")
+    stored = grey.convert(mode)
+    assert far(decode(encode(stored, kind), "here"), stored.convert("L").convert("RGB")) < 1
+
+
+def test_grey_of_sixteen_bits_is_scaled_and_not_cut_off() -> None:
+    grey = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    found = np.asarray(decode(encode(Image.fromarray(grey), "PNG"), "here"))
+    np.testing.assert_array_equal(found, np.repeat(np.uint8(grey >> 8)[:, :, None], 3, axis=2))
+
+
+def test_a_palette_and_the_colours_of_print_become_the_colours_that_they_stand_for() -> None:
+    assert far(decode(encode(quarters().quantize(4), "PNG"), "here"), quarters()) < 0.01
+    assert far(decode(encode(quarters().convert("CMYK"), "JPEG", quality=95), "here"), quarters()) < 3
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("P", "PNG"), ("RGBA", "GIF")])
+def test_what_is_transparent_shows_white(mode: str, kind: str) -> None:
+    image = quarters().convert("RGBA")
+    image.paste((0, 0, 0, 0), (0, 0, 32, 24))
+    stored = image.quantize(8) if mode == "P" else image
+    wanted = quarters()
+    wanted.paste(WHITE, (0, 0, 32, 24))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert far(decode(encode(stored, kind, **options), "here"), wanted) < 0.01
+
+
+def test_half_of_a_colour_is_mixed_with_white() -> None:
+    image = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    assert decode(encode(image, "PNG"), "here").getpixel((1, 1)) == (255, 127, 127)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"no picture",
+        b"\xff\xd8\xff",
+        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        encode(quarters(), "TIFF"),
+        b"%PDF-1.7",
+    ],
+    ids=["empty", "text", "three bytes", "svg", "tiff", "pdf"],
+)
+def test_what_is_no_picture_of_a_known_format_is_refused_by_its_place(data: bytes) -> None:
+    with pytest.raises(UserError) as caught:
+        decode(data, "some/where.jpg")
+    assert str(caught.value).startswith("some/where.jpg: not a readable image (")
+    assert f"{len(data):,} bytes; wanted JPEG, PNG" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_a_jpeg_that_lacks_even_its_last_byte_is_refused(options: dict[str, Any]) -> None:
+    data = encode(noise(40, 30), "JPEG", **options)
+    for stop in (*range(0, len(data), 97), len(data) - 2, len(data) - 1):
+        with pytest.raises(UserError):
+            decode(data[:stop], "here")
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_half_of_a_file_is_refused_in_every_format(kind: str) -> None:
+    data = encode(noise(40, 30), kind)
+    with pytest.raises(UserError):
+        decode(data[: len(data) // 2], "here")
+
+
+@pytest.mark.parametrize("limit", [100, 200, 300])
+def test_a_picture_of_absurdly_many_pixels_is_refused(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(noise(20, 20), "PNG")
+    decode(data, "here")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    with pytest.raises(UserError, match=r"here: not a readable image .*decompression bomb"):
+        decode(data, "here")
+
+
+ALONE = """
+import sys
+from PIL import Image
+from captionscale.data.images import decode
+from captionscale.errors import UserError
+bomb, odd = (bytes.fromhex(word) for word in sys.stdin.read().split())
+print(decode(odd, "odd").size)
+Image.MAX_IMAGE_PIXELS = 300
+try:
+    decode(bomb, "bomb")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_bomb_is_refused_and_damaged_exif_is_not_talked_about_outside_of_tests_too() -> None:
+    bomb = encode(noise(20, 20), "PNG")
+    odd = encode(noise(8, 8), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE],
+        input=f"{bomb.hex()} {odd.hex()}",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.startswith("(8, 8)\nbomb: not a readable image (Image size (400 pixels)")
+    assert found.stderr == ""
+
+
+def test_decoding_leaves_the_filters_of_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Once, each decode set filters and put them back: threads put back each other's, so that after some
+    # thousand pictures a process ignored all that torch had to say.
+    before, during = warnings.filters, []
+    really_open = Image.open
+
+    def spy(*arguments: Any, **options: Any) -> Image.Image:
+        during.append(warnings.filters)
+        return really_open(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", spy)
+    decode(encode(noise(8, 8), "JPEG"), "here")
+    assert during
+    assert all(filters is before for filters in during)
+
+
+# ---- views
+
+
+def test_the_centre_view_is_the_centre_square_upright_and_unmirrored() -> None:
+    for width, height in ((64, 48), (48, 64), (48, 48), (49, 64)):
+        image = Image.new("RGB", (width, height), (255, 0, 255))
+        side = min(width, height)
+        image.paste(quarters(side, side), ((width - side) // 2, (height - side) // 2))
+        view = centre_view(image, 32).transpose(1, 2, 0)
+        corners = [tuple(view[row, column].tolist()) for row in (2, -3) for column in (2, -3)]
+        assert corners == [RED, GREEN, BLUE, WHITE]
+
+
+def test_the_centre_view_of_a_square_of_the_same_size_is_that_square() -> None:
+    image = noise(40, 40)
+    np.testing.assert_array_equal(centre_view(image, 40), np.asarray(image).transpose(2, 0, 1))
+
+
+def test_a_random_view_is_a_function_of_its_generator_alone() -> None:
+    image = noise(50, 40)
+    views = [
+        random_view(image, 32, **WILD, random=np.random.default_rng(seed)) for seed in (*range(8), *range(8))
+    ]
+    for first, second in zip(views[:8], views[8:], strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert len({view.tobytes() for view in views}) == 8
+
+
+def test_a_random_view_without_crop_flip_and_jitter_is_the_centre_view() -> None:
+    for width, height in ((50, 40), (40, 50), (90, 30)):
+        image = noise(width, height)
+        view = random_view(image, 32, **PLAIN, random=np.random.default_rng(3))
+        np.testing.assert_array_equal(view, centre_view(image, 32))
+
+
+def test_half_of_the_views_are_mirrored() -> None:
+    image = noise(40, 40)
+    straight = centre_view(image, 32)
+    random = np.random.default_rng(0)
+    mirrored = 0
+    for _ in range(200):
+        view = random_view(image, 32, **(PLAIN | {"flip": True}), random=random)
+        if not np.array_equal(view, straight):
+            np.testing.assert_array_equal(view, straight[:, :, ::-1])
+            mirrored += 1
+    assert 70 < mirrored < 130
+
+
+def test_a_crop_lies_inside_the_picture_and_keeps_the_share_that_was_asked_for() -> None:
+    # Each pixel holds its own place, so that a view tells where it was cut.
+    y, x = np.mgrid[:200, :240].astype(np.uint8)
+    image = Image.fromarray(np.stack([x, y, x * 0], axis=2))
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        view = random_view(image, 32, **(PLAIN | {"crop_scale": (0.25, 0.5)}), random=random).astype(float)
+        width, height = (np.ptp(view[channel]) * 32 / 31 for channel in (0, 1))
+        assert 0.22 < width * height / (240 * 200) < 0.55
+        assert 0.7 < width / height < 1.42
+        assert view[2].max() == 0
+
+
+def test_jitter_changes_colours_only() -> None:
+    image = quarters(40, 40)
+    view = random_view(
+        image, 32, **(PLAIN | {"colour_jitter": 0.4}), random=np.random.default_rng(1)
+    ).transpose(1, 2, 0)
+    assert not np.array_equal(view.transpose(2, 0, 1), centre_view(image, 32))
+    red, green, blue, white = (view[row, column].astype(int) for row in (3, -4) for column in (3, -4))
+    assert red.argmax() == 0
+    assert green.argmax() == 1
+    assert blue.argmax() == 2
+    assert np.ptp(white) == 0

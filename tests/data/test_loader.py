@@ -1,0 +1,199 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from captionscale.config import Data
+from captionscale.data import images
+from captionscale.data.loader import Batch, Loader
+from captionscale.data.packing import pack
+from captionscale.data.shards import Split
+from captionscale.data.sources import Record
+from captionscale.errors import UserError
+from captionscale.vocab import END, PAD, START, Vocabulary, build, split_words
+
+SIZE = 32
+MAX_WORDS = 7
+
+
+def load(folder: Path, name: str = "train", seed: int = 0, **changes: object) -> Loader:
+    split = Split(folder, name)
+    captions = [caption for each in split.references().values() for caption in each]
+    settings = {"image_size": SIZE, "max_words": MAX_WORDS, "crop_scale": (0.5, 1.0), "colour_jitter": 0.2}
+    data = Data.model_validate({"shards": folder, **settings, **changes})
+    return Loader(split, build(captions, min_count=1, max_vocabulary=None), data, seed)
+
+
+@pytest.fixture(scope="module")
+def loader(packed: Path) -> Iterator[Loader]:
+    loader = load(packed)
+    yield loader
+    loader.close()
+
+
+@pytest.fixture(scope="module")
+def ragged(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
+    """Images with one to four captions of very different lengths."""
+    words = [word * 3 for word in "abcdefghijkl"]
+    files = sorted((scenes / "val2017").iterdir())
+    records = [
+        Record(
+            90 - 7 * item, file, "train", tuple(" ".join(words[: item + n]) for n in range(1, 2 + item % 4))
+        )
+        for item, file in enumerate(files)
+    ]
+    out = tmp_path_factory.mktemp("ragged") / "shards"
+    pack(records, out, sources=[])
+    loader = load(out)
+    yield loader
+    loader.close()
+
+
+def same(first: Batch, second: Batch) -> bool:
+    return (
+        torch.equal(first.images, second.images)
+        and torch.equal(first.tokens, second.tokens)
+        and torch.equal(first.owners, second.owners)
+        and first.image_ids == second.image_ids
+    )
+
+
+def items(*numbers: int) -> np.ndarray:
+    return np.array(numbers)
+
+
+# ---- pictures
+
+
+def test_the_same_items_and_epoch_give_the_same_bytes(packed: Path, loader: Loader) -> None:
+    other = load(packed, workers=1)
+    for numbers in (items(3, 40, 11), items(0), items(47, 3)):
+        batch = loader.fetch(numbers, 2)
+        assert same(batch, loader.fetch(numbers, 2))
+        assert same(batch, other.fetch(numbers, 2))
+    other.close()
+
+
+def test_a_picture_does_not_depend_on_the_batch_that_it_is_in(loader: Loader) -> None:
+    numbers = items(9, 30, 2, 41)
+    batch = loader.fetch(numbers, 1)
+    for row, item in enumerate(numbers.tolist()):
+        assert torch.equal(batch.images[row], loader.fetch(items(item), 1).images[0])
+
+
+def test_another_epoch_seed_or_item_is_augmented_otherwise(packed: Path, loader: Loader) -> None:
+    other = load(packed, seed=1)
+    views = [loader.fetch(items(5), epoch).images for epoch in range(4)] + [other.fetch(items(5), 0).images]
+    assert len({view.numpy().tobytes() for view in views}) == 5
+    other.close()
+
+
+def test_without_an_epoch_each_picture_is_its_centre(loader: Loader) -> None:
+    numbers = items(4, 17, 33)
+    batch = loader.fetch(numbers, None)
+    assert batch.images.dtype == torch.uint8
+    for view, item in zip(batch.images, numbers.tolist(), strict=True):
+        picture = images.decode(loader.split.image(item), "here")
+        np.testing.assert_array_equal(view.numpy(), images.centre_view(picture, SIZE))
+
+
+def test_without_augmentation_an_epoch_shows_the_centres_too(packed: Path, loader: Loader) -> None:
+    plain = load(packed, crop_scale=(1, 1), flip=False, colour_jitter=0)
+    assert same(plain.fetch(items(1, 2), 3), loader.fetch(items(1, 2), None))
+    plain.close()
+
+
+# ---- captions
+
+
+@pytest.mark.parametrize("which", ["loader", "ragged"])
+def test_every_image_comes_with_all_its_captions(which: str, request: pytest.FixtureRequest) -> None:
+    loader: Loader = request.getfixturevalue(which)
+    split, vocabulary = loader.split, loader.vocabulary
+    numbers = np.random.default_rng(0).permutation(len(split))
+    batch = loader.fetch(numbers, 0)
+    assert batch.image_ids == [split.sample_facts(item)["image_id"] for item in numbers.tolist()]
+    said = [
+        (row, " ".join(split_words(caption)[:MAX_WORDS]))
+        for row, item in enumerate(numbers.tolist())
+        for caption in split.captions(item)
+    ]
+    decoded = [vocabulary.decode(row) for row in batch.tokens.tolist()]
+    assert list(zip(batch.owners.tolist(), decoded, strict=True)) == said
+
+
+def test_tokens_are_start_words_end_and_padding_and_no_longer_than_need_be(ragged: Loader) -> None:
+    batch = ragged.fetch(np.arange(len(ragged.split)), None)
+    longest = 0
+    for row in batch.tokens.tolist():
+        end = row.index(END)
+        assert row[0] == START
+        assert all(token > END for token in row[1:end])
+        assert set(row[end + 1 :]) <= {PAD}
+        longest = max(longest, end + 1)
+    assert batch.tokens.shape[1] == longest == MAX_WORDS + 2
+
+
+def test_words_are_all_that_is_to_be_predicted_the_ends_too(loader: Loader, ragged: Loader) -> None:
+    for each in (loader, ragged):
+        numbers = np.arange(min(8, len(each.split)))
+        captions = [caption for item in numbers.tolist() for caption in each.split.captions(item)]
+        wanted = sum(min(len(split_words(caption)), MAX_WORDS) + 1 for caption in captions)
+        assert each.fetch(numbers, 0).words == wanted
+
+
+def test_a_word_that_the_vocabulary_lacks_is_unknown(loader: Loader) -> None:
+    few = Vocabulary(loader.vocabulary.words[:9])
+    batch = Loader(loader.split, few, loader.data).fetch(items(0, 1), None)
+    assert int(batch.tokens.max()) < 9
+    assert batch.words == loader.fetch(items(0, 1), None).words
+
+
+# ---- ahead
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 50])
+def test_reading_ahead_gives_the_batches_of_fetch_in_their_order(loader: Loader, depth: int) -> None:
+    random = np.random.default_rng(1)
+    requests = [(random.integers(48, size=random.integers(1, 6)), epoch) for epoch in (0, 0, None, 1, 1, 2)]
+    found = list(loader.ahead(requests, depth))
+    assert len(found) == len(requests)
+    for batch, (numbers, epoch) in zip(found, requests, strict=True):
+        assert same(batch, loader.fetch(numbers, epoch))
+
+
+def test_reading_ahead_asks_for_no_more_than_its_depth(loader: Loader) -> None:
+    asked = 0
+
+    def requests() -> Iterator[tuple[np.ndarray, int]]:
+        nonlocal asked
+        for number in range(10):
+            asked += 1
+            yield items(number), 0
+
+    for used, _ in enumerate(loader.ahead(requests(), depth=3), start=1):
+        assert asked == min(10, used + 3)
+
+
+# ---- the rest
+
+
+def test_a_batch_moves_with_all_that_is_in_it(loader: Loader) -> None:
+    batch = loader.fetch(items(1, 2), 0)
+    assert same(batch.to(torch.device("cpu")), batch)
+    assert batch.to(torch.device("meta")).images.device.type == "meta"
+
+
+def test_a_damaged_image_is_named_by_its_folder_and_id(scenes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    pack([Record(391895, min((scenes / "val2017").iterdir()), "train", ("a dog",))], out, sources=[])
+    loader = load(out)
+    tar = out / "train-00000.tar"
+    start, size = (int(loader.split.index[0][name]) for name in ("image_offset", "image_size"))
+    data = tar.read_bytes()
+    tar.write_bytes(data[:start] + bytes(size) + data[start + size :])
+    with pytest.raises(UserError, match=f"{out}: image 391895: not a readable image"):
+        loader.fetch(items(0), 0)
+    loader.close()

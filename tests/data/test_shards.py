@@ -1,0 +1,202 @@
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from captionscale.data import sources
+from captionscale.data.shards import MANIFEST, Split, find, read_manifest, verify
+from captionscale.errors import UserError
+
+SPLITS = ("train", "val", "test")
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    """Shards of one's own, to damage."""
+    return Path(shutil.copytree(packed, tmp_path / "copy"))
+
+
+def flip(path: Path, byte: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1
+    path.write_bytes(data)
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    path.write_bytes(change(path.read_bytes()))
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_split_holds_the_images_and_captions_of_the_data_set(scenes: Path, packed: Path, name: str) -> None:
+    captions = scenes / "annotations" / f"captions_{name}2017.json"
+    records = sources.coco(scenes / f"{name}2017", captions, name)
+    split = Split(packed, name)
+    assert len(split) == len(records)
+    assert split.index["image_id"].tolist() == [record.image_id for record in records]
+    for item, record in enumerate(records):
+        assert split.image(item) == record.file.read_bytes()
+        assert split.captions(item) == list(record.captions)
+        assert split.sample_facts(item)["file"] == record.file.name
+    assert split.references() == sources.coco_references(captions)
+
+
+def test_shard_sizes_number_the_items_through(packed: Path) -> None:
+    split = Split(packed, "train")
+    assert split.shard_sizes.tolist() == [16, 16, 16]
+    assert split.index["shard"].tolist() == [0] * 16 + [1] * 16 + [2] * 16
+
+
+def test_reads_from_many_threads_are_those_of_one(packed: Path) -> None:
+    split = Split(packed, "train")
+    alone = [Split(packed, "train").image(item) for item in range(len(split))]
+    items = np.random.default_rng(0).integers(len(split), size=2000).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(split.image, items))
+    assert together == [alone[item] for item in items]
+
+
+def test_an_image_is_found_by_its_id_in_any_split(packed: Path) -> None:
+    for name in SPLITS:
+        for item, image_id in enumerate(Split(packed, name).index["image_id"].tolist()):
+            split, found = find(packed, image_id)
+            assert (split.name, found) == (name, item)
+    with pytest.raises(UserError, match="no image 99999 in any split"):
+        find(packed, 99999)
+
+
+def test_the_hash_of_a_split_is_that_of_its_content(packed: Path, copy: Path) -> None:
+    assert Split(packed, "train").sha256 == Split(copy, "train").sha256
+    assert len({Split(packed, name).sha256 for name in SPLITS}) == 3
+
+
+# ---- what is refused on opening
+
+
+def test_an_unknown_split_is_refused_with_the_nearest(packed: Path) -> None:
+    with pytest.raises(UserError, match="no split 'tran'; did you mean 'train'"):
+        Split(packed, "tran")
+
+
+def test_a_folder_without_a_manifest_is_not_complete(copy: Path, tmp_path: Path) -> None:
+    (copy / MANIFEST).unlink()
+    for folder in (copy, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"{folder}: no {MANIFEST}, so no finished shards"):
+            Split(folder, "train")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{'format': 1}", '{"format": 1, "spl', "\xff", "1"])
+def test_a_damaged_manifest_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / MANIFEST).write_text(content, encoding="latin-1")
+    with pytest.raises(UserError, match=f"{MANIFEST}: not a manifest .* pack these shards again"):
+        read_manifest(tmp_path)
+
+
+def test_another_format_is_refused_with_both_numbers(copy: Path) -> None:
+    rewrite(copy / MANIFEST, lambda data: data.replace(b'"format": 1', b'"format": 2'))
+    with pytest.raises(UserError, match="format 2, wanted 1"):
+        Split(copy, "train")
+
+
+def test_a_missing_or_truncated_shard_is_refused(copy: Path) -> None:
+    shard = copy / "train-00001.tar"
+    size = shard.stat().st_size
+    for change in (lambda data: data[:-1], lambda _: b"", lambda data: data + b"\0"):
+        whole = shard.read_bytes()
+        rewrite(shard, change)
+        wanted = rf"train-00001\.tar: {len(change(whole)):,} bytes, manifest says {size:,} bytes"
+        with pytest.raises(UserError, match=wanted):
+            Split(copy, "train")
+        shard.write_bytes(whole)
+    shard.unlink()
+    with pytest.raises(UserError, match=r"train-00001\.tar: missing, manifest says"):
+        Split(copy, "train")
+    assert len(Split(copy, "val")) == 8
+
+
+def test_an_index_that_is_damaged_or_of_other_rows_is_refused(copy: Path) -> None:
+    path = copy / "val.index.npy"
+    whole = path.read_bytes()
+    for change in (lambda _: b"", lambda data: data[:-8], lambda data: b"PK\3\4" + data):
+        rewrite(path, change)
+        with pytest.raises(UserError, match=r"val\.index\.npy: not an index .* pack this split again"):
+            Split(copy, "val")
+        path.write_bytes(whole)
+    path.unlink()
+    with pytest.raises(UserError, match=r"val\.index\.npy: not an index"):
+        Split(copy, "val")
+    np.save(path, np.zeros(8))
+    with pytest.raises(UserError, match=r"val\.index\.npy: columns"):
+        Split(copy, "val")
+    shutil.copy(copy / "train.index.npy", path)
+    with pytest.raises(UserError, match="48 images, manifest says 8"):
+        Split(copy, "val")
+
+
+def test_a_shard_that_shrinks_while_it_is_open_is_named_with_the_byte(copy: Path) -> None:
+    split = Split(copy, "val")
+    row = split.index[5]
+    start, size = int(row["image_offset"]), int(row["image_size"])
+    rewrite(copy / "val-00000.tar", lambda data: data[: start + 7])
+    wanted = (
+        rf"val-00000\.tar: image {row['image_id']}: image at byte {start:,} ends after 7 of {size:,} bytes"
+    )
+    with pytest.raises(UserError, match=wanted):
+        split.image(5)
+
+
+def test_facts_that_are_no_json_are_named_with_the_byte(copy: Path) -> None:
+    split = Split(copy, "val")
+    start = int(split.index[2]["json_offset"])
+    flip(copy / "val-00000.tar", start)
+    with pytest.raises(UserError, match=rf"val-00000\.tar: .*json at byte {start:,} holds no JSON"):
+        split.captions(2)
+
+
+# ---- verify
+
+
+def test_good_shards_verify_without_a_word(packed: Path) -> None:
+    assert list(verify(packed)) == []
+
+
+def test_one_flipped_byte_anywhere_is_found_and_its_file_named(copy: Path) -> None:
+    random = np.random.default_rng(0)
+    for path in sorted([*copy.glob("*.tar"), *copy.glob("*.npy")]):
+        size = path.stat().st_size
+        for byte in (0, size - 1, *random.integers(size, size=3).tolist()):
+            flip(path, byte)
+            (problem,) = verify(copy)
+            assert problem.startswith(f"{path}: ")
+            assert "again" in problem
+            flip(path, byte)
+    assert list(verify(copy)) == []
+
+
+def test_all_damage_is_told_at_once(copy: Path) -> None:
+    flip(copy / "train-00000.tar", 600)
+    flip(copy / "train-00002.tar", 600)
+    (copy / "test-00000.tar").unlink()
+    named = [Path(problem.split(":")[0]).name for problem in verify(copy)]
+    assert named == ["train-00000.tar", "train-00002.tar", "test-00000.tar"]
+
+
+@pytest.mark.parametrize("column", ["image_offset", "json_size", "image_id", "captions"])
+def test_an_index_that_says_something_else_than_its_tars_is_found(copy: Path, column: str) -> None:
+    path = copy / "train.index.npy"
+    index = np.load(path)
+    index[column][20] += 1
+    np.save(path, index)
+    manifest = read_manifest(copy)
+    manifest["splits"]["train"]["index_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    problems = list(verify(copy))
+    assert problems[0].startswith(f"{copy / 'train-00001.tar'}: the index does not say what the tar holds")
+    assert len(problems) == (2 if column == "captions" else 1)

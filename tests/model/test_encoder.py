@@ -1,0 +1,173 @@
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from captionscale.config import Encoder as Settings
+from captionscale.errors import UserError
+from captionscale.model.encoder import Encoder
+
+
+def build(name: str = "resnet18", **settings: object) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(Settings(name=name, **settings))
+
+
+def pictures(count: int = 2, height: int = 64, width: int = 64) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def batch_norms(encoder: Encoder) -> dict[str, nn.BatchNorm2d]:
+    return {name: part for name, part in encoder.trunk.named_modules() if isinstance(part, nn.BatchNorm2d)}
+
+
+def what_learns(encoder: Encoder) -> set[str]:
+    """Return the names of the parameters that a training step gives a gradient."""
+    features = encoder.train()(pictures())
+    if features.requires_grad:
+        # A plain sum has no gradient through a batch norm that uses the batch's statistics.
+        (features * torch.rand(features.shape)).sum().backward()
+    return {name for name, parameter in encoder.trunk.named_parameters() if parameter.grad is not None}
+
+
+def what_moves(encoder: Encoder) -> set[str]:
+    """Return the names of the batch norms whose statistics a training step moves."""
+    before = {name: part.running_mean.clone() for name, part in batch_norms(encoder).items()}
+    encoder.train()(pictures())
+    return {
+        name
+        for name, part in batch_norms(encoder).items()
+        if not torch.equal(part.running_mean, before[name])
+    }
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "trained"])
+def test_a_frozen_encoder_neither_learns_nor_drifts(batch_norm) -> None:
+    encoder = build(batch_norm=batch_norm)
+    assert not encoder.learns
+    state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    assert not encoder.train()(pictures()).requires_grad
+    assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
+
+
+def test_a_frozen_encoder_says_the_same_in_training_and_in_evaluation() -> None:
+    encoder = build("mobilenet_v2")
+    torch.testing.assert_close(encoder.train()(pictures()), encoder.eval()(pictures()))
+
+
+def test_with_frozen_batch_norm_the_convolutions_of_the_chosen_part_learn_and_nothing_else() -> None:
+    encoder = build(trainable=("layer4",), batch_norm="frozen")
+    norms = batch_norms(encoder)
+    convolutions = {
+        name
+        for name, _ in encoder.trunk.named_parameters()
+        if name.startswith("layer4.") and name.rpartition(".")[0] not in norms
+    }
+    assert convolutions
+    assert what_learns(encoder) == convolutions
+    assert what_moves(encoder) == set()
+
+
+def test_with_trained_batch_norm_those_of_the_chosen_part_learn_and_move_too() -> None:
+    encoder = build(trainable=("layer4",), batch_norm="trained")
+    assert what_learns(encoder) == {
+        name for name, _ in encoder.trunk.named_parameters() if name.startswith("layer4.")
+    }
+    assert what_moves(encoder) == {name for name in batch_norms(encoder) if name.startswith("layer4.")}
+
+
+def test_with_everything_trained_everything_learns_and_moves() -> None:
+    encoder = build(trainable="all", batch_norm="trained")
+    assert what_learns(encoder) == {name for name, _ in encoder.trunk.named_parameters()}
+    assert what_moves(encoder) == set(batch_norms(encoder))
+
+
+def test_a_part_is_named_by_whole_words() -> None:
+    encoder = build("mobilenet_v2", trainable=("features.1",))
+    learning = {name for name, parameter in encoder.trunk.named_parameters() if parameter.requires_grad}
+    assert learning
+    assert all(name.startswith("features.1.") for name in learning)
+
+
+def test_evaluation_after_training_leaves_batch_norm_at_rest() -> None:
+    encoder = build(trainable="all", batch_norm="trained").train().eval()
+    before = {name: part.running_mean.clone() for name, part in batch_norms(encoder).items()}
+    encoder(pictures())
+    assert all(torch.equal(part.running_mean, before[name]) for name, part in batch_norms(encoder).items())
+
+
+def test_regions_go_row_by_row_from_the_top_left() -> None:
+    encoder = build().eval()
+    seen: list[Tensor] = []
+    encoder.trunk.register_forward_hook(lambda _, __, grid: seen.append(grid))
+    regions = encoder(pictures(height=64, width=96))
+    assert regions.shape == (2, 6, 512)
+    for row in range(2):
+        for column in range(3):
+            torch.testing.assert_close(regions[:, 3 * row + column], seen[0][:, :, row, column])
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_light_in_one_corner_of_the_picture_changes_the_regions_of_that_corner_most(corner) -> None:
+    encoder = build().eval()
+    dark = torch.zeros((1, 3, 192, 256), dtype=torch.uint8)
+    lit = dark.clone()
+    row, column = 128 * corner[0], 192 * corner[1]
+    lit[:, :, row : row + 64, column : column + 64] = 255
+    change = (encoder(lit) - encoder(dark)).norm(dim=2)
+    place = divmod(int(change.argmax()), 8)
+    assert (place[0] >= 3, place[1] >= 4) == (bool(corner[0]), bool(corner[1]))
+
+
+@pytest.mark.parametrize(("name", "feature"), [("resnet18", 512), ("mobilenet_v2", 1280)])
+def test_a_picture_of_224_pixels_has_49_regions(name, feature) -> None:
+    encoder = build(name)
+    assert encoder.feature_size == feature
+    assert encoder(pictures(1, 224, 224)).shape == (1, 49, feature)
+
+
+def test_the_trunk_is_all_of_torchvisions_network_before_its_classifier() -> None:
+    encoder = build().eval()
+    network = torchvision.models.resnet18(weights=None)
+    network.load_state_dict(encoder.trunk.state_dict(), strict=False)
+    network.fc = nn.Identity()
+    colours = (pictures().float() / 255 - encoder.mean) / encoder.std
+    torch.testing.assert_close(encoder(pictures()).mean(1), network.eval()(colours), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["ResNet50_Weights.IMAGENET1K_V1", "MobileNet_V2_Weights.IMAGENET1K_V1"])
+def test_colours_are_normalised_as_torchvision_does_for_its_weights(weights) -> None:
+    encoder = build()
+    encoder.trunk = nn.Identity()
+    normalise = torchvision.models.get_weight(weights).transforms(crop_size=64, resize_size=64)
+    expected = normalise(pictures()).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(encoder(pictures()), expected)
+
+
+def test_an_unknown_network_is_told_with_the_nearest_known_one() -> None:
+    with pytest.raises(
+        UserError, match=r"^model\.encoder\.name: unknown 'resnett18'; did you mean 'resnet18'\?$"
+    ):
+        build("resnett18")
+
+
+def test_a_network_that_is_no_classifier_is_unknown() -> None:
+    with pytest.raises(UserError, match="unknown 'fasterrcnn_resnet50_fpn'"):
+        build("fasterrcnn_resnet50_fpn")
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "known"),
+    [
+        ("resnet18", "leyer4", "layer4"),
+        ("resnet18", "layer4.2", "layer4.[01]"),
+        ("mobilenet_v2", "feature", "features"),
+    ],
+)
+def test_an_unknown_part_is_told_with_the_nearest_known_one(name, part, known) -> None:
+    with pytest.raises(
+        UserError,
+        match=rf"^model\.encoder\.trainable: {name} has no part '{part}'; did you mean '{known}'\?$",
+    ):
+        build(name, trainable=(part,))

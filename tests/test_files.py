@@ -1,0 +1,102 @@
+import hashlib
+import os
+import subprocess
+import sys
+from errno import ENOSPC
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from captionscale.errors import UserError
+from captionscale.files import LOCK, atomic, lock, sha256_of
+
+HOLD = """
+import sys
+from pathlib import Path
+from captionscale.files import lock
+with lock(Path(sys.argv[1]), "captionscale pack"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def _write_half_and_raise(file: BinaryIO, error: type[BaseException]) -> None:
+    file.write(b"half")
+    raise error
+
+
+def test_a_file_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    with atomic(path) as file:
+        file.write(b"first")
+        assert not path.exists()
+    with atomic(path) as file:
+        file.write(b"second")
+        assert path.read_bytes() == b"first"
+    assert path.read_bytes() == b"second"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
+def test_a_failed_write_leaves_what_was_there_before(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    for name in ("a.bin", "new.bin"):
+        with pytest.raises(error), atomic(tmp_path / name) as file:
+            _write_half_and_raise(file, error)
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_bytes() == b"before"
+
+
+def test_a_full_disk_leaves_what_was_there_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(ENOSPC, "No space left on device")
+
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"), atomic(path) as file:
+        file.write(b"half")
+    assert [*tmp_path.iterdir()] == [path]
+    assert path.read_bytes() == b"before"
+
+
+def test_the_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
+    for data in (b"", b"abc", bytes(range(256)) * 5000):
+        (tmp_path / "a").write_bytes(data)
+        assert sha256_of(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+def test_one_writer_at_a_time_has_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "made" / "if need be"
+    with lock(folder, "captionscale train"):
+        with pytest.raises(UserError, match=f"in use by captionscale train, process {os.getpid()} on"):
+            lock(folder, "captionscale pack").__enter__()
+        # The one who was refused has not let the other go.
+        with pytest.raises(UserError, match="in use by captionscale train"):
+            lock(folder, "captionscale pack").__enter__()
+    with lock(folder, "captionscale pack"):
+        pass
+    assert (folder / LOCK).read_bytes() == b""
+
+
+def test_an_error_lets_a_folder_go(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), lock(tmp_path, "captionscale train"):
+        raise KeyboardInterrupt
+    assert (tmp_path / LOCK).read_bytes() == b""
+    with lock(tmp_path, "captionscale pack"):
+        pass
+
+
+def test_another_process_is_told_by_name_and_lets_a_folder_go_when_it_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=f"in use by captionscale pack, process {other.pid} on"):
+            lock(tmp_path, "captionscale train").__enter__()
+        other.kill()
+        other.wait()
+        with lock(tmp_path, "captionscale train"):
+            pass

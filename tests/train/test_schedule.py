@@ -1,0 +1,31 @@
+import math
+
+import pytest
+
+from captionscale.train.schedule import lr_factor
+
+RUNS = [(steps, warmup) for steps in (1, 2, 7, 100, 1001) for warmup in (0.0, 0.03, 0.5, 1.0)]
+
+
+@pytest.mark.parametrize(("steps", "warmup"), RUNS)
+def test_the_rate_rises_in_a_line_to_its_peak_and_then_never_rises(steps, warmup) -> None:
+    factors = [lr_factor(step, steps, warmup) for step in range(steps)]
+    rising = round(steps * warmup)
+    assert factors[:rising] == pytest.approx([(step + 1) / rising for step in range(rising)])
+    assert factors[rising:] == sorted(factors[rising:], reverse=True)
+    assert max(factors) == 1
+
+
+@pytest.mark.parametrize(("steps", "warmup"), RUNS)
+def test_every_step_of_a_run_learns(steps, warmup) -> None:
+    assert all(0 < lr_factor(step, steps, warmup) <= 1 for step in range(steps))
+
+
+def test_the_fall_is_half_a_cosine() -> None:
+    for step in range(20, 100):
+        assert lr_factor(step, 100, 0.2) == pytest.approx(math.cos(math.pi * (step - 20) / 160) ** 2)
+    assert lr_factor(60, 100, 0.2) == pytest.approx(0.5)
+
+
+def test_after_the_last_step_nothing_is_left() -> None:
+    assert lr_factor(100, 100, 0.03) == pytest.approx(0, abs=1e-12)
