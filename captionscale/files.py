@@ -61,8 +61,8 @@ def lock(folder: Path, who: str) -> Iterator[None]:
             ) from None
         except OSError as error:
             raise UserError(
-                f"{folder}: its file system has no locks ({error.strerror}), wanted one where only one process can"
-                " write; mount it with flock, or take --out elsewhere"
+                f"{folder}: its file system has no locks ({error.strerror}), wanted one that has;"
+                " mount it with flock, or take --out elsewhere"
             ) from None
         file.truncate(0)
         file.write(f"{who}, process {os.getpid()} on {os.uname().nodename}")

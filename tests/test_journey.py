@@ -71,6 +71,7 @@ def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
     references.dataset = {"images": [{"id": result["image_id"]} for result in results], "annotations": []}
     references.createIndex()
     assert sorted(references.loadRes(results).getImgIds()) == sorted(references.getImgIds())
+    capsys.readouterr()
 
     # Captions alone, without the run that wrote them, have the same scores.
     by_file = _say(

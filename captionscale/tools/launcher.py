@@ -12,7 +12,6 @@ import yaml
 from captionscale import assets
 from captionscale.errors import UserError
 
-# A job's own: two jobs may share a node.
 _PORT = 29_500
 
 
@@ -33,7 +32,7 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
     """
     path = assets.find("launch", profile, ".yaml")
     facts = _read(path)
-    machines, machine, address = _surroundings()
+    machines, machine, address, port = _surroundings()
     count = processes or int(facts["num_processes"]) * machines
     if count % machines:
         raise UserError(
@@ -44,9 +43,8 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
     arguments += ["--num_cpu_threads_per_process", str(max(1, _cores() // (count // machines)))]
     if machines > 1:
         arguments += ["--machine_rank", str(machine), "--main_process_ip", address]
-        arguments += ["--main_process_port", str(_PORT + int(os.environ["SLURM_JOB_ID"]) % 1000)]
-    else:
-        arguments += ["--main_process_port", "0"]
+    # Port 0: any free one.
+    arguments += ["--main_process_port", str(port)]
     arguments += ["--module", "captionscale", *command]
     # Accelerate's own launcher knows several processes on CPUs only by MPI; its launcher for GPUs serves
     # both, and each process reads from this variable that it is to stay on the CPU.
@@ -79,17 +77,19 @@ def _read(path: Path) -> dict[str, Any]:
     return profile
 
 
-def _surroundings() -> tuple[int, int, str]:
-    """Return how many machines there are, which one this is, and the address of the first.
+def _surroundings() -> tuple[int, int, str, int]:
+    """Return how many machines there are, which one this is, and the address and port of the first.
 
     Raises:
         UserError: SLURM has given several, but does not say which one this is, or what they are called.
     """
     machines = int(os.environ.get("SLURM_NNODES", 1))
     if machines == 1:
-        return 1, 0, "localhost"
+        return 1, 0, "localhost", 0
     try:
         machine, nodes = int(os.environ["SLURM_NODEID"]), os.environ["SLURM_JOB_NODELIST"]
+        # The job's own port: two jobs may share a node.
+        port = _PORT + int(os.environ["SLURM_JOB_ID"]) % 1000
         names = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
         )
@@ -98,7 +98,7 @@ def _surroundings() -> tuple[int, int, str]:
             f"SLURM_NNODES = {machines}, but this process cannot find the first of these machines ({error});"
             " wanted to run once on each; start it by srun --ntasks-per-node=1"
         ) from None
-    return machines, machine, names.stdout.split()[0]
+    return machines, machine, names.stdout.split()[0], port
 
 
 def _cores() -> int:

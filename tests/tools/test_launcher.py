@@ -25,7 +25,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scontrol.write_text('#!/bin/sh\ntest "$*" = "show hostnames gpu[01-04]" && printf "gpu0%d\\n" 1 2 3 4\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
-    for name, value in (("NNODES", "4"), ("NODEID", "2"), ("JOB_NODELIST", "gpu[01-04]")):
+    for name, value in (("NNODES", "4"), ("NODEID", "2"), ("JOB_NODELIST", "gpu[01-04]"), ("JOB_ID", "7")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     return scontrol
 
@@ -87,7 +87,7 @@ def test_in_a_slurm_job_the_machines_meet_at_the_first(dry_run) -> None:
     _, arguments = dry_run("gpu")
     assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (4, 32, 2)
     assert arguments.main_process_ip == "gpu01"
-    assert arguments.main_process_port > 1024
+    assert arguments.main_process_port == 29507
 
 
 def test_in_a_slurm_job_of_one_machine_nothing_is_asked_of_slurm(dry_run, slurm, monkeypatch) -> None:

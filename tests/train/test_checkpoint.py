@@ -98,7 +98,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match="No space left on device.*the checkpoints before it are whole"):
+    with pytest.raises(UserError, match=r"No space left on device.*the checkpoints before it are whole"):
         _save(tmp_path, config, 2)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert checkpoint.newest(tmp_path, pytest.fail) is not None

@@ -118,7 +118,7 @@ def test_an_unknown_split_is_refused(packed: Path, tmp_path: Path) -> None:
 
 
 def test_fp16_without_a_gpu_is_refused(packed: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="train.precision = fp16 needs a GPU"):
+    with pytest.raises(UserError, match=r"train\.precision = fp16 needs a GPU"):
         train(tiny(tmp_path, packed, "train.precision=fp16"), tmp_path / "run")
 
 
