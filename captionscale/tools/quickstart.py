@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 from captionscale.data import scenes, sources
@@ -69,7 +70,8 @@ def _show(coco: Path, receipt: Path, said: list[str]) -> None:
     for name in METRICS:
         ratio = f"{found[name] / chance[name]:.1f}" if chance[name] else "-"
         table.add_row(name, f"{found[name]:.3f}", f"{chance[name]:.3f}", ratio)
-    out = console()
+    # What came of it is the result, and goes where results go.
+    out = Console(highlight=False, markup=False)
     out.print(table)
     pictures = sorted((coco / "test2017").iterdir())
     for picture, caption in zip(pictures, said, strict=False):
