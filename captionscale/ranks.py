@@ -1,6 +1,7 @@
 """The processes of a run and what they agree on; the only room that knows Accelerate."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
@@ -61,7 +62,10 @@ class Ranks:
 
     def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
         """Return the model and the optimiser as the engine wants them called."""
-        model, optimizer = self._accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():
+            # Newer torch wants another word for it, which older torch and Accelerate do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            model, optimizer = self._accelerator.prepare(model, optimizer)
         return model, optimizer
 
     def autocast(self) -> AbstractContextManager[Any]:

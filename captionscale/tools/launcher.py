@@ -1,5 +1,6 @@
 """Start a verb in several processes: profile and surroundings become one `accelerate launch` command."""
 
+import logging
 import os
 import shlex
 import subprocess
@@ -57,6 +58,8 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # A process that fails has told why; what the launcher then says of each of the others would bury it.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         launch_command(launch_command_parser().parse_args(arguments))
     except ChildFailedError:
