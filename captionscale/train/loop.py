@@ -60,6 +60,8 @@ def _train(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Standin
         settings.micro_batch,
         config.data.shuffle_shards,
     )
+    # All ranks would be refused alike; the first one says so.
+    ranks.on_first(order.micro_batches, 0, 0, ranks.size)
     vocabulary = ranks.on_first(_build_vocabulary, split, config)
     loader = Loader(split, vocabulary, config.data, config.seed)
     val_loader = Loader(Split(shards, config.data.val_split), vocabulary, config.data)
