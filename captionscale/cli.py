@@ -183,7 +183,7 @@ def _verify(options: argparse.Namespace) -> None:
 
     problems = list(shards.verify(options.shards))
     if problems:
-        raise UserError("\n".join([*problems, f"{options.shards}: NOT as packed: {len(problems)} problems"]))
+        raise UserError("\n".join([*problems, f"{options.shards}: NOT as packed; problems: {len(problems)}"]))
     splits = shards.read_manifest(options.shards)["splits"]
     counts = ", ".join(f"{name} {facts['images']:,}" for name, facts in splits.items())
     print(f"{options.shards}: as packed: images: {counts}")
@@ -242,77 +242,27 @@ def _caption(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from captionscale.tools.scoring import score_file, score_run
+
     if options.run is not None and not (options.captions or options.references):
-        _score_run(options)
-    elif options.run is None and options.captions and options.references:
-        _score_file(options)
-    else:
-        raise UserError(
-            "captionscale score: wanted either RUN --split NAME, or --captions RESULTS --references CAPTIONS"
+        if not options.split:
+            raise UserError(f"score {options.run}: no --split; say which, such as --split val")
+        scores, receipt = score_run(
+            options.run,
+            options.split,
+            checkpoint=options.checkpoint,
+            beam=options.beam,
+            shards=options.shards,
+            receipt=options.out,
         )
-
-
-def _score_run(options: argparse.Namespace) -> None:
-    from captionscale.data.loader import Loader
-    from captionscale.data.shards import Split
-    from captionscale.ranks import Ranks
-    from captionscale.score.evaluate import caption_split, write_results
-    from captionscale.score.metrics import score
-    from captionscale.score.receipt import write_receipt
-    from captionscale.train.checkpoint import open_run
-
-    if not options.split:
-        raise UserError(f"captionscale score {options.run}: no --split; say which, such as --split val")
-    saved = open_run(options.run, options.checkpoint)
-    config = saved.config().with_beam(options.beam)
-    split = Split(options.shards or config.data.shards, options.split)
-    ranks = Ranks(config.train.precision)
-    loader = Loader(split, saved.vocabulary(), config.data)
-    results = caption_split(
-        saved.captioner().to(ranks.device), loader, config.search, ranks, f"captioning {options.split}"
-    )
-    loader.close()
-    folder = (
-        options.run / "scores" / f"{options.split}-step-{saved.standing.step:08d}-beam{config.search.beam}"
-    )
-    receipt = options.out or folder / "receipt.json"
-
-    def finish() -> None:
-        write_results(results, folder / "captions.json")
-        references = split.references()
-        scores = score({result["image_id"]: result["caption"] for result in results}, references)
-        made_by = {
-            "split": split.name,
-            "shards_sha256": split.sha256,
-            "step": saved.standing.step,
-            "model_sha256": saved.sha256,
-            "search": config.search.model_dump(mode="json"),
-        }
-        write_receipt(receipt, scores, references, made_by)
-        _print_scores(scores.values, len(results), receipt)
-
-    ranks.on_first(finish)
-    ranks.leave()
-
-
-def _score_file(options: argparse.Namespace) -> None:
-    from captionscale.data import sources
-    from captionscale.score.metrics import score
-    from captionscale.score.receipt import read_results, write_receipt
-
-    captions = read_results(options.captions)
-    references = sources.coco_references(options.references)
-    scores = score(captions, references)
-    if options.out:
-        made_by = {"captions": options.captions.name, "references": options.references.name}
-        write_receipt(options.out, scores, references, made_by)
-    _print_scores(scores.values, len(captions), options.out)
-
-
-def _print_scores(values: dict[str, float], images: int, receipt: Path | None) -> None:
-    for name, value in values.items():
-        print(f"{name:8} {value:.10f}")
-    print(f"{images:,} images{f'; receipt: {receipt}' if receipt else ''}")
+    elif options.run is None and options.captions and options.references:
+        scores, receipt = score_file(options.captions, options.references, options.out), options.out
+    else:
+        raise UserError("score: wanted either RUN --split NAME, or --captions RESULTS --references CAPTIONS")
+    if scores is not None:
+        for name, value in scores.values.items():
+            print(f"{name:8} {value:.10f}")
+        print(f"{len(scores.image_ids):,} images{f'; receipt: {receipt}' if receipt else ''}")
 
 
 def _config(options: argparse.Namespace) -> None:

@@ -192,7 +192,7 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(path, tree, error.errors()))) from None
+        raise UserError("\n".join(_explain(path, changes, tree, error.errors()))) from None
 
 
 def dumps(config: Config) -> str:
@@ -230,7 +230,9 @@ def _put(tree: dict[str, Any], change: str) -> None:
     tree[last] = value
 
 
-def _explain(path: Path, tree: dict[str, Any], findings: Iterable[Any]) -> Iterator[str]:
+def _explain(
+    path: Path, changes: Sequence[str], tree: dict[str, Any], findings: Iterable[Any]
+) -> Iterator[str]:
     """Turn pydantic's findings into place, found, wanted, cure: one line for each key."""
     for (section, key), group in groupby(findings, lambda found: _locate(found["loc"])):
         first, *others = group
@@ -239,6 +241,8 @@ def _explain(path: Path, tree: dict[str, Any], findings: Iterable[Any]) -> Itera
             continue
         *sections, name = key
         place = ": ".join([str(path), ".".join(sections)] if sections else [str(path)])
+        if change := next((each for each in changes if each.split("=")[0].strip() == ".".join(key)), None):
+            place = f"--set {change}"
         if first["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
         elif first["type"] == "missing" and first["loc"] == key:

@@ -24,6 +24,9 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes its name only when it is complete and on the disk.
 
     On any error the partial file is removed and what stood at `path` before stays.
+
+    Raises:
+        UserError: The disk is full, or the folder is read-only.
     """
     partial = path.with_name(path.name + ".tmp")
     try:
@@ -32,6 +35,12 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}), wanted a writable folder with free space;"
+            " free the disk or take another place"
+        ) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -42,12 +51,15 @@ def lock(folder: Path, who: str) -> Iterator[None]:
     """Be the only process that writes into a folder; the system lets go of it if the process dies.
 
     Args:
-        folder: Made if need be.
+        folder: Made if need be, and removed again if nothing came into it.
         who: Command that the next one is told of.
 
     Raises:
         UserError: Another process holds it.
     """
+    made = not folder.exists()
+    if not made and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, wanted a folder; take another --out")
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("a+") as file:
         try:
@@ -71,3 +83,6 @@ def lock(folder: Path, who: str) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+            if made and [path.name for path in folder.iterdir()] == [LOCK]:
+                (folder / LOCK).unlink()
+                folder.rmdir()

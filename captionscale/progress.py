@@ -21,7 +21,9 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> Iterator["Bar"]:
+def progress(
+    title: str, total: int, done: int = 0, *, quiet: bool = False, passing: bool = False
+) -> Iterator["Bar"]:
     """Show how far something is: a bar on a terminal, now and then a line elsewhere.
 
     Args:
@@ -29,6 +31,7 @@ def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> I
         total: Of the things to do.
         done: Already.
         quiet: Show nothing; for ranks other than the first.
+        passing: Take the bar away at the end.
     """
     out = console()
     if quiet or not out.is_terminal:
@@ -41,7 +44,7 @@ def progress(title: str, total: int, done: int = 0, *, quiet: bool = False) -> I
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=out) as bars:
+    with Progress(*columns, console=out, transient=passing) as bars:
         bar = Bar(title, total, done, out)
         bar.attach(bars)
         yield bar

@@ -4,13 +4,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -43,17 +44,33 @@ class Ranks:
             raise UserError(
                 "train.precision = fp16 needs a GPU, found a CPU; set train.precision to fp32, or to bf16"
             )
-        self._accelerator = Accelerator(
-            mixed_precision={"fp32": "no"}.get(precision, precision),
-            cpu=cpu,
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
-            ],
-        )
+        # Ranks wait while rank 0 scores: the 40,504 images of COCO's val2014 can take it half an hour.
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
+        try:
+            self._accelerator = Accelerator(
+                mixed_precision={"fp32": "no"}.get(precision, precision),
+                cpu=cpu,
+                kwargs_handlers=[patience, ddp],
+            )
+        except ValueError as error:
+            raise UserError(
+                f"train.precision = {precision}: this device refuses ({error}); set train.precision to fp32"
+            ) from None
         self.size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
         self.device: torch.device = self._accelerator.device
         self.precision = precision
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        # A rank that fails alone must not wait for its peers to take leave with it: they wait elsewhere.
+        if error is None or self.size == 1:
+            self._accelerator.end_training()
+            # This process may join others later, in another precision.
+            AcceleratorState._reset_state(reset_partial_state=True)
 
     @property
     def first(self) -> bool:
@@ -65,8 +82,9 @@ class Ranks:
         with warnings.catch_warnings():
             # Newer torch wants another word for it, which older torch and Accelerate do not know.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            model, optimizer = self._accelerator.prepare(model, optimizer)
-        return model, optimizer
+            wrapped, stepper = self._accelerator.prepare(model, optimizer)
+        self.share_buffers(model)
+        return wrapped, stepper
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which a forward pass has the run's precision."""
@@ -131,6 +149,12 @@ class Ranks:
         result: T = outcome[0]
         return result
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all ranks the buffers of rank 0, such as the batch statistics that a checkpoint holds."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
     def share(self, count: int) -> range:
         """Return this rank's part of `count` things: every size-th, from its own number on."""
         return range(self.rank, count, self.size)
@@ -144,8 +168,3 @@ class Ranks:
         """Set the loss scaler's state to one that `scaler_state` gave."""
         if state and self._accelerator.scaler is not None:
             self._accelerator.scaler.load_state_dict(state)
-
-    def leave(self) -> None:
-        """Say goodbye to the peers; this process may join others later, in another precision."""
-        self._accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)

@@ -140,23 +140,23 @@ def test_what_a_file_has_wrong_is_told_in_one_line_with_its_place(tmp_path, text
     [
         (
             "model.encoder.trainable=layer4",
-            "model.encoder: trainable = 'layer4': input should be 'all' or 'none' or ",
+            "trainable = 'layer4': input should be 'all' or 'none' or ",
         ),
         (
             "model.encoder.trainable=[3]",
-            "model.encoder: trainable = [3]: input should be 'all' or 'none' or ",
+            "trainable = [3]: input should be 'all' or 'none' or ",
         ),
-        ("data.crop_scale=[0.5]", "data: crop_scale = [0.5]: field required (Least and greatest share"),
+        ("data.crop_scale=[0.5]", "crop_scale = [0.5]: field required (Least and greatest share"),
         (
             "data.crop_scale=[2, 3]",
-            "data: crop_scale = [2, 3]: input should be less than or equal to 1 (Least",
+            "crop_scale = [2, 3]: input should be less than or equal to 1 (Least",
         ),
     ],
 )
 def test_a_wrong_item_is_told_by_its_key_and_whole_value(tmp_path, change, start) -> None:
     # Told as `model.encoder.trainable.tuple[str, ...]: 0 = 3`, or as a missing key '1', before.
     error = refused(tmp_path, SMALL, change)
-    assert error.startswith(start)
+    assert error.startswith(f"--set {change}: {start}")
     assert "\n" not in error
 
 
@@ -173,8 +173,11 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path) -> None:
             "model.encoder.name.x=1",
             "--set model.encoder.name.x=1: 'name' is a value, not a section; see captionscale config",
         ),
-        ("train.global_bach=3", "train: unknown key 'global_bach'; did you mean 'global_batch'?"),
-        ("=3", "unknown key ''; known: data, model, search, seed, train"),
+        (
+            "train.global_bach=3",
+            "--set train.global_bach=3: unknown key 'global_bach'; did you mean 'global_batch'?",
+        ),
+        ("=3", "--set =3: unknown key ''; known: data, model, search, seed, train"),
     ],
 )
 def test_a_change_that_names_no_key_is_refused(tmp_path, change, error) -> None:

@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_what_was_there_before(tmp_path: Path, monkeypatch: p
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"), atomic(path) as file:
+    with pytest.raises(UserError, match=r"cannot be written \(No space left"), atomic(path) as file:
         file.write(b"half")
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_bytes() == b"before"
@@ -78,7 +78,18 @@ def test_one_writer_at_a_time_has_a_folder(tmp_path: Path) -> None:
             lock(folder, "captionscale pack").__enter__()
     with lock(folder, "captionscale pack"):
         pass
-    assert (folder / LOCK).read_bytes() == b""
+
+
+def test_a_folder_into_which_nothing_came_is_removed_and_one_that_was_there_is_not(tmp_path: Path) -> None:
+    with lock(tmp_path / "made", "captionscale pack"):
+        pass
+    assert not (tmp_path / "made").exists()
+    with lock(tmp_path / "filled", "captionscale pack"):
+        (tmp_path / "filled" / "file").touch()
+    assert (tmp_path / "filled" / LOCK).read_bytes() == b""
+    with lock(tmp_path, "captionscale pack"):
+        pass
+    assert tmp_path.exists()
 
 
 def test_an_error_lets_a_folder_go(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_bad_input_is_told_in_one_line(
     text = tmp_path / "text.jpg"
     text.write_text("no image")
     assert "not a readable image" in _refuse(capsys, "caption", run, text)
-    assert "no such file; wanted an image" in _refuse(capsys, "caption", run, tmp_path / "none.jpg")
+    assert "no such file, wanted an image" in _refuse(capsys, "caption", run, tmp_path / "none.jpg")
     assert "no checkpoint, so no run" in _refuse(capsys, "caption", tmp_path, text)
     assert "no split 'vla'; did you mean 'val'?" in _refuse(capsys, "score", run, "--split", "vla")
     assert "no --split" in _refuse(capsys, "score", run)
@@ -120,6 +120,9 @@ def test_bad_input_is_told_in_one_line(
     )
     said = _refuse(capsys, "score", "--captions", results, "--references", references)
     assert "more than one caption" in said
+    results.write_text('[{"image_id": 1, "caption": null}]')
+    said = _refuse(capsys, "score", "--captions", results, "--references", references)
+    assert "line 0 of the list is {'image_id': 1, 'caption': None}" in said
     results.write_text("{}[")
     said = _refuse(capsys, "score", "--captions", results, "--references", references)
     assert "no COCO results" in said

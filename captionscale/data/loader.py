@@ -40,10 +40,8 @@ class Batch:
         return int((self.tokens[:, 1:] != PAD).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the batch on a device; the copy does not wait."""
-        images, tokens, owners = (
-            tensor.to(device, non_blocking=True) for tensor in (self.images, self.tokens, self.owners)
-        )
+        """Return the batch on a device."""
+        images, tokens, owners = (tensor.to(device) for tensor in (self.images, self.tokens, self.owners))
         return Batch(images, tokens, owners, self.image_ids)
 
 
@@ -57,22 +55,19 @@ class Loader:
         self.seed = seed
         self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="decode")
 
-    def fetch(self, items: Items, epoch: int | None) -> Batch:
-        """Return the batch of these items.
+    def ahead(
+        self, requests: Iterable[tuple[Int[np.ndarray, "_"], int | None]], depth: int = 3
+    ) -> Iterator[Batch]:
+        """Yield the batch of each request, decoding the next ones meanwhile.
 
         Args:
-            items: Rows of the split's index.
-            epoch: Of training, which keys the augmentation; none: the centre of each picture.
+            requests: Rows of the split's index, and the epoch of training, which keys the augmentation; no
+                epoch: the centre of each picture.
+            depth: Batches decoded ahead of the one in use.
 
         Raises:
             UserError: A damaged shard.
         """
-        return self._collate(items, self._submit(items, epoch))
-
-    def ahead(
-        self, requests: Iterable[tuple[Int[np.ndarray, "_"], int | None]], depth: int = 3
-    ) -> Iterator[Batch]:
-        """Yield the batches of these requests, decoding `depth` batches ahead of the one in use."""
         waiting: deque[tuple[Items, list[Future[Sample]]]] = deque()
         for items, epoch in requests:
             waiting.append((items, self._submit(items, epoch)))

@@ -16,7 +16,7 @@ from captionscale import version
 from captionscale.data import images, shards
 from captionscale.data.sources import Record
 from captionscale.errors import UserError
-from captionscale.files import LOCK, atomic, lock, sha256_of
+from captionscale.files import atomic, lock, sha256_of
 
 IMAGES_PER_SHARD = 1000
 _OWNER = {"user": "captionscale", "group": "captionscale"}
@@ -48,7 +48,6 @@ def pack(
     by_split: dict[str, list[Record]] = {}
     for record in records:
         by_split.setdefault(record.split, []).append(record)
-    made = not out.exists()
     written: list[Path] = []
     with lock(out, "captionscale pack"):
         try:
@@ -67,9 +66,6 @@ def pack(
         except BaseException:
             for path in written:
                 path.unlink(missing_ok=True)
-            if made:
-                (out / LOCK).unlink()
-                out.rmdir()
             raise
 
 
@@ -150,7 +146,12 @@ def _read_ahead(records: list[Record]) -> Iterator[dict[str, Any]]:
 
 
 def _sample(record: Record) -> dict[str, Any]:
-    data = record.file.read_bytes()
+    try:
+        data = record.file.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{record.file}: cannot be read ({error.strerror}), wanted an image of the data set; put it back"
+        ) from None
     images.decode(data, str(record.file))
     facts = {"image_id": record.image_id, "file": record.file.name, "captions": record.captions}
     return {

@@ -21,6 +21,7 @@ from captionscale.files import sha256_of
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_CURE = "copy it again from where it is whole, or remove the folder and pack again"
 INDEX_ROW = np.dtype(
     [
         ("shard", "<i8"),
@@ -51,10 +52,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found, _ = manifest["format"], manifest["splits"]
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no {MANIFEST}, so no finished shards; run captionscale pack first"
+            f"{folder}: no {MANIFEST}, so no finished shards; run captionscale pack first, or correct"
+            " the path (a relative one starts at the folder you are in)"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest ({error}); pack these shards again") from None
+        raise UserError(f"{path}: not a manifest ({error}); {_CURE}") from None
     if found != FORMAT:
         raise UserError(
             f"{path}: format {found}, wanted {FORMAT}; pack again with this version of captionscale"
@@ -90,13 +92,13 @@ class Split:
             if size_bytes != shard["size_bytes"]:
                 raise UserError(
                     f"{path}: {'missing' if size_bytes is None else f'{size_bytes:,} bytes'}, manifest says"
-                    f" {shard['size_bytes']:,} bytes; copy or pack this shard again"
+                    f" {shard['size_bytes']:,} bytes; {_CURE}"
                 )
         self.index: Shaped[np.ndarray, "sample"] = _read_index(folder / index_name(name))
         if len(self.index) == 0 or len(self.index) != self.facts["images"]:
             raise UserError(
                 f"{folder / index_name(name)}: {len(self.index):,} images, manifest says"
-                f" {self.facts['images']:,}; wanted at least one and the same number; pack again"
+                f" {self.facts['images']:,}; wanted at least one and the same number; {_CURE}"
             )
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -134,7 +136,7 @@ class Split:
         try:
             facts: dict[str, Any] = json.loads(raw)
         except ValueError:
-            raise UserError(f"{self._place(item, 'json')} holds no JSON; pack this shard again") from None
+            raise UserError(f"{self._place(item, 'json')} holds no JSON; {_CURE}") from None
         return facts
 
     def references(self) -> dict[int, list[str]]:
@@ -149,10 +151,7 @@ class Split:
                 self._descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY)
         data = os.pread(self._descriptors[shard], size, offset)
         if len(data) != size:
-            raise UserError(
-                f"{self._place(item, part)} ends after {len(data):,} of {size:,} bytes;"
-                " copy or pack this shard again"
-            )
+            raise UserError(f"{self._place(item, part)} ends after {len(data):,} of {size:,} bytes; {_CURE}")
         return data
 
     def _place(self, item: int, part: str) -> str:
@@ -185,7 +184,12 @@ def verify(folder: Path) -> Iterator[str]:
     Compares each file with its checksum, the index with the tars' own directories, and both with what
     each sample says of itself.
     """
-    for name in read_manifest(folder)["splits"]:
+    splits = read_manifest(folder)["splits"]
+    known = {shard["name"] for facts in splits.values() for shard in facts["shards"]}
+    for path in sorted(folder.glob("*.tar")):
+        if path.name not in known:
+            yield f"{path}: the manifest does not name it; remove it, or remove the folder and pack again"
+    for name in splits:
         try:
             split = Split(folder, name)
         except UserError as error:
@@ -193,21 +197,18 @@ def verify(folder: Path) -> Iterator[str]:
             continue
         index_path = folder / index_name(name)
         if sha256_of(index_path) != split.facts["index_sha256"]:
-            yield f"{index_path}: sha256 differs from the manifest's; pack this split again"
+            yield f"{index_path}: sha256 differs from the manifest's; {_CURE}"
             continue
         for number, (path, shard) in enumerate(zip(split.paths, split.facts["shards"], strict=True)):
             found = sha256_of(path)
             if found != shard["sha256"]:
-                yield (
-                    f"{path}: sha256 {found[:12]}..., manifest says {shard['sha256'][:12]}...;"
-                    " copy or pack this shard again"
-                )
+                yield (f"{path}: sha256 {found[:12]}..., manifest says {shard['sha256'][:12]}...; {_CURE}")
                 continue
             items = np.flatnonzero(split.index["shard"] == number)
             if not np.array_equal(split.index[items], index_shard(path, number)):
-                yield f"{path}: the index does not say what the tar holds; pack this split again"
+                yield f"{path}: the index does not say what the tar holds; {_CURE}"
         if int(split.index["captions"].sum()) != split.facts["captions"]:
-            yield f"{index_path}: number of captions differs from the manifest's; pack this split again"
+            yield f"{index_path}: number of captions differs from the manifest's; {_CURE}"
 
 
 def index_shard(path: Path, number: int) -> Shaped[np.ndarray, "sample"]:
@@ -246,7 +247,7 @@ def _read_index(path: Path) -> Shaped[np.ndarray, "sample"]:
             index: Shaped[np.ndarray, "sample"] = np.lib.format.read_array(file, allow_pickle=False)
     # NumPy lets out what its parsers raise on a damaged header: SyntaxError, TokenError and others.
     except Exception as error:
-        raise UserError(f"{path}: not an index ({error}); pack this split again") from None
+        raise UserError(f"{path}: not an index ({error}); {_CURE}") from None
     if index.dtype != INDEX_ROW:
-        raise UserError(f"{path}: columns {index.dtype.names}, wanted {INDEX_ROW.names}; pack again")
+        raise UserError(f"{path}: columns {index.dtype.names}, wanted {INDEX_ROW.names}; {_CURE}")
     return index

@@ -35,7 +35,7 @@ def caption_split(
 ) -> list[Result]:
     """Caption every image of the loader's split once.
 
-    Rank r of w takes the images r, r + w, ... and no rank waits for another before all are done.
+    Rank r of w takes the batches r, r + w, ... and no rank waits for another before all are done.
 
     Args:
         captioner: Not wrapped by an engine.
@@ -48,13 +48,16 @@ def caption_split(
         COCO results, by image id, the same on every rank.
     """
     split = loader.split
-    mine = np.array(ranks.share(len(split)), dtype=np.int64)
-    parts = np.array_split(mine, -(-len(mine) // settings.batch)) if len(mine) else []
+    # Cut first, dealt then: the batch in which an image is captioned does not depend on the ranks.
+    items = np.arange(len(split))
+    parts = [items[start : start + settings.batch] for start in range(0, len(split), settings.batch)]
+    mine = [parts[number] for number in ranks.share(len(parts))]
     results: list[Result] = []
+    title += f" (1 of {ranks.size} shares)" if ranks.size > 1 else ""
     training = captioner.training
     captioner.eval()
-    with progress(title, len(mine), quiet=not ranks.first) as bar, ranks.autocast():
-        for batch in loader.ahead((items, None) for items in parts):
+    with progress(title, sum(map(len, mine)), quiet=not ranks.first, passing=True) as bar, ranks.autocast():
+        for batch in loader.ahead((part, None) for part in mine):
             captions = write_captions(
                 captioner, batch.images.to(ranks.device), loader.vocabulary, settings, loader.data.max_words
             )
@@ -113,18 +116,17 @@ def caption_files(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     captioner.to(device)
     captions: list[str] = []
-    pictures = [_read(file) for file in files]
-    for start in range(0, len(pictures), settings.search.batch):
-        part = pictures[start : start + settings.search.batch]
-        views = [centre_view(picture, settings.data.image_size) for picture in part]
-        images = torch.from_numpy(np.stack(views)).to(device)
+    views = [centre_view(_read(file), settings.data.image_size) for file in files]
+    for start in range(0, len(views), settings.search.batch):
+        images = torch.from_numpy(np.stack(views[start : start + settings.search.batch])).to(device)
         captions += write_captions(captioner, images, vocabulary, settings.search, settings.data.max_words)
     return captions
 
 
 def _read(file: Path) -> Image.Image:
     if not file.is_file():
-        raise UserError(f"{file}: no such file; wanted an image, such as a JPEG")
+        found = "a folder" if file.is_dir() else "no such file"
+        raise UserError(f"{file}: {found}, wanted an image, such as a JPEG; correct the path")
     return decode(file.read_bytes(), str(file))
 
 

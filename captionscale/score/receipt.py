@@ -51,18 +51,23 @@ def read_results(path: Path) -> dict[int, str]:
     Raises:
         UserError: Not such a file, or two captions for one image.
     """
+    wanted = 'wanted a JSON list of {"image_id": 42, "caption": "a dog"}'
     try:
         lines = json.loads(path.read_text(encoding="utf-8"))
-        results = {int(line["image_id"]): str(line["caption"]) for line in lines}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: no COCO results ({type(error).__name__}: {error}); wanted a JSON list of"
-            ' {"image_id": 42, "caption": "a dog"}'
-        ) from None
-    if len(results) < len(lines):
-        raise UserError(
-            f"{path}: {len(lines) - len(results)} images have more than one caption; wanted one each"
-        )
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{path}: no COCO results ({reason}); {wanted}") from None
+    results: dict[int, str] = {}
+    for number, line in enumerate(lines if isinstance(lines, list) else [lines]):
+        match line:
+            case {"image_id": int(image_id), "caption": str(caption)}:
+                if image_id in results:
+                    raise UserError(
+                        f"{path}: image {image_id} has more than one caption, wanted one; delete the others"
+                    )
+                results[image_id] = caption
+            case _:
+                raise UserError(f"{path}: line {number} of the list is {line!r:.60}; {wanted}")
     return results
 
 

@@ -47,6 +47,8 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
     # Port 0: any free one.
     arguments += ["--main_process_port", str(port)]
     arguments += ["--module", "captionscale", *command]
+    if not facts.get("use_cpu") and not dry_run:
+        _refuse_missing_gpus(path, count // machines)
     # Accelerate's own launcher knows several processes on CPUs only by MPI; its launcher for GPUs serves
     # both, and each process reads from this variable that it is to stay on the CPU.
     environment = {"ACCELERATE_USE_CPU": "true"} if facts.get("use_cpu") else {}
@@ -102,6 +104,17 @@ def _surroundings() -> tuple[int, int, str, int]:
             " wanted to run once on each; start it by srun --ntasks-per-node=1"
         ) from None
     return machines, machine, names.stdout.split()[0], port
+
+
+def _refuse_missing_gpus(profile: Path, processes: int) -> None:
+    import torch
+
+    found = torch.cuda.device_count()
+    if found < processes:
+        raise UserError(
+            f"{profile}: {processes} processes on a machine with {found} GPUs, wanted a GPU for each;"
+            " pass --processes, or take --profile cpu"
+        )
 
 
 def _cores() -> int:

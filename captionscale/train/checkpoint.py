@@ -22,6 +22,7 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import sha256_of
 from captionscale.model.captioner import Captioner
+from captionscale.progress import say
 from captionscale.vocab import Vocabulary
 
 FORMAT = 1
@@ -46,6 +47,13 @@ class Standing:
     scores_since_best: int = 0
     scaler: dict[str, Any] = field(default_factory=dict)
     """The fp16 loss scaler's state."""
+
+    def judge(self, score: float) -> None:
+        """Take the score of the present step into account."""
+        better = score > self.best_score
+        self.scores_since_best = 0 if better else self.scores_since_best + 1
+        if better:
+            self.best_score, self.best_step = score, self.step
 
 
 def save(
@@ -91,7 +99,9 @@ def save(
             f"{folder}: cannot be written ({error}); the checkpoints before it are whole;"
             " free the disk and train again with the same --out"
         ) from None
-    kept = {*steps(run)[-config.train.keep :], standing.best_step}
+    # A later one can only be a damaged one that this run was resumed before.
+    earlier = [step for step in steps(run) if step <= standing.step]
+    kept = {*earlier[-config.train.keep :], standing.best_step}
     for step in steps(run):
         if step not in kept:
             _remove(_folder(run, step))
@@ -150,13 +160,11 @@ class Checkpoint:
         captioner.load_state_dict(load_file(self.folder / _MODEL))
         return captioner.eval()
 
-    def restore(self, fingerprint: Mapping[str, Any], model: nn.Module, optimizer: Optimizer) -> None:
-        """Bring model and optimiser back to where they were.
+    def refuse_another(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse to go on with another experiment than this checkpoint's.
 
         Args:
-            fingerprint: What the run that goes on would do; it must be what this one did.
-            model: Of the same settings.
-            optimizer: Over the model's trainable parameters.
+            fingerprint: What the run that goes on would do.
 
         Raises:
             UserError: It would not be the same run; names what differs.
@@ -171,6 +179,14 @@ class Checkpoint:
                 f"{self.folder}: cannot go on with another experiment: {changes};"
                 " set these back, or take another --out"
             )
+
+    def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
+        """Bring model and optimiser back to where they were.
+
+        Args:
+            model: Of the same settings.
+            optimizer: Over the model's trainable parameters.
+        """
         model.load_state_dict(load_file(self.folder / _MODEL))
         tensors = load_file(self.folder / _OPTIMIZER)
         for name, parameter in model.named_parameters():
@@ -203,6 +219,24 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
+def resume(run: Path, fingerprint: Mapping[str, Any], tell: Callable[[str], None]) -> Checkpoint | None:
+    """Return the checkpoint that a run goes on from; none if it is to start.
+
+    Args:
+        run: The run's folder.
+        fingerprint: What the run would do now.
+        tell: Told where it goes on, and of damaged checkpoints that are passed over.
+
+    Raises:
+        UserError: The run did something else so far, or all its checkpoints are damaged.
+    """
+    saved = newest(run, tell)
+    if saved is not None:
+        saved.refuse_another(fingerprint)
+        tell(f"{run}: going on from step {saved.standing.step:,}")
+    return saved
+
+
 def open_run(run: Path, which: str = "best") -> Checkpoint:
     """Return a run's checkpoint to caption with.
 
@@ -213,13 +247,13 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
     Raises:
         UserError: No run, no such checkpoint, or a damaged one.
     """
-    if not steps(run):
+    last = newest(run, say)
+    if last is None:
         raise UserError(f"{run}: no checkpoint, so no run; wanted the --out of captionscale train")
+    if which == "last" or (which == "best" and not last.standing.best_step):
+        return last
     if which == "best":
-        last = Checkpoint(_folder(run, steps(run)[-1])).standing
-        step = last.best_step or last.step
-    elif which == "last":
-        step = steps(run)[-1]
+        step = last.standing.best_step
     elif which.isdecimal():
         step = int(which)
     else:

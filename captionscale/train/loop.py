@@ -2,32 +2,25 @@
 
 import math
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
-from torch.optim import AdamW
+from torch import Tensor
 
-from captionscale import config as configs
-from captionscale import vocab
-from captionscale.config import Config, Search
-from captionscale.data.loader import Batch, Items, Loader
-from captionscale.data.order import Order
+from captionscale.config import Config
+from captionscale.data.loader import Batch
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.files import lock
-from captionscale.model.captioner import Captioner
-from captionscale.progress import progress, say
+from captionscale.progress import Bar, progress
 from captionscale.ranks import Ranks
 from captionscale.score.evaluate import Result, caption_split, write_results
 from captionscale.score.metrics import score
-from captionscale.train import checkpoint
 from captionscale.train.checkpoint import Standing
+from captionscale.train.job import Job, prepare
 from captionscale.train.logs import Log
 from captionscale.train.losses import cross_entropy
 from captionscale.train.schedule import lr_factor
-from captionscale.vocab import Vocabulary
 
 
 def train(config: Config, run: Path) -> Standing:
@@ -41,179 +34,112 @@ def train(config: Config, run: Path) -> Standing:
         How far the run is now: at its last step, or where early stopping ended it.
 
     Raises:
-        UserError: Shards, weights or an earlier run that do not fit, or a run that another process writes.
+        UserError: Shards, weights or an earlier run that do not fit, a run that another process writes, a
+            full disk, or a loss that is no number.
     """
-    ranks = Ranks(config.train.precision)
-    with ExitStack() as stack:
-        stack.callback(ranks.leave)
+    settings = config.train
+    with Ranks(settings.precision) as ranks, ExitStack() as stack:
         ranks.on_first(stack.enter_context, lock(run, "captionscale train"))
-        return _train(config, run, ranks, stack)
-
-
-def _train(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Standing:
-    settings, shards = config.train, config.data.shards
-    split = Split(shards, config.data.train_split)
-    order = Order(
-        tuple(split.shard_sizes.tolist()),
-        config.seed,
-        settings.global_batch,
-        settings.micro_batch,
-        config.data.shuffle_shards,
-    )
-    # All ranks would be refused alike; the first one says so.
-    ranks.on_first(order.micro_batches, 0, 0, ranks.size)
-    vocabulary = ranks.on_first(_build_vocabulary, split, config)
-    loader = Loader(split, vocabulary, config.data, config.seed)
-    val_loader = Loader(Split(shards, config.data.val_split), vocabulary, config.data)
-    stack.callback(loader.close)
-    stack.callback(val_loader.close)
-
-    ranks.seed(config.seed)
-    captioner = Captioner(config.model, len(vocabulary))
-    tell = say if ranks.first else _silence
-    saved = checkpoint.newest(run, tell)
-    if saved is None:
-        captioner.load_pretrained()
-    captioner.to(ranks.device).train()
-    optimizer = _optimizer(captioner, settings)
-    standing = Standing()
-    fingerprint = _fingerprint(config, split, vocabulary)
-    if saved is not None:
-        saved.restore(fingerprint, captioner, optimizer)
-        standing = saved.standing
-        ranks.load_scaler_state(standing.scaler)
-        tell(f"{run}: going on from step {standing.step:,}")
-    model, stepper = ranks.prepare(captioner, optimizer)
-
-    start, steps = standing.step, settings.epochs * order.steps_per_epoch
-    score_every = settings.score_every or order.steps_per_epoch
-    save_every = settings.save_every or order.steps_per_epoch
-    log = stack.enter_context(closing(Log(run, start))) if ranks.first else None
-    batches = loader.ahead(_requests(order, ranks, range(start, steps)))
-    rate = _Rate()
-    with progress("training", steps, start, quiet=not ranks.first) as bar:
-        for step in range(start, steps):
+        job = prepare(config, run, ranks, stack)
+        standing, start = job.standing, job.standing.step
+        log = stack.enter_context(closing(Log(run, start))) if ranks.first else None
+        bar = stack.enter_context(progress("training", job.steps, start, quiet=not ranks.first))
+        score_every = settings.score_every or job.order.steps_per_epoch
+        save_every = settings.save_every or job.order.steps_per_epoch
+        rate = _Rate()
+        for step, share in job.shares():
             if standing.scores_since_best >= settings.patience:
                 bar.say(f"stopping: no better {settings.score_metric} since step {standing.best_step:,}")
                 break
-            numbers = [number for number, _ in order.micro_batches(step, ranks.rank, ranks.size)]
-            share = [next(batches) for _ in numbers]
-            words = ranks.sum(sum(batch.words for batch in share))
-            factor = lr_factor(step, steps, settings.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = factor * group["peak_lr"]
-            losses = []
-            for number, batch in ranks.last_one_syncs(zip(numbers, share, strict=True), model):
-                here = batch.to(ranks.device)
-                ranks.seed(config.seed, step, number)
-                with ranks.autocast():
-                    logits, _ = model(here.images, here.tokens[:, :-1], here.owners)
-                loss = cross_entropy(logits, here.tokens[:, 1:], settings.label_smoothing)
-                ranks.backward(loss * ranks.size / words)
-                losses.append(loss.detach())
-            norm = ranks.clip(captioner, settings.clip_norm)
-            stepper.step()
-            stepper.zero_grad()
+            loss, norm = _learn(job, step, share)
 
             done = standing.step = step + 1
-            last = done == steps
-            rate.count(share)
-            if done % settings.log_every == 0 or last:
-                values = {"loss": (ranks.sum(sum(losses)) / words).item(), "lr": factor * settings.lr}
-                values |= {"gradient_norm": norm.item(), **rate.read(ranks)}
-                _refuse_nonsense(done, values["loss"])
-                bar.note(_NOTE.format_map(values))
-                if log:
-                    log.write(done, epoch=done / order.steps_per_epoch, **values)
-            if done % score_every == 0 or last:
-                results = caption_split(captioner, val_loader, _GREEDY, ranks, "validation")
-                scores = ranks.on_first(_score, run, done, results, val_loader.split)
-                _judge(standing, scores[settings.score_metric])
-                bar.say(_line(done, scores))
-                if log:
-                    log.write(done, scores=scores)
+            last = done == job.steps
+            rate.count([batch for _, batch in share])
+            logs = last or done % settings.log_every == 0
+            scores = last or done % score_every == 0
+            saves = scores or done % save_every == 0
+            if logs or saves:
+                _refuse_nonsense(done, loss, norm, settings.precision)
+            if logs:
+                _log(job, log, bar, loss, norm, rate)
+            if scores:
+                _validate(job, log, bar)
                 rate.restart()
-            if done % score_every == 0 or done % save_every == 0 or last:
-                standing.scaler = ranks.scaler_state()
-                ranks.on_first(
-                    checkpoint.save, run, standing, fingerprint, captioner, optimizer, config, vocabulary
-                )
+            if saves:
+                job.save()
             bar.advance()
-    tell(
-        f"{run}: {standing.step:,} of {steps:,} steps done, the best {settings.score_metric}"
-        f" {standing.best_score:.4f} at step {standing.best_step:,}"
-    )
+        bar.say(
+            f"{run}: {standing.step:,} of {job.steps:,} steps done, the best {settings.score_metric}"
+            f" {standing.best_score:.4f} at step {standing.best_step:,}"
+        )
     return standing
 
 
-_NOTE = "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s"
-# Validation is greedy: five times as fast, and the order of checkpoints is the same.
-_GREEDY = Search(beam=1)
-_VALIDATION_METRICS = ("BLEU-4", "ROUGE-L", "CIDEr-D")
+def _learn(job: Job, step: int, share: list[tuple[int, Batch]]) -> tuple[Tensor, Tensor]:
+    """Take one optimiser step; return the loss of each word, over all ranks, and the gradient's norm."""
+    config, ranks = job.config, job.ranks
+    words = ranks.sum(sum(batch.words for _, batch in share))
+    for group in job.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * lr_factor(step, job.steps, config.train.warmup)
+    losses = []
+    for number, batch in ranks.last_one_syncs(share, job.model):
+        here = batch.to(ranks.device)
+        ranks.seed(config.seed, step, number)
+        logits, _ = job.model(here.images, here.tokens[:, :-1], here.owners)
+        loss = cross_entropy(logits, here.tokens[:, 1:], config.train.label_smoothing)  # a sum
+        # DDP takes the mean over ranks, and a word weighs the same on each of them.
+        ranks.backward(loss * ranks.size / words)
+        losses.append(loss.detach())
+    norm = ranks.clip(job.captioner, config.train.clip_norm)
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+    return ranks.sum(sum(losses)) / words, norm
 
 
-def _silence(_: str) -> None:
-    """Be a rank that does not speak."""
+def _refuse_nonsense(step: int, loss: Tensor, norm: Tensor, precision: str) -> None:
+    # In fp16 an overflowing gradient is the loss scaler's daily work: it leaves that step out.
+    if not math.isfinite(loss.item()) or (precision != "fp16" and not math.isfinite(norm.item())):
+        raise UserError(
+            f"step {step:,}: loss {loss.item():g}, gradient norm {norm.item():g}, wanted numbers;"
+            " lower train.lr, or set train.precision to bf16 or fp32; the checkpoints before it are whole"
+        )
 
 
-def _build_vocabulary(split: Split, config: Config) -> Vocabulary:
-    captions = (caption for item in range(len(split)) for caption in split.captions(item))
-    return vocab.build(captions, config.data.min_count, config.data.max_vocabulary)
+def _log(job: Job, log: Log | None, bar: Bar, loss: Tensor, norm: Tensor, rate: "_Rate") -> None:
+    step, settings = job.standing.step, job.config.train
+    values = {
+        "loss": loss.item(),
+        "lr": settings.lr * lr_factor(step - 1, job.steps, settings.warmup),
+        "gradient_norm": norm.item() if math.isfinite(norm.item()) else None,
+        **rate.read(job.ranks),
+    }
+    bar.note(
+        "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s".format_map(values)
+    )
+    if log:
+        log.write(step, epoch=step / job.order.steps_per_epoch, **values)
 
 
-def _requests(order: Order, ranks: Ranks, steps: range) -> Iterator[tuple[Items, int]]:
-    """Yield what this rank reads in these steps, micro-batch after micro-batch."""
-    for step in steps:
-        for _, items in order.micro_batches(step, ranks.rank, ranks.size):
-            yield items, order.epoch(step)
-
-
-def _optimizer(captioner: Captioner, settings: configs.Train) -> AdamW:
-    """Return AdamW over what learns: encoder and decoder at their own rates, decay on matrices only."""
-    groups = []
-    for part, lr in ((captioner.encoder, settings.encoder_lr), (captioner.decoder, settings.lr)):
-        learning = [parameter for parameter in part.parameters() if parameter.requires_grad]
-        for matrices, decay in ((True, settings.weight_decay), (False, 0.0)):
-            members = [parameter for parameter in learning if (parameter.ndim > 1) == matrices]
-            if members:
-                groups.append({"params": members, "peak_lr": lr, "weight_decay": decay})
-    return AdamW(groups, fused=True)
-
-
-def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return what may not change within a run, and nothing else: not ranks, nodes, workers or paths."""
-    settings = configs.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
-    for free in ("data.shards", "data.workers", "model.encoder.weights"):
-        del settings[free]
-    train = {f"train.{key}": getattr(config.train, key) for key in ("global_batch", "micro_batch")}
-    return {"shards": split.sha256, "vocabulary": vocabulary.sha256, **settings, **train}
+def _validate(job: Job, log: Log | None, bar: Bar) -> None:
+    """Score the captions that the captioner now writes for the validation split."""
+    # Greedy: five times as fast, and the order of checkpoints is the same.
+    settings = job.config.with_beam(1).search
+    job.ranks.share_buffers(job.captioner)
+    results = caption_split(job.captioner, job.val_loader, settings, job.ranks, "validation")
+    scores = job.ranks.on_first(_score, job.run, job.standing.step, results, job.val_loader.split)
+    job.standing.judge(scores[job.config.train.score_metric])
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    bar.say(f"step {job.standing.step:,}  {figures}")
+    if log:
+        log.write(job.standing.step, scores=scores)
 
 
 def _score(run: Path, step: int, results: list[Result], split: Split) -> dict[str, float]:
     write_results(results, run / "validation" / f"step-{step:08d}.json")
     captions = {result["image_id"]: result["caption"] for result in results}
-    return score(captions, split.references(), _VALIDATION_METRICS).values
-
-
-def _refuse_nonsense(step: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"step {step:,}: the loss is {loss}, wanted a number; lower train.lr, or set train.precision to"
-            " bf16 or fp32; the checkpoints before it are whole"
-        )
-
-
-def _judge(standing: Standing, found: float) -> None:
-    """Take a validation score into account."""
-    better = found > standing.best_score
-    standing.scores_since_best = 0 if better else standing.scores_since_best + 1
-    if better:
-        standing.best_score, standing.best_step = found, standing.step
-
-
-def _line(step: int, scores: dict[str, float]) -> str:
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-    return f"step {step:,}  {figures}"
+    # Without METEOR, whose JVM takes ten seconds to start.
+    return score(captions, split.references(), ("BLEU-4", "ROUGE-L", "CIDEr-D")).values
 
 
 class _Rate:

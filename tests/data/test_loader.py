@@ -60,6 +60,10 @@ def same(first: Batch, second: Batch) -> bool:
     )
 
 
+def fetch(loader: Loader, numbers: np.ndarray, epoch: int | None) -> Batch:
+    return next(loader.ahead([(numbers, epoch)]))
+
+
 def items(*numbers: int) -> np.ndarray:
     return np.array(numbers)
 
@@ -70,29 +74,29 @@ def items(*numbers: int) -> np.ndarray:
 def test_the_same_items_and_epoch_give_the_same_bytes(packed: Path, loader: Loader) -> None:
     other = load(packed, workers=1)
     for numbers in (items(3, 40, 11), items(0), items(47, 3)):
-        batch = loader.fetch(numbers, 2)
-        assert same(batch, loader.fetch(numbers, 2))
-        assert same(batch, other.fetch(numbers, 2))
+        batch = fetch(loader, numbers, 2)
+        assert same(batch, fetch(loader, numbers, 2))
+        assert same(batch, fetch(other, numbers, 2))
     other.close()
 
 
 def test_a_picture_does_not_depend_on_the_batch_that_it_is_in(loader: Loader) -> None:
     numbers = items(9, 30, 2, 41)
-    batch = loader.fetch(numbers, 1)
+    batch = fetch(loader, numbers, 1)
     for row, item in enumerate(numbers.tolist()):
-        assert torch.equal(batch.images[row], loader.fetch(items(item), 1).images[0])
+        assert torch.equal(batch.images[row], fetch(loader, items(item), 1).images[0])
 
 
 def test_another_epoch_seed_or_item_is_augmented_otherwise(packed: Path, loader: Loader) -> None:
     other = load(packed, seed=1)
-    views = [loader.fetch(items(5), epoch).images for epoch in range(4)] + [other.fetch(items(5), 0).images]
+    views = [fetch(loader, items(5), epoch).images for epoch in range(4)] + [fetch(other, items(5), 0).images]
     assert len({view.numpy().tobytes() for view in views}) == 5
     other.close()
 
 
 def test_without_an_epoch_each_picture_is_its_centre(loader: Loader) -> None:
     numbers = items(4, 17, 33)
-    batch = loader.fetch(numbers, None)
+    batch = fetch(loader, numbers, None)
     assert batch.images.dtype == torch.uint8
     for view, item in zip(batch.images, numbers.tolist(), strict=True):
         picture = images.decode(loader.split.image(item), "here")
@@ -101,7 +105,7 @@ def test_without_an_epoch_each_picture_is_its_centre(loader: Loader) -> None:
 
 def test_without_augmentation_an_epoch_shows_the_centres_too(packed: Path, loader: Loader) -> None:
     plain = load(packed, crop_scale=(1, 1), flip=False, colour_jitter=0)
-    assert same(plain.fetch(items(1, 2), 3), loader.fetch(items(1, 2), None))
+    assert same(fetch(plain, items(1, 2), 3), fetch(loader, items(1, 2), None))
     plain.close()
 
 
@@ -113,7 +117,7 @@ def test_every_image_comes_with_all_its_captions(which: str, request: pytest.Fix
     loader: Loader = request.getfixturevalue(which)
     split, vocabulary = loader.split, loader.vocabulary
     numbers = np.random.default_rng(0).permutation(len(split))
-    batch = loader.fetch(numbers, 0)
+    batch = fetch(loader, numbers, 0)
     assert batch.image_ids == [split.sample_facts(item)["image_id"] for item in numbers.tolist()]
     said = [
         (row, " ".join(split_words(caption)[:MAX_WORDS]))
@@ -125,7 +129,7 @@ def test_every_image_comes_with_all_its_captions(which: str, request: pytest.Fix
 
 
 def test_tokens_are_start_words_end_and_padding_and_no_longer_than_need_be(ragged: Loader) -> None:
-    batch = ragged.fetch(np.arange(len(ragged.split)), None)
+    batch = fetch(ragged, np.arange(len(ragged.split)), None)
     longest = 0
     for row in batch.tokens.tolist():
         end = row.index(END)
@@ -141,14 +145,14 @@ def test_words_are_all_that_is_to_be_predicted_the_ends_too(loader: Loader, ragg
         numbers = np.arange(min(8, len(each.split)))
         captions = [caption for item in numbers.tolist() for caption in each.split.captions(item)]
         wanted = sum(min(len(split_words(caption)), MAX_WORDS) + 1 for caption in captions)
-        assert each.fetch(numbers, 0).words == wanted
+        assert fetch(each, numbers, 0).words == wanted
 
 
 def test_a_word_that_the_vocabulary_lacks_is_unknown(loader: Loader) -> None:
     few = Vocabulary(loader.vocabulary.words[:9])
-    batch = Loader(loader.split, few, loader.data).fetch(items(0, 1), None)
+    batch = fetch(Loader(loader.split, few, loader.data), items(0, 1), None)
     assert int(batch.tokens.max()) < 9
-    assert batch.words == loader.fetch(items(0, 1), None).words
+    assert batch.words == fetch(loader, items(0, 1), None).words
 
 
 # ---- ahead
@@ -161,7 +165,7 @@ def test_reading_ahead_gives_the_batches_of_fetch_in_their_order(loader: Loader,
     found = list(loader.ahead(requests, depth))
     assert len(found) == len(requests)
     for batch, (numbers, epoch) in zip(found, requests, strict=True):
-        assert same(batch, loader.fetch(numbers, epoch))
+        assert same(batch, fetch(loader, numbers, epoch))
 
 
 def test_reading_ahead_asks_for_no_more_than_its_depth(loader: Loader) -> None:
@@ -181,7 +185,7 @@ def test_reading_ahead_asks_for_no_more_than_its_depth(loader: Loader) -> None:
 
 
 def test_a_batch_moves_with_all_that_is_in_it(loader: Loader) -> None:
-    batch = loader.fetch(items(1, 2), 0)
+    batch = fetch(loader, items(1, 2), 0)
     assert same(batch.to(torch.device("cpu")), batch)
     assert batch.to(torch.device("meta")).images.device.type == "meta"
 
@@ -195,5 +199,5 @@ def test_a_damaged_image_is_named_by_its_folder_and_id(scenes: Path, tmp_path: P
     data = tar.read_bytes()
     tar.write_bytes(data[:start] + bytes(size) + data[start + size :])
     with pytest.raises(UserError, match=f"{out}: image 391895: not a readable image"):
-        loader.fetch(items(0), 0)
+        fetch(loader, items(0), 0)
     loader.close()

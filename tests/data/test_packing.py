@@ -187,7 +187,7 @@ def test_an_unreadable_image_is_named_and_nothing_is_left(
 
 def test_a_missing_image_is_named_and_nothing_is_left(scenes: Path, tmp_path: Path) -> None:
     records = spoilt(records_of(scenes, "val"), 5, tmp_path / "gone.jpg")
-    with pytest.raises(OSError, match=r"gone\.jpg"):
+    with pytest.raises(UserError, match=r"gone\.jpg: cannot be read"):
         pack(records, tmp_path / "shards", sources=[], images_per_shard=4)
     assert not list(tmp_path.iterdir())
 
@@ -240,7 +240,7 @@ def test_a_disk_that_is_full_at_any_write_leaves_what_was_there(
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(UserError, match=r"cannot be written \(No space left"):
                 pack(train, out, sources=[], images_per_shard=16)
         assert out.exists() == beside
         assert (contents(out) if beside else {}) == before

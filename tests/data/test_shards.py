@@ -95,7 +95,7 @@ def test_a_folder_without_a_manifest_is_not_complete(copy: Path, tmp_path: Path)
 @pytest.mark.parametrize("content", ["", "[]", "{}", "{'format': 1}", '{"format": 1, "spl', "\xff", "1"])
 def test_a_damaged_manifest_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST).write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=f"{MANIFEST}: not a manifest .* pack these shards again"):
+    with pytest.raises(UserError, match=f"{MANIFEST}: not a manifest .* remove the folder and pack again"):
         read_manifest(tmp_path)
 
 
@@ -126,7 +126,9 @@ def test_an_index_that_is_damaged_or_of_other_rows_is_refused(copy: Path) -> Non
     whole = path.read_bytes()
     for change in (lambda _: b"", lambda data: data[:-8], lambda data: b"PK\3\4" + data):
         rewrite(path, change)
-        with pytest.raises(UserError, match=r"val\.index\.npy: not an index .* pack this split again"):
+        with pytest.raises(
+            UserError, match=r"val\.index\.npy: not an index .* remove the folder and pack again"
+        ):
             Split(copy, "val")
         path.write_bytes(whole)
     path.unlink()

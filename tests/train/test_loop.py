@@ -122,6 +122,24 @@ def test_fp16_without_a_gpu_is_refused(packed: Path, tmp_path: Path) -> None:
         train(tiny(tmp_path, packed, "train.precision=fp16"), tmp_path / "run")
 
 
+def test_a_diverged_run_is_told_before_it_is_saved(packed: Path, tmp_path: Path) -> None:
+    changes = ("train.lr=1e30", "train.encoder_lr=1e30", "train.log_every=1000", "train.warmup=0")
+    with pytest.raises(UserError, match=r"lower train\.lr"):
+        train(tiny(tmp_path, packed, *changes), tmp_path / "run")
+    assert checkpoint.steps(tmp_path / "run") == []
+
+
+def test_a_run_that_cannot_start_leaves_nothing_behind(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        train(tiny(tmp_path, packed, "model.encoder.weights=none.pth"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_metric_may_not_judge_a_run(done: Path, packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.score_metric was 'CIDEr-D', now 'BLEU-4'"):
+        train(tiny(tmp_path, packed, "train.score_metric=BLEU-4"), done)
+
+
 def test_a_run_learns_in_bf16(packed: Path, tmp_path: Path) -> None:
     changes = ("train.precision=bf16", "train.epochs=4", "train.lr=1e-2", "train.label_smoothing=0")
     train(tiny(tmp_path, packed, *changes), tmp_path / "run")

@@ -1,0 +1,163 @@
+"""All that a training run works with, made ready: shards opened, captioner built or restored."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from captionscale import config as configs
+from captionscale import vocab
+from captionscale.config import Config
+from captionscale.data.loader import Batch, Items, Loader
+from captionscale.data.order import Order
+from captionscale.data.shards import Split
+from captionscale.model.captioner import Captioner
+from captionscale.progress import say
+from captionscale.ranks import Ranks
+from captionscale.train import checkpoint
+from captionscale.train.checkpoint import Standing
+from captionscale.vocab import Vocabulary
+
+
+@dataclass(frozen=True)
+class Job:
+    """One rank's part of a run. Only `standing`, the weights and the optimiser's memory change."""
+
+    config: Config
+    run: Path
+    ranks: Ranks
+    order: Order
+    loader: Loader
+    val_loader: Loader
+    vocabulary: Vocabulary
+    captioner: Captioner
+    model: nn.Module
+    """The captioner, as the engine wants it called."""
+    optimizer: Optimizer
+    fingerprint: dict[str, Any]
+    standing: Standing
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.config.train.epochs * self.order.steps_per_epoch
+
+    def save(self) -> None:
+        """Write a checkpoint of where the run stands."""
+        self.standing.scaler = self.ranks.scaler_state()
+        self.ranks.on_first(
+            checkpoint.save,
+            self.run,
+            self.standing,
+            self.fingerprint,
+            self.captioner,
+            self.optimizer,
+            self.config,
+            self.vocabulary,
+        )
+
+    def shares(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
+        """Yield the steps to come, each with the micro-batches that this rank does, by their numbers."""
+        steps = range(self.standing.step, self.steps)
+        batches = self.loader.ahead(self._requests(steps))
+        for step in steps:
+            yield step, [(number, next(batches)) for number, _ in self._micro_batches(step)]
+
+    def _requests(self, steps: range) -> Iterator[tuple[Items, int]]:
+        for step in steps:
+            for _, items in self._micro_batches(step):
+                yield items, self.order.epoch(step)
+
+    def _micro_batches(self, step: int) -> list[tuple[int, Items]]:
+        return self.order.micro_batches(step, self.ranks.rank, self.ranks.size)
+
+
+def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
+    """Make a run ready for its next step: its first one, or the one after its newest checkpoint.
+
+    Args:
+        config: The experiment.
+        run: Its folder, in which this process may write.
+        ranks: This process among its peers.
+        stack: Closes what is opened here.
+
+    Raises:
+        UserError: Shards, weights or an earlier run that do not fit.
+    """
+    settings, shards = config.train, config.data.shards
+    split = Split(shards, config.data.train_split)
+    order = Order(
+        tuple(split.shard_sizes.tolist()),
+        config.seed,
+        settings.global_batch,
+        settings.micro_batch,
+        config.data.shuffle_shards,
+    )
+    # All ranks would be refused alike; the first one says so.
+    ranks.on_first(order.micro_batches, 0, 0, ranks.size)
+    vocabulary = ranks.on_first(_build_vocabulary, split, config)
+    loader = Loader(split, vocabulary, config.data, config.seed)
+    val_loader = Loader(Split(shards, config.data.val_split), vocabulary, config.data)
+    stack.callback(loader.close)
+    stack.callback(val_loader.close)
+
+    ranks.seed(config.seed)
+    captioner = Captioner(config.model, len(vocabulary))
+    fingerprint = _fingerprint(config, split, vocabulary)
+    # Rank 0 chooses where to go on from, and all go on from there: another rank may not yet see the newest.
+    saved = ranks.on_first(checkpoint.resume, run, fingerprint, say)
+    if saved is None:
+        ranks.on_first(captioner.load_pretrained)
+    captioner.to(ranks.device).train()
+    optimizer = _optimizer(captioner, settings)
+    standing = Standing()
+    if saved is not None:
+        saved.restore(captioner, optimizer)
+        standing = saved.standing
+        ranks.load_scaler_state(standing.scaler)
+    model, stepper = ranks.prepare(captioner, optimizer)
+    return Job(
+        config,
+        run,
+        ranks,
+        order,
+        loader,
+        val_loader,
+        vocabulary,
+        captioner,
+        model,
+        stepper,
+        fingerprint,
+        standing,
+    )
+
+
+def _build_vocabulary(split: Split, config: Config) -> Vocabulary:
+    captions = (caption for item in range(len(split)) for caption in split.captions(item))
+    return vocab.build(captions, config.data.min_count, config.data.max_vocabulary)
+
+
+def _optimizer(captioner: Captioner, settings: configs.Train) -> AdamW:
+    """Return AdamW over what learns: encoder and decoder at their own rates, decay on matrices only."""
+    groups = []
+    for part, lr in ((captioner.encoder, settings.encoder_lr), (captioner.decoder, settings.lr)):
+        learning = [parameter for parameter in part.parameters() if parameter.requires_grad]
+        for matrices, decay in ((True, settings.weight_decay), (False, 0.0)):
+            members = [parameter for parameter in learning if (parameter.ndim > 1) == matrices]
+            if members:
+                groups.append({"params": members, "peak_lr": lr, "weight_decay": decay})
+    return AdamW(groups, fused=True)
+
+
+def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Return what may not change within a run, and nothing else: not ranks, nodes, workers or paths."""
+    settings = configs.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
+    for free in ("data.shards", "data.workers", "model.encoder.weights"):
+        del settings[free]
+    kept = ("global_batch", "micro_batch", "score_metric")
+    train = {f"train.{key}": getattr(config.train, key) for key in kept}
+    return {"shards": split.sha256, "vocabulary": vocabulary.sha256, **settings, **train}

@@ -1,0 +1,63 @@
+import pytest
+import torch
+from torch import nn
+
+from captionscale.errors import UserError
+from captionscale.ranks import Ranks
+
+
+def test_randomness_is_a_function_of_its_key_alone() -> None:
+    with Ranks() as ranks:
+        ranks.seed(0, 5, 2)
+        first = torch.rand(3)
+        torch.rand(100)
+        ranks.seed(0, 5, 2)
+        assert torch.equal(torch.rand(3), first)
+        for other in ((0, 2, 5), (5, 0, 2), (0, 5, 3), (1, 5, 2)):
+            ranks.seed(*other)
+            assert not torch.equal(torch.rand(3), first)
+
+
+def test_alone_everything_is_this_ranks() -> None:
+    with Ranks() as ranks:
+        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+        assert ranks.sum(1, torch.tensor(2.5)).tolist() == [1, 2.5]
+        assert ranks.gather([1, 2]) == [1, 2]
+        assert list(ranks.share(4)) == [0, 1, 2, 3]
+        assert ranks.on_first(max, 3, 4) == 4
+
+
+def test_an_error_of_the_first_rank_is_raised_as_it_is() -> None:
+    def fail() -> None:
+        raise UserError("place: found; wanted; cure")
+
+    with Ranks() as ranks, pytest.raises(UserError, match="place: found"):
+        ranks.on_first(fail)
+
+
+def test_a_process_may_work_in_one_precision_after_another() -> None:
+    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with Ranks(precision) as ranks, ranks.autocast():
+            assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == kind
+
+
+def test_the_prepared_model_computes_in_the_run_s_precision() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 64)
+    outputs = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(1)
+        layer = nn.Linear(64, 4)
+        with Ranks(precision) as ranks:
+            model, _ = ranks.prepare(layer, torch.optim.AdamW(layer.parameters()))
+            outputs[precision] = model(inputs)
+    assert outputs["bf16"].dtype == torch.float32
+    assert 1e-4 < (outputs["bf16"] - outputs["fp32"]).abs().max() < 1e-1
+
+
+def test_the_gradient_is_clipped_to_its_greatest_norm() -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    layer.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
+    with Ranks() as ranks:
+        assert ranks.clip(layer, 2.0).item() == pytest.approx(5)
+    assert layer.weight.grad.norm().item() == pytest.approx(2, rel=1e-4)
