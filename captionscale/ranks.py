@@ -60,7 +60,6 @@ class Ranks:
         self.size: int = self._accelerator.num_processes
         self.rank: int = self._accelerator.process_index
         self.device: torch.device = self._accelerator.device
-        self.precision = precision
 
     def __enter__(self) -> "Ranks":
         return self

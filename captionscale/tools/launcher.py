@@ -12,6 +12,7 @@ import yaml
 
 from captionscale import assets
 from captionscale.errors import UserError
+from captionscale.progress import say
 
 _PORT = 29_500
 
@@ -29,7 +30,7 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
 
     Raises:
         UserError: An unknown or unreadable profile, or processes that the machines cannot share evenly.
-        SystemExit: A process failed; it has told why.
+        SystemExit: A process failed, and has told why; or a signal stopped them all.
     """
     path = assets.find("launch", profile, ".yaml")
     facts = _read(path)
@@ -58,6 +59,7 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
         return
     os.environ.update(environment)
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     # A process that fails has told why; what the launcher then says of each of the others would bury it.
@@ -66,6 +68,12 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
         launch_command(launch_command_parser().parse_args(arguments))
     except ChildFailedError:
         raise SystemExit(1) from None
+    except SignalException as error:
+        # Its processes have been ended; each rank has had the signal too.
+        say(
+            f"captionscale: stopped by {error.sigval.name}; the same command goes on from the last checkpoint"
+        )
+        raise SystemExit(128 + error.sigval) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 import os
 import shlex
+import signal
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from captionscale.errors import UserError
 from captionscale.tools.launcher import launch
@@ -149,3 +151,15 @@ def test_an_unknown_profile_is_told_with_the_nearest_known_one(dry_run) -> None:
     with pytest.raises(UserError) as caught:
         dry_run("gpus")
     assert str(caught.value) == "gpus: no such file, and no such name in launch/; did you mean 'gpu'?"
+
+
+def test_a_signal_stops_the_processes_in_one_line(monkeypatch, capsys) -> None:
+    def interrupted(_: object) -> None:
+        raise SignalException("Process 7 got signal: 2", sigval=signal.SIGINT)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", interrupted)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    with pytest.raises(SystemExit) as caught:
+        launch(VERB, profile="cpu", processes=2, dry_run=False)
+    assert caught.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err.count("\n") == 1
