@@ -20,6 +20,8 @@ from captionscale.errors import UserError, did_you_mean
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 
+CACHE_GB = 100.0
+
 
 class Section(BaseModel):
     """A part of the tree: frozen, no unknown keys."""
@@ -30,8 +32,12 @@ class Section(BaseModel):
 class Data(Section):
     """What is read, and the choices that turn stored facts into a batch."""
 
-    shards: Path
-    """Folder that `captionscale pack` wrote."""
+    shards: str
+    """Folder that `captionscale pack` wrote, or its URL: https://, s3:// or gs://."""
+    cache: Path | None = None
+    """Folder for the shards of a URL. Without it: $CAPTIONSCALE_CACHE, or ~/.cache/captionscale."""
+    cache_gb: float = Field(default=CACHE_GB, gt=0)
+    """Most that this folder may hold, in 10^9 bytes; the least recently used shards make way."""
     train_split: str = "train"
     """Split to learn from."""
     val_split: str = "val"

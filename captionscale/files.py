@@ -19,6 +19,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cores() -> int:
+    """Return how many cores this process may use, which in a job is fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes its name only when it is complete and on the disk.

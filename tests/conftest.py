@@ -9,6 +9,15 @@ import pytest
 
 COUNTS = {"train": 48, "val": 8, "test": 8}
 IMAGES_PER_SHARD = 16
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real data sets, beside the checkout on some machines."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared/data beside the checkout")
+    return SHARED
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +33,12 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def packed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shards of `scenes`, 16 images in each: three of train, one of val and test. Not to be changed."""
-    from captionscale.data import sources
-    from captionscale.data.packing import pack
+    from captionscale.data.packing import Options, pack
+    from captionscale.data.sources import coco
 
     out = tmp_path_factory.mktemp("packed") / "shards"
     for split in COUNTS:
         captions = scenes / "annotations" / f"captions_{split}2017.json"
-        records = sources.coco(scenes / f"{split}2017", captions, split)
-        pack(records, out, sources=[captions], images_per_shard=IMAGES_PER_SHARD)
+        records = coco.official(scenes / f"{split}2017", captions, split)
+        pack(records, out, sources=[captions], options=Options(images_per_shard=IMAGES_PER_SHARD))
     return out

@@ -1,13 +1,17 @@
-"""From stored bytes to the square picture that the encoder sees."""
+"""From stored bytes to upright pixels, and to the square picture that the encoder sees."""
 
 import io
 import math
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import numpy as np
+import simplejpeg
 from jaxtyping import UInt8
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageEnhance
 
 from captionscale.errors import UserError
 
@@ -17,20 +21,83 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
+# What libjpeg says of missing or broken pixels; all else that it warns of (bytes too many between segments,
+# an unknown revision of JFIF, an odd ICC profile) harms no picture.
+_DAMAGE = re.compile(r"premature end|bad \w+ code|instead of RST", re.IGNORECASE)
+# A JPEG segment before the pixels other than APP1, which holds EXIF and XMP and so the orientation.
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xe0\xe2-\xfe]")
 
-def decode(data: bytes, place: str) -> Image.Image:
-    """Return an RGB picture, turned the way up that its EXIF orientation says.
+
+class Look(NamedTuple):
+    """What an image file is.
+
+    Attributes:
+        width: In pixels, of the upright picture.
+        height: In pixels, of the upright picture.
+        extension: The file name extension that a WebDataset reader decodes these bytes by, such as `jpg`.
+    """
+
+    width: int
+    height: int
+    extension: str
+
+
+def pixels(data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]:
+    """Return RGB pixels, turned the way up that the EXIF orientation says, on white where transparent.
+
+    simplejpeg decodes what is an ordinary JPEG, Pillow all else; on JPEGs both give the same pixels.
 
     Args:
-        data: A JPEG, PNG, WebP, BMP or GIF file.
+        data: A JPEG, PNG, WebP, BMP or GIF file; of several frames the first is taken.
         place: Where the bytes are from, for the error.
 
     Raises:
         UserError: No such file, a damaged one, or one of absurdly many pixels.
     """
+    with _refusing(data, place):
+        header = _jpeg_header(data)
+        if header and (image := _jpeg(data)) is not None:
+            return _upright(image, header[2])
+        return _by_pillow(data)
+
+
+def decode(data: bytes, place: str) -> Image.Image:
+    """Return `pixels` as a picture of Pillow's."""
+    return Image.fromarray(pixels(data, place))
+
+
+def look(data: bytes, place: str, *, whole: bool) -> Look:
+    """Return what an image file is, at the least cost.
+
+    Args:
+        data: A JPEG, PNG, WebP, BMP or GIF file.
+        place: Where the bytes are from, for the error.
+        whole: Whether to prove that `pixels` can decode it; if not, only as much is read as tells the size.
+
+    Raises:
+        UserError: As `pixels` does.
+    """
+    with _refusing(data, place):
+        header = _jpeg_header(data)
+        # At an eighth of the size, libjpeg still reads every code of the file.
+        if header and not (whole and _jpeg(data, eighth=True) is None):
+            height, width, orientation = header
+            extension = "jpg"
+        else:
+            with _open(data) as picture:
+                if whole:
+                    _rgb(picture)
+                (width, height), orientation = picture.size, _orientation(picture)
+                kind = str(picture.format)
+            # MPO, of phones with two lenses, is a JPEG with more behind it.
+            extension = "jpg" if kind in ("JPEG", "MPO") else kind.lower()
+        return Look(height, width, extension) if orientation >= 5 else Look(width, height, extension)
+
+
+@contextmanager
+def _refusing(data: bytes, place: str) -> Iterator[None]:
     try:
-        with _open(data) as image:
-            return _rgb(ImageOps.exif_transpose(image))
+        yield
     # Pillow's decoders raise nearly anything on damaged bytes; all of it means the same to a user.
     except Exception as error:
         reason = str(error).split("<_io")[0].strip() or type(error).__name__
@@ -40,15 +107,68 @@ def decode(data: bytes, place: str) -> Image.Image:
         ) from None
 
 
-def extension(data: bytes) -> str:
-    """Return the file name extension that a WebDataset reader decodes these image bytes by."""
-    with _open(data) as image:
-        # MPO, of phones with two lenses, is a JPEG with more behind it.
-        return {"JPEG": "jpg", "MPO": "jpg"}.get(str(image.format)) or str(image.format).lower()
+def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
+    """Return stored height, width and orientation of a JPEG that simplejpeg may decode, else nothing."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except ValueError:
+        return None
+    # Pillow knows the colours of print, and has the words for a decompression bomb.
+    if colours not in ("YCbCr", "RGB", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+        return None
+    at = 2
+    while _SEGMENT.match(data, at):
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+    if data[at : at + 2] == b"\xff\xda":
+        return height, width, 1
+    with _open(data) as picture:
+        return height, width, _orientation(picture)
+
+
+def _jpeg(data: bytes, *, eighth: bool = False) -> UInt8[np.ndarray, "height width 3"] | None:
+    """Return a JPEG's pixels as stored; nothing where libjpeg warns of what may be harmless.
+
+    Pillow judges that: libjpeg tells only its first warning, and Pillow notices that a file ends too soon.
+    """
+    least = int(eighth)
+    image: UInt8[np.ndarray, "height width 3"]
+    try:
+        image = simplejpeg.decode_jpeg(data, min_height=least, min_width=least, strict=True)
+    except ValueError as error:
+        if _DAMAGE.search(str(error)):
+            raise
+        return None
+    return image
+
+
+def _by_pillow(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    with _open(data) as picture:
+        return _upright(np.array(_rgb(picture)), _orientation(picture))
 
 
 def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """Return 1 to 8 as EXIF numbers them; 1, upright, if it says nothing that can be read."""
+    found: Any = None
+    # Damaged EXIF makes Pillow raise this and that, and no picture worse.
+    with suppress(Exception):
+        found = picture.getexif().get(ExifTags.Base.Orientation)
+    return int(found) if found in range(1, 9) else 1
+
+
+def _upright(
+    image: UInt8[np.ndarray, "stored_height stored_width 3"], orientation: int
+) -> UInt8[np.ndarray, "height width 3"]:
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    rows = -1 if orientation in (3, 4, 7, 8) else 1
+    columns = -1 if orientation in (2, 3, 6, 7) else 1
+    return np.ascontiguousarray(image[::rows, ::columns])
 
 
 def _rgb(image: Image.Image) -> Image.Image:

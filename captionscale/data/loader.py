@@ -85,7 +85,7 @@ class Loader:
 
     def _sample(self, item: int, epoch: int | None) -> Sample:
         data = self.data
-        place = f"{self.split.folder}: image {self.split.index[item]['image_id']}"
+        place = f"{self.split.place}: image {self.split.index[item]['image_id']}"
         picture = images.decode(self.split.image(item), place)
         if epoch is None:
             view = images.centre_view(picture, data.image_size)

@@ -1,89 +1,185 @@
-"""Write records as shards, whole or not at all."""
+"""Write records as shards, on all cores, whole or not at all, from where a killed call stopped."""
 
-import json
+import hashlib
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import combinations, islice
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version as version_of
+from itertools import chain, combinations, groupby
 from pathlib import Path
-from typing import Any
+from shutil import rmtree
 
+import msgspec
 import numpy as np
-import webdataset
+from jaxtyping import Int
 
 from captionscale import version
-from captionscale.data import images, shards
-from captionscale.data.sources import Record
+from captionscale.data import manifest, shards
+from captionscale.data.manifest import Images, Manifest, Shard, SplitFacts
+from captionscale.data.shard_writer import Job, Rejected, Written, read_rejected
+from captionscale.data.sources.record import Record, in_order
+from captionscale.data.workers import write_all
 from captionscale.errors import UserError
 from captionscale.files import atomic, lock, sha256_of
 
-IMAGES_PER_SHARD = 1000
-_OWNER = {"user": "captionscale", "group": "captionscale"}
+REJECTED = "rejected.jsonl"
+_WORK = ".packing"
+_PLAN = "plan"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How records become shards; nothing here but `workers` may change between a killed call and the next.
+
+    Attributes:
+        images_per_shard: Images in a full shard, but for rejected ones.
+        short_side: Make images smaller until their shorter side has so many pixels; None keeps their bytes.
+        quality: JPEG quality of those that are made smaller.
+        whole: Decode every image, so that a damaged one is found now and not at step 30,000.
+        max_rejected: Greatest share of images that may be unreadable.
+        workers: Processes.
+    """
+
+    images_per_shard: int = 1000
+    short_side: int | None = None
+    quality: int = 95
+    whole: bool = True
+    max_rejected: float = 0.001
+    workers: int = 1
 
 
 def pack(
-    records: Sequence[Record],
+    records: Iterable[Record],
     out: Path,
     *,
     sources: Iterable[Path],
-    images_per_shard: int = IMAGES_PER_SHARD,
-    progress: Callable[[], None] = lambda: None,
-) -> None:
+    options: Options = Options(),
+    progress: Callable[[int], None] = lambda _: None,
+) -> Manifest:
     """Write records into `out`, beside the splits that are there already.
 
-    Every image is decoded once, so that a damaged one is found now and not at step 30,000.
+    A call that was killed is finished by the same call: whole shards are kept, and the files come out as if
+    nothing had happened, whatever the number of workers.
 
     Args:
         records: Of one or more splits.
         out: Folder of shards, made if need be.
         sources: Files that the records were read from; the manifest keeps their hashes.
-        images_per_shard: Images in a full shard.
-        progress: Called after each image.
+        options: How records become shards.
+        progress: Called with the number of images of each finished shard.
 
     Raises:
-        UserError: An unreadable image, a split or an image that is packed already, or another packer at
-            work. What this call wrote is removed again.
+        UserError: Too many unreadable images, a split or an image that is packed already, a killed call with
+            other records or options, another packer at work, or a full disk.
     """
-    by_split: dict[str, list[Record]] = {}
-    for record in records:
-        by_split.setdefault(record.split, []).append(record)
-    written: list[Path] = []
     with lock(out, "captionscale pack"):
-        try:
-            manifest = _manifest_of(out)
-            _refuse_known(out, manifest, by_split)
-            hashes = {path.name: sha256_of(path) for path in sources}
-            for split, members in by_split.items():
-                manifest["splits"][split] = {
-                    "images": len(members),
-                    "captions": sum(len(record.captions) for record in members),
-                    "sources": hashes,
-                    **_write_split(split, members, out, images_per_shard, written, progress),
-                }
-            with atomic(out / shards.MANIFEST) as file:
-                file.write(json.dumps(manifest, indent=1).encode())
-        except BaseException:
-            for path in written:
-                path.unlink(missing_ok=True)
-            raise
+        before = manifest.read(out) if (out / manifest.MANIFEST).exists() else None
+        hashes = _hashes(sources)
+        by_split = {
+            split: list(members) for split, members in groupby(in_order(records), lambda it: it.split)
+        }
+        fingerprints = {split: _fingerprint(members, hashes, options) for split, members in by_split.items()}
+        if before and all(
+            split in before.splits and before.splits[split].fingerprint == fingerprint
+            for split, fingerprint in fingerprints.items()
+        ):
+            rmtree(out / _WORK, ignore_errors=True)
+            progress(sum(map(len, by_split.values())))
+            return before
+        _refuse_known(out, before, by_split, options)
+        work = _open_work(out, before, fingerprints)
+        jobs = {split: _jobs(split, members, out, work, options) for split, members in by_split.items()}
+        written: dict[Path, Written] = {}
+        for job, shard in write_all([*chain(*jobs.values())], options.workers):
+            written[job.path] = shard
+            progress(len(job.records))
+        rejected = [image for split in jobs for job in jobs[split] for image in written[job.path].rejected]
+        _write_rejected(out, rejected, fingerprints)
+        _refuse_rejected(out, rejected, by_split, options)
+        splits = dict(before.splits) if before else {}
+        for split in jobs:
+            finished = {job.path.name: written[job.path] for job in jobs[split]}
+            splits[split] = _finish(split, finished, out, hashes, fingerprints[split], _tool(options))
+        result = Manifest(manifest.FORMAT, _images(options), splits)
+        with atomic(out / manifest.MANIFEST) as file:
+            file.write(result.dumps())
+        rmtree(work)
+        return result
 
 
-def _manifest_of(out: Path) -> dict[str, Any]:
-    if (out / shards.MANIFEST).exists():
-        return shards.read_manifest(out)
-    tool = f"captionscale {version.__version__}"
-    return {"format": shards.FORMAT, "tool": tool, "images": "original", "splits": {}}
+def first_id(out: Path, splits: Iterable[str]) -> int:
+    """Return where to count from, if the images of these splits have no ids of their own.
+
+    A second call on the same files counts as the first one did.
+    """
+    if not (out / manifest.MANIFEST).exists():
+        return 1
+    ids = {split: shards.Split(out, split).index["image_id"] for split in manifest.read(out).splits}
+    known = [ids[split] for split in splits if split in ids]
+    return int(np.concatenate(known).min() if known else np.concatenate([*ids.values()]).max() + 1)
 
 
-def _refuse_known(out: Path, manifest: dict[str, Any], by_split: dict[str, list[Record]]) -> None:
-    for split in by_split:
-        if split in manifest["splits"]:
+def _hashes(sources: Iterable[Path]) -> dict[str, str]:
+    paths = list(sources)
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = ["/".join(path.parts[-2:]) for path in paths]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(names, pool.map(sha256_of, paths), strict=True))
+
+
+def _fingerprint(records: Iterable[Record], hashes: dict[str, str], options: Options) -> str:
+    """Hash all that a split's shards depend on, but for the images' bytes."""
+    facts = (manifest.FORMAT, _tool(options), sorted(hashes.items()), options.images_per_shard, options.whole)
+    hasher = hashlib.sha256(repr((*facts, _images(options))).encode())
+    for record in records:
+        hasher.update(repr(record).encode())
+    return hasher.hexdigest()
+
+
+def _tool(options: Options) -> str:
+    makers = [] if options.short_side is None else ["simplejpeg", "torch"]
+    versions = [f"{name} {version_of(name)}" for name in makers]
+    return ", ".join([f"captionscale {version.__version__}", *versions])
+
+
+def _images(options: Options) -> Images:
+    return Images() if options.short_side is None else Images(options.short_side, options.quality)
+
+
+def _refuse_known(
+    out: Path, before: Manifest | None, by_split: dict[str, list[Record]], options: Options
+) -> None:
+    """Refuse what would make the folder lie: a split or an image twice, two ways to store images."""
+    ids: dict[str, Int[np.ndarray, "image"]] = {}
+    for split, members in by_split.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
+            raise UserError(f"split {split!r}: wanted letters, digits, - and _, as it names files; rename it")
+        if not 0 <= members[0].image_id <= members[-1].image_id < 1 << 63:
             raise UserError(
-                f"{out}: split '{split}' is packed already; take another --out, or remove this folder"
+                f"split '{split}': an image id is below 0 or above 2^63 - 1; wanted them within; renumber"
             )
-    ids = {split: [record.image_id for record in members] for split, members in by_split.items()}
-    ids |= {split: shards.Split(out, split).index["image_id"].tolist() for split in manifest["splits"]}
+        found = ids[split] = np.array([record.image_id for record in members])
+        repeated = found[1:][found[1:] == found[:-1]]
+        if len(repeated):
+            raise UserError(
+                f"split '{split}': image {repeated[0]} is there twice; wanted each id once; renumber"
+            )
+    if before is not None:
+        if before.images != _images(options):
+            raise UserError(
+                f"{out}: images are stored as {before.images}, this call wants {_images(options)};"
+                " wanted one way for all splits; give the same options, or take another --out"
+            )
+        for split in before.splits:
+            if split in ids:
+                raise UserError(
+                    f"{out}: split '{split}' is packed already, from other files or with other options;"
+                    " take another --out, or remove this folder"
+                )
+            ids[split] = shards.Split(out, split).index["image_id"]
     for split, other in combinations(ids, 2):
         both = np.intersect1d(ids[split], ids[other])
         if len(both):
@@ -93,69 +189,88 @@ def _refuse_known(out: Path, manifest: dict[str, Any], by_split: dict[str, list[
             )
 
 
-def _write_split(
-    split: str,
-    records: list[Record],
-    out: Path,
-    images_per_shard: int,
-    written: list[Path],
-    progress: Callable[[], None],
-) -> dict[str, Any]:
-    """Write a split's tars and index; return what the manifest says of them."""
-    samples = _read_ahead(records)
-    rows, facts = [], []
-    for number in range(-(-len(records) // images_per_shard)):
-        path = out / f"{split}-{number:05d}.tar"
-        written.append(path)
-        # A fixed time and owner: the same records give the same bytes.
-        with atomic(path) as file, webdataset.TarWriter(file, encoder=False, mtime=0, **_OWNER) as tar:
-            for sample in islice(samples, images_per_shard):
-                tar.write(sample)
-                progress()
-        index = shards.index_shard(path, number)
-        rows.append(index)
-        facts.append(
-            {
-                "name": path.name,
-                "size_bytes": path.stat().st_size,
-                "sha256": sha256_of(path),
-                "images": len(index),
-            }
-        )
+def _open_work(out: Path, before: Manifest | None, fingerprints: dict[str, str]) -> Path:
+    """Return the folder of what is finished; make it, unless it is that of this very call."""
+    work = out / _WORK
+    plan, wanted = work / _PLAN, msgspec.json.encode(fingerprints)
+    known = before.splits if before else {}
+    if plan.exists():
+        found = msgspec.json.decode(plan.read_bytes())
+        if plan.read_bytes() == wanted:
+            return work
+        if any(split not in known or known[split].fingerprint != mark for split, mark in found.items()):
+            raise UserError(
+                f"{out}: a call that packed {', '.join(found)} from other files or with other options was"
+                f" stopped here; wanted its end; run that command again, take another --out, or remove {out}"
+            )
+    rmtree(work, ignore_errors=True)
+    named = {shard.name for facts in known.values() for shard in facts.shards}
+    named |= {shards.index_name(split) for split in known}
+    for path in sorted([*out.glob("*.tar"), *out.glob("*.index.npy")]):
+        if path.name not in named:
+            raise UserError(
+                f"{path}: no manifest names it; wanted a folder of nothing but finished shards;"
+                " move it away, or take another --out"
+            )
+    work.mkdir()
+    with atomic(plan) as file:
+        file.write(wanted)
+    return work
+
+
+def _jobs(split: str, records: list[Record], out: Path, work: Path, options: Options) -> list[Job]:
+    jobs = []
+    for number, start in enumerate(range(0, len(records), options.images_per_shard)):
+        path = out / shards.shard_name(split, number)
+        part = records[start : start + options.images_per_shard]
+        done = work / f"{path.stem}.npz"
+        jobs.append(Job(path, number, part, options.whole, options.short_side, options.quality, done))
+    return jobs
+
+
+def _write_rejected(out: Path, rejected: list[Rejected], splits: Iterable[str]) -> None:
+    """Renew the lines of these splits; no file, if nothing was rejected."""
+    path = out / REJECTED
+    lines = read_rejected(path.read_bytes(), str(path)) if path.exists() else []
+    lines = [line for line in lines if line.split not in splits] + rejected
+    if lines:
+        with atomic(path) as file:
+            file.write(msgspec.json.Encoder().encode_lines(lines))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _refuse_rejected(
+    out: Path, rejected: list[Rejected], by_split: dict[str, list[Record]], options: Options
+) -> None:
+    most = options.max_rejected
+    for split, members in by_split.items():
+        bad = [image for image in rejected if image.split == split]
+        if len(bad) > most * len(members) or len(bad) == len(members):
+            raise UserError(
+                f"{bad[0].file}: {bad[0].reason}; {len(bad):,} of the {len(members):,} images of split"
+                f" '{split}' cannot be read, wanted at most {most:.2%}; {out / REJECTED} names them all;"
+                " mend them and run the same command again, or raise --max-rejected"
+            )
+
+
+def _finish(
+    split: str, written: dict[str, Written], out: Path, hashes: dict[str, str], fingerprint: str, tool: str
+) -> SplitFacts:
+    """Write a split's index; return what the manifest says of it."""
+    index = np.concatenate([shard.rows for shard in written.values()])
     index_path = out / shards.index_name(split)
-    written.append(index_path)
     with atomic(index_path) as file:
-        np.save(file, np.concatenate(rows), allow_pickle=False)
-    return {"index_sha256": sha256_of(index_path), "shards": facts}
-
-
-def _read_ahead(records: list[Record]) -> Iterator[dict[str, Any]]:
-    """Yield the samples of records in their order; threads read and decode the next ones meanwhile."""
-    workers = os.cpu_count() or 1
-    waiting: deque[Future[dict[str, Any]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for record in records:
-                waiting.append(pool.submit(_sample, record))
-                if len(waiting) > 4 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _sample(record: Record) -> dict[str, Any]:
-    try:
-        data = record.file.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{record.file}: cannot be read ({error.strerror}), wanted an image of the data set; put it back"
-        ) from None
-    images.decode(data, str(record.file))
-    facts = {"image_id": record.image_id, "file": record.file.name, "captions": record.captions}
-    return {
-        "__key__": f"{record.image_id:012d}",
-        images.extension(data): data,
-        "json": json.dumps(facts, ensure_ascii=False).encode(),
-    }
+        np.save(file, index, allow_pickle=False)
+    return SplitFacts(
+        images=len(index),
+        captions=int(index["captions"].sum()),
+        rejected=sum(len(shard.rejected) for shard in written.values()),
+        tool=tool,
+        sources=hashes,
+        fingerprint=fingerprint,
+        index_sha256=sha256_of(index_path),
+        shards=tuple(
+            Shard(name, shard.size_bytes, shard.sha256, len(shard.rows)) for name, shard in written.items()
+        ),
+    )

@@ -5,23 +5,19 @@ a manifest is not complete. The format is described in `shards/README.md`.
 """
 
 import hashlib
+import io
 import json
-import os
-import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from captionscale.data import manifest
+from captionscale.data.manifest import CURE
+from captionscale.data.places import Place, as_place
 from captionscale.errors import UserError, did_you_mean
-from captionscale.files import sha256_of
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-_CURE = "copy it again from where it is whole, or remove the folder and pack again"
 INDEX_ROW = np.dtype(
     [
         ("shard", "<i8"),
@@ -31,8 +27,17 @@ INDEX_ROW = np.dtype(
         ("json_size", "<i8"),
         ("image_id", "<i8"),
         ("captions", "<i8"),
+        ("width", "<i8"),
+        ("height", "<i8"),
+        ("image_hash", "<u8"),
+        ("json_hash", "<u8"),
     ]
 )
+
+
+def shard_name(split: str, number: int) -> str:
+    """Return the file name of a split's tar."""
+    return f"{split}-{number:05d}.tar"
 
 
 def index_name(split: str) -> str:
@@ -40,28 +45,18 @@ def index_name(split: str) -> str:
     return f"{split}.index.npy"
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what a packed folder says of itself.
+class Sample(msgspec.Struct, frozen=True):
+    """What is stored beside an image.
 
-    Raises:
-        UserError: No manifest, a damaged one, or one of another format.
+    Attributes:
+        image_id: The data set's own number of the image.
+        file: Its file name in the data set.
+        captions: As the data set gives them; none if it has none.
     """
-    path = folder / MANIFEST
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        found, _ = manifest["format"], manifest["splits"]
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no {MANIFEST}, so no finished shards; run captionscale pack first, or correct"
-            " the path (a relative one starts at the folder you are in)"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a manifest ({error}); {_CURE}") from None
-    if found != FORMAT:
-        raise UserError(
-            f"{path}: format {found}, wanted {FORMAT}; pack again with this version of captionscale"
-        )
-    return manifest
+
+    image_id: int
+    file: str
+    captions: tuple[str, ...]
 
 
 class Split:
@@ -70,38 +65,37 @@ class Split:
     Safe to read from many threads: reads carry their own position.
     """
 
-    def __init__(self, folder: Path, name: str):
+    def __init__(self, where: Place | Path, name: str):
         """Open a split and compare the sizes of its files with the manifest.
 
         Args:
-            folder: What `captionscale pack` wrote.
+            where: What `captionscale pack` wrote.
             name: Such as `train`.
 
         Raises:
             UserError: No such split, an empty one, or a shard that is missing or of the wrong size.
         """
-        manifest = read_manifest(folder)
-        if name not in manifest["splits"]:
-            raise UserError(f"{folder}: no split '{name}'; {did_you_mean(name, manifest['splits'])}")
-        self.folder = folder
+        place = as_place(where)
+        splits = manifest.fetch(place.fetch, str(place)).splits
+        if name not in splits:
+            raise UserError(f"{place}: no split '{name}'; {did_you_mean(name, splits)}")
+        self.place = place
         self.name = name
-        self.facts: dict[str, Any] = manifest["splits"][name]
-        self.paths = [folder / shard["name"] for shard in self.facts["shards"]]
-        for path, shard in zip(self.paths, self.facts["shards"], strict=True):
-            size_bytes = path.stat().st_size if path.is_file() else None
-            if size_bytes != shard["size_bytes"]:
-                raise UserError(
-                    f"{path}: {'missing' if size_bytes is None else f'{size_bytes:,} bytes'}, manifest says"
-                    f" {shard['size_bytes']:,} bytes; {_CURE}"
-                )
-        self.index: Shaped[np.ndarray, "sample"] = _read_index(folder / index_name(name))
-        if len(self.index) == 0 or len(self.index) != self.facts["images"]:
+        self.facts = splits[name]
+        for shard in self.facts.shards:
+            place.check(shard)
+        self.index: Shaped[np.ndarray, "sample"] = _read_index(place, index_name(name))
+        if len(self.index) == 0 or len(self.index) != self.facts.images:
             raise UserError(
-                f"{folder / index_name(name)}: {len(self.index):,} images, manifest says"
-                f" {self.facts['images']:,}; wanted at least one and the same number; {_CURE}"
+                f"{place}/{index_name(name)}: {len(self.index):,} images, manifest says"
+                f" {self.facts.images:,}; wanted at least one and the same number; {CURE}"
             )
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
+        last = int(self.index["shard"].max())
+        if last >= len(self.facts.shards):
+            raise UserError(
+                f"{place}/{manifest.MANIFEST}: split '{name}' has {len(self.facts.shards):,} shards, but its"
+                f" index speaks of {shard_name(name, last)}; {CURE}"
+            )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -109,13 +103,13 @@ class Split:
     @property
     def sha256(self) -> str:
         """Hash of the index and so of which sample is where; the manifest holds those of the bytes."""
-        facts = json.dumps([self.facts["index_sha256"], [s["sha256"] for s in self.facts["shards"]]])
+        facts = json.dumps([self.facts.index_sha256, [shard.sha256 for shard in self.facts.shards]])
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
     def shard_sizes(self) -> Int[np.ndarray, "shard"]:
         """Number of samples in each shard."""
-        return np.bincount(self.index["shard"], minlength=len(self.paths))
+        return np.bincount(self.index["shard"], minlength=len(self.facts.shards))
 
     def image(self, item: int) -> bytes:
         """Return the stored bytes of an image.
@@ -125,129 +119,87 @@ class Split:
         """
         return self._read(item, "image")
 
-    def captions(self, item: int) -> list[str]:
-        """Return an image's captions, as the data set gives them."""
-        captions: list[str] = self.sample_facts(item)["captions"]
-        return captions
+    def text(self, item: int) -> bytes:
+        """Return the stored bytes of what is beside an image.
 
-    def sample_facts(self, item: int) -> dict[str, Any]:
-        """Return what is stored beside an image: `image_id`, `file`, `captions`."""
-        raw = self._read(item, "json")
+        Raises:
+            UserError: The shard ends before them.
+        """
+        return self._read(item, "json")
+
+    def captions(self, item: int) -> tuple[str, ...]:
+        """Return an image's captions, as the data set gives them."""
+        return self.sample(item).captions
+
+    def sample(self, item: int) -> "Sample":
+        """Return what is stored beside an image.
+
+        Raises:
+            UserError: It is damaged.
+        """
         try:
-            facts: dict[str, Any] = json.loads(raw)
-        except ValueError:
-            raise UserError(f"{self._place(item, 'json')} holds no JSON; {_CURE}") from None
-        return facts
+            return msgspec.json.decode(self.text(item), type=Sample)
+        except msgspec.DecodeError as error:
+            raise UserError(f"{self._place(item, 'json')} holds no sample ({error}); {CURE}") from None
+
+    def need_captions(self, purpose: str) -> None:
+        """Refuse a split of which an image has no captions.
+
+        Args:
+            purpose: What they are needed for, and what else to do, for the error.
+
+        Raises:
+            UserError: There is such an image.
+        """
+        if missing := int((self.index["captions"] == 0).sum()):
+            raise UserError(
+                f"{self.place}: {missing:,} of {len(self):,} images of split '{self.name}' have no captions;"
+                f" wanted them {purpose}"
+            )
 
     def references(self) -> dict[int, list[str]]:
         """Return the captions of all images by image id."""
-        return {int(row["image_id"]): self.captions(item) for item, row in enumerate(self.index)}
+        return {int(row["image_id"]): list(self.captions(item)) for item, row in enumerate(self.index)}
 
     def _read(self, item: int, part: str) -> bytes:
         row = self.index[item]
         shard, offset, size = int(row["shard"]), int(row[f"{part}_offset"]), int(row[f"{part}_size"])
-        with self._lock:
-            if shard not in self._descriptors:
-                self._descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        data = os.pread(self._descriptors[shard], size, offset)
+        data = self.place.pread(self.facts.shards[shard], offset, size)
         if len(data) != size:
-            raise UserError(f"{self._place(item, part)} ends after {len(data):,} of {size:,} bytes; {_CURE}")
+            raise UserError(f"{self._place(item, part)} ends after {len(data):,} of {size:,} bytes; {CURE}")
         return data
 
     def _place(self, item: int, part: str) -> str:
         row = self.index[item]
-        name = self.paths[int(row["shard"])].name
+        name = self.facts.shards[int(row["shard"])].name
         return f"{name}: image {row['image_id']}: {part} at byte {int(row[f'{part}_offset']):,}"
 
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
 
-
-def find(folder: Path, image_id: int) -> tuple[Split, int]:
+def find(where: Place | Path, image_id: int) -> tuple[Split, int]:
     """Return the split and the item of an image.
 
     Raises:
         UserError: No split holds it.
     """
-    for name in read_manifest(folder)["splits"]:
-        split = Split(folder, name)
+    place = as_place(where)
+    for name in manifest.fetch(place.fetch, str(place)).splits:
+        split = Split(place, name)
         items = np.flatnonzero(split.index["image_id"] == image_id)
         if len(items):
             return split, int(items[0])
-    raise UserError(f"{folder}: no image {image_id} in any split; ids are those of the data set")
+    raise UserError(f"{place}: no image {image_id} in any split; ids are those of the data set")
 
 
-def verify(folder: Path) -> Iterator[str]:
-    """Yield what is wrong with a packed folder; nothing, if it is what was packed.
-
-    Compares each file with its checksum, the index with the tars' own directories, and both with what
-    each sample says of itself.
-    """
-    splits = read_manifest(folder)["splits"]
-    known = {shard["name"] for facts in splits.values() for shard in facts["shards"]}
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in known:
-            yield f"{path}: the manifest does not name it; remove it, or remove the folder and pack again"
-    for name in splits:
-        try:
-            split = Split(folder, name)
-        except UserError as error:
-            yield str(error)
-            continue
-        index_path = folder / index_name(name)
-        if sha256_of(index_path) != split.facts["index_sha256"]:
-            yield f"{index_path}: sha256 differs from the manifest's; {_CURE}"
-            continue
-        for number, (path, shard) in enumerate(zip(split.paths, split.facts["shards"], strict=True)):
-            found = sha256_of(path)
-            if found != shard["sha256"]:
-                yield (f"{path}: sha256 {found[:12]}..., manifest says {shard['sha256'][:12]}...; {_CURE}")
-                continue
-            items = np.flatnonzero(split.index["shard"] == number)
-            if not np.array_equal(split.index[items], index_shard(path, number)):
-                yield f"{path}: the index does not say what the tar holds; {_CURE}"
-        if int(split.index["captions"].sum()) != split.facts["captions"]:
-            yield f"{index_path}: number of captions differs from the manifest's; {_CURE}"
-
-
-def index_shard(path: Path, number: int) -> Shaped[np.ndarray, "sample"]:
-    """Return the index rows of one tar, from the tar itself.
-
-    Args:
-        path: A tar with one image and one .json for each sample, side by side.
-        number: What goes into the column `shard`.
-    """
-    rows = []
-    with tarfile.open(path, "r:") as tar:
-        members = tar.getmembers()
-        for pair in zip(members[::2], members[1::2], strict=True):
-            # A TarWriter sorts by name, so .json stands after .jpg and before .png.
-            facts, image = sorted(pair, key=lambda member: not member.name.endswith(".json"))
-            extracted = tar.extractfile(facts)
-            assert extracted is not None
-            sample = json.load(extracted)
-            rows.append(
-                (
-                    number,
-                    image.offset_data,
-                    image.size,
-                    facts.offset_data,
-                    facts.size,
-                    sample["image_id"],
-                    len(sample["captions"]),
-                )
-            )
-    return np.array(rows, dtype=INDEX_ROW)
-
-
-def _read_index(path: Path) -> Shaped[np.ndarray, "sample"]:
+def _read_index(place: Place, name: str) -> Shaped[np.ndarray, "sample"]:
     try:
-        with path.open("rb") as file:
-            index: Shaped[np.ndarray, "sample"] = np.lib.format.read_array(file, allow_pickle=False)
+        data = place.fetch(name)
+    except OSError as error:
+        raise UserError(f"{place}/{name}: {error.strerror}, wanted the split's index; {CURE}") from None
+    try:
+        index: Shaped[np.ndarray, "sample"] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     # NumPy lets out what its parsers raise on a damaged header: SyntaxError, TokenError and others.
     except Exception as error:
-        raise UserError(f"{path}: not an index ({error}); {_CURE}") from None
+        raise UserError(f"{place}/{name}: not an index ({error}); {CURE}") from None
     if index.dtype != INDEX_ROW:
-        raise UserError(f"{path}: columns {index.dtype.names}, wanted {INDEX_ROW.names}; {_CURE}")
+        raise UserError(f"{place}/{name}: columns {index.dtype.names}, wanted {INDEX_ROW.names}; {CURE}")
     return index

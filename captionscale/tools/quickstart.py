@@ -10,8 +10,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from captionscale.data import scenes, sources
-from captionscale.data.shards import MANIFEST
+from captionscale.data import manifest, scenes
+from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.progress import console, say
 from captionscale.score.metrics import METRICS, score
@@ -34,21 +34,21 @@ def quickstart(out: Path) -> None:
         SystemExit: A command failed; it has told why.
         UserError: The captioner has learned next to nothing, so this installation does not work.
     """
-    coco, packed, run = out / "coco", out / "shards", out / "run"
-    if not (packed / MANIFEST).exists():
-        say(f"drawing {sum(COUNTS.values()):,} pictures into {coco}, in the layout of COCO 2017")
-        scenes.draw(coco, counts=COUNTS, size=SIZE)
+    drawn, packed, run = out / "coco", out / "shards", out / "run"
+    if not (packed / manifest.MANIFEST).exists() or manifest.read(packed).splits.keys() != COUNTS.keys():
+        say(f"drawing {sum(COUNTS.values()):,} pictures into {drawn}, in the layout of COCO 2017")
+        scenes.draw(drawn, counts=COUNTS, size=SIZE)
         for split in COUNTS:
-            images, captions = coco / f"{split}2017", _captions(coco, split)
+            images, captions = drawn / f"{split}2017", _captions(drawn, split)
             _run(
                 "pack", "coco", "--images", images, "--captions", captions, "--split", split, "--out", packed
             )
     _run("verify", packed)
     _run("train", "quickstart", "--set", f"data.shards={packed}", "--out", run)
     _run("score", run, "--split", "test", "--out", out / "receipt.json")
-    pictures = sorted((coco / "test2017").iterdir())[:_SAMPLES]
+    pictures = sorted((drawn / "test2017").iterdir())[:_SAMPLES]
     said = _run("caption", run, *pictures)
-    _show(coco, out / "receipt.json", [line.split("\t")[1] for line in said.splitlines()])
+    _show(drawn, out / "receipt.json", [line.split("\t")[1] for line in said.splitlines()])
 
 
 def random_captions(train: dict[int, list[str]], image_ids: list[int]) -> dict[int, str]:
@@ -58,10 +58,10 @@ def random_captions(train: dict[int, list[str]], image_ids: list[int]) -> dict[i
     return {image_id: pool[pick] for image_id, pick in zip(image_ids, picks, strict=True)}
 
 
-def _show(coco: Path, receipt: Path, said: list[str]) -> None:
+def _show(drawn: Path, receipt: Path, said: list[str]) -> None:
     """Print the scores beside those of random captions, and what was said beside what people say."""
-    references = sources.coco_references(_captions(coco, "test"))
-    train = sources.coco_references(_captions(coco, "train"))
+    references = coco.references(_captions(drawn, "test"))
+    train = coco.references(_captions(drawn, "train"))
     chance = score(random_captions(train, list(references)), references).values
     found = json.loads(receipt.read_text(encoding="utf-8"))["scores"]
     table = Table(title=f"{len(references)} scenes that training never saw")
@@ -73,7 +73,7 @@ def _show(coco: Path, receipt: Path, said: list[str]) -> None:
     # What came of it is the result, and goes where results go.
     out = Console(highlight=False, markup=False)
     out.print(table)
-    pictures = sorted((coco / "test2017").iterdir())
+    pictures = sorted((drawn / "test2017").iterdir())
     for picture, caption in zip(pictures, said, strict=False):
         out.print(f"\n{picture}")
         out.print(f"  {caption}", style="bold")
@@ -87,8 +87,8 @@ def _show(coco: Path, receipt: Path, said: list[str]) -> None:
         )
 
 
-def _captions(coco: Path, split: str) -> Path:
-    return coco / "annotations" / f"captions_{split}2017.json"
+def _captions(drawn: Path, split: str) -> Path:
+    return drawn / "annotations" / f"captions_{split}2017.json"
 
 
 def _run(*words: str | Path) -> str:

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from captionscale.data import sources
+from captionscale.config import Config
 from captionscale.data.loader import Loader
+from captionscale.data.places import open_place
 from captionscale.data.shards import Split
+from captionscale.data.sources import coco
 from captionscale.ranks import Ranks
-from captionscale.score.evaluate import caption_split, write_results
+from captionscale.score.evaluate import Result, caption_split, write_results
 from captionscale.score.metrics import Scores, score
 from captionscale.score.receipt import read_results, write_receipt
-from captionscale.train.checkpoint import open_run
+from captionscale.train.checkpoint import Checkpoint, open_run
 
 
 def score_run(
@@ -18,7 +20,7 @@ def score_run(
     *,
     checkpoint: str,
     beam: int | None,
-    shards: Path | None,
+    shards: str | None,
     receipt: Path | None,
 ) -> tuple[Scores | None, Path]:
     """Caption a split with a run's model, over all ranks and in fp32, and score it.
@@ -35,21 +37,18 @@ def score_run(
         The scores (on ranks other than the first: none), and where the receipt is.
 
     Raises:
-        UserError: No run or split, damaged files, or a metric that failed.
+        UserError: No run or split, one without captions, damaged files, or a metric that failed.
     """
     saved = open_run(run, checkpoint)
     config = saved.config().with_beam(beam)
-    split = Split(shards or config.data.shards, split_name)
-    loader = Loader(split, saved.vocabulary(), config.data)
+    split = _open_split(config, shards, split_name)
+    split.need_captions("to score against; captionscale caption --split only captions it")
     step = saved.standing.step
     folder = run / "scores" / f"{split_name}-step-{step:08d}-beam{config.search.beam}"
     place = receipt or folder / "receipt.json"
-    with Ranks() as ranks:
-        captioner = saved.captioner().to(ranks.device)
-        results = caption_split(captioner, loader, config.search, ranks, f"captioning {split_name}")
-        loader.close()
-        if not ranks.first:
-            return None, place
+    results = _caption(saved, config, split)
+    if results is None:
+        return None, place
     write_results(results, folder / "captions.json")
     references = split.references()
     scores = score({result["image_id"]: result["caption"] for result in results}, references)
@@ -64,6 +63,49 @@ def score_run(
     return scores, place
 
 
+def caption_run(
+    run: Path, split_name: str, *, checkpoint: str, beam: int | None, shards: str | None, out: Path
+) -> int | None:
+    """Caption a split with a run's model, over all ranks and in fp32, and write COCO results.
+
+    Args:
+        run: The --out of captionscale train.
+        split_name: Of the run's shards; it need not have captions.
+        checkpoint: `best`, `last` or a step.
+        beam: Instead of the run's own.
+        shards: Instead of the run's own.
+        out: Where the results go.
+
+    Returns:
+        How many images were captioned; on ranks other than the first nothing.
+
+    Raises:
+        UserError: No run or split, damaged files, or a place that cannot be written.
+    """
+    saved = open_run(run, checkpoint)
+    config = saved.config().with_beam(beam)
+    results = _caption(saved, config, _open_split(config, shards, split_name))
+    if results is None:
+        return None
+    write_results(results, out)
+    return len(results)
+
+
+def _open_split(config: Config, shards: str | None, name: str) -> Split:
+    data = config.data
+    return Split(open_place(shards or data.shards, data.cache, data.cache_gb), name)
+
+
+def _caption(saved: Checkpoint, config: Config, split: Split) -> list[Result] | None:
+    """Return a split's captions; on ranks other than the first nothing."""
+    loader = Loader(split, saved.vocabulary(), config.data)
+    with Ranks() as ranks:
+        captioner = saved.captioner().to(ranks.device)
+        results = caption_split(captioner, loader, config.search, ranks, f"captioning {split.name}")
+        loader.close()
+        return results if ranks.first else None
+
+
 def score_file(captions: Path, references: Path, receipt: Path | None) -> Scores:
     """Score a file of captions against a file of references.
 
@@ -75,7 +117,7 @@ def score_file(captions: Path, references: Path, receipt: Path | None) -> Scores
     Raises:
         UserError: Files of another layout, other images in both, or a metric that failed.
     """
-    written, human = read_results(captions), sources.coco_references(references)
+    written, human = read_results(captions), coco.references(references)
     scores = score(written, human)
     if receipt:
         write_receipt(receipt, scores, human, {"captions": captions.name, "references": references.name})

@@ -14,6 +14,7 @@ from captionscale import vocab
 from captionscale.config import Config
 from captionscale.data.loader import Batch, Items, Loader
 from captionscale.data.order import Order
+from captionscale.data.places import Remote, open_place
 from captionscale.data.shards import Split
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
@@ -88,8 +89,13 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     Raises:
         UserError: Shards, weights or an earlier run that do not fit.
     """
-    settings, shards = config.train, config.data.shards
-    split = Split(shards, config.data.train_split)
+    settings, data = config.train, config.data
+    place = open_place(data.shards, data.cache, data.cache_gb)
+    if isinstance(place, Remote) and ranks.first:
+        say(f"shards of {place} are kept in {place.cache}")
+    split, val_split = Split(place, data.train_split), Split(place, data.val_split)
+    for each in (split, val_split):
+        ranks.on_first(each.need_captions, "to train; pack the data set with its captions")
     order = Order(
         tuple(split.shard_sizes.tolist()),
         config.seed,
@@ -100,8 +106,8 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     # All ranks would be refused alike; the first one says so.
     ranks.on_first(order.micro_batches, 0, 0, ranks.size)
     vocabulary = ranks.on_first(_build_vocabulary, split, config)
-    loader = Loader(split, vocabulary, config.data, config.seed)
-    val_loader = Loader(Split(shards, config.data.val_split), vocabulary, config.data)
+    loader = Loader(split, vocabulary, data, config.seed)
+    val_loader = Loader(val_split, vocabulary, data)
     stack.callback(loader.close)
     stack.callback(val_loader.close)
 
@@ -156,7 +162,7 @@ def _optimizer(captioner: Captioner, settings: configs.Train) -> AdamW:
 def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:
     """Return what may not change within a run, and nothing else: not ranks, nodes, workers or paths."""
     settings = configs.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
-    for free in ("data.shards", "data.workers", "model.encoder.weights"):
+    for free in ("data.shards", "data.cache", "data.cache_gb", "data.workers", "model.encoder.weights"):
         del settings[free]
     kept = ("global_batch", "micro_batch", "score_metric")
     train = {f"train.{key}": getattr(config.train, key) for key in kept}

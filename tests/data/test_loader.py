@@ -10,7 +10,7 @@ from captionscale.data import images
 from captionscale.data.loader import Batch, Loader
 from captionscale.data.packing import pack
 from captionscale.data.shards import Split
-from captionscale.data.sources import Record
+from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.vocab import END, PAD, START, Vocabulary, build, split_words
 
@@ -22,7 +22,7 @@ def load(folder: Path, name: str = "train", seed: int = 0, **changes: object) ->
     split = Split(folder, name)
     captions = [caption for each in split.references().values() for caption in each]
     settings = {"image_size": SIZE, "max_words": MAX_WORDS, "crop_scale": (0.5, 1.0), "colour_jitter": 0.2}
-    data = Data.model_validate({"shards": folder, **settings, **changes})
+    data = Data.model_validate({"shards": str(folder), **settings, **changes})
     return Loader(split, build(captions, min_count=1, max_vocabulary=None), data, seed)
 
 
@@ -40,7 +40,11 @@ def ragged(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[L
     files = sorted((scenes / "val2017").iterdir())
     records = [
         Record(
-            90 - 7 * item, file, "train", tuple(" ".join(words[: item + n]) for n in range(1, 2 + item % 4))
+            90 - 7 * item,
+            "train",
+            tuple(" ".join(words[: item + n]) for n in range(1, 2 + item % 4)),
+            str(file.parent),
+            file.name,
         )
         for item, file in enumerate(files)
     ]
@@ -118,7 +122,7 @@ def test_every_image_comes_with_all_its_captions(which: str, request: pytest.Fix
     split, vocabulary = loader.split, loader.vocabulary
     numbers = np.random.default_rng(0).permutation(len(split))
     batch = fetch(loader, numbers, 0)
-    assert batch.image_ids == [split.sample_facts(item)["image_id"] for item in numbers.tolist()]
+    assert batch.image_ids == [split.sample(item).image_id for item in numbers.tolist()]
     said = [
         (row, " ".join(split_words(caption)[:MAX_WORDS]))
         for row, item in enumerate(numbers.tolist())
@@ -192,7 +196,8 @@ def test_a_batch_moves_with_all_that_is_in_it(loader: Loader) -> None:
 
 def test_a_damaged_image_is_named_by_its_folder_and_id(scenes: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
-    pack([Record(391895, min((scenes / "val2017").iterdir()), "train", ("a dog",))], out, sources=[])
+    file = min((scenes / "val2017").iterdir())
+    pack([Record(391895, "train", ("a dog",), str(file.parent), file.name)], out, sources=[])
     loader = load(out)
     tar = out / "train-00000.tar"
     start, size = (int(loader.split.index[0][name]) for name in ("image_offset", "image_size"))

@@ -1,8 +1,17 @@
 import errno
+import io
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -10,12 +19,17 @@ import pytest
 import webdataset
 from PIL import Image
 
-from captionscale.data import sources
-from captionscale.data.packing import pack
-from captionscale.data.shards import Split, read_manifest, verify
-from captionscale.data.sources import Record
+from captionscale.data import manifest
+from captionscale.data.packing import REJECTED, Options, first_id, pack
+from captionscale.data.shard_writer import read_rejected
+from captionscale.data.shards import Split
+from captionscale.data.sources import coco
+from captionscale.data.sources.record import Record
+from captionscale.data.verification import verify
 from captionscale.errors import UserError
 from captionscale.files import LOCK, lock, sha256_of
+
+SMALL = Options(images_per_shard=16)
 
 
 def captions_of(scenes: Path, split: str) -> Path:
@@ -23,17 +37,17 @@ def captions_of(scenes: Path, split: str) -> Path:
 
 
 def records_of(scenes: Path, split: str) -> list[Record]:
-    return sources.coco(scenes / f"{split}2017", captions_of(scenes, split), split)
+    return coco.official(scenes / f"{split}2017", captions_of(scenes, split), split)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def spoilt(records: list[Record], number: int, file: Path) -> list[Record]:
     """Return records of which one has another file."""
-    old = records[number]
-    return [*records[:number], Record(old.image_id, file, old.split, old.captions), *records[number + 1 :]]
+    bad = replace(records[number], source=str(file.parent), name=file.name)
+    return [*records[:number], bad, *records[number + 1 :]]
 
 
 # Its reader leaves files to the garbage collector.
@@ -57,115 +71,144 @@ def test_webdataset_reads_back_what_was_packed_in_its_order(scenes: Path, packed
     assert len(tars) == -(-len(records) // 16)
     for sample, record in zip(samples, records, strict=True):
         assert sample["__key__"] == f"{record.image_id:012d}"
-        assert sample["jpg"] == record.file.read_bytes()
+        assert sample["jpg"] == record.read()
         assert json.loads(sample["json"]) == {
             "image_id": record.image_id,
-            "file": record.file.name,
+            "file": record.name,
             "captions": list(record.captions),
         }
 
 
+def test_plain_tar_unpacks_the_original_files(scenes: Path, packed: Path, tmp_path: Path) -> None:
+    for shard in packed.glob("train-*.tar"):
+        done = subprocess.run(["tar", "-xf", shard], cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+    for record in records_of(scenes, "train"):
+        assert (tmp_path / f"{record.image_id:012d}.jpg").read_bytes() == record.read()
+
+
+def test_tars_are_those_that_webdataset_would_have_written(packed: Path, tmp_path: Path) -> None:
+    for path in packed.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            members = [(member, tar.extractfile(member).read()) for member in tar]
+        with tarfile.open(tmp_path / path.name, "w", format=tarfile.USTAR_FORMAT) as again:
+            for member, data in members:
+                assert member.mtime == 0
+                assert (member.uname, member.gname) == ("captionscale", "captionscale")
+                again.addfile(member, io.BytesIO(data))
+        # tarfile fills the last record of 10,240 bytes with zeros.
+        whole, plain = (tmp_path / path.name).read_bytes(), path.read_bytes()
+        assert whole.startswith(plain)
+        assert not any(whole[len(plain) :])
+
+
 @streaming
 def test_webdataset_decodes_every_kind_of_picture_by_its_name(tmp_path: Path) -> None:
-    # Once, only JPEGs could be packed: Pillow refused all others, and in a tar .json stands before .png.
+    # Once, only JPEGs could be packed: Pillow refused all others.
     pixels = np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)
     names = ("a.jpg", "b.png", "c.webp", "d.gif", "e.bmp", "JPEG called.png")
     records = []
     for image_id, name in enumerate(names):
         kind = None if "called" not in name else "JPEG"
         Image.fromarray(pixels).save(tmp_path / name, kind)
-        records.append(Record(image_id, tmp_path / name, "train", ("a dog", "日本 ø")[: 1 + image_id % 2]))
+        captions = ("a dog", "日本 ø")[: 1 + image_id % 2]
+        records.append(Record(image_id, "train", captions, str(tmp_path), name))
     out = tmp_path / "shards"
-    pack(records, out, sources=[], images_per_shard=4)
-    assert not list(verify(out))
+    pack(records, out, sources=[], options=Options(images_per_shard=4))
     split = Split(out, "train")
-    decoded = webdataset.WebDataset([str(path) for path in split.paths], shardshuffle=False).decode("rgb8")
+    assert (split.index["width"].tolist(), split.index["height"].tolist()) == ([30] * 6, [20] * 6)
+    decoded = webdataset.WebDataset(
+        [str(path) for path in sorted(out.glob("*.tar"))], shardshuffle=False
+    ).decode("rgb8")
     for item, (sample, record) in enumerate(zip(decoded, records, strict=True)):
         (extension,) = {"jpg", "png", "webp", "gif", "bmp"} & set(sample)
-        assert extension == ("jpg" if "called" in record.file.name else record.file.suffix[1:])
-        assert split.image(item) == record.file.read_bytes()
-        assert split.captions(item) == sample["json"]["captions"] == list(record.captions)
+        assert extension == ("jpg" if "called" in record.name else Path(record.name).suffix[1:])
+        assert split.image(item) == record.read()
+        assert list(split.captions(item)) == sample["json"]["captions"] == list(record.captions)
         if extension in ("jpg", "png", "webp"):
             assert np.shape(sample[extension]) == (20, 30, 3)
 
 
 def test_the_manifest_says_what_was_packed_from_what(scenes: Path, packed: Path) -> None:
-    manifest = read_manifest(packed)
-    assert manifest["format"] == 1
-    assert manifest["images"] == "original"
-    assert list(manifest["splits"]) == ["train", "val", "test"]
-    for split, facts in manifest["splits"].items():
+    found = manifest.read(packed)
+    assert found.format == manifest.FORMAT
+    assert str(found.images) == "original"
+    assert list(found.splits) == ["train", "val", "test"]
+    for split, facts in found.splits.items():
         records = records_of(scenes, split)
         source = captions_of(scenes, split)
-        assert facts["images"] == len(records) == sum(shard["images"] for shard in facts["shards"])
-        assert facts["captions"] == sum(len(record.captions) for record in records)
-        assert facts["sources"] == {source.name: sha256_of(source)}
-        for shard in facts["shards"]:
-            path = packed / shard["name"]
-            assert (shard["size_bytes"], shard["sha256"]) == (path.stat().st_size, sha256_of(path))
-    assert [shard["images"] for shard in manifest["splits"]["train"]["shards"]] == [16, 16, 16]
-
-
-def test_packing_twice_gives_the_same_bytes(scenes: Path, packed: Path, tmp_path: Path) -> None:
-    for split in ("train", "val", "test"):
-        source = captions_of(scenes, split)
-        pack(records_of(scenes, split), tmp_path / "again", sources=[source], images_per_shard=16)
-    assert contents(tmp_path / "again") == contents(packed)
+        assert facts.images == len(records) == sum(shard.images for shard in facts.shards)
+        assert facts.captions == sum(len(record.captions) for record in records)
+        assert facts.sources == {source.name: sha256_of(source)}
+        assert facts.tool.startswith("captionscale ")
+        for shard in facts.shards:
+            path = packed / shard.name
+            assert (shard.size_bytes, shard.sha256) == (path.stat().st_size, sha256_of(path))
+    assert [shard.images for shard in found.splits["train"].shards] == [16, 16, 16]
 
 
 def test_the_last_shard_holds_the_rest_and_progress_counts_every_image(scenes: Path, tmp_path: Path) -> None:
-    ticks: list[None] = []
-    pack(
-        records_of(scenes, "train"),
-        tmp_path / "shards",
-        sources=[],
-        images_per_shard=20,
-        progress=lambda: ticks.append(None),
-    )
-    assert Split(tmp_path / "shards", "train").shard_sizes.tolist() == [20, 20, 8]
-    assert len(ticks) == 48
+    seen: list[int] = []
+    records = records_of(scenes, "train")
+    pack(records, tmp_path, sources=[], options=Options(images_per_shard=20), progress=seen.append)
+    assert Split(tmp_path, "train").shard_sizes.tolist() == [20, 20, 8]
+    assert seen == [20, 20, 8]
 
 
 def test_splits_packed_one_by_one_or_together_are_the_same_shards(scenes: Path, tmp_path: Path) -> None:
     train, val = records_of(scenes, "train")[:12], records_of(scenes, "val")
-    pack([*val, *train], tmp_path / "together", sources=[], images_per_shard=5)
-    pack(val, tmp_path / "one by one", sources=[], images_per_shard=5)
+    options = Options(images_per_shard=5)
+    pack([*val, *train], tmp_path / "together", sources=[], options=options)
+    pack(val, tmp_path / "one by one", sources=[], options=options)
     before = contents(tmp_path / "one by one")
-    pack(train, tmp_path / "one by one", sources=[], images_per_shard=5)
+    pack(train, tmp_path / "one by one", sources=[], options=options)
     after = contents(tmp_path / "one by one")
-    assert after == contents(tmp_path / "together")
     assert {name for name in before if before[name] != after[name]} == {"manifest.json"}
+    together = contents(tmp_path / "together")
+    assert (
+        json.loads(after.pop("manifest.json"))["splits"]
+        == json.loads(together.pop("manifest.json"))["splits"]
+    )
+    assert after == together
 
 
-# ---- what is refused
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_any_number_of_workers_writes_the_same_bytes(
+    scenes: Path, packed: Path, tmp_path: Path, workers: int
+) -> None:
+    for split in ("train", "val", "test"):
+        options = replace(SMALL, workers=workers)
+        pack(records_of(scenes, split), tmp_path, sources=[captions_of(scenes, split)], options=options)
+    assert contents(tmp_path) == contents(packed)
 
 
-def test_a_split_that_is_there_is_refused(scenes: Path, packed: Path) -> None:
-    before = contents(packed)
-    with pytest.raises(UserError, match="split 'val' is packed already"):
-        pack(records_of(scenes, "val"), packed, sources=[])
-    assert contents(packed) == before
+def test_shrunk_images_have_the_side_that_was_asked_for(scenes: Path, tmp_path: Path) -> None:
+    records = records_of(scenes, "val")
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        pack(records, out, sources=[], options=Options(3, short_side=32, workers=workers))
+        assert set(Split(out, "val").index["width"].tolist()) == {32}
+        assert "torch" in manifest.read(out).splits["val"].tool
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_an_image_of_another_split_is_refused(scenes: Path, packed: Path) -> None:
-    before = contents(packed)
-    leak = [
-        Record(record.image_id, record.file, "holdout", record.captions)
-        for record in records_of(scenes, "test")
-    ]
-    with pytest.raises(
-        UserError, match=f"8 images of split 'holdout', such as image {leak[0].image_id}, are"
-    ):
-        pack(leak, packed, sources=[])
-    assert contents(packed) == before
+def test_a_member_of_a_tar_is_packed_like_a_file(scenes: Path, packed: Path, tmp_path: Path) -> None:
+    split = Split(packed, "val")
+    records = []
+    for record, row in zip(records_of(scenes, "val"), split.index, strict=True):
+        place = {"offset": int(row["image_offset"]), "size": int(row["image_size"])}
+        records.append(replace(record, source=str(packed / "val-00000.tar"), **place))
+    pack(records, tmp_path, sources=[], options=SMALL)
+    assert (tmp_path / "val-00000.tar").read_bytes() == (packed / "val-00000.tar").read_bytes()
 
 
-def test_an_image_in_two_splits_of_one_call_is_refused(scenes: Path, tmp_path: Path) -> None:
-    val = records_of(scenes, "val")
-    leak = Record(val[3].image_id, val[3].file, "test", val[3].captions)
-    with pytest.raises(UserError, match=f"'val', such as image {leak.image_id}, are in split 'test' too"):
-        pack([*val, leak], tmp_path / "shards", sources=[])
-    assert not list(tmp_path.iterdir())
+def test_images_without_captions_are_packed(scenes: Path, tmp_path: Path) -> None:
+    pack([replace(it, captions=()) for it in records_of(scenes, "test")], tmp_path, sources=[])
+    assert manifest.read(tmp_path).splits["test"].captions == 0
+    assert verify(tmp_path).problems == []
+
+
+# ---- images that cannot be read
 
 
 @pytest.mark.parametrize(
@@ -174,22 +217,133 @@ def test_an_image_in_two_splits_of_one_call_is_refused(scenes: Path, tmp_path: P
     ids=["empty", "truncated", "html"],
 )
 @pytest.mark.parametrize("number", [0, 20, 47])
-def test_an_unreadable_image_is_named_and_nothing_is_left(
+def test_an_unreadable_image_is_left_out_and_written_down(
     scenes: Path, tmp_path: Path, number: int, damage: Callable[[bytes], bytes]
 ) -> None:
     records = records_of(scenes, "train")
     bad = tmp_path / "bad.jpg"
-    bad.write_bytes(damage(records[number].file.read_bytes()))
-    with pytest.raises(UserError, match=rf"{bad}: not a readable image .* bytes; .*repair or remove it"):
-        pack(spoilt(records, number, bad), tmp_path / "made" / "shards", sources=[], images_per_shard=16)
-    assert not (tmp_path / "made" / "shards").exists()
+    bad.write_bytes(damage(records[number].read()))
+    out = tmp_path / "shards"
+    pack(spoilt(records, number, bad), out, sources=[], options=replace(SMALL, max_rejected=0.03))
+    (rejected,) = read_rejected((out / REJECTED).read_bytes(), "")
+    assert (rejected.image_id, rejected.file, rejected.split) == (records[number].image_id, str(bad), "train")
+    assert rejected.reason.startswith("not a readable image (")
+    split = Split(out, "train")
+    left = [record.image_id for record in records if record.image_id != rejected.image_id]
+    assert split.index["image_id"].tolist() == left
+    # What is rejected moves no image to another shard.
+    assert split.shard_sizes.tolist() == [16 - (number // 16 == shard) for shard in range(3)]
+    assert split.facts.rejected == 1
+    assert verify(out).problems == []
 
 
-def test_a_missing_image_is_named_and_nothing_is_left(scenes: Path, tmp_path: Path) -> None:
+def test_more_unreadable_images_than_allowed_are_refused_and_can_be_mended(
+    scenes: Path, packed: Path, tmp_path: Path
+) -> None:
+    records = records_of(scenes, "train")
+    folder, out = tmp_path / "images", tmp_path / "shards"
+    folder.mkdir()
+    for record in records:
+        (folder / record.name).write_bytes(record.read())
+    moved = [replace(record, source=str(folder)) for record in records]
+    (folder / records[30].name).write_bytes(b"<html>")
+    source = captions_of(scenes, "train")
+    wanted = (
+        r"not a readable image .*; 1 of the 48 images of split 'train' cannot be read, wanted at most 0.10%"
+    )
+    with pytest.raises(UserError, match=wanted):
+        pack(moved, out, sources=[source], options=SMALL)
+    assert not (out / manifest.MANIFEST).exists()
+    assert [image.image_id for image in read_rejected((out / REJECTED).read_bytes(), "")] == [
+        records[30].image_id
+    ]
+    (folder / records[30].name).write_bytes(records[30].read())
+    pack(moved, out, sources=[source], options=SMALL)
+    assert not (out / REJECTED).exists()
+    for name in ("train-00000.tar", "train-00001.tar", "train-00002.tar", "train.index.npy"):
+        assert (out / name).read_bytes() == (packed / name).read_bytes()
+
+
+def test_a_missing_image_is_named(scenes: Path, tmp_path: Path) -> None:
     records = spoilt(records_of(scenes, "val"), 5, tmp_path / "gone.jpg")
-    with pytest.raises(UserError, match=r"gone\.jpg: cannot be read"):
-        pack(records, tmp_path / "shards", sources=[], images_per_shard=4)
+    with pytest.raises(UserError, match=r"gone\.jpg: cannot be read \(No such file"):
+        pack(records, tmp_path / "shards", sources=[])
+
+
+def test_headers_alone_show_less_but_the_same_shards(scenes: Path, packed: Path, tmp_path: Path) -> None:
+    records = records_of(scenes, "val")
+    pack(records, tmp_path / "whole", sources=[], options=Options(whole=False))
+    assert (tmp_path / "whole" / "val-00000.tar").read_bytes() == (packed / "val-00000.tar").read_bytes()
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(records[2].read()[:-40])
+    pack(spoilt(records, 2, bad), tmp_path / "cut", sources=[], options=Options(whole=False))
+    (problem,) = verify(tmp_path / "cut", deep=True).problems
+    assert f"image {records[2].image_id}: not a readable image" in problem
+
+
+# ---- what is refused
+
+
+def test_the_same_call_again_changes_nothing_and_another_is_refused(scenes: Path, tmp_path: Path) -> None:
+    val = records_of(scenes, "val")
+    source = captions_of(scenes, "val")
+    made = pack(val, tmp_path, sources=[source], options=SMALL)
+    before = contents(tmp_path)
+    assert pack(val, tmp_path, sources=[source], options=replace(SMALL, workers=2)) == made
+    for records, options in ((val[1:], SMALL), (val, Options(images_per_shard=4))):
+        with pytest.raises(UserError, match="split 'val' is packed already, from other files or with other"):
+            pack(records, tmp_path, sources=[source], options=options)
+    assert contents(tmp_path) == before
+
+
+def test_an_image_of_another_split_is_refused(scenes: Path, packed: Path) -> None:
+    before = contents(packed)
+    leak = [replace(record, split="holdout") for record in records_of(scenes, "test")]
+    wanted = f"8 images of split 'holdout', such as image {leak[0].image_id}, are"
+    with pytest.raises(UserError, match=wanted):
+        pack(leak, packed, sources=[], options=SMALL)
+    assert contents(packed) == before
+
+
+def test_an_image_in_two_splits_of_one_call_is_refused(scenes: Path, tmp_path: Path) -> None:
+    val = records_of(scenes, "val")
+    leak = replace(val[3], split="test")
+    with pytest.raises(UserError, match=f"'val', such as image {leak.image_id}, are in split 'test' too"):
+        pack([*val, leak], tmp_path / "shards", sources=[])
+    with pytest.raises(UserError, match=f"split 'val': image {leak.image_id} is there twice"):
+        pack([*val, val[3]], tmp_path / "shards", sources=[])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("split", ["", "a/b", "../up", ".hidden", "two words"])
+def test_a_split_that_cannot_name_a_file_is_refused(scenes: Path, tmp_path: Path, split: str) -> None:
+    with pytest.raises(UserError, match="wanted letters, digits"):
+        pack([replace(it, split=split) for it in records_of(scenes, "val")], tmp_path / "out", sources=[])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("image_id", [-1, 1 << 63])
+def test_an_id_that_fits_no_index_is_refused(scenes: Path, tmp_path: Path, image_id: int) -> None:
+    records = records_of(scenes, "val")
+    with pytest.raises(UserError, match="image id is below 0 or above"):
+        pack([replace(records[0], image_id=image_id), *records[1:]], tmp_path / "out", sources=[])
+
+
+def test_one_folder_stores_images_in_one_way(scenes: Path, tmp_path: Path) -> None:
+    pack(records_of(scenes, "val"), tmp_path, sources=[])
+    with pytest.raises(UserError, match="stored as original, this call wants --resize 32 --quality 95"):
+        pack(records_of(scenes, "test"), tmp_path, sources=[], options=Options(short_side=32))
+
+
+def test_shards_that_lost_their_manifest_are_not_written_over(scenes: Path, tmp_path: Path) -> None:
+    # Once, packing another split then made a new manifest, and the first split was orphaned.
+    pack(records_of(scenes, "val"), tmp_path, sources=[])
+    (tmp_path / manifest.MANIFEST).unlink()
+    before = contents(tmp_path)
+    for split in ("val", "test"):
+        with pytest.raises(UserError, match=r"val-00000\.tar: no manifest names it"):
+            pack(records_of(scenes, split), tmp_path, sources=[])
+    assert contents(tmp_path) == before
 
 
 def test_another_packer_at_work_is_told_and_not_disturbed(scenes: Path, tmp_path: Path) -> None:
@@ -199,50 +353,117 @@ def test_another_packer_at_work_is_told_and_not_disturbed(scenes: Path, tmp_path
             pack(records_of(scenes, "val"), out, sources=[])
         assert [path.name for path in out.iterdir()] == [LOCK]
     pack(records_of(scenes, "val"), out, sources=[])
-    assert not list(verify(out))
+    assert verify(out).problems == []
+
+
+def test_images_without_ids_are_counted_on_from_those_that_are_there(scenes: Path, tmp_path: Path) -> None:
+    def counted(split: str) -> list[Record]:
+        start = first_id(tmp_path, [split])
+        return [replace(it, image_id=start + k) for k, it in enumerate(records_of(scenes, split))]
+
+    for _ in range(2):
+        for split, start in (("train", 1), ("val", 49), ("test", 57)):
+            assert first_id(tmp_path, [split]) == start
+            pack(counted(split), tmp_path, sources=[])
 
 
 # ---- what an interruption leaves
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_pack_that_is_stopped_after_its_first_shard_leaves_nothing(
-    scenes: Path, tmp_path: Path, error: type[BaseException]
+@pytest.mark.parametrize("writes", range(9))
+def test_a_disk_that_is_full_at_any_write_loses_nothing(
+    scenes: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
-    images = iter(range(48))
+    # The plan, three shards with a file each that says that they are finished, the index, the manifest.
+    out, train = tmp_path / "shards", records_of(scenes, "train")
+    left = iter(range(writes))
 
-    def stop() -> None:
-        if next(images) == 20:
-            raise error
+    def full(_: int) -> None:
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    out = tmp_path / "shards"
-    with pytest.raises(error):
-        pack(records_of(scenes, "train"), out, sources=[], images_per_shard=16, progress=stop)
-    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot be written \(No space left"):
+            pack(train, out, sources=[captions_of(scenes, "train")], options=SMALL)
+    assert not list(out.rglob("*.tmp"))
+    for split in ("train", "val", "test"):
+        pack(records_of(scenes, split), out, sources=[captions_of(scenes, split)], options=SMALL)
+    assert contents(out) == contents(packed)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_a_disk_that_is_full_at_any_write_leaves_what_was_there(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside: bool
+PACK = """
+import sys
+from pathlib import Path
+from captionscale.data.packing import Options, pack
+from captionscale.data.sources import coco
+
+if __name__ == "__main__":
+    images, captions, out, workers = sys.argv[1:]
+    records = coco.official(Path(images), Path(captions), "train")
+    pack(records, Path(out), sources=[Path(captions)], options=Options(2, workers=int(workers)))
+"""
+
+
+def test_a_pack_killed_at_ten_random_moments_gives_the_bytes_of_an_unkilled_one(
+    scenes: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "shards"
-    if beside:
-        pack(records_of(scenes, "val"), out, sources=[])
-    before = contents(out) if beside else {}
+    script, out, random = tmp_path / "pack.py", tmp_path / "killed", Random(0)
+    script.write_text(PACK)
+    source = captions_of(scenes, "train")
+    whole = pack(records_of(scenes, "train"), tmp_path / "whole", sources=[source], options=Options(2))
+
+    def start() -> subprocess.Popen[str]:
+        command = [sys.executable, str(script), str(scenes / "train2017"), str(source), str(out)]
+        return subprocess.Popen([*command, str(random.choice((1, 2, 3)))], stderr=subprocess.PIPE, text=True)
+
+    kills = 0
+    for _ in range(10):
+        running = start()
+        # Once it has begun to write; with luck, in the middle of a shard.
+        shards = len(list(out.glob(".packing/*.npz")))
+        while running.poll() is None and len(list(out.glob(".packing/*.npz"))) <= min(shards, 21):
+            time.sleep(0.001)
+        time.sleep(random.random() * 0.005)
+        running.send_signal(signal.SIGKILL)
+        _, error = running.communicate()
+        assert running.returncode in (-signal.SIGKILL, 0), error
+        kills += running.returncode != 0
+        if running.returncode == 0:
+            for path in [*out.glob("*.*"), *out.glob(".packing/*")]:
+                path.unlink()
+    assert kills >= 5
+    running = start()
+    _, error = running.communicate()
+    assert running.returncode == 0, error
+    assert contents(out) == contents(tmp_path / "whole")
+    assert manifest.read(out) == whole
+
+
+def test_what_a_killed_call_left_is_finished_by_no_other_call(scenes: Path, tmp_path: Path) -> None:
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    train, val = records_of(scenes, "train"), records_of(scenes, "val")
+    with pytest.raises(KeyboardInterrupt):
+        pack(train, tmp_path, sources=[], options=SMALL, progress=stop)
+    for records, options in ((train[1:], SMALL), (train, Options(images_per_shard=8)), (val, SMALL)):
+        with pytest.raises(UserError, match=r"a call that packed train .* was stopped here; wanted its end"):
+            pack(records, tmp_path, sources=[], options=options)
+    pack(train, tmp_path, sources=[], options=SMALL)
+    pack(val, tmp_path, sources=[], options=SMALL)
+    assert verify(tmp_path).problems == []
+
+
+def test_a_killed_worker_is_told_and_the_same_call_goes_on(scenes: Path, tmp_path: Path) -> None:
+    def kill(_: int) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
     train = records_of(scenes, "train")
-    # Three shards, the index, the manifest.
-    for write in range(5):
-        left = iter(range(write))
-
-        def full(_: int, left: Any = left) -> None:
-            if next(left, None) is None:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", full)
-            with pytest.raises(UserError, match=r"cannot be written \(No space left"):
-                pack(train, out, sources=[], images_per_shard=16)
-        assert out.exists() == beside
-        assert (contents(out) if beside else {}) == before
-    pack(train, out, sources=[], images_per_shard=16)
-    assert not list(verify(out))
+    options = Options(images_per_shard=2, workers=2)
+    with pytest.raises(UserError, match=r"a worker process was killed, .* run the same command again"):
+        pack(train, tmp_path, sources=[], options=options, progress=kill)
+    assert list(tmp_path.glob(".packing/*.npz"))
+    pack(train, tmp_path, sources=[], options=options)
+    assert verify(tmp_path).problems == []

@@ -1,0 +1,137 @@
+"""What a packed folder says of itself: `manifest.json`, written last, read first."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from captionscale.errors import UserError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+CURE = "copy it again from where it is whole, or remove the folder and pack again"
+
+
+class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was done to the images.
+
+    Attributes:
+        short_side: To which larger images were shrunk, in pixels; None: the original bytes.
+        quality: JPEG quality of those that were made smaller; None where none was.
+    """
+
+    short_side: int | None = None
+    quality: int | None = None
+
+    def __str__(self) -> str:
+        return (
+            "original" if self.short_side is None else f"--resize {self.short_side} --quality {self.quality}"
+        )
+
+
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tar."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    images: int
+
+
+class SplitFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One split.
+
+    Attributes:
+        images: Those packed.
+        captions: Of all of them; 0 if the data set has none.
+        rejected: Images that could not be read; `rejected.jsonl` names them.
+        tool: What packed it, and the libraries that made images smaller.
+        sources: SHA-256 of each file that it was read from.
+        fingerprint: Of the records and options that it was packed from.
+        index_sha256: Of the index file.
+        shards: In the order of their numbers.
+    """
+
+    images: int
+    captions: int
+    rejected: int
+    tool: str
+    sources: dict[str, str]
+    fingerprint: str
+    index_sha256: str
+    shards: tuple[Shard, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """All splits of a folder, which share what was done to the images."""
+
+    format: int
+    images: Images
+    splits: dict[str, SplitFacts]
+
+    def dumps(self) -> bytes:
+        """Return the file's content."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
+
+
+def loads(data: bytes, place: str) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        data: The file's content.
+        place: Where it is from, for the errors.
+
+    Raises:
+        UserError: It is damaged or of another format.
+    """
+    try:
+        document = msgspec.json.decode(data)
+        found = document["format"]
+        if found == FORMAT:
+            return _manifest(document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{place}: not a manifest ({reason}); {CURE}") from None
+    raise UserError(f"{place}: format {found}, wanted {FORMAT}; pack again with this version of captionscale")
+
+
+def read(folder: Path) -> Manifest:
+    """Return what a packed folder says of itself.
+
+    Raises:
+        UserError: No manifest, a damaged one, or one of another format.
+    """
+    return fetch(lambda name: (folder / name).read_bytes(), str(folder))
+
+
+def fetch(file: Callable[[str], bytes], place: str) -> Manifest:
+    """Return what a packed folder says of itself, wherever it is.
+
+    Args:
+        file: Returns a small file of the folder.
+        place: Where the folder is, for the errors.
+
+    Raises:
+        UserError: No manifest, a damaged one, or one of another format.
+    """
+    try:
+        return loads(file(MANIFEST), f"{place}/{MANIFEST}")
+    except FileNotFoundError:
+        raise UserError(
+            f"{place}: no {MANIFEST}, so no finished shards; run captionscale pack first, or correct"
+            " the path (a relative one starts at the folder you are in)"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{place}/{MANIFEST}: not a manifest ({error.strerror}); {CURE}") from None
+
+
+def _manifest(document: dict[str, Any]) -> Manifest:
+    for split, facts in document["splits"].items():
+        for number, shard in enumerate(facts["shards"]):
+            try:
+                msgspec.convert(shard, Shard)
+            except msgspec.ValidationError as error:
+                # msgspec tells the place by numbers; people look for a file.
+                raise ValueError(f"shard {split}-{number:05d}.tar: {error}") from None
+    return msgspec.convert(document, Manifest)

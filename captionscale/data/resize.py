@@ -1,0 +1,50 @@
+"""Images made smaller before they are packed. Importing this room imports torch."""
+
+import numpy as np
+import simplejpeg
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+
+from captionscale.data import images
+
+# libjpeg's JPEG_MAX_DIMENSION.
+_LONGEST = 65_500
+
+
+def resized(data: bytes, place: str, *, side: int, quality: int) -> bytes:
+    """Return an image as a smaller JPEG, upright, without EXIF and without its colour profile.
+
+    Nothing is enlarged: an image whose shorter side is no longer than `side` keeps its bytes, and so does one
+    so thin that its longer side would not fit into a JPEG. Both are decoded all the same, as a proof.
+
+    Args:
+        data: A JPEG, PNG, WebP, BMP or GIF file.
+        place: Where the bytes are from, for the error.
+        side: The result's shorter side, in pixels; the longer one is rounded to the nearest pixel.
+        quality: Of the JPEG, 1 to 100; its colours have half the resolution (4:2:0).
+
+    Raises:
+        UserError: As `images.pixels` does.
+    """
+    image = images.pixels(data, place)
+    short = min(image.shape[:2])
+    height, width = (round(length / short * side) for length in image.shape[:2])
+    if short <= side or max(height, width) > _LONGEST:
+        return data
+    jpeg: bytes = simplejpeg.encode_jpeg(scaled(image, height, width), quality, colorsubsampling="420")
+    return jpeg
+
+
+def scaled(
+    image: UInt8[np.ndarray, "height width 3"], new_height: int, new_width: int
+) -> UInt8[np.ndarray, "{new_height} {new_width} 3"]:
+    """Return an image of another size by antialiased bicubic interpolation, first in width, then in height.
+
+    The pixels are those of Pillow's `Image.resize(..., BICUBIC)` to within a step or two of 256 (PSNR above
+    60 dB), in a third of its time. Pillow takes the height of tall images first, which rounds otherwise.
+    """
+    # Height, width and channels stay where they are in memory, under torch's order of names: no copies.
+    batch = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
+    batch = F.interpolate(batch, (new_height, new_width), mode="bicubic", antialias=True)
+    return batch[0].permute(1, 2, 0).numpy()

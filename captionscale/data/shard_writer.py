@@ -1,0 +1,220 @@
+"""Write one shard: read the images, look at each, and hand the index its rows as the tar grows."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+import xxhash
+from jaxtyping import Shaped
+
+from captionscale.data import images, ustar
+from captionscale.data.shards import INDEX_ROW, Sample
+from captionscale.data.sources.record import Record
+from captionscale.errors import UserError
+from captionscale.files import atomic
+
+_CHUNK_BYTES = 2 << 20
+_CHUNKS_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write.
+
+    Attributes:
+        path: Of the tar.
+        number: Of the shard in its split.
+        records: What goes in, in this order.
+        whole: Decode every image; otherwise look at its header alone.
+        short_side: Make images smaller until their shorter side has so many pixels; None keeps their bytes.
+        quality: JPEG quality of those that are made smaller.
+        done: File that says that the tar is finished, and what is in it.
+    """
+
+    path: Path
+    number: int
+    records: Sequence[Record]
+    whole: bool
+    short_side: int | None
+    quality: int
+    done: Path
+
+
+class Rejected(msgspec.Struct, frozen=True):
+    """An image that was left out.
+
+    Attributes:
+        split: Where it would have gone.
+        image_id: The data set's number.
+        file: The image file, or the tar that holds it and its name in there.
+        offset: Where it starts in that tar, in bytes; 0 for a file of its own.
+        reason: What is wrong with it.
+    """
+
+    split: str
+    image_id: int
+    file: str
+    offset: int
+    reason: str
+
+
+def read_rejected(data: bytes, place: str) -> list[Rejected]:
+    """Return the lines of a `rejected.jsonl`.
+
+    Args:
+        data: The file's content.
+        place: Where it is from, for the error.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    try:
+        return msgspec.json.Decoder(Rejected).decode_lines(data)
+    except ValueError as error:
+        raise UserError(f"{place}: not a list of rejected images ({error}); remove it") from None
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished shard.
+
+    Attributes:
+        rows: Of the index.
+        size_bytes: Of the tar.
+        sha256: Of the tar, in hexadecimal.
+        rejected: Images that were left out.
+    """
+
+    rows: Shaped[np.ndarray, "sample"]
+    size_bytes: int
+    sha256: str
+    rejected: list[Rejected]
+
+
+def write_shard(job: Job) -> Written:
+    """Write a tar, then the file that says that it is finished.
+
+    Raises:
+        UserError: The disk is full, or the folder is read-only.
+    """
+    rows, rejected = [], []
+    with atomic(job.path) as file, _Tar(file) as tar:
+        for record in job.records:
+            try:
+                data, look = _image(record, job)
+            except UserError as error:
+                place = record.place
+                reason = str(error).removeprefix(f"{place}: ")
+                rejected.append(Rejected(record.split, record.image_id, place, record.offset, reason))
+                continue
+            text = msgspec.json.encode(Sample(record.image_id, record.name, record.captions))
+            key = f"{record.image_id:012d}"
+            rows.append(
+                (
+                    job.number,
+                    tar.add(f"{key}.{look.extension}", data),
+                    len(data),
+                    tar.add(f"{key}.json", text),
+                    len(text),
+                    record.image_id,
+                    len(record.captions),
+                    look.width,
+                    look.height,
+                    xxhash.xxh3_64_intdigest(data),
+                    xxhash.xxh3_64_intdigest(text),
+                )
+            )
+    written = Written(np.array(rows, INDEX_ROW), tar.size_bytes, tar.sha256.hexdigest(), rejected)
+    with atomic(job.done) as file:
+        facts = {"size_bytes": written.size_bytes, "sha256": written.sha256, "rejected": rejected}
+        np.savez(file, rows=written.rows, facts=np.frombuffer(msgspec.json.encode(facts), np.uint8))
+    return written
+
+
+def finished(job: Job) -> Written | None:
+    """Return a shard that an earlier call finished.
+
+    One with rejected images does not count: somebody may have repaired them.
+    """
+    try:
+        with np.load(job.done) as saved:
+            facts = msgspec.json.decode(saved["facts"].tobytes())
+            rows = saved["rows"]
+        whole = job.path.stat().st_size == facts["size_bytes"] and not facts["rejected"]
+    # What NumPy and zipfile raise on a damaged file is anything; such a shard is written again.
+    except Exception:
+        return None
+    return Written(rows, facts["size_bytes"], facts["sha256"], []) if whole else None
+
+
+def _image(record: Record, job: Job) -> tuple[bytes, images.Look]:
+    try:
+        data = record.read()
+    except (OSError, EOFError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{record.place}: cannot be read ({reason}); put it back or copy it again") from None
+    if job.short_side is None:
+        return data, images.look(data, record.place, whole=job.whole)
+    # Torch is slow to import: only who makes images smaller waits for it.
+    from captionscale.data.resize import resized
+
+    data = resized(data, record.place, side=job.short_side, quality=job.quality)
+    return data, images.look(data, record.place, whole=False)
+
+
+class _Tar:
+    """A tar that grows by chunks: while one is filled, those before it are written and hashed."""
+
+    def __init__(self, file: BinaryIO):
+        self.size_bytes = 0
+        self.sha256 = hashlib.sha256()
+        self._parts: list[bytes] = []
+        self._chunk_bytes = 0
+        # Each has a thread of its own, so that chunks stay in order.
+        sinks: list[Callable[[bytes], Any]] = [file.write, self.sha256.update]
+        self._sinks = [(sink, ThreadPoolExecutor(1)) for sink in sinks]
+        self._busy: deque[Future[Any]] = deque()
+
+    def __enter__(self) -> "_Tar":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                self._put(ustar.END)
+                self._flush()
+                self._wait(0)
+        finally:
+            for _, thread in self._sinks:
+                thread.shutdown()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member and return the offset of its bytes."""
+        self._put(ustar.header(name, len(data)))
+        offset = self.size_bytes
+        self._put(data)
+        self._put(ustar.padding(len(data)))
+        if self._chunk_bytes >= _CHUNK_BYTES:
+            self._flush()
+        return offset
+
+    def _put(self, part: bytes) -> None:
+        self._parts.append(part)
+        self.size_bytes += len(part)
+        self._chunk_bytes += len(part)
+
+    def _flush(self) -> None:
+        chunk = b"".join(self._parts)
+        self._parts, self._chunk_bytes = [], 0
+        self._busy += [thread.submit(sink, chunk) for sink, thread in self._sinks]
+        self._wait(_CHUNKS_AHEAD * len(self._sinks))
+
+    def _wait(self, most: int) -> None:
+        while len(self._busy) > most:
+            self._busy.popleft().result()

@@ -1,0 +1,148 @@
+"""Read Flickr8k and Flickr30k, whichever way their captions were written down."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from captionscale.data.sources import originals
+from captionscale.data.sources.record import Record
+from captionscale.errors import UserError
+
+_LISTS = {
+    "Flickr_8k.trainImages.txt": "train",
+    "Flickr_8k.devImages.txt": "val",
+    "Flickr_8k.testImages.txt": "test",
+    "train.txt": "train",
+    "val.txt": "val",
+    "test.txt": "test",
+}
+# Flickr8k.token.txt has captions of this image, which was never published and is in no official list.
+_UNPUBLISHED = "2258277193_586949ec62.jpg.1"
+# An id must fit 64 bits, so at most eighteen digits.
+_NUMBER = re.compile(r"(\d{1,18})\D")
+_WANTED = (
+    "wanted image,caption or image_name| comment_number| comment or name.jpg#0<TAB>caption;"
+    " give captions.txt, Flickr8k.token.txt, results_20130124.token or results.csv"
+)
+
+_WANTED_NUMBER = (
+    "wanted its own number (the image id, 18 digits at most) in front, as in 1000268201_693b08cb0e.jpg"
+)
+
+_CSV_LINE = re.compile(r'(?P<name>[^,"]+),(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<caption>[^"].*|))')
+# The second bar may be white space: in Kaggle's results.csv the line 2199200615.jpg, 4 lacks it.
+_BAR_LINE = re.compile(r"(?P<name>[^|]+)\|\s*(?P<number>\d{1,9})(?:\s*\||\s)(?P<caption>.*)")
+_TOKEN_LINE = re.compile(r"(?P<name>[^\t]+)#(?P<number>\d{1,9})\t(?P<caption>.*)")
+
+
+def read(images: Path, captions: Path, splits: Path | None, split: str = "train") -> list[Record]:
+    """Read Flickr8k or Flickr30k, whichever way its captions were written down.
+
+    The layout is told by the first line: `image,caption` (captions.txt), `image_name| comment_number|
+    comment` (results.csv), or `name.jpg#n<TAB>caption` (Flickr8k.token.txt, results_20130124.token).
+
+    Args:
+        images: The folder that holds the image files themselves.
+        captions: The caption file.
+        splits: The folder with the lists `Flickr_8k.{train,dev,test}Images.txt` or `{train,val,test}.txt`.
+            Those that are there are used, dev as split val; images in no list are left out.
+        split: The split that all images get when `splits` is None.
+
+    Returns:
+        The records by split (train, val, test) and image id, which is the number that leads the file name.
+        Captions stand by their number where they have one. Empty captions are dropped, and so is the one
+        image of Flickr8k.token.txt that was never published, `2258277193_586949ec62.jpg.1`.
+
+    Raises:
+        UserError: If a file is missing, broken or of another layout, an image is in two lists, or an
+            image has no captions, no number or the number of another one.
+
+    Source:
+        Hodosh et al. 2013, "Framing Image Description as a Ranking Task" (JAIR 47), Flickr8k;
+        Young et al. 2014, "From Image Descriptions to Visual Denotations" (TACL 2), Flickr30k.
+    """
+    texts: dict[str, list[tuple[int, str]]] = {}
+    for name, number, caption in _captions(captions):
+        texts.setdefault(name, []).append((number, caption))
+    texts.pop(_UNPUBLISHED, None)
+
+    split_of = dict.fromkeys(texts, split) if splits is None else _splits(splits)
+    if unknown := [name for name in split_of if name not in texts]:
+        raise UserError(
+            f"{splits}: {originals.some(unknown)} listed, but not in {captions}; wanted captions of each"
+            " listed image; give lists and captions of one data set"
+        )
+    names: dict[int, str] = {}
+    for name in split_of:
+        number = image_id(name, str(captions))
+        if names.setdefault(number, name) != name:
+            raise UserError(
+                f"{captions}: image {originals.shown(name)} has the number of"
+                f" {originals.shown(names[number])}; {_WANTED_NUMBER}; rename one"
+            )
+    source = str(images)
+    records = []
+    for number, name in names.items():
+        # By number alone: those without a number are all 0 and keep the file's order.
+        numbered = sorted(texts[name], key=lambda pair: pair[0])
+        kept = originals.stripped(text for _, text in numbered)
+        records.append(Record(number, split_of[name], kept, source, name))
+    return originals.proven(records, images, captions)
+
+
+def image_id(name: str, place: str) -> int:
+    """Return the number that leads a Flickr image's file name.
+
+    Args:
+        name: Such as `1000268201_693b08cb0e.jpg`.
+        place: What an error says first.
+
+    Raises:
+        UserError: There is none that fits 64 bits.
+    """
+    lead = _NUMBER.match(name)
+    if not lead:
+        raise UserError(
+            f"{place}: image {originals.shown(name)} has no number; {_WANTED_NUMBER}; rename it here, in"
+            " the lists and in the folder"
+        )
+    return int(lead[1])
+
+
+def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
+    """Yield each caption's image name, number (0 where it has none) and raw text, in the file's order."""
+    lines = originals.text(path).split("\n")
+    if lines[0].strip() == "image,caption":
+        layout, start, wanted = _CSV_LINE, 1, 'name.jpg,caption or name.jpg,"caption, with commas"'
+    elif [field.strip() for field in lines[0].split("|")] == ["image_name", "comment_number", "comment"]:
+        layout, start, wanted = _BAR_LINE, 1, "name.jpg| number| caption"
+    elif _TOKEN_LINE.match(lines[0]):
+        layout, start, wanted = _TOKEN_LINE, 0, "name.jpg#number<TAB>caption"
+    else:
+        raise UserError(f"{path}: line 1 is {lines[0]!r:.60}; {_WANTED}")
+    for number, line in enumerate(lines[start:], start=start + 1):
+        if match := layout.fullmatch(line.strip("\r")):
+            found = match.groupdict()
+            quoted = found.get("quoted")
+            caption = found["caption"] if quoted is None else quoted.replace('""', '"')
+            yield found["name"].strip(), int(found.get("number", 0)), caption
+        elif line.strip():
+            raise UserError(f"{path}: line {number} is {line!r:.60}; wanted {wanted}; correct or delete it")
+
+
+def _splits(folder: Path) -> dict[str, str]:
+    """Return the split of each listed image."""
+    there = originals.listing(folder, "the folder of the split lists")
+    if there.isdisjoint(_LISTS):
+        raise UserError(f"{folder}: no split list; wanted {' or '.join(_LISTS)}; check the path")
+    split_of: dict[str, str] = {}
+    for file, split in _LISTS.items():
+        lines = originals.text(folder / file).split("\n") if file in there else []
+        for line in filter(None, map(str.strip, lines)):
+            name = line if line.endswith(".jpg") else f"{line}.jpg"
+            if split_of.setdefault(name, split) != split:
+                raise UserError(
+                    f"{folder / file}: {name} is in a {split_of[name]} list too; wanted it in one split,"
+                    " or training sees what is scored; delete it from one"
+                )
+    return split_of

@@ -1,0 +1,77 @@
+"""Read Karpathy's JSON files: captions and splits of COCO 2014, Flickr8k and Flickr30k in one layout."""
+
+import posixpath
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from captionscale.data.sources import flickr, originals
+from captionscale.data.sources.record import Record
+from captionscale.errors import UserError
+
+_WANTED = (
+    "wanted Karpathy's layout: 'dataset', and 'images' with filename, split, sentences with raw, and for COCO"
+    " cocoid and filepath; give dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json"
+)
+
+
+class _Sentence(msgspec.Struct, gc=False):
+    raw: str
+
+
+class _Image(msgspec.Struct, gc=False):
+    filename: str
+    split: Literal["train", "val", "test", "restval"]
+    sentences: list[_Sentence]
+    filepath: str = ""
+    cocoid: originals.ImageId | None = None
+
+
+class _Document(msgspec.Struct, gc=False):
+    dataset: Literal["coco", "flickr8k", "flickr30k"]
+    images: list[_Image]
+
+
+def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> list[Record]:
+    """Read one of Karpathy's three files.
+
+    Args:
+        images: For COCO the folder that holds `train2014` and `val2014`; for Flickr the one that holds the
+            image files themselves.
+        captions: `dataset_coco.json`, `dataset_flickr8k.json` or `dataset_flickr30k.json`.
+        restval: What becomes of COCO's 30,504 images of the split `restval`: `train` as most papers do, or
+            `drop` to leave them out.
+
+    Returns:
+        The records by split (train, val, test) and image id: COCO's own, or the number that leads the name
+        of a Flickr file. Captions are the raw sentences; empty ones are dropped.
+
+    Raises:
+        UserError: If a file is missing, broken or of another layout, a split has another name, an image id
+            repeats, or an image has no captions.
+
+    Source:
+        Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments" (arXiv:1412.2306).
+    """
+    document = originals.document(captions, _Document, _WANTED)
+    source = cache(lambda folder: str(images / folder))
+    records: dict[int, Record] = {}
+    for number, image in enumerate(document.images):
+        place = f"{captions}: images[{number}]"
+        if document.dataset != "coco":
+            image_id = flickr.image_id(image.filename, place)
+        elif image.cocoid is not None:
+            image_id = image.cocoid
+        else:
+            raise UserError(f"{place} has no cocoid; {_WANTED}")
+        if image_id in records:
+            raise UserError(f"{place} repeats image id {image_id}; wanted each id once; delete one")
+        split = restval if image.split == "restval" else image.split
+        path = originals.below(posixpath.join(image.filepath, image.filename), place)
+        folder, _, name = path.rpartition("/")
+        texts = originals.stripped(sentence.raw for sentence in image.sentences)
+        records[image_id] = Record(image_id, split, texts, source(folder), name)
+    kept = [record for record in records.values() if record.split != "drop"]
+    return originals.proven(kept, images, captions)

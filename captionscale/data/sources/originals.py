@@ -1,0 +1,204 @@
+"""What the readers share: text, JSON and image files that are there, or an error that says what to fix."""
+
+import os
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from captionscale.data.sources.record import Record, in_order
+from captionscale.errors import UserError
+
+# Shards and their indexes hold an id in 64 bits.
+ImageId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+# Tells where to count image ids from, once the splits are known.
+FirstId = Callable[[set[str]], int]
+
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
+
+# Of what an error shows of a file, in letters: damaged files have names of megabytes.
+_LONGEST = 120
+_BOM = b"\xef\xbb\xbf"
+_FAULT = re.compile(r"(?P<fault>.+?)(?: - at `\$\.?(?P<where>.+)`)?", re.DOTALL)
+
+_T = TypeVar("_T")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what the system says against a file, or a folder with all in it, into the error that says so.
+
+    Raises:
+        UserError: It cannot be opened or read.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or path
+        raise UserError(f"{place}: {error.strerror}; wanted it to be readable; check the path") from error
+
+
+def decoded(data: bytes, place: str) -> str:
+    """Return UTF-8 as text, without the mark that some editors put before it.
+
+    Raises:
+        UserError: It is not UTF-8.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{place}: byte {error.start} is not UTF-8; wanted plain text; unpack it, save it as UTF-8 or"
+            " download it again"
+        ) from error
+
+
+def text(path: Path) -> str:
+    """Return a text file's content, which is not empty.
+
+    Raises:
+        UserError: It cannot be read, is not UTF-8, or is empty.
+    """
+    with reading(path):
+        content = decoded(path.read_bytes(), str(path))
+    if not content.strip():
+        raise UserError(f"{path}: the file is empty; wanted text; write or download it again")
+    return content
+
+
+def document(path: Path, kind: type[_T], wanted: str) -> _T:
+    """Return a JSON file's content as a msgspec type.
+
+    Args:
+        path: The file.
+        kind: The type, with the fields that are needed.
+        wanted: The end of an error: what was wanted, and the cure.
+
+    Raises:
+        UserError: It cannot be read, is not JSON, or is of another layout.
+    """
+    with reading(path):
+        data = path.read_bytes()
+    return parsed(data, msgspec.json.Decoder(kind), str(path), wanted)
+
+
+def parsed(data: bytes, decoder: msgspec.json.Decoder[_T], place: str, wanted: str) -> _T:
+    """Return JSON as the decoder's type; `wanted` and the errors are those of `document`."""
+    try:
+        # A view: a copy of a large file would take its size again.
+        return decoder.decode(memoryview(data)[len(_BOM) :] if data.startswith(_BOM) else data)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{place}: {fault_of(error)}; {wanted}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON: {error}; {wanted}") from error
+
+
+def fault_of(error: msgspec.ValidationError) -> str:
+    """Return where in its JSON a value is not what was wanted, and why, in one line."""
+    found = _FAULT.fullmatch(str(error))
+    assert found
+    fault = " ".join(found["fault"].split())[:_LONGEST]
+    return f"{found['where']}: {fault}" if found["where"] else fault
+
+
+def below(path: str, place: str) -> str:
+    """Return a path below the folder of the images in its one spelling.
+
+    Args:
+        path: As the data set has it.
+        place: What an error says first.
+
+    Raises:
+        UserError: It leads out of the folder.
+    """
+    plain = posixpath.normpath(path)
+    if plain in (".", "..") or plain.startswith(("/", "../")) or "\0" in plain:
+        raise UserError(
+            f"{place}: image {path!r:.80}; wanted a path below the folder of the images; write it so"
+        )
+    return plain
+
+
+def stripped(captions: Iterable[str]) -> tuple[str, ...]:
+    """Return captions without surrounding white space and without those that are empty."""
+    return tuple(caption for raw in captions if (caption := raw.strip()))
+
+
+def proven(
+    records: Sequence[Record], images: Path, captions: Path | str, *, captioned: bool = True
+) -> list[Record]:
+    """Return records in the order of shards, once all that they promise is proven to be there.
+
+    Args:
+        records: Of image files.
+        images: The folder that holds all of them, directly or below.
+        captions: The file that names them, or the words for several.
+        captioned: Whether each must have captions.
+
+    Raises:
+        UserError: There is no record, an image file is missing, or has no captions.
+    """
+    # One listing: to ask for each of COCO's 118,287 files takes minutes on a cluster's file system.
+    there = {str(images): listing(images, "the folder of the images")}
+    missing = []
+    for record in records:
+        if captioned and not record.captions:
+            raise UserError(
+                f"{captions}: image {record.image_id} ({shown(record.name)}) has no captions, or only empty"
+                " ones; wanted at least one; add a caption or take the image out"
+            )
+        folder, _, name = f"{record.source}/{record.name}".rpartition("/")
+        if folder not in there:
+            there[folder] = set()
+            # The images of a folder that is not there are missing, each by its name.
+            with suppress(UserError):
+                there[folder] = listing(Path(folder), "")
+        if name not in there[folder]:
+            missing.append(f"{folder}/{name}".removeprefix(f"{images}/"))
+    if not records:
+        raise UserError(f"{captions}: no images; wanted at least one; give the file of a whole data set")
+    if missing:
+        cure = _folder_with(images, missing[0]) or "that holds them, or download them"
+        raise UserError(
+            f"{images}: {some(missing)} of {len(records)} missing; wanted each image of {captions};"
+            f" give the folder {cure}"
+        )
+    return in_order(records)
+
+
+def listing(folder: Path, wanted: str) -> set[str]:
+    """Return the names in a folder.
+
+    Raises:
+        UserError: It cannot be listed; `wanted` says what it should be.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries}
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}; wanted {wanted}; check the path") from error
+
+
+def some(names: Sequence[str]) -> str:
+    """Return how many images these are, and the names of the first three."""
+    first = ", ".join(map(shown, names[:3]))
+    return f"{len(names)} image{'s' if len(names) > 1 else ''} ({first}{', ...' if len(names) > 3 else ''})"
+
+
+def shown(name: str) -> str:
+    """Return a name as an error can show it in its one line."""
+    return name[:_LONGEST] if name.isprintable() else repr(name[:_LONGEST])
+
+
+def _folder_with(folder: Path, path: str) -> str | None:
+    """Return the folder one level below, or the one above, that holds a file which this one lacks."""
+    with os.scandir(folder) as entries:
+        near = sorted(entry.path for entry in entries if not entry.is_file(follow_symlinks=False))
+    near.append(os.path.normpath(folder / ".."))
+    # os.path.isfile is False for a folder that may not be read, where Path.is_file raises.
+    return next((other for other in near if os.path.isfile(f"{other}/{path}")), None)  # noqa: PTH113

@@ -1,0 +1,62 @@
+"""What every reader of a data set gives: records, in the one order that shards have."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_SPLIT_ORDER = {"train": 0, "val": 1, "test": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One image of a data set with all its captions.
+
+    Attributes:
+        image_id: The data set's own number of the image.
+        split: The part of the data set: train, val, test, or another name that the caller gave.
+        captions: Raw texts in the data set's order, without surrounding white space; none where the
+            data set has none, as for a leaderboard's test images.
+        source: The folder of the image file, or the tar that holds it.
+        name: Its file name in there.
+        offset: Where the image starts in the tar, in bytes; 0 for a file of its own.
+        size: Its size in the tar, in bytes; None for a file of its own.
+    """
+
+    image_id: int
+    split: str
+    captions: tuple[str, ...]
+    source: str
+    name: str
+    offset: int = 0
+    size: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where the image is, for errors."""
+        return f"{self.source}: {self.name}" if self.size is not None else self._path
+
+    def read(self) -> bytes:
+        """Return the image's bytes.
+
+        Raises:
+            OSError: There is no such file, or it cannot be read.
+            EOFError: The tar ends before the image does.
+        """
+        descriptor = os.open(self._path if self.size is None else self.source, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size if self.size is None else self.size
+            data = os.pread(descriptor, size, self.offset)
+        finally:
+            os.close(descriptor)
+        if len(data) != size:
+            raise EOFError(f"ends after {len(data):,} of {size:,} bytes")
+        return data
+
+    @property
+    def _path(self) -> str:
+        return f"{self.source}/{self.name}"
+
+
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """Return records as shards hold them: by split (train, val, test, others) and image id."""
+    return sorted(records, key=lambda it: (_SPLIT_ORDER.get(it.split, 3), it.split, it.image_id))

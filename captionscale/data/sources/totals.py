@@ -1,0 +1,58 @@
+"""How many images each part of a known data set has, and what a wrong number may be."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from captionscale.data.sources.record import Record
+from captionscale.errors import UserError
+
+# A training set of 82,783 instead of 113,287 images is the field's most common slip.
+_KNOWN = {
+    82_783: "COCO 2014's official train, or Karpathy's train without the 30,504 restval images",
+    40_504: "COCO 2014's official val",
+    40_775: "COCO 2014's test",
+    30_504: "Karpathy's restval of COCO alone, without the 82,783 images of train2014",
+    113_287: "Karpathy's train of COCO with the 30,504 restval images",
+    123_287: "COCO 2014's official train and val together",
+    118_287: "COCO 2017's official train",
+    5_000: "COCO 2017's official val, or Karpathy's val or test of COCO",
+    40_670: "COCO 2017's test",
+    6_000: "Flickr8k's train",
+    29_000: "Karpathy's train of Flickr30k",
+    1_014: "Karpathy's val of Flickr30k",
+    1_000: "Flickr8k's val or test, or Karpathy's test of Flickr30k",
+    31_783: "all of Flickr30k, without splits",
+}
+
+
+def expect(records: Iterable[Record], expected: Mapping[str, int], place: str) -> None:
+    """Make sure that each split has as many images as the data set is known for.
+
+    Args:
+        records: All that was read.
+        expected: The number of images of each split.
+        place: What an error says first.
+
+    Raises:
+        UserError: A split has another number, is missing, or is not expected. Where the number that was
+            found is known, the error says of what.
+
+    Source:
+        The data sets' own files; Karpathy & Fei-Fei 2015 (arXiv:1412.2306) for Karpathy's splits.
+    """
+    found = Counter(record.split for record in records)
+    faults = []
+    for split in [*expected, *sorted(found.keys() - expected.keys())]:
+        images = found[split]
+        if split not in expected:
+            faults.append(f"split {split!r} has {images:,} images, wanted no such split")
+        elif not images and expected[split]:
+            faults.append(f"no split {split!r}, wanted {expected[split]:,} images")
+        elif images != expected[split]:
+            known = f"; {images:,} is {_KNOWN[images]}" if images in _KNOWN else ""
+            faults.append(f"split {split!r} has {images:,} images, wanted {expected[split]:,}{known}")
+    if faults:
+        raise UserError(
+            f"{place}: {'; '.join(faults)}; give the files of the data set that is meant, whole, or correct"
+            " what is expected"
+        )

@@ -1,0 +1,217 @@
+"""Prove that a packed folder is what was packed, or say what is wrong with it, where, and what to do."""
+
+import hashlib
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from captionscale.data import images, manifest, shards
+from captionscale.data.manifest import CURE, Manifest
+from captionscale.data.packing import REJECTED
+from captionscale.data.places import Place, Remote, as_place
+from captionscale.data.shard_writer import read_rejected
+from captionscale.data.shards import Split
+from captionscale.errors import UserError
+from captionscale.files import sha256_of
+
+
+@dataclass
+class Findings:
+    """What was found.
+
+    Attributes:
+        problems: What makes the folder another one than was packed, or its scores worth nothing.
+        notes: What somebody should know.
+    """
+
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def verify(
+    where: Place | Path,
+    *,
+    deep: bool = False,
+    allow_leaks: bool = False,
+    workers: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Findings:
+    """Compare each file with its checksum, the index with the tars and all with what each sample says.
+
+    Args:
+        where: What `captionscale pack` wrote.
+        deep: Decode every image too.
+        allow_leaks: The same image in two splits is a note, not a problem.
+        workers: Threads.
+        progress: Called with the number of images of each shard that was looked at.
+
+    Raises:
+        UserError: The manifest cannot be read.
+    """
+    place = as_place(where)
+    facts, findings = manifest.fetch(place.fetch, str(place)), Findings()
+    findings.problems += _strays(place, facts)
+    findings.problems += _rejected(place, facts)
+    splits = []
+    for name in facts.splits:
+        try:
+            split = Split(place, name)
+            _check_index(split)
+        except UserError as error:
+            findings.problems.append(str(error))
+        else:
+            splits.append(split)
+
+    def check(shard: tuple[Split, int]) -> list[str]:
+        problems = list(_check_shard(*shard, deep=deep))
+        progress(shard[0].facts.shards[shard[1]].images)
+        return problems
+
+    with ThreadPoolExecutor(workers) as pool:
+        for problems in pool.map(
+            check, [(split, k) for split in splits for k in range(len(split.facts.shards))]
+        ):
+            findings.problems += problems
+    _find_duplicates(splits, findings, allow_leaks)
+    return findings
+
+
+def _strays(place: Place, facts: Manifest) -> Iterator[str]:
+    if isinstance(place, Remote):
+        return  # Not every server lists its files, and nobody reads what the manifest does not name.
+    known = {shard.name for split in facts.splits.values() for shard in split.shards}
+    known |= {shards.index_name(name) for name in facts.splits}
+    for path in sorted([*place.path.glob("*.tar"), *place.path.glob("*.index.npy")]):
+        if path.name not in known:
+            yield f"{path}: the manifest does not name it; remove it, or remove the folder and pack again"
+
+
+def _rejected(place: Place, facts: Manifest) -> Iterator[str]:
+    path = f"{place}/{REJECTED}"
+    try:
+        rejected = [image.split for image in read_rejected(place.fetch(REJECTED), path)]
+    except FileNotFoundError:
+        rejected = []
+    for name, split in facts.splits.items():
+        if rejected.count(name) != split.rejected:
+            yield (
+                f"{path}: {rejected.count(name):,} images of split '{name}', manifest says"
+                f" {split.rejected:,}; {CURE}"
+            )
+
+
+def _check_index(split: Split) -> None:
+    path = f"{split.place}/{shards.index_name(split.name)}"
+    if (
+        hashlib.sha256(split.place.fetch(shards.index_name(split.name))).hexdigest()
+        != split.facts.index_sha256
+    ):
+        raise UserError(f"{path}: sha256 differs from the manifest's; {CURE}")
+    found = [int(split.index["captions"].sum()), *split.shard_sizes.tolist()]
+    wanted = [split.facts.captions, *(shard.images for shard in split.facts.shards)]
+    if found != wanted:
+        raise UserError(f"{path}: number of captions or images differs from the manifest's; {CURE}")
+    ids, counts = np.unique(split.index["image_id"], return_counts=True)
+    if counts.max() > 1:
+        raise UserError(f"{path}: image {ids[counts.argmax()]} is there {counts.max()} times; {CURE}")
+
+
+def _check_shard(split: Split, number: int, *, deep: bool) -> Iterator[str]:
+    facts = split.facts.shards[number]
+    items = np.flatnonzero(split.index["shard"] == number).tolist()
+    with split.place.local(facts) as path:
+        found = sha256_of(path)
+        problems = [problem for item in items for problem in _check_sample(split, item, deep=deep)]
+        if not problems and found == facts.sha256:
+            problems += _compare_with_tar(split, path, number, items)
+    yield from problems
+    if not problems and found != facts.sha256:
+        yield (
+            f"{split.place}/{facts.name}: sha256 {found[:12]}..., manifest says {facts.sha256[:12]}...,"
+            f" though each image and caption is as packed, so a tar header is damaged; {CURE}"
+        )
+
+
+def _check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
+    row = split.index[item]
+    place = f"{split.place}/{split.facts.shards[int(row['shard'])].name}: image {row['image_id']}"
+    try:
+        data, text = split.image(item), split.text(item)
+    except UserError as error:
+        yield str(error)
+        return
+    if xxhash.xxh3_64_intdigest(data) != row["image_hash"]:
+        yield f"{place}: the bytes at {row['image_offset']:,} are {_whose(split, data)}; {CURE}"
+        return
+    if xxhash.xxh3_64_intdigest(text) != row["json_hash"]:
+        yield f"{place}: the captions at byte {row['json_offset']:,} are not those packed; {CURE}"
+        return
+    sample = split.sample(item)
+    if (sample.image_id, len(sample.captions)) != (row["image_id"], row["captions"]):
+        yield (
+            f"{place}: the sample says image {sample.image_id} with {len(sample.captions)} captions, the"
+            f" index says image {row['image_id']} with {row['captions']}; {CURE}"
+        )
+    if deep:
+        try:
+            look = images.look(data, place, whole=True)
+        except UserError as error:
+            yield str(error)
+            return
+        if (look.width, look.height) != (row["width"], row["height"]):
+            yield f"{place}: {look.width} x {look.height} pixels, the index says otherwise; {CURE}"
+
+
+def _whose(split: Split, data: bytes) -> str:
+    owners = split.index["image_id"][split.index["image_hash"] == xxhash.xxh3_64_intdigest(data)]
+    return f"those of image {owners[0]}" if len(owners) else "not those packed"
+
+
+def _compare_with_tar(split: Split, path: Path, number: int, items: list[int]) -> Iterator[str]:
+    """Yield where the tar's own directory, which other readers go by, and the index differ."""
+    wanted = []
+    for row in split.index[items]:
+        wanted += [
+            (int(row["image_offset"]), int(row["image_size"])),
+            (int(row["json_offset"]), int(row["json_size"])),
+        ]
+    with tarfile.open(path, "r:") as tar:
+        found = [(member.offset_data, member.size) for member in tar]
+    if found != wanted:
+        row = next(
+            (k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),
+            min(len(found), len(wanted)),
+        )
+        near = split.index["image_id"][items[min(row // 2, len(items) - 1)]]
+        place = f"{split.place}/{split.facts.shards[number].name}"
+        yield f"{place}: image {near}: the index does not say what the tar holds; {CURE}"
+
+
+def _find_duplicates(splits: list[Split], findings: Findings, allow_leaks: bool) -> None:
+    """Name images of the same bytes: across splits training sees what is scored, within one it is a waste."""
+    if not splits:
+        return
+    hashes = np.concatenate([split.index["image_hash"] for split in splits])
+    places = [(split, item) for split in splits for item in range(len(split))]
+    order = np.argsort(hashes, kind="stable")
+    leaks: list[str] = []
+    twins: list[str] = []
+    for k in np.flatnonzero(hashes[order][1:] == hashes[order][:-1]).tolist():
+        (split, item), (other, twin) = places[order[k]], places[order[k + 1]]
+        if split.image(item) == other.image(twin):
+            pair = [
+                f"image {it.index['image_id'][at]} of split '{it.name}'"
+                for it, at in ((split, item), (other, twin))
+            ]
+            (leaks if split is not other else twins).append(" and ".join(pair) + " are the same bytes")
+    (findings.notes if allow_leaks else findings.problems).extend(
+        f"{leak}, so training may see what is scored; wanted each image in one split; take one out of the"
+        " data set's lists and pack again, or accept it with --allow-leaks"
+        for leak in leaks
+    )
+    findings.notes += twins

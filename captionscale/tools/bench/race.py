@@ -1,0 +1,138 @@
+"""Ways of doing one thing, run in turn in one process, and how many times faster ours is."""
+
+import gc
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from statistics import median
+
+from rich.console import Console
+from rich.table import Table
+
+from captionscale.files import cores
+from captionscale.progress import progress
+
+_LIBRARIES = ("captionscale", "numpy", "pillow", "simplejpeg", "torch", "webdataset")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of doing a thing.
+
+    Attributes:
+        name: What a table calls it.
+        run: Does it once.
+        count: Things that a run does.
+    """
+
+    name: str
+    run: Callable[[], object]
+    count: int
+
+
+@dataclass
+class Lane:
+    """What was measured of one way.
+
+    Attributes:
+        name: Of the way.
+        per_second: Things in a second of wall clock, for each round.
+        cpu_ms: Processor time for each thing, in milliseconds, child processes included; the rounds' median.
+        ratio: The first way's pace by this one's in the same round: median, least, greatest.
+    """
+
+    name: str
+    per_second: list[float]
+    cpu_ms: float
+    ratio: tuple[float, float, float]
+
+
+@dataclass
+class Heat:
+    """A table of ways that were run in turn.
+
+    Attributes:
+        title: What was done.
+        unit: What was counted, such as `images`.
+        lanes: The first is ours.
+        notes: What else was found, a sentence each.
+    """
+
+    title: str
+    unit: str
+    lanes: list[Lane]
+    notes: list[str] = field(default_factory=list)
+
+
+def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: bool = False) -> Heat:
+    """Run ways A B A B ... and compare them round by round, so that a slow minute slows all of them.
+
+    Args:
+        title: Of the table.
+        unit: What is counted.
+        ways: The first is ours; each is run once more than is measured, to warm up.
+        rounds: That are measured.
+        by_cpu: Compare processor time, not wall clock: things per second of one core.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
+    with progress(title, (rounds + 1) * len(ways), passing=True) as bar:
+        for turn in range(rounds + 1):
+            for way in ways:
+                gc.collect()
+                cpu, wall = _cpu(), time.perf_counter()
+                way.run()
+                wall, cpu = time.perf_counter() - wall, _cpu() - cpu
+                if turn:
+                    seconds[way.name].append((wall, cpu))
+                bar.advance()
+    lanes = []
+    pace: dict[str, list[float]] = {
+        way.name: [way.count / (cpu if by_cpu else wall) for wall, cpu in seconds[way.name]] for way in ways
+    }
+    for way in ways:
+        ratios = [ours / other for ours, other in zip(pace[ways[0].name], pace[way.name], strict=True)]
+        cpu_ms = median(cpu for _, cpu in seconds[way.name]) / way.count * 1000
+        lanes.append(Lane(way.name, pace[way.name], cpu_ms, (median(ratios), min(ratios), max(ratios))))
+    return Heat(title, unit, lanes)
+
+
+def show(heats: Sequence[Heat], *, as_json: bool) -> None:
+    """Print what was measured, for people or for machines."""
+    machine = {
+        "processor": _processor(),
+        "cores": cores(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in _LIBRARIES},
+    }
+    if as_json:
+        print(json.dumps({"machine": machine, "tables": [asdict(heat) for heat in heats]}, indent=1))
+        return
+    out = Console(highlight=False)
+    for heat in heats:
+        table = Table(title=heat.title, title_justify="left", caption="\n".join(heat.notes) or None)
+        table.add_column("way")
+        for name in (f"{heat.unit}/s", f"CPU ms/{heat.unit.removesuffix('s')}", "ours is ... times as fast"):
+            table.add_column(name, justify="right")
+        for lane in heat.lanes:
+            middle, least, greatest = lane.ratio
+            ratio = "" if lane is heat.lanes[0] else f"{middle:.2f} ({least:.2f} to {greatest:.2f})"
+            table.add_row(lane.name, f"{median(lane.per_second):,.0f}", f"{lane.cpu_ms:.2f}", ratio)
+        out.print(table)
+    out.print("; ".join(f"{key} {value}" for key, value in machine.items()), soft_wrap=True)
+
+
+def _cpu() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
+            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
