@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from blake3 import blake3
+
 from captionscale.errors import UserError
 
 LOCK = ".lock"
@@ -17,6 +19,20 @@ def sha256_of(path: Path) -> str:
     """Return a file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blake3_of(path: Path) -> str:
+    """Return a large file's BLAKE3 in hexadecimal, as `b3sum` prints it.
+
+    Source:
+        O'Connor et al. 2020, "BLAKE3, one function, fast everywhere": as safe as SHA-256, at thrice its pace.
+    """
+    hasher = blake3()
+    # A map would be a little faster, but kills the process where a disk fails or the file shrinks.
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(1 << 20):
+            hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def cores() -> int:

@@ -1,6 +1,6 @@
 """A folder of downloaded shards that data sets, processes and nodes share, and that keeps to its bound.
 
-A shard is named by its SHA-256, so that two never meet under one name. A file lock says that it is in use:
+A shard is named by its BLAKE3, so that two never meet under one name. A file lock says that it is in use:
 readers share the lock, and only who gets it alone may remove the file. The system lets go of the locks of a
 process that dies. On a file system without locks a shard may be downloaded twice, which costs bandwidth only.
 """
@@ -20,7 +20,7 @@ from captionscale.errors import UserError
 
 # A download says in its name how much room it will take: the file itself grows only while it comes.
 _OURS = re.compile(r"[0-9a-f]{64}(?:\.tar|\.(?P<bytes>\d+)\.[0-9a-f]{32}\.tmp)")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BLAKE3 = re.compile(r"[0-9a-f]{64}")
 _LEFT_OVER_S = 3600
 _WAIT_FOR_ROOM_S = 600.0
 _SAME_USE_S = 10.0
@@ -80,9 +80,9 @@ class Cache:
 
     def path(self, shard: Shard) -> Path:
         """Return where a shard is, if it is here."""
-        if not _SHA256.fullmatch(shard.sha256):
-            raise UserError(f"{shard.name}: sha256 {shard.sha256!r:.80} in the manifest is not one; {CURE}")
-        return self.folder / f"{shard.sha256}.tar"
+        if not _BLAKE3.fullmatch(shard.blake3):
+            raise UserError(f"{shard.name}: blake3 {shard.blake3!r:.80} in the manifest is not one; {CURE}")
+        return self.folder / f"{shard.blake3}.tar"
 
     def _here(self, shard: Shard) -> IO[bytes] | None:
         """Open a shard that is here and of the right size, locked as one in use."""
@@ -107,7 +107,7 @@ class Cache:
         path = self.path(shard)
         self.folder.mkdir(parents=True, exist_ok=True)
         # 256 lock files, which stay: to remove one that others wait for would let two of them in.
-        with _alone(self.folder / f"{shard.sha256[:2]}.lock"):
+        with _alone(self.folder / f"{shard.blake3[:2]}.lock"):
             if path.is_file() and path.stat().st_size == shard.size_bytes:
                 return  # Another thread or process has brought it meanwhile.
             partial, held = self._reserve(shard)
@@ -123,7 +123,7 @@ class Cache:
         """Make room for a shard; return the file to download to, locked as one in use."""
         if shard.size_bytes > self.limit_bytes:
             raise self._no_room(shard, 0)
-        partial = self.folder / f"{shard.sha256}.{shard.size_bytes}.{uuid4().hex}.tmp"
+        partial = self.folder / f"{shard.blake3}.{shard.size_bytes}.{uuid4().hex}.tmp"
         give_up = time.monotonic() + _WAIT_FOR_ROOM_S
         while True:
             with _alone(self.folder / "room.lock"):

@@ -35,7 +35,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     name: str
     size_bytes: int
-    sha256: str
+    blake3: str
     images: int
 
 

@@ -271,6 +271,6 @@ def _finish(
         fingerprint=fingerprint,
         index_sha256=sha256_of(index_path),
         shards=tuple(
-            Shard(name, shard.size_bytes, shard.sha256, len(shard.rows)) for name, shard in written.items()
+            Shard(name, shard.size_bytes, shard.blake3, len(shard.rows)) for name, shard in written.items()
         ),
     )

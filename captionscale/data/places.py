@@ -19,7 +19,7 @@ from captionscale.config import CACHE_GB
 from captionscale.data.cache import Cache
 from captionscale.data.manifest import CURE, Shard
 from captionscale.errors import UserError
-from captionscale.files import sha256_of
+from captionscale.files import blake3_of
 
 T = TypeVar("T")
 
@@ -127,7 +127,7 @@ class Remote:
         """
         path = self.cache.path(shard)
         with self._open(shard):
-            whole = sha256_of(path) == shard.sha256
+            whole = blake3_of(path) == shard.blake3
         if not whole:
             path.unlink(missing_ok=True)
         with self._open(shard):
@@ -189,12 +189,12 @@ def _download(url: str, shard: Shard, path: Path) -> None:
 
     def arrive(files: Any, source: str) -> None:
         files.get_file(source, str(path))
-        found = sha256_of(path)
+        found = blake3_of(path)
         size_bytes = path.stat().st_size
-        if (size_bytes, found) != (shard.size_bytes, shard.sha256):
+        if (size_bytes, found) != (shard.size_bytes, shard.blake3):
             raise UserError(
-                f"{url}: {size_bytes:,} bytes with sha256 {found[:12]}... came, manifest says"
-                f" {shard.size_bytes:,} bytes with {shard.sha256[:12]}...; {CURE}"
+                f"{url}: {size_bytes:,} bytes with blake3 {found[:12]}... came, manifest says"
+                f" {shard.size_bytes:,} bytes with {shard.blake3[:12]}...; {CURE}"
             )
 
     try:

@@ -1,6 +1,5 @@
 """Write one shard: read the images, look at each, and hand the index its rows as the tar grows."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 import xxhash
+from blake3 import blake3
 from jaxtyping import Shaped
 
 from captionscale.data import images, ustar
@@ -19,8 +19,8 @@ from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.files import atomic
 
-_CHUNK_BYTES = 2 << 20
-_CHUNKS_AHEAD = 3
+_CHUNK_BYTES = 8 << 20
+_CHUNKS_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,13 @@ class Written:
     Attributes:
         rows: Of the index.
         size_bytes: Of the tar.
-        sha256: Of the tar, in hexadecimal.
+        blake3: Of the tar, in hexadecimal.
         rejected: Images that were left out.
     """
 
     rows: Shaped[np.ndarray, "sample"]
     size_bytes: int
-    sha256: str
+    blake3: str
     rejected: list[Rejected]
 
 
@@ -130,9 +130,9 @@ def write_shard(job: Job) -> Written:
                     xxhash.xxh3_64_intdigest(text),
                 )
             )
-    written = Written(np.array(rows, INDEX_ROW), tar.size_bytes, tar.sha256.hexdigest(), rejected)
+    written = Written(np.array(rows, INDEX_ROW), tar.size_bytes, tar.blake3.hexdigest(), rejected)
     with atomic(job.done) as file:
-        facts = {"size_bytes": written.size_bytes, "sha256": written.sha256, "rejected": rejected}
+        facts = {"size_bytes": written.size_bytes, "blake3": written.blake3, "rejected": rejected}
         np.savez(file, rows=written.rows, facts=np.frombuffer(msgspec.json.encode(facts), np.uint8))
     return written
 
@@ -150,7 +150,7 @@ def finished(job: Job) -> Written | None:
     # What NumPy and zipfile raise on a damaged file is anything; such a shard is written again.
     except Exception:
         return None
-    return Written(rows, facts["size_bytes"], facts["sha256"], []) if whole else None
+    return Written(rows, facts["size_bytes"], facts["blake3"], []) if whole else None
 
 
 def _image(record: Record, job: Job) -> tuple[bytes, images.Look]:
@@ -173,11 +173,11 @@ class _Tar:
 
     def __init__(self, file: BinaryIO):
         self.size_bytes = 0
-        self.sha256 = hashlib.sha256()
+        self.blake3 = blake3()
         self._parts: list[bytes] = []
         self._chunk_bytes = 0
         # Each has a thread of its own, so that chunks stay in order.
-        sinks: list[Callable[[bytes], Any]] = [file.write, self.sha256.update]
+        sinks: list[Callable[[bytes], Any]] = [file.write, self.blake3.update]
         self._sinks = [(sink, ThreadPoolExecutor(1)) for sink in sinks]
         self._busy: deque[Future[Any]] = deque()
 

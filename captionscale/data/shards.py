@@ -103,7 +103,7 @@ class Split:
     @property
     def sha256(self) -> str:
         """Hash of the index and so of which sample is where; the manifest holds those of the bytes."""
-        facts = json.dumps([self.facts.index_sha256, [shard.sha256 for shard in self.facts.shards]])
+        facts = json.dumps([self.facts.index_sha256, [shard.blake3 for shard in self.facts.shards]])
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @property

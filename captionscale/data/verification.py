@@ -17,7 +17,7 @@ from captionscale.data.places import Place, Remote, as_place
 from captionscale.data.shard_writer import read_rejected
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
-from captionscale.files import sha256_of
+from captionscale.files import blake3_of
 
 
 @dataclass
@@ -125,14 +125,14 @@ def _check_shard(split: Split, number: int, *, deep: bool) -> Iterator[str]:
     facts = split.facts.shards[number]
     items = np.flatnonzero(split.index["shard"] == number).tolist()
     with split.place.local(facts) as path:
-        found = sha256_of(path)
+        found = blake3_of(path)
         problems = [problem for item in items for problem in _check_sample(split, item, deep=deep)]
-        if not problems and found == facts.sha256:
+        if not problems and found == facts.blake3:
             problems += _compare_with_tar(split, path, number, items)
     yield from problems
-    if not problems and found != facts.sha256:
+    if not problems and found != facts.blake3:
         yield (
-            f"{split.place}/{facts.name}: sha256 {found[:12]}..., manifest says {facts.sha256[:12]}...,"
+            f"{split.place}/{facts.name}: blake3 {found[:12]}..., manifest says {facts.blake3[:12]}...,"
             f" though each image and caption is as packed, so a tar header is damaged; {CURE}"
         )
 

@@ -1,6 +1,5 @@
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from captionscale.data import cache as room
 from captionscale.data.cache import Cache
@@ -21,7 +21,7 @@ from captionscale.errors import UserError
 SIZE = 1000
 CONTENT = [np.random.default_rng(number).bytes(SIZE) for number in range(8)]
 # The name says nothing: all are called alike.
-SHARDS = [Shard("train-00000.tar", SIZE, hashlib.sha256(data).hexdigest(), 1) for data in CONTENT]
+SHARDS = [Shard("train-00000.tar", SIZE, blake3(data).hexdigest(), 1) for data in CONTENT]
 
 DIE_IN_A_DOWNLOAD = """
 import os, sys
@@ -79,7 +79,7 @@ def test_a_shard_is_brought_once_and_named_by_its_content(tmp_path: Path, origin
         for number in range(8):
             assert read(cache, number, origin.of(number)) == CONTENT[number]
     assert origin.asked == list(range(8))
-    assert set(held(cache.folder)) == {f"{shard.sha256}.tar" for shard in SHARDS}
+    assert set(held(cache.folder)) == {f"{shard.blake3}.tar" for shard in SHARDS}
 
 
 def test_threads_that_want_one_shard_bring_it_once(tmp_path: Path, origin: Origin) -> None:
@@ -110,7 +110,7 @@ def test_the_bound_holds_whatever_is_read_and_the_least_recently_used_make_way(
         assert read(cache, number, origin.of(number)) == CONTENT[number]
         assert (len(origin.asked) == before) == (number in recent[-3:])
         recent = [each for each in recent if each != number] + [number]
-        assert set(held(tmp_path)) == {f"{SHARDS[each].sha256}.tar" for each in recent[-3:]}
+        assert set(held(tmp_path)) == {f"{SHARDS[each].blake3}.tar" for each in recent[-3:]}
 
 
 def test_threads_keep_to_a_bound_that_holds_one_shard(tmp_path: Path, origin: Origin) -> None:
@@ -136,7 +136,7 @@ def test_a_shard_in_use_is_not_removed_and_the_error_names_bound_and_need(
             read(cache_of(tmp_path, 2), 2, origin.of(2))
         assert read(cache, 2, origin.of(2)) == CONTENT[2]
         assert one.read() == CONTENT[1]
-    assert set(held(tmp_path)) == {f"{SHARDS[number].sha256}.tar" for number in (1, 2)}
+    assert set(held(tmp_path)) == {f"{SHARDS[number].blake3}.tar" for number in (1, 2)}
 
 
 def test_who_finds_no_room_waits_for_it(tmp_path: Path, origin: Origin) -> None:
@@ -147,7 +147,7 @@ def test_who_finds_no_room_waits_for_it(tmp_path: Path, origin: Origin) -> None:
             time.sleep(0.3)
             assert not waiting.done()
         assert waiting.result() == CONTENT[1]
-    assert set(held(tmp_path)) == {f"{SHARDS[1].sha256}.tar"}
+    assert set(held(tmp_path)) == {f"{SHARDS[1].blake3}.tar"}
 
 
 def test_a_bound_smaller_than_a_shard_is_refused_at_once(tmp_path: Path, origin: Origin) -> None:
@@ -158,7 +158,7 @@ def test_a_bound_smaller_than_a_shard_is_refused_at_once(tmp_path: Path, origin:
     assert time.monotonic() - started < 5
     assert origin.asked == [1]
     # Nothing made way for what cannot come.
-    assert set(held(tmp_path)) == {f"{SHARDS[1].sha256}.tar"}
+    assert set(held(tmp_path)) == {f"{SHARDS[1].blake3}.tar"}
 
 
 @pytest.mark.parametrize("damage", [b"", CONTENT[0][:-1], CONTENT[0] + b"\0"])
@@ -179,14 +179,14 @@ def test_a_removed_shard_or_folder_is_brought_anew(tmp_path: Path, origin: Origi
 
 
 def test_files_of_others_are_left_alone(tmp_path: Path, origin: Origin) -> None:
-    others = ["train-00000.tar", "notes.tmp", f"{SHARDS[0].sha256}.tar.bak", f"{'A' * 64}.tar"]
+    others = ["train-00000.tar", "notes.tmp", f"{SHARDS[0].blake3}.tar.bak", f"{'A' * 64}.tar"]
     for name in others:
         (tmp_path / name).write_bytes(bytes(SIZE))
         os.utime(tmp_path / name, (0, 0))
     cache = cache_of(tmp_path, 1)
     for number in range(8):
         read(cache, number, origin.of(number))
-    assert set(held(tmp_path)) == {*others, f"{SHARDS[-1].sha256}.tar"}
+    assert set(held(tmp_path)) == {*others, f"{SHARDS[-1].blake3}.tar"}
 
 
 @pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space")])
@@ -210,7 +210,7 @@ def test_a_killed_download_blocks_nobody_and_a_running_one_is_not_removed(
     tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "_WAIT_FOR_ROOM_S", 0.3)
-    command = [sys.executable, "-c", DIE_IN_A_DOWNLOAD, str(tmp_path), SHARDS[0].sha256]
+    command = [sys.executable, "-c", DIE_IN_A_DOWNLOAD, str(tmp_path), SHARDS[0].blake3]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"half\n"
@@ -224,7 +224,7 @@ def test_a_killed_download_blocks_nobody_and_a_running_one_is_not_removed(
     for number in (0, 1):
         cache = cache_of(tmp_path, 1)
         assert read(cache, number, origin.of(number)) == CONTENT[number]
-    assert set(held(tmp_path)) == {f"{SHARDS[1].sha256}.tar"}
+    assert set(held(tmp_path)) == {f"{SHARDS[1].blake3}.tar"}
 
 
 @pytest.mark.parametrize("locks", [True, False])
@@ -233,12 +233,12 @@ def test_old_left_overs_are_removed_even_where_there_is_room(
 ) -> None:
     if not locks:
         without_locks(monkeypatch)
-    names = [f"{SHARDS[0].sha256}.{SIZE}.{letter * 32}.tmp" for letter in "ab"]
+    names = [f"{SHARDS[0].blake3}.{SIZE}.{letter * 32}.tmp" for letter in "ab"]
     for name, age_s in zip(names, (60, 7200), strict=True):
         (tmp_path / name).write_bytes(b"half")
         os.utime(tmp_path / name, (time.time() - age_s,) * 2)
     read(cache_of(tmp_path, 8), 1, origin.of(1))
-    assert set(held(tmp_path)) == {names[0], f"{SHARDS[1].sha256}.tar"}
+    assert set(held(tmp_path)) == {names[0], f"{SHARDS[1].blake3}.tar"}
 
 
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def test_without_locks_the_bound_holds_and_a_young_download_is_left_alone(
     tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_locks(monkeypatch)
-    running = tmp_path / f"{SHARDS[7].sha256}.{SIZE}.{'a' * 32}.tmp"
+    running = tmp_path / f"{SHARDS[7].blake3}.{SIZE}.{'a' * 32}.tmp"
     running.write_bytes(b"half")
     cache = cache_of(tmp_path, 3)
     for number in [0, 1, 2, 3, 0, 1]:
@@ -269,15 +269,15 @@ def test_a_file_or_a_folder_in_the_way_is_told(tmp_path: Path, origin: Origin) -
         read(cache_of(tmp_path / "file", 8), 0, origin.of(0))
     with pytest.raises(UserError, match=r"Not a directory; wanted a folder that can keep"):
         read(cache_of(tmp_path / "file" / "inside", 8), 0, origin.of(0))
-    (tmp_path / f"{SHARDS[0].sha256}.tar").mkdir()
+    (tmp_path / f"{SHARDS[0].blake3}.tar").mkdir()
     with pytest.raises(UserError, match=r"Is a directory; wanted a folder that can keep"):
         read(cache_of(tmp_path, 8), 0, origin.of(0))
 
 
-@pytest.mark.parametrize("sha256", ["", "../../" + "a" * 58, "A" * 64, "a" * 64 + "\n", "ä" * 64])
-def test_a_name_from_a_damaged_manifest_leads_nowhere(tmp_path: Path, origin: Origin, sha256: str) -> None:
-    with pytest.raises(UserError, match=r"^train-00000.tar: sha256 .* in the manifest is not one;"):
-        cache_of(tmp_path, 8).open(Shard("train-00000.tar", SIZE, sha256, 1), origin.of(0)).__enter__()
+@pytest.mark.parametrize("name", ["", "../../" + "a" * 58, "A" * 64, "a" * 64 + "\n", "ä" * 64])
+def test_a_name_from_a_damaged_manifest_leads_nowhere(tmp_path: Path, origin: Origin, name: str) -> None:
+    with pytest.raises(UserError, match=r"^train-00000.tar: blake3 .* in the manifest is not one;"):
+        cache_of(tmp_path, 8).open(Shard("train-00000.tar", SIZE, name, 1), origin.of(0)).__enter__()
     assert held(tmp_path) == {}
 
 

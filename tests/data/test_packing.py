@@ -27,7 +27,7 @@ from captionscale.data.sources import coco
 from captionscale.data.sources.record import Record
 from captionscale.data.verification import verify
 from captionscale.errors import UserError
-from captionscale.files import LOCK, lock, sha256_of
+from captionscale.files import LOCK, blake3_of, lock, sha256_of
 
 SMALL = Options(images_per_shard=16)
 
@@ -143,7 +143,7 @@ def test_the_manifest_says_what_was_packed_from_what(scenes: Path, packed: Path)
         assert facts.tool.startswith("captionscale ")
         for shard in facts.shards:
             path = packed / shard.name
-            assert (shard.size_bytes, shard.sha256) == (path.stat().st_size, sha256_of(path))
+            assert (shard.size_bytes, shard.blake3) == (path.stat().st_size, blake3_of(path))
     assert [shard.images for shard in found.splits["train"].shards] == [16, 16, 16]
 
 

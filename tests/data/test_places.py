@@ -1,5 +1,4 @@
 import fcntl
-import hashlib
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from captionscale.data import places
 from captionscale.data.manifest import Shard
@@ -25,8 +25,7 @@ from captionscale.errors import UserError
 SIZE = 200_000
 CONTENT = [np.random.default_rng(number).bytes(SIZE) for number in range(4)]
 SHARDS = [
-    Shard(f"train-{number:05d}.tar", SIZE, hashlib.sha256(data).hexdigest(), 1)
-    for number, data in enumerate(CONTENT)
+    Shard(f"train-{number:05d}.tar", SIZE, blake3(data).hexdigest(), 1) for number, data in enumerate(CONTENT)
 ]
 
 READ = """
@@ -214,7 +213,7 @@ def test_what_passes_is_tried_again(server: Server, tmp_path: Path, faults: list
 @pytest.mark.parametrize(
     ("fault", "asked", "wanted"),
     [
-        ("flipped", 4, r"200,000 bytes with sha256 \w{12}\.\.\. came, manifest says 200,000 bytes with"),
+        ("flipped", 4, r"200,000 bytes with blake3 \w{12}\.\.\. came, manifest says 200,000 bytes with"),
         ("truncated", 4, r"cannot be read \(Client.*\); wanted the file; check the URL and the network"),
         ("500", 4, r"cannot be read \(ClientResponseError: 500"),
         ("403", 1, r"not allowed, or not there \(ClientResponseError: 403.* give credentials"),
@@ -236,11 +235,11 @@ def test_what_does_not_pass_is_told_and_nothing_is_kept(
 
 def test_another_file_under_the_name_of_a_shard_is_not_taken(server: Server, tmp_path: Path) -> None:
     shards = [
-        Shard("train-00000.tar", SIZE - 1, SHARDS[0].sha256, 1),
+        Shard("train-00000.tar", SIZE - 1, SHARDS[0].blake3, 1),
         Shard("train-00001.tar", SIZE, "0" * 64, 1),
     ]
     for shard in shards:
-        with pytest.raises(UserError, match=f"{shard.name}: 200,000 bytes with sha256"):
+        with pytest.raises(UserError, match=f"{shard.name}: 200,000 bytes with blake3"):
             open_place(server.url, tmp_path).pread(shard, 0, 1)
     assert cached(tmp_path) == set()
 
@@ -304,7 +303,7 @@ def test_what_rotted_on_the_disk_is_downloaded_anew_by_those_who_compare(
 ) -> None:
     place = open_place(server.url, tmp_path)
     assert place.pread(SHARDS[0], 5, 1) == CONTENT[0][5:6]
-    path = tmp_path / f"{SHARDS[0].sha256}.tar"
+    path = tmp_path / f"{SHARDS[0].blake3}.tar"
     path.write_bytes(bytes(SIZE))
     with place.local(SHARDS[0]) as whole:
         assert whole.read_bytes() == CONTENT[0]
@@ -325,7 +324,7 @@ assert not {{"fsspec", "aiohttp", "s3fs"}} & set(sys.modules)
 
 
 def read_elsewhere(server: Server, cache: Path, order: str, room_for: float = 9) -> subprocess.Popen[bytes]:
-    names = [shard.sha256 for shard in SHARDS]
+    names = [shard.blake3 for shard in SHARDS]
     arguments = [server.url, str(cache), str(room_for * SIZE / 1e9), order, *names]
     command = [sys.executable, "-c", READ, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -356,7 +355,7 @@ def test_processes_share_a_cache_that_holds_all(server: Server, tmp_path: Path) 
     for other, order in zip(others, orders, strict=True):
         assert other.communicate()[0] == parts(order)
     assert {server.asked[f"/coco/{shard.name}"] for shard in SHARDS} == {1}
-    assert cached(tmp_path) == {f"{shard.sha256}.tar" for shard in SHARDS}
+    assert cached(tmp_path) == {f"{shard.blake3}.tar" for shard in SHARDS}
 
 
 def test_processes_share_a_cache_that_holds_less_than_the_data(server: Server, tmp_path: Path) -> None:
@@ -389,7 +388,7 @@ def test_a_process_killed_in_a_download_leaves_the_next_one_undisturbed(
     other.kill()
     other.communicate()
     assert waiting.communicate()[0] == parts("0,1")
-    assert cached(tmp_path) == {f"{SHARDS[1].sha256}.tar"}
+    assert cached(tmp_path) == {f"{SHARDS[1].blake3}.tar"}
 
 
 def test_ctrl_c_in_a_download_ends_it_at_once_and_nobody_else_complains(
@@ -408,7 +407,7 @@ def test_ctrl_c_in_a_download_ends_it_at_once_and_nobody_else_complains(
 
 def test_a_full_disk_is_told_and_nothing_is_left(server: Server, tmp_path: Path) -> None:
     script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))" + READ
-    arguments = [server.url, str(tmp_path), "1", "0", *(shard.sha256 for shard in SHARDS)]
+    arguments = [server.url, str(tmp_path), "1", "0", *(shard.blake3 for shard in SHARDS)]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     wanted = f"UserError: {tmp_path}: File too large; wanted a folder that can keep train-00000.tar"
     assert wanted in done.stderr.splitlines()[-1]
@@ -449,14 +448,14 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.mark.usefixtures("s3")
 def test_over_s3_everything_is_as_in_the_folder(tmp_path: Path) -> None:
     prove(open_place("s3://bucket/data/coco/", tmp_path))
-    assert cached(tmp_path) == {f"{shard.sha256}.tar" for shard in SHARDS}
+    assert cached(tmp_path) == {f"{shard.blake3}.tar" for shard in SHARDS}
 
 
 @pytest.mark.usefixtures("s3")
 def test_a_bucket_or_a_shard_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_place("s3://no-such-bucket/coco", tmp_path).fetch("manifest.json")
-    shard = Shard("val-00000.tar", SIZE, SHARDS[0].sha256, 1)
+    shard = Shard("val-00000.tar", SIZE, SHARDS[0].blake3, 1)
     with pytest.raises(UserError, match=r"^s3://bucket/data/coco/val-00000.tar: missing, manifest says"):
         open_place("s3://bucket/data/coco", tmp_path).pread(shard, 0, 1)
     with pytest.raises(UserError, match=r"^s3://Bad Bucket/coco/manifest.json: cannot be read \(ParamValid"):
@@ -466,8 +465,8 @@ def test_a_bucket_or_a_shard_that_is_not_there_is_told(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("s3")
 def test_damage_on_s3_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "_WAITS_S", (0.01,))
-    shard = Shard(SHARDS[1].name, SIZE, SHARDS[0].sha256, 1)
-    with pytest.raises(UserError, match="200,000 bytes with sha256"):
+    shard = Shard(SHARDS[1].name, SIZE, SHARDS[0].blake3, 1)
+    with pytest.raises(UserError, match="200,000 bytes with blake3"):
         open_place("s3://bucket/data/coco", tmp_path).pread(shard, 0, 1)
 
 

@@ -105,7 +105,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, content: str) -> None:
     [
         ('"name": "train-00001.tar"', "shard train-00001.tar: Object missing required field `name`"),
         ('"size_bytes": ', "shard train-00000.tar: Object missing required field `size_bytes`"),
-        ('"sha256": ', "shard train-00000.tar: Object missing required field `sha256`"),
+        ('"blake3": ', "shard train-00000.tar: Object missing required field `blake3`"),
         ('"captions": ', "Object missing required field `captions`"),
         ('"index_sha256": ', "Object missing required field `index_sha256`"),
         ('"format": ', "no key 'format'"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blake3 import blake3
 
 from captionscale.data.manifest import MANIFEST
 from captionscale.data.packing import REJECTED, Options, pack
@@ -47,7 +48,7 @@ def forge(folder: Path, split: str, change: Callable[[dict[str, Any]], None] = l
     facts = manifest["splits"][split]
     for shard in facts["shards"]:
         data = (folder / shard["name"]).read_bytes()
-        shard["sha256"], shard["size_bytes"] = hashlib.sha256(data).hexdigest(), len(data)
+        shard["blake3"], shard["size_bytes"] = blake3(data).hexdigest(), len(data)
     facts["index_sha256"] = hashlib.sha256((folder / f"{split}.index.npy").read_bytes()).hexdigest()
     change(facts)
     (folder / MANIFEST).write_text(json.dumps(manifest))
@@ -86,7 +87,7 @@ def test_a_flipped_byte_anywhere_else_is_found_and_its_file_named(copy: Path) ->
     for byte in (0, 130, size - 1, place(copy, "val", 3, "json").stop):
         flip(path, byte)
         (problem,) = verify(copy).problems
-        assert problem.startswith(f"{path}: sha256 ")
+        assert problem.startswith(f"{path}: blake3 ")
         assert "a tar header is damaged" in problem
         flip(path, byte)
     path = copy / "val.index.npy"
