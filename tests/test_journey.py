@@ -1,10 +1,14 @@
 """From raw files to scored captions, by the commands that a user gives."""
 
 import json
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from experiment import tiny
+from experiment import losses, tiny
 
 from captionscale.cli import main
 
@@ -90,6 +94,66 @@ def test_images_are_captioned_one_line_each(
     images = sorted((scenes / "test2017").iterdir())[:3]
     lines = _say(capsys, "caption", run, *images, "--beam", "3").splitlines()
     assert [line.split("\t")[0] for line in lines] == [str(image) for image in images]
+
+
+def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on(
+    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards, out = tmp_path / "shards", tmp_path / "results.json"
+    said = _say(capsys, "pack", "folder", "--images", scenes / "test2017", "--split", "test", "--out", shards)
+    assert said == f"{shards}: test: 8 images, 0 captions\n"
+    said = _say(capsys, "caption", run, "--split", "test", "--shards", shards, "--out", out)
+    assert said == f"{out}: 8 captions, in COCO's results format\n"
+    # Counted in the order of the names, which are the data set's ids.
+    by_number = {line["image_id"]: line["caption"] for line in json.loads(out.read_text())}
+    images = sorted((scenes / "test2017").iterdir())
+    lines = _say(capsys, "caption", run, *images).splitlines()
+    assert [line.split("\t")[1] for line in lines] == [by_number[number] for number in range(1, 9)]
+    wanted = "8 of 8 images of split 'test' have no captions; wanted them to score against"
+    assert wanted in _refuse(capsys, "score", run, "--split", "test", "--shards", shards)
+    tiny(tmp_path, shards, "data.train_split=test", "data.val_split=test")
+    said = _refuse(capsys, "train", tmp_path / "experiment.toml", "--out", tmp_path / "run")
+    assert "have no captions; wanted them to train; pack the data set with its captions" in said
+    assert "wanted either RUN IMAGE ..." in _refuse(capsys, "caption", run, images[0], "--split", "test")
+    assert "wanted either RUN IMAGE ..." in _refuse(capsys, "caption", run)
+
+
+@pytest.fixture
+def url(packed: Path) -> Iterator[str]:
+    """The shards behind a web server."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(packed))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_shards_behind_a_url_are_verified_shown_and_trained_on_as_in_their_folder(
+    run: Path, packed: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CAPTIONSCALE_CACHE", str(tmp_path / "cache"))
+    counts = "as packed: images: train 48, val 8, test 8\n"
+    assert _say(capsys, "verify", url) == f"{url}: {counts}"
+    assert _say(capsys, "show", url, "3") == _say(capsys, "show", packed, "3")
+    by_url, by_folder = _say(capsys, "stats", url), _say(capsys, "stats", packed)
+    assert by_url.replace(url, str(packed)) == by_folder
+    # Room for two shards of three: what is read comes and goes.
+    largest = max(path.stat().st_size for path in packed.glob("*.tar"))
+    tiny(tmp_path, packed, "train.epochs=1")
+    changes = (
+        f"data.shards={url}",
+        f"data.cache={tmp_path / 'small'}",
+        f"data.cache_gb={2.2 * largest / 1e9}",
+    )
+    options = [word for change in changes for word in ("--set", change)]
+    main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run"), *options])
+    assert losses(tmp_path / "run") == losses(run)
+    assert 0 < len(list((tmp_path / "small").glob("*.tar"))) <= 2
 
 
 def test_the_config_that_is_printed_is_the_config_that_is_meant(capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ class Loader:
     def _collate(self, items: Items, samples: list[Future[Sample]]) -> Batch:
         views, captions = zip(*(sample.result() for sample in samples), strict=True)
         rows = [tokens for each in captions for tokens in each]
-        tokens = np.full((len(rows), max(map(len, rows))), PAD)
+        tokens = np.full((len(rows), max(map(len, rows), default=0)), PAD)
         for row, caption in zip(tokens, rows, strict=True):
             row[: len(caption)] = caption
         owners = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
