@@ -1,9 +1,8 @@
-"""The processes of a run and what they agree on; the only room that knows Accelerate."""
+"""The processes of a run and what they agree on."""
 
 import os
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,7 +13,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from captionscale.errors import UserError
 
@@ -48,7 +46,7 @@ class Ranks:
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         try:
-            self._accelerator = Accelerator(
+            self.accelerator = Accelerator(
                 mixed_precision={"fp32": "no"}.get(precision, precision),
                 cpu=cpu,
                 kwargs_handlers=[patience, ddp],
@@ -57,9 +55,9 @@ class Ranks:
             raise UserError(
                 f"train.precision = {precision}: this device refuses ({error}); set train.precision to fp32"
             ) from None
-        self.size: int = self._accelerator.num_processes
-        self.rank: int = self._accelerator.process_index
-        self.device: torch.device = self._accelerator.device
+        self.size: int = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.device: torch.device = self.accelerator.device
 
     def __enter__(self) -> "Ranks":
         return self
@@ -67,7 +65,7 @@ class Ranks:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # A rank that fails alone must not wait for its peers to take leave with it: they wait elsewhere.
         if error is None or self.size == 1:
-            self._accelerator.end_training()
+            self.accelerator.end_training()
             # This process may join others later, in another precision.
             AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -76,40 +74,14 @@ class Ranks:
         """Whether this is rank 0, which alone writes and speaks."""
         return self.rank == 0
 
-    def prepare(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
-        """Return the model and the optimiser as the engine wants them called."""
-        with warnings.catch_warnings():
-            # Newer torch wants another word for it, which older torch and Accelerate do not know.
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-            wrapped, stepper = self._accelerator.prepare(model, optimizer)
-        self.share_buffers(model)
-        return wrapped, stepper
-
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which a forward pass has the run's precision."""
-        context: AbstractContextManager[Any] = self._accelerator.autocast()
+        context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
     def seed(self, *key: int) -> None:
         """Make the randomness of what follows a function of these integers alone."""
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-    def last_one_syncs(self, work: Iterable[T], model: nn.Module) -> Iterator[T]:
-        """Yield this rank's micro-batches; gradients travel between ranks only in the last one's backward."""
-        items = list(work)
-        for number, item in enumerate(items, start=1):
-            context = nullcontext() if number == len(items) else self._accelerator.no_sync(model)
-            with context:
-                yield item
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a loss, scaled as the precision needs."""
-        self._accelerator.backward(loss)
-
-    def clip(self, model: nn.Module, norm: float) -> Tensor:
-        """Shorten the gradient to `norm` at most, and return what its norm was."""
-        found: Tensor = self._accelerator.clip_grad_norm_(model.parameters(), norm)
-        return found
 
     def sum(self, *values: Tensor | int | float) -> Float[Tensor, "values"]:
         """Return the sums of scalars over all ranks, in double precision, on the device."""
@@ -157,13 +129,3 @@ class Ranks:
     def share(self, count: int) -> range:
         """Return this rank's part of `count` things: every size-th, from its own number on."""
         return range(self.rank, count, self.size)
-
-    def scaler_state(self) -> dict[str, float]:
-        """Return the loss scaler's state; empty unless the precision is fp16."""
-        scaler = self._accelerator.scaler
-        return dict(scaler.state_dict()) if scaler is not None else {}
-
-    def load_scaler_state(self, state: dict[str, float]) -> None:
-        """Set the loss scaler's state to one that `scaler_state` gave."""
-        if state and self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(state)

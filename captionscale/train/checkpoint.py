@@ -11,10 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from captionscale import config as configs
 from captionscale import vocab
@@ -60,14 +58,23 @@ def save(
     run: Path,
     standing: Standing,
     fingerprint: Mapping[str, Any],
-    model: nn.Module,
-    optimizer: Optimizer,
+    weights: Mapping[str, Tensor],
+    memory: Mapping[str, Tensor],
     config: Config,
     vocabulary: Vocabulary,
 ) -> None:
     """Write a checkpoint, then remove those that `train.keep` does not keep.
 
     It is written beside the others under a passing name, so that a kill or a full disk leaves them whole.
+
+    Args:
+        run: The run's folder.
+        standing: How far it is.
+        fingerprint: What may not change within a run.
+        weights: The captioner's.
+        memory: The optimiser's, as `Engine.memory` gives it.
+        config: The experiment.
+        vocabulary: Its words.
 
     Raises:
         UserError: The disk refuses.
@@ -77,10 +84,8 @@ def save(
     try:
         _remove(partial)
         partial.mkdir(parents=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in model.state_dict().items()}, partial / _MODEL
-        )
-        save_file(_optimizer_tensors(model, optimizer), partial / _OPTIMIZER)
+        for tensors, name in ((weights, _MODEL), (memory, _OPTIMIZER)):
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
         (partial / _CONFIG).write_text(configs.dumps(config), encoding="utf-8")
         vocabulary.save(partial / _VOCAB)
         state = {
@@ -157,7 +162,7 @@ class Checkpoint:
     def captioner(self) -> Captioner:
         """Return the captioner as it was saved, in evaluation mode."""
         captioner = Captioner(self.config().model, len(self.vocabulary()))
-        captioner.load_state_dict(load_file(self.folder / _MODEL))
+        captioner.load_state_dict(self.weights())
         return captioner.eval()
 
     def refuse_another(self, fingerprint: Mapping[str, Any]) -> None:
@@ -180,23 +185,13 @@ class Checkpoint:
                 " set these back, or take another --out"
             )
 
-    def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Bring model and optimiser back to where they were.
+    def weights(self) -> dict[str, Tensor]:
+        """Return the captioner's weights."""
+        return load_file(self.folder / _MODEL)
 
-        Args:
-            model: Of the same settings.
-            optimizer: Over the model's trainable parameters.
-        """
-        model.load_state_dict(load_file(self.folder / _MODEL))
-        tensors = load_file(self.folder / _OPTIMIZER)
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                # In the parameter's own memory format: the fused optimiser goes through both by address.
-                memory = {
-                    key: torch.empty_like(parameter).copy_(tensors[f"{name}/{key}"]) for key in _MOMENTS
-                }
-                step = tensors[f"{name}/step"].to(parameter.device)
-                optimizer.state[parameter] = {"step": step, **memory}
+    def memory(self) -> dict[str, Tensor]:
+        """Return the optimiser's memory, as `Engine.load_memory` takes it."""
+        return load_file(self.folder / _OPTIMIZER)
 
 
 def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -261,19 +256,6 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
     if step not in steps(run):
         raise UserError(f"{run}: no checkpoint of step {step}; there are {steps(run)}")
     return Checkpoint(_folder(run, step))
-
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return AdamW's memory under the names of the parameters, so that any engine finds it again."""
-    return {
-        f"{name}/{key}": torch.as_tensor(optimizer.state[parameter][key]).contiguous()
-        for name, parameter in model.named_parameters()
-        if optimizer.state.get(parameter)
-        for key in ("step", *_MOMENTS)
-    }
 
 
 def _folder(run: Path, step: int) -> Path:

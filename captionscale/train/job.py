@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from captionscale import config as configs
 from captionscale import vocab
@@ -16,6 +15,7 @@ from captionscale.data.loader import Batch, Items, Loader
 from captionscale.data.order import Order
 from captionscale.data.places import Remote, open_place
 from captionscale.data.shards import Split
+from captionscale.engine import Engine
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
 from captionscale.ranks import Ranks
@@ -36,9 +36,8 @@ class Job:
     val_loader: Loader
     vocabulary: Vocabulary
     captioner: Captioner
-    model: nn.Module
-    """The captioner, as the engine wants it called."""
-    optimizer: Optimizer
+    engine: Engine
+    """What moves the captioner."""
     fingerprint: dict[str, Any]
     standing: Standing
 
@@ -49,14 +48,14 @@ class Job:
 
     def save(self) -> None:
         """Write a checkpoint of where the run stands."""
-        self.standing.scaler = self.ranks.scaler_state()
+        self.standing.scaler = self.engine.scaler_state()
         self.ranks.on_first(
             checkpoint.save,
             self.run,
             self.standing,
             self.fingerprint,
-            self.captioner,
-            self.optimizer,
+            self.captioner.state_dict(),
+            self.engine.memory(),
             self.config,
             self.vocabulary,
         )
@@ -119,13 +118,14 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     if saved is None:
         ranks.on_first(captioner.load_pretrained)
     captioner.to(ranks.device).train()
-    optimizer = _optimizer(captioner, settings)
+    if saved is not None:
+        captioner.load_state_dict(saved.weights())
+    engine = Engine(ranks, captioner, _optimizer(captioner, settings), settings.clip_norm)
     standing = Standing()
     if saved is not None:
-        saved.restore(captioner, optimizer)
         standing = saved.standing
-        ranks.load_scaler_state(standing.scaler)
-    model, stepper = ranks.prepare(captioner, optimizer)
+        engine.load_memory(saved.memory())
+        engine.load_scaler_state(standing.scaler)
     return Job(
         config,
         run,
@@ -135,8 +135,7 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
         val_loader,
         vocabulary,
         captioner,
-        model,
-        stepper,
+        engine,
         fingerprint,
         standing,
     )

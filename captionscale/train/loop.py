@@ -78,22 +78,20 @@ def train(config: Config, run: Path) -> Standing:
 
 def _learn(job: Job, step: int, share: list[tuple[int, Batch]]) -> tuple[Tensor, Tensor]:
     """Take one optimiser step; return the loss of each word, over all ranks, and the gradient's norm."""
-    config, ranks = job.config, job.ranks
+    config, ranks, engine = job.config, job.ranks, job.engine
     words = ranks.sum(sum(batch.words for _, batch in share))
-    for group in job.optimizer.param_groups:
+    for group in engine.param_groups:
         group["lr"] = group["peak_lr"] * lr_factor(step, job.steps, config.train.warmup)
     losses = []
-    for number, batch in ranks.last_one_syncs(share, job.model):
+    for number, batch in engine.last_one_syncs(share):
         here = batch.to(ranks.device)
         ranks.seed(config.seed, step, number)
-        logits, _ = job.model(here.images, here.tokens[:, :-1], here.owners)
+        logits, _ = engine(here.images, here.tokens[:, :-1], here.owners)
         loss = cross_entropy(logits, here.tokens[:, 1:], config.train.label_smoothing)  # a sum
         # DDP takes the mean over ranks, and a word weighs the same on each of them.
-        ranks.backward(loss * ranks.size / words)
+        engine.backward(loss * ranks.size / words)
         losses.append(loss.detach())
-    norm = ranks.clip(job.captioner, config.train.clip_norm)
-    job.optimizer.step()
-    job.optimizer.zero_grad()
+    norm = engine.update()
     return ranks.sum(sum(losses)) / words, norm
 
 

@@ -9,8 +9,10 @@ from experiment import tiny
 from torch.optim import AdamW
 
 from captionscale.config import Config
+from captionscale.engine import Engine
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
+from captionscale.ranks import Ranks
 from captionscale.train import checkpoint
 from captionscale.train.checkpoint import Standing
 from captionscale.vocab import SPECIALS, Vocabulary
@@ -18,14 +20,15 @@ from captionscale.vocab import SPECIALS, Vocabulary
 VOCABULARY = Vocabulary((*SPECIALS, "a", "dog"))
 
 
-def _model_and_optimizer(config: Config) -> tuple[Captioner, AdamW]:
+def _moved(config: Config) -> tuple[Captioner, Engine]:
+    """Return a captioner after a step of its engine."""
     model = Captioner(config.model, len(VOCABULARY))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = AdamW(learning, lr=1e-2, fused=True)
+    engine = Engine(Ranks(), model, AdamW(learning, lr=1e-2, fused=True), clip_norm=1e9)
     for parameter in learning:
         parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    return model, optimizer
+    engine.update()
+    return model, engine
 
 
 @pytest.fixture
@@ -33,28 +36,31 @@ def config(tmp_path: Path) -> Config:
     return tiny(tmp_path, tmp_path / "no shards are read here")
 
 
-def _save(run: Path, config: Config, step: int, **standing: Any) -> tuple[Captioner, AdamW]:
-    model, optimizer = _model_and_optimizer(config)
-    checkpoint.save(run, Standing(step=step, **standing), {"seed": 0}, model, optimizer, config, VOCABULARY)
-    return model, optimizer
+def _save(run: Path, config: Config, step: int, **standing: Any) -> tuple[Captioner, Engine]:
+    model, engine = _moved(config)
+    tensors = model.state_dict(), engine.memory()
+    checkpoint.save(run, Standing(step=step, **standing), {"seed": 0}, *tensors, config, VOCABULARY)
+    return model, engine
 
 
-def test_a_restored_model_and_optimizer_take_the_same_next_step(tmp_path: Path, config: Config) -> None:
-    model, optimizer = _save(tmp_path, config, 7)
-    other, other_optimizer = _model_and_optimizer(config)
+def test_a_restored_model_and_engine_take_the_same_next_step(tmp_path: Path, config: Config) -> None:
+    model, engine = _save(tmp_path, config, 7)
+    other, other_engine = _moved(config)
     saved = checkpoint.newest(tmp_path, pytest.fail)
     assert saved is not None
     assert saved.standing.step == 7
     assert saved.vocabulary() == VOCABULARY
     assert saved.config() == config
     saved.refuse_another({"seed": 0})
-    saved.restore(other, other_optimizer)
+    other.load_state_dict(saved.weights())
+    other_engine.load_memory(saved.memory())
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
         if one.requires_grad:
-            one.grad = two.grad = torch.ones_like(one)
-    optimizer.step()
-    other_optimizer.step()
+            one.grad = torch.ones_like(one)
+            two.grad = torch.ones_like(two)
+    engine.update()
+    other_engine.update()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
