@@ -24,6 +24,8 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # What libjpeg says of missing or broken pixels; all else that it warns of (bytes too many between segments,
 # an unknown revision of JFIF, an odd ICC profile) harms no picture.
 _DAMAGE = re.compile(r"premature end|bad \w+ code|instead of RST", re.IGNORECASE)
+# A scan of a hundred bytes takes as long as the whole picture; encoders write a dozen at most.
+_MOST_SCANS = 500
 # A JPEG segment before the pixels other than APP1, which holds EXIF and XMP and so the orientation.
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xe0\xe2-\xfe]")
 
@@ -86,7 +88,7 @@ def look(data: bytes, place: str, *, whole: bool) -> Look:
         else:
             with _open(data) as picture:
                 if whole:
-                    _rgb(picture)
+                    picture.load()
                 (width, height), orientation = picture.size, _orientation(picture)
                 kind = str(picture.format)
             # MPO, of phones with two lenses, is a JPEG with more behind it.
@@ -98,6 +100,8 @@ def look(data: bytes, place: str, *, whole: bool) -> Look:
 def _refusing(data: bytes, place: str) -> Iterator[None]:
     try:
         yield
+    except MemoryError:
+        raise  # The machine's fault, not the image's.
     # Pillow's decoders raise nearly anything on damaged bytes; all of it means the same to a user.
     except Exception as error:
         reason = str(error).split("<_io")[0].strip() or type(error).__name__
@@ -132,6 +136,8 @@ def _jpeg(data: bytes, *, eighth: bool = False) -> UInt8[np.ndarray, "height wid
 
     Pillow judges that: libjpeg tells only its first warning, and Pillow notices that a file ends too soon.
     """
+    if data.count(b"\xff\xda") > _MOST_SCANS:
+        raise ValueError(f"more than {_MOST_SCANS} scans")
     least = int(eighth)
     image: UInt8[np.ndarray, "height width 3"]
     try:

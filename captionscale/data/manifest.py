@@ -1,5 +1,6 @@
 """What a packed folder says of itself: `manifest.json`, written last, read first."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,14 @@ from captionscale.errors import UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+# A split gives its name to files.
+SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 CURE = "copy it again from where it is whole, or remove the folder and pack again"
+
+
+def shard_name(split: str, number: int) -> str:
+    """Return the file name of a split's tar."""
+    return f"{split}-{number:05d}.tar"
 
 
 class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,8 +54,8 @@ class SplitFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         images: Those packed.
         captions: Of all of them; 0 if the data set has none.
         rejected: Images that could not be read; `rejected.jsonl` names them.
-        tool: What packed it, and the libraries that made images smaller.
-        sources: SHA-256 of each file that it was read from.
+        tool: What packed it, and the libraries that made images smaller, with their versions.
+        sources: SHA-256 of each caption file, list or tar that it was read from.
         fingerprint: Of the records and options that it was packed from.
         index_sha256: Of the index file.
         shards: In the order of their numbers.
@@ -90,10 +98,12 @@ def loads(data: bytes, place: str) -> Manifest:
         found = document["format"]
         if found == FORMAT:
             return _manifest(document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{place}: not a manifest ({reason}); {CURE}") from None
-    raise UserError(f"{place}: format {found}, wanted {FORMAT}; pack again with this version of captionscale")
+    newer = isinstance(found, int) and found > FORMAT
+    cure = "upgrade captionscale" if newer else "pack again, into another folder"
+    raise UserError(f"{place}: format {found}, wanted {FORMAT}; {cure}")
 
 
 def read(folder: Path) -> Manifest:
@@ -128,10 +138,15 @@ def fetch(file: Callable[[str], bytes], place: str) -> Manifest:
 
 def _manifest(document: dict[str, Any]) -> Manifest:
     for split, facts in document["splits"].items():
+        if not SPLIT_NAME.fullmatch(split):
+            raise ValueError(f"split {split!r:.60} cannot name files")
         for number, shard in enumerate(facts["shards"]):
+            name = shard_name(split, number)
             try:
-                msgspec.convert(shard, Shard)
+                found = msgspec.convert(shard, Shard).name
             except msgspec.ValidationError as error:
                 # msgspec tells the place by numbers; people look for a file.
-                raise ValueError(f"shard {split}-{number:05d}.tar: {error}") from None
+                raise ValueError(f"shard {name}: {error}") from None
+            if found != name:
+                raise ValueError(f"shard {name} is called {found!r:.60}")
     return msgspec.convert(document, Manifest)

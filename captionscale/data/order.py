@@ -6,7 +6,7 @@ w does the micro-batches r, r + w, r + 2w, ... Nothing else here knows of ranks.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from jaxtyping import Int
@@ -14,7 +14,8 @@ from jaxtyping import Int
 from captionscale.errors import UserError
 
 
-@dataclass(frozen=True)
+# Two orders are one only if they are the same object: the hash of a million shards' sizes takes 10 ms.
+@dataclass(frozen=True, eq=False)
 class Order:
     """The order of a split's samples over all epochs.
 
@@ -48,7 +49,7 @@ class Order:
         """Micro-batches in a step."""
         return self.global_batch // self.micro_batch
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Steps in which each sample is read exactly once."""
         longest_stream = -(-sum(self.shard_sizes) // self.streams)
@@ -89,7 +90,9 @@ def _streams(order: Order, epoch: int) -> list[Int[np.ndarray, "_"]]:
     sizes = np.array(order.shard_sizes)
     first = np.cumsum(sizes) - sizes
     shuffled = random.permutation(len(sizes))
-    sequence = np.concatenate([np.arange(first[shard], first[shard] + sizes[shard]) for shard in shuffled])
+    # Each shard's items in turn: what its first item is ahead of its place, added to the place.
+    ahead = first[shuffled] - (np.cumsum(sizes[shuffled]) - sizes[shuffled])
+    sequence = np.arange(sizes.sum()) + np.repeat(ahead, sizes[shuffled])
     shard_rank = np.repeat(np.arange(len(sizes)), sizes[shuffled])
     chance = random.random(len(sequence))
     streams = []

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,16 +21,25 @@ from captionscale.data.shard_writer import Job, Rejected, Written, read_rejected
 from captionscale.data.sources.record import Record, in_order
 from captionscale.data.workers import write_all
 from captionscale.errors import UserError
-from captionscale.files import atomic, lock, sha256_of
+from captionscale.files import atomic, cores, lock, sha256_of
 
 REJECTED = "rejected.jsonl"
-_WORK = ".packing"
+WORK = ".packing"
 _PLAN = "plan"
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    """What an unfinished call writes: the fingerprint of each split, and with what."""
+
+    tool: str
+    splits: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How records become shards; nothing here but `workers` may change between a killed call and the next.
+    """How records become shards.
+
+    Between a killed call and the one that ends it, `max_rejected` and `workers` alone may change.
 
     Attributes:
         images_per_shard: Images in a full shard, but for rejected ones.
@@ -85,11 +93,11 @@ def pack(
             split in before.splits and before.splits[split].fingerprint == fingerprint
             for split, fingerprint in fingerprints.items()
         ):
-            rmtree(out / _WORK, ignore_errors=True)
+            rmtree(out / WORK, ignore_errors=True)
             progress(sum(map(len, by_split.values())))
             return before
         _refuse_known(out, before, by_split, options)
-        work = _open_work(out, before, fingerprints)
+        work = _open_work(out, before, fingerprints, _tool(options))
         jobs = {split: _jobs(split, members, out, work, options) for split, members in by_split.items()}
         written: dict[Path, Written] = {}
         for job, shard in write_all([*chain(*jobs.values())], options.workers):
@@ -116,31 +124,37 @@ def first_id(out: Path, splits: Iterable[str]) -> int:
     """
     if not (out / manifest.MANIFEST).exists():
         return 1
-    ids = {split: shards.Split(out, split).index["image_id"] for split in manifest.read(out).splits}
-    known = [ids[split] for split in splits if split in ids]
-    return int(np.concatenate(known).min() if known else np.concatenate([*ids.values()]).max() + 1)
+    ids: dict[str, list[int]] = {
+        split: shards.Split(out, split).index["image_id"].tolist() for split in manifest.read(out).splits
+    }
+    for image in _read_rejected(out):
+        ids.setdefault(image.split, []).append(image.image_id)
+    known = [image_id for split in splits for image_id in ids.get(split, [])]
+    return min(known) if known else 1 + max(image_id for each in ids.values() for image_id in each)
 
 
 def _hashes(sources: Iterable[Path]) -> dict[str, str]:
     paths = list(sources)
-    names = [path.name for path in paths]
-    if len(set(names)) < len(names):
-        names = ["/".join(path.parts[-2:]) for path in paths]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    # By their names, and by as much of their folders as tells them apart.
+    root = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
+    names = [os.path.relpath(path, root).encode(errors="replace").decode() for path in paths]
+    with ThreadPoolExecutor(cores()) as pool:
         return dict(zip(names, pool.map(sha256_of, paths), strict=True))
 
 
 def _fingerprint(records: Iterable[Record], hashes: dict[str, str], options: Options) -> str:
-    """Hash all that a split's shards depend on, but for the images' bytes."""
-    facts = (manifest.FORMAT, _tool(options), sorted(hashes.items()), options.images_per_shard, options.whole)
+    """Hash all that a split's shards depend on, but for the images' bytes and where they lie."""
+    facts = (manifest.FORMAT, sorted(hashes.items()), options.images_per_shard, options.whole)
     hasher = hashlib.sha256(repr((*facts, _images(options))).encode())
-    for record in records:
-        hasher.update(repr(record).encode())
+    for it in records:
+        # A tar is part of the place, a folder is not: it may be mounted elsewhere.
+        tar = "" if it.size is None else it.source.rpartition("/")[2]
+        hasher.update(repr((it.image_id, it.captions, tar, it.name, it.offset, it.size)).encode())
     return hasher.hexdigest()
 
 
 def _tool(options: Options) -> str:
-    makers = [] if options.short_side is None else ["simplejpeg", "torch"]
+    makers = [] if options.short_side is None else ["pillow", "simplejpeg", "torch"]
     versions = [f"{name} {version_of(name)}" for name in makers]
     return ", ".join([f"captionscale {version.__version__}", *versions])
 
@@ -155,12 +169,17 @@ def _refuse_known(
     """Refuse what would make the folder lie: a split or an image twice, two ways to store images."""
     ids: dict[str, Int[np.ndarray, "image"]] = {}
     for split, members in by_split.items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
+        if not manifest.SPLIT_NAME.fullmatch(split):
             raise UserError(f"split {split!r}: wanted letters, digits, - and _, as it names files; rename it")
         if not 0 <= members[0].image_id <= members[-1].image_id < 1 << 63:
             raise UserError(
                 f"split '{split}': an image id is below 0 or above 2^63 - 1; wanted them within; renumber"
             )
+        for record in members:
+            if not (record.name.isascii() or _is_utf8(record.name)):
+                raise UserError(
+                    f"{record.name!r}: wanted a file name in UTF-8, which shards can hold; rename it"
+                )
         found = ids[split] = np.array([record.image_id for record in members])
         repeated = found[1:][found[1:] == found[:-1]]
         if len(repeated):
@@ -189,19 +208,31 @@ def _refuse_known(
             )
 
 
-def _open_work(out: Path, before: Manifest | None, fingerprints: dict[str, str]) -> Path:
+def _is_utf8(name: str) -> bool:
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _open_work(out: Path, before: Manifest | None, fingerprints: dict[str, str], tool: str) -> Path:
     """Return the folder of what is finished; make it, unless it is that of this very call."""
-    work = out / _WORK
-    plan, wanted = work / _PLAN, msgspec.json.encode(fingerprints)
+    work = out / WORK
+    plan, wanted = work / _PLAN, _Plan(tool, fingerprints)
     known = before.splits if before else {}
     if plan.exists():
-        found = msgspec.json.decode(plan.read_bytes())
-        if plan.read_bytes() == wanted:
+        try:
+            found = msgspec.json.decode(plan.read_bytes(), type=_Plan)
+        except msgspec.DecodeError:
+            raise UserError(f"{plan}: damaged; wanted what an unfinished pack left; remove {work}") from None
+        if found == wanted:
             return work
-        if any(split not in known or known[split].fingerprint != mark for split, mark in found.items()):
+        ended = {split: facts.fingerprint for split, facts in known.items()}
+        if not found.splits.items() <= ended.items():
+            other = "from other files or with other options" if found.tool == tool else f"by {found.tool}"
             raise UserError(
-                f"{out}: a call that packed {', '.join(found)} from other files or with other options was"
-                f" stopped here; wanted its end; run that command again, take another --out, or remove {out}"
+                f"{out}: a call that packed {', '.join(found.splits)} {other} was stopped here;"
+                f" wanted its end; run that command again, take another --out, or remove {out}"
             )
     rmtree(work, ignore_errors=True)
     named = {shard.name for facts in known.values() for shard in facts.shards}
@@ -214,14 +245,14 @@ def _open_work(out: Path, before: Manifest | None, fingerprints: dict[str, str])
             )
     work.mkdir()
     with atomic(plan) as file:
-        file.write(wanted)
+        file.write(msgspec.json.encode(wanted))
     return work
 
 
 def _jobs(split: str, records: list[Record], out: Path, work: Path, options: Options) -> list[Job]:
     jobs = []
     for number, start in enumerate(range(0, len(records), options.images_per_shard)):
-        path = out / shards.shard_name(split, number)
+        path = out / manifest.shard_name(split, number)
         part = records[start : start + options.images_per_shard]
         done = work / f"{path.stem}.npz"
         jobs.append(Job(path, number, part, options.whole, options.short_side, options.quality, done))
@@ -231,13 +262,17 @@ def _jobs(split: str, records: list[Record], out: Path, work: Path, options: Opt
 def _write_rejected(out: Path, rejected: list[Rejected], splits: Iterable[str]) -> None:
     """Renew the lines of these splits; no file, if nothing was rejected."""
     path = out / REJECTED
-    lines = read_rejected(path.read_bytes(), str(path)) if path.exists() else []
-    lines = [line for line in lines if line.split not in splits] + rejected
+    lines = [line for line in _read_rejected(out) if line.split not in splits] + rejected
     if lines:
         with atomic(path) as file:
             file.write(msgspec.json.Encoder().encode_lines(lines))
     else:
         path.unlink(missing_ok=True)
+
+
+def _read_rejected(out: Path) -> list[Rejected]:
+    path = out / REJECTED
+    return read_rejected(path.read_bytes(), str(path)) if path.exists() else []
 
 
 def _refuse_rejected(
@@ -247,9 +282,10 @@ def _refuse_rejected(
     for split, members in by_split.items():
         bad = [image for image in rejected if image.split == split]
         if len(bad) > most * len(members) or len(bad) == len(members):
+            wanted = f"at most {most:.2%}" if len(bad) < len(members) else "at least one that can"
             raise UserError(
                 f"{bad[0].file}: {bad[0].reason}; {len(bad):,} of the {len(members):,} images of split"
-                f" '{split}' cannot be read, wanted at most {most:.2%}; {out / REJECTED} names them all;"
+                f" '{split}' cannot be read, wanted {wanted}; {out / REJECTED} names them all;"
                 " mend them and run the same command again, or raise --max-rejected"
             )
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from captionscale.config import CACHE_GB
+from captionscale.data import manifest
 from captionscale.data.cache import Cache
 from captionscale.data.manifest import CURE, Shard
 from captionscale.errors import UserError
 from captionscale.files import blake3_of
+from captionscale.progress import say
 
 T = TypeVar("T")
 
@@ -145,6 +147,15 @@ def as_place(where: Place | Path) -> Place:
     return Folder(where) if isinstance(where, Path) else where
 
 
+def manifest_of(place: Place) -> manifest.Manifest:
+    """Return what a packed folder says of itself.
+
+    Raises:
+        UserError: No manifest, a damaged one, or one of another format; the server does not give it.
+    """
+    return manifest.fetch(place.fetch, str(place))
+
+
 def open_place(where: str, cache: Path | None = None, cache_gb: float = CACHE_GB) -> Place:
     """Return the place of a packed folder.
 
@@ -257,6 +268,7 @@ def _patiently(url: str, action: Callable[[Any, str], T], waits_s: tuple[float, 
             raise failure from None
     if not waits_s:
         raise failure
+    say(f"{failure}; trying again in {waits_s[0]:g} s")
     time.sleep(waits_s[0])
     return _patiently(url, action, waits_s[1:])
 

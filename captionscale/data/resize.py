@@ -28,12 +28,17 @@ def resized(data: bytes, place: str, *, side: int, quality: int) -> bytes:
         UserError: As `images.pixels` does.
     """
     image = images.pixels(data, place)
-    short = min(image.shape[:2])
-    height, width = (round(length / short * side) for length in image.shape[:2])
-    if short <= side or max(height, width) > _LONGEST:
+    height, width = shrunk_size(image.shape[0], image.shape[1], side)
+    if min(image.shape[:2]) <= side or max(height, width) > _LONGEST:
         return data
     jpeg: bytes = simplejpeg.encode_jpeg(scaled(image, height, width), quality, colorsubsampling="420")
     return jpeg
+
+
+def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Return the height and width of a picture whose shorter side is to have `side` pixels."""
+    short = min(height, width)
+    return round(height / short * side), round(width / short * side)
 
 
 def scaled(

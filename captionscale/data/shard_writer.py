@@ -1,5 +1,8 @@
 """Write one shard: read the images, look at each, and hand the index its rows as the tar grows."""
 
+import errno
+import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,8 +22,14 @@ from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.files import atomic
 
+_GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+_BAD_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 2
+
+
+class _Unreadable(Exception):  # noqa: N818
+    """An image is to be left out."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +110,15 @@ def write_shard(job: Job) -> Written:
     """Write a tar, then the file that says that it is finished.
 
     Raises:
-        UserError: The disk is full, or the folder is read-only.
+        UserError: The disk is full or fails, or the folder is read-only.
     """
     rows, rejected = [], []
+    stamp = _stamp(job)
     with atomic(job.path) as file, _Tar(file) as tar:
         for record in job.records:
             try:
                 data, look = _image(record, job)
-            except UserError as error:
+            except _Unreadable as error:
                 place = record.place
                 reason = str(error).removeprefix(f"{place}: ")
                 rejected.append(Rejected(record.split, record.image_id, place, record.offset, reason))
@@ -132,7 +142,12 @@ def write_shard(job: Job) -> Written:
             )
     written = Written(np.array(rows, INDEX_ROW), tar.size_bytes, tar.blake3.hexdigest(), rejected)
     with atomic(job.done) as file:
-        facts = {"size_bytes": written.size_bytes, "blake3": written.blake3, "rejected": rejected}
+        facts = {
+            "size_bytes": written.size_bytes,
+            "blake3": written.blake3,
+            "rejected": rejected,
+            "stamp": stamp,
+        }
         np.savez(file, rows=written.rows, facts=np.frombuffer(msgspec.json.encode(facts), np.uint8))
     return written
 
@@ -140,13 +155,15 @@ def write_shard(job: Job) -> Written:
 def finished(job: Job) -> Written | None:
     """Return a shard that an earlier call finished.
 
-    One with rejected images does not count: somebody may have repaired them.
+    One with rejected images does not count, as somebody may have repaired them; nor does one of which a
+    source file has another size or time than it had.
     """
     try:
         with np.load(job.done) as saved:
             facts = msgspec.json.decode(saved["facts"].tobytes())
             rows = saved["rows"]
         whole = job.path.stat().st_size == facts["size_bytes"] and not facts["rejected"]
+        whole = whole and facts["stamp"] == _stamp(job)
     # What NumPy and zipfile raise on a damaged file is anything; such a shard is written again.
     except Exception:
         return None
@@ -154,18 +171,41 @@ def finished(job: Job) -> Written | None:
 
 
 def _image(record: Record, job: Job) -> tuple[bytes, images.Look]:
+    place = record.place
     try:
         data = record.read()
-    except (OSError, EOFError) as error:
+    except (*_GONE, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{record.place}: cannot be read ({reason}); put it back or copy it again") from None
-    if job.short_side is None:
-        return data, images.look(data, record.place, whole=job.whole)
-    # Torch is slow to import: only who makes images smaller waits for it.
-    from captionscale.data.resize import resized
+        raise _Unreadable(f"cannot be read ({reason}); put it back or copy it again") from None
+    except OSError as error:
+        if error.errno in _BAD_NAMES:
+            raise _Unreadable(f"cannot be read ({error.strerror}); rename it") from None
+        raise UserError(
+            f"{place}: {error.strerror}, which is the disk's or its server's fault, not the image's; finished"
+            " shards are kept; run the same command again when it is mended"
+        ) from None
+    try:
+        if job.short_side is None:
+            return data, images.look(data, place, whole=job.whole)
+        # Torch is slow to import: only who makes images smaller waits for it.
+        from captionscale.data.resize import resized
 
-    data = resized(data, record.place, side=job.short_side, quality=job.quality)
-    return data, images.look(data, record.place, whole=False)
+        data = resized(data, place, side=job.short_side, quality=job.quality)
+        return data, images.look(data, place, whole=False)
+    except UserError as error:
+        raise _Unreadable(str(error)) from None
+
+
+def _stamp(job: Job) -> str:
+    """Return a hash of the sizes and times of the files that a shard is made of."""
+    hasher = hashlib.sha256()
+    for path in dict.fromkeys(record.file for record in job.records):
+        try:
+            status = os.stat(path)  # noqa: PTH116
+            hasher.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+        except OSError:
+            hasher.update(b"gone;")
+    return hasher.hexdigest()
 
 
 class _Tar:

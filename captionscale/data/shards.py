@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from captionscale.data import manifest
-from captionscale.data.manifest import CURE
-from captionscale.data.places import Place, as_place
+from captionscale.data.manifest import CURE, shard_name
+from captionscale.data.places import Place, as_place, manifest_of
 from captionscale.errors import UserError, did_you_mean
 
 INDEX_ROW = np.dtype(
@@ -33,11 +33,6 @@ INDEX_ROW = np.dtype(
         ("json_hash", "<u8"),
     ]
 )
-
-
-def shard_name(split: str, number: int) -> str:
-    """Return the file name of a split's tar."""
-    return f"{split}-{number:05d}.tar"
 
 
 def index_name(split: str) -> str:
@@ -65,26 +60,28 @@ class Split:
     Safe to read from many threads: reads carry their own position.
     """
 
-    def __init__(self, where: Place | Path, name: str):
-        """Open a split and compare the sizes of its files with the manifest.
+    def __init__(self, where: Place | Path, name: str, *, check: bool = True):
+        """Open a split and compare its index and the sizes of its shards with the manifest.
 
         Args:
             where: What `captionscale pack` wrote.
             name: Such as `train`.
+            check: Whether the shards' sizes are compared.
 
         Raises:
-            UserError: No such split, an empty one, or a shard that is missing or of the wrong size.
+            UserError: No such split, an empty one, a damaged index, or a shard that is missing or of the
+                wrong size.
         """
         place = as_place(where)
-        splits = manifest.fetch(place.fetch, str(place)).splits
+        splits = manifest_of(place).splits
         if name not in splits:
             raise UserError(f"{place}: no split '{name}'; {did_you_mean(name, splits)}")
         self.place = place
         self.name = name
         self.facts = splits[name]
-        for shard in self.facts.shards:
+        for shard in self.facts.shards if check else ():
             place.check(shard)
-        self.index: Shaped[np.ndarray, "sample"] = _read_index(place, index_name(name))
+        self.index: Shaped[np.ndarray, "sample"] = _read_index(place, name, self.facts.index_sha256)
         if len(self.index) == 0 or len(self.index) != self.facts.images:
             raise UserError(
                 f"{place}/{index_name(name)}: {len(self.index):,} images, manifest says"
@@ -182,7 +179,7 @@ def find(where: Place | Path, image_id: int) -> tuple[Split, int]:
         UserError: No split holds it.
     """
     place = as_place(where)
-    for name in manifest.fetch(place.fetch, str(place)).splits:
+    for name in manifest_of(place).splits:
         split = Split(place, name)
         items = np.flatnonzero(split.index["image_id"] == image_id)
         if len(items):
@@ -190,16 +187,20 @@ def find(where: Place | Path, image_id: int) -> tuple[Split, int]:
     raise UserError(f"{place}: no image {image_id} in any split; ids are those of the data set")
 
 
-def _read_index(place: Place, name: str) -> Shaped[np.ndarray, "sample"]:
+def _read_index(place: Place, split: str, sha256: str) -> Shaped[np.ndarray, "sample"]:
+    path = f"{place}/{index_name(split)}"
     try:
-        data = place.fetch(name)
+        data = place.fetch(index_name(split))
     except OSError as error:
-        raise UserError(f"{place}/{name}: {error.strerror}, wanted the split's index; {CURE}") from None
+        raise UserError(f"{path}: {error.strerror}, wanted the split's index; {CURE}") from None
+    # It pairs images with captions: a damaged one would do so wrongly without a word.
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{path}: sha256 differs from the manifest's; {CURE}")
     try:
         index: Shaped[np.ndarray, "sample"] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     # NumPy lets out what its parsers raise on a damaged header: SyntaxError, TokenError and others.
     except Exception as error:
-        raise UserError(f"{place}/{name}: not an index ({error}); {CURE}") from None
+        raise UserError(f"{path}: not an index ({error}); {CURE}") from None
     if index.dtype != INDEX_ROW:
-        raise UserError(f"{place}/{name}: columns {index.dtype.names}, wanted {INDEX_ROW.names}; {CURE}")
+        raise UserError(f"{path}: columns {index.dtype.names}, wanted {INDEX_ROW.names}; {CURE}")
     return index

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import parent_process
+from multiprocessing import forkserver, parent_process
 from multiprocessing.connection import wait as wait_for
 
 from captionscale.data.shard_writer import Job, Written, finished, write_shard
@@ -42,7 +42,10 @@ def write_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Written]
     context.set_forkserver_preload(
         [write_shard.__module__, *(["captionscale.data.resize"] if resizes else [])]
     )
-    others = multiprocessing.active_children()
+    # A Ctrl-C is for this process alone: who is forked while it ignores it, ignores it too.
+    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, ours)
     pool = ProcessPoolExecutor(min(workers, len(todo)) or 1, context, _start, (resizes,))
     waiting: dict[Future[Written], Job] = {}
     remaining = iter(todo)
@@ -54,23 +57,18 @@ def write_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Written]
                 break
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                 yield waiting.pop(future), future.result()
-    except BrokenProcessPool:
+    except (BrokenProcessPool, MemoryError):
         raise UserError(
-            "pack: a worker process was killed, perhaps for want of memory; finished shards are kept;"
-            " run the same command again, with fewer --workers"
+            "pack: a worker process was killed or could not start, perhaps for want of memory;"
+            " finished shards are kept; run the same command again, with fewer --workers"
         ) from None
     finally:
-        # Nothing to wait for, unless something went wrong: then a shard that is not finished is of no use.
-        if waiting:
-            for child in multiprocessing.active_children():
-                if child not in others:
-                    child.terminate()
+        # The shards in hand are finished, also after Ctrl-C: the same command goes on behind them.
         pool.shutdown(cancel_futures=True)
 
 
 def _start(resizes: bool) -> None:
-    """Make a worker process end with the one that started it, leave Ctrl-C to that one, and take one core."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Make a worker process end with the one that started it, and take one core."""
     threading.Thread(target=_follow_parent, daemon=True).start()
     if resizes:
         import torch

@@ -1,7 +1,9 @@
 """The verb `pack`: any data set in, shards out."""
 
+import signal
 from argparse import Namespace
 from pathlib import Path
+from typing import Literal
 
 from captionscale.data import packing
 from captionscale.data.sources import coco, flickr, karpathy, own, tars, totals
@@ -25,20 +27,31 @@ def pack(options: Namespace) -> None:
         totals.expect(records, dict(options.expect), str(sources[0]))
     if not any(record.captions for record in records):
         say("note: no captions, so these shards can be captioned, but neither trained nor scored on")
+    if options.quality is not None and options.resize is None:
+        raise UserError("pack: --quality is that of shrunk images, wanted --resize with it; leave it out")
     how = packing.Options(
         images_per_shard=options.images_per_shard,
         short_side=options.resize,
-        quality=options.quality,
+        quality=options.quality or 95,
         whole=not options.no_decode,
         max_rejected=options.max_rejected,
         workers=options.workers or cores(),
     )
-    with progress("packing", len(records)) as bar:
-        manifest = packing.pack(records, options.out, sources=sources, options=how, progress=bar.advance)
+    # A scheduler ends jobs by this signal: what is in hand is finished, and the next call goes on.
+    ours = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with progress("packing", len(records)) as bar:
+            manifest = packing.pack(records, options.out, sources=sources, options=how, progress=bar.advance)
+    finally:
+        signal.signal(signal.SIGTERM, ours)
     for split in {record.split: None for record in records}:
         facts = manifest.splits[split]
         rejected = f", {facts.rejected:,} rejected (see {packing.REJECTED})" if facts.rejected else ""
         print(f"{options.out}: {split}: {facts.images:,} images, {facts.captions:,} captions{rejected}")
+
+
+def _stop(*_: object) -> None:
+    raise UserError("pack: stopped by SIGTERM; finished shards are kept, and the same command goes on")
 
 
 def _read(options: Namespace) -> tuple[list[Record], list[Path]]:
@@ -47,24 +60,28 @@ def _read(options: Namespace) -> tuple[list[Record], list[Path]]:
     def first_id(splits: set[str]) -> int:
         return packing.first_id(options.out, splits)
 
+    restval: Literal["train", "drop"] = "drop" if getattr(options, "restval", None) == "drop" else "train"
     match options.kind:
         case "coco" if options.lists:
-            records = coco.with_lists(options.images, options.captions, options.lists, options.restval)
+            if options.split is not None:
+                raise UserError("pack coco: --lists say the split of each image; leave out --split")
+            records = coco.with_lists(options.images, options.captions, options.lists, restval)
             return records, [*options.captions, *sorted(options.lists.glob("karpathy_*_images.txt"))]
         case "coco":
-            if options.split is None or len(options.captions) != 1:
+            if options.split is None or len(options.captions) != 1 or options.restval is not None:
                 raise UserError(
                     "pack coco: wanted one --captions file and the --split that it is,"
-                    " or both files of 2014 and --lists"
+                    " or both files of 2014 and --lists, with or without --restval"
                 )
             return coco.official(options.images, options.captions[0], options.split), options.captions
         case "karpathy":
-            return karpathy.read(options.images, options.captions, options.restval), [options.captions]
+            return karpathy.read(options.images, options.captions, restval), [options.captions]
         case "flickr8k" | "flickr30k":
             records = flickr.read(options.images, options.captions, options.splits)
             if options.splits is None:
                 say(f"note: no --splits, so all {len(records):,} images are in the split 'train'")
-            return records, [options.captions]
+            lists = [] if options.splits is None else sorted(options.splits.glob("*.txt"))
+            return records, [options.captions, *(path for path in lists if path.name in flickr.LISTS)]
         case "table":
             return own.table(options.captions, options.images, options.split, first_id), [options.captions]
         case "folder":

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 
 from captionscale.config import Data
 from captionscale.data import manifest
-from captionscale.data.places import Place, as_place
+from captionscale.data.places import Place, as_place, manifest_of
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.files import atomic
@@ -84,7 +84,7 @@ def print_stats(where: Place | Path, *, min_count: int, plot: Path | None = None
     if plot is not None and plot.suffix.lower() not in _ENDINGS:
         raise UserError(f"{plot}: ends in '{plot.suffix}', wanted {' or '.join(_ENDINGS)}; name it so")
     place = as_place(where)
-    found = manifest.fetch(place.fetch, str(place))
+    found = manifest_of(place)
     if not found.splits:
         raise UserError(f"{place}/{manifest.MANIFEST}: no splits, wanted at least one; {manifest.CURE}")
     counted = [_count(Split(place, name)) for name in found.splits]

@@ -3,6 +3,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,6 +371,118 @@ def test_images_without_ids_are_counted_on_from_those_that_are_there(scenes: Pat
 # ---- what an interruption leaves
 
 
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from captionscale.data.packing import pack
+from captionscale.data.sources import coco
+
+images, captions, out, limit = sys.argv[1:]
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+pack(coco.official(Path(images), Path(captions), "train"), Path(out), sources=[])
+"""
+
+
+def test_a_tar_of_which_only_the_last_bytes_do_not_fit_is_an_error(scenes: Path, tmp_path: Path) -> None:
+    source, out = captions_of(scenes, "train"), tmp_path / "shards"
+    pack(records_of(scenes, "train"), tmp_path / "whole", sources=[])
+    size = (tmp_path / "whole" / "train-00000.tar").stat().st_size
+    command = [sys.executable, "-c", FULL, str(scenes / "train2017"), str(source), str(out), str(size - 1)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("captionscale.errors.UserError: ")
+    assert "train-00000.tar: cannot be written (File too large)" in done.stderr
+    assert not list(out.glob("*.tar*"))
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_bad_image(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, read = records_of(scenes, "val"), Record.read
+
+    def fail(record: Record) -> bytes:
+        if record == records[5]:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Record, "read", fail)
+        with pytest.raises(
+            UserError, match=r"Stale file handle, which is the disk's .* run the same command"
+        ):
+            pack(records, tmp_path, sources=[], options=Options(4, max_rejected=1.0))
+    pack(records, tmp_path, sources=[], options=Options(4, max_rejected=1.0))
+    assert len(Split(tmp_path, "val")) == 8
+
+
+def test_what_changed_since_a_killed_call_is_packed_anew(scenes: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "images", tmp_path / "shards"
+    folder.mkdir()
+    records = [replace(record, source=str(folder)) for record in records_of(scenes, "val")]
+    for record, original in zip(records, records_of(scenes, "val"), strict=True):
+        (folder / record.name).write_bytes(original.read())
+
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(records, out, sources=[], options=Options(4), progress=stop)
+    (folder / records[1].name).write_bytes(records[6].read())
+    pack(records, out, sources=[], options=Options(4))
+    assert Split(out, "val").image(1) == records[6].read()
+
+
+def test_a_finished_tar_that_was_cut_since_is_written_anew(scenes: Path, tmp_path: Path) -> None:
+    def stop(_: int) -> None:
+        raise KeyboardInterrupt
+
+    records = records_of(scenes, "val")
+    with pytest.raises(KeyboardInterrupt):
+        pack(records, tmp_path, sources=[], options=Options(4), progress=stop)
+    path = tmp_path / "val-00000.tar"
+    path.write_bytes(path.read_bytes()[:-1024])
+    pack(records, tmp_path, sources=[], options=Options(4))
+    assert verify(tmp_path).problems == []
+
+
+def test_images_that_were_mounted_elsewhere_are_the_same_call(scenes: Path, tmp_path: Path) -> None:
+    made = pack(records_of(scenes, "val"), tmp_path / "shards", sources=[])
+    shutil.copytree(scenes / "val2017", tmp_path / "elsewhere")
+    moved = [replace(record, source=str(tmp_path / "elsewhere")) for record in records_of(scenes, "val")]
+    assert pack(moved, tmp_path / "shards", sources=[]) == made
+
+
+def test_a_first_image_that_was_rejected_does_not_shift_the_numbers_of_the_next_call(
+    scenes: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"")
+    for _ in range(2):
+        start = first_id(tmp_path / "shards", ["val"])
+        assert start == 1
+        records = [replace(it, image_id=start + k) for k, it in enumerate(records_of(scenes, "val"))]
+        options = Options(max_rejected=0.5)
+        pack(spoilt(records, 0, bad), tmp_path / "shards", sources=[], options=options)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_left_out_at_once(scenes: Path, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "bad.jpg"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    records = spoilt(records_of(scenes, "val"), 3, path)
+    made = pack(records, tmp_path / "shards", sources=[], options=Options(max_rejected=0.5))
+    assert made.splits["val"].rejected == 1
+
+
+def test_sources_of_one_name_are_told_apart(scenes: Path, tmp_path: Path) -> None:
+    for folder in ("a/tars", "b/tars"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "0.tar").write_text(folder)
+    sources = [tmp_path / "a/tars/0.tar", tmp_path / "b/tars/0.tar"]
+    made = pack(records_of(scenes, "val"), tmp_path / "shards", sources=sources)
+    assert list(made.splits["val"].sources) == ["a/tars/0.tar", "b/tars/0.tar"]
+
+
 @pytest.mark.parametrize("writes", range(9))
 def test_a_disk_that_is_full_at_any_write_loses_nothing(
     scenes: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
@@ -462,7 +575,9 @@ def test_a_killed_worker_is_told_and_the_same_call_goes_on(scenes: Path, tmp_pat
 
     train = records_of(scenes, "train")
     options = Options(images_per_shard=2, workers=2)
-    with pytest.raises(UserError, match=r"a worker process was killed, .* run the same command again"):
+    with pytest.raises(
+        UserError, match=r"a worker process was killed or could not start, .* run the same command again"
+    ):
         pack(train, tmp_path, sources=[], options=options, progress=kill)
     assert list(tmp_path.glob(".packing/*.npz"))
     pack(train, tmp_path, sources=[], options=options)

@@ -1,3 +1,5 @@
+import hashlib
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -132,7 +134,10 @@ def test_a_manifest_that_lost_a_shard_is_refused_with_its_name(copy: Path) -> No
 
 def test_another_format_is_refused_with_both_numbers(copy: Path) -> None:
     rewrite(copy / MANIFEST, lambda data: data.replace(b'"format": 2', b'"format": 1'))
-    with pytest.raises(UserError, match="format 1, wanted 2"):
+    with pytest.raises(UserError, match="format 1, wanted 2; pack again, into another folder"):
+        Split(copy, "train")
+    rewrite(copy / MANIFEST, lambda data: data.replace(b'"format": 1', b'"format": 3'))
+    with pytest.raises(UserError, match="format 3, wanted 2; upgrade captionscale"):
         Split(copy, "train")
 
 
@@ -152,24 +157,51 @@ def test_a_missing_or_truncated_shard_is_refused(copy: Path) -> None:
     assert len(Split(copy, "val")) == 8
 
 
-def test_an_index_that_is_damaged_or_of_other_rows_is_refused(copy: Path) -> None:
+def test_a_damaged_index_is_refused_before_it_pairs_images_with_other_captions(copy: Path) -> None:
     path = copy / "val.index.npy"
     whole = path.read_bytes()
-    for change in (lambda _: b"", lambda data: data[:-8], lambda data: b"PK\3\4" + data):
-        rewrite(path, change)
-        with pytest.raises(
-            UserError, match=r"val\.index\.npy: not an index .* remove the folder and pack again"
-        ):
-            Split(copy, "val")
-        path.write_bytes(whole)
+    index = np.load(path)
+    index["image_offset"][0] = index["image_offset"][1]
+    np.save(path, index)
+    with pytest.raises(
+        UserError, match=r"val\.index\.npy: sha256 differs from the manifest's; copy it again"
+    ):
+        Split(copy, "val")
+    path.write_bytes(whole)
+    assert len(Split(copy, "val")) == 8
     path.unlink()
     with pytest.raises(UserError, match=r"val\.index\.npy: No such file or directory, wanted the split's"):
         Split(copy, "val")
-    np.save(path, np.zeros(8))
-    with pytest.raises(UserError, match=r"val\.index\.npy: columns"):
-        Split(copy, "val")
-    shutil.copy(copy / "train.index.npy", path)
-    with pytest.raises(UserError, match="48 images, manifest says 8"):
+
+
+def test_an_index_of_other_rows_is_refused_though_the_manifest_knows_it(copy: Path) -> None:
+    path = copy / "val.index.npy"
+    for content, wanted in (
+        (b"", r"not an index .* remove the folder and pack again"),
+        (b"PK\3\4" + path.read_bytes(), "not an index"),
+        (_saved(np.zeros(8)), "columns"),
+        ((copy / "train.index.npy").read_bytes(), "48 images, manifest says 8"),
+    ):
+        path.write_bytes(content)
+        document = json.loads((copy / MANIFEST).read_text())
+        document["splits"]["val"]["index_sha256"] = hashlib.sha256(content).hexdigest()
+        (copy / MANIFEST).write_text(json.dumps(document))
+        with pytest.raises(UserError, match=rf"val\.index\.npy: {wanted}"):
+            Split(copy, "val")
+
+
+def _saved(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["../outside.tar", "/etc/passwd", "val-00000.tar", "train-00001.tar "])
+def test_a_manifest_that_names_other_files_is_refused(copy: Path, name: str) -> None:
+    document = json.loads((copy / MANIFEST).read_text())
+    document["splits"]["train"]["shards"][1]["name"] = name
+    (copy / MANIFEST).write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"not a manifest \(shard train-00001\.tar is called"):
         Split(copy, "val")
 
 

@@ -8,7 +8,7 @@ from captionscale.data.sources import originals
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 
-_LISTS = {
+LISTS = {
     "Flickr_8k.trainImages.txt": "train",
     "Flickr_8k.devImages.txt": "val",
     "Flickr_8k.testImages.txt": "test",
@@ -35,7 +35,7 @@ _BAR_LINE = re.compile(r"(?P<name>[^|]+)\|\s*(?P<number>\d{1,9})(?:\s*\||\s)(?P<
 _TOKEN_LINE = re.compile(r"(?P<name>[^\t]+)#(?P<number>\d{1,9})\t(?P<caption>.*)")
 
 
-def read(images: Path, captions: Path, splits: Path | None, split: str = "train") -> list[Record]:
+def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
     """Read Flickr8k or Flickr30k, whichever way its captions were written down.
 
     The layout is told by the first line: `image,caption` (captions.txt), `image_name| comment_number|
@@ -45,8 +45,8 @@ def read(images: Path, captions: Path, splits: Path | None, split: str = "train"
         images: The folder that holds the image files themselves.
         captions: The caption file.
         splits: The folder with the lists `Flickr_8k.{train,dev,test}Images.txt` or `{train,val,test}.txt`.
-            Those that are there are used, dev as split val; images in no list are left out.
-        split: The split that all images get when `splits` is None.
+            Those that are there are used, dev as split val; images in no list are left out. None: all
+            images are train.
 
     Returns:
         The records by split (train, val, test) and image id, which is the number that leads the file name.
@@ -66,7 +66,7 @@ def read(images: Path, captions: Path, splits: Path | None, split: str = "train"
         texts.setdefault(name, []).append((number, caption))
     texts.pop(_UNPUBLISHED, None)
 
-    split_of = dict.fromkeys(texts, split) if splits is None else _splits(splits)
+    split_of = dict.fromkeys(texts, "train") if splits is None else _splits(splits)
     if unknown := [name for name in split_of if name not in texts]:
         raise UserError(
             f"{splits}: {originals.some(unknown)} listed, but not in {captions}; wanted captions of each"
@@ -125,7 +125,8 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
             found = match.groupdict()
             quoted = found.get("quoted")
             caption = found["caption"] if quoted is None else quoted.replace('""', '"')
-            yield found["name"].strip(), int(found.get("number", 0)), caption
+            name = originals.below(found["name"].strip(), f"{path}: line {number}")
+            yield name, int(found.get("number", 0)), caption
         elif line.strip():
             raise UserError(f"{path}: line {number} is {line!r:.60}; wanted {wanted}; correct or delete it")
 
@@ -133,10 +134,10 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
 def _splits(folder: Path) -> dict[str, str]:
     """Return the split of each listed image."""
     there = originals.listing(folder, "the folder of the split lists")
-    if there.isdisjoint(_LISTS):
-        raise UserError(f"{folder}: no split list; wanted {' or '.join(_LISTS)}; check the path")
+    if there.isdisjoint(LISTS):
+        raise UserError(f"{folder}: no split list; wanted {' or '.join(LISTS)}; check the path")
     split_of: dict[str, str] = {}
-    for file, split in _LISTS.items():
+    for file, split in LISTS.items():
         lines = originals.text(folder / file).split("\n") if file in there else []
         for line in filter(None, map(str.strip, lines)):
             name = line if line.endswith(".jpg") else f"{line}.jpg"

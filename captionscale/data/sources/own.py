@@ -2,15 +2,16 @@
 
 import csv
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
+from captionscale.data.manifest import SPLIT_NAME
 from captionscale.data.sources import originals
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
+from captionscale.progress import say
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -19,8 +20,6 @@ _WANTED_OBJECTS = (
     "wanted one object a line with image, caption or captions and, if need be, split and image_id; correct it"
 )
 _NEEDED, _OPTIONAL = {"image", "caption"}, {"split", "image_id"}
-# A split gives its name to files.
-_SPLIT = re.compile(r"\w[\w-]*")
 
 
 class _Row(msgspec.Struct, gc=False, forbid_unknown_fields=True):
@@ -59,7 +58,7 @@ def table(captions: Path, images: Path, split: str, first_id: originals.FirstId)
         name = originals.below(row.image, place)
         place = f"{place}: {originals.shown(name)}"
         its_split = row.split or split
-        if not _SPLIT.fullmatch(its_split):
+        if not SPLIT_NAME.fullmatch(its_split):
             raise UserError(
                 f"{place} is of split {its_split!r:.60}; wanted letters, digits, '_' and '-', as in train or"
                 " val; rename it"
@@ -116,7 +115,13 @@ def folder(images: Path, split: str, first_id: originals.FirstId) -> list[Record
             has no captions, or something cannot be read.
     """
     source = str(images)
-    pairs = sorted(_pairs(images))
+    others: list[str] = []
+    pairs = sorted(_pairs(images, others))
+    if others:
+        say(
+            f"note: {images}: {len(others):,} files passed over, such as {others[0]}, which is neither an"
+            " image of a known kind nor a .txt"
+        )
     if not pairs:
         raise UserError(
             f"{images}: no images; wanted .{', .'.join(originals.IMAGE_ENDINGS)} here or below;"
@@ -184,8 +189,11 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
             yield f"{path}: line {number}", line
 
 
-def _pairs(images: Path) -> Iterator[tuple[str, str]]:
-    """Yield the path of each image below a folder, and that of the text beside it or nothing."""
+def _pairs(images: Path, others: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the path of each image below a folder, and that of the text beside it or nothing.
+
+    What is neither goes into `others`.
+    """
     seen: dict[tuple[int, int], str] = {}
     with originals.reading(images):
         for folder, inner, names in os.walk(images, onerror=_raise, followlinks=True):
@@ -198,7 +206,11 @@ def _pairs(images: Path) -> Iterator[tuple[str, str]]:
             of_text: dict[str, str] = {}
             for name in names:
                 stem, _, ending = name.rpartition(".")
-                if ending.lower() not in originals.IMAGE_ENDINGS or name.startswith("."):
+                if name.startswith("."):
+                    continue
+                if ending.lower() not in originals.IMAGE_ENDINGS:
+                    if ending.lower() != "txt":
+                        others.append(originals.shown(name))
                     continue
                 if not _is_utf8(f"{start}/{name}"):
                     raise UserError(

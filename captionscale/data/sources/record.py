@@ -1,6 +1,7 @@
 """What every reader of a data set gives: records, in the one order that shards have."""
 
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -33,18 +34,22 @@ class Record:
     @property
     def place(self) -> str:
         """Where the image is, for errors."""
-        return f"{self.source}: {self.name}" if self.size is not None else self._path
+        return self.file if self.size is None else f"{self.file}: {self.name}"
 
     def read(self) -> bytes:
         """Return the image's bytes.
 
         Raises:
             OSError: There is no such file, or it cannot be read.
-            EOFError: The tar ends before the image does.
+            EOFError: The tar ends before the image does, or there is no regular file.
         """
-        descriptor = os.open(self._path if self.size is None else self.source, os.O_RDONLY)
+        # A named pipe would wait for a writer for ever.
+        descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            size = os.fstat(descriptor).st_size if self.size is None else self.size
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise EOFError("no regular file")
+            size = status.st_size if self.size is None else self.size
             data = os.pread(descriptor, size, self.offset)
         finally:
             os.close(descriptor)
@@ -53,8 +58,9 @@ class Record:
         return data
 
     @property
-    def _path(self) -> str:
-        return f"{self.source}/{self.name}"
+    def file(self) -> str:
+        """The file that holds the image: its own, or the tar."""
+        return f"{self.source}/{self.name}" if self.size is None else self.source
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:

@@ -138,7 +138,7 @@ def files(tars: Sequence[Path]) -> list[Path]:
                 f" is scored; give the tars of one, as in {path}/{splits[0]}-*.tar"
             )
         found += [path / name for name in chosen]
-    return found
+    return list(dict.fromkeys(path.resolve() for path in found))
 
 
 def _samples(path: Path) -> list[dict[str, _Part]]:
@@ -179,6 +179,11 @@ def _members(path: Path) -> Iterator[_Part]:
                     end = tar.offset
                     # It keeps all members, and a tar may have millions.
                     tar.members.clear()  # type: ignore[attr-defined]
+                    if member.issparse():
+                        raise UserError(
+                            f"{path}: {originals.shown(member.name)} is sparse; wanted whole members, to read"
+                            " by offset; write the tar again without --sparse"
+                        )
                     if member.isreg():
                         yield member.name, member.offset_data, member.size
             # tarfile stops without a word at a header that is damaged or cut; a whole tar ends with zeros.

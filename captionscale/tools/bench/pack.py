@@ -45,7 +45,7 @@ def bench(pictures: Path | None, folder: Path | None, *, count: int, rounds: int
         records = _copies(pictures, Path(name), count)
         return [
             _originals(records, Path(name), rounds),
-            _shrinking(records[: count // 4], rounds),
+            _shrinking(records[: max(1, count // 4)], rounds),
             *_scaling(records, Path(name), rounds),
         ]
 
@@ -64,7 +64,9 @@ def _copies(pictures: Path | None, folder: Path, count: int) -> list[Record]:
     records = []
     for image_id in range(count):
         record = Record(image_id, "train", _CAPTIONS, str(source), f"{image_id:012d}.jpg")
-        shutil.copyfile(files[image_id % len(files)], source / record.name)
+        file = files[image_id % len(files)]
+        images.look(file.read_bytes(), str(file), whole=True)
+        shutil.copyfile(file, source / record.name)
         (source / record.name).with_suffix(".json").write_text(json.dumps(_facts(record)))
         records.append(record)
     return records
@@ -132,14 +134,15 @@ def _shrinking(records: list[Record], rounds: int) -> Heat:
         for bits in data:
             picture = cv2.imdecode(np.frombuffer(bits, np.uint8), cv2.IMREAD_COLOR)
             assert picture is not None
-            size = _shrunk(picture.shape[1], picture.shape[0])
-            small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+            height, width = resize.shrunk_size(picture.shape[0], picture.shape[1], _SIDE)
+            small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
             cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
 
     def pillow() -> None:
         for bits in data:
             picture = Image.open(io.BytesIO(bits)).convert("RGB")
-            small = picture.resize(_shrunk(*picture.size), Image.Resampling.BICUBIC)
+            height, width = resize.shrunk_size(picture.height, picture.width, _SIDE)
+            small = picture.resize((width, height), Image.Resampling.BICUBIC)
             small.save(io.BytesIO(), "JPEG", quality=_QUALITY)
 
     ways = [
@@ -157,14 +160,9 @@ def _shrinking(records: list[Record], rounds: int) -> Heat:
     return heat
 
 
-def _shrunk(width: int, height: int) -> tuple[int, int]:
-    short = min(width, height)
-    return round(width / short * _SIDE), round(height / short * _SIDE)
-
-
 def _closeness_db(data: bytes) -> float:
     picture = images.pixels(data, "")
-    width, height = _shrunk(picture.shape[1], picture.shape[0])
+    height, width = resize.shrunk_size(picture.shape[0], picture.shape[1], _SIDE)
     theirs = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), float)
     squares = (resize.scaled(picture, height, width) - theirs) ** 2
     return float(10 * np.log10(255**2 / max(squares.mean(), 1e-12)))

@@ -28,9 +28,9 @@ BARS = """image_name| comment_number| comment
 def test_every_flickr_layout_gives_the_same_records(tmp_path, content, ends, touch):
     images = touch("i", "30_b.jpg", "4_a.jpg")
     (tmp_path / "any name").write_bytes(b"\xef\xbb\xbf" + content.replace("\n", ends).encode())
-    assert flickr.read(images, tmp_path / "any name", None, "test") == [
-        Record(4, "test", ("A child in a pink dress .",), str(images), "4_a.jpg"),
-        Record(30, "test", ('A dog , a cat and a " hot " day .', "Two dogs"), str(images), "30_b.jpg"),
+    assert flickr.read(images, tmp_path / "any name", None) == [
+        Record(4, "train", ("A child in a pink dress .",), str(images), "4_a.jpg"),
+        Record(30, "train", ('A dog , a cat and a " hot " day .', "Two dogs"), str(images), "30_b.jpg"),
     ]
 
 
@@ -90,7 +90,7 @@ def test_lists_put_each_image_in_its_split_and_leave_the_others_out(tmp_path, na
 def test_one_list_is_enough(tmp_path, touch, write):
     captions = write("captions.txt", TOKEN)
     write("Flickr_8k.devImages.txt", "30_b.jpg\n")
-    (record,) = flickr.read(touch("i", "30_b.jpg"), captions, tmp_path, "ignored")
+    (record,) = flickr.read(touch("i", "30_b.jpg"), captions, tmp_path)
     assert (record.image_id, record.split) == (30, "val")
 
 

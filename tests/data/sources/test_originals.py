@@ -16,9 +16,7 @@ def read_coco(write, images, names):
 
 
 def read_flickr(write, images, names):
-    return flickr.read(
-        images, write("captions.csv", "".join(f"{name}#0\ta\n" for name in names)), None, "val"
-    )
+    return flickr.read(images, write("captions.csv", "".join(f"{name}#0\ta\n" for name in names)), None)
 
 
 def read_karpathy(write, images, names):
