@@ -52,8 +52,7 @@ def parser() -> argparse.ArgumentParser:
             reader.add_argument(
                 "--restval",
                 choices=("train", "drop"),
-                default="train",
-                help="images of COCO's val2014 outside Karpathy's val and test (default: %(default)s)",
+                help="images of COCO's val2014 outside Karpathy's val and test (default: train)",
             )
         if kind in ("flickr8k", "flickr30k"):
             reader.add_argument(
@@ -106,9 +105,26 @@ def parser() -> argparse.ArgumentParser:
     launch.add_argument(
         "--processes", type=_positive, help="how many, over all machines (default: the profile's)"
     )
+    launch.add_argument(
+        "--logs", type=Path, metavar="DIR", help="also keep what each process says, in files there"
+    )
     launch.add_argument("--dry-run", action="store_true", help="print the command and stop")
     launch.add_argument("command", nargs=argparse.REMAINDER, metavar="-- VERB ...")
     launch.set_defaults(verb="launch")
+
+    submit = verbs.add_parser(
+        "submit", help="train as a SLURM job", description="Write a SLURM job that trains, and submit it."
+    )
+    _add_config(submit)
+    submit.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/CONFIG)")
+    submit.add_argument("--nodes", type=_positive, default=1, help="machines (default: %(default)s)")
+    submit.add_argument("--gpus", type=_positive, help="of each node (default: none is asked for)")
+    submit.add_argument("--time", help="longest, such as 4:00:00; then it goes on as the next job")
+    submit.add_argument(
+        "--profile", default="gpu", help="a file, or a name in launch/ (default: %(default)s)"
+    )
+    submit.add_argument("--dry-run", action="store_true", help="print the job and stop")
+    submit.set_defaults(verb="submit")
 
     caption = verbs.add_parser("caption", help="caption image files, or a whole split")
     caption.add_argument("run", type=Path, metavar="RUN")
@@ -135,8 +151,24 @@ def parser() -> argparse.ArgumentParser:
     )
     score.set_defaults(verb="score")
 
+    drill = verbs.add_parser("drill", help="kill a run at random, resume it on other ranks, prove the result")
+    _add_config(drill)
+    drill.add_argument("--kills", type=_positive, default=6, metavar="N", help="(default: %(default)s)")
+    drill.add_argument(
+        "--ranks", type=_ranks, default=(1, 2, 3), metavar="N,...", help="to choose from (default: 1,2,3)"
+    )
+    drill.add_argument(
+        "--steps", type=_positive, default=20, metavar="N", help="of the run (default: %(default)s)"
+    )
+    drill.add_argument("--seed", type=int, default=0, help="of the accidents (default: %(default)s)")
+    drill.add_argument("--profile", default="cpu", help="as of launch (default: %(default)s)")
+    drill.add_argument(
+        "--out", type=Path, default=Path("drill"), help="folder for both runs (default: %(default)s)"
+    )
+    drill.set_defaults(verb="drill")
+
     bench = verbs.add_parser("bench", help="measure ours beside the ways that people have today")
-    what = bench.add_subparsers(required=True, metavar="WHAT")
+    what = bench.add_subparsers(required=True, metavar="WHAT", dest="what")
     packing = what.add_parser("pack", help="from image files to shards")
     packing.add_argument("--images", type=Path, help="folder of JPEGs (default: drawn ones)")
     packing.add_argument(
@@ -146,6 +178,17 @@ def parser() -> argparse.ArgumentParser:
         "--count", type=_positive, default=1000, metavar="N", help="images in a run (default: 1000)"
     )
     packing.set_defaults(verb="bench")
+    saving = what.add_parser("save", help="what a checkpoint costs the training loop")
+    _add_config(saving, required=False)
+    saving.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    saving.set_defaults(verb="bench", config="attention")
+    step = what.add_parser("step", help="what the machinery costs a training step, and how fast a run starts")
+    _add_config(step, required=False)
+    step.set_defaults(verb="bench")
+    order = what.add_parser("order", help="what each rank reads, on 1 to 1,024 ranks")
+    order.add_argument("--shards", help="folder, or URL, to measure beside the simulation")
+    order.add_argument("--split", default="train", help="of these shards (default: %(default)s)")
+    order.set_defaults(verb="bench")
     for parts in what.choices.values():
         parts.add_argument(
             "--rounds", type=_positive, default=5, metavar="N", help="of each way (default: 5)"
@@ -183,7 +226,6 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
         "--quality",
         type=int,
         choices=range(1, 101),
-        default=95,
         metavar="1..100",
         help="of shrunk JPEGs (default: 95)",
     )
@@ -213,9 +255,12 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
 
 
 def _share(text: str) -> float:
-    share = float(text)
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
     if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: wanted 0 to 1")
+        raise argparse.ArgumentTypeError(f"{text}: wanted 0 to 1, such as 0.001")
     return share
 
 
@@ -231,6 +276,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text}: wanted at least 1")
     return number
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    return tuple(_positive(number) for number in text.split(","))
 
 
 def _add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:

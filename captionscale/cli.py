@@ -3,19 +3,27 @@
 import argparse
 import io
 import os
+import signal
 import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captionscale.arguments import parser
-from captionscale.errors import UserError
+from captionscale.errors import PreemptedError, UserError
 
 if TYPE_CHECKING:
     from captionscale.config import Config
+    from captionscale.data.places import Place
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; an error that the user can fix is one line and exit code 1."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Its number would go to the next file that is opened, and what we say into that file.
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Captions hold any letter, also where the terminal does not.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -26,13 +34,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:
         # Who reads has seen enough, as `head` does; nor can the interpreter flush what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except UserError as error:
         _fail(str(error))
+    except PreemptedError as error:
+        if str(error):
+            _fail(f"{error}; the same command goes on", code=PreemptedError.CODE)
+        raise SystemExit(PreemptedError.CODE) from None
     except OSError as error:
         _fail(
             f"{error.filename or 'system'}: {error.strerror or error};"
             " check the path, its rights and the free space"
         )
+    except RuntimeError as error:
+        if not any(transport in str(error) for transport in ("gloo", "NCCL")):
+            raise
+        reason = str(error).splitlines()[0]
+        _fail(f"a rank that this one waited for is gone; it, or its launcher, tells why ({reason})")
     except KeyboardInterrupt:
         _fail(
             "stopped by Ctrl-C; what was finished is kept, and the same command goes on from there", code=130
@@ -52,14 +70,20 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from captionscale.data import manifest
     from captionscale.data.places import open_place
+
+    with tempfile.TemporaryDirectory(prefix="captionscale-") as fresh:
+        # What a URL gives now, not what an earlier download left.
+        _verify_place(open_place(options.shards, Path(fresh)), options)
+
+
+def _verify_place(place: "Place", options: argparse.Namespace) -> None:
+    from captionscale.data.places import manifest_of
     from captionscale.data.verification import verify
     from captionscale.files import cores
     from captionscale.progress import progress, say
 
-    place = open_place(options.shards)
-    splits = manifest.fetch(place.fetch, str(place)).splits
+    splits = manifest_of(place).splits
     with progress("verifying", sum(facts.images for facts in splits.values())) as bar:
         found = verify(
             place,
@@ -86,13 +110,17 @@ def _show(options: argparse.Namespace) -> None:
     data = split.image(item)
     look = images.look(data, f"image {options.image_id}", whole=True)
     sample = split.sample(item)
-    print(f"image {options.image_id}  {sample.file}  split {split.name}")
+    print(f"image {options.image_id}  {_printable(sample.file)}  split {split.name}")
     print(f"{look.width} x {look.height} pixels, {len(data):,} bytes of {look.extension}")
     for caption in sample.captions:
-        # A control character may move the cursor or worse; it is shown instead.
-        print("  " + "".join(it if it.isprintable() else repr(it)[1:-1] for it in caption))
+        print(f"  {_printable(caption)}")
     if options.save:
         options.save.write_bytes(data)
+
+
+def _printable(text: str) -> str:
+    """Return a text without what moves the cursor, or does worse, to a terminal."""
+    return "".join(it if it.isprintable() else repr(it)[1:-1] for it in text)
 
 
 def _stats(options: argparse.Namespace) -> None:
@@ -105,9 +133,13 @@ def _stats(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     settings = _settings(options)
 
-    from captionscale.train.loop import train
+    from captionscale.train import preempt
 
-    train(settings, options.out)
+    # From here on: it takes seconds to import what trains.
+    with preempt.listening(settings.train.grace_s):
+        from captionscale.train.loop import train
+
+        train(settings, options.out)
 
 
 def _settings(options: argparse.Namespace) -> "Config":
@@ -122,9 +154,28 @@ def _launch(options: argparse.Namespace) -> None:
     command = options.command[options.command[:1] == ["--"] :]
     # What no process can do is refused here, once, and not by each of them.
     inner = parser().parse_args(command)
-    if inner.verb == "train":
-        _settings(inner)
-    launch(command, profile=options.profile, processes=options.processes, dry_run=options.dry_run)
+    launch(
+        command,
+        profile=options.profile,
+        processes=options.processes,
+        dry_run=options.dry_run,
+        logs=options.logs,
+        settings=_settings(inner) if inner.verb == "train" else None,
+    )
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from captionscale.tools.submit import submit
+
+    submit(
+        _settings(options),
+        options.out or Path("runs", Path(options.config).stem),
+        nodes=options.nodes,
+        gpus=options.gpus,
+        time=options.time,
+        profile=options.profile,
+        dry_run=options.dry_run,
+    )
 
 
 def _caption(options: argparse.Namespace) -> None:
@@ -179,10 +230,34 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    from captionscale.tools.bench import pack, race
+    from captionscale.tools.bench import order, pack, race, save, step
 
-    heats = pack.bench(options.images, options.folder, count=options.count, rounds=options.rounds)
-    race.show(heats, as_json=options.json)
+    tables: list[race.Heat | race.Sheet] = []
+    if options.what == "save":
+        tables += save.bench(_settings(options), options.folder, rounds=options.rounds)
+    elif options.what == "step":
+        tables += step.bench(_settings(options) if options.config else None, rounds=options.rounds)
+    elif options.what == "order":
+        tables += order.bench(options.shards, options.split)
+    else:
+        tables += pack.bench(options.images, options.folder, count=options.count, rounds=options.rounds)
+    race.show(tables, as_json=options.json)
+
+
+def _drill(options: argparse.Namespace) -> None:
+    from captionscale.tools.drill import drill
+
+    same = drill(
+        _settings(options),
+        options.out,
+        profile=options.profile,
+        ranks=options.ranks,
+        kills=options.kills,
+        steps=options.steps,
+        seed=options.seed,
+    )
+    if not same:
+        raise SystemExit(1)
 
 
 def _config(options: argparse.Namespace) -> None:
@@ -207,8 +282,10 @@ _VERBS = {
     "stats": _stats,
     "train": _train,
     "launch": _launch,
+    "submit": _submit,
     "caption": _caption,
     "score": _score,
+    "drill": _drill,
     "bench": _bench,
     "config": _config,
     "quickstart": _quickstart,

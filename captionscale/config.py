@@ -104,6 +104,8 @@ class Train(Section):
 
     epochs: Count = 30
     """Passes over the train split."""
+    steps: Count | None = None
+    """Steps of the whole run. Without it: those of all epochs."""
     global_batch: Count = 256
     """Pictures in one optimiser step, over all processes. Each brings all its captions."""
     micro_batch: Count = 32
@@ -120,6 +122,8 @@ class Train(Section):
     """AdamW's, on matrices only."""
     clip_norm: float = Field(default=5.0, gt=0)
     """Greatest norm of the gradient."""
+    compress_gradients: bool = False
+    """Send gradients between processes in bf16: half the bytes; results then depend on their number."""
     label_smoothing: Share = 0.1
     """Share of a target's weight that goes to all words alike."""
     log_every: Count = 10
@@ -134,6 +138,12 @@ class Train(Section):
     """Stop after so many scorings without a better one."""
     keep: Count = 2
     """Newest checkpoints that stay on disk, beside the best one."""
+    grace_s: float = Field(default=120.0, ge=0)
+    """Seconds before the end of a SLURM job's time at which a run saves and leaves."""
+    stall_s: float = Field(default=45.0, gt=0)
+    """Seconds without progress after which a stalled rank is named; after ten times as long the run ends."""
+    ledger: bool = False
+    """Record the images of every micro-batch in ledger/, as `captionscale drill` does to prove them."""
 
 
 class Search(Section):

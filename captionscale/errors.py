@@ -11,6 +11,13 @@ class UserError(Exception):
     """
 
 
+class PreemptedError(Exception):
+    """The process was asked to leave before its work was done, and has; its text says what is kept."""
+
+    CODE = 75
+    """What it exits with: sysexits.h's EX_TEMPFAIL. The same command goes on."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the tail of an error about an unknown word: the nearest known one, or all of them.
 

@@ -10,7 +10,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+    patch_environment,
+)
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -33,8 +38,11 @@ class Ranks:
             precision: `fp32`, `bf16` or `fp16`: arithmetic of the forward pass.
 
         Raises:
-            UserError: The device does not have this precision.
+            UserError: The device or the engine does not have this precision, or the launch profile asks for
+                a stage of ZeRO that is not there.
         """
+        self.zero = _zero_stage()
+        """Stage of DeepSpeed's ZeRO that the launch profile asks for, if it does."""
         cpu = (
             os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
         )
@@ -42,15 +50,22 @@ class Ranks:
             raise UserError(
                 "train.precision = fp16 needs a GPU, found a CPU; set train.precision to fp32, or to bf16"
             )
+        if precision == "fp16" and self.zero is not None:
+            raise UserError(
+                "train.precision = fp16 has no loss scaling under ZeRO; set train.precision to bf16 or fp32,"
+                " or take --profile gpu"
+            )
         # Ranks wait while rank 0 scores: the 40,504 images of COCO's val2014 can take it half an hour.
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         try:
-            self.accelerator = Accelerator(
-                mixed_precision={"fp32": "no"}.get(precision, precision),
-                cpu=cpu,
-                kwargs_handlers=[patience, ddp],
-            )
+            # Accelerate would start DeepSpeed on GPUs only, and with the model itself in half precision.
+            with patch_environment(accelerate_use_deepspeed="false"):
+                self.accelerator = Accelerator(
+                    mixed_precision={"fp32": "no"}.get(precision, precision),
+                    cpu=cpu,
+                    kwargs_handlers=[patience, ddp],
+                )
         except ValueError as error:
             raise UserError(
                 f"train.precision = {precision}: this device refuses ({error}); set train.precision to fp32"
@@ -129,3 +144,16 @@ class Ranks:
     def share(self, count: int) -> range:
         """Return this rank's part of `count` things: every size-th, from its own number on."""
         return range(self.rank, count, self.size)
+
+
+def _zero_stage() -> int | None:
+    """Return what `accelerate launch` has set from a profile of DeepSpeed's; none: it is not one."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
+        return None
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "none")
+    if stage not in ("0", "1", "2"):
+        raise UserError(
+            f"launch profile: deepspeed_config.zero_stage is {stage}, wanted 0, 1 or 2, such as in"
+            " launch/zero2.yaml; set it"
+        )
+    return int(stage)

@@ -1,6 +1,11 @@
 """A tiny experiment that trains in seconds, for tests of what a run does."""
 
 import json
+import multiprocessing
+import os
+import socket
+import tomllib
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,43 @@ def tiny(folder: Path, packed: Path, *changes: str) -> config.Config:
     settings = config.load(path, [*CHANGES, *changes])
     path.write_text(config.dumps(settings), encoding="utf-8")
     return settings
+
+
+def start(ranks: int, settings: config.Config, run: Path, **environment: str) -> list[BaseProcess]:
+    """Start a run's processes, which meet over gloo.
+
+    They are forks of a server that has imported torch, as each import of it takes seconds.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["captionscale.train.loop"])
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    processes = [
+        context.Process(target=_train, args=(rank, ranks, port, config.dumps(settings), run, environment))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes: list[BaseProcess]) -> None:
+    """Wait for all processes, and expect them to have done well."""
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * len(processes)
+
+
+def _train(rank: int, ranks: int, port: int, toml: str, run: Path, environment: dict[str, str]) -> None:
+    import torch
+
+    from captionscale.train.loop import train
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= environment
+    train(config.Config.model_validate(tomllib.loads(toml)), run)
 
 
 def weights(run: Path, step: int | None = None) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def test_changes_survive_a_round_trip(tmp_path) -> None:
 
 def test_what_is_printed_holds_every_key_that_has_a_value(tmp_path) -> None:
     text = dumps(load(write(tmp_path, SMALL)))
-    unset = {"data.cache", "data.max_vocabulary", "train.save_every", "train.score_every"}
+    unset = {"data.cache", "data.max_vocabulary", "train.steps", "train.save_every", "train.score_every"}
     keys = set(flatten(load(write(tmp_path, SMALL)).model_dump()))
     assert keys - set(flatten(load(write(tmp_path, text)).model_dump(exclude_none=True))) == unset
 

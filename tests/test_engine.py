@@ -1,9 +1,25 @@
+"""Engines: what each does alone, and that a run ends the same under all of them, in real processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from experiment import finish, greatest_difference, losses, start, tiny, weights
+from safetensors.torch import load_file
 from torch import nn
 
 from captionscale.engine import Engine
 from captionscale.ranks import Ranks
+from captionscale.train import checkpoint
+from captionscale.train.loop import train
+
+TOLERANCE = 1e-5
+# Gradients of norm 0.7 to 0.8 are clipped at each of the three steps.
+CHANGES = ("train.epochs=1", "train.clip_norm=0.3", "train.save_every=1", "train.keep=3")
 
 
 def test_the_model_computes_in_the_run_s_precision() -> None:
@@ -28,3 +44,66 @@ def test_the_gradient_is_clipped_to_its_greatest_norm() -> None:
         assert engine.update().item() == pytest.approx(5)
     assert (layer.weight - before).norm().item() == pytest.approx(2, rel=1e-4)
     assert layer.weight.grad is None
+
+
+@pytest.fixture(scope="module")
+def alone(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process: dropout, augmentation, four micro-batches in each of three steps."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(tiny(folder, packed, *CHANGES), folder / "run")
+    return folder / "run"
+
+
+def _zero(stage: int) -> dict[str, str]:
+    """Return what `accelerate launch` sets for a profile of DeepSpeed's."""
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+
+
+def _memory(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{checkpoint.steps(run)[-1]:08d}" / "optimizer.safetensors")
+
+
+def _back_to(step: int, run: Path) -> None:
+    for later in checkpoint.steps(run):
+        if later > step:
+            shutil.rmtree(run / "checkpoints" / f"step-{later:08d}")
+
+
+def _expect_the_same(run: Path, alone: Path) -> None:
+    assert greatest_difference(weights(run), weights(alone)) < TOLERANCE
+    assert greatest_difference(_memory(run), _memory(alone)) < TOLERANCE
+    assert losses(run) == [(step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in losses(alone)]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_ranks_of_zero_end_with_the_weights_losses_and_memory_of_one_process(
+    stage: int, alone: Path, packed: Path, tmp_path: Path
+) -> None:
+    finish(start(2, tiny(tmp_path, packed, *CHANGES), tmp_path / "run", **_zero(stage)))
+    _expect_the_same(tmp_path / "run", alone)
+
+
+def test_a_run_moves_from_zero_2_on_two_ranks_to_one_process_and_back_as_if_nothing_had_been(
+    alone: Path, packed: Path, tmp_path: Path
+) -> None:
+    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    launch = [sys.executable, "-m", "captionscale", "launch", "--profile", "zero2", "--processes", "2", "--"]
+    verb = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *verb], check=True, capture_output=True, text=True, env=environment)
+    assert "deepspeed" not in (done.stdout + done.stderr).lower(), "it is to be quiet"
+    _expect_the_same(run, alone)
+    _back_to(1, run)
+    train(settings, run)
+    _expect_the_same(run, alone)
+    _back_to(2, run)
+    finish(start(2, settings, run, **_zero(2)))
+    _expect_the_same(run, alone)
+
+
+def test_gradients_that_travel_in_bf16_are_nearly_those_that_do_not(
+    alone: Path, packed: Path, tmp_path: Path
+) -> None:
+    settings = tiny(tmp_path, packed, *CHANGES, "train.compress_gradients=true")
+    finish(start(2, settings, tmp_path / "run"))
+    assert TOLERANCE < greatest_difference(weights(tmp_path / "run"), weights(alone)) < 2e-3

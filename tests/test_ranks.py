@@ -39,3 +39,17 @@ def test_a_process_may_work_in_one_precision_after_another() -> None:
     for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         with Ranks(precision) as ranks, ranks.autocast():
             assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == kind
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "message"),
+    [
+        ("3", "fp32", "zero_stage is 3, wanted 0, 1 or 2, such as in launch/zero2.yaml; set it"),
+        ("2", "fp16", "fp16 .*; set train.precision to "),
+    ],
+)
+def test_what_zero_cannot_do_is_refused(stage, precision, message, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    with pytest.raises(UserError, match=message):
+        Ranks(precision)

@@ -1,7 +1,7 @@
 """Caption a split, over all ranks, and prove that every image has its caption."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -31,8 +31,14 @@ class Result(TypedDict):
 
 
 def caption_split(
-    captioner: Captioner, loader: Loader, settings: config.Search, ranks: Ranks, title: str
-) -> list[Result]:
+    captioner: Captioner,
+    loader: Loader,
+    settings: config.Search,
+    ranks: Ranks,
+    title: str,
+    *,
+    asked_to_leave: Callable[[], bool] = lambda: False,
+) -> list[Result] | None:
     """Caption every image of the loader's split once.
 
     Rank r of w takes the batches r, r + w, ... and no rank waits for another before all are done.
@@ -43,9 +49,10 @@ def caption_split(
         settings: The config's section `search`.
         ranks: Among which the images are divided.
         title: For the progress bar.
+        asked_to_leave: Asked before each batch; one yes, on any rank, and there are no results.
 
     Returns:
-        COCO results, by image id, the same on every rank.
+        COCO results, by image id, the same on every rank; none if a rank left before its last batch.
     """
     split = loader.split
     # Cut first, dealt then: the batch in which an image is captioned does not depend on the ranks.
@@ -54,10 +61,12 @@ def caption_split(
     mine = [parts[number] for number in ranks.share(len(parts))]
     results: list[Result] = []
     title += f" (1 of {ranks.size} shares)" if ranks.size > 1 else ""
-    training = captioner.training
+    training, left = captioner.training, False
     captioner.eval()
     with progress(title, sum(map(len, mine)), quiet=not ranks.first, passing=True) as bar, ranks.autocast():
         for batch in loader.ahead((part, None) for part in mine):
+            if left := asked_to_leave():
+                break
             captions = write_captions(
                 captioner, batch.images.to(ranks.device), loader.vocabulary, settings, loader.data.max_words
             )
@@ -65,7 +74,10 @@ def caption_split(
                 results.append(Result(image_id=image_id, caption=caption))
             bar.advance(len(captions))
     captioner.train(training)
-    results = sorted(ranks.gather(results), key=lambda result: result["image_id"])
+    gathered = ranks.gather([*results, *([None] if left else [])])
+    if None in gathered:
+        return None
+    results = sorted(filter(None, gathered), key=lambda result: result["image_id"])
     captioned = [result["image_id"] for result in results]
     assert captioned == sorted(split.index["image_id"].tolist()), "an image was captioned twice or not at all"
     return results

@@ -1,39 +1,60 @@
 """Start a verb in several processes: profile and surroundings become one `accelerate launch` command."""
 
+import argparse
 import logging
 import os
+import re
 import shlex
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from captionscale import assets
-from captionscale.errors import UserError
+from captionscale.config import Config
+from captionscale.errors import PreemptedError, UserError
+from captionscale.files import cores
 from captionscale.progress import say
 
 _PORT = 29_500
+_OTHERS = ("LOCAL_RANK", "RANK", "OMPI_COMM_WORLD_RANK")
+"""What torchrun, Kubeflow or mpirun set in each process that they start."""
+_LEAVE = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 
 
-def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_run: bool) -> None:
+def launch(
+    command: Sequence[str],
+    *,
+    profile: str,
+    processes: int | None,
+    dry_run: bool,
+    logs: Path | None = None,
+    settings: Config | None = None,
+) -> None:
     """Run `captionscale COMMAND` in every process that the profile asks for, and wait for all of them.
 
-    Inside a SLURM job with several nodes, run once on each node (`srun --ntasks-per-node=1`), it joins them.
+    In a SLURM job with several nodes, run once on each node (`srun --ntasks-per-node=1`), it joins them.
 
     Args:
         command: A verb and its arguments.
         profile: A file, or a name in `launch/`.
         processes: How many over all machines; none: as the profile says.
         dry_run: Print the command instead.
+        logs: Folder that also keeps what each process says; on the terminal each line then names its rank.
+        settings: Of the experiment that the processes would train, if they would.
 
     Raises:
-        UserError: An unknown or unreadable profile, or processes that the machines cannot share evenly.
+        UserError: An unknown or unreadable profile, surroundings that cannot be understood, or processes that
+            the machines or the experiment cannot have.
         SystemExit: A process failed, and has told why; or a signal stopped them all.
     """
     path = assets.find("launch", profile, ".yaml")
-    facts = _read(path)
+    facts = read_profile(path)
     machines, machine, address, port = _surroundings()
     count = processes or int(facts["num_processes"]) * machines
     if count % machines:
@@ -41,33 +62,63 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
             f"--processes {count}: {machines} machines cannot share them evenly;"
             f" wanted a multiple of {machines}; change --processes"
         )
+    here = count // machines
+    cpu = bool(facts.get("use_cpu")) or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if settings:
+        refuse_unfit(settings, count, machines, facts)
+        if not cpu and here * settings.data.workers > cores():
+            say(
+                f"note: {here} processes with data.workers = {settings.data.workers} on {cores()} cores;"
+                f" ask SLURM for --cpus-per-task={here * settings.data.workers}, or lower data.workers"
+            )
     arguments = ["--config_file", str(path), "--num_processes", str(count), "--num_machines", str(machines)]
-    arguments += ["--num_cpu_threads_per_process", str(max(1, _cores() // (count // machines)))]
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    arguments += ["--num_cpu_threads_per_process"]
+    arguments += [threads if threads.isdecimal() else str(max(1, cores() // here))]
     if machines > 1:
         arguments += ["--machine_rank", str(machine), "--main_process_ip", address]
     # Port 0: any free one.
     arguments += ["--main_process_port", str(port)]
-    arguments += ["--module", "captionscale", *command]
-    if not facts.get("use_cpu") and not dry_run:
-        _refuse_missing_gpus(path, count // machines)
     # Accelerate's own launcher knows several processes on CPUs only by MPI; its launcher for GPUs serves
     # both, and each process reads from this variable that it is to stay on the CPU.
-    environment = {"ACCELERATE_USE_CPU": "true"} if facts.get("use_cpu") else {}
+    environment = {"ACCELERATE_USE_CPU": "true"} if cpu else {}
+    if logs:
+        # 3: both streams, to files and to the terminal.
+        arguments += ["--log_dir", str(logs / os.uname().nodename), "--tee", "3"]
+        environment["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
+    arguments += ["--module", "captionscale", *command]
     if dry_run:
         words = [f"{name}={value}" for name, value in environment.items()]
         print(shlex.join([*words, "accelerate", "launch", *arguments]))
         return
+    if _zero(facts) and find_spec("deepspeed") is None:
+        raise UserError(
+            f"{path}: DeepSpeed is not installed, wanted captionscale's extra 'deepspeed';"
+            " pip install 'captionscale[deepspeed]', or take --profile gpu"
+        )
+    if not cpu:
+        _refuse_missing_gpus(path, here)
     os.environ.update(environment)
+    _run(arguments)
+
+
+def _run(arguments: list[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    options = launch_command_parser().parse_args(arguments)
+
     # A process that fails has told why; what the launcher then says of each of the others would bury it.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        launch_command(launch_command_parser().parse_args(arguments))
-    except ChildFailedError:
-        raise SystemExit(1) from None
+        with _passing_signals_on(options) as passed:
+            launch_command(options)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(_ending(0, error.returncode, passed)) from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise SystemExit(_ending(rank, failure.exitcode, passed)) from None
     except SignalException as error:
         # Its processes have been ended; each rank has had the signal too.
         say(
@@ -76,7 +127,69 @@ def launch(command: Sequence[str], *, profile: str, processes: int | None, dry_r
         raise SystemExit(128 + error.sigval) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+@contextmanager
+def _passing_signals_on(options: argparse.Namespace) -> Iterator[list[signal.Signals]]:
+    """Give signals that ask a run to leave to its processes, which then save, and give them all their time.
+
+    torch's launcher would pass them on too, but end after 30 seconds what is still saving.
+
+    Args:
+        options: Of `accelerate launch`; changed.
+
+    Returns:
+        The signals that came so far.
+    """
+    from torch.distributed.elastic.multiprocessing import api
+
+    passed: list[signal.Signals] = []
+
+    def pass_on(number: int, _: object) -> None:
+        again = number == signal.SIGINT in passed
+        passed.append(signal.Signals(number))
+        for process in map(int, Path("/proc/thread-self/children").read_text().split()):
+            # What is in the terminal's own group has had the Ctrl-C already.
+            if again or number != signal.SIGINT or os.getpgid(process) != os.getpgrp():
+                os.kill(process, signal.SIGKILL if again else number)
+
+    options.signals_to_handle = "SIGHUP,SIGQUIT"
+    # One that fails leaves the others waiting for it: SIGTERM would only ask them to save, which they cannot.
+    closing, api._get_default_signal = api._get_default_signal, lambda: signal.SIGKILL
+    handlers = {number: signal.signal(number, pass_on) for number in _LEAVE}
+    try:
+        yield passed
+    finally:
+        api._get_default_signal = closing
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _ending(rank: int, code: int, passed: list[signal.Signals]) -> int:
+    """Return the exit code of a launch whose process of this rank ended first, with this code."""
+    if passed.count(signal.SIGINT) > 1:
+        return 128 + signal.SIGINT
+    if code == PreemptedError.CODE:
+        return code
+    if -code in passed:
+        # It came before the process could take note, while Python started. Nor is it known why it came: srun
+        # sends SIGTERM to the other machines when one has failed, and such a job must not be tried for ever.
+        say(f"captionscale: left for {passed[0].name}; the same command goes on from the last checkpoint")
+        return 128 - code
+    if code < 0:
+        say(
+            f"captionscale: rank {rank} on {os.uname().nodename} was killed by {signal.Signals(-code).name},"
+            " which ends the run; if nobody did so, it may have wanted more memory than there is;"
+            " the same command goes on from the last checkpoint"
+        )
+        return 128 - code
+    return 1
+
+
+def read_profile(path: Path) -> dict[str, Any]:
+    """Return what a launch profile says, such as `num_processes` of a machine.
+
+    Raises:
+        UserError: It is not one.
+    """
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
         if int(facts["num_processes"]) < 1:
@@ -94,24 +207,66 @@ def _surroundings() -> tuple[int, int, str, int]:
     """Return how many machines there are, which one this is, and the address and port of the first.
 
     Raises:
-        UserError: SLURM has given several, but does not say which one this is, or what they are called.
+        UserError: Another launcher is at work, or SLURM has given several machines but not started this
+            process once on each.
     """
-    machines = int(os.environ.get("SLURM_NNODES", 1))
-    if machines == 1:
+    for name in _OTHERS:
+        if name in os.environ:
+            raise UserError(
+                f"{name} = {os.environ[name]}: another launcher has started this process as one of several,"
+                " wanted to be the only one; leave out `captionscale launch --`, or that launcher"
+            )
+    facts = {name.removeprefix("SLURM_"): value for name, value in os.environ.items()}
+    # A step may have fewer machines than its job.
+    machines = int(facts.get("STEP_NUM_NODES", facts.get("JOB_NUM_NODES", "1")))
+    launchers = int(facts.get("STEP_NUM_TASKS", "1"))
+    if machines == launchers == 1:
         return 1, 0, "localhost", 0
-    try:
-        machine, nodes = int(os.environ["SLURM_NODEID"]), os.environ["SLURM_JOB_NODELIST"]
-        # The job's own port: two jobs may share a node.
-        port = _PORT + int(os.environ["SLURM_JOB_ID"]) % 1000
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        )
-    except (KeyError, OSError, subprocess.CalledProcessError) as error:
+    if launchers != machines or "NODEID" not in facts:
         raise UserError(
-            f"SLURM_NNODES = {machines}, but this process cannot find the first of these machines ({error});"
-            " wanted to run once on each; start it by srun --ntasks-per-node=1"
-        ) from None
-    return machines, machine, names.stdout.split()[0], port
+            f"SLURM: {_count(launchers, 'launcher')} on {_count(machines, 'machine')}, wanted one on each;"
+            " start it by srun --ntasks-per-node=1"
+        )
+    # The first of `gpu[01-04,07],cpu3`; `scontrol` would tell, but is not inside a container.
+    first = re.sub(r"\[(\d+)[^]]*\]", r"\1", facts["STEP_NODELIST"]).split(",")[0]
+    # The job's own port: two jobs may share a node.
+    return machines, int(facts["NODEID"]), first, _PORT + int(facts["JOB_ID"]) % 1000
+
+
+def refuse_unfit(settings: Config, count: int, machines: int, profile: Mapping[str, Any]) -> None:
+    """Refuse processes that cannot share the micro-batches of a step.
+
+    Args:
+        settings: The experiment to train.
+        count: Processes over all machines.
+        machines: How many there are.
+        profile: As `read_profile` gives it.
+
+    Raises:
+        UserError: There are too many, or ZeRO would need a number of them that divides the micro-batches.
+    """
+    zero = _zero(profile)
+    batches = settings.train.global_batch // settings.train.micro_batch
+    fitting = [n for n in range(machines, count, machines) if n <= batches and not (zero and batches % n)]
+    if count <= batches and not (zero and batches % count):
+        return
+    cures = [f"take {_count(fitting[-1], 'process')}"] if fitting else []
+    cures += ["lower train.micro_batch" if count > batches else "take --profile gpu"]
+    raise UserError(
+        f"{_count(count, 'process')}: train.global_batch = {settings.train.global_batch} holds"
+        f" {_count(batches, 'micro-batch')} of train.micro_batch = {settings.train.micro_batch},"
+        f" wanted {'a multiple of the processes under ZeRO' if zero else 'at least one for each process'};"
+        f" {', or '.join(cures)}"
+    )
+
+
+def _zero(profile: Mapping[str, Any]) -> bool:
+    return profile.get("distributed_type") == "DEEPSPEED"
+
+
+def _count(number: int, word: str) -> str:
+    plural = word + ("es" if word.endswith(("s", "ch")) else "s")
+    return f"{number} {word if number == 1 else plural}"
 
 
 def _refuse_missing_gpus(profile: Path, processes: int) -> None:
@@ -123,7 +278,3 @@ def _refuse_missing_gpus(profile: Path, processes: int) -> None:
             f"{profile}: {processes} processes on a machine with {found} GPUs, wanted a GPU for each;"
             " pass --processes, or take --profile cpu"
         )
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

@@ -7,10 +7,12 @@ from captionscale.data.loader import Loader
 from captionscale.data.places import open_place
 from captionscale.data.shards import Split
 from captionscale.data.sources import coco
+from captionscale.errors import PreemptedError
 from captionscale.ranks import Ranks
 from captionscale.score.evaluate import Result, caption_split, write_results
 from captionscale.score.metrics import Scores, score
 from captionscale.score.receipt import read_results, write_receipt
+from captionscale.train import preempt
 from captionscale.train.checkpoint import Checkpoint, open_run
 
 
@@ -38,13 +40,15 @@ def score_run(
 
     Raises:
         UserError: No run or split, one without captions, damaged files, or a metric that failed.
+        PreemptedError: A signal asked it to leave while it captioned.
     """
     saved = open_run(run, checkpoint)
     config = saved.config().with_beam(beam)
     split = _open_split(config, shards, split_name)
     split.need_captions("to score against; captionscale caption --split only captions it")
     step = saved.standing.step
-    folder = run / "scores" / f"{split_name}-step-{step:08d}-beam{config.search.beam}"
+    other = f"-of-{split.sha256[:8]}" if shards else ""
+    folder = run / "scores" / f"{split_name}-step-{step:08d}-beam{config.search.beam}{other}"
     place = receipt or folder / "receipt.json"
     results = _caption(saved, config, split)
     if results is None:
@@ -81,6 +85,7 @@ def caption_run(
 
     Raises:
         UserError: No run or split, damaged files, or a place that cannot be written.
+        PreemptedError: A signal asked it to leave while it captioned.
     """
     saved = open_run(run, checkpoint)
     config = saved.config().with_beam(beam)
@@ -97,13 +102,21 @@ def _open_split(config: Config, shards: str | None, name: str) -> Split:
 
 
 def _caption(saved: Checkpoint, config: Config, split: Split) -> list[Result] | None:
-    """Return a split's captions; on ranks other than the first nothing."""
+    """Return a split's captions; on ranks other than the first nothing.
+
+    Raises:
+        PreemptedError: A signal asked this or another rank to leave.
+    """
     loader = Loader(split, saved.vocabulary(), config.data)
-    with Ranks() as ranks:
-        captioner = saved.captioner().to(ranks.device)
-        results = caption_split(captioner, loader, config.search, ranks, f"captioning {split.name}")
+    with preempt.listening(), Ranks() as ranks:
+        captioner, title = saved.captioner().to(ranks.device), f"captioning {split.name}"
+        results = caption_split(captioner, loader, config.search, ranks, title, asked_to_leave=preempt.asked)
         loader.close()
-        return results if ranks.first else None
+        first = ranks.first
+    if results is None:
+        parting = f"{saved.folder}: left before split '{split.name}' was captioned"
+        raise PreemptedError(parting if first else "")
+    return results if first else None
 
 
 def score_file(captions: Path, references: Path, receipt: Path | None) -> Scores:

@@ -2,9 +2,12 @@
 
 A run keeps them in `checkpoints/step-00012000/`: `model.safetensors`, `optimizer.safetensors`, `state.json`
 (step, fingerprint, best score, checksums), `config.toml` and `vocab.json`. Nothing is pickled.
+What is being written, or on its way out, ends in `.tmp`.
 """
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -43,6 +46,8 @@ class Standing:
     """Of the validation split, in `train.score_metric`; negative before the first scoring."""
     best_step: int = 0
     scores_since_best: int = 0
+    unscored: bool = False
+    """Whether the scoring that is due at this step is still to come: preemption broke it off."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """The fp16 loss scaler's state."""
 
@@ -65,7 +70,8 @@ def save(
 ) -> None:
     """Write a checkpoint, then remove those that `train.keep` does not keep.
 
-    It is written beside the others under a passing name, so that a kill or a full disk leaves them whole.
+    It is on the disk before it takes its name, so that a kill, a full disk or a power cut leaves the others
+    whole and never a torn one among them.
 
     Args:
         run: The run's folder.
@@ -80,9 +86,9 @@ def save(
         UserError: The disk refuses.
     """
     folder = _folder(run, standing.step)
-    partial = folder.with_name(folder.name + ".tmp")
+    partial = _passing(folder)
     try:
-        _remove(partial)
+        sweep(run)
         partial.mkdir(parents=True)
         for tensors, name in ((weights, _MODEL), (memory, _OPTIMIZER)):
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
@@ -95,21 +101,34 @@ def save(
             "sha256": {path.name: sha256_of(path) for path in sorted(partial.iterdir())},
         }
         (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        _remove(folder)
+        for path in (*partial.iterdir(), partial):
+            _flush(path)
+        if folder.exists():
+            folder.rename(folder.with_suffix(".old.tmp"))
         partial.rename(folder)
+        for path in (folder.parent, run):
+            _flush(path)
+        # A later one can only be a damaged one that this run was resumed before.
+        earlier = [step for step in steps(run) if step <= standing.step]
+        kept = {*earlier[-config.train.keep :], standing.best_step}
+        for step in steps(run):
+            if step not in kept:
+                _folder(run, step).rename(_passing(_folder(run, step)))
+        sweep(run)
     # Neither a full disk's OSError nor safetensors' own error about it may cost the checkpoints before.
     except Exception as error:
-        _remove(partial)
+        sweep(run)
         raise UserError(
             f"{folder}: cannot be written ({error}); the checkpoints before it are whole;"
             " free the disk and train again with the same --out"
         ) from None
-    # A later one can only be a damaged one that this run was resumed before.
-    earlier = [step for step in steps(run) if step <= standing.step]
-    kept = {*earlier[-config.train.keep :], standing.best_step}
-    for step in steps(run):
-        if step not in kept:
-            _remove(_folder(run, step))
+
+
+def sweep(run: Path) -> None:
+    """Remove what a killed process was writing, and what is no longer kept."""
+    for path in (run / "checkpoints").glob("*.tmp"):
+        # On NFS a folder stays while another process reads in it; the next save tries again.
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def steps(run: Path) -> list[int]:
@@ -143,7 +162,9 @@ class Checkpoint:
     @property
     def standing(self) -> Standing:
         """How far the run was."""
-        return Standing(**{name: self._state[name] for name in Standing.__dataclass_fields__})
+        return Standing(
+            **{name: self._state[name] for name in Standing.__dataclass_fields__ if name in self._state}
+        )
 
     def config(self) -> Config:
         """Return the run's settings."""
@@ -262,9 +283,21 @@ def _folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+def _passing(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".tmp")
+
+
+def _flush(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot do so for folders.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _short(value: Any) -> str:

@@ -15,12 +15,14 @@ from captionscale.data.loader import Batch, Items, Loader
 from captionscale.data.order import Order
 from captionscale.data.places import Remote, open_place
 from captionscale.data.shards import Split
-from captionscale.engine import Engine
+from captionscale.engine import Engine, choose
+from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
 from captionscale.ranks import Ranks
 from captionscale.train import checkpoint
 from captionscale.train.checkpoint import Standing
+from captionscale.train.saving import Saver
 from captionscale.vocab import Vocabulary
 
 
@@ -40,25 +42,21 @@ class Job:
     """What moves the captioner."""
     fingerprint: dict[str, Any]
     standing: Standing
+    saver: Saver
 
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return self.config.train.epochs * self.order.steps_per_epoch
+        return self.config.train.steps or self.config.train.epochs * self.order.steps_per_epoch
 
     def save(self) -> None:
-        """Write a checkpoint of where the run stands."""
+        """Begin to write a checkpoint of where the run stands; it is on the disk after `wait_for_save`."""
         self.standing.scaler = self.engine.scaler_state()
-        self.ranks.on_first(
-            checkpoint.save,
-            self.run,
-            self.standing,
-            self.fingerprint,
-            self.captioner.state_dict(),
-            self.engine.memory(),
-            self.config,
-            self.vocabulary,
-        )
+        self.ranks.on_first(self.saver.save, self.standing, self.captioner.state_dict(), self.engine.memory())
+
+    def wait_for_save(self) -> None:
+        """Return when the last checkpoint is on the disk."""
+        self.ranks.on_first(self.saver.wait)
 
     def shares(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
         """Yield the steps to come, each with the micro-batches that this rank does, by their numbers."""
@@ -66,6 +64,13 @@ class Job:
         batches = self.loader.ahead(self._requests(steps))
         for step in steps:
             yield step, [(number, next(batches)) for number, _ in self._micro_batches(step)]
+
+    def shards(self, step: int, rank: int) -> list[str]:
+        """Return the names of the shards that a rank reads for a step."""
+        split = self.loader.split
+        work = self.order.micro_batches(step, rank, self.ranks.size)
+        rows = {int(row) for _, items in work for row in split.index["shard"][items]}
+        return [split.facts.shards[row].name for row in sorted(rows)]
 
     def _requests(self, steps: range) -> Iterator[tuple[Items, int]]:
         for step in steps:
@@ -90,20 +95,15 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     """
     settings, data = config.train, config.data
     place = open_place(data.shards, data.cache, data.cache_gb)
-    if isinstance(place, Remote) and ranks.first:
-        say(f"shards of {place} are kept in {place.cache}")
     split, val_split = Split(place, data.train_split), Split(place, data.val_split)
     for each in (split, val_split):
         ranks.on_first(each.need_captions, "to train; pack the data set with its captions")
-    order = Order(
-        tuple(split.shard_sizes.tolist()),
-        config.seed,
-        settings.global_batch,
-        settings.micro_batch,
-        config.data.shuffle_shards,
-    )
+    order = order_of(split, config)
+    if isinstance(place, Remote):
+        ranks.on_first(_tell_of_cache, place, split, order, data)
     # All ranks would be refused alike; the first one says so.
     ranks.on_first(order.micro_batches, 0, 0, ranks.size)
+    ranks.on_first(_refuse_uneven, order, ranks)
     vocabulary = ranks.on_first(_build_vocabulary, split, config)
     loader = Loader(split, vocabulary, data, config.seed)
     val_loader = Loader(val_split, vocabulary, data)
@@ -120,12 +120,21 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     captioner.to(ranks.device).train()
     if saved is not None:
         captioner.load_state_dict(saved.weights())
-    engine = Engine(ranks, captioner, _optimizer(captioner, settings), settings.clip_norm)
+    engine = choose(
+        ranks,
+        captioner,
+        _optimizer(captioner, settings),
+        settings.clip_norm,
+        compress=settings.compress_gradients,
+    )
     standing = Standing()
     if saved is not None:
         standing = saved.standing
         engine.load_memory(saved.memory())
         engine.load_scaler_state(standing.scaler)
+    saver = Saver(run, config, vocabulary, fingerprint)
+    stack.callback(saver.close)
+    ranks.on_first(saver.reserve, captioner)
     return Job(
         config,
         run,
@@ -138,7 +147,41 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
         engine,
         fingerprint,
         standing,
+        saver,
     )
+
+
+def order_of(split: Split, config: Config) -> Order:
+    """Return the order in which an experiment learns from a split.
+
+    Raises:
+        UserError: Too few samples for its batches.
+    """
+    sizes, train = tuple(split.shard_sizes.tolist()), config.train
+    return Order(sizes, config.seed, train.global_batch, train.micro_batch, config.data.shuffle_shards)
+
+
+def _refuse_uneven(order: Order, ranks: Ranks) -> None:
+    # ZeRO-2 sums gradients in each backward pass, so that each rank must do as many as the others.
+    if ranks.zero is not None and order.streams % ranks.size:
+        raise UserError(
+            f"train.global_batch = {order.global_batch} holds {order.streams} micro-batches of"
+            f" train.micro_batch = {order.micro_batch}, which {ranks.size} processes cannot share evenly, as"
+            " ZeRO wants; start a number of processes that divides them, or take --profile gpu"
+        )
+
+
+def _tell_of_cache(place: Remote, split: Split, order: Order, data: configs.Data) -> None:
+    say(f"shards of {place} are kept in {place.cache}")
+    # What all streams shuffle at a time; a node among several reads only its part of them.
+    shards = min(len(split.facts.shards), order.streams * data.shuffle_shards)
+    needed_gb = shards * max(shard.size_bytes for shard in split.facts.shards) / 1e9
+    if needed_gb > data.cache_gb:
+        say(
+            f"warning: data.cache_gb = {data.cache_gb:g}, but the {shards:,} shards that are read at a time"
+            f" take {needed_gb:.3g} GB; with less room on one node they are downloaded again and again; raise"
+            " it"
+        )
 
 
 def _build_vocabulary(split: Split, config: Config) -> Vocabulary:

@@ -1,6 +1,7 @@
 """What a run leaves to read: `log.jsonl` for programs, TensorBoard for curves."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ class Log:
     def close(self) -> None:
         """Write what is buffered."""
         self._board.close()
+
+
+def figures(run: Path, key: str, since: float = 0) -> dict[int, float]:
+    """Return one figure of a run's log by step; the run may be at work, and its last line torn.
+
+    Args:
+        run: The run's folder.
+        key: As `Log.write` was given it.
+        since: A time of `time.time`: nothing is told of a log that was not written after it. A run that goes
+            on first takes out what the one before did in vain.
+    """
+    found: dict[int, float] = {}
+    path = run / LOG
+    with suppress(FileNotFoundError):
+        if path.stat().st_mtime < since:
+            return found
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                values = json.loads(line)
+                if key in values:
+                    found[values["step"]] = values[key]
+    return found
 
 
 def _step_of(line: str) -> float:

@@ -1,12 +1,14 @@
 import os
 import shlex
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
+from captionscale import config
 from captionscale.errors import UserError
 from captionscale.tools.launcher import launch
 
@@ -17,27 +19,29 @@ VERB = ["train", "quickstart", "--out", "a run", "--set", "train.lr=2e-4"]
 def _outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
+    for name in ("OMP_NUM_THREADS", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The third of four machines of a SLURM job, whose `scontrol` can name them."""
-    scontrol = tmp_path / "bin" / "scontrol"
-    scontrol.parent.mkdir()
-    scontrol.write_text('#!/bin/sh\ntest "$*" = "show hostnames gpu[01-04]" && printf "gpu0%d\\n" 1 2 3 4\n')
-    scontrol.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
-    for name, value in (("NNODES", "4"), ("NODEID", "2"), ("JOB_NODELIST", "gpu[01-04]"), ("JOB_ID", "7")):
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    return scontrol
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Set SLURM's variables; at first those of the third of four machines."""
+
+    def put(**variables: str) -> None:
+        for name, value in variables.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+
+    put(JOB_ID="7", JOB_NUM_NODES="4", NODEID="2", STEP_NUM_NODES="4", STEP_NUM_TASKS="4")
+    put(STEP_NODELIST="gpu[01-02,11-12]")
+    return put
 
 
 @pytest.fixture
 def dry_run(capsys: pytest.CaptureFixture[str]):
     """Return the environment of a launch and its arguments, as Accelerate understands them."""
 
-    def run(profile: str | Path = "cpu", processes: int | None = None):
-        launch(VERB, profile=str(profile), processes=processes, dry_run=True)
+    def run(profile: str | Path = "cpu", processes: int | None = None, **more):
+        launch(VERB, profile=str(profile), processes=processes, dry_run=True, **more)
         words = shlex.split(capsys.readouterr().out)
         start = words.index("accelerate")
         assert words[start : start + 2] == ["accelerate", "launch"]
@@ -92,10 +96,58 @@ def test_in_a_slurm_job_the_machines_meet_at_the_first(dry_run) -> None:
     assert arguments.main_process_port == 29507
 
 
-def test_in_a_slurm_job_of_one_machine_nothing_is_asked_of_slurm(dry_run, slurm, monkeypatch) -> None:
-    slurm.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
-    monkeypatch.setenv("SLURM_NNODES", "1")
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("a,b", "a"),
+        ("n[08-10]", "n08"),
+        ("r[1-2]n[3,5]-ib,x", "r1n3-ib"),
+        ("gpu-1,n[1-2]", "gpu-1"),
+    ],
+)
+def test_the_first_machine_is_found_in_any_list_that_slurm_writes(dry_run, slurm, nodes, first) -> None:
+    slurm(STEP_NODELIST=nodes)
+    assert dry_run()[1].main_process_ip == first
+
+
+# Such as `salloc --nodes=4`, then `srun --nodes=1 captionscale launch`.
+def test_a_step_smaller_than_its_job_has_only_its_own_machines(dry_run, slurm) -> None:
+    slurm(STEP_NUM_NODES="2", STEP_NUM_TASKS="2", STEP_NODELIST="gpu[11-12]", NODEID="1")
+    _, arguments = dry_run()
+    assert (arguments.num_machines, arguments.machine_rank, arguments.main_process_ip) == (2, 1, "gpu11")
+    slurm(STEP_NUM_NODES="1", STEP_NUM_TASKS="1", STEP_NODELIST="gpu11", NODEID="0")
+    assert (dry_run()[1].num_machines, dry_run()[1].main_process_port) == (1, 0)
+
+
+def test_in_the_batch_script_of_one_machine_there_is_no_step(dry_run, slurm, monkeypatch) -> None:
+    for name in ("STEP_NUM_NODES", "STEP_NUM_TASKS", "STEP_NODELIST"):
+        monkeypatch.delenv(f"SLURM_{name}")
+    slurm(JOB_NUM_NODES="1", NODEID="0")
     assert dry_run()[1].num_machines == 1
+    slurm(JOB_NUM_NODES="2")
+    with pytest.raises(UserError) as caught:
+        dry_run()
+    assert str(caught.value) == (
+        "SLURM: 1 launcher on 2 machines, wanted one on each; start it by srun --ntasks-per-node=1"
+    )
+
+
+def test_a_launcher_for_each_gpu_is_refused(dry_run, slurm) -> None:
+    slurm(STEP_NUM_TASKS="32")
+    with pytest.raises(UserError, match=r"^SLURM: 32 launchers on 4 machines, wanted one on each"):
+        dry_run()
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK"])
+def test_under_another_launcher_it_is_refused(dry_run, monkeypatch, name) -> None:
+    monkeypatch.setenv(name, "3")
+    with pytest.raises(UserError) as caught:
+        dry_run()
+    assert str(caught.value) == (
+        f"{name} = 3: another launcher has started this process as one of several, wanted to be the only one;"
+        " leave out `captionscale launch --`, or that launcher"
+    )
 
 
 @pytest.mark.usefixtures("slurm")
@@ -108,19 +160,71 @@ def test_processes_are_counted_over_all_machines(dry_run) -> None:
     )
 
 
+def settings(*changes: str) -> config.Config:
+    """Those of an experiment with 16 micro-batches in a step."""
+    return config.load("attention", ["train.global_batch=256", "train.micro_batch=16", *changes])
+
+
+@pytest.mark.parametrize(
+    ("profile", "processes", "ending"),
+    [
+        ("gpu", 17, "wanted at least one for each process; take 16 processes, or lower train.micro_batch"),
+        (
+            "zero2",
+            3,
+            "wanted a multiple of the processes under ZeRO; take 2 processes, or take --profile gpu",
+        ),
+        (
+            "zero2",
+            32,
+            "wanted a multiple of the processes under ZeRO; take 16 processes, or lower train.micro_batch",
+        ),
+    ],
+)
+def test_processes_that_cannot_share_a_step_are_refused(dry_run, profile, processes, ending) -> None:
+    with pytest.raises(UserError) as caught:
+        dry_run(profile, processes, settings=settings())
+    assert str(caught.value) == (
+        f"{processes} processes: train.global_batch = 256 holds 16 micro-batches of train.micro_batch = 16,"
+        f" {ending}"
+    )
+
+
+@pytest.mark.parametrize(("profile", "processes"), [("gpu", 16), ("gpu", 3), ("zero2", 8)])
+def test_processes_that_can_share_a_step_are_not(dry_run, profile, processes) -> None:
+    assert dry_run(profile, processes, settings=settings())[1].num_processes == processes
+
+
 @pytest.mark.usefixtures("slurm")
-@pytest.mark.parametrize("missing", ["SLURM_NODEID", "SLURM_JOB_NODELIST", "scontrol", "nodes"])
-def test_a_slurm_job_that_cannot_be_understood_is_refused(dry_run, monkeypatch, missing) -> None:
-    if missing == "scontrol":
-        monkeypatch.setenv("PATH", "")
-    elif missing == "nodes":
-        monkeypatch.setenv("SLURM_JOB_NODELIST", "elsewhere")
-    else:
-        monkeypatch.delenv(missing)
+def test_the_cure_fits_the_machines(dry_run) -> None:
+    with pytest.raises(UserError, match="; take 16 processes, or lower"):
+        dry_run("gpu", settings=settings())
     with pytest.raises(
-        UserError, match=r"^SLURM_NNODES = 4, .*; wanted .*; start it by srun --ntasks-per-node=1$"
+        UserError, match=r"holds 3 micro-batches .* for each process; lower train.micro_batch$"
     ):
-        dry_run()
+        dry_run("gpu", 4, settings=settings("train.global_batch=48"))
+
+
+def test_more_decoding_threads_than_cores_are_noted(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for workers in (2, 4):
+        launch(VERB, profile="gpu", processes=8, dry_run=True, settings=settings(f"data.workers={workers}"))
+    assert capsys.readouterr().err == (
+        "note: 8 processes with data.workers = 4 on 16 cores; ask SLURM for --cpus-per-task=32,"
+        " or lower data.workers\n"
+    )
+
+
+def test_threads_that_the_user_chose_are_kept(dry_run, monkeypatch) -> None:
+    for chosen, threads in (("3", 3), ("2,1", 1)):
+        monkeypatch.setenv("OMP_NUM_THREADS", chosen)
+        assert dry_run(processes=64)[1].num_cpu_threads_per_process == threads
+
+
+def test_logs_are_kept_beside_what_the_terminal_shows(dry_run, tmp_path) -> None:
+    environment, arguments = dry_run(logs=tmp_path)
+    assert (arguments.log_dir, arguments.tee) == (str(tmp_path / os.uname().nodename), "3")
+    assert "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=[rank ${rank}] " in environment
 
 
 @pytest.mark.parametrize(

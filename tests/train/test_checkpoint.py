@@ -1,5 +1,11 @@
-import errno
+import copy
+import resource
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,8 @@ from captionscale.model.captioner import Captioner
 from captionscale.ranks import Ranks
 from captionscale.train import checkpoint
 from captionscale.train.checkpoint import Standing
+from captionscale.train.loop import train
+from captionscale.train.saving import Saver
 from captionscale.vocab import SPECIALS, Vocabulary
 
 VOCABULARY = Vocabulary((*SPECIALS, "a", "dog"))
@@ -36,15 +44,15 @@ def config(tmp_path: Path) -> Config:
     return tiny(tmp_path, tmp_path / "no shards are read here")
 
 
-def _save(run: Path, config: Config, step: int, **standing: Any) -> tuple[Captioner, Engine]:
-    model, engine = _moved(config)
-    tensors = model.state_dict(), engine.memory()
-    checkpoint.save(run, Standing(step=step, **standing), {"seed": 0}, *tensors, config, VOCABULARY)
-    return model, engine
+def _save(run: Path, config: Config, step: int, **standing: Any) -> None:
+    small = {"a": torch.rand(9)}
+    checkpoint.save(run, Standing(step=step, **standing), {"seed": 0}, small, small, config, VOCABULARY)
 
 
 def test_a_restored_model_and_engine_take_the_same_next_step(tmp_path: Path, config: Config) -> None:
-    model, engine = _save(tmp_path, config, 7)
+    model, engine = _moved(config)
+    tensors = model.state_dict(), engine.memory()
+    checkpoint.save(tmp_path, Standing(step=7), {"seed": 0}, *tensors, config, VOCABULARY)
     other, other_engine = _moved(config)
     saved = checkpoint.newest(tmp_path, pytest.fail)
     assert saved is not None
@@ -97,6 +105,16 @@ def test_saving_before_a_damaged_checkpoint_keeps_what_is_saved(tmp_path: Path, 
     assert checkpoint.steps(tmp_path) == [2, 3]
 
 
+def test_a_step_that_is_saved_again_takes_the_place_of_the_damaged_one(
+    tmp_path: Path, config: Config
+) -> None:
+    _save(tmp_path, config, 1)
+    (tmp_path / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"")
+    _save(tmp_path, config, 1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert checkpoint.newest(tmp_path, pytest.fail) is not None
+
+
 def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_captioning(
     tmp_path: Path, config: Config
 ) -> None:
@@ -113,19 +131,161 @@ def test_a_run_of_damaged_checkpoints_is_not_silently_started_again(tmp_path: Pa
         checkpoint.newest(tmp_path, lambda _: None)
 
 
-def test_a_full_disk_costs_no_earlier_checkpoint(
-    tmp_path: Path, config: Config, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def _largest_file(size: int) -> Iterator[None]:
+    """Let the system refuse to write on in a larger file, as it does on a full disk."""
+    own, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (own, most))
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "config.toml", "vocab.json", "state.json"]
+
+
+@pytest.mark.parametrize("refused", FILES)
+def test_a_disk_that_is_full_at_any_write_costs_no_earlier_checkpoint(
+    tmp_path: Path, config: Config, refused: str
 ) -> None:
-    _save(tmp_path, config, 1)
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UserError, match=r"No space left on device.*the checkpoints before it are whole"):
-        _save(tmp_path, config, 2)
+    large, words = "x" * 100_000, VOCABULARY.words
+    tensors = [{"a": torch.ones(25_000 if name == refused else 1)} for name in FILES[:2]]
+    if refused == "config.toml":
+        config = config.model_copy(update={"data": config.data.model_copy(update={"shards": large})})
+    if refused == "vocab.json":
+        words += (large,)
+    fingerprint = {"seed": large} if refused == "state.json" else {}
+    saver = Saver(tmp_path, config, Vocabulary(words), fingerprint)
+    saver.save(Standing(step=1), *tensors)
+    saver.wait()
+    with _largest_file(99_999):
+        saver.save(Standing(step=2), *tensors)
+        with pytest.raises(UserError, match=r"step-00000002: cannot be written .*File too large.*before it"):
+            saver.wait()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    # The disk was freed meanwhile.
+    saver.save(Standing(step=3), *tensors)
+    saver.wait()
+    assert checkpoint.steps(tmp_path) == [1, 3]
     assert checkpoint.newest(tmp_path, pytest.fail) is not None
+
+
+def test_what_is_saved_is_what_was_at_that_moment_and_a_save_waits_for_the_one_before(
+    tmp_path: Path, config: Config
+) -> None:
+    # So large that a disk takes its time; channels-last, a single number, an empty one and one of two bytes.
+    weights = {
+        "large": torch.zeros(40_000_000),
+        "image": torch.rand(2, 3, 5, 7).contiguous(memory_format=torch.channels_last),
+        "count": torch.tensor(7),
+        "half": torch.rand(3).bfloat16(),
+    }
+    memory = {"none": torch.empty(0), "row": torch.arange(12.0).view(3, 4).T}
+    saver, standing = Saver(tmp_path, config, VOCABULARY, {}), Standing(scaler={"scale": 0.0})
+    expected = []
+    for step, there in ((1, []), (2, [1])):
+        standing.step = step
+        tensors = {name: tensor.clone() for name, tensor in (weights | memory).items()}
+        expected.append((copy.deepcopy(standing), tensors))
+        saver.save(standing, weights, memory)
+        # Training goes on.
+        standing.step, standing.best_score, standing.scaler["scale"] = 99, 0.5, float(step)
+        for tensor in (weights | memory).values():
+            tensor += 1
+        assert checkpoint.steps(tmp_path) == there, "the one before, not yet this one"
+    saver.wait()
+    for before, tensors in expected:
+        saved = checkpoint.open_run(tmp_path, str(before.step))
+        read = saved.weights() | saved.memory()
+        assert saved.standing == before
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    times = saver.written()
+    assert list(times) == [1, 2]
+    assert times[2]["save_wait_s"] > 0.5 * times[1]["save_s"]
+    assert saver.written() == {}
+
+
+def test_what_could_not_be_written_is_told_once_at_the_next_look_or_save_or_at_the_end(
+    tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saver, tensors = Saver(tmp_path, config, VOCABULARY, {}), ({"a": torch.ones(1)}, {})
+    (tmp_path / "checkpoints").write_text("a file where a folder is wanted")
+    refusal = "step-00000001: cannot be written"
+
+    def look(seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            assert saver.written() == {}
+
+    saver.save(Standing(step=1), *tensors)
+    with pytest.raises(UserError, match=refusal):
+        look(30)
+    assert saver.written() == {}
+    saver.save(Standing(step=1), *tensors)
+    with pytest.raises(UserError, match=refusal):
+        saver.save(Standing(step=2), *tensors)
+    saver.save(Standing(step=1), *tensors)
+    # It may be that another error ends the run, which this one must not hide.
+    saver.close()
+    assert "warning: " in capsys.readouterr().err
+
+
+def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(
+    tmp_path: Path, config: Config
+) -> None:
+    program = """if True:
+        import sys, torch
+        from pathlib import Path
+        from captionscale import config
+        from captionscale.train.checkpoint import Standing
+        from captionscale.train.saving import Saver
+        from captionscale.vocab import SPECIALS, Vocabulary
+        run = Path(sys.argv[1])
+        saver = Saver(run, config.load(run / "experiment.toml"), Vocabulary(SPECIALS), {})
+        for step in range(1, 1000):
+            saver.save(Standing(step=step), {"a": torch.full([20_000_000], step)}, {})
+    """
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    torn = tmp_path / "checkpoints" / "step-00000003.tmp" / "model.safetensors"
+    while not torn.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert torn.exists(), "it was killed too late"
+    saved = checkpoint.newest(tmp_path, pytest.fail)
+    assert saved is not None
+    assert saved.standing.step == 2
+    assert torch.equal(saved.weights()["a"], torch.full([20_000_000], 2))
+    Saver(tmp_path, config, VOCABULARY, {}).reserve(Captioner(config.model, len(VOCABULARY)))
+    assert not torn.exists()
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_a_disk_that_cannot_hold_what_is_kept_is_refused_before_training(
+    packed: Path, tmp_path: Path
+) -> None:
+    refusal = r"GB are free, wanted .* GB more for 1,000,000,002 checkpoints of 0\.\d\d GB"
+    with pytest.raises(UserError, match=refusal) as caught:
+        train(tiny(tmp_path, packed, "train.keep=1000000000"), tmp_path / "run")
+    assert "lower train.keep, or take --out elsewhere" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_reserved_is_what_a_save_takes(tmp_path: Path, config: Config) -> None:
+    model, engine = _moved(config)
+    saver = Saver(tmp_path, config, VOCABULARY, {})
+    saver.reserve(model)
+    reserved = saver._buffer.data_ptr(), len(saver._buffer)
+    saver.save(Standing(step=1), model.state_dict(), engine.memory())
+    saver.wait()
+    assert (saver._buffer.data_ptr(), len(saver._buffer)) == reserved
+    files = (tmp_path / "checkpoints").glob("*/*.safetensors")
+    assert sum(path.stat().st_size for path in files) == pytest.approx(reserved[1], rel=0.01)
 
 
 def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path: Path, config: Config) -> None:

@@ -27,11 +27,13 @@ class Way:
         name: What a table calls it.
         run: Does it once.
         count: Things that a run does.
+        after: Ends what a run has left going on; it is not measured.
     """
 
     name: str
     run: Callable[[], object]
     count: int
+    after: Callable[[], object] = lambda: None
 
 
 @dataclass
@@ -68,6 +70,32 @@ class Heat:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Sheet:
+    """A table of other figures than a race's.
+
+    Attributes:
+        title: What was measured.
+        columns: Their names, with units.
+        rows: A value for each column.
+        notes: What else was found, a sentence each.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: list[Sequence[str | int | float]]
+    notes: list[str] = field(default_factory=list)
+
+    def print(self, out: Console) -> None:
+        """Print it for people."""
+        table = Table(title=self.title, title_justify="left", caption="\n".join(self.notes) or None)
+        for name in self.columns:
+            table.add_column(name, justify="left" if name == self.columns[0] else "right")
+        for row in self.rows:
+            table.add_row(*(value if isinstance(value, str) else f"{value:,}" for value in row))
+        out.print(table)
+
+
 def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: bool = False) -> Heat:
     """Run ways A B A B ... and compare them round by round, so that a slow minute slows all of them.
 
@@ -86,6 +114,7 @@ def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: boo
                 cpu, wall = _cpu(), time.perf_counter()
                 way.run()
                 wall, cpu = time.perf_counter() - wall, _cpu() - cpu
+                way.after()
                 if turn:
                     seconds[way.name].append((wall, cpu))
                 bar.advance()
@@ -100,7 +129,7 @@ def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: boo
     return Heat(title, unit, lanes)
 
 
-def show(heats: Sequence[Heat], *, as_json: bool) -> None:
+def show(heats: Sequence[Heat | Sheet], *, as_json: bool) -> None:
     """Print what was measured, for people or for machines."""
     machine = {
         "processor": _processor(),
@@ -113,6 +142,9 @@ def show(heats: Sequence[Heat], *, as_json: bool) -> None:
         return
     out = Console(highlight=False)
     for heat in heats:
+        if isinstance(heat, Sheet):
+            heat.print(out)
+            continue
         table = Table(title=heat.title, title_justify="left", caption="\n".join(heat.notes) or None)
         table.add_column("way")
         for name in (f"{heat.unit}/s", f"CPU ms/{heat.unit.removesuffix('s')}", "ours is ... times as fast"):

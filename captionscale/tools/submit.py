@@ -1,0 +1,107 @@
+"""Train as a SLURM job: one script made from those in `slurm/`, kept in the run's folder, given to sbatch."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from captionscale import assets
+from captionscale import config as configs
+from captionscale.config import Config
+from captionscale.errors import UserError
+from captionscale.files import atomic
+from captionscale.tools.launcher import read_profile, refuse_unfit
+
+_SOURCE = re.compile(r"^source slurm/(\S+)\n", re.MULTILINE)
+
+
+def submit(
+    settings: Config,
+    run: Path,
+    *,
+    nodes: int,
+    gpus: int | None,
+    time: str | None,
+    profile: str,
+    dry_run: bool,
+) -> None:
+    """Write a run's job, `job.sbatch` and `job.toml` in its folder, submit it, and say how to follow it.
+
+    Both hold all that the job reads: what changes in the checkout does not change a job that goes on later.
+
+    Args:
+        settings: The experiment.
+        run: Folder of the run, which is made.
+        nodes: How many machines.
+        gpus: Of each; none: the job asks for none.
+        time: As sbatch writes it, such as `4:00:00`; none: the partition's.
+        profile: A file, or a name in `launch/`.
+        dry_run: Print the job instead.
+
+    Raises:
+        UserError: No SLURM here, or it refuses the job; more processes than the experiment can have; or a
+            folder that cannot be written.
+    """
+    facts = read_profile(assets.find("launch", profile, ".yaml"))
+    refuse_unfit(settings, nodes * (gpus or int(facts["num_processes"])), nodes, facts)
+    options = [f"--job-name={run.name}", f"--nodes={nodes}", f"--output={run / 'logs' / '%j.log'}"]
+    options += [f"--gpus-per-node={gpus}"] if gpus else []
+    options += [f"--time={time}"] if time else []
+    job, experiment = run / "job.sbatch", run / "job.toml"
+    script = _script("multi_node" if nodes > 1 else "single_node", options, profile, experiment, run)
+    if dry_run:
+        print(script, end="")
+        return
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            "sbatch: not found, wanted a machine from which SLURM takes jobs; log in there,"
+            " or train here: captionscale launch"
+        )
+    # SLURM does not make the folder of a job's log: the job would just vanish.
+    (run / "logs").mkdir(parents=True, exist_ok=True)
+    for path, text in ((experiment, configs.dumps(settings)), (job, script)):
+        with atomic(path) as file:
+            file.write(text.encode())
+    number = _sbatch(job)
+    print(f"job {number}, written to {job}, which `sbatch {shlex.quote(str(job))}` submits again")
+    print(f"follow it:          tail -F {shlex.quote(str(run / 'logs' / number))}.log")
+    print(f"where it stands:    squeue --job={number}")
+    print(f"save and requeue:   scancel --signal=USR1 {number}")
+    print(f"save and stop:      scancel {number}")
+
+
+def _script(name: str, options: list[str], profile: str, experiment: Path, run: Path) -> str:
+    """Return a script of `slurm/` with what it sources, its arguments and more options in it."""
+    folder = assets.folder("slurm")
+    text = (folder / f"{name}.sbatch").read_text(encoding="utf-8")
+    while found := _SOURCE.search(text):
+        text = text[: found.start()] + (folder / found[1]).read_text(encoding="utf-8") + text[found.end() :]
+    lines = text.splitlines()
+    # Of two options that differ, sbatch takes the later one, and looks no further than the first command.
+    start = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH")) + 1
+    said = shlex.join(["captionscale", *sys.argv[1:]])
+    ours = [
+        f"# Written by: {said}",
+        *(f"#SBATCH {shlex.quote(option)}" for option in options),
+        shlex.join(["set", "--", str(experiment), str(run)]),
+        shlex.join(["export", f"CAPTIONSCALE_PROFILE={profile}", f"CAPTIONSCALE_LOGS={run / 'logs'}"]),
+        # Also where the cluster does not hand on the environment of who submits.
+        f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"',
+    ]
+    return "\n".join([*lines[:start], *ours, *lines[start:], ""])
+
+
+def _sbatch(job: Path) -> str:
+    """Submit a script as `site.sh` wants it, and return the job's number."""
+    site = assets.folder("slurm") / "site.sh"
+    command = 'source "$0" >/dev/null 2>&1; exec sbatch --parsable "$1"'
+    done = subprocess.run(
+        ["bash", "-c", command, str(site), str(job)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        found = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"{job}: sbatch refuses ({found}); correct the options, or {site}")
+    # With several clusters: 123;name.
+    return done.stdout.strip().partition(";")[0]

@@ -1,0 +1,100 @@
+"""Preemption: a signal, or the end of the SLURM job's time, asks a run to save and leave.
+
+A handler only takes note. Loops ask between two pieces of work, and all ranks agree before any of them
+leaves. A run that left ends with `PreemptedError.CODE`, on which the batch scripts in `slurm/` requeue the
+job: from inside a container no process could.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from captionscale.errors import PreemptedError, UserError
+
+END_OF_TIME = "end of the job's time"
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass
+class _State:
+    leave_at: float = float("inf")
+    """Seconds since the epoch."""
+    reason: str = ""
+    since: float = 0.0
+    """Of the monotonic clock."""
+    parting: str | None = None
+
+
+_state = _State()
+
+
+@contextmanager
+def listening(grace_s: float = 10.0) -> Iterator[None]:
+    """Take note of SIGUSR1, SIGTERM, a first Ctrl-C, and the end of the job's time; a second Ctrl-C ends all.
+
+    Args:
+        grace_s: How long before the end of the time to leave.
+
+    Raises:
+        UserError: There is no more time than that.
+        PreemptedError: The run has left, as `leave` told.
+    """
+    global _state
+    _state = _State(leave_at=_end_of_time() - grace_s)
+    if (left := _state.leave_at - time.time()) <= 0:
+        raise UserError(
+            f"SLURM_JOB_END_TIME: {left + grace_s:,.0f} s left in this job, wanted more than the"
+            f" {grace_s:g} s in which it saves; ask for more --time, or lower train.grace_s"
+        )
+    handlers = [signal.signal(number, _take_note) for number in SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(SIGNALS, handlers, strict=True):
+            signal.signal(number, handler)
+        parting, _state = _state.parting, _State()
+    if parting is not None:
+        raise PreemptedError(parting)
+
+
+def asked() -> bool:
+    """Return whether this process has been asked to leave."""
+    if not _state.reason and time.time() >= _state.leave_at:
+        _ask(END_OF_TIME)
+    return bool(_state.reason)
+
+
+def notice() -> tuple[float, str]:
+    """Return how many seconds ago this process was asked to leave, and by what; if it was not, 0 and ''."""
+    return (time.monotonic() - _state.since, _state.reason) if asked() else (0.0, "")
+
+
+def leave(parting: str) -> None:
+    """Say that this process goes before its work is done; whoever listens then ends it with its own code.
+
+    Args:
+        parting: What is kept, for the user; nothing on ranks other than the first, which leave in silence.
+    """
+    _state.parting = parting
+
+
+def _take_note(number: int, _: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    if name == _state.reason == signal.SIGINT.name:
+        raise KeyboardInterrupt
+    if not _state.reason:
+        _ask(name)
+
+
+def _ask(reason: str) -> None:
+    _state.reason, _state.since = reason, time.monotonic()
+
+
+def _end_of_time() -> float:
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    # 0, or a word: no limit.
+    return float(text) if text.isdecimal() and int(text) else float("inf")

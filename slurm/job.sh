@@ -1,0 +1,47 @@
+# What the jobs have in common; each .sbatch file sources it, from the folder that sbatch was called in.
+source slurm/site.sh
+# Not before: what a site loads is seldom written for these.
+set -euo pipefail
+
+# Older SLURM does not say when the job's time is over, and a run that knows saves before.
+if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
+    end="$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e)"
+    export SLURM_JOB_END_TIME="$(date --date="$end" +%s 2>/dev/null || echo 0)"
+fi
+logs="${CAPTIONSCALE_LOGS:-captionscale-logs}/$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+
+# Run something once on each node, in the site's container if it has one. When it ends on one, it has ten seconds to
+# end on the others: over NCCL they would wait for the one that failed, and --kill-on-bad-exit leaves no time to save.
+on_nodes() {
+    srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --wait=10 "${srun_options[@]}" "${inside[@]}" "$@"
+}
+
+# Run a verb in every process of the job: a launcher on each node starts the node's. Asked to leave, it saves and
+# ends with code 75: the job then goes back into the queue and on by itself.
+launch() {
+    local processes=() code=0
+    if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
+        processes=(--processes $((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES)))
+    fi
+    on_nodes captionscale launch --profile "$CAPTIONSCALE_PROFILE" "${processes[@]}" --logs "$logs" -- "$@" || code=$?
+    # 138: USR1 came before it could listen.
+    if ((code == 75 || code == 138)); then requeue "left"; fi
+    return "$code"
+}
+
+# Train: experiment, folder of the run, changes.
+train() {
+    local config="$1" run="$2" code=0 before
+    before="$(newest "$run")"
+    launch train "$config" --out "$run" "${@:3}" || code=$?
+    # Above 128 a process was killed; without a checkpoint since the start it would only be killed again.
+    if ((code > 128)) && [[ $(newest "$run") != "$before" ]]; then requeue "hit, with code $code"; fi
+    exit "$code"
+}
+
+newest() { find "$1/checkpoints" -name 'step-*[0-9]' 2>/dev/null | sort | tail -n 1 || true; }
+
+requeue() {
+    echo "job $SLURM_JOB_ID: $1 after ${SLURM_RESTART_COUNT:-0} restarts; it goes back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+}

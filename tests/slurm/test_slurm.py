@@ -1,0 +1,241 @@
+"""Jobs as users submit them, on a real SLURM cluster of two nodes; `cluster.sh` starts and stops it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from experiment import greatest_difference, losses, tiny, weights
+
+from captionscale.data.packing import Options, pack
+from captionscale.data.sources import coco
+from captionscale.train import checkpoint
+from captionscale.train.loop import train
+
+CHECKOUT = Path(__file__).parents[2]
+CLUSTER = Path(__file__).with_name("cluster.sh")
+TOLERANCE = 1e-5
+# 60 steps of a tenth of a second, small checkpoints: there is always time to hit a run in its middle.
+CHANGES = (
+    "model.encoder.name=mobilenet_v2",
+    'model.encoder.trainable=["features.18"]',
+    "train.epochs=20",
+    "train.save_every=3",
+    "train.score_every=30",
+)
+GRACE_S = 25
+
+Slurm = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """A cluster, by what runs its commands."""
+    if missing := [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name) is None]:
+        pytest.skip(f"needs {', '.join(missing)}: apt-get install slurm-wlm munge")
+    if os.geteuid():
+        pytest.skip("needs root, to start SLURM's daemons")
+    home = tmp_path_factory.mktemp("cluster")
+    profile = home / "one.yaml"
+    profile.write_text((CHECKOUT / "launch/cpu.yaml").read_text().replace("processes: 2", "processes: 1"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    environment |= {
+        "SLURM_CONF": str(home / "slurm.conf"),
+        # Several jobs at once on nodes that multi_node.sbatch would have for itself.
+        "SBATCH_EXCLUSIVE": "user",
+        "CAPTIONSCALE_PROFILE": str(profile),
+        "CAPTIONSCALE_LOGS": str(home / "logs"),
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+    def run(*command: str | Path, folder: Path = CHECKOUT, **more: str) -> str:
+        done = subprocess.run(
+            command, cwd=folder, env=environment | more, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    subprocess.run([CLUSTER, "start", home], check=True)
+    yield run
+    subprocess.run([CLUSTER, "stop", home], check=True)
+
+
+@pytest.fixture(scope="module")
+def jobs(slurm: Slurm, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Four jobs at once: one that is hit by all that hits jobs; a chain of packing, training and scoring."""
+    folder = tmp_path_factory.mktemp("jobs")
+    for split in ("train", "val"):
+        captions = scenes / "annotations" / f"captions_{split}2017.json"
+        records = coco.official(scenes / f"{split}2017", captions, split)
+        pack(records, folder / "shards", sources=[captions], options=Options(images_per_shard=16))
+    settings = tiny(folder, folder / "shards", *CHANGES)
+    facts = SimpleNamespace(hit=folder / "hit", chain=folder / "chain", alone=folder / "alone", folder=folder)
+
+    # What a cluster edits: a container (here a script that only says so) and a node-local disk.
+    shutil.copytree(CHECKOUT / "slurm", folder / "slurm")
+    within = folder / "within"
+    within.write_text('#!/bin/sh\necho "within: $1 $2"\nexec "$@"\n')
+    within.chmod(0o755)
+    with (folder / "slurm" / "site.sh").open("a") as site:
+        site.write(f"inside=({within})\nexport CAPTIONSCALE_CACHE={folder}/disk\n")
+    sbatch = ("sbatch", "--parsable", f"--output={folder}/%j.log")
+    facts.hit_job = slurm(
+        *(*sbatch, "slurm/multi_node.sbatch", folder / "experiment.toml", facts.hit),
+        *("--set", f"data.shards=local://{folder}/shards"),
+        folder=folder,
+    )
+
+    test = scenes / "annotations" / "captions_test2017.json"
+    facts.pack_job = slurm(
+        *(*sbatch, "--cpus-per-task=1", "slurm/pack.sbatch", "coco", "--images", scenes / "test2017"),
+        *("--captions", test, "--split", "test", "--out", folder / "shards", "--images-per-shard", "16"),
+    )
+    said = slurm(
+        *("captionscale", "submit", folder / "experiment.toml", "--out", facts.chain, "--nodes", "2"),
+        *("--time", "1", "--profile", folder.parent / "cluster0" / "one.yaml"),
+        *("--set", f"train.grace_s={GRACE_S}"),
+        SBATCH_SIGNAL="USR1@1",
+    )
+    [facts.chain_job] = re.findall(r"job (\d+)", said.splitlines()[0])
+    facts.score_job = slurm(
+        *(*sbatch, "--cpus-per-task=1", f"--dependency=afterok:{facts.pack_job}:{facts.chain_job}"),
+        *("slurm/score.sbatch", facts.chain, "--split", "test"),
+    )
+    with ThreadPoolExecutor() as pool:
+        both = [pool.submit(_hit, slurm, facts), pool.submit(_run_out_of_time, slurm, facts)]
+        train(settings, facts.alone)
+        for each in both:
+            each.result()
+    return facts
+
+
+def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
+    job, run = facts.hit_job, facts.hit
+    _until(lambda: _trained(run, 1), "the first steps")
+    slurm("scancel", "--signal=USR1", job)
+    _until(lambda: _restarted(slurm, job, 1), "the restart after USR1")
+    first = checkpoint.steps(run)[-1]
+    _until(lambda: _trained(run, first + 1), "steps after the restart")
+    slurm("scontrol", "requeue", job)
+    _until(lambda: _restarted(slurm, job, 2), "the restart after requeue")
+    second = checkpoint.steps(run)[-1]
+    _until(lambda: _trained(run, second + 1), "steps after the second restart")
+    [process] = [path.name for path in Path("/proc").glob("[0-9]*") if _is_rank(path, "1", run)]
+    os.kill(int(process), signal.SIGKILL)
+    began = time.monotonic()
+    _until(lambda: int(_field(slurm, job, "Restarts")) == 3, "the end after SIGKILL")
+    facts.ended_s = time.monotonic() - began
+    _until(lambda: _state(slurm, job) == "COMPLETED", "the end")
+
+
+def _run_out_of_time(slurm: Slurm, facts: SimpleNamespace) -> None:
+    job = facts.chain_job
+    _until(lambda: _trained(facts.chain, 1), "the first steps")
+    # So that it is in its middle when the time is over, however fast this machine is.
+    slurm("scancel", "--signal=STOP", job)
+    began = slurm("squeue", "--noheader", f"--job={job}", "--format=%S")
+    over = time.mktime(time.strptime(began, "%Y-%m-%dT%H:%M:%S")) + 60 - GRACE_S
+    time.sleep(max(0, over + 1 - time.time()))
+    slurm("scancel", "--signal=CONT", job)
+    _until(lambda: int(_field(slurm, job, "Restarts")) == 1, "the end of the time")
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    _until(lambda: _state(slurm, facts.score_job) == "COMPLETED", "the scores")
+
+
+def _until(holds: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 180
+    while not holds():
+        assert time.monotonic() < deadline, f"waited too long for {what}"
+        time.sleep(0.1)
+
+
+def _trained(run: Path, least: int) -> bool:
+    """Whether a run has a checkpoint of this step or a later one."""
+    return bool(steps := checkpoint.steps(run)) and steps[-1] >= least
+
+
+def _is_rank(process: Path, rank: str, run: Path) -> bool:
+    try:
+        words = (process / "cmdline").read_bytes().split(b"\0")
+        environment = (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return str(run).encode() in words and f"RANK={rank}".encode() in environment
+
+
+def _field(slurm: Slurm, job: str, name: str) -> str:
+    [value] = re.findall(rf"\b{name}=(\S+)", slurm("scontrol", "show", "job", job))
+    return value
+
+
+def _restarted(slurm: Slurm, job: str, times: int) -> bool:
+    """Whether a job runs again, not only ends to do so."""
+    return int(_field(slurm, job, "Restarts")) == times and _state(slurm, job) == "RUNNING"
+
+
+def _state(slurm: Slurm, job: str) -> str:
+    state = _field(slurm, job, "JobState")
+    assert state not in ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"), f"job {job}: {state}"
+    return state
+
+
+def _log(facts: SimpleNamespace, job: str) -> str:
+    return (facts.folder / f"{job}.log").read_text()
+
+
+def _ended_as_if_nothing_had_been(run: Path, alone: Path) -> None:
+    assert greatest_difference(weights(run), weights(alone)) < TOLERANCE
+    assert losses(run) == [(step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in losses(alone)]
+
+
+def test_a_job_hit_by_a_signal_a_requeue_and_a_kill_ends_by_itself_with_the_weights_of_one_process(
+    jobs: SimpleNamespace,
+) -> None:
+    _ended_as_if_nothing_had_been(jobs.hit, jobs.alone)
+
+
+def test_a_job_whose_time_is_over_ends_by_itself_with_the_weights_of_one_process(
+    jobs: SimpleNamespace,
+) -> None:
+    _ended_as_if_nothing_had_been(jobs.chain, jobs.alone)
+
+
+def test_a_killed_rank_is_named_and_ends_the_job_at_once(jobs: SimpleNamespace) -> None:
+    assert "rank 1 on" in _log(jobs, jobs.hit_job)
+    assert "was killed by SIGKILL" in _log(jobs, jobs.hit_job)
+    assert jobs.ended_s < 15
+
+
+def test_each_that_was_to_leave_saved_and_said_so_with_its_code(jobs: SimpleNamespace) -> None:
+    said = re.findall(r"job \d+: (.+?) after (\d) restarts", _log(jobs, jobs.hit_job))
+    # `scontrol requeue` ends the job's script at once.
+    assert said == [("left", "0"), ("hit, with code 137", "2")]
+    assert "SIGUSR1: step" in _log(jobs, jobs.hit_job)
+
+
+def test_a_job_runs_within_the_sites_container_and_reads_from_the_nodes_disk(jobs: SimpleNamespace) -> None:
+    assert "within: captionscale launch" in _log(jobs, jobs.hit_job)
+    assert len(list((jobs.folder / "disk").glob("*.tar"))) == 4
+
+
+def test_each_rank_has_its_log(jobs: SimpleNamespace) -> None:
+    logs = jobs.chain / "logs"
+    for restart in (0, 1):
+        of_ranks = [path.read_text() for path in (logs / f"{jobs.chain_job}.{restart}").rglob("stderr.log")]
+        assert sorted(bool(text) for text in of_ranks) == [False, True], "rank 1 has nothing to say"
+    assert "[rank 0] training" in (logs / f"{jobs.chain_job}.log").read_text()
+
+
+def test_scoring_waits_for_packing_and_training_through_its_restarts(jobs: SimpleNamespace) -> None:
+    [receipt] = jobs.chain.glob("scores/test-*/receipt.json")
+    assert len(json.loads(receipt.read_text())["scores"]) >= 4

@@ -1,0 +1,76 @@
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from captionscale import config
+from captionscale.errors import UserError
+from captionscale.tools.submit import submit
+
+# That SLURM takes the job, and that it trains, is in tests/slurm.
+
+
+def written(capsys: pytest.CaptureFixture[str], run: str = "runs/a run", nodes: int = 2) -> str:
+    """Return the job that would be submitted."""
+    settings = config.load("attention")
+    submit(settings, Path(run), nodes=nodes, gpus=8, time="4:00:00", profile="gpu", dry_run=True)
+    return capsys.readouterr().out
+
+
+def test_a_job_holds_all_that_it_runs(capsys) -> None:
+    job = written(capsys)
+    assert "\nsource slurm/" not in job
+    assert subprocess.run(["bash", "-n"], input=job, text=True, check=False).returncode == 0
+    assert "scontrol requeue" in job
+    assert "NCCL_SOCKET_IFNAME" in job
+
+
+# SLURM looks no further than the first command, and takes the last of two options.
+def test_what_was_asked_for_comes_after_the_scripts_own_options_and_before_its_commands(capsys) -> None:
+    lines = written(capsys).splitlines()
+    commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
+    options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert options[-1] < commands[0]
+    assert [line for line in lines if "--nodes" in line and line.startswith("#SBATCH")][
+        -1
+    ] == "#SBATCH --nodes=2"
+    assert "#SBATCH --time=4:00:00" in lines
+    assert "#SBATCH --gpus-per-node=8" in lines
+    assert "#SBATCH '--output=runs/a run/logs/%j.log'" in lines
+    assert "set -- 'runs/a run/job.toml' 'runs/a run'" in lines
+
+
+def test_a_job_of_one_machine_may_share_it(capsys) -> None:
+    assert "--exclusive" in written(capsys)
+    assert "--exclusive" not in written(capsys, nodes=1)
+
+
+def test_more_processes_than_micro_batches_are_refused(capsys) -> None:
+    with pytest.raises(UserError, match=r"^24 processes: train.global_batch = 256 holds 16 micro-batches"):
+        written(capsys, nodes=3)
+
+
+def test_without_slurm_it_is_refused_before_anything_is_written(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    settings = config.load("attention")
+    with pytest.raises(
+        UserError, match=r"^sbatch: not found, wanted a machine .*; log in there, or train here"
+    ):
+        submit(settings, tmp_path / "run", nodes=1, gpus=1, time=None, profile="gpu", dry_run=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_sbatch_refuses_is_told_with_its_own_words(monkeypatch, tmp_path) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", str(sbatch.parent), prepend=":")
+    settings = config.load("attention")
+    with pytest.raises(UserError) as caught:
+        submit(settings, tmp_path / "run", nodes=1, gpus=1, time=None, profile="gpu", dry_run=False)
+    assert "job.sbatch: sbatch refuses (sbatch: error: invalid partition); correct the options" in str(
+        caught.value
+    )
+    assert config.load(tmp_path / "run" / "job.toml") == settings

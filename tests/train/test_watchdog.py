@@ -1,0 +1,127 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from experiment import losses, tiny
+
+from captionscale.ranks import Ranks
+from captionscale.train.watchdog import STALLS, State, Watchdog, _blame
+
+CALM = State(
+    rank=0,
+    host="gpu01",
+    process=7,
+    step=5,
+    still_s=60.0,
+    busy="",
+    waiting=True,
+    validating=False,
+    stack=[],
+    number=1,
+)
+
+
+@pytest.mark.parametrize(
+    ("others", "blamed"),
+    [
+        # It says nothing any more.
+        ([replace(CALM, rank=1, silent=True), replace(CALM, rank=2, waiting=False)], [1]),
+        # It does something else than wait.
+        ([replace(CALM, rank=1), replace(CALM, rank=2, waiting=False)], [2]),
+        # On GPUs those who wait have queued the next step, and stand anywhere in it.
+        ([replace(CALM, rank=1, step=4), replace(CALM, rank=2, waiting=False)], [1]),
+        # It scores, which may take as long as it likes.
+        ([replace(CALM, rank=1, busy="scoring"), replace(CALM, rank=2)], []),
+        # All wait for each other.
+        ([replace(CALM, rank=1)], [0, 1]),
+    ],
+)
+def test_whoever_keeps_the_others_waiting_is_blamed(others: list[State], blamed: list[int]) -> None:
+    assert [state.rank for state in _blame([CALM, *others])] == blamed
+
+
+def test_a_process_that_does_not_move_is_told_once_with_its_stack_and_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shards(step: int, rank: int) -> list[str]:
+        return [f"train-of-step-{step}-and-rank-{rank}.tar"]
+
+    with Ranks() as ranks, Watchdog(tmp_path, ranks, 0.5, shards) as dog:
+        for _ in range(10):
+            time.sleep(0.1)
+            dog.beat(6)
+        with dog.busy("scoring"):
+            time.sleep(1)
+        assert not (tmp_path / STALLS).exists()
+        time.sleep(1)
+    (line,) = (tmp_path / STALLS).read_text().splitlines()
+    (stalled,) = json.loads(line)["stalled"]
+    assert (stalled["rank"], stalled["step"]) == (0, 7)
+    assert stalled["shards"] == ["train-of-step-6-and-rank-0.tar"]
+    assert "time.sleep(1)" in stalled["stack"][-1]
+    told = capsys.readouterr().err
+    assert "rank 0" in told
+    assert "train-of-step-6-and-rank-0.tar" in told
+
+
+def test_a_process_that_never_moves_again_ends_with_an_error(tmp_path: Path) -> None:
+    def hang() -> None:
+        with Watchdog(tmp_path, ranks, 0.1, lambda step, rank: [f"{step}-{rank}.tar"]):
+            time.sleep(100)
+
+    with Ranks() as ranks:
+        process = multiprocessing.get_context("fork").Process(target=hang)
+        process.start()
+        process.join(30)
+    assert process.exitcode == 1
+    warned, ended = [json.loads(line)["still_s"] for line in (tmp_path / STALLS).read_text().splitlines()]
+    assert 0.1 <= warned < 1 <= ended
+
+
+def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_which_ends_all_at_once(
+    packed: Path, tmp_path: Path
+) -> None:
+    stall_s, run = 2.0, tmp_path / "run"
+    tiny(tmp_path, packed, "train.epochs=1000", "train.score_every=5000", f"train.stall_s={stall_s}")
+    verb = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
+    launch = [sys.executable, "-m", "captionscale", "launch", "--processes", "2", "--", *verb]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True) as process:
+
+        def wait_for(condition, seconds: float) -> None:
+            deadline = time.monotonic() + seconds
+            while not condition():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+        wait_for(lambda: (run / "log.jsonl").exists() and losses(run), 120)
+        # Until its watchdog has put down a step.
+        time.sleep(stall_s / 3)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        first, second = sorted(map(int, children))
+        os.kill(second, signal.SIGSTOP)
+        wait_for((run / STALLS).exists, 5 * stall_s)
+        os.kill(first, signal.SIGKILL)
+        began = time.monotonic()
+        _, told = process.communicate(timeout=60)
+    # A stopped process does not hear SIGTERM, and torch gives it half a minute to.
+    assert time.monotonic() - began < 15
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "rank 0 on" in told
+    assert "was killed by SIGKILL" in told
+    record = json.loads((run / STALLS).read_text().splitlines()[0])
+    (stalled,) = record["stalled"]
+    assert (stalled["rank"], stalled["process"], stalled["silent"]) == (1, second, True)
+    assert record["waiting"] == [0]
+    assert stalled["shards"]
+    assert set(stalled["shards"]) <= {f"train-{number:05d}.tar" for number in range(3)}
+    assert any("in learn" in line for line in stalled["stack"])
+    assert f"rank 1 (process {second}" in told
