@@ -71,17 +71,19 @@ def launch(
                 f"note: {here} processes with data.workers = {settings.data.workers} on {cores()} cores;"
                 f" ask SLURM for --cpus-per-task={here * settings.data.workers}, or lower data.workers"
             )
+    # Accelerate's own launcher knows several processes on CPUs only by MPI; its launcher for GPUs serves
+    # both, and each process reads from this variable that it is to stay on the CPU.
+    environment = {"ACCELERATE_USE_CPU": "true"} if cpu else {}
     arguments = ["--config_file", str(path), "--num_processes", str(count), "--num_machines", str(machines)]
     threads = os.environ.get("OMP_NUM_THREADS", "")
     arguments += ["--num_cpu_threads_per_process"]
     arguments += [threads if threads.isdecimal() else str(max(1, cores() // here))]
     if machines > 1:
         arguments += ["--machine_rank", str(machine), "--main_process_ip", address]
+        # Else the launcher that ends last tells at length that the first one is gone.
+        environment["TORCH_CPP_LOG_LEVEL"] = "ERROR"
     # Port 0: any free one.
     arguments += ["--main_process_port", str(port)]
-    # Accelerate's own launcher knows several processes on CPUs only by MPI; its launcher for GPUs serves
-    # both, and each process reads from this variable that it is to stay on the CPU.
-    environment = {"ACCELERATE_USE_CPU": "true"} if cpu else {}
     if logs:
         # 3: both streams, to files and to the terminal.
         arguments += ["--log_dir", str(logs / os.uname().nodename), "--tee", "3"]
@@ -96,21 +98,23 @@ def launch(
             f"{path}: DeepSpeed is not installed, wanted captionscale's extra 'deepspeed';"
             " pip install 'captionscale[deepspeed]', or take --profile gpu"
         )
+    os.environ.update(environment)
     if not cpu:
         _refuse_missing_gpus(path, here)
-    os.environ.update(environment)
     _run(arguments)
 
 
 def _run(arguments: list[str]) -> None:
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.agent.server import api as agent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = launch_command_parser().parse_args(arguments)
 
     # A process that fails has told why; what the launcher then says of each of the others would bury it.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for logger in (logging.getLogger("torch.distributed.elastic"), agent.logger):
+        logger.setLevel(logging.CRITICAL)
     try:
         with _passing_signals_on(options) as passed:
             launch_command(options)
@@ -146,7 +150,11 @@ def _passing_signals_on(options: argparse.Namespace) -> Iterator[list[signal.Sig
     def pass_on(number: int, _: object) -> None:
         again = number == signal.SIGINT in passed
         passed.append(signal.Signals(number))
-        for process in map(int, Path("/proc/thread-self/children").read_text().split()):
+        children = Path("/proc/thread-self/children").read_text().split()
+        if not children:
+            # The processes have not started, and would never hear of it.
+            raise SystemExit(128 + number)
+        for process in map(int, children):
             # What is in the terminal's own group has had the Ctrl-C already.
             if again or number != signal.SIGINT or os.getpgid(process) != os.getpgrp():
                 os.kill(process, signal.SIGKILL if again else number)
