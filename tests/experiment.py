@@ -66,7 +66,7 @@ def start(ranks: int, settings: config.Config, run: Path, **environment: str) ->
 def finish(processes: list[BaseProcess]) -> None:
     """Wait for all processes, and expect them to have done well."""
     for process in processes:
-        process.join(120)
+        process.join(600)
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 

@@ -42,7 +42,22 @@ def test_the_wheel_carries_the_configs(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["pack", "verify", "show", "train", "launch", "caption", "score", "config", "quickstart"]
+    "verb",
+    [
+        "pack",
+        "verify",
+        "show",
+        "stats",
+        "train",
+        "launch",
+        "submit",
+        "drill",
+        "caption",
+        "score",
+        "bench",
+        "config",
+        "quickstart",
+    ],
 )
 def test_every_verb_answers_for_help(home: Path, verb: str) -> None:
     assert "usage: captionscale" in _say(home, verb, "--help")
