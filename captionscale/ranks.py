@@ -96,7 +96,11 @@ class Ranks:
 
     def seed(self, *key: int) -> None:
         """Make the randomness of what follows a function of these integers alone."""
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+        # Not torch.manual_seed, which asks for every kind of device: that was half a millisecond.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def sum(self, *values: Tensor | int | float) -> Float[Tensor, "values"]:
         """Return the sums of scalars over all ranks, in double precision, on the device."""
