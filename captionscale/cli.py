@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RuntimeError as error:
         if not any(transport in str(error) for transport in ("gloo", "NCCL")):
             raise
-        reason = str(error).splitlines()[0]
+        # "[file of gloo's source:line] reason. More, for its authors"
+        reason = re.sub(r"^\[[^]]*\] |\. .*", "", str(error).splitlines()[0])
         _fail(f"a rank that this one waited for is gone; it, or its launcher, tells why ({reason})")
     except KeyboardInterrupt:
         _fail(

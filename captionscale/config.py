@@ -132,10 +132,10 @@ class Train(Section):
     """Steps between two checkpoints. Without it: each epoch."""
     score_every: Count | None = None
     """Steps between two scorings of the validation split. Without it: each epoch."""
-    score_metric: Literal["BLEU-4", "ROUGE-L", "CIDEr-D"] = "CIDEr-D"
+    score_metric: Literal["BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D"] = "CIDEr-D"
     """Metric of generated captions that names the best checkpoint."""
     patience: Count = 5
-    """Stop after so many scorings without a better one."""
+    """Stop after so many scorings without a better one; scores count at the next scoring."""
     keep: Count = 2
     """Newest checkpoints that stay on disk, beside the best one."""
     grace_s: float = Field(default=120.0, ge=0)

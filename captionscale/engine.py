@@ -117,7 +117,8 @@ class Engine:
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
         """Set AdamW's memory to what `memory` gave, under this or another engine."""
         for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad:
+            # There is none yet if fp16's loss scaler has left out every step so far.
+            if f"{name}/step" in memory:
                 # In the parameter's own memory format: the fused optimiser goes through both by address.
                 moments = {
                     key: torch.empty_like(parameter).copy_(memory[f"{name}/{key}"]) for key in _MOMENTS
@@ -217,7 +218,7 @@ class ZeroEngine(Engine):
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
         """As `Engine.load_memory`; each rank takes its part."""
-        if not self._divided:
+        if not self._divided or not memory:
             super().load_memory(memory)
             return
         write = importlib.import_module("deepspeed.utils").safe_set_full_optimizer_state

@@ -73,13 +73,17 @@ class Ranks:
         self.size: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
+        self._fail_alike = False
 
     def __enter__(self) -> "Ranks":
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # A rank that fails alone must not wait for its peers to take leave with it: they wait elsewhere.
-        if error is None or self.size == 1:
+        if error is None or self.size == 1 or self._fail_alike:
+            # The launcher kills the others once one has failed, and rank 0 may still have to finish a
+            # checkpoint and to tell of the error.
+            self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
             # This process may join others later, in another precision.
             AcceleratorState._reset_state(reset_partial_state=True)
@@ -121,7 +125,7 @@ class Ranks:
     def on_first(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Let rank 0 do something, and return its result on every rank.
 
-        An error ends the other ranks too; rank 0 alone tells of it.
+        An error ends the other ranks too, when rank 0 has let go of all it held; rank 0 alone tells of it.
         """
         outcome: list[Any] = [None, False]
         failure = None
@@ -132,9 +136,10 @@ class Ranks:
                 failure, outcome[1] = error, True
         if self.size > 1:
             torch.distributed.broadcast_object_list(outcome, device=self.device)
+        self._fail_alike = outcome[1]
         if failure is not None:
             raise failure
-        if outcome[1]:
+        if self._fail_alike:
             raise SystemExit(1)
         result: T = outcome[0]
         return result

@@ -3,6 +3,11 @@ source slurm/site.sh
 # Not before: what a site loads is seldom written for these.
 set -euo pipefail
 
+: "${SLURM_JOB_ID:?not set, wanted within a job; start the script by sbatch}"
+
+# srun passes it on; this shell stays, to requeue (scancel --full, --signal=B:USR1).
+trap : USR1
+
 # Older SLURM does not say when the job's time is over, and a run that knows saves before.
 if [[ -z ${SLURM_JOB_END_TIME:-} ]]; then
     end="$(squeue --noheader --job="$SLURM_JOB_ID" --format=%e)"
@@ -24,13 +29,21 @@ launch() {
         processes=(--processes $((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES)))
     fi
     on_nodes captionscale launch --profile "$CAPTIONSCALE_PROFILE" "${processes[@]}" --logs "$logs" -- "$@" || code=$?
-    # 138: USR1 came before it could listen.
+    # 138: USR1 came before it could listen. So near the end of the time no job would ever get further.
+    if ((code == 138)) && [[ $SLURM_JOB_END_TIME =~ ^[1-9][0-9]*$ ]] && ((SLURM_JOB_END_TIME - $(date +%s) < 180)); then
+        echo "job $SLURM_JOB_ID: its time ended before it could listen, wanted time to start in; ask for more --time" >&2
+        exit 1
+    fi
     if ((code == 75 || code == 138)); then requeue "left"; fi
     return "$code"
 }
 
 # Train: experiment, folder of the run, changes.
 train() {
+    if (($# < 2)); then
+        echo "${SLURM_JOB_NAME:-job}: $# words after the script's name, wanted EXPERIMENT RUN [--set ...]; add them" >&2
+        exit 1
+    fi
     local config="$1" run="$2" code=0 before
     before="$(newest "$run")"
     launch train "$config" --out "$run" "${@:3}" || code=$?

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import socket
 import tomllib
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,12 @@ def tiny(folder: Path, packed: Path, *changes: str) -> config.Config:
 
 
 def start(ranks: int, settings: config.Config, run: Path, **environment: str) -> list[BaseProcess]:
-    """Start a run's processes, which meet over gloo.
+    """Start a run's processes."""
+    return meet(ranks, _train, config.dumps(settings), run, **environment)
+
+
+def meet(ranks: int, work: Callable[..., None], *arguments: Any, **environment: str) -> list[BaseProcess]:
+    """Start processes that meet over gloo, each of which works with these arguments.
 
     They are forks of a server that has imported torch, as each import of it takes seconds.
     """
@@ -55,7 +61,7 @@ def start(ranks: int, settings: config.Config, run: Path, **environment: str) ->
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     processes = [
-        context.Process(target=_train, args=(rank, ranks, port, config.dumps(settings), run, environment))
+        context.Process(target=_join, args=(rank, ranks, port, environment, work, arguments))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -70,15 +76,26 @@ def finish(processes: list[BaseProcess]) -> None:
     assert [process.exitcode for process in processes] == [0] * len(processes)
 
 
-def _train(rank: int, ranks: int, port: int, toml: str, run: Path, environment: dict[str, str]) -> None:
+def _join(
+    rank: int,
+    ranks: int,
+    port: int,
+    environment: dict[str, str],
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
     import torch
-
-    from captionscale.train.loop import train
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     os.environ |= environment
+    work(*arguments)
+
+
+def _train(toml: str, run: Path) -> None:
+    from captionscale.train.loop import train
+
     train(config.Config.model_validate(tomllib.loads(toml)), run)
 
 

@@ -46,6 +46,17 @@ def test_the_gradient_is_clipped_to_its_greatest_norm() -> None:
     assert layer.weight.grad is None
 
 
+def test_a_run_whose_steps_fp16_has_left_out_so_far_goes_on_without_memory() -> None:
+    layer = nn.Linear(3, 1)
+    with Ranks() as ranks:
+        engine = Engine(ranks, layer, torch.optim.AdamW(layer.parameters()), 1.0)
+        assert engine.memory() == {}
+        engine.load_memory({})
+        layer(torch.ones(3)).sum().backward()
+        engine.update()
+        assert engine.memory().keys() >= {"weight/step", "bias/exp_avg"}
+
+
 @pytest.fixture(scope="module")
 def alone(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process: dropout, augmentation, four micro-batches in each of three steps."""

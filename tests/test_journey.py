@@ -56,18 +56,41 @@ def test_coco_goes_from_raw_files_to_verified_shards(
 
 
 def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
-    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    said = _say(capsys, "score", run, "--split", "test", "--beam", "2")
+    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from captionscale.score import Receipt, metrics
+
+    with metrics.Evaluator() as evaluator:
+        # METEOR is loaded once for all three commands.
+        monkeypatch.setattr(metrics, "measure", evaluator.measure)
+        said = _say(capsys, "score", run, "--split", "test", "--beam", "2")
+        _say(capsys, "score", run, "--split", "test", "--beam", "2", "--out", tmp_path / "again.json")
+        [folder] = (run / "scores").glob("*/")
+        # Captions alone, without the run that wrote them, have the same scores.
+        by_file = _say(
+            capsys, "score", "--captions", folder / "captions.json",
+            "--references", scenes / "annotations" / "captions_test2017.json",
+            "--out", tmp_path / "other.json",
+        )  # fmt: skip
     names = [line.split()[0] for line in said.splitlines()[:7]]
     assert names == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D"]
-    [folder] = (run / "scores").iterdir()
-    receipt = json.loads((folder / "receipt.json").read_text())
-    assert receipt["images"] == 8
-    assert receipt["references"] == 40
-    assert receipt["made_by"]["split"] == "test"
-    assert receipt["made_by"]["search"]["beam"] == 2
-    assert len(receipt["per_image"]) == 8
+    assert said.splitlines()[:7] == by_file.splitlines()[:7]
+    receipt, again = Receipt.read(folder / "receipt.json"), Receipt.read(tmp_path / "again.json")
+    assert again.sha256 == receipt.sha256
+    assert receipt.counts["images"] == len(receipt.images.ids) == 8
+    assert receipt.counts["references"] == 40
+    assert receipt.made_by["split"] == "test"
+    assert receipt.made_by["search"]["beam"] == 2
+    assert receipt.panel["captions"]["novel"] is not None
+    assert "|beam 2|length-power 0.7|end not rewarded" in receipt.signature
+    history = [json.loads(line) for line in (run / "scores" / "history.jsonl").read_text().splitlines()]
+    assert [(line["split"], line["scores"]) for line in history] == [("test", receipt.scores)] * 2
+    other = Receipt.read(tmp_path / "other.json")
+    assert (other.scores, other.intervals) == (receipt.scores, receipt.intervals)
+    assert other.yardstick == receipt.yardstick
+    assert "p     won" in _say(capsys, "compare", run, tmp_path / "other.json", "--top", "1")
+
     from pycocotools.coco import COCO
 
     results = json.loads((folder / "captions.json").read_text())
@@ -75,17 +98,6 @@ def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
     references.dataset = {"images": [{"id": result["image_id"]} for result in results], "annotations": []}
     references.createIndex()
     assert sorted(references.loadRes(results).getImgIds()) == sorted(references.getImgIds())
-    capsys.readouterr()
-
-    # Captions alone, without the run that wrote them, have the same scores.
-    by_file = _say(
-        capsys, "score", "--captions", folder / "captions.json",
-        "--references", scenes / "annotations" / "captions_test2017.json", "--out", tmp_path / "other.json",
-    )  # fmt: skip
-    assert said.splitlines()[:7] == by_file.splitlines()[:7]
-    other = json.loads((tmp_path / "other.json").read_text())
-    assert other["scores"] == receipt["scores"]
-    assert other["references_sha256"] == receipt["references_sha256"]
 
 
 def test_images_are_captioned_one_line_each(
@@ -94,6 +106,17 @@ def test_images_are_captioned_one_line_each(
     images = sorted((scenes / "test2017").iterdir())[:3]
     lines = _say(capsys, "caption", run, *images, "--beam", "3").splitlines()
     assert [line.split("\t")[0] for line in lines] == [str(image) for image in images]
+
+
+def test_ranks_without_work_wait_for_nobody_and_change_nothing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
+    main(["caption", str(run), "--split", "test", "--out", str(alone)])
+    # One batch of eight pictures: two of three processes have none.
+    main(["launch", "--processes", "3", "--", "caption", str(run), "--split", "test", "--out", str(together)])
+    assert together.read_bytes() == alone.read_bytes()
 
 
 def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on(
@@ -109,6 +132,16 @@ def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on
     images = sorted((scenes / "test2017").iterdir())
     lines = _say(capsys, "caption", run, *images).splitlines()
     assert [line.split("\t")[1] for line in lines] == [by_number[number] for number in range(1, 9)]
+    # With the captions of the other images, they are what a leaderboard takes.
+    listed, others = tmp_path / "nocaps_val_image_info.json", tmp_path / "others.json"
+    listed.write_text(json.dumps({"images": [{"id": number} for number in range(4500)]}))
+    rest = [{"image_id": number, "caption": "a dog"} for number in range(4500) if number not in by_number]
+    others.write_text(json.dumps(rest))
+    said = _say(
+        capsys, "leaderboard", "--set", "nocaps-val", "--captions", out, others,
+        "--images", listed, "--name", "tiny", "--out", tmp_path / "upload",
+    )  # fmt: skip
+    assert said.endswith(f"upload {tmp_path / 'upload' / 'nocaps_val_tiny_results.json'}\n")
     wanted = "8 of 8 images of split 'test' have no captions; wanted them to score against"
     assert wanted in _refuse(capsys, "score", run, "--split", "test", "--shards", shards)
     tiny(tmp_path, shards, "data.train_split=test", "data.val_split=test")

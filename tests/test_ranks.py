@@ -1,5 +1,10 @@
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
 import pytest
 import torch
+from experiment import finish, meet
 from torch import nn
 
 from captionscale.errors import UserError
@@ -33,6 +38,24 @@ def test_an_error_of_the_first_rank_is_raised_as_it_is() -> None:
 
     with Ranks() as ranks, pytest.raises(UserError, match="place: found"):
         ranks.on_first(fail)
+
+
+def _fail_together(folder: Path) -> None:
+    def fail() -> None:
+        raise UserError("place: found; wanted; cure")
+
+    with suppress(UserError, SystemExit), Ranks() as ranks, ExitStack() as stack:
+        if ranks.first:
+            stack.callback(time.sleep, 1)
+        ranks.on_first(fail)
+    (folder / str(ranks.rank)).write_text(str(time.time()))
+
+
+def test_where_all_fail_nobody_leaves_before_the_first_rank_has_let_go(tmp_path: Path) -> None:
+    # A launcher killed the first rank as soon as another had left, before it had saved and said why.
+    finish(meet(2, _fail_together, tmp_path))
+    first, second = (float((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert second > first - 0.5
 
 
 def test_a_process_may_work_in_one_precision_after_another() -> None:

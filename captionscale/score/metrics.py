@@ -1,116 +1,185 @@
-"""Score captions against references, digit for digit as the COCO leaderboard does.
+"""Score captions against references, digit for digit as the COCO leaderboard does, and many times faster.
 
 Source:
     Chen et al. 2015, "Microsoft COCO Captions: Data Collection and Evaluation Server" (arXiv:1504.00325);
-    its code is the package pycocoevalcap.  BLEU, ROUGE-L and CIDEr-D are its own classes.  Its PTB tokeniser
-    and METEOR are Java programs, which we start ourselves: its wrappers write into site-packages, hang when
-    Java dies, and move captions to other images when one of them holds a line separator.
+    its code is the package pycocoevalcap.  Its PTB tokeniser and METEOR are Java programs, which we start
+    ourselves: its wrappers write into site-packages, hang when Java dies, and move captions to other images
+    when one of them holds a line separator.  BLEU, ROUGE-L and CIDEr-D are of our own
+    kernels or, on request, of its classes.
 """
 
-import re
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from types import TracebackType
 
-from pycocoevalcap.meteor import meteor
-from pycocoevalcap.tokenizer import ptbtokenizer
+import numpy as np
+from jaxtyping import Float, Float64
 
 from captionscale.errors import UserError, did_you_mean
-from captionscale.score import java
+from captionscale.files import cores
+from captionscale.score import bleu, ciderd, meteor, rouge
+from captionscale.score.tokeniser import tokenise
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
 
-# What the tokeniser takes for a line end or for nothing at all, and halves of emoji, which no file can hold.
-BREAKS = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]+")
-
-# For each image its tokenised texts, and of each metric the corpus figure and those of the images.
-Texts = dict[int, list[str]]
-Figures = tuple[float, Sequence[float]]
+# Of a metric the corpus figure and those of the images.
+_Figures = tuple[float, Sequence[float]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What `score` found.
+    """What was measured.
 
     Attributes:
         values: The corpus figure of each metric, 0 to 1 (CIDEr-D: 0 to 10).
         image_ids: The images, in ascending order.
         per_image: The figures of each metric for each image, in the order of `image_ids`.
+        statistics: Of each family of metrics (the four of BLEU are one) a row for each image. `corpus` makes
+            the figure of any images, repeated ones too, from the sum of their rows.
     """
 
     values: dict[str, float]
     image_ids: list[int]
     per_image: dict[str, list[float]]
+    statistics: dict[str, Float64[np.ndarray, "image _"]]
 
 
-def tokenise(captions: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
-    """Split captions into words as the Penn Treebank does, in lower case and without punctuation.
+class Evaluator:
+    """Scores captions again and again: METEOR's JVMs stay warm, and each reference is tokenised once."""
 
-    Args:
-        captions: For each image its captions; an empty caption stays an empty one.
+    def __init__(
+        self,
+        *,
+        workers: int | None = None,
+        meteor_gb: float = meteor.DEFAULT_GB,
+        reference_implementation: bool = False,
+    ):
+        """Start nothing yet.
 
-    Returns:
-        The same captions in the same places, their words parted by one space.
+        Args:
+            workers: JVMs of METEOR, at most; none: one for each core.
+            meteor_gb: Memory of these together; fewer are started where it is short.
+            reference_implementation: Take pycocoevalcap's own classes, and METEOR as one JVM with its whole
+                table of paraphrases: slower, and the same to the last digit.
+        """
+        self._theirs = reference_implementation
+        self._meteor = meteor.Meteor(workers=workers or cores(), gb=meteor_gb, full=reference_implementation)
+        self._tokenised: dict[str, str] = {}
 
-    Raises:
-        UserError: The tokeniser failed, or there is no Java.
+    def __enter__(self) -> "Evaluator":
+        """Return it as it is."""
+        return self
 
-    Source:
-        Stanford CoreNLP 3.4.1 with the flags and the punctuation list of pycocoevalcap.  All separators and
-        control characters become a space first, so that each caption is one line and stays at its image.
-    """
-    lines = [BREAKS.sub(" ", caption).strip() for group in captions.values() for caption in group]
-    jar = Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR)
-    command = ("-cp", jar, "edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase")
-    with java.start("PTB tokeniser", *command, timeout_s=_deadline(len(lines))) as jvm:
-        tokenised = iter(jvm.ask(lines, len(lines), last=True))
-    return {
-        image_id: [_without_punctuation(next(tokenised)) for _ in group]
-        for image_id, group in captions.items()
-    }
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the JVMs."""
+        self.close()
+
+    def close(self) -> None:
+        """End the JVMs; the next measurement starts new ones."""
+        self._meteor.close()
+
+    def measure(
+        self,
+        captions: Mapping[int, str],
+        references: Mapping[int, Sequence[str]],
+        metrics: Sequence[str] = METRICS,
+        *,
+        once: bool = False,
+    ) -> Scores:
+        """Score one caption for each image against what people wrote about it.
+
+        The order of the images does not matter.  An empty caption scores 0, but ROUGE-L gives it 1 where a
+        reference has no word either.  CIDEr-D alone depends on the other images, whose references say how
+        rare a word is; a lone image has 0, since no word is rarer than another.
+
+        Args:
+            captions: The caption of each image.
+            references: The human captions of each image, any number from one up.
+            metrics: Which of `METRICS` to compute.
+            once: No other captions will follow, so that METEOR need not be ready for them.
+
+        Returns:
+            The figures over all images and for each one.
+
+        Raises:
+            UserError: The images of both differ, or there are none, an image has no reference, no reference
+                has a word, a metric is unknown, or a Java program failed.
+        """
+        _check(captions, references, metrics)
+        # Sorted, because a sum of floats depends on its order.
+        image_ids = sorted(references)
+        candidates, targets = self._tokenise(
+            [captions[image_id] for image_id in image_ids], [references[image_id] for image_id in image_ids]
+        )
+        if not any(map(any, targets)):
+            raise UserError(
+                f"score: found no word in the references of {len(image_ids)} images, wanted sentences;"
+                " give the human captions as references"
+            )
+        figures: dict[str, _Figures] = {}
+        statistics: dict[str, Float64[np.ndarray, "image _"]] = {}
+        with ThreadPoolExecutor(1) as beside:
+            if "METEOR" in metrics:
+                waiting = beside.submit(self._meteor.measure, candidates, targets, once=once)
+            try:
+                _n_gram_metrics(candidates, targets, metrics, figures, statistics)
+                if self._theirs:
+                    figures |= _their_n_gram_metrics(candidates, targets, metrics)
+                if "METEOR" in metrics:
+                    value, per_image, statistics["METEOR"] = waiting.result()
+                    figures["METEOR"] = value, per_image.tolist()
+            except BaseException:
+                # The thread beside waits for the JVMs.
+                self.close()
+                raise
+        return Scores(
+            values={metric: float(figures[metric][0]) for metric in metrics},
+            image_ids=image_ids,
+            per_image={metric: [float(figure) for figure in figures[metric][1]] for metric in metrics},
+            statistics=statistics,
+        )
+
+    def _tokenise(
+        self, captions: Sequence[str], references: Sequence[Sequence[str]]
+    ) -> tuple[list[str], list[list[str]]]:
+        """Return both as words; of the references only new ones have yet to be tokenised."""
+        new = list({text: None for group in references for text in group if text not in self._tokenised})
+        tokenised = tokenise([*captions, *new])
+        self._tokenised.update(zip(new, tokenised[len(captions) :], strict=True))
+        return tokenised[: len(captions)], [[self._tokenised[text] for text in group] for group in references]
 
 
-def score(
+def measure(
     captions: Mapping[int, str],
     references: Mapping[int, Sequence[str]],
     metrics: Sequence[str] = METRICS,
+    *,
+    workers: int | None = None,
+    meteor_gb: float = meteor.DEFAULT_GB,
+    reference_implementation: bool = False,
 ) -> Scores:
-    """Score one caption for each image against what people wrote about it.
+    """Score captions once: see `Evaluator`, whose options these are, and its `measure`."""
+    with Evaluator(
+        workers=workers, meteor_gb=meteor_gb, reference_implementation=reference_implementation
+    ) as evaluator:
+        return evaluator.measure(captions, references, metrics, once=True)
 
-    The order of the images does not matter.  An empty caption scores 0, but ROUGE-L gives it 1 where a
-    reference has no word either; a lone image has a CIDEr-D of 0, since no word is rarer than another.
 
-    Args:
-        captions: The caption of each image.
-        references: The human captions of each image, any number from one up.
-        metrics: Which of `METRICS` to compute; METEOR takes a Java process with 2 GB of memory.
+def family(metric: str) -> str:
+    """Return the name under which `Scores.statistics` has what a metric is made of."""
+    return "BLEU" if metric.startswith("BLEU") else metric
 
-    Returns:
-        The figures over all images and for each one.
 
-    Raises:
-        UserError: The images of both differ, or there are none, an image has no reference, no reference has a
-            word, a metric is unknown, or a Java program failed.
-    """
-    _check(captions, references, metrics)
-    # Sorted, because a sum of floats depends on its order.
-    image_ids = sorted(references)
-    tokenised = tokenise({image_id: [captions[image_id], *references[image_id]] for image_id in image_ids})
-    candidates = {image_id: texts[:1] for image_id, texts in tokenised.items()}
-    targets = {image_id: texts[1:] for image_id, texts in tokenised.items()}
-    if not any(map(any, targets.values())):
-        raise UserError(
-            f"score: found no word in the references of {len(image_ids)} images, wanted sentences;"
-            " give the human captions as references"
-        )
-    # METEOR first: it is the one that can fail.
-    results = _meteor(targets, candidates) if "METEOR" in metrics else {}
-    results |= _n_gram_metrics(targets, candidates, metrics)
-    return Scores(
-        values={metric: float(results[metric][0]) for metric in metrics},
-        image_ids=image_ids,
-        per_image={metric: [float(figure) for figure in results[metric][1]] for metric in metrics},
-    )
+def corpus(metric: str, sums: Float[np.ndarray, "*any _"]) -> Float64[np.ndarray, "*any"]:
+    """Return a metric's figure of any images, of the sum of their rows of `Scores.statistics`."""
+    if metric == "METEOR":
+        return meteor.corpus(sums)
+    if family(metric) == "BLEU":
+        return np.asarray(bleu.corpus(sums)[..., int(metric[-1]) - 1])
+    return np.asarray(sums[..., 0] / sums[..., 1])
 
 
 def _check(
@@ -140,50 +209,44 @@ def _some(ids: Collection[int]) -> str:
     return f"{len(ids)} image{'s' * (len(ids) > 1)} ({first}{', ...' * (len(ids) > 3)})"
 
 
-def _without_punctuation(line: str) -> str:
-    return " ".join(word for word in line.rstrip().split(" ") if word not in ptbtokenizer.PUNCTUATIONS)
+def _n_gram_metrics(
+    candidates: Sequence[str],
+    references: Sequence[Sequence[str]],
+    metrics: Sequence[str],
+    figures: dict[str, _Figures],
+    statistics: dict[str, Float64[np.ndarray, "image _"]],
+) -> None:
+    """Add our figures, and what they are made of, to what there is."""
+    if any(family(metric) == "BLEU" for metric in metrics):
+        rows = statistics["BLEU"] = bleu.statistics(candidates, references)
+        table = zip(bleu.corpus(rows.sum(0)), bleu.per_image(rows).T, strict=True)
+        figures |= {
+            f"BLEU-{n}": (float(value), per_image.tolist()) for n, (value, per_image) in enumerate(table, 1)
+        }
+    for metric, kernel in (("ROUGE-L", rouge.rouge_l), ("CIDEr-D", ciderd.cider_d)):
+        if metric in metrics:
+            per_image = kernel(candidates, references)
+            figures[metric] = float(per_image.mean()), per_image.tolist()
+            statistics[metric] = np.stack([per_image, np.ones_like(per_image)], axis=1)
 
 
-def _deadline(texts: int) -> float:
-    # METEOR took 10 s to load its table and 4 ms an image on 2 cores; a busy node may be ten times slower.
-    return 300 + 0.05 * texts
-
-
-def _n_gram_metrics(targets: Texts, candidates: Texts, metrics: Sequence[str]) -> dict[str, Figures]:
-    # Imported here: they load numpy and the Python debugger.
+def _their_n_gram_metrics(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
+) -> dict[str, _Figures]:
+    """Return the figures of pycocoevalcap's own classes."""
+    # Imported here: they load the Python debugger.
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    results: dict[str, Figures] = {}
-    if any(metric.startswith("BLEU") for metric in metrics):
-        bleu = Bleu(4).compute_score(targets, candidates, verbose=0)
-        results |= {f"BLEU-{n}": result for n, result in enumerate(zip(*bleu, strict=True), start=1)}
+    targets = dict(enumerate(map(list, references)))
+    found = {number: [caption] for number, caption in enumerate(candidates)}
+    figures: dict[str, _Figures] = {}
+    if any(family(metric) == "BLEU" for metric in metrics):
+        bleus = Bleu(4).compute_score(targets, found, verbose=0)
+        figures |= {f"BLEU-{n}": result for n, result in enumerate(zip(*bleus, strict=True), start=1)}
     if "ROUGE-L" in metrics:
-        results["ROUGE-L"] = Rouge().compute_score(targets, candidates)
+        figures["ROUGE-L"] = Rouge().compute_score(targets, found)
     if "CIDEr-D" in metrics:
-        results["CIDEr-D"] = Cider().compute_score(targets, candidates)
-    return results
-
-
-def _meteor(targets: Texts, candidates: Texts) -> dict[str, Figures]:
-    jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
-    command = ("-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm")
-    # Both replacements are pycocoevalcap's: our score is equal to its own only with them.
-    questions = [
-        " ||| ".join(("SCORE", *targets[image_id], caption.replace("|||", "").replace("  ", " ")))
-        for image_id, [caption] in candidates.items()
-    ]
-    with java.start("METEOR", *command, timeout_s=_deadline(len(questions))) as jvm:
-        statistics = jvm.ask(questions, len(questions))
-        answers = jvm.ask(
-            [" ||| ".join(("EVAL", *map(str.strip, statistics)))], len(questions) + 1, last=True
-        )
-    try:
-        *per_image, corpus = map(float, answers)
-    except ValueError as error:
-        raise UserError(
-            f"METEOR: its Java process answered no number ({error}) but a score was due for each image;"
-            " install pycocoevalcap again"
-        ) from error
-    return {"METEOR": (corpus, per_image)}
+        figures["CIDEr-D"] = Cider().compute_score(targets, found)
+    return figures

@@ -1,48 +1,258 @@
-"""What a score is worth: the figures beside all that made them."""
+"""What a score is worth: the figures beside all that made them, in one file."""
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version as version_of
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from captionscale import version
+import numpy as np
+from jaxtyping import Float64
+
 from captionscale.errors import UserError
-from captionscale.files import atomic
-from captionscale.score.metrics import Scores
+from captionscale.files import atomic, cores
+from captionscale.score import intervals
+from captionscale.score.extras import Extra
+from captionscale.score.metrics import METRICS, Scores, measure
+from captionscale.score.panel import Panel, panel
+from captionscale.score.signature import signature, yardstick
+from captionscale.vocab import split_words
 
-FORMAT = 1
+FORMAT = 2
+_SEED = 0
+
+Captions: TypeAlias = Mapping[int, str] | Mapping[str, str]
+"""The caption of each image."""
+References: TypeAlias = Mapping[int, Sequence[str]] | Mapping[str, Sequence[str]]
+"""The human captions of each image."""
+Measure: TypeAlias = Callable[[Mapping[int, str], Mapping[int, Sequence[str]], Sequence[str]], Scores]
+"""`metrics.measure`, or an evaluator's."""
 
 
-def write_receipt(
-    path: Path, scores: Scores, references: Mapping[int, Sequence[str]], made_by: Mapping[str, Any]
-) -> None:
-    """Write scores with what they are of.
+@dataclass(frozen=True, eq=False)
+class Images:
+    """What a receipt holds of each image, all in the order of `ids`."""
+
+    ids: list[int] | list[str]
+    captions: list[str]
+    scores: dict[str, Float64[np.ndarray, "image"]]
+    """Of each metric."""
+    statistics: dict[str, Float64[np.ndarray, "image _"]]
+    """Of each family of metrics: their sums over any images give these images' corpus figures."""
+
+
+@dataclass(frozen=True, eq=False)
+class Receipt:
+    """Scores, and what they are of.
+
+    Attributes:
+        scores: The corpus figure of each metric, 0 to 1 (CIDEr-D: 0 to 10; CLIPScore: 0 to 2.5).
+        intervals: Of each, where 95 % of the figures of other sets of images lie.
+        bootstrap: How these were drawn.
+        panel: What the captions look like, beside people's.
+        counts: Images, captions, empty ones among them, their words, references.
+        hashes: SHA-256 of captions and references, and of what the captions were made with.
+        signature: What was measured with what, in parts between `|`; see `yardstick`.
+        made_by: What made the captions.
+        notes: What a reader of the figures must know.
+        at: When, where and on what machine; everything else is the same wherever the command is given again.
+        images: Each one's caption, scores and statistics.
+    """
+
+    scores: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    bootstrap: dict[str, Any]
+    panel: Panel
+    counts: dict[str, int]
+    hashes: dict[str, str]
+    signature: str
+    made_by: dict[str, Any]
+    notes: list[str]
+    at: dict[str, Any]
+    images: Images
+
+    @property
+    def yardstick(self) -> dict[str, str]:
+        """What the figures were measured with: parts of the signature by their first word.
+
+        Two receipts may be ranked together if no part that both have differs.
+        """
+        return yardstick(self.signature)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything but `at`: two receipts that share it are the same."""
+        return _hash({name: value for name, value in self._tree().items() if name != "at"})
+
+    def write(self, path: Path) -> None:
+        """Write the receipt as JSON.
+
+        Raises:
+            UserError: The place cannot be written.
+        """
+        tree = self._tree()
+        images = tree.pop("images")
+        # A key a line, so that people can read the head.
+        lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
+        lines += [f'"sha256": "{self.sha256}"', f'"images": {json.dumps(images, separators=(",", ":"))}']
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as file:
+            file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+    @staticmethod
+    def read(path: Path) -> "Receipt":
+        """Read what `write` wrote, and prove that nobody has changed it since (but for `at`).
+
+        Raises:
+            UserError: No receipt, one that was cut short or edited, or one of another version.
+        """
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(tree, dict) or "format" not in tree:
+                raise ValueError("it has no key 'format'")
+            if tree.pop("format") != FORMAT:
+                raise UserError(
+                    f"{path}: a receipt of another version, wanted format {FORMAT}; score the captions again"
+                )
+            written, at = tree.pop("sha256"), tree.pop("at")
+            if _hash({"format": FORMAT, **tree}) != written:
+                raise UserError(
+                    f"{path}: was changed after it was written: its own sha256 {str(written)[:12]}... does"
+                    " not fit; wanted it as it was; take the original, or score the captions again"
+                )
+            images = tree.pop("images")
+            bounds = {metric: (low, high) for metric, (low, high) in tree.pop("intervals").items()}
+            return Receipt(
+                **tree,
+                intervals=bounds,
+                at=at,
+                images=Images(
+                    images["ids"],
+                    images["captions"],
+                    {metric: _array(figures) for metric, figures in images["scores"].items()},
+                    {family: _array(rows) for family, rows in images["statistics"].items()},
+                ),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise UserError(
+                f"{path}: no receipt, or not a whole one ({reason}); wanted what captionscale score writes;"
+                " score the captions again"
+            ) from None
+
+    def _tree(self) -> dict[str, Any]:
+        facts = {"format": FORMAT} | {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return facts | {
+            "intervals": {metric: list(bounds) for metric, bounds in self.intervals.items()},
+            "images": {
+                "ids": self.images.ids,
+                "captions": self.images.captions,
+                "scores": {metric: figures.tolist() for metric, figures in self.images.scores.items()},
+                "statistics": {name: _plain(rows) for name, rows in self.images.statistics.items()},
+            },
+        }
+
+
+def score(
+    captions: Captions,
+    references: References,
+    metrics: Sequence[str] = METRICS,
+    *,
+    measure: Measure = measure,
+    extras: Sequence[Extra] = (),
+    train: Sequence[str] | None = None,
+    vocabulary: int | None = None,
+    made_by: Mapping[str, Any] | None = None,
+    hashes: Mapping[str, str] | None = None,
+    hardware: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Receipt:
+    """Score one caption for each image against what people wrote about it.
 
     Args:
-        path: Of the JSON file.
-        scores: Of each image and of all.
-        references: That they were scored against; the receipt keeps their hash.
-        made_by: What else produced them: checkpoint, split, beam.
+        captions: The caption of each image. An image's id is a number or a text, such as its file's name.
+        references: The human captions of each image, any number from one up.
+        metrics: Which of `metrics.METRICS`.
+        measure: How; `metrics.Evaluator.measure` is faster where other captions follow.
+        extras: Figures of other metrics, of the same images by ascending id.
+        train: All captions that the model was trained on, to tell what is novel.
+        vocabulary: How many words the model can say.
+        made_by: What made the captions, for the receipt.
+        hashes: SHA-256 of things in it.
+        hardware: What else to say of the machine.
+        notes: What a reader of the figures must know.
+
+    Returns:
+        The scores with what they are of. The same call gives the same receipt, but for `at`.
+
+    Raises:
+        UserError: As `metrics.measure`.
+
+    Example:
+        >>> captions = {"dog.jpg": "a dog runs", "cat.jpg": "a cat on a mat"}
+        >>> references = {"dog.jpg": ["A dog is running."], "cat.jpg": ["A cat sits on a mat.", "a cat"]}
+        >>> receipt = score(captions, references, ["BLEU-1", "CIDEr-D"])
+        >>> round(receipt.scores["BLEU-1"], 4)
+        0.6815
     """
-    receipt = {
-        "format": FORMAT,
-        "tool": f"captionscale {version.__version__}",
-        "metrics": f"pycocoevalcap {version_of('pycocoevalcap')}",
-        "scores": scores.values,
-        "images": len(scores.image_ids),
-        "references": sum(len(captions) for captions in references.values()),
-        "references_sha256": _hash_of(references),
-        "made_by": dict(made_by),
-        "per_image": {
-            str(image_id): dict(zip(scores.per_image, values, strict=True))
-            for image_id, *values in zip(scores.image_ids, *scores.per_image.values(), strict=True)
+    ids, captions_by_number, references_by_number = _numbered(captions, references)
+    found = measure(captions_by_number, references_by_number, metrics)
+    figures = {metric: _array(values) for metric, values in found.per_image.items()}
+    statistics, values = dict(found.statistics), dict(found.values)
+    for extra in extras:
+        values |= extra.values
+        for metric, each in extra.per_image.items():
+            figures[metric] = each
+            statistics[metric] = np.stack([each, np.ones(len(each))], axis=1)
+    drawn = intervals.resampled(statistics, list(values), seed=_SEED)
+    made_by = dict(made_by or {})
+    look = panel(captions, references, train=train, vocabulary=vocabulary)
+    empty = round(look["captions"]["empty"] * len(ids))
+    return Receipt(
+        scores=values,
+        intervals={metric: intervals.interval(each) for metric, each in drawn.items()},
+        bootstrap={
+            "confidence": intervals.CONFIDENCE,
+            "method": "percentile, over images",
+            "resamples": intervals.RESAMPLES,
+            "seed": _SEED,
         },
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as file:
-        file.write(json.dumps(receipt, indent=1).encode())
+        panel=look,
+        counts={
+            "images": len(ids),
+            "captions": len(captions),
+            "empty_captions": empty,
+            "words": sum(len(split_words(caption)) for caption in captions.values()),
+            "references": sum(map(len, references.values())),
+        },
+        hashes={
+            "captions": _hash(sorted([image_id, caption] for image_id, caption in captions.items())),
+            "references": references_sha256(references),
+            **(hashes or {}),
+        },
+        signature=signature(metrics, references_sha256(references), len(ids), extras, made_by),
+        made_by=made_by,
+        notes=[*notes, *_notes(values, len(ids), empty)],
+        at={
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "hardware": {"cpu": _processor(), "cores": cores(), **(hardware or {})},
+            "python": platform.python_version(),
+        },
+        images=Images(ids, [captions[image_id] for image_id in ids], figures, statistics),
+    )
+
+
+def references_sha256(references: References) -> str:
+    """Return a hash that two sets of references share if they score alike.
+
+    White space and the order of an image's captions, in which copies of one data set differ, do not count.
+    """
+    plain = {image_id: [" ".join(text.split()) for text in texts] for image_id, texts in references.items()}
+    return _hash([[image_id, sorted(plain[image_id])] for image_id in sorted(plain)])
 
 
 def read_results(path: Path) -> dict[int, str]:
@@ -54,7 +264,7 @@ def read_results(path: Path) -> dict[int, str]:
     wanted = 'wanted a JSON list of {"image_id": 42, "caption": "a dog"}'
     try:
         lines = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: no COCO results ({reason}); {wanted}") from None
     results: dict[int, str] = {}
@@ -71,6 +281,46 @@ def read_results(path: Path) -> dict[int, str]:
     return results
 
 
-def _hash_of(references: Mapping[int, Sequence[str]]) -> str:
-    facts = json.dumps([[image_id, list(references[image_id])] for image_id in sorted(references)])
-    return hashlib.sha256(facts.encode()).hexdigest()
+def _numbered(captions: Any, references: Any) -> tuple[Any, dict[int, str], dict[int, Sequence[str]]]:
+    """Return the ids in their order, and captions and references by number, as the evaluator knows images."""
+    ids = sorted({*captions, *references})
+    if all(isinstance(image_id, int) for image_id in ids):
+        return ids, captions, references
+    if odd := captions.keys() ^ references.keys():
+        raise UserError(
+            f"score: image {min(odd)!r} has {'a caption' if min(odd) in captions else 'references'} alone;"
+            " wanted both for each image; give both for the same images"
+        )
+    numbers = dict(enumerate(ids))
+    return (
+        ids,
+        {number: captions[name] for number, name in numbers.items()},
+        {number: references[name] for number, name in numbers.items()},
+    )
+
+
+def _notes(values: Mapping[str, float], images: int, empty: int) -> Iterator[str]:
+    if empty:
+        yield f"{empty:,} of {images:,} captions are empty"
+    if images == 1 and "CIDEr-D" in values:
+        yield "CIDEr-D of a lone image is 0: no word is rarer than another"
+
+
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def _array(figures: Sequence[Any]) -> Float64[np.ndarray, "..."]:
+    return np.asarray(figures, dtype=np.float64)
+
+
+def _plain(rows: Float64[np.ndarray, "image _"]) -> list[list[int | float]]:
+    """Return rows as lists in which whole numbers are short."""
+    return [[int(each) if each.is_integer() else each for each in row] for row in rows.tolist()]
+
+
+def _hash(tree: Any) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -188,7 +188,10 @@ def _kill(process: subprocess.Popen[bytes], chance: random.Random) -> str:
 
 
 def _kill_all(process: subprocess.Popen[bytes]) -> None:
-    # The launcher first, so that it does not tell of the others' end; they are in sessions of their own.
+    # The launcher first, so that it starts no more, nor tells of the others' end; they are in sessions of
+    # their own.
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGSTOP)
     for each in [process.pid, *_descendants(process.pid)]:
         with suppress(ProcessLookupError):
             os.kill(each, signal.SIGKILL)

@@ -22,6 +22,7 @@ from captionscale.files import cores
 from captionscale.progress import say
 
 _PORT = 29_500
+_ZERO = "DEEPSPEED"
 _OTHERS = ("LOCAL_RANK", "RANK", "OMPI_COMM_WORLD_RANK")
 """What torchrun, Kubeflow or mpirun set in each process that they start."""
 _LEAVE = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -66,6 +67,12 @@ def launch(
     cpu = bool(facts.get("use_cpu")) or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     if settings:
         refuse_unfit(settings, count, machines, facts)
+        if settings.data.workers > cores():
+            raise UserError(
+                f"data.workers = {settings.data.workers}: found {cores()} cores in this machine, or this job's"
+                " part of it, wanted one for each thread that decodes; --set data.workers="
+                f"{max(1, cores() // here)}, or ask for more cores"
+            )
         if not cpu and here * settings.data.workers > cores():
             say(
                 f"note: {here} processes with data.workers = {settings.data.workers} on {cores()} cores;"
@@ -105,12 +112,20 @@ def launch(
 
 
 def _run(arguments: list[str]) -> None:
+    from accelerate.commands.config import load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.agent.server import api as agent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     options = launch_command_parser().parse_args(arguments)
+    try:
+        load_config_from_file(options.config_file)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{options.config_file}: Accelerate refuses it ({error}); wanted a config like launch/cpu.yaml;"
+            " correct it"
+        ) from None
 
     # A process that fails has told why; what the launcher then says of each of the others would bury it.
     for logger in (logging.getLogger("torch.distributed.elastic"), agent.logger):
@@ -174,6 +189,7 @@ def _passing_signals_on(options: argparse.Namespace) -> Iterator[list[signal.Sig
 def _ending(rank: int, code: int, passed: list[signal.Signals]) -> int:
     """Return the exit code of a launch whose process of this rank ended first, with this code."""
     if passed.count(signal.SIGINT) > 1:
+        say("captionscale: ended by a second Ctrl-C; the same command goes on from the last checkpoint")
         return 128 + signal.SIGINT
     if code == PreemptedError.CODE:
         return code
@@ -208,6 +224,11 @@ def read_profile(path: Path) -> dict[str, Any]:
             " such as launch/cpu.yaml"
         ) from None
     profile: dict[str, Any] = facts
+    if (kind := profile.get("distributed_type")) not in ("MULTI_GPU", _ZERO):
+        raise UserError(
+            f"{path}: distributed_type is {kind}, wanted MULTI_GPU, on CPUs too, or {_ZERO};"
+            " set it, as launch/cpu.yaml and launch/zero2.yaml do"
+        )
     return profile
 
 
@@ -230,11 +251,17 @@ def _surroundings() -> tuple[int, int, str, int]:
     launchers = int(facts.get("STEP_NUM_TASKS", "1"))
     if machines == launchers == 1:
         return 1, 0, "localhost", 0
-    if launchers != machines or "NODEID" not in facts:
+    if launchers != machines:
         raise UserError(
             f"SLURM: {_count(launchers, 'launcher')} on {_count(machines, 'machine')}, wanted one on each;"
             " start it by srun --ntasks-per-node=1"
         )
+    for name in ("JOB_ID", "NODEID", "STEP_NODELIST"):
+        if name not in facts:
+            raise UserError(
+                f"SLURM_{name}: not set, wanted as srun sets it on {_count(machines, 'machine')};"
+                " start it by srun --ntasks-per-node=1, and let a container have its environment"
+            )
     # The first of `gpu[01-04,07],cpu3`; `scontrol` would tell, but is not inside a container.
     first = re.sub(r"\[(\d+)[^]]*\]", r"\1", facts["STEP_NODELIST"]).split(",")[0]
     # The job's own port: two jobs may share a node.
@@ -269,7 +296,7 @@ def refuse_unfit(settings: Config, count: int, machines: int, profile: Mapping[s
 
 
 def _zero(profile: Mapping[str, Any]) -> bool:
-    return profile.get("distributed_type") == "DEEPSPEED"
+    return profile.get("distributed_type") == _ZERO
 
 
 def _count(number: int, word: str) -> str:

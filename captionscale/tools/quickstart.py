@@ -14,7 +14,7 @@ from captionscale.data import manifest, scenes
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.progress import console, say
-from captionscale.score.metrics import METRICS, score
+from captionscale.score.metrics import METRICS, measure
 
 COUNTS = {"train": 2000, "val": 150, "test": 250}
 SIZE = 96
@@ -62,7 +62,7 @@ def _show(drawn: Path, receipt: Path, said: list[str]) -> None:
     """Print the scores beside those of random captions, and what was said beside what people say."""
     references = coco.references(_captions(drawn, "test"))
     train = coco.references(_captions(drawn, "train"))
-    chance = score(random_captions(train, list(references)), references).values
+    chance = measure(random_captions(train, list(references)), references).values
     found = json.loads(receipt.read_text(encoding="utf-8"))["scores"]
     table = Table(title=f"{len(references)} scenes that training never saw")
     for heading in ("metric", "captionscale", "random training captions", "ratio"):

@@ -1,19 +1,28 @@
 """Score a run, or captions from anywhere, and write the receipt."""
 
+import hashlib
+import json
 from pathlib import Path
 
+import torch
+
+from captionscale import config as configs
 from captionscale.config import Config
 from captionscale.data.loader import Loader
-from captionscale.data.places import open_place
+from captionscale.data.places import Folder, open_place
 from captionscale.data.shards import Split
 from captionscale.data.sources import coco
-from captionscale.errors import PreemptedError
+from captionscale.errors import PreemptedError, UserError
+from captionscale.progress import progress
 from captionscale.ranks import Ranks
+from captionscale.score import clipscore, spice
 from captionscale.score.evaluate import Result, caption_split, write_results
-from captionscale.score.metrics import Scores, score
-from captionscale.score.receipt import read_results, write_receipt
+from captionscale.score.receipt import Measure, Receipt, read_results, score
 from captionscale.train import preempt
 from captionscale.train.checkpoint import Checkpoint, open_run
+from captionscale.vocab import SPECIALS
+
+HISTORY = "history.jsonl"
 
 
 def score_run(
@@ -23,9 +32,14 @@ def score_run(
     checkpoint: str,
     beam: int | None,
     shards: str | None,
-    receipt: Path | None,
-) -> tuple[Scores | None, Path]:
+    out: Path | None,
+    measure: Measure,
+    spice_jars: Path | None = None,
+    clip: tuple[Path, str] | None = None,
+) -> tuple[Receipt | None, Path]:
     """Caption a split with a run's model, over all ranks and in fp32, and score it.
+
+    Each scoring, of whatever split, leaves a line in `scores/history.jsonl` of the run's folder.
 
     Args:
         run: The --out of captionscale train.
@@ -33,10 +47,13 @@ def score_run(
         checkpoint: `best`, `last` or a step.
         beam: Instead of the run's own.
         shards: Instead of the run's own.
-        receipt: Where it goes; none: beside the captions, in the run's folder `scores`.
+        out: Where the receipt goes; none: beside the captions, in the run's folder `scores`.
+        measure: As `receipt.score` has it.
+        spice_jars: Folder of Stanford CoreNLP's jars; none: no SPICE.
+        clip: CLIP's weights and its model's name; none: no CLIPScore.
 
     Returns:
-        The scores (on ranks other than the first: none), and where the receipt is.
+        The receipt (on ranks other than the first: none), and where it is.
 
     Raises:
         UserError: No run or split, one without captions, damaged files, or a metric that failed.
@@ -44,27 +61,64 @@ def score_run(
     """
     saved = open_run(run, checkpoint)
     config = saved.config().with_beam(beam)
+    # Whatever these lack is told before an hour of captioning, not after it.
+    if spice_jars:
+        spice.find_jars(spice_jars)
+        spice.find_java()
+    eye = clipscore.load(*clip) if clip else None
     split = _open_split(config, shards, split_name)
     split.need_captions("to score against; captionscale caption --split only captions it")
     step = saved.standing.step
     other = f"-of-{split.sha256[:8]}" if shards else ""
     folder = run / "scores" / f"{split_name}-step-{step:08d}-beam{config.search.beam}{other}"
-    place = receipt or folder / "receipt.json"
+    place = out or folder / "receipt.json"
     results = _caption(saved, config, split)
     if results is None:
         return None, place
     write_results(results, folder / "captions.json")
-    references = split.references()
-    scores = score({result["image_id"]: result["caption"] for result in results}, references)
-    made_by = {
+    train, notes = _train_captions(config)
+    vocabulary = saved.vocabulary()
+    captions, references = {result["image_id"]: result["caption"] for result in results}, split.references()
+    extras = [spice.measure(captions, references, spice_jars)] if spice_jars else []
+    extras += [clipscore.measure(split, captions, references, eye)] if eye else []
+    receipt = score(
+        captions,
+        references,
+        measure=measure,
+        extras=extras,
+        train=train,
+        vocabulary=len(vocabulary) - len(SPECIALS),
+        made_by={
+            "run": run.resolve().name,
+            "split": split.name,
+            "step": step,
+            "search": config.search.model_dump(mode="json"),
+            "precision": "fp32",
+            "seed": config.seed,
+            "objective": "cross-entropy",
+            "end_rewarded": False,
+        },
+        hashes={
+            "shards": split.sha256,
+            "model": saved.sha256,
+            "config": hashlib.sha256(configs.dumps(saved.config()).encode()).hexdigest(),
+            "vocabulary": vocabulary.sha256,
+        },
+        hardware=_hardware(),
+        notes=[*notes, *_absent(spice_jars, None if clip else "no --clip WEIGHTS")],
+    )
+    receipt.write(place)
+    line = {
+        "time": receipt.at["time"],
         "split": split.name,
-        "shards_sha256": split.sha256,
         "step": step,
-        "model_sha256": saved.sha256,
-        "search": config.search.model_dump(mode="json"),
+        "beam": config.search.beam,
+        "scores": receipt.scores,
+        "receipt": receipt.sha256,
     }
-    write_receipt(place, scores, references, made_by)
-    return scores, place
+    with (run / "scores" / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return receipt, place
 
 
 def caption_run(
@@ -119,19 +173,59 @@ def _caption(saved: Checkpoint, config: Config, split: Split) -> list[Result] | 
     return results if first else None
 
 
-def score_file(captions: Path, references: Path, receipt: Path | None) -> Scores:
+def score_file(
+    captions: Path, references: Path, out: Path | None, measure: Measure, spice_jars: Path | None = None
+) -> Receipt:
     """Score a file of captions against a file of references.
 
     Args:
         captions: COCO results.
         references: COCO captions.
-        receipt: Where it goes, if one is wanted.
+        out: Where the receipt goes, if one is wanted.
+        measure: As `receipt.score` has it.
+        spice_jars: As `score_run` has it.
 
     Raises:
         UserError: Files of another layout, other images in both, or a metric that failed.
     """
     written, human = read_results(captions), coco.references(references)
-    scores = score(written, human)
-    if receipt:
-        write_receipt(receipt, scores, human, {"captions": captions.name, "references": references.name})
-    return scores
+    receipt = score(
+        written,
+        human,
+        measure=measure,
+        extras=[spice.measure(written, human, spice_jars)] if spice_jars else [],
+        notes=_absent(spice_jars, "it sees images: score RUN --clip WEIGHTS"),
+        made_by={"captions": captions.name, "references": references.name},
+    )
+    if out:
+        receipt.write(out)
+    return receipt
+
+
+def _absent(spice_jars: Path | None, no_clip: str | None) -> list[str]:
+    notes = [] if spice_jars else ["SPICE: not computed (no --spice DIR)"]
+    return notes + ([f"CLIPScore: not computed ({no_clip})"] if no_clip else [])
+
+
+def _train_captions(config: Config) -> tuple[list[str] | None, list[str]]:
+    """Return what the model was trained on, or none and why not."""
+    data = config.data
+    try:
+        place = open_place(data.shards, data.cache, data.cache_gb)
+        if not isinstance(place, Folder):
+            # They lie among the pictures, all of which would have to be downloaded.
+            return None, [f"novel captions were not counted: {place} is no folder of this machine"]
+        split = Split(place, data.train_split, check=False)
+        with progress("train captions", len(split), passing=True) as bar:
+            captions: list[str] = []
+            for item in range(len(split)):
+                captions += split.captions(item)
+                bar.advance()
+    except UserError as error:
+        return None, [f"novel captions were not counted: {error}"]
+    return captions, []
+
+
+def _hardware() -> dict[str, str]:
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {"torch": torch.__version__, **gpu}

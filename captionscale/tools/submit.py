@@ -14,7 +14,7 @@ from captionscale.errors import UserError
 from captionscale.files import atomic
 from captionscale.tools.launcher import read_profile, refuse_unfit
 
-_SOURCE = re.compile(r"^source slurm/(\S+)\n", re.MULTILINE)
+_SOURCE = re.compile(r"^(?:\[\[ -f slurm.*\n)?source slurm/(\S+)\n", re.MULTILINE)
 
 
 def submit(
@@ -45,10 +45,13 @@ def submit(
             folder that cannot be written.
     """
     facts = read_profile(assets.find("launch", profile, ".yaml"))
-    refuse_unfit(settings, nodes * (gpus or int(facts["num_processes"])), nodes, facts)
+    here = gpus or int(facts["num_processes"])
+    refuse_unfit(settings, nodes * here, nodes, facts)
     options = [f"--job-name={run.name}", f"--nodes={nodes}", f"--output={run / 'logs' / '%j.log'}"]
     options += [f"--gpus-per-node={gpus}"] if gpus else []
     options += [f"--time={time}"] if time else []
+    # Several nodes are had whole.
+    options += [f"--cpus-per-task={here * settings.data.workers}"] if nodes == 1 else []
     job, experiment = run / "job.sbatch", run / "job.toml"
     script = _script("multi_node" if nodes > 1 else "single_node", options, profile, experiment, run)
     if dry_run:
@@ -102,6 +105,9 @@ def _sbatch(job: Path) -> str:
     )
     if done.returncode:
         found = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise UserError(f"{job}: sbatch refuses ({found}); correct the options, or {site}")
+        raise UserError(
+            f"{job}: sbatch refuses ({found}); correct the options, {site},"
+            " or data.workers, by which it asks for cores"
+        )
     # With several clusters: 123;name.
     return done.stdout.strip().partition(";")[0]

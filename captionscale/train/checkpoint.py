@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ _MODEL, _OPTIMIZER, _STATE, _CONFIG, _VOCAB = (
     "config.toml",
     "vocab.json",
 )
+_OLD = ".old.tmp"
+"""Ends the name of a checkpoint while another of the same step takes its place."""
 
 
 @dataclass
@@ -46,17 +49,20 @@ class Standing:
     """Of the validation split, in `train.score_metric`; negative before the first scoring."""
     best_step: int = 0
     scores_since_best: int = 0
-    unscored: bool = False
-    """Whether the scoring that is due at this step is still to come: preemption broke it off."""
+    captioned: int = 0
+    """Step of the last validation."""
+    judged: int = 0
+    """Step of the last one whose scores count; they come later than its captions."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """The fp16 loss scaler's state."""
 
-    def judge(self, score: float) -> None:
-        """Take the score of the present step into account."""
+    def judge(self, step: int, score: float) -> None:
+        """Take the score of a step into account."""
+        self.judged = step
         better = score > self.best_score
         self.scores_since_best = 0 if better else self.scores_since_best + 1
         if better:
-            self.best_score, self.best_step = score, self.step
+            self.best_score, self.best_step = score, step
 
 
 def save(
@@ -104,13 +110,15 @@ def save(
         for path in (*partial.iterdir(), partial):
             _flush(path)
         if folder.exists():
-            folder.rename(folder.with_suffix(".old.tmp"))
+            folder.rename(folder.with_name(folder.name + _OLD))
         partial.rename(folder)
         for path in (folder.parent, run):
             _flush(path)
         # A later one can only be a damaged one that this run was resumed before.
         earlier = [step for step in steps(run) if step <= standing.step]
         kept = {*earlier[-config.train.keep :], standing.best_step}
+        if standing.judged < standing.captioned:
+            kept.add(standing.captioned)  # It may turn out to be the best.
         for step in steps(run):
             if step not in kept:
                 _folder(run, step).rename(_passing(_folder(run, step)))
@@ -127,14 +135,21 @@ def save(
 def sweep(run: Path) -> None:
     """Remove what a killed process was writing, and what is no longer kept."""
     for path in (run / "checkpoints").glob("*.tmp"):
+        whole = path.with_name(path.name.removesuffix(_OLD))
+        if path.name.endswith(_OLD) and not whole.exists():
+            # The one that was to take its place has not come.
+            with suppress(OSError):
+                path.rename(whole)
+            continue
         # On NFS a folder stays while another process reads in it; the next save tries again.
         shutil.rmtree(path, ignore_errors=True)
 
 
 def steps(run: Path) -> list[int]:
     """Return the steps of which a run has checkpoints, in their order."""
-    names = (path.name for path in (run / "checkpoints").glob("step-*[0-9]"))
-    return sorted(int(name.removeprefix("step-")) for name in names)
+    names = (path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
+    # A user may keep a copy of one under a name of his own.
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 class Checkpoint:
@@ -145,6 +160,7 @@ class Checkpoint:
 
         Raises:
             UserError: A file is missing or damaged.
+            OSError: One cannot be read.
         """
         self.folder = folder
         try:
@@ -154,9 +170,10 @@ class Checkpoint:
             for name, sha256 in self._state["sha256"].items():
                 if sha256_of(folder / name) != sha256:
                     raise ValueError(f"sha256 of {name} is not the one that was saved")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        # Another OSError may pass, and is no reason to do without the checkpoint.
+        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{folder}: damaged checkpoint ({error}); remove it to use the one before"
+                f"{folder}: damaged checkpoint ({error}), wanted it as it was saved; take another one"
             ) from None
 
     @property
@@ -229,7 +246,7 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         try:
             return Checkpoint(_folder(run, step))
         except UserError as error:
-            warn(f"warning: {error}")
+            warn(f"warning: passed over: {error}")
     if steps(run):
         raise UserError(f"{run}: every checkpoint is damaged; take another --out to start again")
     return None
@@ -246,6 +263,7 @@ def resume(run: Path, fingerprint: Mapping[str, Any], tell: Callable[[str], None
     Raises:
         UserError: The run did something else so far, or all its checkpoints are damaged.
     """
+    sweep(run)
     saved = newest(run, tell)
     if saved is not None:
         saved.refuse_another(fingerprint)
@@ -275,7 +293,10 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
     else:
         raise UserError(f"--checkpoint {which}: wanted best, last, or a step: {steps(run)}")
     if step not in steps(run):
-        raise UserError(f"{run}: no checkpoint of step {step}; there are {steps(run)}")
+        raise UserError(
+            f"{run}: no checkpoint of step {step}; there are {steps(run)}; take one of these, or"
+            " --checkpoint last"
+        )
     return Checkpoint(_folder(run, step))
 
 

@@ -59,5 +59,5 @@ def _tell(step: int, loss: float, norm: float, bad: list[tuple[int, list[int]]])
         place = f" (first in micro-batch {number}: images {', '.join(map(str, ids[:_IDS]))}{more})"
     raise UserError(
         f"step {step:,}: loss {loss:g}{place}, gradient norm {norm:g}, wanted numbers; lower train.lr, or set"
-        " train.precision to bf16 or fp32; the checkpoints before it are whole"
+        " train.precision to bf16 or fp32; what was saved before is whole"
     )

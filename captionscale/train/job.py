@@ -98,6 +98,7 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     split, val_split = Split(place, data.train_split), Split(place, data.val_split)
     for each in (split, val_split):
         ranks.on_first(each.need_captions, "to train; pack the data set with its captions")
+    ranks.on_first(_refuse_differing, data.shards, ranks.gather([(split.sha256, val_split.sha256)]))
     order = order_of(split, config)
     if isinstance(place, Remote):
         ranks.on_first(_tell_of_cache, place, split, order, data)
@@ -159,6 +160,15 @@ def order_of(split: Split, config: Config) -> Order:
     """
     sizes, train = tuple(split.shard_sizes.tolist()), config.train
     return Order(sizes, config.seed, train.global_batch, train.micro_batch, config.data.shuffle_shards)
+
+
+def _refuse_differing(shards: str, read: list[tuple[str, str]]) -> None:
+    # Each machine may have a copy of its own, and one of them an older one.
+    if others := [str(rank) for rank, hashes in enumerate(read) if hashes != read[0]]:
+        raise UserError(
+            f"{shards}: rank {', '.join(others)} finds other shards there than rank 0, wanted the same on all"
+            " machines; copy or pack them there again"
+        )
 
 
 def _refuse_uneven(order: Order, ranks: Ranks) -> None:

@@ -1,13 +1,16 @@
 """What a run leaves to read: `log.jsonl` for programs, TensorBoard for curves."""
 
 import json
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from captionscale.data.loader import Batch
 from captionscale.files import atomic
+from captionscale.ranks import Ranks
 
 LOG = "log.jsonl"
 
@@ -15,13 +18,13 @@ LOG = "log.jsonl"
 class Log:
     """The log of a run, continued from the step that a resumed run starts at.
 
-    Lines of later steps, which the resumed run will do again, are taken out.
+    What the resumed run will do again is taken out: lines of later steps, and scores that do not count yet.
     """
 
-    def __init__(self, run: Path, step: int):
+    def __init__(self, run: Path, step: int, judged: int):
         self._path = run / LOG
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in lines if _step_of(line) <= (judged if '"scores"' in line else step)]
         with atomic(self._path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
@@ -44,6 +47,29 @@ class Log:
     def close(self) -> None:
         """Write what is buffered."""
         self._board.close()
+
+
+class Rate:
+    """Counts images and captions between two readings."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def count(self, batches: list[Batch]) -> None:
+        """Take what a step has read."""
+        self._images += sum(len(batch.images) for batch in batches)
+        self._captions += sum(len(batch.tokens) for batch in batches)
+
+    def read(self, ranks: Ranks) -> dict[str, float]:
+        """Return the pace of all ranks together since the last reading."""
+        seconds = time.monotonic() - self._began
+        images, captions = (ranks.sum(self._images, self._captions) / seconds).tolist()
+        self.restart()
+        return {"images_per_s": images, "captions_per_s": captions}
+
+    def restart(self) -> None:
+        """Count from now on, leaving out what was done since the last reading."""
+        self._began, self._images, self._captions = time.monotonic(), 0, 0
 
 
 def figures(run: Path, key: str, since: float = 0) -> dict[int, float]:

@@ -17,6 +17,8 @@ from captionscale.errors import PreemptedError, UserError
 
 END_OF_TIME = "end of the job's time"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+_ANNOUNCED_S = 180.0
+"""Before its end a job has USR1, as slurm/*.sbatch ask for: 120 s before, and SLURM may be a minute early."""
 
 
 @dataclass
@@ -24,6 +26,8 @@ class _State:
     leave_at: float = float("inf")
     """Seconds since the epoch."""
     reason: str = ""
+    interrupted: bool = False
+    """By a first Ctrl-C."""
     since: float = 0.0
     """Of the monotonic clock."""
     parting: str | None = None
@@ -83,11 +87,13 @@ def leave(parting: str) -> None:
 
 
 def _take_note(number: int, _: FrameType | None) -> None:
-    name = signal.Signals(number).name
-    if name == _state.reason == signal.SIGINT.name:
-        raise KeyboardInterrupt
+    if number == signal.SIGINT:
+        if _state.interrupted:
+            raise KeyboardInterrupt
+        _state.interrupted = True
     if not _state.reason:
-        _ask(name)
+        announced = number == signal.SIGUSR1 and time.time() >= _end_of_time() - _ANNOUNCED_S
+        _ask(END_OF_TIME if announced else signal.Signals(number).name)
 
 
 def _ask(reason: str) -> None:

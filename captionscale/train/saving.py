@@ -161,10 +161,9 @@ def _aligned(size: int) -> int:
 
 
 def _refuse_full_disk(run: Path, size: int, keep: int) -> None:
-    """Refuse a disk that cannot hold a run's checkpoints: those kept, the best, and one being written."""
-    checkpoint.sweep(run)
+    """Refuse a disk that cannot hold a run's checkpoints: kept, best, being scored, being written."""
     held = sum(path.stat().st_size for path in (run / "checkpoints").glob("*/*"))
-    missing = (keep + 2) * size - held
+    missing = (keep + 3) * size - held
     if missing <= 0:
         return
     try:
@@ -174,8 +173,8 @@ def _refuse_full_disk(run: Path, size: int, keep: int) -> None:
         found = f"cannot be written ({error.strerror})"
     if found:
         raise UserError(
-            f"{run}: {found}, wanted {missing / 1e9:,.2f} GB more for {keep + 2:,} checkpoints of"
-            f" {size / 1e9:,.2f} GB (train.keep = {keep:,}, the best, one being written);"
+            f"{run}: {found}, wanted {missing / 1e9:,.2f} GB more for {keep + 3:,} checkpoints of"
+            f" {size / 1e9:,.2f} GB (train.keep = {keep:,}, the best, one being scored, one being written);"
             " free the disk, lower train.keep, or take --out elsewhere"
         )
 

@@ -13,14 +13,16 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from captionscale import engine, ranks
+from captionscale.data import cache, loader
 from captionscale.progress import say
 from captionscale.ranks import Ranks
 from captionscale.score.evaluate import caption_split
@@ -28,6 +30,7 @@ from captionscale.score.evaluate import caption_split
 STALLS = "stalls.jsonl"
 _PACKAGE = str(Path(__file__).parents[1])
 _COLLECTIVE = (str(ranks.__file__), str(engine.__file__))
+_LOADER, _CACHE = str(loader.__file__), str(cache.__file__)
 _END_AFTER = 10
 """Times `train.stall_s`: a file system may take some minutes to come back, a dead peer never does."""
 _SILENT_AFTER = 4
@@ -118,8 +121,13 @@ class Watchdog:
         self.beat()
 
     def _watch(self) -> None:
-        told = False
+        told, looked = False, time.monotonic()
         while not self._over.wait(self._stall_s / 10):
+            before, looked = looked, time.monotonic()
+            # The whole process stood still, as after Ctrl-Z or when SLURM suspends a job; or a shard is on
+            # its way, which gives up by itself if nothing comes.
+            if looked - before > self._stall_s or self._downloads():
+                self.beat()
             mine = self._state()
             try:
                 if self._store is not None:
@@ -131,17 +139,26 @@ class Watchdog:
                 states = [mine, *self._others()]
             except RuntimeError:
                 return  # The store is gone: the run is ending.
-            if self._over.is_set() or mine.still_s < self._stall_s or not (culprits := _blame(states)):
+            culprits = _blame(states, self._stall_s)
+            if self._over.is_set() or mine.still_s < self._stall_s or not culprits:
                 continue
             if self._rank == 1 and not any(state.rank == 0 and state.silent for state in states):
                 continue
-            end = mine.still_s > _END_AFTER * self._stall_s
+            still_s = min([mine.still_s, *(state.still_s for state in culprits if not state.silent)])
+            # A file system may come back even then.
+            end = still_s > _END_AFTER * self._stall_s and not any(state.busy for state in culprits)
             if end or not told:
-                self._tell(states, culprits, mine.still_s, end)
+                self._tell(states, culprits, still_s, end)
                 told = True
             if end:
                 # The launcher ends the others; nothing else gets the main thread out of where it hangs.
                 os._exit(1)
+
+    def _downloads(self) -> bool:
+        """Return whether the main thread waits for pictures, and another one for a shard to come."""
+        threads = sys._current_frames()
+        main = [name for name in _files(threads[self._main]) if name.startswith(_PACKAGE)]
+        return main[:1] == [_LOADER] and any(_CACHE in _files(thread) for thread in threads.values())
 
     def _state(self) -> State:
         frames = traceback.extract_stack(sys._current_frames()[self._main])
@@ -197,20 +214,27 @@ class Watchdog:
             lines += ["  ending the run; the same command goes on from its last checkpoint"]
         say("\n".join(lines))
         record = {"time": time.time(), "still_s": still_s, "stalled": stalled, "waiting": waiting}
-        with self._path.open("a", encoding="utf-8") as file:
+        # What keeps the run from moving may be a full disk.
+        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _blame(states: list[State]) -> list[State]:
-    """Return those whom the others wait for; nobody, while one does what may take long."""
+def _blame(states: list[State], stall_s: float) -> list[State]:
+    """Return those whom the others wait for; nobody, while they move or are busy, but for very long."""
     if silent := [state for state in states if state.silent]:
         return silent
     if any(state.busy for state in states):
-        return []
+        return [state for state in states if state.busy and state.still_s >= _END_AFTER * stall_s]
     # Where steps are queued on a device, those who wait are ahead of the one that keeps them waiting.
     last = min(state.step for state in states)
     behind = [state for state in states if state.step == last]
-    return [state for state in behind if not state.waiting] or behind
+    awaited = [state for state in behind if not state.waiting] or behind
+    return [state for state in awaited if state.still_s >= stall_s]
+
+
+def _files(thread: FrameType) -> list[str]:
+    """Return the source files that a thread is in, the innermost first."""
+    return [frame.f_code.co_filename for frame, _ in traceback.walk_stack(thread)]
 
 
 def _key(rank: int) -> str:

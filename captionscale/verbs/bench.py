@@ -34,6 +34,13 @@ def add(verbs: Verbs) -> None:
     order.add_argument("--shards", help="folder, or URL, to measure beside the simulation")
     order.add_argument("--split", default="train", help="of these shards (default: %(default)s)")
     order.set_defaults(measure=_order)
+    scoring = what.add_parser("score", help="the evaluator beside pycocoevalcap's own classes")
+    scoring.add_argument("--captions", type=Path, metavar="RESULTS", help="results (default: drawn scenes')")
+    scoring.add_argument("--references", type=Path, metavar="CAPTIONS", help="COCO captions of these images")
+    scoring.set_defaults(measure=_score)
+    reward = what.add_parser("reward", help="CIDEr-D as the reward of training, beside dictionaries")
+    reward.add_argument("--references", type=Path, help="COCO captions JSON (default: invented captions)")
+    reward.set_defaults(measure=_reward)
     for parts in what.choices.values():
         parts.add_argument("--rounds", type=positive, default=5, metavar="N", help="of each way (default: 5)")
         parts.add_argument("--json", action="store_true", help="for machines")
@@ -62,6 +69,18 @@ def _step(options: argparse.Namespace) -> "list[Sheet]":
     from captionscale.tools.bench import step
 
     return step.bench(settings(options) if options.config else None, rounds=options.rounds)
+
+
+def _score(options: argparse.Namespace) -> "list[Heat | Sheet]":
+    from captionscale.tools.bench import score
+
+    return score.bench(options.captions, options.references, rounds=options.rounds)
+
+
+def _reward(options: argparse.Namespace) -> "list[Heat]":
+    from captionscale.tools.bench import reward
+
+    return reward.bench(options.references, rounds=options.rounds)
 
 
 def _order(options: argparse.Namespace) -> "list[Sheet]":

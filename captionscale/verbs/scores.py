@@ -1,7 +1,10 @@
 """The verbs that caption and score."""
 
 import argparse
+import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from captionscale.errors import UserError
 from captionscale.verbs.values import Verbs, positive
@@ -32,7 +35,31 @@ def add(verbs: Verbs) -> None:
     score.add_argument(
         "--out", type=Path, metavar="RECEIPT", help="where the receipt goes (with a run: beside it)"
     )
+    score.add_argument(
+        "--meteor-gb", type=float, metavar="GB", help="most memory that METEOR's Java may take"
+    )
+    score.add_argument(
+        "--reference-implementation", action="store_true", help="by pycocoevalcap's own classes: slower"
+    )
+    score.add_argument(
+        "--spice", type=Path, metavar="DIR", help="SPICE too: folder with Stanford CoreNLP 3.6.0"
+    )
+    score.add_argument(
+        "--clip", type=Path, metavar="WEIGHTS", help="with a run, CLIPScore too: CLIP's weights, a file"
+    )
+    score.add_argument(
+        "--clip-model", default="ViT-B-32-quickgelu", help="of open_clip (default: %(default)s)"
+    )
     score.set_defaults(verb="score", handler=_score)
+
+    compare = verbs.add_parser("compare", help="tell whether one receipt is better than another, or lucky")
+    compare.add_argument("first", type=Path, metavar="A", help="a receipt, or a run that has but one")
+    compare.add_argument("second", type=Path, metavar="B")
+    compare.add_argument(
+        "--top", type=positive, default=5, metavar="N", help="images that changed most (default: %(default)s)"
+    )
+    compare.add_argument("--json", action="store_true", help="for machines")
+    compare.set_defaults(verb="compare", handler=_compare)
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -70,24 +97,58 @@ def _caption(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
+    from captionscale.score.metrics import measure
+    from captionscale.score.panel import table
     from captionscale.tools.scoring import score_file, score_run
 
-    if options.run is not None and not (options.captions or options.references):
-        if not options.split:
-            raise UserError(f"score {options.run}: no --split; say which, such as --split val")
-        scores, receipt = score_run(
+    by_run = options.run is not None and not (options.captions or options.references)
+    if by_run and not options.split:
+        raise UserError(f"score {options.run}: no --split; say which, such as --split val")
+    if not by_run and (options.run is not None or not (options.captions and options.references)):
+        raise UserError("score: wanted either RUN --split NAME, or --captions RESULTS --references CAPTIONS")
+    if options.clip and not by_run:
+        raise UserError(
+            "score --clip: found --captions and no images, wanted a run's split; leave out --clip, or give"
+            " RUN --split NAME"
+        )
+    changes: dict[str, Any] = {}
+    if options.meteor_gb is not None:
+        changes["meteor_gb"] = options.meteor_gb
+    if options.reference_implementation:
+        changes["reference_implementation"] = True
+    by = partial(measure, **changes)
+    if by_run:
+        receipt, place = score_run(
             options.run,
             options.split,
             checkpoint=options.checkpoint,
             beam=options.beam,
             shards=options.shards,
-            receipt=options.out,
+            out=options.out,
+            measure=by,
+            spice_jars=options.spice,
+            clip=(options.clip, options.clip_model) if options.clip else None,
         )
-    elif options.run is None and options.captions and options.references:
-        scores, receipt = score_file(options.captions, options.references, options.out), options.out
     else:
-        raise UserError("score: wanted either RUN --split NAME, or --captions RESULTS --references CAPTIONS")
-    if scores is not None:
-        for name, value in scores.values.items():
-            print(f"{name:8} {value:.10f}")
-        print(f"{len(scores.image_ids):,} images{f'; receipt: {receipt}' if receipt else ''}")
+        receipt = score_file(options.captions, options.references, options.out, by, options.spice)
+        place = options.out
+    if receipt is None:
+        return
+    width = max(map(len, receipt.scores))
+    for name, value in receipt.scores.items():
+        low, high = receipt.intervals[name]
+        print(f"{name:{width}} {value:.10f}  [{low:.4f}, {high:.4f}]")
+    print("", *table(receipt.panel), "", *receipt.notes, sep="\n")
+    print(f"{receipt.counts['images']:,} images{f'; receipt: {place}' if place else ''}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from captionscale.score import Receipt
+    from captionscale.score.comparison import compare, find, table
+
+    first, second = (find(path) for path in (options.first, options.second))
+    found = compare(Receipt.read(first), Receipt.read(second), top=options.top)
+    if options.json:
+        print(json.dumps({"first": str(first), "second": str(second), **found.tree()}, indent=1))
+    else:
+        print(f"A: {first}", f"B: {second}", "", *table(found), sep="\n")

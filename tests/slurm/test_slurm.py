@@ -101,9 +101,8 @@ def jobs(slurm: Slurm, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -
         *("--captions", test, "--split", "test", "--out", folder / "shards", "--images-per-shard", "16"),
     )
     said = slurm(
-        *("captionscale", "submit", folder / "experiment.toml", "--out", facts.chain, "--nodes", "2"),
-        *("--time", "1", "--profile", folder.parent / "cluster0" / "one.yaml"),
-        *("--set", f"train.grace_s={GRACE_S}"),
+        *("captionscale", "submit", folder / "experiment.toml", "--out", facts.chain, "--time", "1"),
+        *("--profile", "cpu", "--set", f"train.grace_s={GRACE_S}"),
         SBATCH_SIGNAL="USR1@1",
     )
     [facts.chain_job] = re.findall(r"job (\d+)", said.splitlines()[0])
@@ -122,7 +121,8 @@ def jobs(slurm: Slurm, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -
 def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
     job, run = facts.hit_job, facts.hit
     _until(lambda: _trained(run, 1), "the first steps")
-    slurm("scancel", "--signal=USR1", job)
+    # To the job's script as well, which is to stay.
+    slurm("scancel", "--full", "--signal=USR1", job)
     _until(lambda: _restarted(slurm, job, 1), "the restart after USR1")
     first = checkpoint.steps(run)[-1]
     _until(lambda: _trained(run, first + 1), "steps after the restart")

@@ -82,7 +82,7 @@ def test_processes_share_the_cores(dry_run, monkeypatch) -> None:
 
 
 def test_a_profile_is_a_file_or_a_name(dry_run, tmp_path) -> None:
-    path = profile(tmp_path, "num_processes: 5\n")
+    path = profile(tmp_path, "num_processes: 5\ndistributed_type: MULTI_GPU\n")
     _, arguments = dry_run(path)
     assert arguments.num_processes == 5
     assert arguments.config_file == str(path)
@@ -130,6 +130,18 @@ def test_in_the_batch_script_of_one_machine_there_is_no_step(dry_run, slurm, mon
         dry_run()
     assert str(caught.value) == (
         "SLURM: 1 launcher on 2 machines, wanted one on each; start it by srun --ntasks-per-node=1"
+    )
+
+
+@pytest.mark.parametrize("name", ["JOB_ID", "NODEID", "STEP_NODELIST"])
+def test_a_container_that_hides_what_slurm_says_is_told_which(dry_run, slurm, monkeypatch, name) -> None:
+    slurm()
+    monkeypatch.delenv(f"SLURM_{name}")
+    with pytest.raises(UserError) as caught:
+        dry_run()
+    assert str(caught.value) == (
+        f"SLURM_{name}: not set, wanted as srun sets it on 4 machines; start it by srun --ntasks-per-node=1,"
+        " and let a container have its environment"
     )
 
 
@@ -249,6 +261,29 @@ def test_what_is_no_profile_is_refused(dry_run, tmp_path, text) -> None:
     assert str(caught.value).endswith(
         "; wanted an Accelerate config with num_processes, such as launch/cpu.yaml"
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [("", "None"), ("distributed_type: FSDP\n", "FSDP"), ("distributed_type: NO\n", "False")],
+)
+def test_a_profile_for_what_the_engine_cannot_do_is_refused(dry_run, tmp_path, kind, found) -> None:
+    path = profile(tmp_path, f"num_processes: 2\n{kind}")
+    with pytest.raises(UserError) as caught:
+        dry_run(path)
+    assert str(caught.value) == (
+        f"{path}: distributed_type is {found}, wanted MULTI_GPU, on CPUs too, or DEEPSPEED; set it,"
+        " as launch/cpu.yaml and launch/zero2.yaml do"
+    )
+
+
+@pytest.mark.parametrize("line", ["num_processors: 2", "compute_environment: AMAZON_SAGEMAKER"])
+def test_what_accelerate_refuses_in_a_profile_is_one_line(monkeypatch, tmp_path, line) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    path = profile(tmp_path, f"num_processes: 2\ndistributed_type: MULTI_GPU\n{line}\n")
+    with pytest.raises(UserError) as caught:
+        launch(VERB, profile=str(path), processes=2, dry_run=False)
+    assert str(caught.value).startswith(f"{path}: Accelerate refuses it (")
 
 
 def test_an_unknown_profile_is_told_with_the_nearest_known_one(dry_run) -> None:

@@ -1,3 +1,5 @@
+import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -7,6 +9,8 @@ import pytest
 from captionscale import config
 from captionscale.errors import UserError
 from captionscale.tools.submit import submit
+
+ROOT = Path(__file__).parents[2]
 
 # That SLURM takes the job, and that it trains, is in tests/slurm.
 
@@ -41,9 +45,36 @@ def test_what_was_asked_for_comes_after_the_scripts_own_options_and_before_its_c
     assert "set -- 'runs/a run/job.toml' 'runs/a run'" in lines
 
 
-def test_a_job_of_one_machine_may_share_it(capsys) -> None:
-    assert "--exclusive" in written(capsys)
-    assert "--exclusive" not in written(capsys, nodes=1)
+def test_a_job_of_one_machine_may_share_it_and_asks_for_a_core_for_each_decoding_thread(capsys) -> None:
+    several, one = written(capsys), written(capsys, nodes=1)
+    assert "--exclusive" in several
+    assert "--exclusive" not in one
+    assert "#SBATCH --cpus-per-task" not in several
+    threads = 8 * config.load("attention").data.workers
+    assert re.findall("--cpus-per-task=(\\d+)$", one, re.MULTILINE)[-1] == str(threads)
+
+
+@pytest.mark.parametrize(
+    ("script", "folder", "end", "said"),
+    [
+        ("pack.sbatch", "", "", "holds no slurm/job.sh, wanted the checkout; call sbatch from there"),
+        ("pack.sbatch", ROOT, "", "SLURM_JOB_ID: not set, wanted within a job; start the script by sbatch"),
+        ("multi_node.sbatch", ROOT, "0", "1 words after the script's name, wanted EXPERIMENT RUN"),
+    ],
+)
+def test_a_script_that_was_called_wrongly_says_how(tmp_path, script, folder, end, said) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": end} if end else {}
+    done = subprocess.run(
+        ["bash", ROOT / "slurm" / script, "attention"],
+        cwd=folder or tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert said in done.stderr
 
 
 def test_more_processes_than_micro_batches_are_refused(capsys) -> None:

@@ -232,9 +232,8 @@ def test_what_could_not_be_written_is_told_once_at_the_next_look_or_save_or_at_t
     assert "warning: " in capsys.readouterr().err
 
 
-def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(
-    tmp_path: Path, config: Config
-) -> None:
+@pytest.mark.usefixtures("config")
+def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(tmp_path: Path) -> None:
     program = """if True:
         import sys, torch
         from pathlib import Path
@@ -261,7 +260,7 @@ def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(
     assert saved is not None
     assert saved.standing.step == 2
     assert torch.equal(saved.weights()["a"], torch.full([20_000_000], 2))
-    Saver(tmp_path, config, VOCABULARY, {}).reserve(Captioner(config.model, len(VOCABULARY)))
+    assert checkpoint.resume(tmp_path, {}, lambda _: None) is not None
     assert not torn.exists()
     assert checkpoint.steps(tmp_path) == [1, 2]
 
@@ -269,7 +268,7 @@ def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(
 def test_a_disk_that_cannot_hold_what_is_kept_is_refused_before_training(
     packed: Path, tmp_path: Path
 ) -> None:
-    refusal = r"GB are free, wanted .* GB more for 1,000,000,002 checkpoints of 0\.\d\d GB"
+    refusal = r"GB are free, wanted .* GB more for 1,000,000,003 checkpoints of 0\.\d\d GB"
     with pytest.raises(UserError, match=refusal) as caught:
         train(tiny(tmp_path, packed, "train.keep=1000000000"), tmp_path / "run")
     assert "lower train.keep, or take --out elsewhere" in str(caught.value)
@@ -293,6 +292,26 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path: Path, config: Config
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step-00000001", folder / "step-00000002.tmp")
     assert checkpoint.steps(tmp_path) == [1]
+    _save(tmp_path, config, 2)
+    assert checkpoint.steps(tmp_path) == [1, 2]
+
+
+def test_a_checkpoint_that_was_to_be_replaced_when_the_run_was_killed_is_still_there(
+    tmp_path: Path, config: Config
+) -> None:
+    _save(tmp_path, config, 1)
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    shutil.copytree(folder, folder.with_name("step-00000001.tmp"))
+    folder.rename(folder.with_name("step-00000001.old.tmp"))
+    saved = checkpoint.resume(tmp_path, {"seed": 0}, lambda _: None)
+    assert saved is not None
+    assert [path.name for path in folder.parent.iterdir()] == ["step-00000001"]
+
+
+def test_a_copy_that_a_user_keeps_is_no_checkpoint(tmp_path: Path, config: Config) -> None:
+    _save(tmp_path, config, 1)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "step-00000001", folder / "step-00000001-before-lr-2")
     _save(tmp_path, config, 2)
     assert checkpoint.steps(tmp_path) == [1, 2]
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -42,7 +43,8 @@ def scores(run: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def children(process: int) -> list[int]:
-    return [int(it) for it in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return sorted(int(child) for task in tasks for child in task.read_text().split())
 
 
 def signal_in_the_first_batch(monkeypatch: pytest.MonkeyPatch, *signals: signal.Signals) -> None:
@@ -105,6 +107,32 @@ def test_a_validation_that_is_broken_off_is_done_by_the_run_that_goes_on(
     assert ours is not None
     assert theirs is not None
     assert ours.standing == theirs.standing
+
+
+def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
+    whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    real, calls = evaluate.write_captions, itertools.count(1)
+
+    def captions(*arguments: Any) -> list[str]:
+        # In the last batch of the last step's validation.
+        if next(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for child in children(os.getpid()):
+                if "captionscale.score.background" in Path(f"/proc/{child}/cmdline").read_text():
+                    os.kill(child, signal.SIGSTOP)
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "write_captions", captions)
+    with pytest.raises(PreemptedError, match="SIGTERM: step 12 was saved"), preempt.listening():
+        train(settings, run)
+    left = checkpoint.newest(run, pytest.fail)
+    assert left is not None
+    assert (left.standing.captioned, left.standing.judged) == (12, 6)
+    monkeypatch.setattr(evaluate, "write_captions", None)
+    assert train(settings, run) == train(settings, whole)
+    assert scores(run) == scores(whole)
 
 
 def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
@@ -177,6 +205,23 @@ def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back() -> None:
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in preempt.SIGNALS] == before
     assert not preempt.asked()
+    with preempt.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("left_s", "reason"), [(170, preempt.END_OF_TIME), (600, "SIGUSR1")])
+def test_usr1_shortly_before_the_end_of_the_job_is_its_end(
+    left_s: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # SLURM announces the end with it: a job too short for any progress was taken for one that was asked to
+    # leave, and was requeued for ever.
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left_s))
+    with preempt.listening(120.0):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert preempt.notice()[1] == reason
 
 
 def test_captioning_a_split_leaves_and_writes_nothing(

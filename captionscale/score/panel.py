@@ -1,0 +1,132 @@
+"""What captions look like when a score was won by other means than good captions."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import TypedDict
+
+import numpy as np
+
+from captionscale.vocab import split_words
+
+# fmt: off
+DANGLING = frozenset((
+    "a", "an", "the", "in", "for", "at", "of", "with", "before", "after", "on", "upon", "near", "to", "is",
+    "are", "am",
+    "and", "by", "from", "or",
+))
+# fmt: on
+"""Words that a finished English caption hardly ever ends in.
+
+Source:
+    `bad_endings` of ruotianluo/self-critical.pytorch, eval_utils.py; the last four are ours.
+"""
+LONGEST = 50
+
+
+class Figures(TypedDict):
+    """What one set of captions looks like; shares are 0 to 1, of all captions."""
+
+    captions: int
+    empty: float
+    dangling_endings: float
+    """Share whose last word is one of `DANGLING`."""
+    repeated_words: float
+    """Share that says a word twice in a row."""
+    repeated_3_grams: float
+    """Share that says the same three words in a row twice."""
+    distinct: float
+    """Different captions / captions."""
+    novel: float | None
+    """Share that the train captions do not hold; none where these are not at hand."""
+    vocabulary: int
+    """Different words."""
+    of_vocabulary: float | None
+    """Their share of the words that the model can say; none where that is not known."""
+    length_mean: float
+    """In words."""
+    length_sd: float
+    lengths: list[int]
+    """Captions of 0, 1, 2, ... words; of `LONGEST` or more in the last place."""
+
+
+class Panel(TypedDict):
+    """What a model wrote beside what people did."""
+
+    captions: Figures
+    references: Figures
+    """Of the first caption of each image, so that the numbers of captions are equal."""
+
+
+def panel(
+    captions: Mapping[int, str] | Mapping[str, str],
+    references: Mapping[int, Sequence[str]] | Mapping[str, Sequence[str]],
+    *,
+    train: Iterable[str] | None = None,
+    vocabulary: int | None = None,
+) -> Panel:
+    """Describe captions beside the references.
+
+    Words are compared in lower case and without punctuation.
+
+    Args:
+        captions: The caption of each image.
+        references: The human captions of each image.
+        train: All captions that the model was trained on.
+        vocabulary: How many words the model can say.
+    """
+    known = None if train is None else {" ".join(split_words(caption)) for caption in train}
+    human = [group[0] for group in references.values()]
+    return Panel(
+        captions=_figures(list(captions.values()), known, vocabulary), references=_figures(human, known, None)
+    )
+
+
+def table(panel: Panel) -> list[str]:
+    """Return a panel as lines of text."""
+    ours, human = panel["captions"], panel["references"]
+    lines = [f"{'':18}{'captions':>10}{'people':>10}"]
+    shares = {
+        "empty": (ours["empty"], human["empty"]),
+        "dangling endings": (ours["dangling_endings"], human["dangling_endings"]),
+        "repeated words": (ours["repeated_words"], human["repeated_words"]),
+        "repeated 3-grams": (ours["repeated_3_grams"], human["repeated_3_grams"]),
+        "distinct captions": (ours["distinct"], human["distinct"]),
+        "novel captions": (ours["novel"], human["novel"]),
+    }
+    for name, pair in shares.items():
+        if pair != (None, None) and (name != "empty" or any(pair)):
+            lines.append(f"{name:18}" + "".join(f"{'-' if x is None else f'{x:.1%}':>10}" for x in pair))
+    lines.append(f"{'words in use':18}{ours['vocabulary']:>10,}{human['vocabulary']:>10,}")
+    spread = (f"{each['length_mean']:.1f}±{each['length_sd']:.1f}" for each in (ours, human))
+    lines.append(f"{'words a caption':18}" + "".join(f"{text:>10}" for text in spread))
+    return lines
+
+
+def _figures(captions: Sequence[str], known: Collection[str] | None, vocabulary: int | None) -> Figures:
+    words = [split_words(caption) for caption in captions]
+    texts = [" ".join(each) for each in words]
+    lengths = np.array([len(each) for each in words])
+    used = {word for each in words for word in each}
+    return Figures(
+        captions=len(captions),
+        empty=float((lengths == 0).mean()),
+        dangling_endings=_share(bool(each) and each[-1] in DANGLING for each in words),
+        repeated_words=_share(any(one == other for one, other in pairwise(each)) for each in words),
+        repeated_3_grams=_share(_repeats(each, 3) for each in words),
+        distinct=len(set(texts)) / len(texts),
+        novel=None if known is None else _share(text not in known for text in texts),
+        vocabulary=len(used),
+        of_vocabulary=None if vocabulary is None else len(used) / vocabulary,
+        length_mean=float(lengths.mean()),
+        length_sd=float(lengths.std()),
+        lengths=np.bincount(np.minimum(lengths, LONGEST)).tolist(),
+    )
+
+
+def _share(found: Iterable[bool]) -> float:
+    return float(np.mean(list(found)))
+
+
+def _repeats(words: Sequence[str], n: int) -> bool:
+    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return len(set(grams)) < len(grams)

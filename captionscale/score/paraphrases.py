@@ -1,0 +1,162 @@
+"""METEOR's paraphrase table, cut down to what some texts can use.
+
+The whole table has 5.3 million pairs of phrases, and METEOR takes ten seconds and a gigabyte to load it.  A
+pair counts only where one of its phrases stands in a candidate and the other one in a reference: what is left
+out here cannot, so no digit changes.  (METEOR's own jar has a tool for this, FilterParaphrase; it is slower
+than loading the whole table.)
+
+METEOR splits texts into words its own way (the class Normalizer in its jar): it parts, turns or drops
+punctuation.  What it leaves alone are runs of the letters a to z and digits, but for single dots that it
+drops ("u.s." becomes "us").  Phrases are looked up by these runs.  So some pairs are kept that match nowhere,
+but none is left out that does.
+"""
+
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Int64, UInt64
+from pycocoevalcap.meteor import meteor
+
+from captionscale.errors import UserError
+
+# Runs of a phrase that is looked up: no phrase of the table has more but a few that are always kept.
+_LONGEST = 7
+
+_END = ord("\n")
+# Any odd number: an inverse is all that is asked of it.
+_MULTIPLIER = 0x9E3779B97F4A7C15
+_SIEVE_BITS = 24
+
+_DOTS = re.compile(rb"\.\.+")
+_RUN = re.compile(rb"[a-z0-9]+")
+_PIECE = 1 << 17
+_ODD = bytes(letter not in b"abcdefghijklmnopqrstuvwxyz0123456789 \n" for letter in range(256))
+
+
+def phrases(texts: Iterable[str]) -> set[bytes]:
+    """Return what may be looked up in texts: all n-grams of their runs of letters and digits."""
+    found = {b""}
+    for runs in {_runs(text.lower().encode()) for text in texts}:
+        for start in range(len(runs)):
+            for end in range(start, min(start + _LONGEST, len(runs))):
+                found.add(b" ".join(runs[start : end + 1]))
+    return found
+
+
+def pairs(references: set[bytes], candidates: set[bytes] | None) -> list[bytes]:
+    """Return the entries of METEOR's table that these texts can use, as it stores them and in its order.
+
+    Args:
+        references: Their phrases.
+        candidates: Theirs; none: any candidate.
+
+    Raises:
+        UserError: The table is missing or damaged.
+    """
+    of_references = _Sieve(references)
+    of_candidates = None if candidates is None else _Sieve(candidates)
+    kept = []
+    for block in _blocks(Path(meteor.__file__).with_name("data") / "paraphrase-en.gz"):
+        starts, ends, hashes = _lines(block)
+        left, right = hashes[1::3], hashes[2::3]
+        if of_candidates is None:
+            hits = of_references.may_hold(left) | of_references.may_hold(right)
+        else:
+            hits = of_candidates.may_hold(left) & of_references.may_hold(right)
+            hits |= of_candidates.may_hold(right) & of_references.may_hold(left)
+        # Looked up by something else than what they are.
+        odd = np.searchsorted(ends, np.flatnonzero(np.frombuffer(block.translate(_ODD), bool)))
+        hits[odd[odd % 3 > 0] // 3] = True
+        for at in np.flatnonzero(hits):
+            a, b = (_key(block[starts[line] : ends[line]]) for line in (3 * at + 1, 3 * at + 2))
+            if candidates is None:
+                used = a in references or b in references
+            else:
+                used = (a in candidates and b in references) or (b in candidates and a in references)
+            if used:
+                kept.append(block[starts[3 * at] : ends[3 * at + 2] + 1])
+    return kept
+
+
+class _Sieve:
+    """A set of phrases that can be asked for millions at once, and sometimes says yes for no."""
+
+    def __init__(self, phrases: set[bytes]):
+        self._here = np.zeros(1 << _SIEVE_BITS, bool)
+        _, _, hashes = _lines(b"\n".join([*phrases, b""]))
+        self._here[self._places(hashes)] = True
+
+    def may_hold(self, hashes: UInt64[np.ndarray, "phrase"]) -> Bool[np.ndarray, "phrase"]:
+        held: Bool[np.ndarray, "phrase"] = self._here[self._places(hashes)]
+        return held
+
+    def _places(self, hashes: UInt64[np.ndarray, "phrase"]) -> UInt64[np.ndarray, "phrase"]:
+        return hashes * np.uint64(_MULTIPLIER) >> np.uint64(64 - _SIEVE_BITS)
+
+
+def _lines(
+    block: bytes,
+) -> tuple[Int64[np.ndarray, "line"], Int64[np.ndarray, "line"], UInt64[np.ndarray, "line"]]:
+    """Return where each line begins and ends, and a hash of it: the sum of letter i times m**i."""
+    letters = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(letters == _END)
+    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
+    powers, inverses = _powers(1 << len(block).bit_length())
+    sums = np.zeros(len(block) + 1, np.uint64)
+    np.cumsum(letters * powers[: len(block)], out=sums[1:])
+    return starts, ends, (sums[ends] - sums[starts]) * inverses[starts]
+
+
+@lru_cache(maxsize=2)
+def _powers(count: int) -> tuple[UInt64[np.ndarray, "power"], UInt64[np.ndarray, "power"]]:
+    """Return m**0, m**1, ... and m**0, m**-1, ..., modulo 2**64."""
+
+    def of(base: int) -> UInt64[np.ndarray, "power"]:
+        factors = np.full(count, base, np.uint64)
+        factors[0] = 1
+        return np.multiply.accumulate(factors)
+
+    return of(_MULTIPLIER), of(pow(_MULTIPLIER, -1, 1 << 64))
+
+
+def _runs(text: bytes) -> tuple[bytes, ...]:
+    return tuple(_RUN.findall(_DOTS.sub(b" ", text).replace(b".", b"")))
+
+
+def _key(phrase: bytes) -> bytes:
+    """Return what a phrase is looked up by; most hold nothing odd and stand for themselves."""
+    runs = _runs(phrase)
+    # Nothing to look it up by, or too much: it is kept.
+    return b" ".join(runs) if len(runs) <= _LONGEST else b""
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """Yield the table piece by piece: whole entries of three lines, of which the first is the weight."""
+    unpack, rest = zlib.decompressobj(wbits=31), b""
+    try:
+        with path.open("rb") as file, ThreadPoolExecutor(1) as thread:
+
+            def unpacked() -> bytes:
+                return unpack.decompress(file.read(_PIECE))
+
+            # The next piece is unpacked while this one is looked at.
+            following = thread.submit(unpacked)
+            while piece := following.result():
+                following = thread.submit(unpacked)
+                block = rest + piece
+                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == _END)
+                whole = ends[len(ends) // 3 * 3 - 1] + 1 if len(ends) >= 3 else 0
+                rest = block[whole:]
+                if whole:
+                    yield block[:whole]
+    except (OSError, zlib.error) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}), but METEOR needs it; install pycocoevalcap again"
+        ) from None
+    if rest or not unpack.eof or unpack.unused_data:
+        raise UserError(f"{path}: is not whole, but METEOR needs it; install pycocoevalcap again")

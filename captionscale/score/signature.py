@@ -1,0 +1,77 @@
+"""What a score was measured with, in one line, so that only like is ranked with like."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pycocoevalcap.meteor import meteor
+from pycocoevalcap.tokenizer import ptbtokenizer
+
+from captionscale.files import sha256_of
+from captionscale.score.extras import Extra
+from captionscale.score.metrics import family
+from captionscale.version import __version__
+
+_MAKING = {"captionscale", "beam", "length-power", "end"}
+"""Parts that say how captions were made, and not how they were measured."""
+
+
+def signature(
+    metrics: Sequence[str],
+    references_sha256: str,
+    images: int,
+    extras: Sequence[Extra],
+    made_by: Mapping[str, Any],
+) -> str:
+    """Return parts between `|`, each of which begins with a name: first how it was measured, then how made.
+
+    Args:
+        metrics: Of `metrics.METRICS`.
+        references_sha256: As `receipt.references_sha256` gives it.
+        images: How many.
+        extras: Figures of other metrics.
+        made_by: As a receipt has it.
+    """
+    return "|".join([*_measured(metrics, references_sha256, images, extras), *_made(made_by)])
+
+
+def yardstick(signature: str) -> dict[str, str]:
+    """Return the parts of a signature that say how it was measured, by their names.
+
+    Example:
+        >>> yardstick("ptb corenlp-3.4.1|bleu coco|beam 5")
+        {'ptb': 'ptb corenlp-3.4.1', 'bleu': 'bleu coco'}
+    """
+    parts = {part.partition(" ")[0]: part for part in signature.split("|")}
+    return {name: part for name, part in parts.items() if name not in _MAKING}
+
+
+def _measured(
+    metrics: Sequence[str], references_sha256: str, images: int, extras: Sequence[Extra]
+) -> Iterator[str]:
+    yield f"references {references_sha256[:12]} ({images:,} images)"
+    yield f"ptb {_named(Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR))}"
+    for name in dict.fromkeys(map(family, metrics)):
+        match name:
+            case "METEOR":
+                # Its Java program, and the table of paraphrases beside it that it loads.
+                jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
+                table = sha256_of(jar.with_name("data") / "paraphrase-en.gz")
+                yield f"meteor {_named(jar)} table {table[:8]}"
+            case "CIDEr-D":
+                yield f"cider-d n4 sigma6 df=references ({images:,} images)"
+            case _:
+                yield f"{name.lower()} coco"
+    yield from (extra.signature for extra in extras)
+
+
+def _made(made_by: Mapping[str, Any]) -> Iterator[str]:
+    yield f"captionscale {__version__}"
+    if "search" in made_by:
+        yield f"beam {made_by['search']['beam']}"
+        yield f"length-power {made_by['search']['length_power']}"
+        yield f"end {'rewarded' if made_by['end_rewarded'] else 'not rewarded'}"
+
+
+def _named(jar: Path) -> str:
+    return f"{jar.stem} {sha256_of(jar)[:8]}"

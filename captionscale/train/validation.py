@@ -1,0 +1,158 @@
+"""Validation: all ranks write captions, and training goes on while they are scored."""
+
+from pathlib import Path
+
+from captionscale.errors import UserError
+from captionscale.progress import Bar
+from captionscale.score.background import BackgroundScorer
+from captionscale.score.evaluate import caption_split, write_results
+from captionscale.score.receipt import read_results
+from captionscale.train import preempt
+from captionscale.train.job import Job
+from captionscale.train.logs import Log
+from captionscale.train.watchdog import Watchdog
+
+_METRICS = ("BLEU-4", "ROUGE-L", "CIDEr-D")
+_LOOK_S = 0.2
+
+
+class Validation:
+    """Captions of the validation split, and what they are worth.
+
+    Scores reach the log as soon as they are there. They count at fixed steps, which are the next validation
+    and the end of the run: so neither early stopping nor the best checkpoint depends on how fast that was.
+    """
+
+    def __init__(self, job: Job, log: Log | None, bar: Bar, dog: Watchdog):
+        """Take up what an earlier process left unscored.
+
+        Args:
+            job: The run, of which this changes `standing`.
+            log: On rank 0.
+            bar: For what people are told.
+            dog: Is told that waiting for scores may take long.
+        """
+        self._job, self._log, self._bar, self._dog = job, log, bar, dog
+        self._told = job.standing.judged
+        self._scorer: BackgroundScorer | None = None
+        if self._owed and not job.ranks.on_first(self._captions.is_file):
+            bar.say(f"warning: {self._captions}: is gone, so its captions will have no scores")
+            job.standing.captioned = job.standing.judged
+        if self._owed:
+            job.ranks.on_first(self._begin)
+
+    @property
+    def _owed(self) -> bool:
+        """Whether captions were written whose scores have not counted yet."""
+        return self._job.standing.judged < self._job.standing.captioned
+
+    def take(self) -> bool:
+        """Do what a step is to end with that is followed by a validation.
+
+        Returns:
+            Whether that was done: who is asked to leave breaks it off, and whoever goes on does it again.
+        """
+        standing = self._job.standing
+        last = standing.step == self._job.steps
+        if not self.judge():
+            return False
+        if not last and self.hopeless:
+            return True
+        if standing.captioned < standing.step and not self._caption():
+            return False
+        return not last or self.judge()
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether scores have not risen for so long that training is to stop."""
+        return self._job.standing.scores_since_best >= self._job.config.train.patience
+
+    def judge(self) -> bool:
+        """Let the scores count that were begun last; wait for them if need be.
+
+        Returns:
+            As `take`.
+
+        Raises:
+            UserError: The very first captions could not be scored. Later a warning does: nobody wants a long
+                run to end for that, and its captions are kept.
+        """
+        if not self._owed:
+            return True
+        standing = self._job.standing
+        with self._dog.busy("scoring"):
+            scores = self._job.ranks.on_first(self._wait)
+        if scores is None:
+            return False
+        if scores:
+            standing.judge(standing.captioned, scores[self._job.config.train.score_metric])
+        else:
+            standing.judged = standing.captioned
+        return True
+
+    def tell(self) -> None:
+        """Log the scores that have come meanwhile, with the step that they belong to."""
+        step = self._job.standing.captioned
+        if self._scorer is None or not self._owed or self._told == step:
+            return
+        try:
+            scores = self._scorer.result()
+        except UserError:
+            return  # `judge` tells.
+        if scores is not None:
+            self._told = step
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            self._bar.say(f"step {step:,}  {figures}")
+            if self._log:
+                self._log.write(step, scores=scores)
+
+    def close(self) -> None:
+        """Give up what is being scored: a run that goes on does it again."""
+        if self._scorer is not None:
+            self._scorer.close()
+
+    def _caption(self) -> bool:
+        def asked_to_leave() -> bool:
+            self._dog.beat()
+            return preempt.asked()
+
+        job = self._job
+        # Greedy: five times as fast, and the order of checkpoints is the same.
+        settings = job.config.with_beam(1).search
+        job.ranks.share_buffers(job.captioner)
+        results = caption_split(
+            job.captioner, job.val_loader, settings, job.ranks, "validation", asked_to_leave=asked_to_leave
+        )
+        if results is None:
+            return False
+        job.standing.captioned = job.standing.step
+        if job.ranks.first:
+            write_results(results, self._captions)
+        job.ranks.on_first(self._begin)
+        return True
+
+    @property
+    def _captions(self) -> Path:
+        return self._job.run / "validation" / f"step-{self._job.standing.captioned:08d}.json"
+
+    def _begin(self) -> None:
+        if self._scorer is None:
+            # METEOR's JVM takes a gigabyte, so only on request.
+            metrics = dict.fromkeys((*_METRICS, self._job.config.train.score_metric))
+            self._scorer = BackgroundScorer(self._job.val_loader.split.references(), list(metrics))
+        self._scorer.begin(read_results(self._captions))
+
+    def _wait(self) -> dict[str, float] | None:
+        """Return scores; none if this rank is asked to leave, empty ones if there will be none."""
+        assert self._scorer is not None
+        try:
+            while (scores := self._scorer.result(_LOOK_S)) is None:
+                if preempt.asked():
+                    return None
+        except UserError as error:
+            if not self._job.standing.best_step:
+                raise
+            self._bar.say(f"warning: step {self._job.standing.captioned:,} has no scores: {error}")
+            return {}
+        self.tell()
+        return scores

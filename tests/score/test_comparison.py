@@ -1,0 +1,167 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from captionscale.cli import main
+from captionscale.errors import UserError
+from captionscale.score import Receipt, bleu
+from captionscale.score.comparison import compare, find, p_value
+from captionscale.score.intervals import interval, resampled
+from captionscale.score.metrics import corpus, family
+from captionscale.score.panel import panel
+from captionscale.score.receipt import Images
+
+WORDS = np.array(["a", "dog", "cat", "runs", "sits", "on", "the", "grass", "red", "ball"])
+SIGNATURE = "references 91bc (400 images)|ptb corenlp 3f2a|bleu coco|cider-d n4|captionscale 0.1.0|beam 5"
+
+
+def sentences(random: np.random.Generator, count: int) -> list[str]:
+    return [" ".join(random.choice(WORDS, random.integers(4, 9))) for _ in range(count)]
+
+
+RANDOM = np.random.default_rng(0)
+REFERENCES = [sentences(RANDOM, 3) for _ in range(400)]
+
+
+def receipt(captions: list[str], cider: np.ndarray, signature: str = SIGNATURE) -> Receipt:
+    """A receipt of captions whose CIDEr-D is made up."""
+    statistics = {
+        "BLEU": bleu.statistics(captions, REFERENCES),
+        "CIDEr-D": np.stack([cider, np.ones(len(cider))], axis=1),
+    }
+    per_image = {"BLEU-4": bleu.per_image(statistics["BLEU"])[:, 3], "CIDEr-D": cider}
+    scores = {
+        metric: float(corpus(metric, statistics[family(metric)].sum(axis=0, keepdims=True))[0])
+        for metric in per_image
+    }
+    drawn = resampled(statistics, list(scores))
+    ids = list(range(len(captions)))
+    return Receipt(
+        scores=scores,
+        intervals={metric: interval(figures) for metric, figures in drawn.items()},
+        bootstrap={},
+        panel=panel(dict(enumerate(captions)), dict(enumerate(REFERENCES))),
+        counts={"images": len(ids)},
+        hashes={},
+        signature=signature,
+        made_by={},
+        notes=[],
+        at={},
+        images=Images(ids, captions, per_image, statistics),
+    )
+
+
+@pytest.fixture(scope="module")
+def systems() -> tuple[Receipt, Receipt]:
+    """A weak system, and one that copies a reference at half of the images."""
+    random = np.random.default_rng(1)
+    weak = sentences(random, 400)
+    strong = [
+        group[0] if at % 2 else own for at, (own, group) in enumerate(zip(weak, REFERENCES, strict=True))
+    ]
+    cider = random.exponential(size=400)
+    return receipt(weak, cider), receipt(strong, cider + np.arange(400) % 2)
+
+
+def test_a_receipt_beside_itself_differs_in_nothing(systems: tuple[Receipt, Receipt]) -> None:
+    found = compare(systems[0], systems[0])
+    assert found.changed == []
+    for each in found.differences:
+        assert (each.p, each.difference, each.interval, each.tied) == (1.0, 0.0, (0.0, 0.0), 400)
+
+
+def test_a_better_system_is_better_beyond_chance_and_the_images_that_changed_most_are_shown(
+    systems: tuple[Receipt, Receipt],
+) -> None:
+    found = compare(*systems, top=3)
+    assert [each.metric for each in found.differences] == ["BLEU-4", "CIDEr-D"]
+    for each in found.differences:
+        assert each.p < 0.001
+        assert each.interval[0] > 0
+    cider = found.differences[1]
+    assert cider.difference == pytest.approx(0.5)
+    assert (cider.won, cider.lost, cider.tied) == (200, 0, 200)
+    # Both meet the same images, so only the differences vary: 0 and 1, half and half.
+    assert cider.interval == pytest.approx((0.5 - 1.96 * 0.5 / 20, 0.5 + 1.96 * 0.5 / 20), abs=0.003)
+    assert len(found.changed) == 3
+    for change in found.changed:
+        at = int(change.image_id)
+        assert change.difference == pytest.approx(1.0)
+        assert change.captions == (systems[0].images.captions[at], REFERENCES[at][0])
+
+
+def test_exchanging_both_exchanges_the_signs(systems: tuple[Receipt, Receipt]) -> None:
+    there, back = compare(*systems), compare(*reversed(systems))
+    for one, other in zip(there.differences, back.differences, strict=True):
+        assert (one.p, one.won, one.difference) == (other.p, other.lost, -other.difference)
+        assert one.interval == pytest.approx((-other.interval[1], -other.interval[0]), abs=2e-6)
+
+
+def test_between_equals_every_p_value_is_as_likely(systems: tuple[Receipt, Receipt]) -> None:
+    # Whose caption an image gets is drawn anew each time: neither side is better.
+    first, second = (each.images.statistics for each in systems)
+    random = np.random.default_rng(2)
+    found: dict[str, list[float]] = {"BLEU-4": [], "CIDEr-D": []}
+    for seed in range(250):
+        swap = random.integers(2, size=(400, 1), dtype=bool)
+        sides = [
+            {family: np.where(swap == turned, first[family], second[family]) for family in first}
+            for turned in (False, True)
+        ]
+        drawn = [resampled(side, list(found), resamples=400, seed=seed) for side in sides]
+        for metric, p in found.items():
+            p.append(p_value(drawn[1][metric] - drawn[0][metric]))
+    for p in found.values():
+        below = [float(np.mean(np.array(p) <= level)) for level in (0.05, 0.25, 0.5, 0.75)]
+        assert below == pytest.approx([0.05, 0.25, 0.5, 0.75], abs=0.09)
+        assert below[0] < 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (
+            {"signature": SIGNATURE.replace("91bc", "77aa")},
+            "'references 91bc .*second 'references 77aa",
+        ),
+        (
+            {"signature": SIGNATURE.replace("3f2a", "0000")},
+            "'ptb corenlp 3f2a', the second 'ptb",
+        ),
+        ({"scores": {"SPICE": 0.2}}, "share no metric"),
+    ],
+)
+def test_what_was_measured_otherwise_is_not_compared(
+    systems: tuple[Receipt, Receipt], change: dict[str, object], found: str
+) -> None:
+    with pytest.raises(UserError, match=found):
+        compare(systems[0], replace(systems[1], **change))
+
+
+def test_another_beam_or_a_metric_that_only_one_has_does_not_hinder(systems: tuple[Receipt, Receipt]) -> None:
+    other = systems[1].signature.replace("beam 5", "beam 1").replace("|bleu", "|spice 1.0|bleu")
+    assert len(compare(systems[0], replace(systems[1], signature=other)).differences) == 2
+
+
+def test_the_verb_takes_files_and_runs(
+    systems: tuple[Receipt, Receipt], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    systems[0].write(run / "scores" / "val-step-1" / "receipt.json")
+    systems[1].write(tmp_path / "other.json")
+    assert find(run) == find(run / "scores" / "val-step-1") == run / "scores" / "val-step-1" / "receipt.json"
+    main(["compare", str(run), str(tmp_path / "other.json"), "--top", "2"])
+    said = capsys.readouterr().out
+    assert "400 images" in said
+    assert said.count("\n    A: ") == said.count("\n    B: ") == 2
+    main(["compare", str(run), str(tmp_path / "other.json"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert [each["metric"] for each in found["differences"]] == ["BLEU-4", "CIDEr-D"]
+    systems[0].write(run / "scores" / "test-step-1" / "receipt.json")
+    with pytest.raises(UserError, match=r"2 receipts, wanted one; name one of scores/test-step-1/receipt"):
+        find(run)
+    with pytest.raises(UserError, match="no receipt, wanted one; score the run first"):
+        find(tmp_path / "run" / "scores")

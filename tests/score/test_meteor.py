@@ -1,0 +1,249 @@
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from captionscale.errors import UserError
+from captionscale.score import java, meteor, paraphrases
+from captionscale.score.metrics import Evaluator, measure
+from captionscale.score.tokeniser import tokenise
+
+# Words and phrases that METEOR's table pairs, that it splits its own way, and that no table holds.
+PIECES = [
+    *("in front of", "next to", "a lot of", "a man", "people", "the u.s.", "u.s.a.", "u.s. 3.5 percent", "%"),
+    *(
+        "st.louis",
+        "don't",
+        "o'clock",
+        "t-shirt",
+        "black-and-white",
+        "1/2",
+        "5:30 p.m.",
+        "1,000",
+        "e.g.",
+        "i.e.",
+    ),
+    *(
+        "...",
+        "a..b",
+        "wait....",
+        "dotmulti",
+        '"quoted"',
+        "‘so’",
+        "it’s",
+        "''",
+        "--",
+        "–",
+        "(red)",
+        "[x]",
+        "&amp;",
+    ),
+    *("$5", "50 %", "mr. smith", "no. 5", "cannot", "gonna", "photograph", "picture", "sitting on top of"),
+    *(
+        "is riding",
+        "rides",
+        "motorbike",
+        "bicycle",
+        "bike",
+        "crêpe",
+        "ÎLE",
+        "İstanbul",
+        "\u212a",
+        "ß",
+        "naïve",
+    ),
+    *("日本語", "犬", "מתחת לשולחן", "كلب كبير", "😀", "\U0001f469\u200d\U0001f467", "\U0001f1ee\U0001f1f9"),
+    *(
+        "\u200f",
+        "\u00a0",
+        "\u2003",
+        "\u2028",
+        "\u2029",
+        "\x85",
+        "\v",
+        "\f",
+        "\r",
+        "\n",
+        "\r\n",
+        "\x1c",
+        "\x00",
+    ),
+    *(
+        "\x1b",
+        "|||",
+        "||||||",
+        "a ||| b",
+        "|",
+        "\ufeff",
+        "\ud83d",
+        "-LRB-",
+        "SCORE",
+        "EVAL ||| 1.0",
+        "000 deaths",
+    ),
+]
+WORDS = "a dog cat runs over the wet grass of large park two men are standing near an old train"
+
+
+def _random_texts(count, seed):
+    chance = random.Random(seed)
+    texts = []
+    for number in range(count):
+        pool = WORDS.split() + PIECES if number % 3 else PIECES
+        words = chance.choices(pool, k=chance.choice([0, 1, 3, 8, 12, 20]))
+        texts.append(chance.choice([" ", " ", " ", "", ", "]).join(words))
+    return [*texts[:-2], "", "a very long day on the beach " * 40]
+
+
+@pytest.fixture(scope="module")
+def random_captions():
+    captions = dict(enumerate(_random_texts(1000, seed=1)))
+    others = _random_texts(3 * len(captions), seed=2)
+    references = {image: others[3 * image : 3 * image + 1 + image % 3] for image in captions}
+    # Some repeat a reference, wholly or in part: perfect matches are counted in their own way.
+    for image in range(0, len(captions), 7):
+        references[image].append(captions[image] + " ." * (image % 2))
+    return captions, references
+
+
+@pytest.fixture(scope="module")
+def evaluator():
+    with Evaluator(workers=2) as evaluator:
+        yield evaluator
+
+
+def test_a_part_of_the_table_and_many_jvms_give_the_digits_of_the_whole_table_and_one(
+    random_captions, evaluator
+):
+    captions, references = random_captions
+    once = measure(captions, references, ["METEOR"])
+    warm = evaluator.measure(captions, references, ["METEOR"])
+    whole = measure(captions, references, ["METEOR"], reference_implementation=True)
+    assert once.per_image == warm.per_image
+    # The JVM adds the same numbers up in another order.
+    assert once.per_image["METEOR"] == pytest.approx(whole.per_image["METEOR"], abs=1e-12)
+    assert once.values == warm.values == whole.values
+    assert (once.statistics["METEOR"] == whole.statistics["METEOR"]).all()
+    # Something was at stake: paraphrases did match.
+    assert (whole.statistics["METEOR"][:, 16:20] > 0).any(axis=1).sum() > 50
+    assert meteor.corpus(whole.statistics["METEOR"]) == pytest.approx(whole.per_image["METEOR"], abs=1e-12)
+    assert meteor.corpus(whole.statistics["METEOR"].sum(0)) == pytest.approx(
+        whole.values["METEOR"], abs=1e-12
+    )
+
+
+def test_captions_score_alike_in_a_batch_one_by_one_and_in_any_order(random_captions, evaluator):
+    captions, references = random_captions
+    metrics = ["BLEU-1", "BLEU-4", "METEOR", "ROUGE-L"]
+    batch = evaluator.measure(captions, references, metrics)
+    order = random.Random(3).sample(list(captions), len(captions))
+    shuffled = evaluator.measure(
+        {image: captions[image] for image in order},
+        {image: references[image] for image in reversed(order)},
+        metrics,
+    )
+    assert (shuffled.per_image, shuffled.image_ids) == (batch.per_image, batch.image_ids)
+    # Other numbers for the images: they are dealt to other JVMs and stand in other places.
+    renamed = {image: 10_000 - place for place, image in enumerate(order)}
+    moved = evaluator.measure(
+        {renamed[image]: captions[image] for image in order},
+        {renamed[image]: references[image] for image in order},
+        metrics,
+    )
+    at = {image: place for place, image in enumerate(moved.image_ids)}
+    for metric in metrics:
+        assert [moved.per_image[metric][at[renamed[image]]] for image in captions] == batch.per_image[metric]
+    for image in order[:8]:
+        if any(tokenise(references[image])):
+            alone = evaluator.measure({image: captions[image]}, {image: references[image]}, metrics)
+            assert alone.per_image == {metric: [batch.per_image[metric][image]] for metric in metrics}
+
+
+def test_each_text_is_tokenised_alike_in_any_company(random_captions):
+    captions, references = random_captions
+    texts = [*captions.values(), *(text for group in references.values() for text in group)]
+    together = tokenise(texts)
+    order = random.Random(4).sample(range(len(texts)), len(texts))
+    assert tokenise([texts[place] for place in order]) == [together[place] for place in order]
+    for place in order[:8]:
+        assert tokenise([texts[place]]) == [together[place]]
+
+
+def test_phrases_are_kept_by_what_the_normaliser_leaves_alone():
+    found = paraphrases.phrases(["the U.S. t-shirt..cost $1,000"])
+    assert {b"", b"us", b"the us t", b"t shirt", b"shirt cost 1 000"} <= found
+    assert b"shirtcost" not in found
+
+
+def test_a_jvm_that_died_is_started_again_once(random_captions, evaluator, monkeypatch):
+    captions, references = ({image: texts[image] for image in range(100)} for texts in random_captions)
+    before = evaluator.measure(captions, references, ["METEOR"])
+    for jvm in evaluator._meteor._jvms:
+        jvm.process.kill()
+    assert evaluator.measure(captions, references, ["METEOR"]).per_image == before.per_image
+
+    ask = java.Jvm.ask
+
+    def kill_and_ask(self, lines, answers, **options):
+        if self.name == "METEOR":
+            self.process.kill()
+        return ask(self, lines, answers, **options)
+
+    monkeypatch.setattr(java.Jvm, "ask", kill_and_ask)
+    with pytest.raises(
+        UserError, match=r"METEOR: its Java process was killed by signal 9 .* raise meteor_gb"
+    ):
+        evaluator.measure(captions, references, ["METEOR"])
+
+
+def test_too_little_memory_for_meteor_names_the_option_that_raises_it():
+    with pytest.raises(UserError, match=r"meteor_gb = 0\.1, wanted 0\.23 or more .* raise meteor_gb"):
+        measure({1: "a dog"}, {1: ["a dog"]}, ["METEOR"], meteor_gb=0.1)
+
+
+def _java_children(parent):
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().rpartition(")")
+        except OSError:
+            continue
+        if name.endswith("(java") and int(rest.split()[1]) == parent and rest.split()[0] != "Z":
+            children.append(int(stat.parent.name))
+    return children
+
+
+def test_no_jvm_outlives_us_even_if_we_are_killed():
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("needs Linux, to look for processes")
+    program = """
+import time
+from captionscale.score.metrics import Evaluator
+images = range(600)
+evaluator = Evaluator(workers=2)
+evaluator.measure(dict.fromkeys(images, "a dog"), dict.fromkeys(images, ["a dog runs"]), ["METEOR"])
+print("warm", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "warm\n"
+        children = _java_children(process.pid)
+        assert len(children) == 2
+        process.kill()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_damaged_table_is_an_error(monkeypatch, tmp_path):
+    (tmp_path / "data").mkdir()
+    for content, found in ((None, "No such file"), (b"no gzip", "incorrect header"), (b"", "is not whole")):
+        if content is not None:
+            (tmp_path / "data" / "paraphrase-en.gz").write_bytes(content)
+        monkeypatch.setattr(paraphrases.meteor, "__file__", str(tmp_path / "meteor.py"))
+        with pytest.raises(UserError, match=found):
+            paraphrases.pairs({b""}, None)

@@ -1,0 +1,228 @@
+import doctest
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from captionscale.cli import main
+from captionscale.errors import UserError
+from captionscale.score import Receipt, score
+from captionscale.score.extras import Extra
+from captionscale.score.metrics import METRICS
+from captionscale.score.receipt import Images, references_sha256
+from captionscale.tools.scoring import score_file
+
+N_GRAMS = ["BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr-D"]
+CAPTIONS = {
+    7: "A dog runs over the grass.",
+    3: "ein Hündchen \U0001f600 \ud83d\u2028 läuft",
+    5: "",
+    4: "two cats asleep on a",
+}
+REFERENCES = {
+    7: ["a dog runs on grass", "The dog is running."],
+    3: ["a small dog", "ein Hündchen"],
+    5: ["a bowl of fruit"],
+    4: ["Two cats sleeping on a sofa", "cats", "two cats on a couch"],
+}
+
+
+@pytest.fixture(scope="module")
+def receipt() -> Receipt:
+    return score(
+        CAPTIONS,
+        REFERENCES,
+        N_GRAMS,
+        made_by={"search": {"beam": 3, "length_power": 0.7}, "end_rewarded": False},
+    )
+
+
+@pytest.fixture
+def written(receipt: Receipt, tmp_path: Path) -> Path:
+    receipt.write(tmp_path / "new" / "receipt.json")
+    return tmp_path / "new" / "receipt.json"
+
+
+def test_what_is_read_is_what_was_written(receipt: Receipt, written: Path) -> None:
+    again = Receipt.read(written)
+    assert again.sha256 == receipt.sha256
+    for name in ("scores", "intervals", "panel", "counts", "hashes", "signature", "made_by", "notes", "at"):
+        assert getattr(again, name) == getattr(receipt, name)
+    assert again.images.ids == [3, 4, 5, 7]
+    assert again.images.captions == [CAPTIONS[image_id] for image_id in again.images.ids]
+    for kept, known in (
+        (again.images.scores, receipt.images.scores),
+        (again.images.statistics, receipt.images.statistics),
+    ):
+        assert kept.keys() == known.keys()
+        for name, figures in known.items():
+            np.testing.assert_array_equal(kept[name], figures)
+
+
+def test_it_says_what_was_counted_and_measured(receipt: Receipt) -> None:
+    assert receipt.counts == {"images": 4, "captions": 4, "empty_captions": 1, "words": 14, "references": 8}
+    assert receipt.notes == ["1 of 4 captions are empty"]
+    parts = receipt.signature.split("|")
+    assert [part.split()[0] for part in parts] == [
+        *("references", "ptb", "bleu", "rouge-l", "cider-d"),
+        *("captionscale", "beam", "length-power", "end"),
+    ]
+    assert parts[0] == f"references {references_sha256(REFERENCES)[:12]} (4 images)"
+    # sha256sum of the jar that pycocoevalcap 1.2 carries.
+    assert parts[1] == "ptb stanford-corenlp-3.4.1 2fcb91bb"
+    assert parts[-3:] == ["beam 3", "length-power 0.7", "end not rewarded"]
+    assert list(receipt.yardstick.values()) == parts[:5]
+    for metric, (low, high) in receipt.intervals.items():
+        assert 0 <= low <= receipt.scores[metric] <= high
+
+
+def test_the_same_call_gives_the_same_receipt_but_for_when_and_where(
+    receipt: Receipt, tmp_path: Path
+) -> None:
+    results, references = tmp_path / "results.json", tmp_path / "references.json"
+    results.write_text(json.dumps([{"image_id": key, "caption": text} for key, text in CAPTIONS.items()]))
+    notes = [(image_id, text) for image_id, texts in REFERENCES.items() for text in texts]
+    document = {
+        "images": [{"id": image_id, "file_name": f"{image_id}.jpg"} for image_id in REFERENCES],
+        "annotations": [{"image_id": image_id, "caption": text} for image_id, text in notes],
+    }
+    references.write_text(json.dumps(document))
+
+    def measure(captions: dict[int, str], human: dict[int, list[str]], _: object) -> object:
+        from captionscale.score.metrics import measure
+
+        return measure(captions, human, N_GRAMS)
+
+    trees = []
+    for name in ("one.json", "other.json"):
+        score_file(results, references, tmp_path / name, measure)
+        trees.append(json.loads((tmp_path / name).read_text()))
+    first, second = ({key: tree[key] for key in tree if key != "at"} for tree in trees)
+    assert first == second
+    assert first["scores"] == receipt.scores
+    # In another order, and with other white space in the references, it is the same too.
+    shuffled = {image_id: [f" {text}\n" for text in REFERENCES[image_id][::-1]] for image_id in (5, 3, 7, 4)}
+    again = score(CAPTIONS, shuffled, N_GRAMS, made_by=receipt.made_by)
+    assert (again.signature, again.hashes) == (receipt.signature, receipt.hashes)
+    assert again.scores == pytest.approx(receipt.scores, rel=1e-12)
+
+
+def test_images_may_be_called_by_their_files_names(receipt: Receipt) -> None:
+    captions = {f"{image_id}.jpg": text for image_id, text in CAPTIONS.items()}
+    references = {f"{image_id}.jpg": texts for image_id, texts in REFERENCES.items()}
+    named = score(captions, references, N_GRAMS)
+    assert named.scores == receipt.scores
+    assert named.images.ids == ["3.jpg", "4.jpg", "5.jpg", "7.jpg"]
+    with pytest.raises(UserError, match=r"image '4\.jpg' has references alone"):
+        score({key: text for key, text in captions.items() if key != "4.jpg"}, references, N_GRAMS)
+
+
+def test_figures_of_other_metrics_stand_beside_the_others() -> None:
+    extra = Extra({"CLIPScore": np.array([0.5, 0.7, 0.0, 0.6])}, "clipscore open_clip-2 ViT")
+    found = score(CAPTIONS, REFERENCES, ["BLEU-1"], extras=[extra])
+    assert found.scores["CLIPScore"] == pytest.approx(0.45)
+    assert found.yardstick["clipscore"] == "clipscore open_clip-2 ViT"
+    low, high = found.intervals["CLIPScore"]
+    assert 0 <= low < 0.45 < high <= 0.7
+
+
+def test_a_lone_images_cider_is_explained() -> None:
+    found = score({1: "a dog"}, {1: ["a dog"]}, ["CIDEr-D"])
+    assert found.scores == {"CIDEr-D": 0.0}
+    assert found.notes == ["CIDEr-D of a lone image is 0: no word is rarer than another"]
+
+
+def change(**changes: object) -> Callable[[bytes], bytes]:
+    return lambda data: json.dumps(json.loads(data) | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda data: data[:-100], r"no receipt, or not a whole one \("),
+        (lambda data: data[:0], "no receipt, or not a whole one"),
+        (lambda _: b"\xff\xfe\x00", "no receipt, or not a whole one"),
+        (lambda _: b"[1, 2]", "it has no key 'format'"),
+        (lambda _: b'{"format": 2}', "no receipt, or not a whole one"),
+        (lambda _: b"[" * 100_000, "no receipt, or not a whole one"),
+        (change(format=1), "a receipt of another version, wanted format 2; score the captions again"),
+        (change(scores={"BLEU-1": 0.9}), "was changed after it was written"),
+        (change(surplus=1), "was changed after it was written"),
+        (lambda data: data.replace(b"over the grass", b"over the Grass"), "was changed after it was written"),
+        (change(sha256=None), "was changed after it was written"),
+    ],
+)
+def test_a_receipt_that_was_cut_short_edited_or_is_another_ones_is_refused(
+    written: Path, damage: Callable[[bytes], bytes], found: str
+) -> None:
+    written.write_bytes(damage(written.read_bytes()))
+    with pytest.raises(UserError, match=found):
+        Receipt.read(written)
+
+
+def test_a_receipt_may_be_laid_out_anew_and_its_time_and_host_left_out(
+    receipt: Receipt, written: Path
+) -> None:
+    tree = json.loads(written.read_text()) | {"at": {}}
+    written.write_text(json.dumps(dict(sorted(tree.items())), indent=2, ensure_ascii=True))
+    assert Receipt.read(written).sha256 == receipt.sha256
+
+
+def test_what_is_no_file_is_no_receipt(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(UserError, match="no receipt, or not a whole one"):
+            Receipt.read(path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "file"), str(tmp_path / "none.json")])
+
+
+def test_the_receipt_of_5000_images_is_below_3_mb(receipt: Receipt, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images = Images(
+        ids=list(range(400_000, 405_000)),
+        captions=["a man riding a wave on top of a surfboard in the ocean"] * 5000,
+        scores={metric: random.random(5000) for metric in METRICS},
+        statistics={
+            "BLEU": random.integers(20, size=(5000, 10)).astype(float),
+            "METEOR": random.integers(20, size=(5000, 23)).astype(float),
+            **{metric: np.stack([random.random(5000), np.ones(5000)], 1) for metric in METRICS[-2:]},
+        },
+    )
+    replace(receipt, images=images).write(tmp_path / "receipt.json")
+    assert (tmp_path / "receipt.json").stat().st_size < 3_000_000
+    np.testing.assert_array_equal(
+        Receipt.read(tmp_path / "receipt.json").images.scores["METEOR"], images.scores["METEOR"]
+    )
+
+
+def test_references_hash_alike_only_if_they_score_alike() -> None:
+    own = references_sha256(REFERENCES)
+    for other in (
+        {**REFERENCES, 5: ["a bowl of fruits"]},
+        {**REFERENCES, 5: ["a bowl of fruit", ""]},
+        {**REFERENCES, 5: ["a bowl of fruit"] * 2},
+        {**REFERENCES, 6: ["a bowl of fruit"]},
+        {**REFERENCES, 7: REFERENCES[4], 4: REFERENCES[7]},
+    ):
+        assert references_sha256(other) != own
+
+
+def test_scores_need_no_torch() -> None:
+    program = (
+        "import sys; from captionscale.score import score\n"
+        "score({1: 'a dog'}, {1: ['a dog']}, ['BLEU-1'])\n"
+        "print({name for name in ('torch', 'torchvision', 'accelerate') if name in sys.modules})"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"
+
+
+def test_what_the_documentation_shows_is_what_happens() -> None:
+    page = Path(__file__).parents[2] / "docs" / "scores.md"
+    found = doctest.testfile(str(page), module_relative=False)
+    assert (found.failed, found.attempted) == (0, 7)

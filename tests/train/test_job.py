@@ -1,0 +1,41 @@
+"""What ranks agree on before a run's first step."""
+
+import os
+import tomllib
+from pathlib import Path
+
+from experiment import meet, tiny
+
+from captionscale import config
+from captionscale.data.packing import Options, pack
+from captionscale.data.sources import coco
+from captionscale.errors import UserError
+from captionscale.train.loop import train
+
+
+def _train(folder: Path) -> None:
+    file = folder / os.environ["RANK"] / "experiment.toml"
+    try:
+        train(config.Config.model_validate(tomllib.loads(file.read_text())), folder / "run")
+    except UserError as error:
+        (folder / "told").write_text(str(error))
+        raise SystemExit(1) from None
+
+
+def test_ranks_that_find_different_shards_at_one_place_are_refused(
+    scenes: Path, packed: Path, tmp_path: Path
+) -> None:
+    # As two machines do that keep copies of their own: each would learn from what it has.
+    other = tmp_path / "other"
+    for split in ("train", "val"):
+        captions = scenes / "annotations" / f"captions_{split}2017.json"
+        records = coco.official(scenes / f"{split}2017", captions, split)
+        pack(records, other, sources=[captions], options=Options(images_per_shard=8))
+    for rank, shards in enumerate((packed, other)):
+        (tmp_path / str(rank)).mkdir()
+        tiny(tmp_path / str(rank), shards, "train.steps=1")
+    processes = meet(2, _train, tmp_path)
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [1, 1]
+    assert "rank 1 finds other shards there than rank 0" in (tmp_path / "told").read_text()
