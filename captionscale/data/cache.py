@@ -174,7 +174,8 @@ def _remove_unused(path: Path, *, without_lock: bool) -> bool:
                 return False
             path.unlink()
     except FileNotFoundError:
-        return True
+        # A download that is not there any more is mostly whole, and still here under its final name.
+        return path.suffix != ".tmp"
     # In use (BlockingIOError), or another user's.
     except OSError:
         return False

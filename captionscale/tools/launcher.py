@@ -67,10 +67,11 @@ def launch(
     cpu = bool(facts.get("use_cpu")) or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     if settings:
         refuse_unfit(settings, count, machines, facts)
-        if settings.data.workers > cores():
+        # A dry run may be for another machine.
+        if settings.data.workers > cores() and not dry_run:
             raise UserError(
-                f"data.workers = {settings.data.workers}: found {cores()} cores in this machine, or this job's"
-                " part of it, wanted one for each thread that decodes; --set data.workers="
+                f"data.workers = {settings.data.workers}: found {cores()} cores in this machine, or in this"
+                " job's part of it, wanted one for each thread that decodes; --set data.workers="
                 f"{max(1, cores() // here)}, or ask for more cores"
             )
         if not cpu and here * settings.data.workers > cores():

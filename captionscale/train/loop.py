@@ -120,11 +120,10 @@ def learn(job: Job) -> Standing:
             _leave(job, log, before)
         else:
             best = (
-                f"the best {settings.score_metric} {standing.best_score:.4f} at step {standing.best_step:,}"
+                f", the best {settings.score_metric} {standing.best_score:.4f} at step {standing.best_step:,}"
             )
-            bar.say(
-                f"{run}: {standing.step:,} steps done, of {job.steps:,}, {best if standing.best_step else 'no scores'}"
-            )
+            told = f"{run}: {standing.step:,} steps done, of {job.steps:,}"
+            bar.say(told + best * bool(standing.best_step))
     return standing
 
 

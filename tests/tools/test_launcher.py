@@ -227,6 +227,14 @@ def test_more_decoding_threads_than_cores_are_noted(monkeypatch, capsys) -> None
     )
 
 
+def test_more_decoding_threads_in_one_process_than_cores_are_refused(monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(
+        UserError, match=r"data\.workers = 3: found 2 cores .*; --set data\.workers=1, or ask"
+    ):
+        launch(VERB, profile="cpu", processes=2, dry_run=False, settings=settings("data.workers=3"))
+
+
 def test_threads_that_the_user_chose_are_kept(dry_run, monkeypatch) -> None:
     for chosen, threads in (("3", 3), ("2,1", 1)):
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
