@@ -13,8 +13,9 @@ but none is left out that does.
 
 import re
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -35,6 +36,8 @@ _SIEVE_BITS = 24
 _DOTS = re.compile(rb"\.\.+")
 _RUN = re.compile(rb"[a-z0-9]+")
 _PIECE = 1 << 17
+_THREADS = 3
+"""That look at pieces of the table, while it is unpacked: most of it is done outside of Python."""
 _ODD = bytes(letter not in b"abcdefghijklmnopqrstuvwxyz0123456789 \n" for letter in range(256))
 
 
@@ -60,8 +63,8 @@ def pairs(references: set[bytes], candidates: set[bytes] | None) -> list[bytes]:
     """
     of_references = _Sieve(references)
     of_candidates = None if candidates is None else _Sieve(candidates)
-    kept = []
-    for block in _blocks(Path(meteor.__file__).with_name("data") / "paraphrase-en.gz"):
+
+    def used(block: bytes) -> list[bytes]:
         starts, ends, hashes = _lines(block)
         left, right = hashes[1::3], hashes[2::3]
         if of_candidates is None:
@@ -72,14 +75,26 @@ def pairs(references: set[bytes], candidates: set[bytes] | None) -> list[bytes]:
         # Looked up by something else than what they are.
         odd = np.searchsorted(ends, np.flatnonzero(np.frombuffer(block.translate(_ODD), bool)))
         hits[odd[odd % 3 > 0] // 3] = True
+        kept = []
         for at in np.flatnonzero(hits):
             a, b = (_key(block[starts[line] : ends[line]]) for line in (3 * at + 1, 3 * at + 2))
             if candidates is None:
-                used = a in references or b in references
+                is_used = a in references or b in references
             else:
-                used = (a in candidates and b in references) or (b in candidates and a in references)
-            if used:
+                is_used = (a in candidates and b in references) or (b in candidates and a in references)
+            if is_used:
                 kept.append(block[starts[3 * at] : ends[3 * at + 2] + 1])
+        return kept
+
+    kept: list[bytes] = []
+    waiting: deque[Future[list[bytes]]] = deque()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for block in _blocks(Path(meteor.__file__).with_name("data") / "paraphrase-en.gz"):
+            waiting.append(threads.submit(used, block))
+            if len(waiting) > _THREADS:
+                kept += waiting.popleft().result()
+        while waiting:
+            kept += waiting.popleft().result()
     return kept
 
 

@@ -3,10 +3,11 @@
 import gc
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 from random import Random
 from threading import Event
@@ -81,19 +82,25 @@ def _drawn() -> tuple[dict[int, str], Texts]:
 def _n_grams(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
     """BLEU, ROUGE-L and CIDEr-D of tokenised texts, by one thread each."""
     targets, found = _their_tokens(human), _their_tokens({image: [text] for image, text in captions.items()})
-    candidates, references = [found[image][0] for image in targets], list(targets.values())
+    pairs = deque((found[image][0], group) for image, group in targets.items())
     ours: Figures = {}
     theirs: Figures = {}
+    turns = count(1)
 
     def kernels() -> None:
+        # In another order each time: texts that are the same as those before would not be read again.
+        pairs.rotate(-1)
+        turned = next(turns)
+        candidates, references = [caption for caption, _ in pairs], [group for _, group in pairs]
         rows = bleu.statistics(candidates, references)
         table = zip(bleu.corpus(rows.sum(0)), bleu.per_image(rows).T, strict=True)
-        ours.update({f"BLEU-{n}": figures for n, figures in enumerate(table, 1)})
+        for n, (value, figures) in enumerate(table, 1):
+            ours[f"BLEU-{n}"] = value, np.roll(figures, turned).tolist()
         for metric, figures in (
             ("ROUGE-L", rouge.rouge_l(candidates, references)),
             ("CIDEr-D", ciderd.cider_d(candidates, references)),
         ):
-            ours[metric] = figures.mean(), figures.tolist()
+            ours[metric] = figures.mean(), np.roll(figures, turned).tolist()
 
     ways = [
         Way("captionscale", kernels, len(captions)),
@@ -146,13 +153,13 @@ def _scaling(captions: Mapping[int, str], human: Texts) -> Sheet:
     """All metrics on some of the cores."""
     own = os.sched_getaffinity(0)
     sheet = Sheet("All metrics by cores", ["cores", "once, s", "warm, s", "JVMs, warm, MB"], [])
-    for count in sorted({min(2**n, cores()) for n in range(5)}):
-        os.sched_setaffinity(0, set(sorted(own)[:count]))
+    for some in sorted({min(2**n, cores()) for n in range(5)}):
+        os.sched_setaffinity(0, set(sorted(own)[:some]))
         with Evaluator() as evaluator:
             once = _seconds(lambda: measure(captions, human))
             # Java compiles what it runs often: the third time counts.
             warm = [_seconds(lambda: evaluator.measure(captions, human)) for _ in range(3)][-1]
-            sheet.rows.append((count, round(once, 1), round(warm, 1), round(_peak_mb(lambda: None))))
+            sheet.rows.append((some, round(once, 1), round(warm, 1), round(_peak_mb(lambda: None))))
         os.sched_setaffinity(0, own)
     return sheet
 
