@@ -1,16 +1,22 @@
 """Score captions beside other work, in a process of its own that is handed them and asked later."""
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 from captionscale.errors import UserError
 from captionscale.score.metrics import Evaluator
+
+_PACKAGES = str(Path(__file__).parents[2])
+_PR_SET_PDEATHSIG = 1
 
 
 class BackgroundScorer:
@@ -28,9 +34,12 @@ class BackgroundScorer:
             metrics: Some of `metrics.METRICS`.
         """
         self._task = json.dumps({"references": list(references.items()), "metrics": list(metrics)})
+        # The process is killed at its work, and then puts nothing away.
+        self._folder = tempfile.TemporaryDirectory(prefix="captionscale-scores-", ignore_cleanup_errors=True)
         self._thread = ThreadPoolExecutor(1, "scores")
         self._process: subprocess.Popen[str] | None = None
         self._asked: Future[dict[str, float]] | None = None
+        self._closed = False
 
     def begin(self, captions: Mapping[int, str]) -> None:
         """Hand over captions, one for each image, and do not wait."""
@@ -53,21 +62,22 @@ class BackgroundScorer:
 
     def close(self) -> None:
         """End the process, at whatever it is."""
-        if self._process is not None:
-            self._process.kill()
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()
         self._thread.shutdown()
         self._end()
+        self._folder.cleanup()
 
     def _ask(self, captions: str) -> dict[str, float]:
-        if self._process is None:
-            self._process = self._start()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
-            print(captions, file=self._process.stdin, flush=True)
-            answer = self._process.stdout.readline()
+            answer = self._answer(captions)
         except BrokenPipeError:
             answer = ""
+        except OSError as error:
+            raise UserError(
+                f"scoring: its process does not start ({error}), mostly for want of memory; give the job more"
+            ) from None
         if not answer:
             raise UserError(
                 f"scoring: its process ended with exit code {self._end()} before it had scored, mostly for"
@@ -78,6 +88,16 @@ class BackgroundScorer:
             raise UserError(reply["error"])
         scores: dict[str, float] = reply["scores"]
         return scores
+
+    def _answer(self, captions: str) -> str:
+        if (process := self._process) is None:
+            process = self._process = self._start()
+            if self._closed:
+                process.kill()
+            print(self._task, file=process.stdin)
+        assert process.stdout is not None
+        print(captions, file=process.stdin, flush=True)
+        return process.stdout.readline()
 
     def _end(self) -> int | None:
         """Wait until the process has ended; the next captions get another one."""
@@ -90,40 +110,45 @@ class BackgroundScorer:
         return process.wait()
 
     def _start(self) -> "subprocess.Popen[str]":
-        # A session of its own: Ctrl-C at the terminal is for training, which may want these scores yet.
-        process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
+        # Not from the folder that we are in, which may hold anything (-P). A session of its own: Ctrl-C at
+        # the terminal is for training, which may want these scores yet.
+        paths = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__, str(os.getpid())],
+            env={**os.environ, "PYTHONPATH": paths, "TMPDIR": self._folder.name},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
             start_new_session=True,
         )
-        assert process.stdin is not None
-        print(self._task, file=process.stdin, flush=True)
-        return process
 
 
-def _serve() -> None:
-    """Answer lines of captions with lines of scores, until there are no more."""
+def _serve(parent: int) -> None:
+    """Answer lines of captions with lines of scores, until there are no more, or the parent is gone."""
     # SLURM signals every process of a job: it is for training to decide what is left undone.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
     # Training comes first.
     os.nice(10)
+    # What anything else may print is no answer.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
     task = json.loads(sys.stdin.readline())
     references = dict(task["references"])
     with Evaluator() as evaluator:
         for line in sys.stdin:
             reply: dict[str, object]
             try:
-                reply = {
-                    "scores": evaluator.measure(dict(json.loads(line)), references, task["metrics"]).values
-                }
+                scores = evaluator.measure(dict(json.loads(line)), references, task["metrics"])
+                reply = {"scores": scores.values}
             except UserError as error:
                 reply = {"error": str(error)}
-            print(json.dumps(reply), flush=True)
+            print(json.dumps(reply), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve(int(sys.argv[1]))

@@ -36,6 +36,7 @@ class Entry:
 
     name: str
     receipt: Receipt
+    file: Path
 
 
 @dataclass
@@ -71,7 +72,10 @@ def write_board(places: Sequence[Path], out: Path) -> list[Table]:
     Raises:
         UserError: No receipt, a broken one, or a place that cannot be written.
     """
-    tables = tables_of(_read(places))
+    entries = _read(places)
+    if out.exists() and out.resolve() in {entry.file for entry in entries}:
+        raise UserError(f"{out}: is a receipt, wanted a place for the page; take another --out")
+    tables = tables_of(entries)
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as file:
         # A file's name may hold bytes that are no text.
@@ -147,7 +151,7 @@ def _read(places: Sequence[Path]) -> list[Entry]:
             )
         found |= dict.fromkeys(file.resolve() for file in files)
     root = Path(commonpath([file.parent for file in found]))
-    return [Entry(_name(file, root), Receipt.read(file)) for file in found]
+    return [Entry(_name(file, root), Receipt.read(file), file) for file in found]
 
 
 def _name(file: Path, root: Path) -> str:

@@ -10,9 +10,11 @@ from jaxtyping import Float64
 from captionscale.errors import UserError
 from captionscale.score.intervals import interval, resampled
 from captionscale.score.receipt import Receipt
+from captionscale.score.tokeniser import BREAKS
 
 RESAMPLES = 10_000
 _SEED = 0
+_ROUNDING = 1e-9
 _RANKING = "CIDEr-D"
 
 
@@ -106,7 +108,7 @@ def compare(first: Receipt, second: Receipt, *, top: int = 5) -> Comparison:
         _difference(metric, first, second, resamples[1][metric] - resamples[0][metric]) for metric in metrics
     ]
     ranking = _RANKING if _RANKING in metrics else metrics[-1]
-    changes = second.images.scores[ranking] - first.images.scores[ranking]
+    changes = _changes(ranking, first, second)
     # Ties keep the order of the images.
     most = [int(at) for at in np.argsort(-abs(changes), kind="stable")[:top] if changes[at]]
     return Comparison(
@@ -138,7 +140,8 @@ def table(comparison: Comparison) -> list[str]:
     if comparison.changed:
         lines += ["", f"changed most, by {comparison.changed_in}:"]
     for change in comparison.changed:
-        one, other = change.captions
+        # A receipt may come from anywhere, and its captions may hold what moves the cursor.
+        one, other = (BREAKS.sub(" ", caption) for caption in change.captions)
         lines += [f"  {change.image_id}  {change.difference:+.4f}", f"    A: {one}", f"    B: {other}"]
     return lines
 
@@ -177,11 +180,17 @@ def _refuse_unlike(first: Receipt, second: Receipt) -> None:
         raise UserError("compare: the receipts share no metric, wanted one or more; score both by the same")
 
 
+def _changes(metric: str, first: Receipt, second: Receipt) -> Float64[np.ndarray, "image"]:
+    """Return by how much each image's figure rose; two ways of adding up are no difference."""
+    changes = second.images.scores[metric] - first.images.scores[metric]
+    return np.where(abs(changes) < _ROUNDING, 0, changes)
+
+
 def _difference(
     metric: str, first: Receipt, second: Receipt, resampled: Float64[np.ndarray, "resample"]
 ) -> Difference:
     one, other = first.scores[metric], second.scores[metric]
-    by_image = second.images.scores[metric] - first.images.scores[metric]
+    by_image = _changes(metric, first, second)
     return Difference(
         metric=metric,
         first=one,

@@ -1,9 +1,7 @@
 """Caption a split, over all ranks, and prove that every image has its caption."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -15,19 +13,12 @@ from captionscale import config
 from captionscale.data.images import centre_view, decode
 from captionscale.data.loader import Loader
 from captionscale.errors import UserError
-from captionscale.files import atomic
 from captionscale.model.captioner import Captioner
 from captionscale.model.search import search
 from captionscale.progress import progress
 from captionscale.ranks import Ranks
+from captionscale.score.results import Result
 from captionscale.vocab import Vocabulary
-
-
-class Result(TypedDict):
-    """One line of COCO's results format."""
-
-    image_id: int
-    caption: str
 
 
 def caption_split(
@@ -140,10 +131,3 @@ def _read(file: Path) -> Image.Image:
         found = "a folder" if file.is_dir() else "no such file"
         raise UserError(f"{file}: {found}, wanted an image, such as a JPEG; correct the path")
     return decode(file.read_bytes(), str(file))
-
-
-def write_results(results: list[Result], path: Path) -> None:
-    """Write captions as COCO's evaluation server reads them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as file:
-        file.write(json.dumps(results, ensure_ascii=False).encode())

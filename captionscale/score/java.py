@@ -19,7 +19,11 @@ from captionscale.errors import UserError
 
 # A comma for a decimal point or a Turkish dotless i would change scores.  Without the last flag every JVM
 # leaves a file in /tmp/hsperfdata_<user>, whatever its own temporary folder is.
-FLAGS = ("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-XX:-UsePerfData")
+FLAGS = (
+    *("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-XX:-UsePerfData"),
+    # Why it does not start would come among the answers.
+    "-XX:+DisplayVMOutputToStderr",
+)
 
 # Each of these adds flags to every JVM, and the first one even overrides the command line.
 HIJACKERS = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "CLASSPATH")

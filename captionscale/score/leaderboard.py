@@ -12,7 +12,7 @@ import msgspec
 from captionscale.data.sources import originals
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import atomic
-from captionscale.score.receipt import read_results
+from captionscale.score.results import read_results
 
 # The parts of a file's name are parted by underscores.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")

@@ -31,6 +31,9 @@ WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
 # 70 MB.  With as much again it does not spend its time on collecting.
 _HEAP_MB, _ENTRY_MB, _JVM_MB = 160, 1e-4, 70
 
+# What pycocoevalcap's may take.
+_MOST_HEAP_MB = 2048
+
 _CURE = "mostly memory is short: give the job more, or raise meteor_gb"
 _CHUNKS, _FIELDS = 20, 23
 
@@ -111,16 +114,18 @@ class Meteor:
         count = len(self._jvms)
         per_image = np.empty(len(candidates))
         statistics = np.empty((len(candidates), _FIELDS))
+        evaluated: list[float] = []
 
         def share(number: int) -> None:
             mine = questions[number::count]
             lines = self._jvms[number].ask(mine, len(mine), timeout_s=timeout_s)
             statistics[number::count] = [_numbers(line, _FIELDS) for line in lines]
             if self._full:
-                # The last answer is of these images together.
+                # The last answer is of these images together, which are all: there is one JVM.
                 evaluation = " ||| ".join(("EVAL", *map(str.strip, lines)))
-                figures = self._jvms[number].ask([evaluation], len(mine) + 1, timeout_s=timeout_s)[:-1]
-                per_image[number::count] = [_number(figure) for figure in figures]
+                *figures, whole = self._jvms[number].ask([evaluation], len(mine) + 1, timeout_s=timeout_s)
+                per_image[:] = [_number(figure) for figure in figures]
+                evaluated.append(_number(whole))
 
         busy = range(min(count, len(candidates)))
         with ThreadPoolExecutor(len(busy)) as threads:
@@ -134,10 +139,12 @@ class Meteor:
                     jvm.process.kill()
                 raise
         statistics[_is_perfect(statistics), _CHUNKS] = 0
+        if self._full:
+            return evaluated[0], per_image, statistics
         # All are whole numbers, so that no sum of them is rounded.
         total = " ".join(map(str, statistics.sum(0).tolist()))
         [figure] = self._jvms[0].ask([f"SING ||| {total}"], 1, timeout_s=timeout_s)
-        return _number(figure), per_image if self._full else corpus(statistics), statistics
+        return _number(figure), corpus(statistics), statistics
 
     def _start(self, references: set[str], candidates: set[str] | None, *, most: int) -> None:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="captionscale-meteor-")))
@@ -149,7 +156,7 @@ class Meteor:
             needed = None if candidates is None else paraphrases.phrases(candidates)
             entries = paraphrases.pairs(paraphrases.phrases(references), needed)
             count = min(most, self._affordable(len(entries)))
-            heap_mb = int(1000 * self._gb / count) - _JVM_MB
+            heap_mb = min(int(1000 * self._gb / count) - _JVM_MB, _MOST_HEAP_MB)
             file = folder / "paraphrases.gz"
             file.write_bytes(gzip.compress(b"".join(entries), compresslevel=1))
             table = ("-a", file)

@@ -23,6 +23,8 @@ from captionscale.score.tokeniser import tokenise
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
 
+_MOST_WORDS = 5000
+
 # Of a metric the corpus figure and those of the images.
 _Figures = tuple[float, Sequence[float]]
 
@@ -106,7 +108,7 @@ class Evaluator:
 
         Raises:
             UserError: The images of both differ, or there are none, an image has no reference, no reference
-                has a word, a metric is unknown, or a Java program failed.
+                has a word, a text has more than 5,000, a metric is unknown, or a Java program failed.
         """
         _check(captions, references, metrics)
         # Sorted, because a sum of floats depends on its order.
@@ -114,6 +116,7 @@ class Evaluator:
         candidates, targets = self._tokenise(
             [captions[image_id] for image_id in image_ids], [references[image_id] for image_id in image_ids]
         )
+        _refuse_endless(image_ids, candidates, targets)
         if not any(map(any, targets)):
             raise UserError(
                 f"score: found no word in the references of {len(image_ids)} images, wanted sentences;"
@@ -185,6 +188,8 @@ def corpus(metric: str, sums: Float[np.ndarray, "*any _"]) -> Float64[np.ndarray
 def _check(
     captions: Collection[int], references: Mapping[int, Sequence[str]], metrics: Sequence[str]
 ) -> None:
+    if not metrics or isinstance(metrics, str):
+        raise UserError(f"score: metrics = {metrics!r}, wanted a list of some of {', '.join(METRICS)}")
     for metric in metrics:
         if metric not in METRICS:
             raise UserError(f"score: unknown metric {metric!r}; {did_you_mean(metric, METRICS)}")
@@ -202,6 +207,19 @@ def _check(
             f"score: found {found or 'no images at all'}; wanted one caption and at least one reference for"
             " each image; give both for the same split"
         )
+
+
+def _refuse_endless(
+    image_ids: Sequence[int], candidates: Sequence[str], references: Sequence[Sequence[str]]
+) -> None:
+    """Refuse what would take hours: the time of a pair of texts goes with the product of their lengths."""
+    for image_id, caption, group in zip(image_ids, candidates, references, strict=True):
+        words = 1 + max(text.count(" ") for text in (caption, *group))
+        if words > _MOST_WORDS:
+            raise UserError(
+                f"score: a text of image {image_id} has {words:,} words, wanted at most {_MOST_WORDS:,};"
+                " it can be no caption: correct it"
+            )
 
 
 def _some(ids: Collection[int]) -> str:

@@ -23,6 +23,7 @@ from captionscale.vocab import split_words
 
 FORMAT = 2
 _SEED = 0
+_DIGITS = 10
 
 Captions: TypeAlias = Mapping[int, str] | Mapping[str, str]
 """The caption of each image."""
@@ -87,7 +88,7 @@ class Receipt:
         """Hash of everything but `at`: two receipts that share it are the same."""
         return _hash({name: value for name, value in self._tree().items() if name != "at"})
 
-    def write(self, path: Path) -> None:
+    def write(self, path: Path | str) -> None:
         """Write the receipt as JSON.
 
         Raises:
@@ -98,6 +99,7 @@ class Receipt:
         # A key a line, so that people can read the head.
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
         lines += [f'"sha256": "{self.sha256}"', f'"images": {json.dumps(images, separators=(",", ":"))}']
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
             file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
@@ -132,8 +134,8 @@ class Receipt:
                 images=Images(
                     images["ids"],
                     images["captions"],
-                    {metric: _array(figures) for metric, figures in images["scores"].items()},
-                    {family: _array(rows) for family, rows in images["statistics"].items()},
+                    {metric: np.asarray(figures, float) for metric, figures in images["scores"].items()},
+                    {family: np.asarray(rows, float) for family, rows in images["statistics"].items()},
                 ),
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -200,13 +202,15 @@ def score(
     """
     ids, captions_by_number, references_by_number = _numbered(captions, references)
     found = measure(captions_by_number, references_by_number, metrics)
-    figures = {metric: _array(values) for metric, values in found.per_image.items()}
+    figures = {metric: _rounded(values) for metric, values in found.per_image.items()}
     statistics, values = dict(found.statistics), dict(found.values)
     for extra in extras:
         values |= extra.values
         for metric, each in extra.per_image.items():
-            figures[metric] = each
+            figures[metric] = _rounded(each)
             statistics[metric] = np.stack([each, np.ones(len(each))], axis=1)
+    statistics = {family: _rounded(rows) for family, rows in statistics.items()}
+    values = {metric: round(value, _DIGITS) for metric, value in values.items()}
     drawn = intervals.resampled(statistics, list(values), seed=_SEED)
     made_by = dict(made_by or {})
     look = panel(captions, references, train=train, vocabulary=vocabulary)
@@ -255,36 +259,28 @@ def references_sha256(references: References) -> str:
     return _hash([[image_id, sorted(plain[image_id])] for image_id in sorted(plain)])
 
 
-def read_results(path: Path) -> dict[int, str]:
-    """Read captions in COCO's results format: `[{"image_id": 42, "caption": "a dog"}, ...]`.
-
-    Raises:
-        UserError: Not such a file, or two captions for one image.
-    """
-    wanted = 'wanted a JSON list of {"image_id": 42, "caption": "a dog"}'
-    try:
-        lines = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: no COCO results ({reason}); {wanted}") from None
-    results: dict[int, str] = {}
-    for number, line in enumerate(lines if isinstance(lines, list) else [lines]):
-        match line:
-            case {"image_id": int(image_id), "caption": str(caption)}:
-                if image_id in results:
-                    raise UserError(
-                        f"{path}: image {image_id} has more than one caption, wanted one; delete the others"
-                    )
-                results[image_id] = caption
-            case _:
-                raise UserError(f"{path}: line {number} of the list is {line!r:.60}; {wanted}")
-    return results
-
-
 def _numbered(captions: Any, references: Any) -> tuple[Any, dict[int, str], dict[int, Sequence[str]]]:
     """Return the ids in their order, and captions and references by number, as the evaluator knows images."""
+    for image_id, caption in captions.items():
+        if not isinstance(caption, str):
+            raise UserError(
+                f"score: the caption of image {image_id!r} is {caption!r:.40}, wanted a str; give one"
+            )
+    for image_id, texts in references.items():
+        if not (isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)):
+            raise UserError(
+                f"score: the references of image {image_id!r} are {texts!r:.40}, wanted a list of str;"
+                " give one"
+            )
+    kinds = {type(image_id) for image_id in (*captions, *references)}
+    if not kinds <= {int} and not kinds <= {str}:
+        found = " and ".join(sorted(kind.__name__ for kind in kinds))
+        raise UserError(
+            f"score: images are named by {found}, wanted int alone or str alone; name them alike in captions"
+            " and references"
+        )
     ids = sorted({*captions, *references})
-    if all(isinstance(image_id, int) for image_id in ids):
+    if kinds <= {int}:
         return ids, captions, references
     if odd := captions.keys() ^ references.keys():
         raise UserError(
@@ -313,8 +309,9 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-def _array(figures: Sequence[Any]) -> Float64[np.ndarray, "..."]:
-    return np.asarray(figures, dtype=np.float64)
+def _rounded(figures: Any) -> Float64[np.ndarray, "..."]:
+    """Return figures without the digits in which processors differ."""
+    return np.asarray(figures, dtype=np.float64).round(_DIGITS)
 
 
 def _plain(rows: Float64[np.ndarray, "image _"]) -> list[list[int | float]]:

@@ -11,13 +11,14 @@ from captionscale.config import Config
 from captionscale.data.loader import Loader
 from captionscale.data.places import Folder, open_place
 from captionscale.data.shards import Split
-from captionscale.data.sources import coco
 from captionscale.errors import PreemptedError, UserError
 from captionscale.progress import progress
 from captionscale.ranks import Ranks
 from captionscale.score import clipscore, spice
-from captionscale.score.evaluate import Result, caption_split, write_results
-from captionscale.score.receipt import Measure, Receipt, read_results, score
+from captionscale.score.evaluate import caption_split
+from captionscale.score.receipt import Measure, Receipt, score
+from captionscale.score.results import Result, write_results
+from captionscale.tools.rating import absent
 from captionscale.train import preempt
 from captionscale.train.checkpoint import Checkpoint, open_run
 from captionscale.vocab import SPECIALS
@@ -105,7 +106,7 @@ def score_run(
             "vocabulary": vocabulary.sha256,
         },
         hardware=_hardware(),
-        notes=[*notes, *_absent(spice_jars, None if clip else "no --clip WEIGHTS")],
+        notes=[*notes, *absent(spice_jars, None if clip else "no --clip WEIGHTS")],
     )
     receipt.write(place)
     line = {
@@ -171,40 +172,6 @@ def _caption(saved: Checkpoint, config: Config, split: Split) -> list[Result] | 
         parting = f"{saved.folder}: left before split '{split.name}' was captioned"
         raise PreemptedError(parting if first else "")
     return results if first else None
-
-
-def score_file(
-    captions: Path, references: Path, out: Path | None, measure: Measure, spice_jars: Path | None = None
-) -> Receipt:
-    """Score a file of captions against a file of references.
-
-    Args:
-        captions: COCO results.
-        references: COCO captions.
-        out: Where the receipt goes, if one is wanted.
-        measure: As `receipt.score` has it.
-        spice_jars: As `score_run` has it.
-
-    Raises:
-        UserError: Files of another layout, other images in both, or a metric that failed.
-    """
-    written, human = read_results(captions), coco.references(references)
-    receipt = score(
-        written,
-        human,
-        measure=measure,
-        extras=[spice.measure(written, human, spice_jars)] if spice_jars else [],
-        notes=_absent(spice_jars, "it sees images: score RUN --clip WEIGHTS"),
-        made_by={"captions": captions.name, "references": references.name},
-    )
-    if out:
-        receipt.write(out)
-    return receipt
-
-
-def _absent(spice_jars: Path | None, no_clip: str | None) -> list[str]:
-    notes = [] if spice_jars else ["SPICE: not computed (no --spice DIR)"]
-    return notes + ([f"CLIPScore: not computed ({no_clip})"] if no_clip else [])
 
 
 def _train_captions(config: Config) -> tuple[list[str] | None, list[str]]:

@@ -75,8 +75,8 @@ def learn(job: Job) -> Standing:
         def scores(done: int) -> bool:
             return done == job.steps or done % score_every == 0
 
-        if start and scores(start):
-            # Of what came before the last checkpoint this may still be owed.
+        if start and scores(start) and (standing.captioned < start or start == job.steps):
+            # Of what came before the last checkpoint this is still owed.
             leaving = not validation.take()
             if standing != before:
                 job.save()

@@ -5,8 +5,9 @@ from pathlib import Path
 from captionscale.errors import UserError
 from captionscale.progress import Bar
 from captionscale.score.background import BackgroundScorer
-from captionscale.score.evaluate import caption_split, write_results
-from captionscale.score.receipt import read_results
+from captionscale.score.evaluate import caption_split
+from captionscale.score.java import find_java
+from captionscale.score.results import Result, read_results, write_results
 from captionscale.train import preempt
 from captionscale.train.job import Job
 from captionscale.train.logs import Log
@@ -35,6 +36,8 @@ class Validation:
         self._job, self._log, self._bar, self._dog = job, log, bar, dog
         self._told = job.standing.judged
         self._scorer: BackgroundScorer | None = None
+        # Not after an epoch in vain.
+        job.ranks.on_first(find_java)
         if self._owed and not job.ranks.on_first(self._captions.is_file):
             bar.say(f"warning: {self._captions}: is gone, so its captions will have no scores")
             job.standing.captioned = job.standing.judged
@@ -126,18 +129,19 @@ class Validation:
         if results is None:
             return False
         job.standing.captioned = job.standing.step
-        if job.ranks.first:
-            write_results(results, self._captions)
-        job.ranks.on_first(self._begin)
+        job.ranks.on_first(self._begin, results)
         return True
 
     @property
     def _captions(self) -> Path:
         return self._job.run / "validation" / f"step-{self._job.standing.captioned:08d}.json"
 
-    def _begin(self) -> None:
+    def _begin(self, results: list[Result] | None = None) -> None:
+        """Hand over captions; those of an earlier process lie on the disk."""
+        if results is not None:
+            write_results(results, self._captions)
         if self._scorer is None:
-            # METEOR's JVM takes a gigabyte, so only on request.
+            # METEOR takes more time and memory than all others together, so only on request.
             metrics = dict.fromkeys((*_METRICS, self._job.config.train.score_metric))
             self._scorer = BackgroundScorer(self._job.val_loader.split.references(), list(metrics))
         self._scorer.begin(read_results(self._captions))

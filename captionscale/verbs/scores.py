@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def add(verbs: Verbs) -> None:
         "--out", type=Path, metavar="RECEIPT", help="where the receipt goes (with a run: beside it)"
     )
     score.add_argument(
-        "--meteor-gb", type=float, metavar="GB", help="most memory that METEOR's Java may take"
+        "--meteor-gb", type=_gigabytes, metavar="GB", help="most memory that METEOR's Java may take"
     )
     score.add_argument(
         "--reference-implementation", action="store_true", help="by pycocoevalcap's own classes: slower"
@@ -99,18 +101,24 @@ def _caption(options: argparse.Namespace) -> None:
 def _score(options: argparse.Namespace) -> None:
     from captionscale.score.metrics import measure
     from captionscale.score.panel import table
-    from captionscale.tools.scoring import score_file, score_run
 
     by_run = options.run is not None and not (options.captions or options.references)
     if by_run and not options.split:
         raise UserError(f"score {options.run}: no --split; say which, such as --split val")
     if not by_run and (options.run is not None or not (options.captions and options.references)):
         raise UserError("score: wanted either RUN --split NAME, or --captions RESULTS --references CAPTIONS")
+    if not by_run and (options.split or options.shards or options.beam):
+        raise UserError(
+            "score: found --split, --shards or --beam beside --captions, which already says what is scored;"
+            " leave them out"
+        )
     if options.clip and not by_run:
         raise UserError(
             "score --clip: found --captions and no images, wanted a run's split; leave out --clip, or give"
             " RUN --split NAME"
         )
+    # Schedulers end jobs by it: Java and its files are then put away, as after Ctrl-C.
+    signal.signal(signal.SIGTERM, _stop)
     changes: dict[str, Any] = {}
     if options.meteor_gb is not None:
         changes["meteor_gb"] = options.meteor_gb
@@ -118,6 +126,8 @@ def _score(options: argparse.Namespace) -> None:
         changes["reference_implementation"] = True
     by = partial(measure, **changes)
     if by_run:
+        from captionscale.tools.scoring import score_run
+
         receipt, place = score_run(
             options.run,
             options.split,
@@ -130,6 +140,9 @@ def _score(options: argparse.Namespace) -> None:
             clip=(options.clip, options.clip_model) if options.clip else None,
         )
     else:
+        # Without what it takes to run a model, whose import takes seconds.
+        from captionscale.tools.rating import score_file
+
         receipt = score_file(options.captions, options.references, options.out, by, options.spice)
         place = options.out
     if receipt is None:
@@ -140,6 +153,17 @@ def _score(options: argparse.Namespace) -> None:
         print(f"{name:{width}} {value:.10f}  [{low:.4f}, {high:.4f}]")
     print("", *table(receipt.panel), "", *receipt.notes, sep="\n")
     print(f"{receipt.counts['images']:,} images{f'; receipt: {place}' if place else ''}")
+
+
+def _stop(*_: object) -> None:
+    raise UserError("score: stopped by SIGTERM; nothing was written, and the same command starts anew")
+
+
+def _gigabytes(text: str) -> float:
+    gigabytes = float(text)
+    if not math.isfinite(gigabytes):
+        raise argparse.ArgumentTypeError(f"{text}: wanted a number, such as 1.3")
+    return gigabytes
 
 
 def _compare(options: argparse.Namespace) -> None:

@@ -13,9 +13,9 @@ from captionscale.cli import main
 from captionscale.errors import UserError
 from captionscale.score import Receipt, score
 from captionscale.score.extras import Extra
-from captionscale.score.metrics import METRICS
+from captionscale.score.metrics import METRICS, measure
 from captionscale.score.receipt import Images, references_sha256
-from captionscale.tools.scoring import score_file
+from captionscale.tools.rating import score_file
 
 N_GRAMS = ["BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr-D"]
 CAPTIONS = {
@@ -226,3 +226,43 @@ def test_what_the_documentation_shows_is_what_happens() -> None:
     page = Path(__file__).parents[2] / "docs" / "scores.md"
     found = doctest.testfile(str(page), module_relative=False)
     assert (found.failed, found.attempted) == (0, 7)
+
+
+WRONG = {
+    '({1: "a dog"}, {"1": ["a dog"]}, ["BLEU-1"])': "images are named by int and str",
+    '({1: None}, {1: ["a dog"]}, ["BLEU-1"])': "the caption of image 1 is None, wanted a str",
+    '({1: "a dog"}, {1: "a dog"}, ["BLEU-1"])': "one bare text",
+    '({1: "a dog"}, {1: [None]}, ["BLEU-1"])': "the references of image 1 are [None], wanted a list of str",
+    '({1: "a dog"}, {1: ["a dog"]}, [])': "wanted a list of some of BLEU-1",
+    '({1: "a dog"}, {1: ["a dog"]}, "BLEU-1")': "wanted a list of some of BLEU-1",
+    '({1: "a dog"}, {1: ["dog " * 5001]}, ["BLEU-1"])': "image 1 has 5,001 words, wanted at most 5,000",
+    '({int64(1): "a dog"}, {int64(1): ["a dog"]}, ["BLEU-1"])': "named by int64, wanted int alone",
+}
+
+
+def test_what_is_no_caption_is_refused() -> None:
+    # Elsewhere: here types are checked at each call.
+    code = f"""
+from numpy import int64
+from captionscale.errors import UserError
+from captionscale.score import score
+for case in {list(WRONG)!r}:
+    try:
+        score(*eval(case))
+    except UserError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for told, wanted in zip(done.stdout.splitlines(), WRONG.values(), strict=True):
+        assert wanted in told
+
+
+def test_a_receipt_does_not_take_the_place_of_what_is_scored(tmp_path: Path) -> None:
+    results, references = tmp_path / "results.json", tmp_path / "captions.json"
+    results.write_text('[{"image_id": 1, "caption": "a dog"}]', encoding="utf-8")
+    tree = {"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
+    references.write_text(json.dumps(tree), encoding="utf-8")
+    before = results.read_bytes()
+    with pytest.raises(UserError, match="is what is to be scored"):
+        score_file(results, references, results, measure)
+    assert results.read_bytes() == before

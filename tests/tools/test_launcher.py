@@ -229,9 +229,7 @@ def test_more_decoding_threads_than_cores_are_noted(monkeypatch, capsys) -> None
 
 def test_more_decoding_threads_in_one_process_than_cores_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    with pytest.raises(
-        UserError, match=r"data\.workers = 3: found 2 cores .*--set data\.workers=1"
-    ):
+    with pytest.raises(UserError, match=r"data\.workers = 3: found 2 cores .*--set data\.workers=1"):
         launch(VERB, profile="cpu", processes=2, dry_run=False, settings=settings("data.workers=3"))
 
 

@@ -1,13 +1,17 @@
 import multiprocessing
+import os
 import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from experiment import greatest_difference, losses, tiny, weights
 
 from captionscale.errors import UserError
 from captionscale.files import lock
-from captionscale.train import checkpoint, loop
+from captionscale.score import evaluate
+from captionscale.train import checkpoint, loop, validation
 from captionscale.train.loop import train
 
 
@@ -52,6 +56,49 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_n
     train(settings, tmp_path / "run")
     assert greatest_difference(weights(tmp_path / "run"), weights(done)) == 0
     assert losses(tmp_path / "run") == losses(done)
+
+
+def test_a_run_that_goes_on_stops_where_one_that_did_not_stop_would_have(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ("train.lr=1e-12", "train.encoder_lr=1e-12", "train.epochs=6", "train.patience=1")
+    settings, run = tiny(tmp_path, packed, *changes), tmp_path / "run"
+    real = loop.lr_factor
+
+    def die(step: int, steps: int, warmup: float) -> float:
+        if step == 7:
+            raise KeyboardInterrupt
+        return real(step, steps, warmup)
+
+    monkeypatch.setattr(loop, "lr_factor", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, run)
+    assert checkpoint.steps(run)[-1] == 6
+    monkeypatch.setattr(loop, "lr_factor", real)
+    # The scores of step 6, no better than those of step 3, count at step 9.
+    assert train(settings, run).step == 9
+
+
+def test_scores_that_cannot_be_had_are_a_warning_unless_they_are_the_first(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings, run = tiny(tmp_path, packed), tmp_path / "run"
+    real = evaluate.write_captions
+
+    def captions(*arguments: Any) -> list[str]:
+        for process in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+            for child in process.read_text().split():
+                if "captionscale.score.background" in Path(f"/proc/{child}/cmdline").read_text():
+                    os.kill(int(child), signal.SIGKILL)
+        return real(*arguments)
+
+    monkeypatch.setattr(evaluate, "write_captions", captions)
+    standing = train(settings, run)
+    assert (standing.step, standing.captioned, standing.judged, standing.best_step) == (6, 6, 6, 3)
+    assert "warning: step 6 has no scores: scoring: its process ended" in capfd.readouterr().err
+    monkeypatch.setattr(validation, "_METRICS", ("BLEU-5",))
+    with pytest.raises(UserError, match="unknown metric 'BLEU-5'"):
+        train(tiny(tmp_path, packed), tmp_path / "other")
 
 
 def test_a_finished_run_has_nothing_left_to_do(done: Path, packed: Path, tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from jaxtyping import Float64, Int
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
 from captionscale.data.sources import coco
+from captionscale.errors import UserError
 from captionscale.score.ciderd import Reward
 from captionscale.tools.bench.race import Heat, Way, race
 from captionscale.vocab import END, build
+
+_TOLERANCE = 1e-6
 
 # A step of self-critical training.
 _IMAGES, _SAMPLES = 256, 5
@@ -63,6 +66,11 @@ def bench(references: Path | None, *, rounds: int) -> list[Heat]:
         rounds,
         by_cpu=True,
     )
+    if difference > _TOLERANCE:
+        raise UserError(
+            f"bench reward: two scorers differ by {difference:g}, wanted at most {_TOLERANCE:g};"
+            " tell us of it"
+        )
     heat.notes.append(f"On one core. The greatest difference of two scores is {difference:.1e}, of 10.")
     return [heat]
 

@@ -27,7 +27,7 @@ from captionscale.files import cores
 from captionscale.progress import say
 from captionscale.score import bleu, ciderd, java, rouge
 from captionscale.score.metrics import METRICS, Evaluator, Scores, measure
-from captionscale.score.receipt import read_results
+from captionscale.score.results import read_results
 from captionscale.score.tokeniser import BREAKS
 from captionscale.tools.bench.race import Heat, Sheet, Way, race
 

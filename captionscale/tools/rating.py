@@ -1,0 +1,51 @@
+"""Score captions from anywhere, and write the receipt: no model, and no torch."""
+
+from pathlib import Path
+
+from captionscale.data.sources import coco
+from captionscale.errors import UserError
+from captionscale.score import spice
+from captionscale.score.receipt import Measure, Receipt, score
+from captionscale.score.results import read_results
+
+
+def score_file(
+    captions: Path, references: Path, out: Path | None, measure: Measure, spice_jars: Path | None = None
+) -> Receipt:
+    """Score a file of captions against a file of references.
+
+    Args:
+        captions: COCO results.
+        references: COCO captions.
+        out: Where the receipt goes, if one is wanted.
+        measure: As `receipt.score` has it.
+        spice_jars: As `score_run` has it.
+
+    Raises:
+        UserError: Files of another layout, other images in both, or a metric that failed.
+    """
+    if out and out.resolve() in (captions.resolve(), references.resolve()):
+        raise UserError(f"{out}: is what is to be scored, wanted a place for the receipt; take another --out")
+    written, human = read_results(captions), coco.references(references)
+    receipt = score(
+        written,
+        human,
+        measure=measure,
+        extras=[spice.measure(written, human, spice_jars)] if spice_jars else [],
+        notes=absent(spice_jars, "it sees images: score RUN --clip WEIGHTS"),
+        made_by={"captions": captions.name, "references": references.name},
+    )
+    if out:
+        receipt.write(out)
+    return receipt
+
+
+def absent(spice_jars: Path | None, no_clip: str | None) -> list[str]:
+    """Return which figures are missing, and for want of what.
+
+    Args:
+        spice_jars: Where SPICE's are, if they are.
+        no_clip: Why there is no CLIPScore, if there is none.
+    """
+    notes = [] if spice_jars else ["SPICE: not computed (no --spice DIR)"]
+    return notes + ([f"CLIPScore: not computed ({no_clip})"] if no_clip else [])
