@@ -47,13 +47,11 @@ def statistics(
 
 
 def corpus(sums: Float[np.ndarray, "*any 10"]) -> Float64[np.ndarray, "*any 4"]:
-    """Return BLEU-1 to BLEU-4, 0 to 1, of the sums of what `statistics` gives, for any images."""
+    """Return BLEU-1 to BLEU-4, 0 to 1, of the sums of what `statistics` gives, for any images.
+
+    A row alone is an image as if it were a corpus; an empty candidate has 0.
+    """
     guesses, correct, length, closest = np.split(sums, [ORDERS, 2 * ORDERS, 2 * ORDERS + 1], axis=-1)
     figures = np.cumprod((correct + _TINY) / (guesses + _SMALL), axis=-1) ** (1 / np.arange(1, ORDERS + 1))
     ratio = (length + _TINY) / (closest + _SMALL)
     return np.where(ratio < 1, figures * np.exp(1 - 1 / ratio), figures)
-
-
-def per_image(statistics: Float[np.ndarray, "image 10"]) -> Float64[np.ndarray, "image 4"]:
-    """Return BLEU-1 to BLEU-4 of each image, as if it were a corpus; an empty candidate has 0."""
-    return corpus(statistics)

@@ -12,13 +12,13 @@ import msgspec
 from captionscale.data.sources import originals
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import atomic
+from captionscale.score.metrics import some
 from captionscale.score.results import read_results
 
 # The parts of a file's name are parted by underscores.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 # Separators, control characters, and halves of emoji, which no file can hold.
 _UNSAFE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _merged(files: Sequence[Path]) -> dict[int, str]:
         part = read_results(file)
         if both := part.keys() & merged.keys():
             raise UserError(
-                f"{file}: {_some(both)} captioned in another part too; wanted one caption for each image;"
+                f"{file}: {some(both)} captioned in another part too; wanted one caption for each image;"
                 " give each part once"
             )
         merged |= part
@@ -196,7 +196,7 @@ def _prove_complete(
     captions: Sequence[Path], found: Collection[int], wanted: set[int], images: Path | None
 ) -> None:
     faults = {"missing": wanted - set(found), "of no image in the list": set(found) - wanted}
-    told = ", ".join(f"{_some(ids)} {fault}" for fault, ids in faults.items() if ids)
+    told = ", ".join(f"{some(ids)} {fault}" for fault, ids in faults.items() if ids)
     if told:
         raise UserError(
             f"{', '.join(map(str, captions))}: {len(found):,} captions, {told}; wanted one for each of the"
@@ -242,8 +242,3 @@ def _zip(files: Sequence[Path], archive: Path) -> None:
                 3,
             )
             packed.writestr(entry, file.read_bytes())
-
-
-def _some(ids: Collection[int]) -> str:
-    first = ", ".join(map(str, sorted(ids)[:_SHOWN]))
-    return f"{len(ids):,} image{'s' * (len(ids) > 1)} ({first}{', ...' * (len(ids) > _SHOWN)})"

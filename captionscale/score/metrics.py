@@ -201,7 +201,7 @@ def _check(
             image_id for image_id, texts in references.items() if isinstance(texts, str)
         ],
     }
-    found = ", ".join(f"{_some(ids)} {fault}" for fault, ids in faults.items() if ids)
+    found = ", ".join(f"{some(ids)} {fault}" for fault, ids in faults.items() if ids)
     if found or not references:
         raise UserError(
             f"score: found {found or 'no images at all'}; wanted one caption and at least one reference for"
@@ -222,9 +222,10 @@ def _refuse_endless(
             )
 
 
-def _some(ids: Collection[int]) -> str:
+def some(ids: Collection[int]) -> str:
+    """Return how many images these are, and the first of them, for an error."""
     first = ", ".join(map(str, sorted(ids)[:3]))
-    return f"{len(ids)} image{'s' * (len(ids) > 1)} ({first}{', ...' * (len(ids) > 3)})"
+    return f"{len(ids):,} image{'s' * (len(ids) > 1)} ({first}{', ...' * (len(ids) > 3)})"
 
 
 def _n_gram_metrics(
@@ -237,7 +238,7 @@ def _n_gram_metrics(
     """Add our figures, and what they are made of, to what there is."""
     if any(family(metric) == "BLEU" for metric in metrics):
         rows = statistics["BLEU"] = bleu.statistics(candidates, references)
-        table = zip(bleu.corpus(rows.sum(0)), bleu.per_image(rows).T, strict=True)
+        table = zip(bleu.corpus(rows.sum(0)), bleu.corpus(rows).T, strict=True)
         figures |= {
             f"BLEU-{n}": (float(value), per_image.tolist()) for n, (value, per_image) in enumerate(table, 1)
         }

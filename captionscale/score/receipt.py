@@ -243,7 +243,7 @@ def score(
         at={
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": platform.node(),
-            "hardware": {"cpu": _processor(), "cores": cores(), **(hardware or {})},
+            "hardware": {"cpu": processor(), "cores": cores(), **(hardware or {})},
             "python": platform.python_version(),
         },
         images=Images(ids, [captions[image_id] for image_id in ids], figures, statistics),
@@ -302,7 +302,8 @@ def _notes(values: Mapping[str, float], images: int, empty: int) -> Iterator[str
         yield "CIDEr-D of a lone image is 0: no word is rarer than another"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of this machine's processor."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

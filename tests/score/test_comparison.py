@@ -32,7 +32,7 @@ def receipt(captions: list[str], cider: np.ndarray, signature: str = SIGNATURE) 
         "BLEU": bleu.statistics(captions, REFERENCES),
         "CIDEr-D": np.stack([cider, np.ones(len(cider))], axis=1),
     }
-    per_image = {"BLEU-4": bleu.per_image(statistics["BLEU"])[:, 3], "CIDEr-D": cider}
+    per_image = {"BLEU-4": bleu.corpus(statistics["BLEU"])[:, 3], "CIDEr-D": cider}
     scores = {
         metric: float(corpus(metric, statistics[family(metric)].sum(axis=0, keepdims=True))[0])
         for metric in per_image

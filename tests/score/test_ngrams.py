@@ -37,7 +37,7 @@ def check(candidates, references):
     statistics = bleu.statistics(candidates, references)
     corpus, per_image = Bleu(4).compute_score(targets, found, verbose=0)
     np.testing.assert_allclose(bleu.corpus(statistics.sum(axis=0)), corpus, rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(bleu.per_image(statistics).T, per_image, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(bleu.corpus(statistics).T, per_image, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(
         rouge_l(candidates, references), Rouge().compute_score(targets, found)[1], 1e-12
     )

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from captionscale.files import cores
 from captionscale.progress import progress
+from captionscale.score.receipt import processor
 
 _LIBRARIES = ("captionscale", "numpy", "pillow", "simplejpeg", "torch", "webdataset")
 
@@ -132,7 +133,7 @@ def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: boo
 def show(heats: Sequence[Heat | Sheet], *, as_json: bool) -> None:
     """Print what was measured, for people or for machines."""
     machine = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": cores(),
         "python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
@@ -160,11 +161,3 @@ def show(heats: Sequence[Heat | Sheet], *, as_json: bool) -> None:
 def _cpu() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()

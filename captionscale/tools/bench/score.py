@@ -93,7 +93,7 @@ def _n_grams(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
         turned = next(turns)
         candidates, references = [caption for caption, _ in pairs], [group for _, group in pairs]
         rows = bleu.statistics(candidates, references)
-        table = zip(bleu.corpus(rows.sum(0)), bleu.per_image(rows).T, strict=True)
+        table = zip(bleu.corpus(rows.sum(0)), bleu.corpus(rows).T, strict=True)
         for n, (value, figures) in enumerate(table, 1):
             ours[f"BLEU-{n}"] = value, np.roll(figures, turned).tolist()
         for metric, figures in (
