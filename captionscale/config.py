@@ -1,24 +1,17 @@
-"""Settings of an experiment: TOML files read into frozen, typed trees that forbid unknown keys.
+"""Settings of an experiment: frozen, typed trees that forbid unknown keys.
 
-The name of a field is the TOML key, the `--set` path and the word that errors use.
+The name of a field is the TOML key, the `--set` path and the word that errors use; `toml.py` reads them.
 """
 
-import tomllib
-from collections.abc import Iterable, Iterator, Sequence
-from functools import reduce
-from itertools import groupby
-from operator import getitem
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from captionscale import assets
-from captionscale.errors import UserError, did_you_mean
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Step = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
 
 CACHE_GB = 100.0
 
@@ -50,6 +43,8 @@ class Data(Section):
     """Mirror half of the training pictures. Switch it off where captions say left and right."""
     colour_jitter: Share = 0.2
     """How far brightness, contrast and saturation may go from 1 in training."""
+    rotate: float = Field(default=0.0, ge=0, le=45)
+    """Greatest angle, in degrees, by which training turns a picture to either side."""
     min_count: Count = 5
     """A word is in the vocabulary if the train captions hold it at least so often."""
     max_vocabulary: Count | None = None
@@ -73,23 +68,41 @@ class Encoder(Section):
     """Which parts learn: all, none, or leading parts of parameter names such as `layer4`."""
     batch_norm: Literal["frozen", "trained"] = "frozen"
     """`trained` learns batch statistics too: for training from scratch, see docs/design.md."""
+    stride: Literal[16, 32] = 32
+    """Pixels of the picture in a row of each grid cell: 32 makes 7 x 7 cells of 224 pixels, 16 makes 14."""
+    checkpointing: bool = False
+    """Compute the learning part again in the backward pass instead of keeping it: less memory, more time."""
 
 
 class Decoder(Section):
     """The recurrent network that writes the caption."""
 
-    name: Literal["plain", "attention"] = "attention"
-    """`plain` sees the picture once, as its first word; `attention` looks at regions for each word."""
+    name: Literal["plain", "attention", "top_down"] = "attention"
+    """`plain` sees the picture once, as its first word; `attention` looks at regions for each word; so does
+    `top_down`, whose attention has an LSTM of its own."""
     embed: Count = 256
     """Size of a word's vector."""
     hidden: Count = 512
     """Size of an LSTM layer's state."""
     attend: Count = 512
-    """Size that regions are projected to, and in which the state meets them (attention only)."""
+    """Size in which regions and the state meet (not plain)."""
+    region: Count | None = None
+    """Size that regions are projected to. Without it: that of attend (not plain)."""
     layers: Count = 2
-    """LSTM layers."""
+    """LSTM layers (top_down has always two)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of each word's vector and of each output that training hides."""
+    same_dropout: bool = False
+    """Hide the same numbers at all words of a caption: variational dropout."""
+    gate: bool = False
+    """Scale what attention saw by how much it matters for the word (attention only)."""
+    picture_norm: bool = False
+    """Normalise the picture's vector over the micro-batch (plain only)."""
+    output: Literal["linear", "deep", "maxout"] = "deep"
+    """Words are read from the state alone; also from the last word and what attention saw; or from the
+    greater of two such readings."""
+    tied: bool = False
+    """Let the output share its matrix with the words' vectors."""
 
 
 class Model(Section):
@@ -114,8 +127,13 @@ class Train(Section):
     """Arithmetic of the forward pass; weights and optimiser stay in fp32."""
     lr: float = Field(default=5e-4, gt=0)
     """Peak learning rate of the decoder."""
-    encoder_lr: float = Field(default=5e-5, gt=0)
-    """Peak learning rate of the encoder's trainable part."""
+    encoder_lr: Rate | tuple[Rate, ...] = 5e-5
+    """Peak learning rate of the encoder's trainable parts: one for all, or one for each."""
+    unfreeze_at: Step | tuple[Step, ...] = 0
+    """Step from which the encoder's trainable parts learn: one for all, or one for each."""
+    cache_features: bool = False
+    """Encode each picture only once, and keep that in a file beside the shards; for a frozen encoder, without
+    augmentation."""
     warmup: Share = 0.03
     """Share of all steps in which the learning rate rises; a cosine then brings it to zero."""
     weight_decay: float = Field(default=0.01, ge=0)
@@ -126,6 +144,16 @@ class Train(Section):
     """Send gradients between processes in bf16: half the bytes; results then depend on their number."""
     label_smoothing: Share = 0.1
     """Share of a target's weight that goes to all words alike."""
+    scheduled_sampling: Share = 0.0
+    """Share of words that training reads from the decoder's own predictions at its end; rises in a line."""
+    doubly_stochastic: float = Field(default=0.0, ge=0)
+    """Weight of the penalty on looking at some regions more than at others, over a whole caption."""
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay, at each step, of the moving average of weights that is scored and captions; 0: the weights."""
+    start_from: Path | None = None
+    """Run whose best weights are the first ones; it must have the same words and the same model."""
+    objective: Literal["cross-entropy", "scst"] = "cross-entropy"
+    """Predict the words of people's captions, or write captions that get a high reward: see `scst`."""
     log_every: Count = 10
     """Steps between two lines of log.jsonl."""
     save_every: Count | None = None
@@ -146,13 +174,53 @@ class Train(Section):
     """Record the images of every micro-batch in ledger/, as `captionscale drill` does to prove them."""
 
 
+class Scst(Section):
+    """Self-critical training: sampled captions count by how much better they are than others."""
+
+    samples: Annotated[int, Field(ge=2)] = 5
+    """Captions sampled for each picture."""
+    baseline: Literal["samples", "greedy"] = "samples"
+    """What a sample's reward is compared with: the mean of the picture's other samples, or greedy search."""
+    cider_d: float = Field(default=1.0, ge=0)
+    """Weight of CIDEr-D in the reward, where it is 0 to 10."""
+    bleu_4: float = Field(default=0.0, ge=0)
+    """Weight of a caption's own BLEU-4 in the reward, where it is 0 to 1."""
+    cross_entropy: Share = 0.0
+    """Share of the loss that is still cross-entropy of people's captions."""
+    most_dangling: Share = 0.2
+    """Share of captions ending in `with a` or the like, above that of the captions it began with, that stops
+    the run."""
+    least_distinct: Share = 0.1
+    """Different captions for each caption, relative to when it began, below which the run stops."""
+
+
 class Search(Section):
     """How captions are found."""
 
+    method: Literal["beam", "sample"] = "beam"
+    """`beam` finds likely captions; `sample` draws one by its probability."""
     beam: Count = 5
     """Captions kept at each word; 1 is greedy search."""
+    groups: Count = 1
+    """Diverse beam search: parts of the beam that avoid each other's words."""
+    diversity: float = Field(default=0.5, ge=0)
+    """What a word costs for each earlier group that says it at the same place (with groups)."""
     length_power: Annotated[float, Field(ge=0)] = 0.7
     """Captions are ranked by log-probability / tokens**length_power; 0 favours short ones."""
+    coverage: float = Field(default=0.0, ge=0)
+    """Weight, in that ranking, of having looked at all regions (not plain)."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides logits before a word is drawn: below 1 likely words get likelier (sample only)."""
+    top_k: Count | None = None
+    """Draw only from so many of the likeliest words (sample only)."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Draw only from the likeliest words that have this probability together (sample only)."""
+    block_ngrams: Annotated[int, Field(ge=0)] = 0
+    """Never say so many words in a row that the caption already holds; 0 allows it."""
+    unknown: bool = False
+    """Whether the token for unknown words may be said."""
+    dangling: bool = True
+    """Whether a caption may end in `with a` or the like."""
     batch: Count = 32
     """Pictures captioned at once."""
 
@@ -165,6 +233,7 @@ class Config(Section):
     data: Data
     model: Model = Model()
     train: Train = Train()
+    scst: Scst = Scst()
     search: Search = Search()
 
     def with_beam(self, beam: int | None) -> "Config":
@@ -185,102 +254,37 @@ class Config(Section):
             raise ValueError(
                 f"data.crop_scale = {list(data.crop_scale)}: wanted [least, greatest], both above 0"
             )
+        parts = len(self.model.encoder.trainable) if isinstance(self.model.encoder.trainable, tuple) else 1
+        for key in ("encoder_lr", "unfreeze_at"):
+            value = getattr(train, key)
+            if isinstance(value, tuple) and len(value) != parts:
+                raise ValueError(
+                    f"train.{key} has {len(value)} values, but model.encoder.trainable names {parts} parts;"
+                    " give one for each, or one number for all"
+                )
+        if train.cache_features and (turned := self._changes_pictures()):
+            raise ValueError(
+                f"train.cache_features wants a frozen encoder and pictures without augmentation, found"
+                f" {turned}; set it back, or leave out the cache"
+            )
+        if (self.search.groups > 1) and self.search.beam % self.search.groups:
+            raise ValueError(
+                f"search.beam = {self.search.beam} is no whole number of search.groups ="
+                f" {self.search.groups}; change one of them"
+            )
+        if train.objective == "scst" and not (self.scst.cider_d or self.scst.bleu_4):
+            raise ValueError("scst.cider_d and scst.bleu_4 are both 0, wanted a reward; set one of them")
         return self
 
-
-def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
-    """Read an experiment.
-
-    Args:
-        source: A path, or the name of a file in `configs/`.
-        changes: `section.key=value` each, the value as TOML writes it (a bare word is a string).
-
-    Raises:
-        UserError: No such file, no TOML, an unknown key, or a value out of its range.
-    """
-    path = assets.find("configs", str(source), ".toml")
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a TOML file: {error}; correct that line") from None
-    for change in changes:
-        _put(tree, change)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError("\n".join(_explain(path, changes, tree, error.errors()))) from None
-
-
-def dumps(config: Config) -> str:
-    """Return the whole tree as TOML, defaults included, that `load` reads back."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested tree as one level of dotted keys.
-
-    Example:
-        >>> flatten({"seed": 1, "train": {"lr": 0.1}})
-        {'seed': 1, 'train.lr': 0.1}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _put(tree: dict[str, Any], change: str) -> None:
-    """Write one `section.key=value` into the tree."""
-    key, equals, text = change.partition("=")
-    if not equals:
-        raise UserError(f"--set {change}: no '='; write --set section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *sections, last = key.strip().split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-        if not isinstance(tree, dict):
-            raise UserError(f"--set {change}: '{section}' is a value, not a section; see captionscale config")
-    tree[last] = value
-
-
-def _explain(
-    path: Path, changes: Sequence[str], tree: dict[str, Any], findings: Iterable[Any]
-) -> Iterator[str]:
-    """Turn pydantic's findings into place, found, wanted, cure: one line for each key."""
-    for (section, key), group in groupby(findings, lambda found: _locate(found["loc"])):
-        first, *others = group
-        if not key:
-            yield f"{path}: {first['ctx']['error']}"
-            continue
-        *sections, name = key
-        place = ": ".join([str(path), ".".join(sections)] if sections else [str(path)])
-        if change := next((each for each in changes if each.split("=")[0].strip() == ".".join(key)), None):
-            place = f"--set {change}"
-        if first["type"] == "extra_forbidden":
-            yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
-        elif first["type"] == "missing" and first["loc"] == key:
-            yield f"{place}: key '{name}' is missing; add it to the file or pass --set {'.'.join(key)}=..."
-        else:
-            messages = dict.fromkeys(
-                found["msg"][:1].lower() + found["msg"][1:] for found in (first, *others)
-            )
-            meaning = section.model_fields[name].description or "a section"
-            yield f"{place}: {name} = {reduce(getitem, key, tree)!r}: {' or '.join(messages)} ({meaning})"
-
-
-def _locate(place: tuple[Any, ...]) -> tuple[type[Section], tuple[Any, ...]]:
-    """Return the section and the key that a finding is about.
-
-    What follows the key in pydantic's place is an item of the value, or a type that it tried.
-    """
-    section: type[Section] = Config
-    for depth, name in enumerate(place, start=1):
-        field = section.model_fields.get(name)
-        inner = field.annotation if field else None
-        if depth == len(place) or not (isinstance(inner, type) and issubclass(inner, Section)):
-            return section, place[:depth]
-        section = inner
-    return section, ()
+    def _changes_pictures(self) -> str:
+        """Name the first setting by which a picture's features differ between epochs, if one does."""
+        data = self.data
+        found = {
+            f"model.encoder.trainable = {self.model.encoder.trainable!r}": self.model.encoder.trainable
+            != "none",
+            f"data.crop_scale = {list(data.crop_scale)}": data.crop_scale != (1.0, 1.0),
+            "data.flip = true": data.flip,
+            f"data.colour_jitter = {data.colour_jitter}": data.colour_jitter > 0,
+            f"data.rotate = {data.rotate}": data.rotate > 0,
+        }
+        return next((setting for setting, changes in found.items() if changes), "")

@@ -13,7 +13,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from captionscale import config
+from captionscale import config, toml
 from captionscale.train import checkpoint
 
 CHANGES = (
@@ -41,14 +41,14 @@ def tiny(folder: Path, packed: Path, *changes: str) -> config.Config:
     """Write a tiny experiment's file, `experiment.toml`, and return its settings."""
     path = folder / "experiment.toml"
     path.write_text(f'[data]\nshards = "{packed}"\n', encoding="utf-8")
-    settings = config.load(path, [*CHANGES, *changes])
-    path.write_text(config.dumps(settings), encoding="utf-8")
+    settings = toml.load(path, [*CHANGES, *changes])
+    path.write_text(toml.dumps(settings), encoding="utf-8")
     return settings
 
 
 def start(ranks: int, settings: config.Config, run: Path, **environment: str) -> list[BaseProcess]:
     """Start a run's processes."""
-    return meet(ranks, _train, config.dumps(settings), run, **environment)
+    return meet(ranks, _train, toml.dumps(settings), run, **environment)
 
 
 def meet(ranks: int, work: Callable[..., None], *arguments: Any, **environment: str) -> list[BaseProcess]:

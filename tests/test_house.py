@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from captionscale import assets, config, score
+from captionscale import assets, score, toml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "captionscale"
@@ -52,7 +52,7 @@ def test_imports_go_down_the_floors() -> None:
 
 @pytest.mark.parametrize("name", assets.names("configs", ".toml"))
 def test_every_config_loads(name) -> None:
-    config.load(name)
+    toml.load(name)
 
 
 def test_every_key_of_the_config_is_read() -> None:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from captionscale import config as configs
+from captionscale import toml
 from captionscale.config import Config
 from captionscale.data.order import Order
 from captionscale.data.places import open_place
@@ -75,7 +75,7 @@ def drill(
     order.micro_batches(0, 0, max(ranks))
     out.mkdir(parents=True, exist_ok=True)
     alone, killed = out / "alone", out / "killed"
-    (out / _EXPERIMENT).write_text(configs.dumps(settings), encoding="utf-8")
+    (out / _EXPERIMENT).write_text(toml.dumps(settings), encoding="utf-8")
     chance = random.Random(seed)
     with progress("drill", kills + 2, passing=True) as bar:
         bar.note("one rank, left alone")

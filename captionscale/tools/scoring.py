@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from captionscale import config as configs
+from captionscale import toml
 from captionscale.config import Config
 from captionscale.data.loader import Loader
 from captionscale.data.places import Folder, open_place
@@ -102,7 +102,7 @@ def score_run(
         hashes={
             "shards": split.sha256,
             "model": saved.sha256,
-            "config": hashlib.sha256(configs.dumps(saved.config()).encode()).hexdigest(),
+            "config": hashlib.sha256(toml.dumps(saved.config()).encode()).hexdigest(),
             "vocabulary": vocabulary.sha256,
         },
         hardware=_hardware(),

@@ -7,8 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from captionscale import assets
-from captionscale import config as configs
+from captionscale import assets, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import atomic
@@ -64,7 +63,7 @@ def submit(
         )
     # SLURM does not make the folder of a job's log: the job would just vanish.
     (run / "logs").mkdir(parents=True, exist_ok=True)
-    for path, text in ((experiment, configs.dumps(settings)), (job, script)):
+    for path, text in ((experiment, toml.dumps(settings)), (job, script)):
         with atomic(path) as file:
             file.write(text.encode())
     number = _sbatch(job)

@@ -18,8 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from captionscale import config as configs
-from captionscale import vocab
+from captionscale import toml, vocab
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import sha256_of
@@ -98,7 +97,7 @@ def save(
         partial.mkdir(parents=True)
         for tensors, name in ((weights, _MODEL), (memory, _OPTIMIZER)):
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
-        (partial / _CONFIG).write_text(configs.dumps(config), encoding="utf-8")
+        (partial / _CONFIG).write_text(toml.dumps(config), encoding="utf-8")
         vocabulary.save(partial / _VOCAB)
         state = {
             "format": FORMAT,
@@ -185,7 +184,7 @@ class Checkpoint:
 
     def config(self) -> Config:
         """Return the run's settings."""
-        return configs.load(self.folder / _CONFIG)
+        return toml.load(self.folder / _CONFIG)
 
     def vocabulary(self) -> Vocabulary:
         """Return the run's words."""

@@ -9,7 +9,7 @@ from typing import Any
 from torch.optim import AdamW
 
 from captionscale import config as configs
-from captionscale import vocab
+from captionscale import toml, vocab
 from captionscale.config import Config
 from captionscale.data.loader import Batch, Items, Loader
 from captionscale.data.order import Order
@@ -213,7 +213,7 @@ def _optimizer(captioner: Captioner, settings: configs.Train) -> AdamW:
 
 def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:
     """Return what may not change within a run, and nothing else: not ranks, nodes, workers or paths."""
-    settings = configs.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
+    settings = toml.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
     for free in ("data.shards", "data.cache", "data.cache_gb", "data.workers", "model.encoder.weights"):
         del settings[free]
     kept = ("global_batch", "micro_batch", "score_metric")

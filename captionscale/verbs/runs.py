@@ -140,12 +140,12 @@ def _drill(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    from captionscale import assets, config
+    from captionscale import assets, toml
 
     if options.config is None:
         print("\n".join(assets.names("configs", ".toml")))
     else:
-        print(config.dumps(settings(options)), end="")
+        print(toml.dumps(settings(options)), end="")
 
 
 def _quickstart(options: argparse.Namespace) -> None:

@@ -28,6 +28,6 @@ def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 def settings(options: argparse.Namespace) -> "Config":
     """Return the experiment that CONFIG and --set name."""
-    from captionscale import config
+    from captionscale import toml
 
-    return config.load(options.config, options.changes)
+    return toml.load(options.config, options.changes)

@@ -38,7 +38,7 @@ def test_a_run_killed_and_resumed_is_one_result_and_a_book_that_was_cooked_is_to
     lines[-1]["loss"] = lines[-1].get("loss", 0) + 1
     log.write_text("\n".join(map(json.dumps, lines)))
     split = room.Split(packed, "train")
-    settings = room.configs.load(out / "experiment.toml")
+    settings = room.toml.load(out / "experiment.toml")
     order = room.order_of(split, settings)
     assert not room._judge(out / "alone", out / "killed", [], order, split, settings)
     said = capsys.readouterr().out

@@ -8,7 +8,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from captionscale import config
+from captionscale import config, toml
 from captionscale.errors import UserError
 from captionscale.tools.launcher import launch
 
@@ -174,7 +174,7 @@ def test_processes_are_counted_over_all_machines(dry_run) -> None:
 
 def settings(*changes: str) -> config.Config:
     """Those of an experiment with 16 micro-batches in a step."""
-    return config.load("attention", ["train.global_batch=256", "train.micro_batch=16", *changes])
+    return toml.load("attention", ["train.global_batch=256", "train.micro_batch=16", *changes])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from captionscale import config
+from captionscale import toml
 from captionscale.errors import UserError
 from captionscale.tools.submit import submit
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 def written(capsys: pytest.CaptureFixture[str], run: str = "runs/a run", nodes: int = 2) -> str:
     """Return the job that would be submitted."""
-    settings = config.load("attention")
+    settings = toml.load("attention")
     submit(settings, Path(run), nodes=nodes, gpus=8, time="4:00:00", profile="gpu", dry_run=True)
     return capsys.readouterr().out
 
@@ -50,7 +50,7 @@ def test_a_job_of_one_machine_may_share_it_and_asks_for_a_core_for_each_decoding
     assert "--exclusive" in several
     assert "--exclusive" not in one
     assert "#SBATCH --cpus-per-task" not in several
-    threads = 8 * config.load("attention").data.workers
+    threads = 8 * toml.load("attention").data.workers
     assert re.findall("--cpus-per-task=(\\d+)$", one, re.MULTILINE)[-1] == str(threads)
 
 
@@ -84,7 +84,7 @@ def test_more_processes_than_micro_batches_are_refused(capsys) -> None:
 
 def test_without_slurm_it_is_refused_before_anything_is_written(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
-    settings = config.load("attention")
+    settings = toml.load("attention")
     with pytest.raises(
         UserError, match=r"^sbatch: not found, wanted a machine .*; log in there, or train here"
     ):
@@ -98,10 +98,10 @@ def test_what_sbatch_refuses_is_told_with_its_own_words(monkeypatch, tmp_path) -
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", str(sbatch.parent), prepend=":")
-    settings = config.load("attention")
+    settings = toml.load("attention")
     with pytest.raises(UserError) as caught:
         submit(settings, tmp_path / "run", nodes=1, gpus=1, time=None, profile="gpu", dry_run=False)
     assert "job.sbatch: sbatch refuses (sbatch: error: invalid partition); correct the options" in str(
         caught.value
     )
-    assert config.load(tmp_path / "run" / "job.toml") == settings
+    assert toml.load(tmp_path / "run" / "job.toml") == settings

@@ -237,12 +237,12 @@ def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(tmp_pat
     program = """if True:
         import sys, torch
         from pathlib import Path
-        from captionscale import config
+        from captionscale import toml
         from captionscale.train.checkpoint import Standing
         from captionscale.train.saving import Saver
         from captionscale.vocab import SPECIALS, Vocabulary
         run = Path(sys.argv[1])
-        saver = Saver(run, config.load(run / "experiment.toml"), Vocabulary(SPECIALS), {})
+        saver = Saver(run, toml.load(run / "experiment.toml"), Vocabulary(SPECIALS), {})
         for step in range(1, 1000):
             saver.save(Standing(step=step), {"a": torch.full([20_000_000], step)}, {})
     """

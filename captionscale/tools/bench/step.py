@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from captionscale import config as configs
+from captionscale import toml
 from captionscale.config import Config
 from captionscale.data import packing, scenes
 from captionscale.data.loader import Batch
@@ -90,7 +90,7 @@ def _drawn(folder: Path) -> Config:
         captions = folder / "coco" / "annotations" / f"captions_{split}2017.json"
         records = coco.official(folder / "coco" / f"{split}2017", captions, split)
         packing.pack(records, folder / "shards", sources=[captions], options=packing.Options())
-    return configs.load("quickstart", [f"data.shards={folder / 'shards'}", "train.micro_batch=16"])
+    return toml.load("quickstart", [f"data.shards={folder / 'shards'}", "train.micro_batch=16"])
 
 
 def _steps(config: Config, folder: Path, rounds: int) -> Sheet:
@@ -157,15 +157,15 @@ def _bare(job: Job) -> Callable[[Share], object]:
 def _starts(config: Config, folder: Path, rounds: int) -> Sheet:
     """Start runs by the command line, as a user does, and wait for the first line of their logs."""
     settings = _changed(config, steps=10**6, score_every=10**6, save_every=2, log_every=1)
-    toml = folder / "starts.toml"
-    toml.write_text(configs.dumps(settings), encoding="utf-8")
+    path = folder / "starts.toml"
+    path.write_text(toml.dumps(settings), encoding="utf-8")
     fresh: list[float] = []
     resumed: list[float] = []
     with progress("starts", 2 * rounds, passing=True) as bar:
         for number in range(rounds):
             run = folder / f"start-{number}"
             for times in (fresh, resumed):
-                times.append(_start(toml, run))
+                times.append(_start(path, run))
                 bar.advance()
     rows = [
         (name, round(median(times), 1), f"{min(times):.1f} to {max(times):.1f}")
@@ -175,11 +175,11 @@ def _starts(config: Config, folder: Path, rounds: int) -> Sheet:
     return Sheet("From the command to the end of the first step", ("", "s (median)", "s"), [*rows], notes)
 
 
-def _start(toml: Path, run: Path) -> float:
+def _start(path: Path, run: Path) -> float:
     """Return the seconds that a run takes to log a step of its own; end it when it has saved one."""
     saved = max(checkpoint.steps(run), default=0)
     began = time.time()
-    command = [sys.executable, "-m", "captionscale", "train", str(toml), "--out", str(run)]
+    command = [sys.executable, "-m", "captionscale", "train", str(path), "--out", str(run)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and max(figures(run, "loss", began), default=0) <= saved:
             time.sleep(_LOOK_S)

@@ -1,0 +1,114 @@
+"""Experiments as TOML files: read into a config, and written back."""
+
+import tomllib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
+from itertools import groupby
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import ValidationError
+
+from captionscale import assets
+from captionscale.config import Config, Section
+from captionscale.errors import UserError, did_you_mean
+
+
+def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
+    """Read an experiment.
+
+    Args:
+        source: A path, or the name of a file in `configs/`.
+        changes: `section.key=value` each, the value as TOML writes it (a bare word is a string).
+
+    Raises:
+        UserError: No such file, no TOML, an unknown key, or a value out of its range.
+    """
+    path = assets.find("configs", str(source), ".toml")
+    try:
+        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}; correct that line") from None
+    for change in changes:
+        _put(tree, change)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(path, changes, tree, error.errors()))) from None
+
+
+def dumps(config: Config) -> str:
+    """Return the whole tree as TOML, defaults included, that `load` reads back."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested tree as one level of dotted keys.
+
+    Example:
+        >>> flatten({"seed": 1, "train": {"lr": 0.1}})
+        {'seed': 1, 'train.lr': 0.1}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _put(tree: dict[str, Any], change: str) -> None:
+    """Write one `section.key=value` into the tree."""
+    key, equals, text = change.partition("=")
+    if not equals:
+        raise UserError(f"--set {change}: no '='; write --set section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {change}: '{section}' is a value, not a section; see captionscale config")
+    tree[last] = value
+
+
+def _explain(
+    path: Path, changes: Sequence[str], tree: dict[str, Any], findings: Iterable[Any]
+) -> Iterator[str]:
+    """Turn pydantic's findings into place, found, wanted, cure: one line for each key."""
+    for (section, key), group in groupby(findings, lambda found: _locate(found["loc"])):
+        first, *others = group
+        if not key:
+            yield f"{path}: {first['ctx']['error']}"
+            continue
+        *sections, name = key
+        place = ": ".join([str(path), ".".join(sections)] if sections else [str(path)])
+        if change := next((each for each in changes if each.split("=")[0].strip() == ".".join(key)), None):
+            place = f"--set {change}"
+        if first["type"] == "extra_forbidden":
+            yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
+        elif first["type"] == "missing" and first["loc"] == key:
+            yield f"{place}: key '{name}' is missing; add it to the file or pass --set {'.'.join(key)}=..."
+        else:
+            messages = dict.fromkeys(
+                found["msg"][:1].lower() + found["msg"][1:] for found in (first, *others)
+            )
+            meaning = section.model_fields[name].description or "a section"
+            yield f"{place}: {name} = {reduce(getitem, key, tree)!r}: {' or '.join(messages)} ({meaning})"
+
+
+def _locate(place: tuple[Any, ...]) -> tuple[type[Section], tuple[Any, ...]]:
+    """Return the section and the key that a finding is about.
+
+    What follows the key in pydantic's place is an item of the value, or a type that it tried.
+    """
+    section: type[Section] = Config
+    for depth, name in enumerate(place, start=1):
+        field = section.model_fields.get(name)
+        inner = field.annotation if field else None
+        if depth == len(place) or not (isinstance(inner, type) and issubclass(inner, Section)):
+            return section, place[:depth]
+        section = inner
+    return section, ()
