@@ -45,10 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # "[file of gloo's source:line] reason. More, for its authors"
         reason = re.sub(r"^\[[^]]*\] |\. .*", "", str(error).splitlines()[0])
         _fail(f"a rank that this one waited for is gone; it, or its launcher, tells why ({reason})")
-    except KeyboardInterrupt:
-        _fail(
-            "stopped by Ctrl-C; what was finished is kept, and the same command goes on from there", code=130
-        )
+    except KeyboardInterrupt as stopped:
+        kept = "stopped by Ctrl-C; what was finished is kept, and the same command goes on from there"
+        _fail(str(stopped) or kept, code=130)
 
 
 def _fail(text: str, code: int = 1) -> None:

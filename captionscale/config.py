@@ -15,6 +15,14 @@ Rate = Annotated[float, Field(gt=0)]
 
 CACHE_GB = 100.0
 
+_CHOICES = {
+    "region": ("attention", "top_down"),
+    "layers": ("plain", "attention"),
+    "gate": ("attention",),
+    "picture_norm": ("plain",),
+}
+"""What only these decoders can have otherwise than by default."""
+
 
 class Section(BaseModel):
     """A part of the tree: frozen, no unknown keys."""
@@ -103,6 +111,18 @@ class Decoder(Section):
     greater of two such readings."""
     tied: bool = False
     """Let the output share its matrix with the words' vectors."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Decoder":
+        for key, names in _CHOICES.items():
+            value, only = getattr(self, key), type(self).model_fields[key].default
+            if self.name not in names and value != only:
+                raise ValueError(
+                    f"model.decoder.{key} = {str(value).lower()}, wanted {str(only).lower()} with decoder"
+                    f" '{self.name}', as only {' and '.join(map(repr, names))} can have another;"
+                    " leave it out, or change model.decoder.name"
+                )
+        return self
 
 
 class Model(Section):
@@ -204,7 +224,7 @@ class Search(Section):
     groups: Count = 1
     """Diverse beam search: parts of the beam that avoid each other's words."""
     diversity: float = Field(default=0.5, ge=0)
-    """What a word costs for each earlier group that says it at the same place (with groups)."""
+    """What a word costs for each caption of earlier groups that says it at the same place (with groups)."""
     length_power: Annotated[float, Field(ge=0)] = 0.7
     """Captions are ranked by log-probability / tokens**length_power; 0 favours short ones."""
     coverage: float = Field(default=0.0, ge=0)
@@ -237,10 +257,11 @@ class Config(Section):
     search: Search = Search()
 
     def with_beam(self, beam: int | None) -> "Config":
-        """Return these settings with another beam; with these, if there is none."""
+        """Return these settings with a plain beam search of this width; with these, if there is none."""
         if beam is None:
             return self
-        return self.model_copy(update={"search": self.search.model_copy(update={"beam": beam})})
+        plain = {"method": "beam", "beam": beam, "groups": 1}
+        return self.model_copy(update={"search": self.search.model_copy(update=plain)})
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
@@ -271,6 +292,16 @@ class Config(Section):
             raise ValueError(
                 f"search.beam = {self.search.beam} is no whole number of search.groups ="
                 f" {self.search.groups}; change one of them"
+            )
+        if train.doubly_stochastic and self.model.decoder.name == "plain":
+            raise ValueError(
+                f"train.doubly_stochastic = {train.doubly_stochastic:g}, wanted 0 with decoder 'plain', which"
+                " has no attention; leave it out, or change model.decoder.name"
+            )
+        if train.objective == "scst" and train.start_from is None:
+            raise ValueError(
+                "train.objective = 'scst' without train.start_from: random captions earn nothing, wanted a"
+                " run that was trained by cross-entropy; set it to that run's folder"
             )
         if train.objective == "scst" and not (self.scst.cider_d or self.scst.bleu_4):
             raise ValueError("scst.cider_d and scst.bleu_4 are both 0, wanted a reward; set one of them")

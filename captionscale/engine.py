@@ -61,9 +61,30 @@ class Engine:
         """
         self._ranks, self._module, self._clip_norm = ranks, model, clip_norm
         self._accelerator = ranks.accelerator
-        self._adam = optimizer
+        self._adam, self._compress = optimizer, compress
+        self._model: Any
+        self._optimizer: Any
         self._hand_over(compress)
         ranks.share_buffers(model)
+
+    def renew(self, optimizer: Optimizer) -> None:
+        """Move what learns from now on; what the optimiser before knows of it stays known.
+
+        All ranks call it, between two steps.
+
+        Args:
+            optimizer: AdamW over that.
+        """
+        memory = self.memory()
+        self._let_go()
+        self._adam = optimizer
+        self._hand_over(self._compress)
+        self.load_memory(memory)
+
+    def _let_go(self) -> None:
+        # DDP takes its hooks off the gradients when nothing refers to it any more.
+        self._model = self._optimizer = None
+        self._accelerator.free_memory()
 
     def _hand_over(self, compress: bool) -> None:
         with warnings.catch_warnings():
@@ -150,6 +171,7 @@ class ZeroEngine(Engine):
 
     def _hand_over(self, compress: bool) -> None:
         deepspeed = _deepspeed(self._ranks)
+        self._groups = [list(group["params"]) for group in self._adam.param_groups]
         self._divided = bool(self._ranks.zero)
         # Accelerate gives the forward pass its precision, here as under DDP. DeepSpeed sends and flattens
         # parameters as if they were contiguous.
@@ -178,6 +200,10 @@ class ZeroEngine(Engine):
                 moments = {key: torch.zeros_like(partition) for key in _MOMENTS}
                 self._adam.state[partition] = {"step": torch.zeros((), device=partition.device), **moments}
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _let_go(self) -> None:
+        self._model.destroy()
+        super()._let_go()
 
     def _partitions(self) -> list[Tensor]:
         """Return this rank's part of each group of parameters."""
@@ -208,11 +234,13 @@ class ZeroEngine(Engine):
         if not self._divided:
             return super().memory()
         read = importlib.import_module("deepspeed.utils").safe_get_full_optimizer_state
-        step = self._adam.state[self._partitions()[0]]["step"]
+        # Of each group there is one count of steps.
         return {
-            f"{name}/{key}": step.clone() if key == "step" else read(parameter, key)
-            for name, parameter in self._module.named_parameters()
-            if parameter.requires_grad
+            f"{name}/{key}": self._adam.state[partition]["step"].clone()
+            if key == "step"
+            else read(parameter, key)
+            for partition, names in zip(self._partitions(), self._names(), strict=True)
+            for name, parameter in names.items()
             for key in ("step", *_MOMENTS)
         }
 
@@ -222,13 +250,18 @@ class ZeroEngine(Engine):
             super().load_memory(memory)
             return
         write = importlib.import_module("deepspeed.utils").safe_set_full_optimizer_state
-        for name, parameter in self._module.named_parameters():
-            if parameter.requires_grad:
-                for key in _MOMENTS:
-                    write(parameter, memory[f"{name}/{key}"].to(parameter.device), key)
-                step = memory[f"{name}/step"]
-        for partition in self._partitions():
-            self._adam.state[partition]["step"].copy_(step)
+        for partition, names in zip(self._partitions(), self._names(), strict=True):
+            for name, parameter in names.items():
+                # There is none yet of what learns from now on.
+                if f"{name}/step" in memory:
+                    for key in _MOMENTS:
+                        write(parameter, memory[f"{name}/{key}"].to(parameter.device), key)
+                    self._adam.state[partition]["step"].copy_(memory[f"{name}/step"])
+
+    def _names(self) -> list[dict[str, Tensor]]:
+        """Return the parameters of each group by their names."""
+        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        return [{names[parameter]: parameter for parameter in group} for group in self._groups]
 
 
 def _deepspeed(ranks: Ranks) -> Any:

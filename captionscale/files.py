@@ -4,8 +4,10 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryFile, gettempdir, mkdtemp
 from typing import BinaryIO
 
 from blake3 import blake3
@@ -13,6 +15,7 @@ from blake3 import blake3
 from captionscale.errors import UserError
 
 LOCK = ".lock"
+_SCRATCH = "captionscale-scratch-"
 
 
 def sha256_of(path: Path) -> str:
@@ -58,13 +61,70 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror}), wanted a writable folder with free space;"
-            " free the disk or take another place"
-        ) from error
+        raise _unwritable(path, error) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def prove_writable(path: Path) -> None:
+    """Prove, before long work, that a file can be written at its end; nothing is made, not even its folder.
+
+    Raises:
+        UserError: It is a folder, or its folder is read-only, full, or cannot be made.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, wanted a place for a file; add the file's name")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    try:
+        # It has no name, or loses it at once.
+        with TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: cannot be written ({error.strerror}), wanted a writable folder with free space;"
+        " free the disk or take another place"
+    )
+
+
+@contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """Make a temporary folder, and remove it; first those of processes that were killed are removed.
+
+    Args:
+        name: Part of the folder's.
+    """
+    for other in Path(gettempdir()).glob(f"{_SCRATCH}*"):
+        # Whoever uses it holds its lock, of which the system lets go when that process dies.
+        with suppress(OSError), _locked(other, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            rmtree(other, ignore_errors=True)
+    while True:
+        folder = Path(mkdtemp(prefix=f"{_SCRATCH}{name}-"))
+        with ExitStack() as held:
+            # Some file systems have no locks: what is left there stays.
+            with suppress(OSError):
+                held.enter_context(_locked(folder, fcntl.LOCK_EX))
+            # Another process may have removed it before it was locked.
+            if folder.exists():
+                try:
+                    yield folder
+                finally:
+                    rmtree(folder, ignore_errors=True)
+                return
+
+
+@contextmanager
+def _locked(folder: Path, how: int) -> Iterator[None]:
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(opened, how)
+        yield
+    finally:
+        os.close(opened)
 
 
 @contextmanager

@@ -31,12 +31,37 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a TOML file: {error}; correct that line") from None
-    for change in changes:
-        _put(tree, change)
+    return _validate(path, tree, changes)
+
+
+def change(config: Config, changes: Sequence[str], section: str) -> Config:
+    """Return settings with other values in one section.
+
+    Args:
+        config: As it was.
+        changes: As `load` has them.
+        section: The one that may change.
+
+    Raises:
+        UserError: A key of another section, an unknown one, or a value out of its range.
+    """
+    for each in changes:
+        if not each.strip().startswith(f"{section}."):
+            raise UserError(
+                f"--set {each}: wanted a key of section {section}, as the others were settled in training;"
+                f" see {section} in captionscale config, and write --set {section}.key=value"
+            )
+    return _validate("--set", config.model_dump(mode="json", exclude_none=True), changes)
+
+
+def _validate(place: Path | str, tree: dict[str, Any], changes: Sequence[str]) -> Config:
+    """Return a tree as settings, after changes."""
+    for each in changes:
+        _put(tree, each)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(path, changes, tree, error.errors()))) from None
+        raise UserError("\n".join(_explain(place, changes, tree, error.errors()))) from None
 
 
 def dumps(config: Config) -> str:
@@ -75,12 +100,12 @@ def _put(tree: dict[str, Any], change: str) -> None:
 
 
 def _explain(
-    path: Path, changes: Sequence[str], tree: dict[str, Any], findings: Iterable[Any]
+    path: Path | str, changes: Sequence[str], tree: dict[str, Any], findings: Iterable[Any]
 ) -> Iterator[str]:
     """Turn pydantic's findings into place, found, wanted, cure: one line for each key."""
     for (section, key), group in groupby(findings, lambda found: _locate(found["loc"])):
         first, *others = group
-        if not key:
+        if first["type"] == "value_error":
             yield f"{path}: {first['ctx']['error']}"
             continue
         *sections, name = key

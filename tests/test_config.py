@@ -4,8 +4,9 @@ import pytest
 from pydantic import ValidationError
 
 from captionscale import assets
-from captionscale.config import Config, Search, dumps, flatten, load
+from captionscale.config import Config, Search
 from captionscale.errors import UserError
+from captionscale.toml import dumps, flatten, load
 
 SMALL = '[data]\nshards = "shards"\n'
 
@@ -41,7 +42,8 @@ def test_changes_survive_a_round_trip(tmp_path) -> None:
 
 def test_what_is_printed_holds_every_key_that_has_a_value(tmp_path) -> None:
     text = dumps(load(write(tmp_path, SMALL)))
-    unset = {"data.cache", "data.max_vocabulary", "train.steps", "train.save_every", "train.score_every"}
+    unset = {"data.cache", "data.max_vocabulary", "model.decoder.region", "search.top_k"}
+    unset |= {f"train.{key}" for key in ("steps", "save_every", "score_every", "start_from")}
     keys = set(flatten(load(write(tmp_path, SMALL)).model_dump()))
     assert keys - set(flatten(load(write(tmp_path, text)).model_dump(exclude_none=True))) == unset
 
@@ -94,7 +96,7 @@ def test_a_file_may_leave_to_a_change_what_has_no_default(tmp_path) -> None:
         ),
         (f"{SMALL}[model.decoder]\nhiden = 3", "model.decoder: unknown key 'hiden'; did you mean 'hidden'?"),
         (f"{SMALL}[trian]\nlr = 1", "unknown key 'trian'; did you mean 'train'?"),
-        (f"zebra = 1\n{SMALL}", "unknown key 'zebra'; known: data, model, search, seed, train"),
+        (f"zebra = 1\n{SMALL}", "unknown key 'zebra'; known: data, model, scst, search, seed, train"),
         ("seed = 1", "key 'data' is missing; add it to the file or pass --set data=..."),
         (
             "[data]\nflip = true",
@@ -179,7 +181,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path) -> None:
             "train.global_bach=3",
             "--set train.global_bach=3: unknown key 'global_bach'; did you mean 'global_batch'?",
         ),
-        ("=3", "--set =3: unknown key ''; known: data, model, search, seed, train"),
+        ("=3", "--set =3: unknown key ''; known: data, model, scst, search, seed, train"),
     ],
 )
 def test_a_change_that_names_no_key_is_refused(tmp_path, change, error) -> None:

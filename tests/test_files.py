@@ -9,7 +9,7 @@ from typing import BinaryIO
 import pytest
 
 from captionscale.errors import UserError
-from captionscale.files import LOCK, atomic, lock, sha256_of
+from captionscale.files import LOCK, atomic, lock, prove_writable, scratch, sha256_of
 
 HOLD = """
 import sys
@@ -111,3 +111,50 @@ def test_another_process_is_told_by_name_and_lets_a_folder_go_when_it_is_killed(
         other.wait()
         with lock(tmp_path, "captionscale train"):
             pass
+
+
+def test_whether_a_file_can_be_written_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"before")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for good in (file, tmp_path / "new" / "deep" / "file", Path("relative.bin")):
+        prove_writable(good)
+    for bad in (tmp_path, file / "x", file / "x" / "y", tmp_path / "nowhere" / "x", Path("/proc/x/y")):
+        with pytest.raises(
+            UserError, match=r"is a folder, .*; add the file's|cannot be written \(.*; free the"
+        ):
+            prove_writable(bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
+    assert file.read_bytes() == b"before"
+    assert not Path("relative.bin").exists()
+
+
+def test_a_killed_processs_scratch_folder_is_removed_by_the_next_one_and_a_living_ones_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    hold = HOLD.replace("import lock", "import scratch").replace(
+        'lock(Path(sys.argv[1]), "captionscale pack")', "scratch('x') as folder"
+    )
+    command = [sys.executable, "-c", hold]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        (theirs,) = tmp_path.iterdir()
+        (theirs / "file").write_text("")
+        with scratch("y") as own:
+            assert {*tmp_path.iterdir()} == {own, theirs}
+            with scratch("z"):
+                assert own.exists()
+        assert [*tmp_path.iterdir()] == [theirs]
+        process.kill()
+        process.wait()
+    with scratch("y") as own:
+        assert [*tmp_path.iterdir()] == [own]
+    assert not [*tmp_path.iterdir()]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from captionscale import assets, score, toml
+from captionscale import assets, config, score, toml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "captionscale"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float16, Int, UInt8
 from torch import Tensor
 
 from captionscale.config import Data
@@ -19,14 +19,16 @@ from captionscale.data.shards import Split
 from captionscale.vocab import PAD, Vocabulary
 
 Items = Int[np.ndarray, "item"]
-Sample = tuple[UInt8[np.ndarray, "3 size size"], list[list[int]]]
+View = UInt8[np.ndarray, "3 size size"] | Float16[np.ndarray, "region feature"]
+Sample = tuple[View, list[list[int]]]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Pictures and all captions of each of them."""
 
-    images: UInt8[Tensor, "image 3 size size"]
+    images: UInt8[Tensor, "image 3 size size"] | Float16[Tensor, "image region feature"]
+    """As pixels, or as the features that an encoder has made of them."""
     tokens: Int[Tensor, "caption time"]
     """Start, words, end, then padding."""
     owners: Int[Tensor, "caption"]
@@ -48,7 +50,24 @@ class Batch:
 class Loader:
     """Batches of one split."""
 
-    def __init__(self, split: Split, vocabulary: Vocabulary, data: Data, seed: int = 0):
+    def __init__(
+        self,
+        split: Split,
+        vocabulary: Vocabulary,
+        data: Data,
+        seed: int = 0,
+        features: Float16[np.ndarray, "image region feature"] | None = None,
+    ):
+        """Take what batches are made of.
+
+        Args:
+            split: Whose images and captions they hold.
+            vocabulary: Numbers the words.
+            data: The config's section.
+            seed: Of the augmentation.
+            features: Of all images of the split: batches then hold these, and no image is decoded.
+        """
+        self.features = features
         self.split = split
         self.vocabulary = vocabulary
         self.data = data
@@ -84,22 +103,28 @@ class Loader:
         return [self._pool.submit(self._sample, int(item), epoch) for item in items]
 
     def _sample(self, item: int, epoch: int | None) -> Sample:
+        captions = self.split.captions(item)
+        return self._view(item, epoch), [
+            self.vocabulary.encode(caption, self.data.max_words) for caption in captions
+        ]
+
+    def _view(self, item: int, epoch: int | None) -> View:
+        if self.features is not None:
+            return np.array(self.features[item])  # Read now, in this thread.
         data = self.data
         place = f"{self.split.place}: image {self.split.index[item]['image_id']}"
         picture = images.decode(self.split.image(item), place)
         if epoch is None:
-            view = images.centre_view(picture, data.image_size)
-        else:
-            view = images.random_view(
-                picture,
-                data.image_size,
-                crop_scale=data.crop_scale,
-                flip=data.flip,
-                colour_jitter=data.colour_jitter,
-                random=np.random.default_rng([self.seed, epoch, item]),
-            )
-        captions = self.split.captions(item)
-        return view, [self.vocabulary.encode(caption, data.max_words) for caption in captions]
+            return images.centre_view(picture, data.image_size)
+        return images.random_view(
+            picture,
+            data.image_size,
+            crop_scale=data.crop_scale,
+            flip=data.flip,
+            colour_jitter=data.colour_jitter,
+            rotate=data.rotate,
+            random=np.random.default_rng([self.seed, epoch, item]),
+        )
 
     def _collate(self, items: Items, samples: list[Future[Sample]]) -> Batch:
         views, captions = zip(*(sample.result() for sample in samples), strict=True)

@@ -8,9 +8,13 @@ from torch import Tensor, nn
 class AdditiveAttention(nn.Module):
     """Look at every image region and return their weighted mean.
 
+    With a_i the regions and h the state: e_i = w . tanh(K a_i + b + Q h), weights = softmax(e), and the
+    context is the sum over i of weights_i a_i.
+
     Source:
         Bahdanau et al. 2015 (arXiv:1409.0473), as used for images by Xu et al. 2015,
-        "Show, Attend and Tell" (arXiv:1502.03044), equations 4 to 6 and 13.
+        "Show, Attend and Tell" (arXiv:1502.03044), equations 4 to 6 and 13, and by Anderson et al. 2018
+        (arXiv:1707.07998), equations 3 to 5, without b.
     """
 
     def __init__(self, feature: int, hidden: int, attend: int):
@@ -35,7 +39,7 @@ class AdditiveAttention(nn.Module):
         Args:
             features: Encoder grid cells, flattened row by row from the top left.
             keys: Of these features.
-            hidden: Decoder state before it has read the next word.
+            hidden: State of the LSTM that looks.
 
         Returns:
             The context vector, and the attention weights: non-negative, summing to one.

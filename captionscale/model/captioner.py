@@ -7,6 +7,7 @@ from captionscale import config
 from captionscale.model import weights
 from captionscale.model.decoders import DECODERS
 from captionscale.model.encoder import Encoder
+from captionscale.model.rehearsal import rehearse
 
 
 class Captioner(nn.Module):
@@ -36,18 +37,30 @@ class Captioner(nn.Module):
         settings = self.encoder.settings
         weights.load_into(self.encoder.trunk, settings.name, settings.weights)
 
+    def look(
+        self, pictures: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"]
+    ) -> Float[Tensor, "image region feature"]:
+        """Return the features of pictures; where they come from a cache, they are these."""
+        features: Tensor = pictures.float() if pictures.is_floating_point() else self.encoder(pictures)
+        return features
+
     def forward(
         self,
-        images: UInt8[Tensor, "image 3 height width"],
+        pictures: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"],
         tokens: Int[Tensor, "caption time"],
         owners: Int[Tensor, "caption"],
+        own_share: float = 0.0,
     ) -> tuple[Float[Tensor, "caption time word"], Float[Tensor, "caption time region"] | None]:
         """Return the logits of each caption's next words, and where the decoder looked for them.
 
         Args:
-            images: Each encoded once, however many captions it has.
+            pictures: Each encoded once, however many captions it has; or their features.
             tokens: Start and words; what each time reads, not what it predicts.
-            owners: The row of `images` that each caption belongs to.
+            owners: The row of `pictures` that each caption belongs to.
+            own_share: Share of the words read that are the decoder's own predictions.
         """
-        logits, attention = self.decoder(self.encoder(images), tokens, owners)
+        features = self.look(pictures)
+        if own_share:
+            return rehearse(self.decoder, features, tokens, owners, own_share)
+        logits, attention = self.decoder(features, tokens, owners)
         return logits, attention

@@ -1,11 +1,14 @@
 """The convolutional encoder: a picture becomes a grid of feature vectors."""
 
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torchvision
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from captionscale import config
 from captionscale.errors import UserError, did_you_mean
@@ -41,6 +44,8 @@ class Encoder(nn.Module):
                 (name, part) for name, part in parts.items() if name not in ("avgpool", "fc", "classifier")
             )
         )
+        if settings.stride == 16:
+            _undo_last_stride(self.trunk)
         self.feature_size: int = getattr(
             network, "fc", getattr(network, "classifier", [None])[-1]
         ).in_features
@@ -50,7 +55,11 @@ class Encoder(nn.Module):
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
-        self._choose_what_learns()
+        self.parts: list[list[nn.Parameter]] = self._choose_parts()
+        """What may learn of each part that `model.encoder.trainable` names, in its order."""
+        for parameter in self.trunk.parameters():
+            parameter.requires_grad = False
+        self.unfreeze(0, [0] * len(self.parts))
 
     @property
     def learns(self) -> bool:
@@ -60,8 +69,10 @@ class Encoder(nn.Module):
     def forward(self, images: UInt8[Tensor, "image 3 height width"]) -> Float[Tensor, "image region feature"]:
         """Return the feature vectors of the grid cells, row by row from the top left."""
         pictures = (images.float() / 255 - self.mean) / self.std
-        with torch.set_grad_enabled(self.learns and torch.is_grad_enabled()):
-            grid: Tensor = self.trunk(pictures.contiguous(memory_format=torch.channels_last))
+        learning = self.learns and torch.is_grad_enabled()
+        look = self._look_twice if learning and self.settings.checkpointing else self.trunk
+        with torch.set_grad_enabled(learning):
+            grid: Tensor = look(pictures.contiguous(memory_format=torch.channels_last))
         return grid.flatten(2).transpose(1, 2)
 
     def train(self, mode: bool = True) -> "Encoder":
@@ -71,23 +82,68 @@ class Encoder(nn.Module):
             module.eval()
         return self
 
-    def _choose_what_learns(self) -> None:
+    def unfreeze(self, step: int, starts: Sequence[int]) -> bool:
+        """Let the parts learn whose step has come, and no others.
+
+        Args:
+            step: The next one of the run, from 0.
+            starts: Of each part, in the order of `parts`.
+
+        Returns:
+            Whether other parts learn now than before.
+        """
+        changed = False
+        for part, start in zip(self.parts, starts, strict=True):
+            for parameter in part:
+                changed |= parameter.requires_grad != (start <= step)
+                parameter.requires_grad = start <= step
+        if changed:
+            self.train(self.training)
+        return changed
+
+    def _choose_parts(self) -> list[list[nn.Parameter]]:
         choice = self.settings.trainable
         names = [name for name, _ in self.trunk.named_parameters()]
         prefixes = {"all": ("",), "none": ()}.get(choice, choice) if isinstance(choice, str) else choice
-        for prefix in prefixes:
+        for number, prefix in enumerate(prefixes):
             if prefix and not any(_starts(name, prefix) for name in names):
                 parts = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2)}
                 raise UserError(
                     f"model.encoder.trainable: {self.settings.name} has no part '{prefix}';"
                     f" {did_you_mean(prefix, parts)}"
                 )
-        for name, parameter in self.trunk.named_parameters():
-            parameter.requires_grad = any(_starts(name, prefix) for prefix in prefixes)
-        if self.settings.batch_norm == "frozen":
-            for module in self.trunk.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.requires_grad_(False)
+            for other in prefixes[:number]:
+                if _starts(other, prefix) or _starts(prefix, other):
+                    raise UserError(
+                        f"model.encoder.trainable: '{other}' and '{prefix}' overlap, wanted parts that share"
+                        " nothing; leave out one of them, or name what is in the greater one"
+                    )
+        norms = self.settings.batch_norm == "trained"
+        return [
+            [
+                parameter
+                for place, module in self.trunk.named_modules()
+                for name, parameter in module.named_parameters(place, recurse=False)
+                if _starts(name, prefix) and (norms or not isinstance(module, nn.BatchNorm2d))
+            ]
+            for prefix in prefixes
+        ]
+
+    def _look_twice(self, pictures: Tensor) -> Tensor:
+        """Do what the trunk does, but keep of what learns only the stages' inputs for the backward pass."""
+        grid = pictures
+        for stage in _stages(self.trunk):
+            if grid.requires_grad or any(parameter.requires_grad for parameter in stage.parameters()):
+                # Nothing in a trunk is random.
+                grid = checkpoint(
+                    stage, grid, use_reentrant=False, preserve_rng_state=False, context_fn=self._twice
+                )
+            else:
+                grid = stage(grid)
+        return grid
+
+    def _twice(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _at_rest(self.trunk)
 
     def _frozen_modules(self) -> list[nn.Module]:
         """Return everything if nothing learns, else the batch norms that do not."""
@@ -98,6 +154,47 @@ class Encoder(nn.Module):
             for module in self.trunk.modules()
             if isinstance(module, nn.BatchNorm2d) and not module.weight.requires_grad
         ]
+
+
+def _undo_last_stride(trunk: nn.Module) -> None:
+    """Make the grid twice as fine: pretrained weights see what they saw, at twice as many places.
+
+    Each second cell of each second row is what it was with the stride.
+
+    Source:
+        Yu et al. 2017, "Dilated Residual Networks" (arXiv:1705.09914), section 2.
+    """
+    convolutions = [module for module in trunk.modules() if isinstance(module, nn.Conv2d)]
+    wide = [convolution.kernel_size == (3, 3) for convolution in convolutions]
+    last = max(n for n, each in enumerate(convolutions) if wide[n] and each.stride == (2, 2))
+    convolutions[last].stride = (1, 1)
+    for n, convolution in enumerate(convolutions[last + 1 :], start=last + 1):
+        convolution.stride = (1, 1)  # A shortcut's.
+        if wide[n]:
+            convolution.dilation = convolution.padding = (2, 2)
+
+
+def _stages(trunk: nn.Module) -> list[nn.Module]:
+    """Return the parts between which a trunk's grid is smallest, in the order of its forward pass."""
+    parts = list(trunk.children())
+    if len(parts) == 1:
+        return list(parts[0].children())
+    # A ResNet: convolution, norm, ReLU and pooling, then the layers.
+    return [nn.Sequential(*parts[:4]), *parts[4:]]
+
+
+@contextmanager
+def _at_rest(trunk: nn.Module) -> Iterator[None]:
+    """Keep batch statistics from counting the same pictures again."""
+    norms = [module for module in trunk.modules() if isinstance(module, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 def _starts(name: str, prefix: str) -> bool:

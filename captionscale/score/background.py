@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from captionscale.errors import UserError
+from captionscale.files import scratch
 from captionscale.score.metrics import Evaluator
 
 _PACKAGES = str(Path(__file__).parents[2])
@@ -35,7 +35,8 @@ class BackgroundScorer:
         """
         self._task = json.dumps({"references": list(references.items()), "metrics": list(metrics)})
         # The process is killed at its work, and then puts nothing away.
-        self._folder = tempfile.TemporaryDirectory(prefix="captionscale-scores-", ignore_cleanup_errors=True)
+        self._stack = ExitStack()
+        self._folder = self._stack.enter_context(scratch("scores"))
         self._thread = ThreadPoolExecutor(1, "scores")
         self._process: subprocess.Popen[str] | None = None
         self._asked: Future[dict[str, float]] | None = None
@@ -67,7 +68,7 @@ class BackgroundScorer:
             process.kill()
         self._thread.shutdown()
         self._end()
-        self._folder.cleanup()
+        self._stack.close()
 
     def _ask(self, captions: str) -> dict[str, float]:
         try:
@@ -115,7 +116,7 @@ class BackgroundScorer:
         paths = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
         return subprocess.Popen(
             [sys.executable, "-P", "-m", __name__, str(os.getpid())],
-            env={**os.environ, "PYTHONPATH": paths, "TMPDIR": self._folder.name},
+            env={**os.environ, "PYTHONPATH": paths, "TMPDIR": str(self._folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -9,7 +9,8 @@ from string import Template
 from typing import Any
 
 from captionscale.errors import UserError
-from captionscale.files import atomic
+from captionscale.files import atomic, prove_writable
+from captionscale.progress import say
 from captionscale.score.metrics import METRICS
 from captionscale.score.published import EVIDENCE, Row, published
 from captionscale.score.receipt import Receipt
@@ -36,7 +37,6 @@ class Entry:
 
     name: str
     receipt: Receipt
-    file: Path
 
 
 @dataclass
@@ -67,15 +67,14 @@ def write_board(places: Sequence[Path], out: Path) -> list[Table]:
         out: Where the page goes.
 
     Returns:
-        What it shows: tables of receipts that may be ranked together.
+        What it shows: tables of receipts that may be ranked together. What is no whole receipt is told on
+        the standard error, and left out.
 
     Raises:
-        UserError: No receipt, a broken one, or a place that cannot be written.
+        UserError: No whole receipt at all, or a place that cannot be written.
     """
-    entries = _read(places)
-    if out.exists() and out.resolve() in {entry.file for entry in entries}:
-        raise UserError(f"{out}: is a receipt, wanted a place for the page; take another --out")
-    tables = tables_of(entries)
+    prove_writable(out)
+    tables = tables_of(_read(places, out))
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as file:
         # A file's name may hold bytes that are no text.
@@ -139,19 +138,34 @@ def warnings(receipt: Receipt) -> list[str]:
     return alarms
 
 
-def _read(places: Sequence[Path]) -> list[Entry]:
-    """Return the receipts at places, named by the parts of their paths that differ."""
+def _read(places: Sequence[Path], out: Path) -> list[Entry]:
+    """Return the whole receipts at places, named by the parts of their paths that differ."""
     found: dict[Path, None] = {}
+    faults: list[UserError] = []
     for place in places:
         files = sorted(place.rglob("receipt.json")) if place.is_dir() else [place]
         if not files:
-            raise UserError(
-                f"{place}: no receipt.json in this folder; wanted what captionscale score writes;"
-                " score a run first, or give another folder"
+            faults.append(
+                UserError(
+                    f"{place}: no receipt.json in this folder; wanted what captionscale score writes;"
+                    " score a run first, or give another folder"
+                )
             )
         found |= dict.fromkeys(file.resolve() for file in files)
-    root = Path(commonpath([file.parent for file in found]))
-    return [Entry(_name(file, root), Receipt.read(file), file) for file in found]
+    if out.exists() and out.resolve() in found:
+        raise UserError(f"{out}: is a receipt, wanted a place for the page; take another --out")
+    whole: dict[Path, Receipt] = {}
+    for file in found:
+        try:
+            whole[file] = Receipt.read(file)
+        except UserError as error:
+            faults.append(error)
+    for fault in faults if whole else faults[:-1]:
+        say(f"left out: {fault}")
+    if not whole:
+        raise faults[-1]
+    root = Path(commonpath([file.parent for file in whole]))
+    return [Entry(_name(file, root), receipt) for file, receipt in whole.items()]
 
 
 def _name(file: Path, root: Path) -> str:
@@ -164,8 +178,9 @@ def _title(table: Table) -> str:
     split = published().split_of(table.references_sha256)
     if split:
         return published().splits[split].title
-    names = {entry.receipt.made_by.get("split") for entry in table.entries} - {None}
-    return f"Split {' / '.join(sorted(map(str, names)))}" if names else "Other references"
+    splits = [entry.receipt.made_by.get("split") for entry in table.entries]
+    names = {str(split) for split in splits if split is not None}
+    return f"Split {' / '.join(sorted(names))}" if names else "Other references"
 
 
 def _section(table: Table) -> str:
@@ -224,7 +239,8 @@ def _ours(table: Table, metrics: Sequence[str]) -> str:
 
 def _made(made_by: dict[str, Any]) -> Iterator[str]:
     """Yield what made the captions, as far as its receipt says it."""
-    facts = made_by | made_by.get("search", {})
+    search = made_by.get("search")
+    facts = made_by | (search if isinstance(search, dict) else {})
     for key in ("split", "objective", "seed", "step", "beam", "captions"):
         if key in facts:
             value = facts[key]

@@ -10,7 +10,7 @@ from jaxtyping import Float64
 from captionscale.errors import UserError
 from captionscale.score.intervals import interval, resampled
 from captionscale.score.receipt import Receipt
-from captionscale.score.tokeniser import BREAKS
+from captionscale.score.tokeniser import UNSEEN
 
 RESAMPLES = 10_000
 _SEED = 0
@@ -141,7 +141,7 @@ def table(comparison: Comparison) -> list[str]:
         lines += ["", f"changed most, by {comparison.changed_in}:"]
     for change in comparison.changed:
         # A receipt may come from anywhere, and its captions may hold what moves the cursor.
-        one, other = (BREAKS.sub(" ", caption) for caption in change.captions)
+        one, other = (UNSEEN.sub(" ", caption) for caption in change.captions)
         lines += [f"  {change.image_id}  {change.difference:+.4f}", f"    A: {one}", f"    B: {other}"]
     return lines
 

@@ -7,7 +7,6 @@ their input does: when we die, however we die.
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from threading import Event, Thread, Timer
 
 from captionscale.errors import UserError
+from captionscale.files import scratch
 
 # A comma for a decimal point or a Turkish dotless i would change scores.  Without the last flag every JVM
 # leaves a file in /tmp/hsperfdata_<user>, whatever its own temporary folder is.
@@ -81,7 +81,8 @@ class Jvm:
             Its answers, without line ends.
 
         Raises:
-            DiedError: It died, or gave more or fewer answers.
+            DiedError: It died, gave fewer answers or, at the last question, more. A surplus answer to another
+                question is taken for the first answer to the next.
             UserError: It overran its deadline.
         """
         assert self.process.stdout is not None
@@ -157,8 +158,8 @@ def start(
         UserError: There is no Java, or it does not start.
     """
     java = java or find_java()
-    with tempfile.TemporaryDirectory(prefix="captionscale-java-") as folder:
-        stderr = Path(folder, "stderr.txt")
+    with scratch("java") as folder:
+        stderr = folder / "stderr.txt"
         try:
             with stderr.open("wb") as file:
                 process = subprocess.Popen(
@@ -169,6 +170,8 @@ def start(
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=file,
+                    # Ctrl-C at the terminal is for us, who end it; a dead one would be started again.
+                    process_group=0,
                 )
         except OSError as error:
             raise UserError(

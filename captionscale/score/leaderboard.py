@@ -14,11 +14,10 @@ from captionscale.errors import UserError, did_you_mean
 from captionscale.files import atomic
 from captionscale.score.metrics import some
 from captionscale.score.results import read_results
+from captionscale.score.tokeniser import UNSEEN
 
 # The parts of a file's name are parted by underscores.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
-# Separators, control characters, and halves of emoji, which no file can hold.
-_UNSAFE = re.compile(r"[\s\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def write_submission(
     wanted = _official(board_name, images)
     found = _merged(captions)
     _prove_complete(captions, found, wanted, images)
-    texts = {image_id: _UNSAFE.sub(" ", found[image_id]).strip() for image_id in sorted(found)}
+    texts = {image_id: UNSEEN.sub(" ", found[image_id]).strip() for image_id in sorted(found)}
     _prove_one_algorithm(out, name)
     out.mkdir(parents=True, exist_ok=True)
     file = out / board.file.format(name=name)

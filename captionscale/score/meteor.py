@@ -7,17 +7,18 @@ Source:
 
 import gzip
 import math
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from jaxtyping import Bool, Float, Float64
 from pycocoevalcap.meteor import meteor
 
 from captionscale.errors import UserError
+from captionscale.files import scratch
 from captionscale.score import java, paraphrases
 from captionscale.score.java import Jvm
 
@@ -57,6 +58,12 @@ class Meteor:
         self._jvms: list[Jvm] = []
         self._known: set[str] = set()
         self._closed = False
+        # JVMs are started by one thread, and may be ended by another.
+        self._lock = Lock()
+
+    def open(self) -> None:
+        """Allow measurements, also after a `close`."""
+        self._closed = False
 
     def measure(
         self, candidates: Sequence[str], references: Sequence[Sequence[str]], *, once: bool
@@ -72,9 +79,8 @@ class Meteor:
             The corpus figure, those of the images, and what `corpus` takes the sums of.
 
         Raises:
-            UserError: A JVM died twice, overran its deadline, or has too little memory.
+            UserError: A JVM died twice, overran its deadline, has too little memory, or was closed.
         """
-        self._closed = False
         # Both replacements are pycocoevalcap's: our score is equal to its own only with them.
         candidates = [candidate.replace("|||", "").replace("  ", " ") for candidate in candidates]
         try:
@@ -87,13 +93,14 @@ class Meteor:
             return self._ask(candidates, references, once)
 
     def close(self) -> None:
-        """End the JVMs, at whatever they are; the next measurement starts new ones."""
+        """End the JVMs, at whatever they are, and start no others before the next `open`."""
         self._closed = True
         self._end()
 
     def _end(self) -> None:
-        self._stack.close()
-        self._jvms, self._known = [], set()
+        with self._lock:
+            self._stack.close()
+            self._jvms, self._known = [], set()
 
     def _ask(
         self, candidates: Sequence[str], references: Sequence[Sequence[str]], once: bool
@@ -147,19 +154,15 @@ class Meteor:
         return _number(figure), corpus(statistics), statistics
 
     def _start(self, references: set[str], candidates: set[str] | None, *, most: int) -> None:
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="captionscale-meteor-")))
-        table: tuple[str | Path, ...] = ()
+        entries: list[bytes] | None = None
         if self._full:
-            count, heap_mb = 1, 2048
+            count, heap_mb = 1, _MOST_HEAP_MB
         else:
             self._affordable(0)
             needed = None if candidates is None else paraphrases.phrases(candidates)
-            entries = paraphrases.pairs(paraphrases.phrases(references), needed)
+            entries = paraphrases.pairs(paraphrases.phrases(references), needed, lambda: self._closed)
             count = min(most, self._affordable(len(entries)))
             heap_mb = min(int(1000 * self._gb / count) - _JVM_MB, _MOST_HEAP_MB)
-            file = folder / "paraphrases.gz"
-            file.write_bytes(gzip.compress(b"".join(entries), compresslevel=1))
-            table = ("-a", file)
         jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
         # Used once, it ends before a better compiler has paid.
         flags = (
@@ -167,9 +170,16 @@ class Meteor:
             "-XX:+UseSerialGC",
             *["-XX:TieredStopAtLevel=1"] * (candidates is not None),
         )
-        command = (*flags, "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm", *table)
-        for _ in range(count):
-            self._jvms.append(self._stack.enter_context(java.start("METEOR", *command, cure=_CURE)))
+        command: tuple[str | Path, ...] = (*flags, "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm")
+        with self._lock:
+            if self._closed:
+                raise java.DiedError("METEOR: closed while it started, wanted it open; measure again")
+            if entries is not None:
+                file = self._stack.enter_context(scratch("meteor")) / "paraphrases.gz"
+                file.write_bytes(gzip.compress(b"".join(entries), compresslevel=1))
+                command = (*command, "-a", file)
+            for _ in range(count):
+                self._jvms.append(self._stack.enter_context(java.start("METEOR", *command, cure=_CURE)))
 
     def _affordable(self, entries: int) -> int:
         jvm_mb = _HEAP_MB + _ENTRY_MB * entries + _JVM_MB

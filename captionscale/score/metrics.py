@@ -26,7 +26,7 @@ METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D
 _MOST_WORDS = 5000
 
 # Of a metric the corpus figure and those of the images.
-_Figures = tuple[float, Sequence[float]]
+Figures = tuple[float, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,14 @@ class Scores:
         per_image: The figures of each metric for each image, in the order of `image_ids`.
         statistics: Of each family of metrics (the four of BLEU are one) a row for each image. `corpus` makes
             the figure of any images, repeated ones too, from the sum of their rows.
+        theirs: Whether pycocoevalcap's own classes made the figures.
     """
 
     values: dict[str, float]
     image_ids: list[int]
     per_image: dict[str, list[float]]
     statistics: dict[str, Float64[np.ndarray, "image _"]]
+    theirs: bool = False
 
 
 class Evaluator:
@@ -122,15 +124,17 @@ class Evaluator:
                 f"score: found no word in the references of {len(image_ids)} images, wanted sentences;"
                 " give the human captions as references"
             )
-        figures: dict[str, _Figures] = {}
+        figures: dict[str, Figures] = {}
         statistics: dict[str, Float64[np.ndarray, "image _"]] = {}
+        self._meteor.open()
         with ThreadPoolExecutor(1) as beside:
             if "METEOR" in metrics:
                 waiting = beside.submit(self._meteor.measure, candidates, targets, once=once)
             try:
                 _n_gram_metrics(candidates, targets, metrics, figures, statistics)
                 if self._theirs:
-                    figures |= _their_n_gram_metrics(candidates, targets, metrics)
+                    found = {number: [caption] for number, caption in enumerate(candidates)}
+                    figures |= their_n_grams(found, dict(enumerate(targets)), metrics)
                 if "METEOR" in metrics:
                     value, per_image, statistics["METEOR"] = waiting.result()
                     figures["METEOR"] = value, per_image.tolist()
@@ -143,6 +147,7 @@ class Evaluator:
             image_ids=image_ids,
             per_image={metric: [float(figure) for figure in figures[metric][1]] for metric in metrics},
             statistics=statistics,
+            theirs=self._theirs,
         )
 
     def _tokenise(
@@ -232,7 +237,7 @@ def _n_gram_metrics(
     candidates: Sequence[str],
     references: Sequence[Sequence[str]],
     metrics: Sequence[str],
-    figures: dict[str, _Figures],
+    figures: dict[str, Figures],
     statistics: dict[str, Float64[np.ndarray, "image _"]],
 ) -> None:
     """Add our figures, and what they are made of, to what there is."""
@@ -249,23 +254,27 @@ def _n_gram_metrics(
             statistics[metric] = np.stack([per_image, np.ones_like(per_image)], axis=1)
 
 
-def _their_n_gram_metrics(
-    candidates: Sequence[str], references: Sequence[Sequence[str]], metrics: Sequence[str]
-) -> dict[str, _Figures]:
-    """Return the figures of pycocoevalcap's own classes."""
+def their_n_grams(
+    captions: dict[int, list[str]], references: dict[int, list[str]], metrics: Sequence[str] = METRICS
+) -> dict[str, Figures]:
+    """Return BLEU, ROUGE-L and CIDEr-D by pycocoevalcap's own classes.
+
+    Args:
+        captions: Tokenised, one for each image.
+        references: Tokenised, of the same images in the same order.
+        metrics: Which of `METRICS`; METEOR is none of these.
+    """
     # Imported here: they load the Python debugger.
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    targets = dict(enumerate(map(list, references)))
-    found = {number: [caption] for number, caption in enumerate(candidates)}
-    figures: dict[str, _Figures] = {}
+    figures: dict[str, Figures] = {}
     if any(family(metric) == "BLEU" for metric in metrics):
-        bleus = Bleu(4).compute_score(targets, found, verbose=0)
+        bleus = Bleu(4).compute_score(references, captions, verbose=0)
         figures |= {f"BLEU-{n}": result for n, result in enumerate(zip(*bleus, strict=True), start=1)}
     if "ROUGE-L" in metrics:
-        figures["ROUGE-L"] = Rouge().compute_score(targets, found)
+        figures["ROUGE-L"] = Rouge().compute_score(references, captions)
     if "CIDEr-D" in metrics:
-        figures["CIDEr-D"] = Cider().compute_score(targets, found)
+        figures["CIDEr-D"] = Cider().compute_score(references, captions)
     return figures

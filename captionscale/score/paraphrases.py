@@ -14,7 +14,7 @@ but none is left out that does.
 import re
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -51,12 +51,15 @@ def phrases(texts: Iterable[str]) -> set[bytes]:
     return found
 
 
-def pairs(references: set[bytes], candidates: set[bytes] | None) -> list[bytes]:
+def pairs(
+    references: set[bytes], candidates: set[bytes] | None, stopped: Callable[[], bool] = lambda: False
+) -> list[bytes]:
     """Return the entries of METEOR's table that these texts can use, as it stores them and in its order.
 
     Args:
         references: Their phrases.
         candidates: Theirs; none: any candidate.
+        stopped: Asked now and then: after a yes nobody wants what is returned.
 
     Raises:
         UserError: The table is missing or damaged.
@@ -91,6 +94,8 @@ def pairs(references: set[bytes], candidates: set[bytes] | None) -> list[bytes]:
     with ThreadPoolExecutor(_THREADS) as threads:
         for block in _blocks(Path(meteor.__file__).with_name("data") / "paraphrase-en.gz"):
             waiting.append(threads.submit(used, block))
+            if stopped():
+                return []
             if len(waiting) > _THREADS:
                 kept += waiting.popleft().result()
         while waiting:

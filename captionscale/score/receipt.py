@@ -14,7 +14,7 @@ from jaxtyping import Float64
 
 from captionscale.errors import UserError
 from captionscale.files import atomic, cores
-from captionscale.score import intervals
+from captionscale.score import intervals, layout
 from captionscale.score.extras import Extra
 from captionscale.score.metrics import METRICS, Scores, measure
 from captionscale.score.panel import Panel, panel
@@ -125,6 +125,7 @@ class Receipt:
                     f"{path}: was changed after it was written: its own sha256 {str(written)[:12]}... does"
                     " not fit; wanted it as it was; take the original, or score the captions again"
                 )
+            layout.check({**tree, "at": at})
             images = tree.pop("images")
             bounds = {metric: (low, high) for metric, (low, high) in tree.pop("intervals").items()}
             return Receipt(
@@ -239,7 +240,7 @@ def score(
         },
         signature=signature(metrics, references_sha256(references), len(ids), extras, made_by),
         made_by=made_by,
-        notes=[*notes, *_notes(values, len(ids), empty)],
+        notes=[*notes, *_notes(found, empty)],
         at={
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": platform.node(),
@@ -295,10 +296,13 @@ def _numbered(captions: Any, references: Any) -> tuple[Any, dict[int, str], dict
     )
 
 
-def _notes(values: Mapping[str, float], images: int, empty: int) -> Iterator[str]:
+def _notes(found: Scores, empty: int) -> Iterator[str]:
+    images = len(found.image_ids)
     if empty:
         yield f"{empty:,} of {images:,} captions are empty"
-    if images == 1 and "CIDEr-D" in values:
+    if found.theirs:
+        yield "measured by pycocoevalcap's own classes"
+    if images == 1 and "CIDEr-D" in found.values:
         yield "CIDEr-D of a lone image is 0: no word is rarer than another"
 
 
@@ -321,4 +325,4 @@ def _plain(rows: Float64[np.ndarray, "image _"]) -> list[list[int | float]]:
 
 
 def _hash(tree: Any) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(tree, sort_keys=True, allow_nan=False).encode()).hexdigest()

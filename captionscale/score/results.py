@@ -28,16 +28,17 @@ def read_results(path: Path) -> dict[int, str]:
     Raises:
         UserError: Not such a file, or two captions for one image.
     """
-    wanted = 'wanted a JSON list of {"image_id": 42, "caption": "a dog"}'
+    wanted = 'wanted a JSON list of {"image_id": 42, "caption": "a dog"}; write it again in that form'
     try:
-        lines = json.loads(path.read_text(encoding="utf-8"))
+        # Some editors put a mark before the text.
+        lines = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{path}: no COCO results ({reason}); {wanted}") from None
     results: dict[int, str] = {}
     for number, line in enumerate(lines if isinstance(lines, list) else [lines]):
         match line:
-            case {"image_id": int(image_id), "caption": str(caption)}:
+            case {"image_id": int(image_id), "caption": str(caption)} if not isinstance(image_id, bool):
                 if image_id in results:
                     raise UserError(
                         f"{path}: image {image_id} has more than one caption, wanted one; delete the others"

@@ -1,6 +1,7 @@
 """What a score was measured with, in one line, so that only like is ranked with like."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ def _measured(
     metrics: Sequence[str], references_sha256: str, images: int, extras: Sequence[Extra]
 ) -> Iterator[str]:
     yield f"references {references_sha256[:12]} ({images:,} images)"
+    yield f"pycocoevalcap {version('pycocoevalcap')}"
     yield f"ptb {_named(Path(ptbtokenizer.__file__).with_name(ptbtokenizer.STANFORD_CORENLP_3_4_1_JAR))}"
     for name in dict.fromkeys(map(family, metrics)):
         match name:
@@ -67,9 +69,12 @@ def _measured(
 
 def _made(made_by: Mapping[str, Any]) -> Iterator[str]:
     yield f"captionscale {__version__}"
-    if "search" in made_by:
-        yield f"beam {made_by['search']['beam']}"
-        yield f"length-power {made_by['search']['length_power']}"
+    search = made_by.get("search")
+    if isinstance(search, Mapping):
+        for key in ("beam", "length_power"):
+            if key in search:
+                yield f"{key.replace('_', '-')} {search[key]}"
+    if "end_rewarded" in made_by:
         yield f"end {'rewarded' if made_by['end_rewarded'] else 'not rewarded'}"
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from pycocoevalcap.spice import spice
 
 from captionscale.errors import UserError
-from captionscale.files import sha256_of
+from captionscale.files import scratch, sha256_of
 from captionscale.score import java
 from captionscale.score.extras import Extra
 from captionscale.score.tokeniser import tokenise
@@ -71,8 +70,8 @@ def measure(
         for image_id in image_ids
     ]
     texts = len(image_ids) + sum(map(len, references.values()))
-    with tempfile.TemporaryDirectory(prefix="captionscale-spice-") as place:
-        question, answer = Path(place, "captions.json"), Path(place, "scores.json")
+    with scratch("spice") as place:
+        question, answer = place / "captions.json", place / "scores.json"
         question.write_text(json.dumps(images), encoding="utf-8")
         command: list[str | Path] = [
             f"-Xmx{round(memory_gb * 1024)}M",

@@ -14,7 +14,10 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from captionscale.score import java
 
 # What the tokeniser takes for a line end or for nothing at all, and halves of emoji, which no file can hold.
-BREAKS = re.compile(r"[\s\x00-\x1f\x7f\ud800-\udfff]+")
+_BREAKS = r"\s\x00-\x1f\x7f\ud800-\udfff"
+BREAKS = re.compile(f"[{_BREAKS}]+")
+# What a reader cannot see either, though the tokeniser takes some of it for signs of old code pages.
+UNSEEN = re.compile(rf"[{_BREAKS}\x80-\x9f]+")
 
 
 def tokenise(texts: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
+from captionscale.files import prove_writable
 from captionscale.score import spice
 from captionscale.score.receipt import Measure, Receipt, score
 from captionscale.score.results import read_results
@@ -26,6 +27,8 @@ def score_file(
     """
     if out and out.resolve() in (captions.resolve(), references.resolve()):
         raise UserError(f"{out}: is what is to be scored, wanted a place for the receipt; take another --out")
+    if out:
+        prove_writable(out)
     written, human = read_results(captions), coco.references(references)
     receipt = score(
         written,

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -12,15 +15,16 @@ from captionscale.data.loader import Loader
 from captionscale.data.places import Folder, open_place
 from captionscale.data.shards import Split
 from captionscale.errors import PreemptedError, UserError
-from captionscale.progress import progress
+from captionscale.files import prove_writable
+from captionscale.progress import progress, say
 from captionscale.ranks import Ranks
 from captionscale.score import clipscore, spice
 from captionscale.score.evaluate import caption_split
 from captionscale.score.receipt import Measure, Receipt, score
 from captionscale.score.results import Result, write_results
+from captionscale.tools.members import Members, open_members
 from captionscale.tools.rating import absent
 from captionscale.train import preempt
-from captionscale.train.checkpoint import Checkpoint, open_run
 from captionscale.vocab import SPECIALS
 
 HISTORY = "history.jsonl"
@@ -31,24 +35,26 @@ def score_run(
     split_name: str,
     *,
     checkpoint: str,
-    beam: int | None,
     shards: str | None,
     out: Path | None,
+    changes: Sequence[str] = (),
+    others: Sequence[Path] = (),
     measure: Measure,
     spice_jars: Path | None = None,
     clip: tuple[Path, str] | None = None,
 ) -> tuple[Receipt | None, Path]:
     """Caption a split with a run's model, over all ranks and in fp32, and score it.
 
-    Each scoring, of whatever split, leaves a line in `scores/history.jsonl` of the run's folder.
+    Each one, of whatever split, leaves a line in `scores/history.jsonl` of the run's folder.
 
     Args:
         run: The --out of captionscale train.
         split_name: Of the run's shards.
         checkpoint: `best`, `last` or a step.
-        beam: Instead of the run's own.
         shards: Instead of the run's own.
         out: Where the receipt goes; none: beside the captions, in the run's folder `scores`.
+        changes: `search.key=value` each, instead of the run's own.
+        others: Runs that write together with this one.
         measure: As `receipt.score` has it.
         spice_jars: Folder of Stanford CoreNLP's jars; none: no SPICE.
         clip: CLIP's weights and its model's name; none: no CLIPScore.
@@ -60,20 +66,22 @@ def score_run(
         UserError: No run or split, one without captions, damaged files, or a metric that failed.
         PreemptedError: A signal asked it to leave while it captioned.
     """
-    saved = open_run(run, checkpoint)
-    config = saved.config().with_beam(beam)
+    members = open_members(run, others, checkpoint=checkpoint, changes=changes)
+    saved, config = members.saved[0], members.config
     # Whatever these lack is told before an hour of captioning, not after it.
     if spice_jars:
         spice.find_jars(spice_jars)
         spice.find_java()
-    eye = clipscore.load(*clip) if clip else None
+    # It fills the memory of one process, not of each.
+    eye = clipscore.load(*clip) if clip and _first() else None
     split = _open_split(config, shards, split_name)
     split.need_captions("to score against; captionscale caption --split only captions it")
     step = saved.standing.step
     other = f"-of-{split.sha256[:8]}" if shards else ""
-    folder = run / "scores" / f"{split_name}-step-{step:08d}-beam{config.search.beam}{other}"
+    folder = run / "scores" / f"{split_name}-step-{step:08d}-beam{config.search.beam}{members.variant}{other}"
     place = out or folder / "receipt.json"
-    results = _caption(saved, config, split)
+    _prove_writable(place, folder / "captions.json")
+    results = _caption(members, split)
     if results is None:
         return None, place
     write_results(results, folder / "captions.json")
@@ -94,14 +102,15 @@ def score_run(
             "split": split.name,
             "step": step,
             "search": config.search.model_dump(mode="json"),
+            **members.made_by(),
             "precision": "fp32",
             "seed": config.seed,
-            "objective": "cross-entropy",
-            "end_rewarded": False,
+            "objective": config.train.objective,
+            "end_rewarded": config.train.objective == "scst",
         },
         hashes={
             "shards": split.sha256,
-            "model": saved.sha256,
+            "model": members.sha256,
             "config": hashlib.sha256(toml.dumps(saved.config()).encode()).hexdigest(),
             "vocabulary": vocabulary.sha256,
         },
@@ -109,31 +118,36 @@ def score_run(
         notes=[*notes, *absent(spice_jars, None if clip else "no --clip WEIGHTS")],
     )
     receipt.write(place)
-    line = {
-        "time": receipt.at["time"],
-        "split": split.name,
-        "step": step,
-        "beam": config.search.beam,
-        "scores": receipt.scores,
-        "receipt": receipt.sha256,
-    }
-    with (run / "scores" / HISTORY).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    _remember(run, members, split, scores=receipt.scores, receipt=receipt.sha256)
     return receipt, place
 
 
 def caption_run(
-    run: Path, split_name: str, *, checkpoint: str, beam: int | None, shards: str | None, out: Path
+    run: Path,
+    split_name: str,
+    *,
+    checkpoint: str,
+    shards: str | None,
+    out: Path,
+    changes: Sequence[str] = (),
+    others: Sequence[Path] = (),
+    prefix: str = "",
+    require: Sequence[str] = (),
 ) -> int | None:
     """Caption a split with a run's model, over all ranks and in fp32, and write COCO results.
+
+    It leaves a line in the run's history, as `score_run` does.
 
     Args:
         run: The --out of captionscale train.
         split_name: Of the run's shards; it need not have captions.
         checkpoint: `best`, `last` or a step.
-        beam: Instead of the run's own.
         shards: Instead of the run's own.
         out: Where the results go.
+        changes: `search.key=value` each, instead of the run's own.
+        others: Runs that write together with this one.
+        prefix: What every caption begins with.
+        require: Words that every caption holds.
 
     Returns:
         How many images were captioned; on ranks other than the first nothing.
@@ -142,12 +156,14 @@ def caption_run(
         UserError: No run or split, damaged files, or a place that cannot be written.
         PreemptedError: A signal asked it to leave while it captioned.
     """
-    saved = open_run(run, checkpoint)
-    config = saved.config().with_beam(beam)
-    results = _caption(saved, config, _open_split(config, shards, split_name))
+    members = open_members(run, others, checkpoint=checkpoint, changes=changes)
+    split = _open_split(members.config, shards, split_name)
+    _prove_writable(out)
+    results = _caption(members, split, prefix=prefix, require=require)
     if results is None:
         return None
     write_results(results, out)
+    _remember(run, members, split, captions=str(out.resolve()))
     return len(results)
 
 
@@ -156,16 +172,59 @@ def _open_split(config: Config, shards: str | None, name: str) -> Split:
     return Split(open_place(shards or data.shards, data.cache, data.cache_gb), name)
 
 
-def _caption(saved: Checkpoint, config: Config, split: Split) -> list[Result] | None:
+def _first() -> bool:
+    """Tell whether this is the first rank, before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _prove_writable(*places: Path) -> None:
+    # An hour of captioning would be lost. Only the first rank writes.
+    for place in places if _first() else ():
+        prove_writable(place)
+
+
+def _remember(run: Path, members: Members, split: Split, **result: object) -> None:
+    """Add a line to the run's history: how often one has looked at a split must be known."""
+    history = run / "scores" / HISTORY
+    line = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "split": split.name,
+        "shards": split.sha256,
+        "step": members.saved[0].standing.step,
+        "search": members.config.search.model_dump(mode="json"),
+        **members.made_by(),
+        **result,
+    }
+    try:
+        history.parent.mkdir(exist_ok=True)
+        with history.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        # What was asked for is there.
+        say(f"{history}: cannot be written ({error.strerror}), so this is not in it; make it writable")
+
+
+def _caption(
+    members: Members, split: Split, *, prefix: str = "", require: Sequence[str] = ()
+) -> list[Result] | None:
     """Return a split's captions; on ranks other than the first nothing.
 
     Raises:
         PreemptedError: A signal asked this or another rank to leave.
     """
-    loader = Loader(split, saved.vocabulary(), config.data)
+    saved, config = members.saved[0], members.config
+    loader = Loader(split, saved.vocabulary(), config.data, config.seed)
     with preempt.listening(), Ranks() as ranks:
-        captioner, title = saved.captioner().to(ranks.device), f"captioning {split.name}"
-        results = caption_split(captioner, loader, config.search, ranks, title, asked_to_leave=preempt.asked)
+        results = caption_split(
+            members.captioner().to(ranks.device),
+            loader,
+            config.search,
+            ranks,
+            f"captioning {split.name}",
+            prefix=prefix,
+            require=require,
+            asked_to_leave=preempt.asked,
+        )
         loader.close()
         first = ranks.first
     if results is None:

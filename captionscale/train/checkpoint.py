@@ -1,7 +1,8 @@
 """Checkpoints: one format for every engine and any number of ranks, whole or not there.
 
-A run keeps them in `checkpoints/step-00012000/`: `model.safetensors`, `optimizer.safetensors`, `state.json`
-(step, fingerprint, best score, checksums), `config.toml` and `vocab.json`. Nothing is pickled.
+A run keeps them in `checkpoints/step-00012000/`: `model.safetensors`, `optimizer.safetensors`, with
+`train.average` also `average.safetensors`, `state.json` (step, fingerprint, best score, checksums),
+`config.toml` and `vocab.json`. Nothing is pickled.
 What is being written, or on its way out, ends in `.tmp`.
 """
 
@@ -11,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,44 +25,20 @@ from captionscale.errors import UserError
 from captionscale.files import sha256_of
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
+from captionscale.train.standing import Standing
 from captionscale.vocab import Vocabulary
 
 FORMAT = 1
-_MODEL, _OPTIMIZER, _STATE, _CONFIG, _VOCAB = (
+_MODEL, _OPTIMIZER, _AVERAGE, _STATE, _CONFIG, _VOCAB = (
     "model.safetensors",
     "optimizer.safetensors",
+    "average.safetensors",
     "state.json",
     "config.toml",
     "vocab.json",
 )
 _OLD = ".old.tmp"
 """Ends the name of a checkpoint while another of the same step takes its place."""
-
-
-@dataclass
-class Standing:
-    """How far a run is: all that is carried from step to step beside weights and optimiser."""
-
-    step: int = 0
-    """Optimiser steps done."""
-    best_score: float = -1.0
-    """Of the validation split, in `train.score_metric`; negative before the first scoring."""
-    best_step: int = 0
-    scores_since_best: int = 0
-    captioned: int = 0
-    """Step of the last validation."""
-    judged: int = 0
-    """Step of the last one whose scores count; they come later than its captions."""
-    scaler: dict[str, Any] = field(default_factory=dict)
-    """The fp16 loss scaler's state."""
-
-    def judge(self, step: int, score: float) -> None:
-        """Take the score of a step into account."""
-        self.judged = step
-        better = score > self.best_score
-        self.scores_since_best = 0 if better else self.scores_since_best + 1
-        if better:
-            self.best_score, self.best_step = score, step
 
 
 def save(
@@ -72,6 +49,7 @@ def save(
     memory: Mapping[str, Tensor],
     config: Config,
     vocabulary: Vocabulary,
+    average: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint, then remove those that `train.keep` does not keep.
 
@@ -86,6 +64,7 @@ def save(
         memory: The optimiser's, as `Engine.memory` gives it.
         config: The experiment.
         vocabulary: Its words.
+        average: The weights' moving average, if the run has one.
 
     Raises:
         UserError: The disk refuses.
@@ -95,8 +74,9 @@ def save(
     try:
         sweep(run)
         partial.mkdir(parents=True)
-        for tensors, name in ((weights, _MODEL), (memory, _OPTIMIZER)):
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
+        for tensors, name in ((weights, _MODEL), (memory, _OPTIMIZER), (average, _AVERAGE)):
+            if tensors is not None:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
         (partial / _CONFIG).write_text(toml.dumps(config), encoding="utf-8")
         vocabulary.save(partial / _VOCAB)
         state = {
@@ -192,14 +172,14 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """Hash of the weights."""
-        sha256: str = self._state["sha256"][_MODEL]
-        return sha256
+        """Hash of the weights that the captioner has."""
+        hashes: dict[str, str] = self._state["sha256"]
+        return hashes.get(_AVERAGE, hashes[_MODEL])
 
     def captioner(self) -> Captioner:
-        """Return the captioner as it was saved, in evaluation mode."""
+        """Return the captioner as it was saved, or the average of what it was, in evaluation mode."""
         captioner = Captioner(self.config().model, len(self.vocabulary()))
-        captioner.load_state_dict(self.weights())
+        captioner.load_state_dict(self.weights() | self.average())
         return captioner.eval()
 
     def refuse_another(self, fingerprint: Mapping[str, Any]) -> None:
@@ -225,6 +205,10 @@ class Checkpoint:
     def weights(self) -> dict[str, Tensor]:
         """Return the captioner's weights."""
         return load_file(self.folder / _MODEL)
+
+    def average(self) -> dict[str, Tensor]:
+        """Return the weights' moving average; nothing if the run has none."""
+        return load_file(self.folder / _AVERAGE) if _AVERAGE in self._state["sha256"] else {}
 
     def memory(self) -> dict[str, Tensor]:
         """Return the optimiser's memory, as `Engine.load_memory` takes it."""

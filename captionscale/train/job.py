@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.optim import AdamW
+import numpy as np
 
 from captionscale import config as configs
 from captionscale import toml, vocab
@@ -21,8 +21,14 @@ from captionscale.model.captioner import Captioner
 from captionscale.progress import say
 from captionscale.ranks import Ranks
 from captionscale.train import checkpoint
-from captionscale.train.checkpoint import Standing
+from captionscale.train.average import Average
+from captionscale.train.encoding import cache_features
+from captionscale.train.gate import IMAGES, open_gate
+from captionscale.train.losses import CrossEntropy
+from captionscale.train.optimizer import make_optimizer, unfreeze
 from captionscale.train.saving import Saver
+from captionscale.train.selfcritical import SelfCritical
+from captionscale.train.standing import Standing
 from captionscale.vocab import Vocabulary
 
 
@@ -38,6 +44,8 @@ class Job:
     val_loader: Loader
     vocabulary: Vocabulary
     captioner: Captioner
+    objective: CrossEntropy | SelfCritical
+    average: Average | None
     engine: Engine
     """What moves the captioner."""
     fingerprint: dict[str, Any]
@@ -52,11 +60,18 @@ class Job:
     def save(self) -> None:
         """Begin to write a checkpoint of where the run stands; it is on the disk after `wait_for_save`."""
         self.standing.scaler = self.engine.scaler_state()
-        self.ranks.on_first(self.saver.save, self.standing, self.captioner.state_dict(), self.engine.memory())
+        average = self.average.state() if self.average else None
+        tensors = self.captioner.state_dict(), self.engine.memory(), average
+        self.ranks.on_first(self.saver.save, self.standing, *tensors)
 
     def wait_for_save(self) -> None:
         """Return when the last checkpoint is on the disk."""
         self.ranks.on_first(self.saver.wait)
+
+    def unfreeze(self, step: int) -> None:
+        """Let the parts of the encoder learn whose step has come; all ranks call it before each step."""
+        if unfreeze(self.captioner, self.config.train, step):
+            self.engine.renew(make_optimizer(self.captioner, self.config.train))
 
     def shares(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
         """Yield the steps to come, each with the micro-batches that this rank does, by their numbers."""
@@ -117,25 +132,38 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     # Rank 0 chooses where to go on from, and all go on from there: another rank may not yet see the newest.
     saved = ranks.on_first(checkpoint.resume, run, fingerprint, say)
     if saved is None:
-        ranks.on_first(captioner.load_pretrained)
+        ranks.on_first(_begin, captioner, vocabulary, settings.start_from)
     captioner.to(ranks.device).train()
     if saved is not None:
         captioner.load_state_dict(saved.weights())
+    saver = Saver(run, config, vocabulary, fingerprint)
+    stack.callback(saver.close)
+    # While all parts of the encoder count as learning: it is to have room for them.
+    ranks.on_first(saver.reserve, captioner)
+    unfreeze(captioner, settings, saved.standing.step if saved else 0)
     engine = choose(
         ranks,
         captioner,
-        _optimizer(captioner, settings),
+        make_optimizer(captioner, settings),
         settings.clip_norm,
         compress=settings.compress_gradients,
     )
+    if settings.cache_features:
+        # Now that all ranks have the weights of the first.
+        cache_features(captioner.encoder, (loader, val_loader), ranks, settings.precision)
+    average = Average(captioner, settings.average) if settings.average else None
+    objective: CrossEntropy | SelfCritical = CrossEntropy(settings.label_smoothing)
+    if settings.objective == "scst":
+        objective = SelfCritical(config, captioner, split, vocabulary)
+        if saved is None:
+            ranks.on_first(_look_ahead, config, captioner, loader, objective, ranks)
     standing = Standing()
     if saved is not None:
         standing = saved.standing
         engine.load_memory(saved.memory())
         engine.load_scaler_state(standing.scaler)
-    saver = Saver(run, config, vocabulary, fingerprint)
-    stack.callback(saver.close)
-    ranks.on_first(saver.reserve, captioner)
+        if average:
+            average.load(saved.average())
     return Job(
         config,
         run,
@@ -145,11 +173,57 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
         val_loader,
         vocabulary,
         captioner,
+        objective,
+        average,
         engine,
         fingerprint,
         standing,
         saver,
     )
+
+
+def _begin(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) -> None:
+    """Give a run its first weights: those of another run, or random ones with a pretrained encoder."""
+    if source is None:
+        captioner.load_pretrained()
+        return
+    saved = checkpoint.open_run(source)
+    if saved.vocabulary() != vocabulary:
+        raise UserError(
+            f"train.start_from = {source}: has {len(saved.vocabulary()):,} words, here they are other"
+            f" {len(vocabulary):,}; take the same shards, data.min_count and data.max_vocabulary, or train"
+            " anew"
+        )
+    weights, wanted = saved.weights() | saved.average(), captioner.state_dict()
+    differing = [
+        name
+        for name in sorted(weights.keys() | wanted.keys())
+        if name not in weights or name not in wanted or weights[name].shape != wanted[name].shape
+    ]
+    if differing:
+        raise UserError(
+            f"train.start_from = {source}: {len(differing):,} weights are of another model, the first"
+            f" '{differing[0]}'; take the section model of {saved.folder / 'config.toml'}"
+        )
+    captioner.load_state_dict(weights)
+    say(f"starting from {saved.folder}")
+
+
+def _look_ahead(
+    config: Config, captioner: Captioner, loader: Loader, objective: SelfCritical, ranks: Ranks
+) -> None:
+    """Let self-critical training show on some images that it can learn."""
+    items = np.arange(min(IMAGES, len(loader.split)))
+    (batch,) = loader.ahead([(items, None)])
+    with ranks.autocast():
+        open_gate(
+            config.train.lr,
+            objective,
+            captioner,
+            batch.to(ranks.device),
+            loader.vocabulary,
+            config.data.max_words,
+        )
 
 
 def order_of(split: Split, config: Config) -> Order:
@@ -199,23 +273,12 @@ def _build_vocabulary(split: Split, config: Config) -> Vocabulary:
     return vocab.build(captions, config.data.min_count, config.data.max_vocabulary)
 
 
-def _optimizer(captioner: Captioner, settings: configs.Train) -> AdamW:
-    """Return AdamW over what learns: encoder and decoder at their own rates, decay on matrices only."""
-    groups = []
-    for part, lr in ((captioner.encoder, settings.encoder_lr), (captioner.decoder, settings.lr)):
-        learning = [parameter for parameter in part.parameters() if parameter.requires_grad]
-        for matrices, decay in ((True, settings.weight_decay), (False, 0.0)):
-            members = [parameter for parameter in learning if (parameter.ndim > 1) == matrices]
-            if members:
-                groups.append({"params": members, "peak_lr": lr, "weight_decay": decay})
-    return AdamW(groups, fused=True)
-
-
 def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:
     """Return what may not change within a run, and nothing else: not ranks, nodes, workers or paths."""
     settings = toml.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
     for free in ("data.shards", "data.cache", "data.cache_gb", "data.workers", "model.encoder.weights"):
         del settings[free]
-    kept = ("global_batch", "micro_batch", "score_metric")
+    kept = ("global_batch", "micro_batch", "score_metric", "objective", "average")
     train = {f"train.{key}": getattr(config.train, key) for key in kept}
-    return {"shards": split.sha256, "vocabulary": vocabulary.sha256, **settings, **train}
+    scst = {f"scst.{key}": value for key, value in config.scst if config.train.objective == "scst"}
+    return {"shards": split.sha256, "vocabulary": vocabulary.sha256, **settings, **train, **scst}

@@ -5,6 +5,7 @@ import math
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from captionscale.config import Config
@@ -14,13 +15,15 @@ from captionscale.files import lock
 from captionscale.progress import Bar, progress
 from captionscale.ranks import Ranks
 from captionscale.train import preempt
-from captionscale.train.checkpoint import Standing
 from captionscale.train.divergence import Divergence
+from captionscale.train.gate import refuse_collapse
 from captionscale.train.job import Job, prepare
 from captionscale.train.ledger import Ledger
 from captionscale.train.logs import Log, Rate
-from captionscale.train.losses import cross_entropy
+from captionscale.train.losses import cross_entropy, uneven_attention
 from captionscale.train.schedule import lr_factor
+from captionscale.train.selfcritical import SelfCritical
+from captionscale.train.standing import Standing
 from captionscale.train.validation import Validation
 from captionscale.train.vote import Vote
 from captionscale.train.watchdog import Watchdog
@@ -87,6 +90,7 @@ def learn(job: Job) -> Standing:
                 break
             if leaving := vote.carried():
                 break
+            job.unfreeze(step)
             loss, norm, losses = _learn(job, step, share, ledger, dog, vote)
 
             done = standing.step = step + 1
@@ -141,24 +145,33 @@ def _learn(
         The loss of each word, over all ranks, the gradient's norm, and the loss of each micro-batch.
     """
     config, ranks, engine = job.config, job.ranks, job.engine
-    words, leaving = ranks.sum(sum(batch.words for _, batch in share), preempt.asked())
+    settings, done = config.train, step / job.steps
+    work = job.objective.targets([(number, batch.to(ranks.device)) for number, batch in share], step, ranks)
+    counts = torch.tensor([target.words for target in work]).sum(0)
+    *words, leaving = ranks.sum(*counts, preempt.asked())
     vote.count(leaving)
     for group in engine.param_groups:
-        group["lr"] = group["peak_lr"] * lr_factor(step, job.steps, config.train.warmup)
+        group["lr"] = group["peak_lr"] * lr_factor(step, job.steps, settings.warmup)
     losses = []
-    for number, batch in engine.last_one_syncs(share):
-        here = batch.to(ranks.device)
+    for (number, batch), target in engine.last_one_syncs(zip(share, work, strict=True)):
         ranks.seed(config.seed, step, number)
-        logits, _ = engine(here.images, here.tokens[:, :-1], here.owners)
-        loss = cross_entropy(logits, here.tokens[:, 1:], config.train.label_smoothing)  # a sum
+        own_share = settings.scheduled_sampling * done
+        logits, attention = engine(target.pictures, target.tokens[:, :-1], target.owners, own_share)
+        following = target.tokens[:, 1:]
+        surprise = cross_entropy(logits, following, job.objective.label_smoothing)
+        if settings.doubly_stochastic and attention is not None:
+            surprise = surprise + settings.doubly_stochastic * uneven_attention(attention, following)
+        loss = surprise @ target.weights(torch.stack(words), job.objective.of_people)
         # DDP takes the mean over ranks, and a word weighs the same on each of them.
-        engine.backward(loss * ranks.size / words)
+        engine.backward(loss * ranks.size)
         losses.append(loss.detach())
         if ledger:
             ledger.write(step, number, batch.image_ids)
         dog.beat(step)
     norm = engine.update()
-    return ranks.sum(sum(losses))[0] / words, norm, losses
+    if job.average:
+        job.average.update(step)
+    return ranks.sum(sum(losses))[0], norm, losses
 
 
 def _log(job: Job, log: Log | None, bar: Bar, loss: Tensor, norm: Tensor, rate: Rate) -> None:
@@ -169,11 +182,17 @@ def _log(job: Job, log: Log | None, bar: Bar, loss: Tensor, norm: Tensor, rate: 
         "gradient_norm": norm.item() if math.isfinite(norm.item()) else None,
         **rate.read(job.ranks),
     }
-    bar.note(
-        "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s".format_map(values)
-    )
+    told = "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s"
+    if isinstance(job.objective, SelfCritical):
+        sampled = job.objective.figures.read(job.ranks)
+        job.standing.began = job.standing.began or sampled
+        values |= sampled
+        told += "  reward {reward:.3f}"
+    bar.note(told.format_map(values))
     if log:
         log.write(step, epoch=step / job.order.steps_per_epoch, **values)
+    if isinstance(job.objective, SelfCritical):
+        job.ranks.on_first(refuse_collapse, job.standing, sampled, job.config.scst)
 
 
 def _log_saves(job: Job, log: Log | None) -> None:

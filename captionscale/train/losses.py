@@ -1,21 +1,76 @@
-"""What training minimises."""
+"""What training minimises: the negative log-probability of captions, each with a weight of its own."""
 
-from jaxtyping import Float, Int
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from captionscale.data.loader import Batch
+from captionscale.ranks import Ranks
 from captionscale.vocab import PAD
+
+
+@dataclass(frozen=True)
+class Target:
+    """Captions that a step makes likelier, or less likely."""
+
+    pictures: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"]
+    tokens: Int[Tensor, "caption time"]
+    """Start, words, end, then padding; the captions that the decoder sampled come first, then people's."""
+    owners: Int[Tensor, "caption"]
+    """The row of `pictures` that each caption belongs to."""
+    sampled: int = 0
+    """How many of the captions are the decoder's."""
+    advantages: Callable[[], Float[Tensor, "sample"]] | None = None
+    """By how much the reward of each of these is above what was to be expected; asked for only when the
+    decoder's forward pass has been handed to the device, so that both are worked out at a time."""
+
+    @property
+    def words(self) -> tuple[int, int]:
+        """Words to predict, in the decoder's captions and in people's: all but padding and the starts."""
+        words = (self.tokens[:, 1:] != PAD).sum(1)
+        return int(words[: self.sampled].sum()), int(words[self.sampled :].sum())
+
+    def weights(self, words: Float[Tensor, "2"], of_people: float) -> Float[Tensor, "caption"]:
+        """Return what each caption counts in the step's loss.
+
+        Args:
+            words: As the property, over all ranks: a word weighs the same wherever it is read.
+            of_people: Share of the loss that is people's captions.
+        """
+        sampled, people = words.clamp(min=1).tolist()
+        weights = torch.full((len(self.tokens),), of_people / people, device=self.tokens.device)
+        if self.advantages:
+            weights[: self.sampled] = self.advantages() * ((1 - of_people) / sampled)
+        return weights
+
+
+class CrossEntropy:
+    """Makes people's captions likelier."""
+
+    of_people = 1.0
+    """Share of the loss that is people's captions."""
+
+    def __init__(self, label_smoothing: float):
+        """Take the share of a target's weight that goes to all words alike."""
+        self.label_smoothing = label_smoothing
+
+    def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:  # noqa: ARG002
+        """Return what each micro-batch of a step is to make likelier, as `SelfCritical` does."""
+        return [Target(batch.images, batch.tokens, batch.owners) for _, batch in share]
 
 
 def cross_entropy(
     logits: Float[Tensor, "caption time word"],
     targets: Int[Tensor, "caption time"],
     label_smoothing: float,
-) -> Float[Tensor, ""]:
-    """Return the sum over all words of their negative log-probability.
+) -> Float[Tensor, "caption"]:
+    """Return of each caption the sum over its words of their negative log-probability.
 
-    A sum, not a mean: the step divides by its number of words over all ranks, so that each word weighs the
-    same wherever it is read.
+    A sum, not a mean: the step divides by its number of words over all ranks.
 
     Args:
         logits: Of the word that follows each time.
@@ -25,10 +80,29 @@ def cross_entropy(
     Source:
         Label smoothing: Szegedy et al. 2016 (arXiv:1512.00567), section 7.
     """
-    return F.cross_entropy(
+    words = F.cross_entropy(
         logits.float().flatten(0, 1),
         targets.flatten(),
         ignore_index=PAD,
-        reduction="sum",
+        reduction="none",
         label_smoothing=label_smoothing,
     )
+    return words.view_as(targets).sum(1)
+
+
+def uneven_attention(
+    attention: Float[Tensor, "caption time region"], targets: Int[Tensor, "caption time"]
+) -> Float[Tensor, "caption"]:
+    """Return of each caption by how much it looked at some regions more than at others.
+
+    With a_ti the attention to region i before word t: the sum over i of (1 - sum over t of a_ti)^2.
+
+    Args:
+        attention: Non-negative, summing to one over the regions.
+        targets: The words that were to follow; what was looked at before padding counts nothing.
+
+    Source:
+        Xu et al. 2015 (arXiv:1502.03044), equation 14: the doubly stochastic penalty.
+    """
+    looked = (attention.float() * (targets != PAD).unsqueeze(2)).sum(1)
+    return (1 - looked).square().sum(1)

@@ -20,7 +20,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
 from captionscale.train import checkpoint
-from captionscale.train.checkpoint import Standing
+from captionscale.train.standing import Standing
 from captionscale.vocab import Vocabulary
 
 # No number type is wider, so that each tensor may begin at any multiple of it.
@@ -58,27 +58,35 @@ class Saver:
         weights = list(captioner.state_dict().values())
         learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
         # AdamW keeps two moments of each parameter, and a count of its steps.
-        size = sum(_aligned(tensor.nbytes) for tensor in (*weights, *learning, *learning))
+        averaged = weights if self._config.train.average else []
+        size = sum(_aligned(tensor.nbytes) for tensor in (*weights, *averaged, *learning, *learning))
         size += len(learning) * _ALIGNMENT_BYTES
         _refuse_full_disk(self._run, size, self._config.train.keep)
         self._make_buffer(size, weights[0].device)
 
-    def save(self, standing: Standing, weights: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> None:
+    def save(
+        self,
+        standing: Standing,
+        weights: Mapping[str, Tensor],
+        memory: Mapping[str, Tensor],
+        average: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Copy what is to be saved and begin to write it; first wait for the one before, if need be.
 
         Args:
             standing: How far the run is.
             weights: The captioner's.
             memory: The optimiser's, as `Engine.memory` gives it.
+            average: The weights' moving average, if the run has one.
 
         Raises:
             UserError: The one before could not be written.
         """
         began = time.monotonic()
         self.wait()
-        copies = self._copies(weights, memory)
+        copies = self._copies(weights, memory, average or {})
         wait_s = time.monotonic() - began
-        self._writing = self._thread.submit(self._timed, copy.deepcopy(standing), *copies, wait_s)
+        self._writing = self._thread.submit(self._timed, copy.deepcopy(standing), wait_s, copies)
 
     def wait(self) -> None:
         """Return when what was saved is on the disk.
@@ -116,19 +124,25 @@ class Saver:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def _timed(
-        self, standing: Standing, weights: dict[str, Tensor], memory: dict[str, Tensor], wait_s: float
+        self, standing: Standing, wait_s: float, copies: list[dict[str, Tensor]]
     ) -> tuple[int, dict[str, float]]:
         began = time.monotonic()
+        weights, memory, average = copies
         checkpoint.save(
-            self._run, standing, self._fingerprint, weights, memory, self._config, self._vocabulary
+            self._run,
+            standing,
+            self._fingerprint,
+            weights,
+            memory,
+            self._config,
+            self._vocabulary,
+            average or None,
         )
         return standing.step, {"save_wait_s": wait_s, "save_s": time.monotonic() - began}
 
-    def _copies(
-        self, weights: Mapping[str, Tensor], memory: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _copies(self, *groups: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Return the tensors as they are now, one after the other in this host's memory."""
-        tensors = (*weights.values(), *memory.values())
+        tensors = [tensor for group in groups for tensor in group.values()]
         sizes = [_aligned(tensor.nbytes) for tensor in tensors]
         if sum(sizes) > len(self._buffer):
             self._make_buffer(sum(sizes), tensors[0].device)
@@ -136,10 +150,7 @@ class Saver:
         threads = torch.get_num_threads()
         # One thread fills the memory's bandwidth; several would wait for each other at each tensor.
         torch.set_num_threads(1)
-        copies = (
-            {name: _copied(tensor, next(places)) for name, tensor in weights.items()},
-            {name: _copied(tensor, next(places)) for name, tensor in memory.items()},
-        )
+        copies = [{name: _copied(tensor, next(places)) for name, tensor in group.items()} for group in groups]
         torch.set_num_threads(threads)
         if self._buffer.is_pinned():
             torch.cuda.synchronize()

@@ -1,5 +1,6 @@
 """Validation: all ranks write captions, and training goes on while they are scored."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from captionscale.errors import UserError
@@ -123,9 +124,15 @@ class Validation:
         # Greedy: five times as fast, and the order of checkpoints is the same.
         settings = job.config.with_beam(1).search
         job.ranks.share_buffers(job.captioner)
-        results = caption_split(
-            job.captioner, job.val_loader, settings, job.ranks, "validation", asked_to_leave=asked_to_leave
-        )
+        with job.average.in_place() if job.average else nullcontext():
+            results = caption_split(
+                job.captioner,
+                job.val_loader,
+                settings,
+                job.ranks,
+                "validation",
+                asked_to_leave=asked_to_leave,
+            )
         if results is None:
             return False
         job.standing.captioned = job.standing.step

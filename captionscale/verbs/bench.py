@@ -41,6 +41,12 @@ def add(verbs: Verbs) -> None:
     reward = what.add_parser("reward", help="CIDEr-D as the reward of training, beside dictionaries")
     reward.add_argument("--references", type=Path, help="COCO captions JSON (default: invented captions)")
     reward.set_defaults(measure=_reward)
+    scst = what.add_parser("scst", help="the parts of a step of self-critical training")
+    scst.add_argument("run", type=Path, metavar="RUN", help="whose weights and train images it takes")
+    scst.add_argument(
+        "--images", type=positive, default=64, metavar="N", help="in a step (default: %(default)s)"
+    )
+    scst.set_defaults(measure=_scst)
     for parts in what.choices.values():
         parts.add_argument("--rounds", type=positive, default=5, metavar="N", help="of each way (default: 5)")
         parts.add_argument("--json", action="store_true", help="for machines")
@@ -81,6 +87,12 @@ def _reward(options: argparse.Namespace) -> "list[Heat]":
     from captionscale.tools.bench import reward
 
     return reward.bench(options.references, rounds=options.rounds)
+
+
+def _scst(options: argparse.Namespace) -> "list[Sheet]":
+    from captionscale.tools.bench import scst
+
+    return scst.bench(options.run, images=options.images, rounds=options.rounds)
 
 
 def _order(options: argparse.Namespace) -> "list[Sheet]":

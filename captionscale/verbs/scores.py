@@ -11,6 +11,8 @@ from typing import Any
 from captionscale.errors import UserError
 from captionscale.verbs.values import Verbs, positive
 
+_STOPPED = "score: stopped by {}; no receipt was written, and the same command starts anew"
+
 
 def add(verbs: Verbs) -> None:
     """Add them to the command line."""
@@ -21,6 +23,10 @@ def add(verbs: Verbs) -> None:
     caption.add_argument("--shards", help="other shards than the run was trained on: folder, or URL")
     caption.add_argument("--out", type=Path, metavar="RESULTS", help="of a split: where COCO results go")
     _add_search(caption)
+    caption.add_argument("--prefix", default="", metavar="WORDS", help="what every caption begins with")
+    caption.add_argument(
+        "--require", action="append", default=[], metavar="WORD", help="that every caption holds; repeatable"
+    )
     caption.set_defaults(verb="caption", handler=_caption)
 
     score = verbs.add_parser("score", help="score a run on a split, or a file of captions")
@@ -52,7 +58,7 @@ def add(verbs: Verbs) -> None:
     score.add_argument(
         "--clip-model", default="ViT-B-32-quickgelu", help="of open_clip (default: %(default)s)"
     )
-    score.set_defaults(verb="score", handler=_score)
+    score.set_defaults(verb="score", handler=_score_or_stop)
 
     compare = verbs.add_parser("compare", help="tell whether one receipt is better than another, or lucky")
     compare.add_argument("first", type=Path, metavar="A", help="a receipt, or a run that has but one")
@@ -68,13 +74,35 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beam", type=positive, help="captions kept at each word (default: the run's config)"
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="search.key=value",
+        dest="changes",
+        help="another search than the run's config has; repeatable",
+    )
+    parser.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        dest="others",
+        help="let this run, of the same words, write together with the first; repeatable",
+    )
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
+
+
+def _changes(options: argparse.Namespace) -> list[str]:
+    """Return what is asked of the search as --set has it."""
+    return [*options.changes, *([f"search.beam={options.beam}"] if options.beam else [])]
 
 
 def _caption(options: argparse.Namespace) -> None:
     from captionscale.score.evaluate import caption_files
+    from captionscale.tools.members import open_members
     from captionscale.tools.scoring import caption_run
-    from captionscale.train.checkpoint import open_run
 
     if bool(options.images) == bool(options.split) or bool(options.split) != bool(options.out):
         raise UserError("caption: wanted either RUN IMAGE ..., or RUN --split NAME --out RESULTS")
@@ -83,19 +111,36 @@ def _caption(options: argparse.Namespace) -> None:
             options.run,
             options.split,
             checkpoint=options.checkpoint,
-            beam=options.beam,
             shards=options.shards,
             out=options.out,
+            changes=_changes(options),
+            others=options.others,
+            prefix=options.prefix,
+            require=options.require,
         )
         if count is not None:
             print(f"{options.out}: {count:,} captions, in COCO's results format")
         return
-    saved = open_run(options.run, options.checkpoint)
+    members = open_members(
+        options.run, options.others, checkpoint=options.checkpoint, changes=_changes(options)
+    )
     captions = caption_files(
-        saved.captioner(), options.images, saved.vocabulary(), saved.config().with_beam(options.beam)
+        members.captioner(),
+        options.images,
+        members.saved[0].vocabulary(),
+        members.config,
+        prefix=options.prefix,
+        require=options.require,
     )
     for path, caption in zip(options.images, captions, strict=True):
         print(f"{path}\t{caption}")
+
+
+def _score_or_stop(options: argparse.Namespace) -> None:
+    try:
+        _score(options)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_STOPPED.format("Ctrl-C")) from None
 
 
 def _score(options: argparse.Namespace) -> None:
@@ -107,10 +152,10 @@ def _score(options: argparse.Namespace) -> None:
         raise UserError(f"score {options.run}: no --split; say which, such as --split val")
     if not by_run and (options.run is not None or not (options.captions and options.references)):
         raise UserError("score: wanted either RUN --split NAME, or --captions RESULTS --references CAPTIONS")
-    if not by_run and (options.split or options.shards or options.beam):
+    if not by_run and (options.split or options.shards or _changes(options) or options.others):
         raise UserError(
-            "score: found --split, --shards or --beam beside --captions, which already says what is scored;"
-            " leave them out"
+            "score: found --split, --shards, --beam, --set or --with beside --captions, which already says"
+            " what is scored; leave them out"
         )
     if options.clip and not by_run:
         raise UserError(
@@ -132,9 +177,10 @@ def _score(options: argparse.Namespace) -> None:
             options.run,
             options.split,
             checkpoint=options.checkpoint,
-            beam=options.beam,
             shards=options.shards,
             out=options.out,
+            changes=_changes(options),
+            others=options.others,
             measure=by,
             spice_jars=options.spice,
             clip=(options.clip, options.clip_model) if options.clip else None,
@@ -156,7 +202,7 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _stop(*_: object) -> None:
-    raise UserError("score: stopped by SIGTERM; nothing was written, and the same command starts anew")
+    raise UserError(_STOPPED.format("SIGTERM"))
 
 
 def _gigabytes(text: str) -> float:

@@ -501,3 +501,74 @@ def test_jitter_changes_colours_only() -> None:
     assert green.argmax() == 1
     assert blue.argmax() == 2
     assert np.ptp(white) == 0
+
+
+# ---- turned pictures
+
+
+def test_no_rotation_draws_no_chance() -> None:
+    image = noise(90, 70)
+    views = [
+        random_view(image, 32, **WILD, **more, random=np.random.default_rng(5))
+        for more in ({}, {"rotate": 0.0})
+    ]
+    np.testing.assert_array_equal(*views)
+
+
+def turned(image: Image.Image, size: int, degrees: float, **changes: Any) -> np.ndarray:
+    """Return a view that is turned by this angle, whatever the chance."""
+
+    class Always(np.random.Generator):
+        def uniform(self, low: float, high: float) -> float:
+            return degrees if low == -high else super().uniform(low, high)
+
+    options = PLAIN | {"rotate": 45.0} | changes
+    return random_view(image, size, **options, random=Always(np.random.PCG64(0)))
+
+
+def test_a_picture_turned_by_nothing_is_the_one_that_is_not_turned() -> None:
+    for image in (quarters(), quarters(97, 61)):
+        for size in (16, 48, 61):
+            difference = turned(image, size, 0.0).astype(int) - centre_view(image, size)
+            assert np.abs(difference).mean() < 5
+
+
+def test_a_picture_turns_about_the_middle_counter_clockwise_as_pillow_turns_it() -> None:
+    # Smooth, so that the two ways of sampling agree.
+    rows, columns = np.mgrid[:80, :80]
+    waves = np.stack([rows * 3, columns * 3, (rows + columns) * 1.5], 2).clip(0, 255).astype(np.uint8)
+    image = Image.fromarray(waves)
+    for degrees in (-30.0, 12.0, 45.0):
+        expected = np.asarray(image.rotate(degrees, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+        found = turned(image, 80, degrees)
+        inside = (rows - 39.5) ** 2 + (columns - 39.5) ** 2 < 38**2
+        assert np.abs(found.astype(int) - expected)[:, inside].max() <= 1
+
+
+def test_a_crop_of_a_turned_picture_shows_what_is_there_and_else_the_mean_colour() -> None:
+    image = Image.new("RGB", (100, 100), (200, 10, 60))
+    # One colour: neither black corners nor seams.
+    assert set(map(tuple, turned(image, 32, 30.0).reshape(3, -1).T.tolist())) == {(200, 10, 60)}
+    half = Image.new("RGB", (100, 100), "black")
+    half.paste((255, 255, 255), (0, 0, 100, 50))
+    corner = turned(half, 100, 45.0)[:, 2, 2]
+    assert (np.abs(corner.astype(int) - 127) <= 2).all()
+
+
+def test_a_large_picture_is_averaged_before_it_is_turned() -> None:
+    # Every second row is black: without averaging, a view would be bands of black and white.
+    stripes = np.zeros((400, 400, 3), np.uint8)
+    stripes[::2] = 255
+    view = turned(Image.fromarray(stripes), 50, 0.5)
+    assert np.ptp(view[:, 2:-2, 2:-2].astype(int)) <= 3
+
+
+def test_angles_lie_to_both_sides_and_within_the_greatest() -> None:
+    image = quarters(64, 64)
+    views = [random_view(image, 32, **PLAIN, rotate=40.0, random=np.random.default_rng(n)) for n in range(20)]
+    assert len({view.tobytes() for view in views}) == 20
+    # Where green begins, eight rows above the middle: more to the left if the picture turned to the left.
+    ends = [int(np.flatnonzero(view[1, 8] < 64).max()) for view in views]
+    assert min(ends) < 12
+    assert max(ends) > 19
+    assert all(abs(end - 15.5) <= 7.5 * np.tan(np.radians(40)) + 1 for end in ends)

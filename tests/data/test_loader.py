@@ -113,6 +113,31 @@ def test_without_augmentation_an_epoch_shows_the_centres_too(packed: Path, loade
     plain.close()
 
 
+def test_rotation_is_a_part_of_augmentation_and_leaves_validation_alone(packed: Path, loader: Loader) -> None:
+    turned = load(packed, rotate=20.0)
+    assert not torch.equal(fetch(turned, items(5), 0).images, fetch(loader, items(5), 0).images)
+    assert same(fetch(turned, items(5), 0), fetch(turned, items(5), 0))
+    assert same(fetch(turned, items(5), None), fetch(loader, items(5), None))
+    turned.close()
+
+
+def test_with_features_a_batch_holds_those_of_its_images_and_no_image_is_read(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = items(40, 3, 3, 17)
+    expected = fetch(loader, numbers, None)
+    features = np.random.default_rng(0).random((48, 4, 5)).astype(np.float16)
+    monkeypatch.setattr(Split, "image", None)
+    cached = Loader(loader.split, loader.vocabulary, loader.data, features=features)
+    batch = fetch(cached, numbers, 3)
+    assert batch.images.dtype == torch.float16
+    np.testing.assert_array_equal(batch.images.numpy(), features[numbers])
+    assert torch.equal(batch.tokens, expected.tokens)
+    assert batch.image_ids == expected.image_ids
+    assert batch.to(torch.device("meta")).images.shape == (4, 4, 5)
+    cached.close()
+
+
 # ---- captions
 
 

@@ -1,30 +1,39 @@
-from collections.abc import Callable
+from math import sqrt
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from captionscale import toml
 from captionscale.config import Decoder
-from captionscale.model.attention import AdditiveAttention
-from captionscale.model.decoders import DECODERS, AttentionDecoder, PlainDecoder, select
+from captionscale.errors import UserError
+from captionscale.model.decoders import DECODERS
+from captionscale.model.decoders import Decoder as AnyDecoder
+from captionscale.model.state import select
 
 WORDS, FEATURE, REGIONS, IMAGES, TIMES = 11, 6, 4, 3, 5
 OWNERS = torch.tensor([2, 0, 0, 1, 2, 0])
 
-Make = Callable[..., PlainDecoder | AttentionDecoder]
+CHOICES = [
+    {"name": "plain", "layers": 1},
+    {"name": "plain", "layers": 2, "output": "linear", "picture_norm": True},
+    {"name": "attention", "layers": 1},
+    {"name": "attention", "layers": 2, "output": "maxout", "gate": True, "region": 3},
+    {"name": "attention", "layers": 1, "output": "linear", "tied": True},
+    {"name": "top_down"},
+    {"name": "top_down", "output": "maxout", "tied": True, "region": 3},
+]
 
 
-def build(name: str, layers: int = 2, dropout: float = 0.0) -> PlainDecoder | AttentionDecoder:
+def build(name: str, dropout: float = 0.0, **more: object) -> nn.Module:
     torch.manual_seed(0)
-    settings = Decoder(name=name, embed=5, hidden=7, attend=8, layers=layers, dropout=dropout)
+    settings = Decoder(**{"name": name, "embed": 5, "hidden": 7, "attend": 8, "dropout": dropout, **more})
     return DECODERS[name](settings, FEATURE, WORDS)
 
 
-@pytest.fixture(
-    params=[(name, layers) for name in DECODERS for layers in (1, 2)], ids=lambda p: f"{p[0]}{p[1]}"
-)
-def decoder(request: pytest.FixtureRequest) -> PlainDecoder | AttentionDecoder:
-    return build(*request.param).eval()
+@pytest.fixture(params=CHOICES, ids=lambda choice: "-".join(map(str, choice.values())))
+def decoder(request: pytest.FixtureRequest) -> nn.Module:
+    return build(**request.param).eval()
 
 
 @pytest.fixture
@@ -82,70 +91,141 @@ def test_a_caption_sees_its_own_image_and_no_other(decoder, features, tokens) ->
         assert moved.tolist() == OWNERS.eq(image).tolist()
 
 
-def test_select_repeats_and_reorders_all_of_a_state(decoder, features) -> None:
+def test_a_decoder_is_one_to_whoever_searches_and_a_word_is_not() -> None:
+    assert isinstance(build("top_down"), AnyDecoder)
+    assert not isinstance(nn.Embedding(3, 2), AnyDecoder)
+
+
+def test_select_repeats_and_reorders_all_of_a_state_and_of_several(decoder, features) -> None:
     state = decoder.start(features)
     rows = torch.tensor([1, 1, 0, 2, 0])
-    for part, chosen in zip(state, select(state, rows), strict=True):
-        assert torch.equal(chosen, torch.stack([part[row] for row in rows]))
+    (one, (two,)) = select((state, (state,)), rows)
+    for chosen in (select(state, rows), one, two):
+        assert type(chosen) is type(state)
+        assert chosen.masks == state.masks == ()
+        for part, rest in zip(state[:-1], chosen[:-1], strict=True):
+            assert torch.equal(rest, torch.stack([part[row] for row in rows]))
 
 
-def test_gradients_reach_every_parameter(decoder, features, tokens) -> None:
-    logits, _ = decoder.train()(features, tokens, OWNERS)
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("output", ["linear", "deep", "maxout"])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("same", [False, True])
+def test_gradients_reach_every_parameter(name, output, tied, same, features, tokens) -> None:
+    own = {
+        "plain": {"picture_norm": True},
+        "attention": {"gate": True, "region": 3},
+        "top_down": {"region": 3},
+    }
+    decoder = build(
+        name, dropout=0.2, output=output, tied=tied, same_dropout=same, hidden=16, **own[name]
+    ).train()
+    logits, _ = decoder(features, tokens, OWNERS)
+    assert logits.shape == (len(OWNERS), TIMES, WORDS)
     logits.logsumexp(2).sum().backward()
-    for name, parameter in decoder.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.abs().max() > 0, name
+    shapes = [parameter.shape for parameter in decoder.parameters()]
+    assert ((WORDS, 5) in shapes) + ((WORDS, 16) in shapes) == (1 if tied or output != "linear" else 2)
+    assert sum(parameter.shape[:1] == (WORDS,) for parameter in decoder.parameters()) == (2 if tied else 3)
+    for key, parameter in decoder.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.abs().max() > 0, key
+
+
+def test_a_tied_output_needs_no_projection_where_sizes_are_equal_and_begins_as_small_as_another() -> None:
+    assert "from_hidden.weight" in dict(build("attention", output="linear", tied=True).named_parameters())
+    decoder = build("attention", output="linear", tied=True, embed=64, hidden=64)
+    assert "from_hidden.weight" not in dict(decoder.named_parameters())
+    assert decoder.embedding.weight[1:].std().item() == pytest.approx(1 / sqrt(64), rel=0.2)
+    assert build("attention", embed=64).embedding.weight[1:].std().item() == pytest.approx(1, rel=0.2)
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_dropout_hides_in_training_only(name, features, tokens) -> None:
-    decoder = build(name, dropout=0.5)
-    without, _ = build(name)(features, tokens, OWNERS)
-    torch.testing.assert_close(decoder.eval()(features, tokens, OWNERS)[0], without)
-    assert not torch.allclose(decoder.train()(features, tokens, OWNERS)[0], without)
+    for same in (False, True):
+        decoder = build(name, dropout=0.5, same_dropout=same)
+        without, _ = build(name)(features, tokens, OWNERS)
+        torch.testing.assert_close(decoder.eval()(features, tokens, OWNERS)[0], without)
+        assert not torch.allclose(decoder.train()(features, tokens, OWNERS)[0], without)
 
 
-def test_the_plain_decoder_is_an_lstm_that_reads_the_picture_as_its_first_word(features, tokens) -> None:
-    decoder = build("plain", layers=1).eval()
-    lstm = nn.LSTM(5, 7, batch_first=True)
-    lstm.load_state_dict(decoder.lstm.state_dict())
-    pictures = features.mean(1) @ decoder.picture.weight.T + decoder.picture.bias
-    sentence = torch.cat([pictures[OWNERS].unsqueeze(1), decoder.embedding.weight[tokens]], 1)
-    outputs, _ = lstm(sentence)
-    expected = outputs[:, 1:] @ decoder.vocabulary.weight.T + decoder.vocabulary.bias
-    torch.testing.assert_close(decoder(features, tokens, OWNERS)[0], expected)
+def masks(decoder: nn.Module, features: Tensor, by_steps: bool) -> tuple[Tensor, Tensor]:
+    """Return what dropout multiplied by: the vectors of all captions' words, and those of the output."""
+    seen: list[Tensor] = []
+    decoder.train().dropout.register_forward_hook(lambda _, read, hidden: seen.append(hidden / read[0]))
+    tokens = torch.full((len(OWNERS), TIMES), 4)
+    if by_steps:
+        state = select(decoder.start(features), OWNERS)
+        for word in tokens.unbind(1):
+            _, state, _ = decoder.step(word, state)
+    else:
+        decoder(features, tokens, OWNERS)
+    # All but the regions.
+    seen = [
+        mask.detach().round(decimals=3).view(len(OWNERS), -1, 40) for mask in seen if mask.shape[-1] == 40
+    ]
+    return torch.cat(seen[::2], 1), torch.cat(seen[1::2], 1)
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-def test_the_attention_decoder_is_the_recurrence_that_its_docstring_states(features, tokens, layers) -> None:
-    decoder = build("attention", layers).eval()
-    regions = decoder.regions(features[:1]).relu()
-    first_states = torch.tanh(decoder.first_states(regions.mean(1))).chunk(2 * layers, 1)
-    hidden, cell = list(first_states[:layers]), list(first_states[layers:])
-    expected = []
-    for token in tokens[0]:
-        word = decoder.embedding.weight[token].unsqueeze(0)
-        context, _ = decoder.attention(regions, decoder.attention.keys(regions), hidden[-1])
-        below = torch.cat([word, context], 1)
-        for layer in range(layers):
-            below, cell[layer] = decoder.cells[layer](below, (hidden[layer], cell[layer]))
-            hidden[layer] = below
-        deep = word + decoder.from_hidden(below) + decoder.from_context(context)
-        expected.append(decoder.vocabulary(deep))
-    logits, _ = decoder(features[:1], tokens[:1], torch.tensor([0]))
-    torch.testing.assert_close(logits[0], torch.cat(expected))
+@pytest.mark.parametrize("by_steps", [False, True])
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_same_dropout_hides_the_same_at_all_words_of_a_caption_and_not_of_another(
+    name, by_steps, features
+) -> None:
+    for mask in masks(build(name, dropout=0.5, same_dropout=True, embed=40, tied=True), features, by_steps):
+        assert mask.shape == (len(OWNERS), TIMES, 40)
+        assert set(mask.unique().tolist()) == {0.0, 2.0}
+        assert (mask == mask[:, :1]).all()
+        assert len({tuple(caption[0].tolist()) for caption in mask}) == len(OWNERS)
+    for mask in masks(build(name, dropout=0.5, embed=40), features, by_steps):
+        assert set(mask.unique().tolist()) == {0.0, 2.0}
+        assert len({tuple(word.tolist()) for word in mask.flatten(0, 1)}) == len(OWNERS) * TIMES
 
 
-def test_additive_attention_is_the_formula_of_bahdanau() -> None:
-    attention = AdditiveAttention(feature=2, hidden=1, attend=2)
-    with torch.no_grad():
-        attention.key.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
-        attention.key.bias.copy_(torch.tensor([0.0, -1.0]))
-        attention.query.weight.copy_(torch.tensor([[0.5], [1.0]]))
-        attention.energy.weight.copy_(torch.tensor([[2.0, -1.0]]))
-    features = torch.tensor([[[1.0, 0.5], [0.0, 1.0]]])
-    context, weights = attention(features, attention.keys(features), torch.tensor([[-1.0]]))
-    # Keys (1, 0) and (0, 1); query (-0.5, -1): energies 2 tanh(0.5) - tanh(-1) and 2 tanh(-0.5) - tanh(0),
-    # that is 1.6858284 and -0.9242343; their difference 2.6100627 through the logistic function: 0.931506.
-    torch.testing.assert_close(weights, torch.tensor([[0.931506, 0.068494]]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(context, torch.tensor([[0.931506, 0.534247]]), atol=1e-5, rtol=0)
+def test_a_picture_is_normalised_over_its_micro_batch_and_alone_by_what_was_seen(features) -> None:
+    decoder = build("plain", picture_norm=True).train()
+    vectors = decoder.picture(features.mean(1))
+    mean, variance = vectors.mean(0), vectors.var(0, unbiased=False)
+    torch.testing.assert_close(decoder._see(features.mean(1)), (vectors - mean) / (variance + 1e-5).sqrt())
+    norm = decoder.picture_norm
+    torch.testing.assert_close(norm.running_mean, 0.01 * mean)
+    alone = decoder._see(features[:1].mean(1))
+    torch.testing.assert_close(alone, (vectors[:1] - norm.running_mean) / (norm.running_var + 1e-5).sqrt())
+    torch.testing.assert_close(alone, decoder.eval()._see(features[:1].mean(1)))
+
+
+def test_attention_is_not_paid_by_a_gate_that_is_closed(features, tokens) -> None:
+    decoder = build("attention", layers=1, gate=True).eval()
+    nn.init.constant_(decoder.gate.bias, -100)
+    nn.init.zeros_(decoder.first_states.weight)
+    closed, looks = decoder(features, tokens, OWNERS)
+    torch.testing.assert_close(looks.sum(2), torch.ones(len(OWNERS), TIMES))
+    torch.testing.assert_close(decoder(features + 1, tokens, OWNERS)[0], closed)
+    nn.init.constant_(decoder.gate.bias, 100)
+    opened, _ = decoder(features, tokens, OWNERS)
+    assert not torch.allclose(opened, closed)
+    without = build("attention", layers=1).eval()
+    without.load_state_dict({key: value for key, value in decoder.state_dict().items() if "gate" not in key})
+    torch.testing.assert_close(without(features, tokens, OWNERS)[0], opened)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "wanted"),
+    [
+        ("plain", "gate=true", "false"),
+        ("top_down", "gate=true", "false"),
+        ("plain", "region=8", "none"),
+        ("attention", "picture_norm=true", "false"),
+        ("top_down", "picture_norm=true", "false"),
+        ("top_down", "layers=1", "2"),
+    ],
+)
+def test_what_a_decoder_cannot_have_is_refused(name, change, wanted) -> None:
+    changes = [f"model.decoder.name={name}", "model.decoder.layers=2", f"model.decoder.{change}"]
+    with pytest.raises(UserError) as caught:
+        toml.load("quickstart", changes)
+    assert (
+        f"model.decoder.{change.replace('=', ' = ')}, wanted {wanted} with decoder '{name}', as only"
+        in str(caught.value)
+    )
+    assert str(caught.value).endswith("leave it out, or change model.decoder.name")
+    assert str(caught.value).count("\n") == 0

@@ -171,3 +171,122 @@ def test_an_unknown_part_is_told_with_the_nearest_known_one(name, part, known) -
         match=rf"^model\.encoder\.trainable: {name} has no part '{part}'; did you mean '{known}'\?$",
     ):
         build(name, trainable=(part,))
+
+
+# ---- a finer grid
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "mobilenet_v2"])
+@pytest.mark.parametrize(("height", "width"), [(96, 160), (100, 70)])
+def test_each_second_cell_of_the_finer_grid_is_one_of_the_coarser_at_the_borders_too(
+    name, height, width
+) -> None:
+    coarse, fine = (build(name, stride=stride).eval() for stride in (32, 16))
+    fine.load_state_dict(coarse.state_dict())
+    grids = []
+    for encoder in (coarse, fine):
+        encoder.trunk.register_forward_hook(lambda _, __, grid: grids.append(grid))
+        encoder(pictures(height=height, width=width))
+    rows, columns = -(-height // 16), -(-width // 16)
+    assert grids[1].shape[2:] == (rows, columns)
+    torch.testing.assert_close(grids[1][:, :, ::2, ::2], grids[0], rtol=0, atol=1e-5 * float(grids[0].max()))
+
+
+@pytest.mark.parametrize("name", ["resnet34", "resnet50", "mobilenet_v2"])
+def test_the_finer_grid_has_196_regions_of_a_picture_of_224_pixels(name) -> None:
+    assert build(name, stride=16).eval()(pictures(1, 224, 224)).shape[1] == 196
+
+
+def test_torchvision_dilates_its_bottleneck_networks_alike() -> None:
+    encoder = build("resnet50", stride=16).eval()
+    network = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
+    network.load_state_dict(encoder.trunk.state_dict(), strict=False)
+    network.fc = nn.Identity()
+    colours = (pictures().float() / 255 - encoder.mean) / encoder.std
+    torch.testing.assert_close(encoder(pictures()).mean(1), network.eval()(colours), atol=1e-4, rtol=1e-4)
+
+
+# ---- stages
+
+
+def learning(encoder: Encoder) -> set[str]:
+    """Return the stages of which something learns."""
+    return {
+        name.partition(".")[0]
+        for name, parameter in encoder.trunk.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "trained"])
+def test_parts_learn_and_move_from_their_steps_on_and_no_sooner(batch_norm) -> None:
+    encoder = build(trainable=("layer4", "layer2"), batch_norm=batch_norm)
+    starts = (3, 5)
+    assert encoder.unfreeze(0, starts)
+    assert not encoder.learns
+    assert what_learns(encoder) == what_moves(encoder) == set()
+    assert not encoder.unfreeze(2, starts)
+    for step, parts in ((3, {"layer4"}), (4, {"layer4"}), (5, {"layer4", "layer2"})):
+        assert encoder.unfreeze(step, starts) == (step in starts)
+        # Without another call of train(), as in a run.
+        at_work = {name.partition(".")[0] for name, norm in batch_norms(encoder).items() if norm.training}
+        assert at_work == (parts if batch_norm == "trained" else set())
+        assert learning(encoder) == parts
+        assert {name.partition(".")[0] for name in what_learns(encoder)} == parts
+        assert {name.partition(".")[0] for name in what_moves(encoder)} == (
+            parts if batch_norm == "trained" else set()
+        )
+
+
+def test_what_is_below_the_first_part_that_learns_runs_outside_the_graph() -> None:
+    encoder = build(trainable=("layer4",)).train()
+    seen = []
+    encoder.trunk.layer3.register_forward_hook(lambda _, __, grid: seen.append(grid.requires_grad))
+    assert encoder(pictures()).requires_grad
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("parts", [("layer4", "layer4.1"), ("layer4.1", "layer4"), ("layer3", "layer3")])
+def test_parts_that_overlap_are_refused(parts) -> None:
+    with pytest.raises(UserError, match=f"'{parts[0]}' and '{parts[1]}' overlap"):
+        build(trainable=parts)
+
+
+# ---- less memory
+
+
+def step(encoder: Encoder) -> tuple[dict[str, Tensor], int]:
+    """Return the gradients and statistics of a training step, and the bytes that it kept for them."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = encoder.train()(pictures(4))
+        weights = {parameter.untyped_storage().data_ptr() for parameter in encoder.parameters()}
+    generator = torch.Generator().manual_seed(2)
+    (features * torch.rand(features.shape, generator=generator)).sum().backward()
+    found = {
+        name: parameter.grad for name, parameter in encoder.named_parameters() if parameter.requires_grad
+    }
+    buffers = dict(encoder.named_buffers())
+    return found | buffers, sum(size for place, size in kept.items() if place not in weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("resnet18", "all"), ("resnet50", "layer4"), ("mobilenet_v2", "all")],
+)
+@pytest.mark.parametrize("batch_norm", ["frozen", "trained"])
+def test_checkpointing_keeps_less_and_changes_neither_gradients_nor_statistics(
+    name, part, batch_norm
+) -> None:
+    trainable = part if part == "all" else (part,)
+    plain, plain_bytes = step(build(name, trainable=trainable, batch_norm=batch_norm))
+    lean, lean_bytes = step(build(name, trainable=trainable, batch_norm=batch_norm, checkpointing=True))
+    assert plain.keys() == lean.keys()
+    for key, tensor in plain.items():
+        assert torch.equal(tensor, lean[key]), key
+    assert lean_bytes * 6 < plain_bytes

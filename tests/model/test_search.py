@@ -1,46 +1,38 @@
+import math
 from itertools import product
 
 import pytest
 import torch
+from sayings import IMAGES, never_special, opinionated
 from torch import Tensor
 
-from captionscale.config import Decoder
-from captionscale.model.decoders import DECODERS, AttentionDecoder, PlainDecoder
+from captionscale.errors import UserError
+from captionscale.model.decoders import DECODERS, Decoder
 from captionscale.model.search import Found, search
 from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN
-
-FEATURE, REGIONS, IMAGES = 6, 4, 5
 
 
 @pytest.fixture(
     params=[(name, seed) for name in DECODERS for seed in range(2)], ids=lambda p: f"{p[0]}{p[1]}"
 )
-def case(request: pytest.FixtureRequest) -> tuple[PlainDecoder | AttentionDecoder, Tensor]:
+def case(request: pytest.FixtureRequest) -> tuple[Decoder, Tensor]:
     """A decoder of three words with strong opinions, and images."""
-    name, seed = request.param
-    torch.manual_seed(seed)
-    settings = Decoder(name=name, embed=5, hidden=7, attend=8, layers=1)
-    decoder = DECODERS[name](settings, FEATURE, len(SPECIALS) + 3).eval()
-    for parameter in decoder.parameters():
-        torch.nn.init.normal_(parameter)
-    return decoder, torch.randn(IMAGES, REGIONS, FEATURE)
+    return opinionated(*request.param)
 
 
-def said(decoder, features, beam, max_words=4, length_power=0.7) -> list[list[Found]]:
-    return search(decoder, features, beam=beam, max_words=max_words, length_power=length_power)
+def said(decoder, features, beam, max_words=4, length_power=0.7, **settings) -> list[list[Found]]:
+    return search(decoder, features, beam=beam, max_words=max_words, length_power=length_power, **settings)
 
 
 @torch.no_grad()
-def log_probability(decoder: PlainDecoder | AttentionDecoder, image: Tensor, tokens: list[int]) -> float:
+def log_probability(decoder: Decoder, image: Tensor, tokens: list[int]) -> float:
     """Return what teacher-forced reading of a caption says of it."""
     logits, _ = decoder(image.unsqueeze(0), torch.tensor([[START, *tokens[:-1]]]), torch.tensor([0]))
     return logits[0].log_softmax(1)[range(len(tokens)), tokens].sum().item()
 
 
 @torch.no_grad()
-def next_words(
-    decoder: PlainDecoder | AttentionDecoder, image: Tensor, tokens: list[int]
-) -> dict[int, float]:
+def next_words(decoder: Decoder, image: Tensor, tokens: list[int]) -> dict[int, float]:
     """Return the log-probability of each word that may follow these."""
     logits, _ = decoder(image.unsqueeze(0), torch.tensor([[START, *tokens]]), torch.tensor([0]))
     chances = logits[0, -1].log_softmax(0).tolist()
@@ -73,23 +65,20 @@ def test_a_beam_keeps_the_likeliest_prefixes_at_each_word(case, beam) -> None:
         assert [caption.tokens for caption in captions] == [tokens for tokens, _ in kept]
 
 
-@pytest.mark.parametrize("length_power", [0.0, 0.7, 2.0])
-def test_a_beam_wider_than_all_captions_ranks_them_as_brute_force_does(case, length_power) -> None:
+def test_a_beam_wider_than_all_captions_ranks_them_as_brute_force_does(case) -> None:
     decoder, features = case
     words, max_words = range(len(SPECIALS), len(SPECIALS) + 3), 3
     finished = [[*caption, END] for count in range(max_words) for caption in product(words, repeat=count)]
     every = finished + [list(caption) for caption in product(words, repeat=max_words)]
-    for image, captions in zip(
-        features, said(decoder, features, len(every) + 3, max_words, length_power), strict=True
-    ):
-        found = {tuple(caption.tokens): caption for caption in captions}
-        assert len(found) == len(captions) == len(every)
-        scores = {}
-        for tokens in every:
-            expected = log_probability(decoder, image, tokens)
-            assert found[tuple(tokens)].log_probability == pytest.approx(expected, abs=1e-4)
-            scores[tuple(tokens)] = expected / len(tokens) ** length_power
-        assert tuple(captions[0].tokens) == max(scores, key=scores.__getitem__)
+    ranked = {power: said(decoder, features, len(every) + 3, max_words, power) for power in (0.0, 0.7, 2.0)}
+    for number, image in enumerate(features):
+        expected = {tuple(tokens): log_probability(decoder, image, tokens) for tokens in every}
+        for power, found in ranked.items():
+            captions = {tuple(caption.tokens): caption.log_probability for caption in found[number]}
+            assert len(captions) == len(found[number]) == len(every)
+            assert captions == pytest.approx(expected, abs=1e-4)
+            scores = {tokens: total / len(tokens) ** power for tokens, total in expected.items()}
+            assert tuple(found[number][0].tokens) == max(scores, key=scores.__getitem__)
 
 
 def test_many_images_at_once_get_the_captions_that_each_gets_alone(case) -> None:
@@ -141,3 +130,120 @@ def test_a_decoder_that_has_nothing_to_say_ends_at_once(case) -> None:
         decoder.vocabulary.bias[END] += 100
     for captions in said(decoder, features, beam=1):
         assert [caption.tokens for caption in captions] == [[END]]
+
+
+def test_the_found_captions_that_are_all_there_are_have_probability_one_together(case) -> None:
+    decoder, features = case
+    for captions in said(never_special(decoder), features, beam=200, max_words=4):
+        # 1 + 3 + 9 + 27 that end, and 81 that do not.
+        assert len(captions) == 121
+        assert sum(math.exp(caption.log_probability) for caption in captions) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_best_score_rises_with_the_width_to_the_true_best(case) -> None:
+    """It is no theorem for each image, as a wider beam may lose a caption; it holds for the mean here."""
+    decoder, features = case
+    best = torch.tensor(
+        [
+            [captions[0].score(0.0) for captions in said(decoder, features, beam, length_power=0.0)]
+            for beam in (1, 2, 4, 8, 16, 32, 200)
+        ],
+        dtype=torch.float64,
+    )
+    assert (best <= best[-1] + 1e-5).all()
+    assert (best.mean(1).diff() >= -1e-5).all()
+    assert torch.allclose(best[-2], best[-1], atol=1e-5)
+
+
+def test_one_group_is_a_plain_beam_and_groups_without_a_price_find_the_same_captions(case) -> None:
+    decoder, features = case
+    plain, one = (said(decoder, features, 4, **more) for more in ({}, {"groups": 1, "diversity": 9.0}))
+    assert plain == one
+    halves, two = said(decoder, features, 2), said(decoder, features, 4, groups=2, diversity=0.0)
+    for each, both in zip(halves, two, strict=True):
+        assert [caption.tokens for caption in both] == [caption.tokens for caption in each]
+
+
+def test_groups_choose_one_after_another_and_pay_for_words_said_at_the_same_place(case) -> None:
+    """The first two groups of algorithm 1, written out with one caption each."""
+    decoder, features = case
+    price = 1.5
+    found = said(decoder, features, 2, groups=2, diversity=price)
+    for image, captions in zip(features, found, strict=True):
+        tokens: list[list[int]] = [[], []]
+        for _ in range(4):
+            last = None
+            for group in tokens:
+                if group[-1:] != [END]:
+                    follow = next_words(decoder, image, group)
+                    group.append(max(follow, key=lambda word: follow[word] - price * (word == last)))
+                    last = group[-1]
+        assert {tuple(caption.tokens) for caption in captions} == set(map(tuple, tokens))
+        for caption in captions:
+            assert caption.log_probability == pytest.approx(
+                log_probability(decoder, image, caption.tokens), abs=1e-4
+            )
+
+
+def test_a_high_price_makes_groups_differ_where_they_would_agree() -> None:
+    decoder, features = opinionated("attention", 3, words=30)
+    for diversity, fewest in ((0.0, 1), (1e4, 6)):
+        for captions in said(decoder, features, 6, groups=6, diversity=diversity):
+            assert len({caption.tokens[0] for caption in captions}) == fewest
+
+
+@pytest.mark.parametrize("beam", [3, 7])
+def test_many_images_at_once_get_in_groups_what_each_gets_alone(case, beam) -> None:
+    decoder, features = case
+    together = said(decoder, features, beam, 6, groups=beam)
+    for number in range(IMAGES):
+        (alone,) = said(decoder, features[number : number + 1], beam, 6, groups=beam)
+        assert [caption.tokens for caption in alone] == [caption.tokens for caption in together[number]]
+
+
+def test_pictures_that_are_done_early_change_nothing_for_the_others() -> None:
+    """They are laid aside, a quarter of them at a time."""
+    decoder, features = opinionated("attention", 0, words=9)
+    features = features.repeat(8, 1, 1) + torch.randn(40, 4, 6)
+    with torch.no_grad():
+        decoder.vocabulary.bias[END] += 1
+    for settings in ({"beam": 1}, {"beam": 3}, {"beam": 4, "groups": 2}):
+        together = said(decoder, features, max_words=16, **settings)
+        lengths = {len(captions[0].tokens) for captions in together}
+        assert len(lengths) > 3
+        for number in range(0, 40, 7):
+            (alone,) = said(decoder, features[number : number + 1], max_words=16, **settings)
+            assert [caption.tokens for caption in alone] == [caption.tokens for caption in together[number]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attention", "top_down"])
+def test_coverage_ranks_by_how_much_of_all_regions_was_looked_at(name) -> None:
+    """Equation 14 of Wu et al. 2016, over all tokens, the end included."""
+    decoder, features = opinionated(name, 2)
+    weight, moved = 4.0, 0
+    plain = said(decoder, features, 6)
+    for image, captions, before in zip(
+        features, said(decoder, features, 6, coverage=weight), plain, strict=True
+    ):
+        scores = []
+        for caption in captions:
+            read = torch.tensor([[START, *caption.tokens[:-1]]])
+            _, looks = decoder(image.unsqueeze(0), read, torch.tensor([0]))
+            covered = weight * looks[0].sum(0).clamp(max=1).log().sum().item()
+            assert caption.covered == pytest.approx(covered, rel=1e-4, abs=1e-4)
+            scores.append(caption.log_probability / len(caption.tokens) ** 0.7 + covered)
+            assert caption.score(0.7) == pytest.approx(scores[-1], rel=1e-4)
+        assert scores == pytest.approx(sorted(scores, reverse=True))
+        # It ranks, and does not choose.
+        assert {tuple(caption.tokens) for caption in captions} == {
+            tuple(caption.tokens) for caption in before
+        }
+        moved += captions[0].tokens != before[0].tokens
+    assert moved
+
+
+def test_coverage_is_refused_without_attention() -> None:
+    decoder, features = opinionated("plain", 0)
+    with pytest.raises(UserError, match=r"search\.coverage .* no attention"):
+        said(decoder, features, 2, coverage=0.1)

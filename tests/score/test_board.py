@@ -1,16 +1,18 @@
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from captionscale.cli import main
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.score.board import tables_of, write_board
-from captionscale.score.metrics import METRICS
+from captionscale.score.metrics import METRICS, family
 from captionscale.score.panel import panel
 from captionscale.score.published import EVIDENCE, published
 from captionscale.score.receipt import Images, Receipt, references_sha256
@@ -32,6 +34,7 @@ def receipt(
 ) -> Receipt:
     """A receipt with the given CIDEr-D, and a third of it for every other metric."""
     scores = {metric: cider if metric == "CIDEr-D" else cider / 3 for metric in metrics}
+    sums = {family(metric): np.ones((1, 10 if family(metric) == "BLEU" else 2)) for metric in metrics}
     return Receipt(
         scores=scores,
         intervals={metric: (score - width, score + width) for metric, score in scores.items()},
@@ -43,7 +46,7 @@ def receipt(
         made_by=dict(made_by),
         notes=[],
         at={"time": "2026-01-01T00:00:00+00:00"},
-        images=Images([1], [caption], {}, {}),
+        images=Images([1], [caption], {metric: np.array([score]) for metric, score in scores.items()}, sums),
     )
 
 
@@ -198,5 +201,37 @@ def test_the_command_says_what_it_showed_and_what_it_cannot_show(tmp_path, capsy
         write_board([tmp_path / "empty"], out)
     with pytest.raises(UserError, match="nothere"):
         write_board([tmp_path / "nothere"], out)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="is a folder, wanted a place for a file"):
         write_board([tmp_path / "runs"], tmp_path / "runs")
+
+
+def test_a_broken_receipt_is_told_and_left_out_and_the_others_are_shown(tmp_path, capsys) -> None:
+    places = {name: tmp_path / "in" / name / "receipt.json" for name in ("good", "cut", "odd")}
+    for path in places.values():
+        receipt(0.9, split=["a", "list"], search=5).write(path)
+    places["cut"].write_bytes(places["cut"].read_bytes()[:-9])
+    replace(receipt(0.9), intervals={}).write(places["odd"])
+    (tmp_path / "empty").mkdir()
+    out = tmp_path / "board.html"
+    main(["board", str(tmp_path / "in"), str(tmp_path / "empty"), str(tmp_path / "none"), "--out", str(out)])
+    said = capsys.readouterr()
+    assert said.out == f"{out}: 1 receipt\n"
+    told = [line for line in said.err.splitlines() if line.startswith("left out: ")]
+    for line, place in zip(told, ["empty", "in/cut", "in/odd", "none"], strict=True):
+        assert f"{tmp_path / place}" in line
+        assert line.endswith(("; score the captions again", "or give another folder"))
+    assert Page(out).tables[0][0][1][0][1][1].startswith("goodsplit ['a', 'list']")
+    # None is left: the page of before stays.  Nor is a broken receipt written over.
+    with pytest.raises(SystemExit, match="1"):
+        main(["board", str(places["cut"]), str(places["odd"]), "--out", str(out)])
+    assert capsys.readouterr().err.count("no receipt, or not a whole one") == 2
+    assert Page(out).tables
+    with pytest.raises(UserError, match="is a receipt, wanted a place for the page"):
+        write_board([tmp_path / "in"], places["cut"])
+
+
+def test_receipts_of_before_their_signature_named_pycocoevalcap_are_ranked_with_later_ones(tmp_path) -> None:
+    parts = [SIGNATURE, f"pycocoevalcap 1.2|{SIGNATURE}", f"pycocoevalcap 1.3|{SIGNATURE}"]
+    for number, signature in enumerate(parts):
+        receipt(0.9, signature=signature).write(tmp_path / str(number) / "receipt.json")
+    assert [len(table.entries) for table in write_board([tmp_path], tmp_path / "board.html")] == [2, 1]

@@ -1,13 +1,19 @@
+import os
 import random
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from captionscale.errors import UserError
-from captionscale.score import java, meteor, paraphrases
+from captionscale.score import bleu, ciderd, java, meteor, paraphrases, rouge
 from captionscale.score.metrics import Evaluator, measure
 from captionscale.score.tokeniser import tokenise
 
@@ -160,6 +166,80 @@ def test_captions_score_alike_in_a_batch_one_by_one_and_in_any_order(random_capt
         if any(tokenise(references[image])):
             alone = evaluator.measure({image: captions[image]}, {image: references[image]}, metrics)
             assert alone.per_image == {metric: [batch.per_image[metric][image]] for metric in metrics}
+
+
+@pytest.fixture(scope="module")
+def thousands():
+    """Candidates and their references, tokenised."""
+    texts = tokenise(_random_texts(9000, seed=5))
+    return texts[:3000], [texts[3000 + 2 * place :][: 1 + place % 3] for place in range(3000)]
+
+
+def test_thousands_of_captions_score_alike_alone_and_in_any_order(thousands):
+    candidates, references = thousands
+    order = random.Random(6).sample(range(len(candidates)), len(candidates))
+    shuffled = [candidates[place] for place in order], [references[place] for place in order]
+    for figures in (bleu.statistics, rouge.rouge_l):
+        batch = figures(candidates, references)
+        assert (figures(*shuffled) == batch[order]).all()
+        alone = [figures([caption], [group]) for caption, group in zip(candidates, references, strict=True)]
+        assert (np.concatenate(alone) == batch).all()
+
+
+def test_thousands_of_captions_have_the_same_cider_d_alone_and_in_any_order(thousands):
+    # Alone against all references, whose document frequencies are part of the measure.
+    ids = defaultdict(count().__next__)
+
+    def ended(text):
+        return [ids[word] for word in [*text.split(), "END"]]
+
+    candidates, references = thousands
+    reward = ciderd.Reward([[ended(text) for text in group] for group in references])
+    texts = [ended(text) for text in candidates]
+    batch = reward(range(len(texts)), texts)
+    order = random.Random(7).sample(range(len(texts)), len(texts))
+    # A sum of floats depends on how many zeros stand between them; receipts keep 10 digits.
+    close = partial(pytest.approx, rel=1e-12, abs=1e-13)
+    assert reward(order, [texts[place] for place in order]) == close(batch[order])
+    assert [reward([place], [text])[0] for place, text in enumerate(texts)] == close(batch)
+    words = [f"{text} END" for text in candidates], [[f"{text} END" for text in each] for each in references]
+    assert ciderd.cider_d(*words) == close(batch)
+    shuffled = ([part[place] for place in order] for part in (candidates, references))
+    assert ciderd.cider_d(*shuffled) == close(ciderd.cider_d(candidates, references)[order])
+    assert (batch > 0).sum() > 1000
+
+
+def test_hundreds_of_captions_have_the_same_meteor_alone_as_in_a_batch(thousands):
+    candidates, references = (part[:300] for part in thousands)
+    jvms = meteor.Meteor(workers=2, gb=1.3)
+    try:
+        _, batch, rows = jvms.measure(candidates, references, once=False)
+        for place, (caption, group) in enumerate(zip(candidates, references, strict=True)):
+            value, alone, row = jvms.measure([caption], [group], once=False)
+            assert (alone[0], row[0].tolist()) == (batch[place], rows[place].tolist())
+            assert value == pytest.approx(alone[0], abs=1e-12)
+    finally:
+        jvms.close()
+
+
+def test_closing_while_it_starts_ends_it_for_good_until_it_is_opened():
+    # After an error beside it, it loaded its table to the end, and left its JVMs to run.
+    jvms, before = meteor.Meteor(workers=1, gb=1.3), set(_java_children(os.getpid()))
+    with ThreadPoolExecutor(1) as beside:
+        waiting = beside.submit(jvms.measure, ["a dog"], [["a dog runs"]], once=False)
+        time.sleep(0.3)
+        jvms.close()
+        with pytest.raises(UserError, match="closed while it started"):
+            waiting.result(timeout=60)
+    assert not jvms._jvms
+    assert set(_java_children(os.getpid())) <= before
+    with pytest.raises(UserError, match="closed while it started"):
+        jvms.measure(["a dog"], [["a dog"]], once=True)
+    jvms.open()
+    try:
+        assert jvms.measure(["a dog"], [["a dog"]], once=True)[0] == pytest.approx(1.0)
+    finally:
+        jvms.close()
 
 
 def test_each_text_is_tokenised_alike_in_any_company(random_captions):

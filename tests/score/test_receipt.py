@@ -4,7 +4,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,8 @@ from captionscale.errors import UserError
 from captionscale.score import Receipt, score
 from captionscale.score.extras import Extra
 from captionscale.score.metrics import METRICS, measure
-from captionscale.score.receipt import Images, references_sha256
+from captionscale.score.receipt import FORMAT, Images, _hash, references_sha256
+from captionscale.score.results import read_results
 from captionscale.tools.rating import score_file
 
 N_GRAMS = ["BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr-D"]
@@ -69,14 +73,15 @@ def test_it_says_what_was_counted_and_measured(receipt: Receipt) -> None:
     assert receipt.notes == ["1 of 4 captions are empty"]
     parts = receipt.signature.split("|")
     assert [part.split()[0] for part in parts] == [
-        *("references", "ptb", "bleu", "rouge-l", "cider-d"),
+        *("references", "pycocoevalcap", "ptb", "bleu", "rouge-l", "cider-d"),
         *("captionscale", "beam", "length-power", "end"),
     ]
     assert parts[0] == f"references {references_sha256(REFERENCES)[:12]} (4 images)"
     # sha256sum of the jar that pycocoevalcap 1.2 carries.
-    assert parts[1] == "ptb stanford-corenlp-3.4.1 2fcb91bb"
+    assert parts[1] == f"pycocoevalcap {version('pycocoevalcap')}"
+    assert parts[2] == "ptb stanford-corenlp-3.4.1 2fcb91bb"
     assert parts[-3:] == ["beam 3", "length-power 0.7", "end not rewarded"]
-    assert list(receipt.yardstick.values()) == parts[:5]
+    assert list(receipt.yardstick.values()) == parts[:6]
     for metric, (low, high) in receipt.intervals.items():
         assert 0 <= low <= receipt.scores[metric] <= high
 
@@ -165,6 +170,109 @@ def test_a_receipt_that_was_cut_short_edited_or_is_another_ones_is_refused(
         Receipt.read(written)
 
 
+def in_images(**changes: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda tree: {"images": tree["images"] | changes}
+
+
+FIGURES = {"BLEU-1": 0.9, "BLEU-4": 0.9, "ROUGE-L": 0.9, "CIDEr-D": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        (lambda _: {"scores": [1, 2]}, r"Expected `object`, got `array` - at `\$.scores`"),
+        (lambda _: {"scores": FIGURES | {"BLEU-1": "0.9"}}, "Expected `float`, got `str`"),
+        (lambda _: {"scores": FIGURES | {"BLEU-1": 10**400}}, "out of range"),
+        (lambda _: {"scores": FIGURES | {"BLEU-1": float("nan")}}, "not JSON compliant"),
+        (
+            lambda _: {"scores": {"BLEU-1": 0.9}},
+            r"intervals and scores are not of the same metrics \(BLEU-4\)",
+        ),
+        (lambda _: {"intervals": {}}, "intervals and scores are not of the same"),
+        (lambda _: {"scores": {}, "intervals": {}}, "it has no scores"),
+        (lambda _: {"intervals": {metric: [0.1] for metric in FIGURES}}, "Expected `array` of length 2"),
+        (
+            lambda tree: {"panel": {"captions": tree["panel"]["captions"]}},
+            "missing required field `references`",
+        ),
+        (lambda tree: {"panel": tree["panel"] | {"captions": {}}}, "missing required field"),
+        (lambda _: {"hashes": {}}, "missing required field"),
+        (lambda _: {"hashes": {"captions": "ab", "references": ["ab"]}}, "Expected `str`, got `array`"),
+        (lambda _: {"counts": {"images": 4}}, "missing required field"),
+        (lambda _: {"signature": None}, "Expected `str`, got `null`"),
+        (lambda _: {"made_by": []}, "Expected `object`"),
+        (lambda _: {"notes": [1]}, "Expected `str`"),
+        (lambda _: {"surplus": 1}, "unknown field `surplus`"),
+        (lambda _: {"images": []}, "Expected `object`"),
+        (in_images(ids=[]), "ids are not all numbers, nor all texts"),
+        (in_images(ids=[1, 2, 3, "4"]), "ids are not all numbers, nor all texts"),
+        (in_images(ids=[1, 2, 3]), "images has not 3 of each thing"),
+        (in_images(scores={}), "images.scores and scores are not of the same metrics"),
+        (in_images(scores={metric: [0.1] for metric in FIGURES}), "images has not 4 of each thing"),
+        (in_images(statistics={}), r"images.statistics and scores .* \(BLEU\)"),
+        (
+            in_images(statistics=dict.fromkeys(("BLEU", "ROUGE-L", "CIDEr-D"), [[1.0, 1.0]] * 4)),
+            "images.statistics.BLEU has rows of another length",
+        ),
+    ],
+)
+def test_a_receipt_that_others_wrote_with_odd_parts_is_refused(
+    written: Path, changes: Callable[[dict[str, Any]], dict[str, Any]], found: str
+) -> None:
+    # Its hash fits.  Whatever read it stumbled later: over a list for figures, over an absent interval.
+    tree = json.loads(written.read_text())
+    tree |= changes(tree)
+    tree["sha256"] = _spoilt_hash({key: tree[key] for key in tree if key not in ("sha256", "at", "format")})
+    written.write_text(json.dumps(tree))
+    with pytest.raises(UserError, match=f"no receipt, or not a whole one .*{found}.*; score the captions"):
+        Receipt.read(written)
+
+
+def _spoilt_hash(tree: dict[str, Any]) -> str:
+    try:
+        return _hash({"format": FORMAT, **tree})
+    except ValueError:
+        return ""
+
+
+def test_a_receipt_says_who_measured_and_takes_any_facts_of_who_wrote() -> None:
+    theirs = partial(measure, reference_implementation=True)
+    facts = [{}, {"search": {"beam": 3}}, {"search": None, "end_rewarded": True}, {"search": {}}]
+    signed = []
+    for made_by in facts:
+        found = score(CAPTIONS, REFERENCES, ["BLEU-1"], measure=theirs, made_by=made_by)
+        assert "measured by pycocoevalcap's own classes" in found.notes
+        signed.append(found.signature.partition("|captionscale ")[2].split("|")[1:])
+    assert signed == [[], ["beam 3"], ["end rewarded"], []]
+    # The figures are equal, so that they are ranked together.
+    ours = score(CAPTIONS, REFERENCES, ["BLEU-1"])
+    assert (ours.yardstick, ours.notes) == (found.yardstick, ["1 of 4 captions are empty"])
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b'[{"image_id": 1, "caption": "a d', r"no COCO results \(Unterminated string"),
+        (b"\xff\xfe[]", "no COCO results .*can't decode byte 0xff"),
+        (b'{"images": []}', "line 0 of the list is {'images': "),
+        (b'[{"image_id": "1", "caption": "a dog"}]', "line 0 of the list is"),
+        (b'[{"image_id": true, "caption": "a dog"}]', "line 0 of the list is"),
+        (b'[{"image_id": 1, "caption": null}]', "line 0 of the list is"),
+        (b"[" * 100_000, "no COCO results"),
+    ],
+)
+def test_what_are_no_results_is_refused_with_the_form_that_is_wanted(
+    content: bytes, found: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"{found}.*; wanted a JSON list of .*; write it again in that form"):
+        read_results(path)
+    # The mark that some editors put before a text is no fault.
+    path.write_bytes(b'\xef\xbb\xbf[{"image_id": 1, "caption": "a dog"}]')
+    assert read_results(path) == {1: "a dog"}
+
+
 def test_a_receipt_may_be_laid_out_anew_and_its_time_and_host_left_out(
     receipt: Receipt, written: Path
 ) -> None:
@@ -194,7 +302,9 @@ def test_the_receipt_of_5000_images_is_below_3_mb(receipt: Receipt, tmp_path: Pa
             **{metric: np.stack([random.random(5000), np.ones(5000)], 1) for metric in METRICS[-2:]},
         },
     )
-    replace(receipt, images=images).write(tmp_path / "receipt.json")
+    values = dict.fromkeys(METRICS, 0.5)
+    bounds = dict.fromkeys(METRICS, (0.4, 0.6))
+    replace(receipt, images=images, scores=values, intervals=bounds).write(tmp_path / "receipt.json")
     assert (tmp_path / "receipt.json").stat().st_size < 3_000_000
     np.testing.assert_array_equal(
         Receipt.read(tmp_path / "receipt.json").images.scores["METEOR"], images.scores["METEOR"]
@@ -266,3 +376,10 @@ def test_a_receipt_does_not_take_the_place_of_what_is_scored(tmp_path: Path) -> 
     with pytest.raises(UserError, match="is what is to be scored"):
         score_file(results, references, results, measure)
     assert results.read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_scored(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path, tmp_path / "file" / "receipt.json"):
+        with pytest.raises(UserError, match=r"is a folder|cannot be written \(Not a directory\)"):
+            score_file(tmp_path / "none.json", tmp_path / "none.json", out, measure)

@@ -20,9 +20,9 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.ranks import Ranks
 from captionscale.train import checkpoint
-from captionscale.train.checkpoint import Standing
 from captionscale.train.loop import train
 from captionscale.train.saving import Saver
+from captionscale.train.standing import Standing
 from captionscale.vocab import SPECIALS, Vocabulary
 
 VOCABULARY = Vocabulary((*SPECIALS, "a", "dog"))
@@ -238,7 +238,7 @@ def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(tmp_pat
         import sys, torch
         from pathlib import Path
         from captionscale import toml
-        from captionscale.train.checkpoint import Standing
+        from captionscale.train.standing import Standing
         from captionscale.train.saving import Saver
         from captionscale.vocab import SPECIALS, Vocabulary
         run = Path(sys.argv[1])

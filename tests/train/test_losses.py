@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from captionscale.train.losses import cross_entropy
+from captionscale.train.losses import Target, cross_entropy, uneven_attention
 from captionscale.vocab import PAD
 
 CAPTIONS, TIMES, WORDS = 4, 6, 9
@@ -23,45 +23,59 @@ def targets() -> Tensor:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-def test_the_loss_is_the_sum_over_words_of_their_smoothed_negative_log_probability(
+def test_a_captions_loss_is_the_sum_over_its_words_of_their_smoothed_negative_log_probability(
     logits, targets, smoothing
 ) -> None:
-    expected = 0.0
+    expected = [0.0] * CAPTIONS
     for caption in range(CAPTIONS):
         for time in range(TIMES):
             if (word := int(targets[caption, time])) != PAD:
                 total = math.log(sum(math.exp(logit) for logit in logits[caption, time].tolist()))
                 surprise = [total - logit for logit in logits[caption, time].tolist()]
-                expected += (1 - smoothing) * surprise[word] + smoothing * sum(surprise) / WORDS
-    assert cross_entropy(logits, targets, smoothing).item() == pytest.approx(expected, rel=1e-5)
+                expected[caption] += (1 - smoothing) * surprise[word] + smoothing * sum(surprise) / WORDS
+    assert cross_entropy(logits, targets, smoothing).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_padding_counts_nothing_and_teaches_nothing(logits, targets, smoothing) -> None:
     logits.requires_grad_()
-    loss = cross_entropy(logits, targets, smoothing)
+    loss = cross_entropy(logits, targets, smoothing).sum()
     loss.backward()
     assert (logits.grad[targets == PAD] == 0).all()
     assert (logits.grad[targets != PAD].abs().amax(1) > 0).all()
     changed = logits.detach().clone()
     changed[targets == PAD] = 100
-    assert cross_entropy(changed, targets, smoothing).item() == pytest.approx(loss.item())
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_losses_of_the_parts_add_up_to_the_loss_of_the_whole(logits, targets, smoothing) -> None:
-    whole = cross_entropy(logits, targets, smoothing).item()
-    for cut in range(1, CAPTIONS):
-        first = cross_entropy(logits[:cut], targets[:cut], smoothing)
-        second = cross_entropy(logits[cut:], targets[cut:], smoothing)
-        assert (first + second).item() == pytest.approx(whole)
+    assert cross_entropy(changed, targets, smoothing).sum().item() == pytest.approx(loss.item())
 
 
 def test_only_padding_costs_nothing(logits) -> None:
-    assert cross_entropy(logits, torch.full((CAPTIONS, TIMES), PAD), 0.1).item() == 0
+    assert cross_entropy(logits, torch.full((CAPTIONS, TIMES), PAD), 0.1).tolist() == [0] * CAPTIONS
 
 
 def test_half_precision_logits_are_summed_in_single_precision(logits, targets) -> None:
     loss = cross_entropy(logits.bfloat16(), targets, 0.1)
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(cross_entropy(logits.bfloat16().float(), targets, 0.1).item())
+    assert loss.tolist() == pytest.approx(cross_entropy(logits.bfloat16().float(), targets, 0.1).tolist())
+
+
+def test_sampled_and_peoples_captions_share_the_loss_by_their_words() -> None:
+    pictures = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    tokens = torch.tensor([[1, 4, 2, 0], [1, 5, 6, 2], [1, 2, 0, 0]])
+    advantages = torch.tensor([2.0, -1.0])
+    target = Target(pictures, tokens, torch.zeros(3, dtype=torch.long), 2, lambda: advantages)
+    assert target.words == (5, 1)
+    # Over all ranks there are ten sampled words and four of people.
+    weights = target.weights(torch.tensor([10.0, 4.0]), of_people=0.2)
+    assert weights.tolist() == pytest.approx([0.8 * 2 / 10, 0.8 * -1 / 10, 0.2 / 4])
+    people = Target(pictures, tokens, torch.zeros(3, dtype=torch.long))
+    assert people.words == (0, 6)
+    assert people.weights(torch.tensor([0.0, 6.0]), of_people=1.0).tolist() == pytest.approx([1 / 6] * 3)
+
+
+def test_attention_that_sees_each_region_once_in_a_caption_costs_nothing() -> None:
+    # Two words, two regions; Xu et al. 2015, equation 14.
+    even = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.7, 0.3]]])
+    targets = torch.tensor([[5, 2, PAD]])
+    assert uneven_attention(even, targets).tolist() == [0]
+    stuck = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
+    assert uneven_attention(stuck, targets).tolist() == [(1 - 2) ** 2 + (1 - 0) ** 2]

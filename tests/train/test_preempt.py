@@ -230,6 +230,13 @@ def test_captioning_a_split_leaves_and_writes_nothing(
     out = tmp_path / "captions.json"
     signal_in_the_first_batch(monkeypatch, signal.SIGUSR1)
     with pytest.raises(PreemptedError, match="before split 'test' was captioned"):
-        caption_run(whole, "test", checkpoint="last", beam=None, shards=None, out=out)
+        caption_run(whole, "test", checkpoint="last", shards=None, out=out)
     assert not out.exists()
-    assert caption_run(whole, "test", checkpoint="last", beam=None, shards=None, out=out) == 8
+    # A place that cannot be written is told before, and what was done is remembered.
+    with pytest.raises(UserError, match="is a folder, wanted a place for a file"):
+        caption_run(whole, "test", checkpoint="last", shards=None, out=tmp_path)
+    assert caption_run(whole, "test", checkpoint="last", shards=None, out=out) == 8
+    line = json.loads((whole / "scores" / "history.jsonl").read_text().splitlines()[-1])
+    assert (line["split"], line["captions"]) == ("test", str(out.resolve()))
+    assert line["search"]["beam"] >= 1
+    assert "scores" not in line

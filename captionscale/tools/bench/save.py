@@ -16,8 +16,8 @@ from captionscale.model.captioner import Captioner
 from captionscale.ranks import Ranks
 from captionscale.tools.bench.race import Heat, Way, race
 from captionscale.train import checkpoint
-from captionscale.train.checkpoint import Standing
 from captionscale.train.saving import Saver
+from captionscale.train.standing import Standing
 from captionscale.vocab import SPECIALS, Vocabulary
 
 # So many words occur five times in the captions of COCO's train images, in Karpathy's split.

@@ -4,20 +4,16 @@ import gc
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import count, cycle, islice
 from pathlib import Path
 from random import Random
 from threading import Event
-from typing import Any
 
 import numpy as np
-from pycocoevalcap.bleu.bleu import Bleu
-from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.meteor.meteor import Meteor
-from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from captionscale.data import scenes
@@ -26,7 +22,7 @@ from captionscale.errors import UserError
 from captionscale.files import cores
 from captionscale.progress import say
 from captionscale.score import bleu, ciderd, java, rouge
-from captionscale.score.metrics import METRICS, Evaluator, Scores, measure
+from captionscale.score.metrics import METRICS, Evaluator, Figures, Scores, measure, their_n_grams
 from captionscale.score.results import read_results
 from captionscale.score.tokeniser import BREAKS
 from captionscale.tools.bench.race import Heat, Sheet, Way, race
@@ -35,7 +31,7 @@ _IMAGES = 5000
 _LOOK_S = 0.02
 
 Texts = dict[int, list[str]]
-Figures = dict[str, tuple[float, Sequence[float]]]
+Found = dict[str, Figures]
 
 
 def bench(results: Path | None, references: Path | None, *, rounds: int) -> list[Heat | Sheet]:
@@ -83,8 +79,8 @@ def _n_grams(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
     """BLEU, ROUGE-L and CIDEr-D of tokenised texts, by one thread each."""
     targets, found = _their_tokens(human), _their_tokens({image: [text] for image, text in captions.items()})
     pairs = deque((found[image][0], group) for image, group in targets.items())
-    ours: Figures = {}
-    theirs: Figures = {}
+    ours: Found = {}
+    theirs: Found = {}
     turns = count(1)
 
     def kernels() -> None:
@@ -104,7 +100,7 @@ def _n_grams(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
 
     ways = [
         Way("captionscale", kernels, len(captions)),
-        Way("pycocoevalcap", lambda: theirs.update(_their_n_grams(targets, found)), len(captions)),
+        Way("pycocoevalcap", lambda: theirs.update(their_n_grams(found, targets)), len(captions)),
     ]
     heat = race("BLEU, ROUGE-L and CIDEr-D of tokenised captions", "images", ways, rounds)
     heat.notes.append(_same(ours, theirs))
@@ -114,7 +110,7 @@ def _n_grams(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
 def _warm(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
     """All metrics of captions that come again and again for the same images, as in a training run."""
     ours: list[Scores] = []
-    theirs: Figures = {}
+    theirs: Found = {}
     meteor = Meteor()
     targets = _their_tokens(human)
     with Evaluator() as evaluator:
@@ -135,7 +131,7 @@ def _warm(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
 def _cold(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
     """All metrics, once: each way starts its own JVMs."""
     ours: list[Scores] = []
-    theirs: Figures = {}
+    theirs: Found = {}
     ways = [
         Way("captionscale", lambda: ours.append(measure(captions, human)), len(captions)),
         Way("pycocoevalcap", lambda: theirs.update(_theirs(captions, human)), len(captions)),
@@ -166,13 +162,13 @@ def _scaling(captions: Mapping[int, str], human: Texts) -> Sheet:
 
 def _theirs(
     captions: Mapping[int, str], human: Texts, meteor: Meteor | None = None, targets: Texts | None = None
-) -> Figures:
+) -> Found:
     """Score as `COCOEvalCap.evaluate` does, but for SPICE; what is given is not made again."""
     targets = targets or _their_tokens(human)
     found = _their_tokens({image: [text] for image, text in captions.items()})
     # Before BLEU, beside which it loads its table.
     meteor = meteor or Meteor()
-    figures = _their_n_grams(targets, found)
+    figures = their_n_grams(found, targets)
     return figures | {"METEOR": meteor.compute_score(targets, found)}
 
 
@@ -197,20 +193,11 @@ def _quiet() -> Iterator[None]:
         os.close(told)
 
 
-def _their_n_grams(targets: Texts, found: Texts) -> Figures:
-    bleus: Any = zip(*Bleu(4).compute_score(targets, found, verbose=0), strict=True)
-    figures: Figures = {f"BLEU-{n}": result for n, result in enumerate(bleus, start=1)}
-    return figures | {
-        "ROUGE-L": Rouge().compute_score(targets, found),
-        "CIDEr-D": Cider().compute_score(targets, found),
-    }
-
-
-def _figures(scores: Scores) -> Figures:
+def _figures(scores: Scores) -> Found:
     return {metric: (scores.values[metric], scores.per_image[metric]) for metric in METRICS}
 
 
-def _same(ours: Figures, theirs: Figures) -> str:
+def _same(ours: Found, theirs: Found) -> str:
     """Say how close both are.
 
     Raises:

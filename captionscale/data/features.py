@@ -1,0 +1,182 @@
+"""Features of all images of a split in one file, for an encoder that does not change.
+
+`features/<split>-<key>.npy` beside the shards is a plain NumPy file of half-precision numbers, [image,
+region, feature], in the order of the split's index; the key is a hash of all that they depend on. What is
+being written ends in `.tmp`.
+"""
+
+import io
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float16, Shaped
+
+from captionscale.data.places import Place, Remote
+from captionscale.errors import UserError
+from captionscale.progress import say
+
+_NUMBER = np.dtype("<f2")
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of a split's images: where they are, and of what shape."""
+
+    path: Path
+    shape: tuple[int, int, int]
+    """Images, regions, features."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the file."""
+        return len(self._header) + int(np.prod(self.shape)) * _NUMBER.itemsize
+
+    def open(self) -> Float16[np.ndarray, "image region feature"]:
+        """Return the file as an array that is read where it is used.
+
+        Raises:
+            UserError: It is damaged, or not there.
+        """
+        try:
+            with self.path.open("rb") as file:
+                header, size_bytes = file.read(len(self._header)), os.fstat(file.fileno()).st_size
+            if header == self._header and size_bytes == self.size_bytes:
+                return np.lib.format.open_memmap(self.path, mode="r")
+            found = f"{size_bytes:,} bytes" if header == self._header else "another header"
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: {error.strerror}, wanted the features of images; all machines of a run must"
+                " see one folder of shards; or set train.cache_features = false"
+            ) from None
+        raise UserError(
+            f"{self.path}: damaged ({found}), wanted {self.size_bytes:,} bytes that hold {self.shape} numbers"
+            " of half precision; delete it, and the next run computes it anew"
+        )
+
+    def begin(self) -> None:
+        """Make the file that is to be filled, in place of one that was begun and not finished.
+
+        Raises:
+            OSError: The folder is read-only.
+        """
+        with self._partial.open("wb") as file:
+            file.write(self._header)
+            file.truncate(self.size_bytes)
+
+    def write(self, start: int, rows: Shaped[np.ndarray, "image region feature"]) -> None:
+        """Put features into the file that was begun.
+
+        Args:
+            start: Row of the split's index that the first of them belongs to.
+            rows: Of numbers that half precision can hold.
+
+        Raises:
+            UserError: They are too large, or the disk fails.
+        """
+        with np.errstate(over="ignore"):
+            halves = rows.astype(_NUMBER)
+        if not np.isfinite(halves).all():
+            raise UserError(
+                f"{self.path}: a feature of the images from row {start:,} of the index on is"
+                f" {np.abs(rows).max():g}, wanted at most {np.finfo(_NUMBER).max:g}, the most that half"
+                " precision holds; set train.cache_features = false"
+            )
+        try:
+            with self._partial.open("r+b") as file:
+                file.seek(len(self._header) + start * halves[0].nbytes)
+                file.write(halves.tobytes())
+        except OSError as error:
+            raise self._unwritten(error) from None
+
+    def sync(self) -> None:
+        """Have what this process has written on the disk itself.
+
+        Raises:
+            UserError: The disk fails.
+        """
+        try:
+            with self._partial.open("r+b") as file:
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._unwritten(error) from None
+
+    def finish(self) -> None:
+        """Give the filled file its name."""
+        self._partial.replace(self.path)
+        descriptor = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def _unwritten(self, error: OSError) -> UserError:
+        return UserError(
+            f"{self._partial}: cannot be written ({error.strerror}), wanted a folder that all processes"
+            " share, with free space; free the disk, or set train.cache_features = false"
+        )
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".tmp")
+
+    @property
+    def _header(self) -> bytes:
+        file = io.BytesIO()
+        facts = {"descr": _NUMBER.str, "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(file, facts)
+        return file.getvalue()
+
+
+def folder_of(place: Place) -> Path:
+    """Return the folder of features beside shards.
+
+    Raises:
+        UserError: The shards are behind a URL.
+    """
+    if isinstance(place, Remote):
+        raise UserError(
+            f"data.shards = {place}: is a URL, but train.cache_features keeps features beside the shards;"
+            " wanted a folder of this machine; copy the shards to one, or set train.cache_features = false"
+        )
+    return place.path / "features"
+
+
+def begin_all(files: Sequence[Features]) -> None:
+    """Make all files ready to be filled, and tell how large they will be.
+
+    Raises:
+        UserError: The disk has not that much room, or the folder is read-only.
+    """
+    folder, size_bytes = files[0].path.parent, sum(each.size_bytes for each in files)
+    try:
+        free = shutil.disk_usage(folder).free + sum(
+            each.stat().st_blocks * 512 for each in folder.glob("*.tmp")
+        )
+        if free < size_bytes:
+            raise UserError(
+                f"{folder}: {free / 1e9:,.2f} GB are free, wanted {size_bytes / 1e9:,.2f} GB for the features"
+                f" of {sum(each.shape[0] for each in files):,} images; free the disk, or set"
+                " train.cache_features = false"
+            )
+        for each in folder.glob("*.tmp"):
+            each.unlink()
+        for file in files:
+            images, regions, numbers = file.shape
+            say(
+                f"computing features of {images:,} images ({regions:,} x {numbers:,} numbers each), once:"
+                f" {file.size_bytes / 1e9:,.2f} GB in {file.path}"
+            )
+            file.begin()
+    except OSError as error:
+        raise refused(folder, error) from None
+
+
+def refused(folder: Path, error: OSError) -> UserError:
+    """Return what is to be said of a folder in which nothing can be written."""
+    return UserError(
+        f"{folder}: {(error.strerror or str(error)).lower()}, wanted to keep features there"
+        " (train.cache_features); make the folder writable, copy the shards, or set"
+        " train.cache_features = false"
+    )

@@ -1,0 +1,32 @@
+"""How far a run is."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Standing:
+    """How far a run is: all that is carried from step to step beside weights and optimiser."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    best_score: float = -1.0
+    """Of the validation split, in `train.score_metric`; negative before the first scoring."""
+    best_step: int = 0
+    scores_since_best: int = 0
+    captioned: int = 0
+    """Step of the last validation."""
+    judged: int = 0
+    """Step of the last one whose scores count; they come later than its captions."""
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """The fp16 loss scaler's state."""
+    began: dict[str, float] = field(default_factory=dict)
+    """Figures of the first captions that self-critical training sampled."""
+
+    def judge(self, step: int, score: float) -> None:
+        """Take the score of a step into account."""
+        self.judged = step
+        better = score > self.best_score
+        self.scores_since_best = 0 if better else self.scores_since_best + 1
+        if better:
+            self.best_score, self.best_step = score, step
