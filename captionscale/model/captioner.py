@@ -41,8 +41,8 @@ class Captioner(nn.Module):
         self, pictures: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"]
     ) -> Float[Tensor, "image region feature"]:
         """Return the features of pictures; where they come from a cache, they are these."""
-        features: Tensor = pictures.float() if pictures.is_floating_point() else self.encoder(pictures)
-        return features
+        features: Tensor = pictures if pictures.is_floating_point() else self.encoder(pictures)
+        return features.float()
 
     def forward(
         self,

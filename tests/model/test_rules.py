@@ -5,7 +5,7 @@ from sayings import FIRST, IMAGES, SEARCHES, STRATEGIES, opinionated, words_of
 from captionscale.model.decoders import DECODERS
 from captionscale.model.rules import Rules
 from captionscale.model.search import search
-from captionscale.vocab import END, UNKNOWN
+from captionscale.vocab import END, START, UNKNOWN
 
 WORDS, MAX_WORDS = 16, 9
 
@@ -122,6 +122,43 @@ def test_required_words_are_put_where_they_cost_least() -> None:
         assert {tuple(caption.tokens) for caption in held} == {tuple(caption.tokens) for caption in expected}
         assert held[0].tokens == expected[0].tokens
         assert held[0].log_probability == pytest.approx(expected[0].log_probability, abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beam", [1, 2, 4])
+@pytest.mark.parametrize("keen", [0, 6], ids=["", "to end"])
+def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> None:
+    """Section 3.2 of Anderson et al. 2017, written out, without an end before all words are said."""
+    decoder, features = case[0], case[1][:1]
+    decoder.vocabulary.bias[END] += keen
+    required = ((FIRST,), (FIRST + 1, FIRST + 2))
+    found = search(
+        decoder, features, beam=beam, max_words=5, length_power=0.0, rules=Rules(required=required)
+    )
+    for image, captions in zip(features, found, strict=True):
+        beams: dict[frozenset[int], dict[tuple[int, ...], float]] = {frozenset(): {(): 0.0}}
+        for _ in range(5):
+            longer: dict[frozenset[int], dict[tuple[int, ...], float]] = {}
+            for said, kept in beams.items():
+                for tokens, total in kept.items():
+                    if END in tokens:
+                        longer.setdefault(said, {})[tokens] = total
+                        continue
+                    read = torch.tensor([[START, *tokens]])
+                    chances = decoder(image.unsqueeze(0), read, torch.tensor([0]))[0][0, -1].log_softmax(0)
+                    for word in range(FIRST, FIRST + WORDS):
+                        then = said | {number for number, group in enumerate(required) if word in group}
+                        longer.setdefault(then, {})[(*tokens, word)] = total + chances[word].item()
+                    if len(said) == len(required):
+                        longer.setdefault(said, {})[(*tokens, END)] = total + chances[END].item()
+            beams = {
+                said: dict(sorted(each.items(), key=lambda pair: -pair[1])[:beam])
+                for said, each in longer.items()
+            }
+        expected = beams[frozenset(range(len(required)))]
+        assert {tuple(each.tokens): each.log_probability for each in captions} == pytest.approx(
+            expected, abs=1e-4
+        )
 
 
 @pytest.mark.parametrize("strategy", SEARCHES)

@@ -164,25 +164,32 @@ def test_one_group_is_a_plain_beam_and_groups_without_a_price_find_the_same_capt
         assert [caption.tokens for caption in both] == [caption.tokens for caption in each]
 
 
-def test_groups_choose_one_after_another_and_pay_for_words_said_at_the_same_place(case) -> None:
-    """The first two groups of algorithm 1, written out with one caption each."""
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_groups_choose_one_after_another_and_pay_for_words_said_at_the_same_place(case, width) -> None:
+    """Algorithm 1 of Vijayakumar et al. 2016, written out; a finished caption says nothing more."""
     decoder, features = case
     price = 1.5
-    found = said(decoder, features, 2, groups=2, diversity=price)
+    found = said(decoder, features, 2 * width, 5, groups=2, diversity=price)
     for image, captions in zip(features, found, strict=True):
-        tokens: list[list[int]] = [[], []]
-        for _ in range(4):
-            last = None
-            for group in tokens:
-                if group[-1:] != [END]:
-                    follow = next_words(decoder, image, group)
-                    group.append(max(follow, key=lambda word: follow[word] - price * (word == last)))
-                    last = group[-1]
-        assert {tuple(caption.tokens) for caption in captions} == set(map(tuple, tokens))
-        for caption in captions:
-            assert caption.log_probability == pytest.approx(
-                log_probability(decoder, image, caption.tokens), abs=1e-4
-            )
+        groups: list[list[tuple[tuple[int, ...], float]]] = [[((), 0.0)], [((), 0.0)]]
+        for _ in range(5):
+            spoken: list[int] = []
+            for number, group in enumerate(groups):
+                longer = [(total, tokens, total) for tokens, total in group if END in tokens]
+                for tokens, total in group:
+                    if END not in tokens:
+                        follow = next_words(decoder, image, list(tokens))
+                        longer += [
+                            (total + chance - price * spoken.count(word), (*tokens, word), total + chance)
+                            for word, chance in follow.items()
+                        ]
+                kept = sorted(longer, reverse=True)[:width]
+                spoken += [each[-1] for _, each, _ in kept if each not in dict(group)]
+                groups[number] = [(tokens, total) for _, tokens, total in kept]
+        expected = dict(groups[0] + groups[1])
+        assert {tuple(each.tokens): each.log_probability for each in captions} == pytest.approx(
+            expected, abs=1e-4
+        )
 
 
 def test_a_high_price_makes_groups_differ_where_they_would_agree() -> None:
