@@ -1,28 +1,15 @@
 """The decoder that looks at regions for each word."""
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from captionscale import config
-from captionscale.model import output
+from captionscale.model import output, recurrence
 from captionscale.model.attention import AdditiveAttention
 from captionscale.model.dropout import Dropout
-from captionscale.model.output import Masks
-from captionscale.model.reading import read_captions, read_word
-from captionscale.model.state import select
-
-
-class AttentionState(NamedTuple):
-    """The picture and the LSTM's memory."""
-
-    regions: Float[Tensor, "batch region size"]
-    keys: Float[Tensor, "batch region attend"]
-    hidden: Float[Tensor, "batch layer hidden"]
-    cell: Float[Tensor, "batch layer hidden"]
-    masks: Masks = ()
+from captionscale.model.reading import read_word
+from captionscale.model.recurrence import AttentionState
 
 
 class AttentionDecoder(nn.Module):
@@ -91,7 +78,12 @@ class AttentionDecoder(nn.Module):
         owners: Int[Tensor, "caption"],
     ) -> tuple[Float[Tensor, "caption time word"], Float[Tensor, "caption time region"]]:
         """Return the logits of each word that follows, and where the decoder looked for it."""
-        return read_captions(self, self._recur, tokens, select(self.start(features), owners))
+        start, masks = self.start(features), output.masks(self, len(tokens))
+        words = output.embed(self, tokens, masks)
+        hidden, context, weights = recurrence.read(
+            words, tokens, owners, start, self.attention, self.gate, self.cells
+        )
+        return output.logits(self, words, hidden, context, masks), weights
 
     def _recur(
         self, word: Float[Tensor, "batch embed"], state: AttentionState
