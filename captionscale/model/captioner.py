@@ -50,7 +50,11 @@ class Captioner(nn.Module):
         tokens: Int[Tensor, "caption time"],
         owners: Int[Tensor, "caption"],
         own_share: float = 0.0,
-    ) -> tuple[Float[Tensor, "caption time word"], Float[Tensor, "caption time region"] | None]:
+        rows: Int[Tensor, "row"] | None = None,
+    ) -> tuple[
+        Float[Tensor, "caption time word"] | Float[Tensor, "row word"],
+        Float[Tensor, "caption time region"] | None,
+    ]:
         """Return the logits of each caption's next words, and where the decoder looked for them.
 
         Args:
@@ -58,9 +62,11 @@ class Captioner(nn.Module):
             tokens: Start and words; what each time reads, not what it predicts.
             owners: The row of `pictures` that each caption belongs to.
             own_share: Share of the words read that are the decoder's own predictions.
+            rows: Only the logits of these words, counted caption after caption; without them, of all.
         """
         features = self.look(pictures)
         if own_share:
-            return rehearse(self.decoder, features, tokens, owners, own_share)
-        logits, attention = self.decoder(features, tokens, owners)
+            logits, attention = rehearse(self.decoder, features, tokens, owners, own_share)
+            return logits if rows is None else logits.flatten(0, 1)[rows], attention
+        logits, attention = self.decoder(features, tokens, owners, rows)
         return logits, attention

@@ -99,7 +99,8 @@ def logits(
     hidden: Float[Tensor, "*batch hidden"],
     context: Float[Tensor, "*batch context"] | None,
     masks: Masks,
-) -> Float[Tensor, "*batch word"]:
+    rows: Int[Tensor, "row"] | None = None,
+) -> Float[Tensor, "*batch word"] | Float[Tensor, "row word"]:
     """Return the logits of the next word.
 
     With e the vector of the word that was read, h the state, z what attention saw (a decoder without it lacks
@@ -117,6 +118,7 @@ def logits(
         hidden: h.
         context: z.
         masks: Of this caption.
+        rows: Only of these words, counted caption after caption; without them, of all.
 
     Source:
         Deep: Xu et al. 2015 (arXiv:1502.03044), equation 7, after Pascanu et al. 2014 (arXiv:1312.6026).
@@ -132,6 +134,8 @@ def logits(
     if reading.shape[-1] > matrix.shape[1]:
         reading = reading.unflatten(-1, (-1, 2)).amax(-1)
     reading = speaker.dropout(reading, masks[1] if masks else None)
+    if rows is not None:
+        reading = reading.flatten(0, -2).index_select(0, rows)
     return F.linear(reading, matrix, speaker.vocabulary.bias)
 
 

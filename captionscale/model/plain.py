@@ -72,9 +72,10 @@ class PlainDecoder(nn.Module):
         features: Float[Tensor, "image region feature"],
         tokens: Int[Tensor, "caption time"],
         owners: Int[Tensor, "caption"],
-    ) -> tuple[Float[Tensor, "caption time word"], None]:
-        """Return the logits of each word that follows; no attention."""
-        logits, _ = self._read(tokens, select(self.start(features), owners))
+        rows: Int[Tensor, "row"] | None = None,
+    ) -> tuple[Float[Tensor, "caption time word"] | Float[Tensor, "row word"], None]:
+        """Return the logits of each word that follows, or of these rows; no attention."""
+        logits, _ = self._read(tokens, select(self.start(features), owners), rows)
         return logits, None
 
     def _see(self, pictures: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch embed"]:
@@ -91,11 +92,14 @@ class PlainDecoder(nn.Module):
         )
 
     def _read(
-        self, tokens: Int[Tensor, "caption time"], state: PlainState
-    ) -> tuple[Float[Tensor, "caption time word"], PlainState]:
+        self,
+        tokens: Int[Tensor, "caption time"],
+        state: PlainState,
+        rows: Int[Tensor, "row"] | None = None,
+    ) -> tuple[Float[Tensor, "caption time word"] | Float[Tensor, "row word"], PlainState]:
         masks = state.masks or output.masks(self, len(tokens))
         words = output.embed(self, tokens, masks)
         memory = (state.hidden.transpose(0, 1).contiguous(), state.cell.transpose(0, 1).contiguous())
         hiddens, (hidden, cell) = self.lstm(words, memory)
-        logits = output.logits(self, words, hiddens, None, masks)
+        logits = output.logits(self, words, hiddens, None, masks, rows)
         return logits, PlainState(hidden.transpose(0, 1), cell.transpose(0, 1), masks)

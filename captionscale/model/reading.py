@@ -32,12 +32,18 @@ def read_word(
 
 
 def read_captions(
-    speaker: Speaker, recur: Recurrence[State], tokens: Int[Tensor, "caption time"], state: State
-) -> tuple[Float[Tensor, "caption time word"], Float[Tensor, "caption time region"]]:
+    speaker: Speaker,
+    recur: Recurrence[State],
+    tokens: Int[Tensor, "caption time"],
+    state: State,
+    rows: Int[Tensor, "row"] | None = None,
+) -> tuple[
+    Float[Tensor, "caption time word"] | Float[Tensor, "row word"], Float[Tensor, "caption time region"]
+]:
     """Read all words, with their vectors and the output outside the recurrence.
 
     Returns:
-        The logits of each word that follows, and where the decoder looked for it.
+        The logits of each word that follows, or of these rows, and where the decoder looked.
     """
     masks = state.masks or output.masks(speaker, len(tokens))
     words = output.embed(speaker, tokens, masks)
@@ -46,4 +52,4 @@ def read_captions(
         parts, state = recur(word, state)
         times.append(parts)
     hidden, context, weights = (torch.stack(parts, 1) for parts in zip(*times, strict=True))
-    return output.logits(speaker, words, hidden, context, masks), weights
+    return output.logits(speaker, words, hidden, context, masks, rows), weights

@@ -76,14 +76,17 @@ class AttentionDecoder(nn.Module):
         features: Float[Tensor, "image region feature"],
         tokens: Int[Tensor, "caption time"],
         owners: Int[Tensor, "caption"],
-    ) -> tuple[Float[Tensor, "caption time word"], Float[Tensor, "caption time region"]]:
-        """Return the logits of each word that follows, and where the decoder looked for it."""
+        rows: Int[Tensor, "row"] | None = None,
+    ) -> tuple[
+        Float[Tensor, "caption time word"] | Float[Tensor, "row word"], Float[Tensor, "caption time region"]
+    ]:
+        """Return the logits of each word that follows, or of these rows, and where the decoder looked."""
         start, masks = self.start(features), output.masks(self, len(tokens))
         words = output.embed(self, tokens, masks)
         hidden, context, weights = recurrence.read(
             words, tokens, owners, start, self.attention, self.gate, self.cells
         )
-        return output.logits(self, words, hidden, context, masks), weights
+        return output.logits(self, words, hidden, context, masks, rows), weights
 
     def _recur(
         self, word: Float[Tensor, "batch embed"], state: AttentionState

@@ -86,9 +86,12 @@ class TopDownDecoder(nn.Module):
         features: Float[Tensor, "image region feature"],
         tokens: Int[Tensor, "caption time"],
         owners: Int[Tensor, "caption"],
-    ) -> tuple[Float[Tensor, "caption time word"], Float[Tensor, "caption time region"]]:
-        """Return the logits of each word that follows, and where the decoder looked for it."""
-        return read_captions(self, self._recur, tokens, select(self.start(features), owners))
+        rows: Int[Tensor, "row"] | None = None,
+    ) -> tuple[
+        Float[Tensor, "caption time word"] | Float[Tensor, "row word"], Float[Tensor, "caption time region"]
+    ]:
+        """Return the logits of each word that follows, or of these rows, and where the decoder looked."""
+        return read_captions(self, self._recur, tokens, select(self.start(features), owners), rows)
 
     def _recur(
         self, word: Float[Tensor, "batch embed"], state: TopDownState

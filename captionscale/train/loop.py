@@ -156,9 +156,9 @@ def _learn(
     for (number, batch), target in engine.last_one_syncs(zip(share, work, strict=True)):
         ranks.seed(config.seed, step, number)
         own_share = settings.scheduled_sampling * done
-        logits, attention = engine(target.pictures, target.tokens[:, :-1], target.owners, own_share)
-        following = target.tokens[:, 1:]
-        surprise = cross_entropy(logits, following, job.objective.label_smoothing)
+        read, following, rows = target.tokens[:, :-1], target.tokens[:, 1:], target.rows
+        logits, attention = engine(target.pictures, read, target.owners, own_share, rows)
+        surprise = cross_entropy(logits, following, job.objective.label_smoothing, rows)
         if settings.doubly_stochastic and attention is not None:
             surprise = surprise + settings.doubly_stochastic * uneven_attention(attention, following)
         loss = surprise @ target.weights(torch.stack(words), job.objective.of_people)

@@ -29,6 +29,16 @@ class Target:
     decoder's forward pass has been handed to the device, so that both are worked out at a time."""
 
     @property
+    def rows(self) -> Int[Tensor, "row"] | None:
+        """Where words are to follow, counted caption after caption.
+
+        None on a GPU: to know how many there are, the host would wait for the device.
+        """
+        if self.tokens.device.type != "cpu":
+            return None
+        return (self.tokens[:, 1:] != PAD).flatten().nonzero().squeeze(1)
+
+    @property
     def words(self) -> tuple[int, int]:
         """Words to predict, in the decoder's captions and in people's: all but padding and the starts."""
         words = (self.tokens[:, 1:] != PAD).sum(1)
@@ -64,9 +74,10 @@ class CrossEntropy:
 
 
 def cross_entropy(
-    logits: Float[Tensor, "caption time word"],
+    logits: Float[Tensor, "caption time word"] | Float[Tensor, "row word"],
     targets: Int[Tensor, "caption time"],
     label_smoothing: float,
+    rows: Int[Tensor, "row"] | None = None,
 ) -> Float[Tensor, "caption"]:
     """Return of each caption the sum over its words of their negative log-probability.
 
@@ -76,18 +87,22 @@ def cross_entropy(
         logits: Of the word that follows each time.
         targets: That word; padding counts nothing.
         label_smoothing: Share of the target that goes to all words alike.
+        rows: Of the words that the logits are of, counted caption after caption; without them, all.
 
     Source:
         Label smoothing: Szegedy et al. 2016 (arXiv:1512.00567), section 7.
     """
+    wanted = targets.flatten() if rows is None else targets.flatten()[rows]
     words = F.cross_entropy(
-        logits.float().flatten(0, 1),
-        targets.flatten(),
+        logits.float().flatten(0, -2),
+        wanted,
         ignore_index=PAD,
         reduction="none",
         label_smoothing=label_smoothing,
     )
-    return words.view_as(targets).sum(1)
+    if rows is None:
+        return words.view_as(targets).sum(1)
+    return words.new_zeros(len(targets)).index_add(0, rows // targets.shape[1], words)
 
 
 def uneven_attention(

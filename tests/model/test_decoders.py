@@ -57,6 +57,12 @@ def test_reading_word_by_word_says_what_reading_at_once_says(decoder, features, 
             torch.testing.assert_close(look, looks[:, time])
 
 
+def test_logits_of_some_words_are_those_of_all_words_at_these_places(decoder, features, tokens) -> None:
+    rows = torch.tensor([0, 3, 7, len(OWNERS) * TIMES - 1])
+    some, _ = decoder(features, tokens, OWNERS, rows)
+    torch.testing.assert_close(some, decoder(features, tokens, OWNERS)[0].flatten(0, 1)[rows])
+
+
 def test_attention_is_a_share_of_each_region(features, tokens) -> None:
     _, looks = build("attention")(features, tokens, OWNERS)
     assert looks.shape == (len(OWNERS), TIMES, REGIONS)

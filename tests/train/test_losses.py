@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from captionscale.train.losses import Target, cross_entropy, uneven_attention
 from captionscale.vocab import PAD
@@ -79,3 +80,19 @@ def test_attention_that_sees_each_region_once_in_a_caption_costs_nothing() -> No
     assert uneven_attention(even, targets).tolist() == [0]
     stuck = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
     assert uneven_attention(stuck, targets).tolist() == [(1 - 2) ** 2 + (1 - 0) ** 2]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_words_alone_cost_what_they_cost_among_padding(logits, targets, smoothing) -> None:
+    pictures, owners = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(CAPTIONS, dtype=torch.long)
+    rows = Target(pictures, F.pad(targets, (1, 0), value=1), owners).rows
+    assert rows is not None
+    assert rows.tolist() == (targets != PAD).flatten().nonzero().flatten().tolist()
+    both = []
+    for some, only in ((None, logits), (rows, logits.flatten(0, 1)[rows])):
+        leaf = only.detach().requires_grad_()
+        losses = cross_entropy(leaf, targets, smoothing, some)
+        (losses @ torch.arange(1.0, CAPTIONS + 1)).backward()
+        both.append((losses.tolist(), leaf.grad if some is not None else leaf.grad.flatten(0, 1)[rows]))
+    assert both[0][0] == pytest.approx(both[1][0])
+    assert torch.allclose(both[0][1], both[1][1])
