@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from captionscale.contradictions import contradictions
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Step = Annotated[int, Field(ge=0)]
@@ -163,7 +165,7 @@ class Train(Section):
     compress_gradients: bool = False
     """Send gradients between processes in bf16: half the bytes; results then depend on their number."""
     label_smoothing: Share = 0.1
-    """Share of a target's weight that goes to all words alike."""
+    """Share of a target's weight that goes to all words alike (cross-entropy only)."""
     scheduled_sampling: Share = 0.0
     """Share of words that training reads from the decoder's own predictions at its end; rises in a line."""
     doubly_stochastic: float = Field(default=0.0, ge=0)
@@ -223,11 +225,11 @@ class Search(Section):
     """Captions kept at each word; 1 is greedy search."""
     groups: Count = 1
     """Diverse beam search: parts of the beam that avoid each other's words."""
-    diversity: float = Field(default=0.5, ge=0)
+    diversity: float = Field(default=0.5, ge=0, allow_inf_nan=False)
     """What a word costs for each caption of earlier groups that says it at the same place (with groups)."""
-    length_power: Annotated[float, Field(ge=0)] = 0.7
+    length_power: Annotated[float, Field(ge=0, le=10)] = 0.7
     """Captions are ranked by log-probability / tokens**length_power; 0 favours short ones."""
-    coverage: float = Field(default=0.0, ge=0)
+    coverage: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight, in that ranking, of having looked at all regions (not plain)."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides logits before a word is drawn: below 1 likely words get likelier (sample only)."""
@@ -265,57 +267,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
-        train, data = self.train, self.data
-        if train.global_batch % train.micro_batch:
-            raise ValueError(
-                f"train.global_batch = {train.global_batch} is no whole number of"
-                f" train.micro_batch = {train.micro_batch}; change one of them"
-            )
-        if data.crop_scale[0] > data.crop_scale[1] or data.crop_scale[0] <= 0:
-            raise ValueError(
-                f"data.crop_scale = {list(data.crop_scale)}: wanted [least, greatest], both above 0"
-            )
-        parts = len(self.model.encoder.trainable) if isinstance(self.model.encoder.trainable, tuple) else 1
-        for key in ("encoder_lr", "unfreeze_at"):
-            value = getattr(train, key)
-            if isinstance(value, tuple) and len(value) != parts:
-                raise ValueError(
-                    f"train.{key} has {len(value)} values, but model.encoder.trainable names {parts} parts;"
-                    " give one for each, or one number for all"
-                )
-        if train.cache_features and (turned := self._changes_pictures()):
-            raise ValueError(
-                f"train.cache_features wants a frozen encoder and pictures without augmentation, found"
-                f" {turned}; set it back, or leave out the cache"
-            )
-        if (self.search.groups > 1) and self.search.beam % self.search.groups:
-            raise ValueError(
-                f"search.beam = {self.search.beam} is no whole number of search.groups ="
-                f" {self.search.groups}; change one of them"
-            )
-        if train.doubly_stochastic and self.model.decoder.name == "plain":
-            raise ValueError(
-                f"train.doubly_stochastic = {train.doubly_stochastic:g}, wanted 0 with decoder 'plain', which"
-                " has no attention; leave it out, or change model.decoder.name"
-            )
-        if train.objective == "scst" and train.start_from is None:
-            raise ValueError(
-                "train.objective = 'scst' without train.start_from: random captions earn nothing, wanted a"
-                " run that was trained by cross-entropy; set it to that run's folder"
-            )
-        if train.objective == "scst" and not (self.scst.cider_d or self.scst.bleu_4):
-            raise ValueError("scst.cider_d and scst.bleu_4 are both 0, wanted a reward; set one of them")
+        for contradiction in contradictions(self):
+            raise ValueError(contradiction)
         return self
-
-    def _changes_pictures(self) -> str:
-        """Name the first setting by which a picture's features differ between epochs, if one does."""
-        data = self.data
-        found = {
-            f"model.encoder.trainable = {self.model.encoder.trainable!r}": self.model.encoder.trainable
-            != "none",
-            f"data.crop_scale = {list(data.crop_scale)}": data.crop_scale != (1.0, 1.0),
-            "data.flip = true": data.flip,
-            f"data.colour_jitter = {data.colour_jitter}": data.colour_jitter > 0,
-            f"data.rotate = {data.rotate}": data.rotate > 0,
-        }
-        return next((setting for setting, changes in found.items() if changes), "")

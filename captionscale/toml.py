@@ -120,7 +120,7 @@ def _explain(
             messages = dict.fromkeys(
                 found["msg"][:1].lower() + found["msg"][1:] for found in (first, *others)
             )
-            meaning = section.model_fields[name].description or "a section"
+            meaning = " ".join((section.model_fields[name].description or "a section").split())
             yield f"{place}: {name} = {reduce(getitem, key, tree)!r}: {' or '.join(messages)} ({meaning})"
 
 

@@ -8,12 +8,14 @@ from typing import Any
 from pycocoevalcap.meteor import meteor
 from pycocoevalcap.tokenizer import ptbtokenizer
 
+from captionscale.config import Search
 from captionscale.files import sha256_of
 from captionscale.score.extras import Extra
 from captionscale.score.metrics import family
 from captionscale.version import __version__
 
-_MAKING = {"captionscale", "beam", "length-power", "end"}
+_SEARCH = {key: each.default for key, each in Search.model_fields.items() if key != "batch"}
+_MAKING = {"captionscale", "ensemble", "end"} | {key.replace("_", "-") for key in _SEARCH}
 """Parts that say how captions were made, and not how they were measured."""
 
 
@@ -71,9 +73,11 @@ def _made(made_by: Mapping[str, Any]) -> Iterator[str]:
     yield f"captionscale {__version__}"
     search = made_by.get("search")
     if isinstance(search, Mapping):
-        for key in ("beam", "length_power"):
-            if key in search:
+        for key, usual in _SEARCH.items():
+            if key in search and (search[key] != usual or key in ("beam", "length_power")):
                 yield f"{key.replace('_', '-')} {search[key]}"
+    if isinstance(members := made_by.get("members"), list):
+        yield f"ensemble {len(members)}"
     if "end_rewarded" in made_by:
         yield f"end {'rewarded' if made_by['end_rewarded'] else 'not rewarded'}"
 

@@ -37,15 +37,17 @@ class Members:
 
     @property
     def variant(self) -> str:
-        """What is added to the name of results that another search or other members made, beside the beam."""
+        """What the name of results says of how they were found: method, width, and a hash of all else."""
+        search = self.config.search
+        how = f"beam{search.beam}" if search.method == "beam" else search.method
         searches = [
             config.search.model_dump(mode="json", exclude={"beam"})
             for config in (self.saved[0].config(), self.config)
         ]
         if len(self.saved) == 1 and searches[0] == searches[1]:
-            return ""
+            return how
         made = json.dumps([searches[1], self.sha256], sort_keys=True)
-        return f"-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
+        return f"{how}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
     def made_by(self) -> dict[str, Any]:
         """Return what a receipt says of an ensemble; of one run it says so anyway."""

@@ -78,7 +78,7 @@ def score_run(
     split.need_captions("to score against; captionscale caption --split only captions it")
     step = saved.standing.step
     other = f"-of-{split.sha256[:8]}" if shards else ""
-    folder = run / "scores" / f"{split_name}-step-{step:08d}-beam{config.search.beam}{members.variant}{other}"
+    folder = run / "scores" / f"{split_name}-step-{step:08d}-{members.variant}{other}"
     place = out or folder / "receipt.json"
     _prove_writable(place, folder / "captions.json")
     results = _caption(members, split)

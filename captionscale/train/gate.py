@@ -20,15 +20,14 @@ from captionscale.vocab import END, UNKNOWN, Vocabulary
 IMAGES = 256
 """Train images that it looks at."""
 
-_GREATEST_LR = 2e-4
 _LEAST_REWARD = 1.0
+_LEAST_AGREEMENT = 0.1
 _TOLERANCE = 0.02
 # A word that tokenisers leave as it is, in place of a token that is none.
 _STAND_INS = {END: "endofcaption", UNKNOWN: "unknownword"}
 
 
 def open_gate(
-    lr: float,
     objective: SelfCritical,
     captioner: Captioner,
     batch: Batch,
@@ -38,7 +37,6 @@ def open_gate(
     """Refuse self-critical training that would learn nothing, or something else.
 
     Args:
-        lr: The decoder's peak learning rate.
         objective: What gives the rewards.
         captioner: With the weights that training begins with.
         batch: Some train images on the captioner's device, with all their captions.
@@ -46,14 +44,9 @@ def open_gate(
         max_words: Of a caption.
 
     Raises:
-        UserError: A learning rate at which captions fall apart; people's captions that earn next to nothing,
-            as they do with n-grams of another vocabulary; a reward that differs from the evaluator's CIDEr-D.
+        UserError: People's captions that earn next to nothing, as they do with n-grams of another vocabulary;
+            a reward that differs from the evaluator's CIDEr-D.
     """
-    if lr > _GREATEST_LR:
-        raise UserError(
-            f"train.lr = {lr:g} under self-critical training, wanted at most {_GREATEST_LR:g}, as higher ones"
-            " make captions fall apart; set it to 5e-5 or so"
-        )
     people = [[token for token in row[1:].tolist() if token] for row in batch.tokens.cpu()]
     owners = batch.owners.tolist()
     of_people = float(objective.rewards([batch.image_ids[owner] for owner in owners], people).mean())
@@ -61,6 +54,10 @@ def open_gate(
     for owner, caption in zip(owners, people, strict=True):
         references[owner].append(caption)
     greedy = _greedy(captioner, batch, max_words)
+    pairs = [captions for captions in references if len(captions) > 1]
+    agreement = Reward([captions[1:] for captions in pairs])(
+        np.arange(len(pairs)), [captions[0] for captions in pairs]
+    )
     ours = float(Reward(references)(np.arange(len(greedy)), greedy).mean())
     theirs = measure(
         {number: _words(caption, vocabulary) for number, caption in enumerate(greedy)},
@@ -72,14 +69,20 @@ def open_gate(
     ).values["CIDEr-D"]
     of_greedy = float(objective.rewards(batch.image_ids, greedy).mean())
     say(
-        f"self-critical training: of {len(greedy):,} images, people's captions earn {of_people:.3f}, greedy"
-        f" search's {of_greedy:.3f}; their CIDEr-D is {ours:.4f}, the evaluator's {theirs:.4f}"
+        f"self-critical training begins: on {len(greedy):,} train images, people's captions have a reward of"
+        f" {of_people:.3f}, those of greedy search {of_greedy:.3f}; CIDEr-D of the latter among these"
+        f" images is {ours:.4f} as a reward, {theirs:.4f} by the evaluator"
     )
     if of_people < _LEAST_REWARD * objective.scale:
         raise UserError(
             f"self-critical training: people's own captions earn {of_people:.3f}, wanted at least"
-            f" {_LEAST_REWARD * objective.scale:g}; the train split's captions do not repeat each other, or"
-            " data.min_count leaves too few of their words: lower it, or stay with cross-entropy"
+            f" {_LEAST_REWARD * objective.scale:g}; the rewards are not of these captions' words: report this"
+        )
+    if len(pairs) > 1 and agreement.mean() < _LEAST_AGREEMENT:
+        raise UserError(
+            "self-critical training: CIDEr-D of people's captions of one image among themselves is"
+            f" {agreement.mean():.3f}, wanted at least {_LEAST_AGREEMENT:g}, or there is nothing to learn"
+            " from; lower data.min_count, or stay with cross-entropy"
         )
     if abs(ours - theirs) > _TOLERANCE * max(theirs, 0.1):
         raise UserError(
@@ -106,14 +109,16 @@ def refuse_collapse(standing: Standing, now: Mapping[str, float], settings: Scst
     dangling, most = now["dangling"], began["dangling"] + settings.most_dangling
     if dangling > most:
         raise UserError(
-            f"step {step:,}: collapsed: {dangling:.0%} of sampled captions end in 'a', 'with' or the like,"
-            f" {began['dangling']:.0%} when it began, wanted at most {most:.0%}; {cure}"
+            f"step {step:,}: collapsed: {dangling:.2%} of sampled captions end in 'a', 'with' or the like,"
+            f" {began['dangling']:.2%} when it began, wanted at most {most:.2%}; {cure}, or"
+            " scst.most_dangling"
         )
     distinct, least = now["distinct"], began["distinct"] * settings.least_distinct
     if distinct < least:
         raise UserError(
-            f"step {step:,}: collapsed: of 100 sampled captions {100 * distinct:.0f} differ,"
-            f" {100 * began['distinct']:.0f} when it began, wanted at least {100 * least:.0f}; {cure}"
+            f"step {step:,}: collapsed: {distinct:.2%} of sampled captions differ from each other,"
+            f" {began['distinct']:.2%} when it began, wanted at least {least:.2%}; {cure}, or lower"
+            " scst.least_distinct"
         )
 
 

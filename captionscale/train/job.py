@@ -72,6 +72,8 @@ class Job:
         """Let the parts of the encoder learn whose step has come; all ranks call it before each step."""
         if unfreeze(self.captioner, self.config.train, step):
             self.engine.renew(make_optimizer(self.captioner, self.config.train))
+            if self.ranks.first:
+                say(f"step {step:,}: another part of model.encoder.trainable begins to learn")
 
     def shares(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
         """Yield the steps to come, each with the micro-batches that this rank does, by their numbers."""
@@ -217,7 +219,6 @@ def _look_ahead(
     (batch,) = loader.ahead([(items, None)])
     with ranks.autocast():
         open_gate(
-            config.train.lr,
             objective,
             captioner,
             batch.to(ranks.device),
@@ -278,7 +279,7 @@ def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[s
     settings = toml.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
     for free in ("data.shards", "data.cache", "data.cache_gb", "data.workers", "model.encoder.weights"):
         del settings[free]
-    kept = ("global_batch", "micro_batch", "score_metric", "objective", "average")
-    train = {f"train.{key}": getattr(config.train, key) for key in kept}
+    kept = {"global_batch", "micro_batch", "score_metric", "objective", "average", "start_from"}
+    train = toml.flatten({"train": config.train.model_dump(mode="json", include=kept)})
     scst = {f"scst.{key}": value for key, value in config.scst if config.train.objective == "scst"}
     return {"shards": split.sha256, "vocabulary": vocabulary.sha256, **settings, **train, **scst}

@@ -20,7 +20,7 @@ from captionscale.train.gate import refuse_collapse
 from captionscale.train.job import Job, prepare
 from captionscale.train.ledger import Ledger
 from captionscale.train.logs import Log, Rate
-from captionscale.train.losses import cross_entropy, uneven_attention
+from captionscale.train.losses import cross_entropy, say_what_may_be_said, uneven_attention
 from captionscale.train.schedule import lr_factor
 from captionscale.train.selfcritical import SelfCritical
 from captionscale.train.standing import Standing
@@ -158,6 +158,7 @@ def _learn(
         own_share = settings.scheduled_sampling * done
         read, following, rows = target.tokens[:, :-1], target.tokens[:, 1:], target.rows
         logits, attention = engine(target.pictures, read, target.owners, own_share, rows)
+        logits = say_what_may_be_said(logits, target, rows)
         surprise = cross_entropy(logits, following, job.objective.label_smoothing, rows)
         if settings.doubly_stochastic and attention is not None:
             surprise = surprise + settings.doubly_stochastic * uneven_attention(attention, following)

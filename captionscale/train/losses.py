@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from captionscale.data.loader import Batch
 from captionscale.ranks import Ranks
-from captionscale.vocab import PAD
+from captionscale.vocab import PAD, START, UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,27 @@ class CrossEntropy:
     def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:  # noqa: ARG002
         """Return what each micro-batch of a step is to make likelier, as `SelfCritical` does."""
         return [Target(batch.images, batch.tokens, batch.owners) for _, batch in share]
+
+
+def say_what_may_be_said(
+    logits: Float[Tensor, "*batch word"], target: Target, rows: Int[Tensor, "row"] | None
+) -> Float[Tensor, "*batch word"]:
+    """Return logits in which sampled captions have no chance to say what sampling never says.
+
+    Without it their probability would be another than the one that they were drawn with.
+
+    Args:
+        logits: Of the words that follow in the target's captions.
+        target: Tells which captions were sampled.
+        rows: Of the words that the logits are of, counted caption after caption; without them, all.
+    """
+    if not target.sampled:
+        return logits
+    first = target.sampled * (target.tokens.shape[1] - 1)
+    words = first if rows is None else int((rows < first).sum())
+    flat, never = logits.flatten(0, -2), torch.tensor([PAD, START, UNKNOWN], device=logits.device)
+    sampled = flat[:words].index_fill(1, never, -torch.inf)
+    return torch.cat([sampled, flat[words:]]).view_as(logits)
 
 
 def cross_entropy(

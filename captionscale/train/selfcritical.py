@@ -55,6 +55,7 @@ class SelfCritical:
         self.label_smoothing = 0.0
         """No word of a sampled caption but its own has the reward."""
         self._captioner = captioner
+        captioner.decoder.dropout.share = 0.0
         self._references = [
             [vocabulary.encode(caption, self._max_words)[1:] for caption in split.captions(item)]
             for item in range(len(split))
@@ -63,7 +64,7 @@ class SelfCritical:
         self._rows = {int(image_id): row for row, image_id in enumerate(split.index["image_id"])}
         self._dangling = {token for token, word in enumerate(vocabulary.words) if word in DANGLING}
         self.figures = Figures()
-        """Of the captions sampled since they were last read."""
+        """Of the captions sampled for the last step."""
 
     def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:
         """Sample captions of each micro-batch of a step.
@@ -73,6 +74,7 @@ class SelfCritical:
             step: Keys the randomness, with the micro-batch's number.
             ranks: This process among its peers.
         """
+        self.figures = Figures()
         training = self._captioner.training
         self._captioner.eval()
         with torch.no_grad(), ranks.autocast():
@@ -149,25 +151,31 @@ class Figures:
     captions: int = 0
     reward: float = 0.0
     dangling: int = 0
+    others: int = 0
+    """Captions of each micro-batch but the first."""
     distinct: int = 0
-    """Different ones within each micro-batch."""
+    """Different ones among these, counted within each micro-batch."""
 
     def count(
         self, rewards: Float64[np.ndarray, "image sample"], captions: list[list[int]], dangling: set[int]
     ) -> None:
         """Take a micro-batch's captions into account."""
         self.captions += len(captions)
+        self.others += len(captions) - 1
         self.reward += float(rewards.sum())
         words = [[token for token in caption if token != END] for caption in captions]
         self.dangling += sum(bool(caption) and caption[-1] in dangling for caption in words)
-        self.distinct += len(set(map(tuple, captions)))
+        self.distinct += len(set(map(tuple, captions))) - 1
 
     def read(self, ranks: Ranks) -> dict[str, float]:
-        """Return means over all ranks, and begin anew."""
-        captions, *sums = ranks.sum(self.captions, self.reward, self.dangling, self.distinct).tolist()
-        self.captions, self.reward, self.dangling, self.distinct = 0, 0.0, 0, 0
-        names = ("reward", "dangling", "distinct")
-        return {name: total / max(1, captions) for name, total in zip(names, sums, strict=True)}
+        """Return means over all ranks; `distinct` is 0 if all captions are one, and 1 if none comes twice."""
+        sums = ranks.sum(self.captions, self.reward, self.dangling, self.others, self.distinct).tolist()
+        captions, reward, dangling, others, distinct = sums
+        return {
+            "reward": reward / max(1, captions),
+            "dangling": dangling / max(1, captions),
+            "distinct": distinct / max(1, others),
+        }
 
 
 def _rows(tokens: Int[Tensor, "caption time"]) -> list[list[int]]:

@@ -125,6 +125,8 @@ class Validation:
         settings = job.config.with_beam(1).search
         job.ranks.share_buffers(job.captioner)
         with job.average.in_place() if job.average else nullcontext():
+            # The averages of batch statistics too.
+            job.ranks.share_buffers(job.captioner)
             results = caption_split(
                 job.captioner,
                 job.val_loader,

@@ -11,12 +11,12 @@ from captionscale.train.loop import train
 def test_the_average_is_the_recurrence_that_defines_it() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 4.0)
-    average = Average(model, 0.5)
+    average = Average(model, 0.2)
     expected, values = 4.0, [1.0, -2.0, 8.0, 0.0]
     for step, value in enumerate(values):
         nn.init.constant_(model.weight, value)
         average.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
+        decay = min(0.2, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * value
         assert average.state()["weight"].item() == pytest.approx(expected)
     with average.in_place():

@@ -196,3 +196,21 @@ def test_a_run_learns_in_bf16(packed: Path, tmp_path: Path) -> None:
     train(tiny(tmp_path, packed, *changes), tmp_path / "run")
     found = [loss for _, loss in losses(tmp_path / "run")]
     assert found[-1] < 0.9 * found[0]
+
+
+def test_scheduled_sampling_begins_after_the_first_step_and_uneven_attention_costs(
+    packed: Path, tmp_path: Path
+) -> None:
+    logs = {}
+    changes = {
+        "plain": "seed=0",
+        "own": "train.scheduled_sampling=1.0",
+        "even": "train.doubly_stochastic=0.5",
+    }
+    for name, change in changes.items():
+        train(tiny(tmp_path, packed, "train.steps=2", "train.score_every=2", change), tmp_path / name)
+        logs[name] = [loss for _, loss in losses(tmp_path / name)]
+    assert logs["own"][0] == logs["plain"][0]
+    assert abs(logs["own"][1] - logs["plain"][1]) > 1e-4
+    # Each of its regions cannot have been looked at once in a caption.
+    assert all(even > plain + 1e-3 for even, plain in zip(logs["even"], logs["plain"], strict=True))

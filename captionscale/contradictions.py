@@ -1,0 +1,101 @@
+"""Settings that cannot go together, each told in one line with its cure."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from captionscale.config import Config
+
+# Above it, self-critical training makes captions fall apart.
+_GREATEST_SCST_LR = 2e-4
+
+
+def contradictions(config: "Config") -> Iterator[str]:
+    """Yield what cannot be done as a config says it."""
+    yield from _of_pictures(config)
+    yield from _of_the_encoder(config)
+    yield from _of_a_plain_decoder(config)
+    if config.train.objective == "scst":
+        yield from _of_self_critical_training(config)
+    if config.train.global_batch % config.train.micro_batch:
+        yield (
+            f"train.global_batch = {config.train.global_batch} is no whole number of"
+            f" train.micro_batch = {config.train.micro_batch}; change one of them"
+        )
+    search = config.search
+    if search.groups > 1 and search.beam % search.groups:
+        yield (
+            f"search.beam = {search.beam} is no whole number of search.groups = {search.groups}; change one"
+            " of them"
+        )
+
+
+def _of_pictures(config: "Config") -> Iterator[str]:
+    data, trainable = config.data, config.model.encoder.trainable
+    if data.crop_scale[0] > data.crop_scale[1] or data.crop_scale[0] <= 0:
+        yield f"data.crop_scale = {list(data.crop_scale)}: wanted [least, greatest], both above 0"
+    if config.train.cache_features:
+        changing = {
+            f"model.encoder.trainable = {trainable!r}": trainable != "none",
+            f"data.crop_scale = {list(data.crop_scale)}": data.crop_scale != (1.0, 1.0),
+            "data.flip = true": data.flip,
+            f"data.colour_jitter = {data.colour_jitter}": data.colour_jitter > 0,
+            f"data.rotate = {data.rotate}": data.rotate > 0,
+        }
+        for setting in (setting for setting, changes in changing.items() if changes):
+            yield (
+                "train.cache_features wants a frozen encoder and pictures without augmentation, found"
+                f" {setting}; set it back, or leave out the cache"
+            )
+
+
+def _of_the_encoder(config: "Config") -> Iterator[str]:
+    trainable = config.model.encoder.trainable
+    parts = len(trainable) if isinstance(trainable, tuple) else 1
+    for key in ("encoder_lr", "unfreeze_at"):
+        value = getattr(config.train, key)
+        if isinstance(value, tuple) and len(value) != parts:
+            yield (
+                f"train.{key} has {len(value)} values, but model.encoder.trainable names {parts} parts; give"
+                " one for each, or one number for all"
+            )
+
+
+def _of_a_plain_decoder(config: "Config") -> Iterator[str]:
+    if config.model.decoder.name == "plain":
+        wanting = {
+            "train.doubly_stochastic": config.train.doubly_stochastic,
+            "search.coverage": config.search.coverage,
+        }
+        for key, value in wanting.items():
+            if value:
+                yield (
+                    f"{key} = {value:g}, wanted 0 with decoder 'plain', which has no attention; leave it out,"
+                    " or change model.decoder.name"
+                )
+
+
+def _of_self_critical_training(config: "Config") -> Iterator[str]:
+    train = config.train
+    if train.start_from is None:
+        yield (
+            "train.objective = 'scst' without train.start_from: random captions earn nothing, wanted a run"
+            " that was trained by cross-entropy; set it to that run's folder"
+        )
+    rates: dict[str, float | tuple[float, ...]] = {"lr": train.lr}
+    if config.model.encoder.trainable != "none":
+        rates["encoder_lr"] = train.encoder_lr
+    for key, value in rates.items():
+        if max(value if isinstance(value, tuple) else (value,)) > _GREATEST_SCST_LR:
+            yield (
+                f"train.{key} = {value} with train.objective = 'scst', wanted at most {_GREATEST_SCST_LR}, as"
+                " higher ones make captions fall apart; set it to 5e-5 or so"
+            )
+    for key in ("scheduled_sampling", "doubly_stochastic"):
+        if value := getattr(train, key):
+            yield (
+                f"train.{key} = {value:g}, wanted 0 with train.objective = 'scst', as it is for captions that"
+                " people wrote; leave it out"
+            )
+    if not (config.scst.cider_d or config.scst.bleu_4):
+        yield "scst.cider_d and scst.bleu_4 are both 0, wanted a reward; set one of them"
