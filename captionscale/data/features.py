@@ -1,8 +1,8 @@
 """Features of all images of a split in one file, for an encoder that does not change.
 
-`features/<split>-<key>.npy` beside the shards is a plain NumPy file of half-precision numbers, [image,
-region, feature], in the order of the split's index; the key is a hash of all that they depend on. What is
-being written ends in `.tmp`.
+`features/<split>-<key>.npy` beside the shards is a NumPy file, of a row for each image in the order of the
+split's index: half-precision numbers, [region, feature], and their hash. The key is a hash of all that they
+depend on. What is being written ends in `.tmp`; its rows without a hash are still to come.
 """
 
 import io
@@ -13,13 +13,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float16, Shaped
+import xxhash
+from jaxtyping import Float16, Int, Shaped
 
 from captionscale.data.places import Place, Remote
 from captionscale.errors import UserError
 from captionscale.progress import say
 
-_NUMBER = np.dtype("<f2")
+
+class Cache:
+    """Features that are read where they are used, each proven whole."""
+
+    def __init__(self, path: Path, rows: Shaped[np.ndarray, "image"]):
+        """Take a file's rows, as `Features.open` finds them."""
+        self.path, self._rows = path, rows
+
+    def __getitem__(self, item: int) -> Float16[np.ndarray, "region feature"]:
+        """Return the features of an image.
+
+        Args:
+            item: A row of the split's index.
+
+        Raises:
+            UserError: They are not those that were written.
+        """
+        row = self._rows[item]
+        features = np.array(row["features"])
+        if _hash(features) != row["hash"]:
+            raise UserError(
+                f"{self.path}: row {item:,} is damaged, wanted the features that were written; delete the"
+                " file, and the next run computes it anew"
+            )
+        return features
 
 
 @dataclass(frozen=True)
@@ -33,10 +58,10 @@ class Features:
     @property
     def size_bytes(self) -> int:
         """Of the file."""
-        return len(self._header) + int(np.prod(self.shape)) * _NUMBER.itemsize
+        return len(self._header) + self.shape[0] * self._row.itemsize
 
-    def open(self) -> Float16[np.ndarray, "image region feature"]:
-        """Return the file as an array that is read where it is used.
+    def open(self) -> Cache:
+        """Return what the file holds.
 
         Raises:
             UserError: It is damaged, or not there.
@@ -45,7 +70,7 @@ class Features:
             with self.path.open("rb") as file:
                 header, size_bytes = file.read(len(self._header)), os.fstat(file.fileno()).st_size
             if header == self._header and size_bytes == self.size_bytes:
-                return np.lib.format.open_memmap(self.path, mode="r")
+                return Cache(self.path, np.lib.format.open_memmap(self.path, mode="r"))
             found = f"{size_bytes:,} bytes" if header == self._header else "another header"
         except OSError as error:
             raise UserError(
@@ -58,37 +83,48 @@ class Features:
         )
 
     def begin(self) -> None:
-        """Make the file that is to be filled, in place of one that was begun and not finished.
+        """Make the file that is to be filled, or go on with one that was begun and not finished.
 
         Raises:
             OSError: The folder is read-only.
         """
-        with self._partial.open("wb") as file:
+        if self.partial.exists() and self.partial.stat().st_size == self.size_bytes:
+            with self.partial.open("rb") as file:
+                if file.read(len(self._header)) == self._header:
+                    return
+        with self.partial.open("wb") as file:
             file.write(self._header)
             file.truncate(self.size_bytes)
 
-    def write(self, start: int, rows: Shaped[np.ndarray, "image region feature"]) -> None:
+    def missing(self) -> Int[np.ndarray, "missing"]:
+        """Return the rows of the file that was begun that are still to come."""
+        rows = np.lib.format.open_memmap(self.partial, mode="r")
+        return np.flatnonzero(rows["hash"] == 0)
+
+    def write(self, start: int, features: Shaped[np.ndarray, "image region feature"]) -> None:
         """Put features into the file that was begun.
 
         Args:
             start: Row of the split's index that the first of them belongs to.
-            rows: Of numbers that half precision can hold.
+            features: Of numbers that half precision can hold.
 
         Raises:
             UserError: They are too large, or the disk fails.
         """
         with np.errstate(over="ignore"):
-            halves = rows.astype(_NUMBER)
+            halves = features.astype("<f2")
         if not np.isfinite(halves).all():
             raise UserError(
                 f"{self.path}: a feature of the images from row {start:,} of the index on is"
-                f" {np.abs(rows).max():g}, wanted at most {np.finfo(_NUMBER).max:g}, the most that half"
-                " precision holds; set train.cache_features = false"
+                f" {np.abs(features).max():g}, wanted at most {np.finfo(np.float16).max:g}, the most that"
+                " half precision holds; set train.cache_features = false"
             )
+        rows = np.empty(len(halves), self._row)
+        rows["features"], rows["hash"] = halves, [_hash(each) for each in halves]
         try:
-            with self._partial.open("r+b") as file:
-                file.seek(len(self._header) + start * halves[0].nbytes)
-                file.write(halves.tobytes())
+            with self.partial.open("r+b") as file:
+                file.seek(len(self._header) + start * self._row.itemsize)
+                file.write(rows.tobytes())
         except OSError as error:
             raise self._unwritten(error) from None
 
@@ -99,32 +135,38 @@ class Features:
             UserError: The disk fails.
         """
         try:
-            with self._partial.open("r+b") as file:
+            with self.partial.open("r+b") as file:
                 os.fsync(file.fileno())
         except OSError as error:
             raise self._unwritten(error) from None
 
     def finish(self) -> None:
         """Give the filled file its name."""
-        self._partial.replace(self.path)
+        self.partial.replace(self.path)
         descriptor = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
     def _unwritten(self, error: OSError) -> UserError:
         return UserError(
-            f"{self._partial}: cannot be written ({error.strerror}), wanted a folder that all processes"
+            f"{self.partial}: cannot be written ({error.strerror}), wanted a folder that all processes"
             " share, with free space; free the disk, or set train.cache_features = false"
         )
 
     @property
-    def _partial(self) -> Path:
+    def partial(self) -> Path:
+        """The file that was begun."""
         return self.path.with_name(self.path.name + ".tmp")
+
+    @property
+    def _row(self) -> np.dtype[np.void]:
+        return np.dtype([("hash", "<u8"), ("features", "<f2", self.shape[1:])])
 
     @property
     def _header(self) -> bytes:
         file = io.BytesIO()
-        facts = {"descr": _NUMBER.str, "fortran_order": False, "shape": self.shape}
+        descr = np.lib.format.dtype_to_descr(self._row)
+        facts = {"descr": descr, "fortran_order": False, "shape": self.shape[:1]}
         np.lib.format.write_array_header_1_0(file, facts)
         return file.getvalue()
 
@@ -160,15 +202,15 @@ def begin_all(files: Sequence[Features]) -> None:
                 f" of {sum(each.shape[0] for each in files):,} images; free the disk, or set"
                 " train.cache_features = false"
             )
-        for each in folder.glob("*.tmp"):
+        for each in {*folder.glob("*.tmp")} - {file.partial for file in files}:
             each.unlink()
         for file in files:
-            images, regions, numbers = file.shape
-            say(
-                f"computing features of {images:,} images ({regions:,} x {numbers:,} numbers each), once:"
-                f" {file.size_bytes / 1e9:,.2f} GB in {file.path}"
-            )
             file.begin()
+            regions, numbers = file.shape[1:]
+            say(
+                f"computing features of {len(file.missing()):,} images ({regions:,} x {numbers:,} numbers"
+                f" each), once: {file.size_bytes / 1e9:,.2f} GB in {file.path}"
+            )
     except OSError as error:
         raise refused(folder, error) from None
 
@@ -180,3 +222,8 @@ def refused(folder: Path, error: OSError) -> UserError:
         " (train.cache_features); make the folder writable, copy the shards, or set"
         " train.cache_features = false"
     )
+
+
+def _hash(features: Float16[np.ndarray, "region feature"]) -> int:
+    """Return a number for an image's features that is never 0."""
+    return xxhash.xxh3_64_intdigest(features.tobytes()) or 1

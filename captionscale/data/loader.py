@@ -15,6 +15,7 @@ from torch import Tensor
 
 from captionscale.config import Data
 from captionscale.data import images
+from captionscale.data.features import Cache
 from captionscale.data.shards import Split
 from captionscale.vocab import PAD, Vocabulary
 
@@ -56,7 +57,7 @@ class Loader:
         vocabulary: Vocabulary,
         data: Data,
         seed: int = 0,
-        features: Float16[np.ndarray, "image region feature"] | None = None,
+        features: Cache | None = None,
     ):
         """Take what batches are made of.
 
@@ -110,7 +111,7 @@ class Loader:
 
     def _view(self, item: int, epoch: int | None) -> View:
         if self.features is not None:
-            return np.array(self.features[item])  # Read now, in this thread.
+            return self.features[item]
         data = self.data
         place = f"{self.split.place}: image {self.split.index[item]['image_id']}"
         picture = images.decode(self.split.image(item), place)

@@ -10,14 +10,16 @@ import torch
 
 from captionscale.data.features import Features, begin_all, folder_of, refused
 from captionscale.data.loader import Loader
+from captionscale.errors import PreemptedError
 from captionscale.files import lock
 from captionscale.model.encoder import Encoder
 from captionscale.progress import progress
 from captionscale.ranks import Ranks
+from captionscale.train import preempt
 
 # Of all that makes features from stored bytes: decoding, the centre view, normalisation, the trunk's forward
 # pass. Raise it when one of them changes, or old files will be taken for new ones.
-_VERSION = 1
+_VERSION = 2
 # Images in a forward pass: in half precision, the others of its batch can change an image's features.
 _BATCH = 32
 
@@ -34,6 +36,7 @@ def cache_features(encoder: Encoder, loaders: Sequence[Loader], ranks: Ranks, pr
     Raises:
         UserError: Shards behind a URL, a read-only folder, one without room, one that another process fills,
             a damaged file, or features that half precision cannot hold.
+        PreemptedError: A signal asked this or another rank to leave; the next run goes on with what is done.
     """
     encoder.eval()
     files = [ranks.on_first(_file_of, encoder, loader, ranks, precision) for loader in loaders]
@@ -97,15 +100,23 @@ def _fill(file: Features, encoder: Encoder, loader: Loader, ranks: Ranks) -> Non
     items = np.arange(len(loader.split))
     # Cut first, dealt then: features do not depend on the ranks.
     parts = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
+    todo = set(ranks.on_first(lambda: file.missing().tolist()))
+    parts = [part for part in parts if not todo.isdisjoint(part.tolist())]
     mine = [parts[number] for number in ranks.share(len(parts))]
     title = f"features of {loader.split.name}" + (f" (1 of {ranks.size} shares)" if ranks.size > 1 else "")
-    written = 0
+    written, left = 0, False
     with progress(title, sum(map(len, mine)), quiet=not ranks.first, passing=True) as bar:
         for part, batch in zip(mine, loader.ahead((part, None) for part in mine), strict=True):
+            if left := preempt.asked():
+                break
             with torch.no_grad(), ranks.autocast():
                 features = encoder(batch.images.to(ranks.device))
             file.write(int(part[0]), features.float().cpu().numpy())
             written += len(part)
             bar.advance(len(part))
     file.sync()
-    assert int(ranks.sum(written)) == len(items), "an image was encoded twice or not at all"
+    left, written = ranks.sum(left, written).tolist()
+    if left:
+        parting = f"{file.path}: left before the features of all images were computed; those that were stay"
+        raise PreemptedError(parting if ranks.first else "")
+    assert written == sum(map(len, parts)), "an image was encoded twice or not at all"

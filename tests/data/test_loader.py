@@ -7,6 +7,7 @@ import torch
 
 from captionscale.config import Data
 from captionscale.data import images
+from captionscale.data.features import Features
 from captionscale.data.loader import Batch, Loader
 from captionscale.data.packing import pack
 from captionscale.data.shards import Split
@@ -122,13 +123,17 @@ def test_rotation_is_a_part_of_augmentation_and_leaves_validation_alone(packed: 
 
 
 def test_with_features_a_batch_holds_those_of_its_images_and_no_image_is_read(
-    loader: Loader, monkeypatch: pytest.MonkeyPatch
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     numbers = items(40, 3, 3, 17)
     expected = fetch(loader, numbers, None)
     features = np.random.default_rng(0).random((48, 4, 5)).astype(np.float16)
     monkeypatch.setattr(Split, "image", None)
-    cached = Loader(loader.split, loader.vocabulary, loader.data, features=features)
+    file = Features(tmp_path / "train.npy", features.shape)
+    file.begin()
+    file.write(0, features)
+    file.finish()
+    cached = Loader(loader.split, loader.vocabulary, loader.data, features=file.open())
     batch = fetch(cached, numbers, 3)
     assert batch.images.dtype == torch.float16
     np.testing.assert_array_equal(batch.images.numpy(), features[numbers])

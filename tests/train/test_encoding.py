@@ -15,10 +15,11 @@ from captionscale.data import images
 from captionscale.data.loader import Loader
 from captionscale.data.places import Remote, open_place
 from captionscale.data.shards import Split
-from captionscale.errors import UserError
+from captionscale.errors import PreemptedError, UserError
 from captionscale.files import lock
 from captionscale.model.encoder import Encoder
 from captionscale.ranks import Ranks
+from captionscale.train import encoding
 from captionscale.train.encoding import cache_features
 from captionscale.train.loop import train
 from captionscale.vocab import Vocabulary
@@ -52,7 +53,7 @@ def cache(encoder: Encoder, made: list[Loader], precision: str = "fp32") -> list
     """Return where the features are."""
     with Ranks(precision) as ranks:
         cache_features(encoder, made, ranks, precision)
-    return [Path(each.features.filename) for each in made]
+    return [each.features.path for each in made]
 
 
 def test_a_file_holds_the_features_of_each_image_in_the_order_of_the_index(shards: Path) -> None:
@@ -61,7 +62,7 @@ def test_a_file_holds_the_features_of_each_image_in_the_order_of_the_index(shard
     assert sorted(path.name for path in (shards / "features").iterdir()) == sorted(
         [".lock", *(path.name for path in paths)]
     )
-    held = np.load(paths[0], mmap_mode="r")
+    held = np.load(paths[0], mmap_mode="r")["features"]
     assert (held.shape, held.dtype) == ((48, 1, 512), np.float16)
     views = [
         images.centre_view(images.decode(train_split.split.image(item), "here"), 32) for item in range(48)
@@ -119,30 +120,68 @@ def test_a_run_with_the_cache_has_the_losses_of_one_without_on_two_ranks_too(
     assert len(list((shards / "features").glob("*.npy"))) == 2
 
 
-def test_what_a_killed_process_began_is_begun_anew(shards: Path) -> None:
+def test_what_a_killed_process_began_is_gone_on_with_and_what_is_torn_is_begun_anew(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(encoding, "_BATCH", 2)
     (path,) = cache(build(), loaders(shards, "val"))
-    whole = path.read_bytes()
-    path.rename(path.with_name(path.name + ".tmp")).write_bytes(whole[:700])
+    whole, row = path.read_bytes(), 8 + 2 * 512
+    partial = path.rename(path.with_name(path.name + ".tmp"))
+    # Rows 2 to 5 were not written yet.
+    begin = len(whole) - 8 * row
+    partial.write_bytes(whole[: begin + 2 * row] + bytes(4 * row) + whole[begin + 6 * row :])
+    capsys.readouterr()
+    assert cache(build(), loaders(shards, "val")) == [path]
+    assert "computing features of 4 images" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+    path.rename(partial).write_bytes(whole[:700])
     (shards / "features" / "train-of-another-run.npy.tmp").write_bytes(b"begun")
     assert cache(build(), loaders(shards, "val")) == [path]
     assert path.read_bytes() == whole
     assert not list((shards / "features").glob("*.tmp"))
 
 
+def test_who_is_asked_to_leave_while_features_are_computed_leaves_and_the_next_goes_on(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(encoding, "_BATCH", 2)
+    asked = iter([False, False, True])
+    monkeypatch.setattr(encoding.preempt, "asked", lambda: next(asked))
+    with pytest.raises(PreemptedError, match="left before the features of all images were computed"):
+        cache(build(), loaders(shards, "val"))
+    monkeypatch.setattr(encoding.preempt, "asked", lambda: False)
+    capsys.readouterr()
+    (path,) = cache(build(), loaders(shards, "val"))
+    assert "computing features of 4 images" in capsys.readouterr().err
+    assert len(np.load(path)) == 8
+
+
+def test_a_damaged_row_is_told_when_it_is_read(shards: Path) -> None:
+    (loader,) = made = loaders(shards, "val")
+    (path,) = cache(build(), made)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    cache(build(), made)
+    assert len(next(loader.ahead([(np.array([6]), None)])).images) == 1
+    with pytest.raises(UserError, match=r"row 7 is damaged, wanted .*; delete the file"):
+        next(loader.ahead([(np.array([7]), None)]))
+
+
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (lambda data: data[:-2], r"damaged \(8,318 bytes\)"),
-        (lambda data: data + b"\0", r"damaged \(8,321 bytes\)"),
+        (lambda data: data[:-2], r"damaged \(8,446 bytes\)"),
+        (lambda data: data + b"\0", r"damaged \(8,449 bytes\)"),
         (lambda data: data[:0], r"damaged \(another header\)"),
         (lambda data: data.replace(b"'<f2'", b"'<f4'"), r"damaged \(another header\)"),
-        (lambda data: data.replace(b"(8, 1, 512)", b"(4, 2, 512)"), r"damaged \(another header\)"),
+        (lambda data: data.replace(b"(1, 512)", b"(2, 256)"), r"damaged \(another header\)"),
     ],
 )
 def test_a_damaged_file_is_refused_and_the_cure_is_to_delete_it(shards: Path, damage, found: str) -> None:
     (path,) = cache(build(), loaders(shards, "val"))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=f"{path}: {found}, wanted 8,320 bytes .* delete it"):
+    with pytest.raises(UserError, match=f"{path}: {found}, wanted 8,448 bytes .* delete it"):
         cache(build(), loaders(shards, "val"))
     path.unlink()
     path.mkdir()
