@@ -105,10 +105,10 @@ def test_the_gradient_is_that_of_the_expected_reward(
     settings = settings_of(tmp_path, packed, source, "scst.samples=20000", "data.max_words=2")
     reader = Reader()
     captioner = checkpoint.open_run(source).captioner()
-    captioner.decoder = reader
     split = Split(packed, "train")
     words = Vocabulary((*SPECIALS, "red", "blue", "circle"))
     objective = SelfCritical(settings, captioner, split, words)
+    captioner.decoder = reader
     chances = reader.logits.clone()
     chances[:, [PAD, START, 3]] = -torch.inf
     surprise = -chances.log_softmax(1)
