@@ -37,11 +37,6 @@ class Batch:
     image_ids: list[int]
     """The data set's."""
 
-    @property
-    def words(self) -> int:
-        """Words to predict: all tokens but padding and the starts."""
-        return int((self.tokens[:, 1:] != PAD).sum())
-
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
         images, tokens, owners = (tensor.to(device) for tensor in (self.images, self.tokens, self.owners))

@@ -55,6 +55,7 @@ class SelfCritical:
         self.label_smoothing = 0.0
         """No word of a sampled caption but its own has the reward."""
         self._captioner = captioner
+        # Not by evaluation mode: the update keeps batch statistics, and LSTMs on GPUs want training mode.
         captioner.decoder.dropout.share = 0.0
         self._references = [
             [vocabulary.encode(caption, self._max_words)[1:] for caption in split.captions(item)]
