@@ -41,9 +41,9 @@ def test_members_write_as_one_and_say_who_they_are(tmp_path: Path) -> None:
     assert [member["model"] for member in both.made_by()["members"]] == [each.sha256 for each in both.saved]
     assert alone.sha256 == alone.saved[0].sha256 != both.sha256
     # Results of another search or of other members do not take the place of the run's own.
-    assert alone.variant == ""
+    assert alone.variant == "beam5"
     assert len({alone.variant, both.variant, turned.variant}) == 3
-    assert open_members(run, [], checkpoint="best", changes=["search.beam=3"]).variant == ""
+    assert open_members(run, [], checkpoint="best", changes=["search.beam=3"]).variant == "beam3"
     assert turned.config.search.block_ngrams == 3
     assert turned.saved[0].config().search.block_ngrams == 0
 
