@@ -49,11 +49,10 @@ class Speaker(Protocol):
 
 
 def embedding(settings: config.Decoder, words: int) -> nn.Embedding:
-    """Return the words' vectors; if they are the output's matrix too, they begin as small as one."""
+    """Return the words' vectors, each about as long as 1: as PyTorch makes them, they drown the picture."""
     vectors = nn.Embedding(words, settings.embed, padding_idx=PAD)
-    if settings.tied:
-        with torch.no_grad():
-            vectors.weight.div_(settings.embed**0.5)
+    with torch.no_grad():
+        vectors.weight.div_(settings.embed**0.5)
     return vectors
 
 

@@ -1,5 +1,3 @@
-from math import sqrt
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -108,9 +106,28 @@ def test_select_repeats_and_reorders_all_of_a_state_and_of_several(decoder, feat
     (one, (two,)) = select((state, (state,)), rows)
     for chosen in (select(state, rows), one, two):
         assert type(chosen) is type(state)
-        assert chosen.masks == state.masks == ()
-        for part, rest in zip(state[:-1], chosen[:-1], strict=True):
-            assert torch.equal(rest, torch.stack([part[row] for row in rows]))
+        for part, rest in zip(state, chosen, strict=True):
+            if part == ():
+                assert rest == ()
+            else:
+                assert torch.equal(rest, torch.stack([part[row] for row in rows]))
+
+
+@torch.no_grad()
+def test_rows_of_a_picture_share_what_they_look_at_without_gradient_and_say_the_same(
+    decoder, features, tokens
+) -> None:
+    logits, state, look = decoder.step(tokens[:, 0], select(decoder.start(features), OWNERS))
+    if look is not None:
+        assert len(state.regions) == len(state.keys) == IMAGES
+    some = torch.tensor([5, 0, 0, 2])
+    more, _, looks = decoder.step(tokens[some, 1], select(state, some))
+    with torch.enable_grad():
+        copied = select(decoder.start(features), OWNERS)
+        expected, copied, whole = decoder.step(tokens[:, 0], copied)
+        after, _, wholes = decoder.step(tokens[some, 1], select(copied, some))
+    torch.testing.assert_close((logits, more), (expected, after))
+    torch.testing.assert_close((look, looks), (whole, wholes))
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -137,12 +154,18 @@ def test_gradients_reach_every_parameter(name, output, tied, same, features, tok
         assert parameter.grad.abs().max() > 0, key
 
 
-def test_a_tied_output_needs_no_projection_where_sizes_are_equal_and_begins_as_small_as_another() -> None:
+def test_a_tied_output_needs_no_projection_where_sizes_are_equal() -> None:
     assert "from_hidden.weight" in dict(build("attention", output="linear", tied=True).named_parameters())
     decoder = build("attention", output="linear", tied=True, embed=64, hidden=64)
     assert "from_hidden.weight" not in dict(decoder.named_parameters())
-    assert decoder.embedding.weight[1:].std().item() == pytest.approx(1 / sqrt(64), rel=0.2)
-    assert build("attention", embed=64).embedding.weight[1:].std().item() == pytest.approx(1, rel=0.2)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("tied", [False, True])
+def test_vectors_of_words_begin_about_as_long_as_1(name, tied) -> None:
+    # As long as PyTorch makes them, greedy captions lose 2 points of CIDEr-D: docs/experiments.md.
+    lengths = build(name, embed=64, tied=tied).embedding.weight[1:].norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=0.4)
 
 
 @pytest.mark.parametrize("name", DECODERS)
