@@ -27,6 +27,8 @@ class Cache:
     def __init__(self, path: Path, rows: Shaped[np.ndarray, "image"]):
         """Take a file's rows, as `Features.open` finds them."""
         self.path, self._rows = path, rows
+        self.shape: tuple[int, int] = rows.dtype["features"].shape
+        """Regions, features."""
 
     def __getitem__(self, item: int) -> Float16[np.ndarray, "region feature"]:
         """Return the features of an image.

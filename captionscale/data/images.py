@@ -1,17 +1,17 @@
-"""From stored bytes to upright pixels, and to the square picture that the encoder sees."""
+"""From stored bytes to upright pixels."""
 
 import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import ExifTags, Image, ImageEnhance
+from PIL import ExifTags, Image
 
 from captionscale.errors import UserError
 
@@ -26,8 +26,6 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 _DAMAGE = re.compile(r"premature end|bad \w+ code|instead of RST", re.IGNORECASE)
 # A scan of a hundred bytes takes as long as the whole picture; encoders write a dozen at most.
 _MOST_SCANS = 500
-# Left, top, right and bottom of a crop, in pixels.
-_Box = tuple[float, float, float, float]
 # A JPEG segment before the pixels other than APP1, which holds EXIF and XMP and so the orientation.
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xe0\xe2-\xfe]")
 
@@ -188,95 +186,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def centre_view(image: Image.Image, size: int) -> UInt8[np.ndarray, "3 size size"]:
-    """Return the picture's centre square, resized."""
-    return _resize(image, size, _centre_box(image))
-
-
-def random_view(
-    image: Image.Image,
-    size: int,
-    *,
-    crop_scale: tuple[float, float],
-    flip: bool,
-    colour_jitter: float,
-    rotate: float = 0.0,
-    random: np.random.Generator,
-) -> UInt8[np.ndarray, "3 size size"]:
-    """Return a random crop, perhaps turned a little and mirrored, in slightly other colours.
-
-    Args:
-        image: RGB.
-        size: Side of the result, in pixels.
-        crop_scale: Least and greatest share of the area; (1, 1) takes the centre square.
-        flip: Whether half of the results are mirrored.
-        colour_jitter: Greatest change of brightness, contrast and saturation.
-        rotate: Greatest angle by which the picture is turned about the crop's centre, in degrees. What the
-            crop then holds from beyond the picture's edges has the picture's mean colour.
-        random: Where all choices come from.
-
-    Source:
-        The crop of Szegedy et al. 2015 (arXiv:1409.4842), section 6: area share and aspect ratio
-        between 3/4 and 4/3, as torchvision's RandomResizedCrop draws them.
-    """
-    box = None if crop_scale == (1.0, 1.0) else _random_box(image, crop_scale, random)
-    box = box or _centre_box(image)
-    view = _turn(image, size, box, random.uniform(-rotate, rotate)) if rotate else _resize(image, size, box)
-    if flip and random.random() < 0.5:
-        view = view[:, :, ::-1]
-    if colour_jitter:
-        picture = Image.fromarray(np.ascontiguousarray(view.transpose(1, 2, 0)))
-        enhancers: list[Callable[[Image.Image], ImageEnhance._Enhance]]
-        enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-        for enhance in enhancers:
-            picture = enhance(picture).enhance(1 + random.uniform(-colour_jitter, colour_jitter))
-        view = np.asarray(picture).transpose(2, 0, 1)
-    return view
-
-
-def _random_box(
-    image: Image.Image, crop_scale: tuple[float, float], random: np.random.Generator
-) -> _Box | None:
-    """Return a crop; nothing if ten tries find none that fits."""
-    for _ in range(10):
-        area = image.width * image.height * random.uniform(*crop_scale)
-        aspect = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-        width, height = math.sqrt(area * aspect), math.sqrt(area / aspect)
-        if width <= image.width and height <= image.height:
-            left = random.uniform(0, image.width - width)
-            top = random.uniform(0, image.height - height)
-            return left, top, left + width, top + height
-    return None
-
-
-def _centre_box(image: Image.Image) -> _Box:
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    return left, top, left + side, top + side
-
-
-def _resize(image: Image.Image, size: int, box: _Box) -> UInt8[np.ndarray, "3 size size"]:
-    view = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    return np.asarray(view).transpose(2, 0, 1)
-
-
-def _turn(image: Image.Image, size: int, box: _Box, degrees: float) -> UInt8[np.ndarray, "3 size size"]:
-    """Return what a crop holds once the picture is turned counter-clockwise about the crop's centre."""
-    left, top, right, bottom = box
-    # A transform reads four neighbours of each point and would pass over what lies between them.
-    shrink = max(1, int(min(right - left, bottom - top) / size))
-    small = image.reduce(shrink)
-    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    # Pixels of the small picture for each one of the view, along its rows and its columns.
-    across, down = (right - left) / size / shrink, (bottom - top) / size / shrink
-    matrix = np.array([[cos * across, -sin * down], [sin * across, cos * down]])
-    centre = np.array([left + right, top + bottom]) / 2 / shrink
-    (a, b), (d, e) = matrix.tolist()
-    c, f = (centre - matrix @ [size / 2, size / 2]).tolist()
-    mean = small.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-    view = small.transform(
-        (size, size), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR, fillcolor=mean
-    )
-    return np.asarray(view).transpose(2, 0, 1)

@@ -14,22 +14,24 @@ from jaxtyping import Float16, Int, UInt8
 from torch import Tensor
 
 from captionscale.config import Data
-from captionscale.data import images
+from captionscale.data import images, views
 from captionscale.data.features import Cache
 from captionscale.data.shards import Split
 from captionscale.vocab import PAD, Vocabulary
 
 Items = Int[np.ndarray, "item"]
-View = UInt8[np.ndarray, "3 size size"] | Float16[np.ndarray, "region feature"]
-Sample = tuple[View, list[list[int]]]
+View = UInt8[np.ndarray, "size size 3"] | Float16[np.ndarray, "region feature"]
+Pictures = UInt8[Tensor, "image 3 size size"] | Float16[Tensor, "image region feature"]
+Captions = list[list[int]]
+_Work = tuple[Items, Pictures, list[Future[Captions]]]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Pictures and all captions of each of them."""
 
-    images: UInt8[Tensor, "image 3 size size"] | Float16[Tensor, "image region feature"]
-    """As pixels, or as the features that an encoder has made of them."""
+    images: Pictures
+    """As pixels, channels last in memory; or as the features that an encoder has made of them."""
     tokens: Int[Tensor, "caption time"]
     """Start, words, end, then padding."""
     owners: Int[Tensor, "caption"]
@@ -39,8 +41,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        images, tokens, owners = (tensor.to(device) for tensor in (self.images, self.tokens, self.owners))
-        return Batch(images, tokens, owners, self.image_ids)
+        # Pinned memory is copied while this thread goes on.
+        images = self.images.to(device, non_blocking=self.images.is_pinned())
+        return Batch(images, self.tokens.to(device), self.owners.to(device), self.image_ids)
 
 
 class Loader:
@@ -68,7 +71,10 @@ class Loader:
         self.vocabulary = vocabulary
         self.data = data
         self.seed = seed
-        self._pool = ThreadPoolExecutor(data.workers, thread_name_prefix="decode")
+        # Each thread does one picture: torch's own threads would fight with these for the cores. What one
+        # sets for itself, torch also gives to threads to come, but not to one that has asked for its number.
+        torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(data.workers, "decode", torch.set_num_threads, (1,))
 
     def ahead(
         self, requests: Iterable[tuple[Int[np.ndarray, "_"], int | None]], depth: int = 3
@@ -83,9 +89,9 @@ class Loader:
         Raises:
             UserError: A damaged shard.
         """
-        waiting: deque[tuple[Items, list[Future[Sample]]]] = deque()
+        waiting: deque[_Work] = deque()
         for items, epoch in requests:
-            waiting.append((items, self._submit(items, epoch)))
+            waiting.append(self._submit(items, epoch))
             if len(waiting) > depth:
                 yield self._collate(*waiting.popleft())
         while waiting:
@@ -95,24 +101,38 @@ class Loader:
         """Let go of the threads, without waiting for what they were asked."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _submit(self, items: Items, epoch: int | None) -> list[Future[Sample]]:
-        return [self._pool.submit(self._sample, int(item), epoch) for item in items]
+    def _submit(self, items: Items, epoch: int | None) -> _Work:
+        pictures = self._room(len(items))
+        # The threads' own views of it, as wide as what they put there.
+        rows = pictures.numpy() if self.features is not None else pictures.permute(0, 2, 3, 1).numpy()
+        work = zip(rows, items.tolist(), strict=True)
+        return items, pictures, [self._pool.submit(self._fill, row, item, epoch) for row, item in work]
 
-    def _sample(self, item: int, epoch: int | None) -> Sample:
-        captions = self.split.captions(item)
-        return self._view(item, epoch), [
-            self.vocabulary.encode(caption, self.data.max_words) for caption in captions
-        ]
+    def _room(self, count: int) -> Pictures:
+        """Return the memory of a batch's pictures, which is yet to be filled."""
+        # Once a GPU is in use: torch keeps pinned memory, and gives it out again when it was copied.
+        pinned: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        if self.features is not None:
+            return torch.empty((count, *self.features.shape), dtype=torch.float16, pin_memory=pinned)
+        size = self.data.image_size
+        pixels = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=pinned)
+        return pixels.permute(0, 3, 1, 2)
+
+    def _fill(self, row: View, item: int, epoch: int | None) -> Captions:
+        """Put an item's picture into its row, and return its captions."""
+        row[...] = self._view(item, epoch)
+        words = self.data.max_words
+        return [self.vocabulary.encode(caption, words) for caption in self.split.captions(item)]
 
     def _view(self, item: int, epoch: int | None) -> View:
         if self.features is not None:
             return self.features[item]
         data = self.data
         place = f"{self.split.place}: image {self.split.index[item]['image_id']}"
-        picture = images.decode(self.split.image(item), place)
+        picture = images.pixels(self.split.image(item), place)
         if epoch is None:
-            return images.centre_view(picture, data.image_size)
-        return images.random_view(
+            return views.centre_view(picture, data.image_size)
+        return views.random_view(
             picture,
             data.image_size,
             crop_scale=data.crop_scale,
@@ -122,14 +142,12 @@ class Loader:
             random=np.random.default_rng([self.seed, epoch, item]),
         )
 
-    def _collate(self, items: Items, samples: list[Future[Sample]]) -> Batch:
-        views, captions = zip(*(sample.result() for sample in samples), strict=True)
+    def _collate(self, items: Items, pictures: Pictures, samples: list[Future[Captions]]) -> Batch:
+        captions = [sample.result() for sample in samples]
         rows = [tokens for each in captions for tokens in each]
         tokens = np.full((len(rows), max(map(len, rows), default=0)), PAD)
         for row, caption in zip(tokens, rows, strict=True):
             row[: len(caption)] = caption
         owners = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
         image_ids = self.split.index["image_id"][items].tolist()
-        return Batch(
-            torch.from_numpy(np.stack(views)), torch.from_numpy(tokens), torch.from_numpy(owners), image_ids
-        )
+        return Batch(pictures, torch.from_numpy(tokens), torch.from_numpy(owners), image_ids)

@@ -1,4 +1,6 @@
-"""Images made smaller before they are packed. Importing this room imports torch."""
+"""Images in another size. Importing this room imports torch."""
+
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -42,14 +44,17 @@ def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def scaled(
-    image: UInt8[np.ndarray, "height width 3"], new_height: int, new_width: int
+    image: UInt8[np.ndarray, "height width 3"],
+    new_height: int,
+    new_width: int,
+    mode: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> UInt8[np.ndarray, "{new_height} {new_width} 3"]:
-    """Return an image of another size by antialiased bicubic interpolation, first in width, then in height.
+    """Return an image of another size by antialiased interpolation, first in width, then in height.
 
-    The pixels are those of Pillow's `Image.resize(..., BICUBIC)` to within a step or two of 256 (PSNR above
-    60 dB), in a third of its time. Pillow takes the height of tall images first, which rounds otherwise.
+    The pixels are those of Pillow's `Image.resize` to within a step or two of 256 (PSNR above 60 dB), in a
+    third of its time. Pillow takes the height of tall images first, which rounds otherwise.
     """
     # Height, width and channels stay where they are in memory, under torch's order of names: no copies.
     batch = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
-    batch = F.interpolate(batch, (new_height, new_width), mode="bicubic", antialias=True)
+    batch = F.interpolate(batch, (new_height, new_width), mode=mode, antialias=True)
     return batch[0].permute(1, 2, 0).numpy()

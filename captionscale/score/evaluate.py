@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
-from PIL import Image
 from torch import Tensor
 
 from captionscale import config
-from captionscale.data.images import centre_view, decode
+from captionscale.data.images import pixels
 from captionscale.data.loader import Loader
+from captionscale.data.views import centre_view
 from captionscale.errors import UserError, did_you_mean
 from captionscale.model.captioner import Captioner
 from captionscale.model.ensemble import Ensemble
@@ -196,6 +196,7 @@ def write_captions(
         diversity=settings.diversity,
         coverage=settings.coverage,
         rules=rules,
+        best_only=True,
     )
     return [vocabulary.decode(captions[0].tokens) for captions in found]
 
@@ -231,7 +232,7 @@ def caption_files(
     views = [centre_view(_read(file), settings.data.image_size) for file in files]
     keys = [(settings.seed, number) for number in range(len(files))]
     for start in range(0, len(views), batch):
-        pictures = torch.from_numpy(np.stack(views[start : start + batch])).to(device)
+        pictures = torch.from_numpy(np.stack(views[start : start + batch])).permute(0, 3, 1, 2).to(device)
         captions += write_captions(
             captioner, pictures, vocabulary, settings.search, max_words, rules, keys[start : start + batch]
         )
@@ -254,8 +255,8 @@ def _numbers(seed: int, image_id: int, count: int) -> Float32[np.ndarray, "time"
     return random.random(count, dtype=np.float32)
 
 
-def _read(file: Path) -> Image.Image:
+def _read(file: Path) -> UInt8[np.ndarray, "height width 3"]:
     if not file.is_file():
         found = "a folder" if file.is_dir() else "no such file"
         raise UserError(f"{file}: {found}, wanted an image, such as a JPEG; correct the path")
-    return decode(file.read_bytes(), str(file))
+    return pixels(file.read_bytes(), str(file))

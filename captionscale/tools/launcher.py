@@ -84,8 +84,11 @@ def launch(
     environment = {"ACCELERATE_USE_CPU": "true"} if cpu else {}
     arguments = ["--config_file", str(path), "--num_processes", str(count), "--num_machines", str(machines)]
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    arguments += ["--num_cpu_threads_per_process"]
-    arguments += [threads if threads.isdecimal() else str(max(1, cores() // here))]
+    threads = threads if threads.isdecimal() else str(max(1, cores() // here))
+    arguments += ["--num_cpu_threads_per_process", threads]
+    if _zero(facts):
+        # Accelerate passes the number on to all but these, who would then have one thread each.
+        environment["OMP_NUM_THREADS"] = threads
     if machines > 1:
         arguments += ["--machine_rank", str(machine), "--main_process_ip", address]
         # Else the launcher that ends last tells at length that the first one is gone.

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captionscale.data.images import FORMATS, Look, centre_view, decode, look, pixels, random_view
+from captionscale.data.images import FORMATS, Look, decode, look, pixels
 from captionscale.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -29,8 +29,6 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 WHOLE_READS: list[Callable[[bytes, str], Any]]
 WHOLE_READS = [pixels, decode, lambda data, place: look(data, place, whole=True)]
 READS = [*WHOLE_READS, lambda data, place: look(data, place, whole=False)]
-PLAIN = {"crop_scale": (1.0, 1.0), "flip": False, "colour_jitter": 0.0}
-WILD = {"crop_scale": (0.3, 1.0), "flip": True, "colour_jitter": 0.4}
 
 
 def quarters(width: int = 64, height: int = 48) -> Image.Image:
@@ -427,148 +425,3 @@ def test_a_look_at_an_ordinary_jpeg_does_without_pillow(monkeypatch: pytest.Monk
 def test_reading_images_imports_no_torch() -> None:
     code = "import sys; import captionscale.data.images; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---- views
-
-
-def test_the_centre_view_is_the_centre_square_upright_and_unmirrored() -> None:
-    for width, height in ((64, 48), (48, 64), (48, 48), (49, 64)):
-        image = Image.new("RGB", (width, height), (255, 0, 255))
-        side = min(width, height)
-        image.paste(quarters(side, side), ((width - side) // 2, (height - side) // 2))
-        view = centre_view(image, 32).transpose(1, 2, 0)
-        corners = [tuple(view[row, column].tolist()) for row in (2, -3) for column in (2, -3)]
-        assert corners == [RED, GREEN, BLUE, WHITE]
-
-
-def test_the_centre_view_of_a_square_of_the_same_size_is_that_square() -> None:
-    image = noise(40, 40)
-    np.testing.assert_array_equal(centre_view(image, 40), np.asarray(image).transpose(2, 0, 1))
-
-
-def test_a_random_view_is_a_function_of_its_generator_alone() -> None:
-    image = noise(50, 40)
-    views = [
-        random_view(image, 32, **WILD, random=np.random.default_rng(seed)) for seed in (*range(8), *range(8))
-    ]
-    for first, second in zip(views[:8], views[8:], strict=True):
-        np.testing.assert_array_equal(first, second)
-    assert len({view.tobytes() for view in views}) == 8
-
-
-def test_a_random_view_without_crop_flip_and_jitter_is_the_centre_view() -> None:
-    for width, height in ((50, 40), (40, 50), (90, 30)):
-        image = noise(width, height)
-        view = random_view(image, 32, **PLAIN, random=np.random.default_rng(3))
-        np.testing.assert_array_equal(view, centre_view(image, 32))
-
-
-def test_half_of_the_views_are_mirrored() -> None:
-    image = noise(40, 40)
-    straight = centre_view(image, 32)
-    random = np.random.default_rng(0)
-    mirrored = 0
-    for _ in range(200):
-        view = random_view(image, 32, **(PLAIN | {"flip": True}), random=random)
-        if not np.array_equal(view, straight):
-            np.testing.assert_array_equal(view, straight[:, :, ::-1])
-            mirrored += 1
-    assert 70 < mirrored < 130
-
-
-def test_a_crop_lies_inside_the_picture_and_keeps_the_share_that_was_asked_for() -> None:
-    # Each pixel holds its own place, so that a view tells where it was cut.
-    y, x = np.mgrid[:200, :240].astype(np.uint8)
-    image = Image.fromarray(np.stack([x, y, x * 0], axis=2))
-    random = np.random.default_rng(0)
-    for _ in range(100):
-        view = random_view(image, 32, **(PLAIN | {"crop_scale": (0.25, 0.5)}), random=random).astype(float)
-        width, height = (np.ptp(view[channel]) * 32 / 31 for channel in (0, 1))
-        assert 0.22 < width * height / (240 * 200) < 0.55
-        assert 0.7 < width / height < 1.42
-        assert view[2].max() == 0
-
-
-def test_jitter_changes_colours_only() -> None:
-    image = quarters(40, 40)
-    view = random_view(
-        image, 32, **(PLAIN | {"colour_jitter": 0.4}), random=np.random.default_rng(1)
-    ).transpose(1, 2, 0)
-    assert not np.array_equal(view.transpose(2, 0, 1), centre_view(image, 32))
-    red, green, blue, white = (view[row, column].astype(int) for row in (3, -4) for column in (3, -4))
-    assert red.argmax() == 0
-    assert green.argmax() == 1
-    assert blue.argmax() == 2
-    assert np.ptp(white) == 0
-
-
-# ---- turned pictures
-
-
-def test_no_rotation_draws_no_chance() -> None:
-    image = noise(90, 70)
-    views = [
-        random_view(image, 32, **WILD, **more, random=np.random.default_rng(5))
-        for more in ({}, {"rotate": 0.0})
-    ]
-    np.testing.assert_array_equal(*views)
-
-
-def turned(image: Image.Image, size: int, degrees: float, **changes: Any) -> np.ndarray:
-    """Return a view that is turned by this angle, whatever the chance."""
-
-    class Always(np.random.Generator):
-        def uniform(self, low: float, high: float) -> float:
-            return degrees if low == -high else super().uniform(low, high)
-
-    options = PLAIN | {"rotate": 45.0} | changes
-    return random_view(image, size, **options, random=Always(np.random.PCG64(0)))
-
-
-def test_a_picture_turned_by_nothing_is_the_one_that_is_not_turned() -> None:
-    for image in (quarters(), quarters(97, 61)):
-        for size in (16, 48, 61):
-            difference = turned(image, size, 0.0).astype(int) - centre_view(image, size)
-            assert np.abs(difference).mean() < 5
-
-
-def test_a_picture_turns_about_the_middle_counter_clockwise_as_pillow_turns_it() -> None:
-    # Smooth, so that the two ways of sampling agree.
-    rows, columns = np.mgrid[:80, :80]
-    waves = np.stack([rows * 3, columns * 3, (rows + columns) * 1.5], 2).clip(0, 255).astype(np.uint8)
-    image = Image.fromarray(waves)
-    for degrees in (-30.0, 12.0, 45.0):
-        expected = np.asarray(image.rotate(degrees, Image.Resampling.BILINEAR)).transpose(2, 0, 1)
-        found = turned(image, 80, degrees)
-        inside = (rows - 39.5) ** 2 + (columns - 39.5) ** 2 < 38**2
-        assert np.abs(found.astype(int) - expected)[:, inside].max() <= 1
-
-
-def test_a_crop_of_a_turned_picture_shows_what_is_there_and_else_the_mean_colour() -> None:
-    image = Image.new("RGB", (100, 100), (200, 10, 60))
-    # One colour: neither black corners nor seams.
-    assert set(map(tuple, turned(image, 32, 30.0).reshape(3, -1).T.tolist())) == {(200, 10, 60)}
-    half = Image.new("RGB", (100, 100), "black")
-    half.paste((255, 255, 255), (0, 0, 100, 50))
-    corner = turned(half, 100, 45.0)[:, 2, 2]
-    assert (np.abs(corner.astype(int) - 127) <= 2).all()
-
-
-def test_a_large_picture_is_averaged_before_it_is_turned() -> None:
-    # Every second row is black: without averaging, a view would be bands of black and white.
-    stripes = np.zeros((400, 400, 3), np.uint8)
-    stripes[::2] = 255
-    view = turned(Image.fromarray(stripes), 50, 0.5)
-    assert np.ptp(view[:, 2:-2, 2:-2].astype(int)) <= 3
-
-
-def test_angles_lie_to_both_sides_and_within_the_greatest() -> None:
-    image = quarters(64, 64)
-    views = [random_view(image, 32, **PLAIN, rotate=40.0, random=np.random.default_rng(n)) for n in range(20)]
-    assert len({view.tobytes() for view in views}) == 20
-    # Where green begins, eight rows above the middle: more to the left if the picture turned to the left.
-    ends = [int(np.flatnonzero(view[1, 8] < 64).max()) for view in views]
-    assert min(ends) < 12
-    assert max(ends) > 19
-    assert all(abs(end - 15.5) <= 7.5 * np.tan(np.radians(40)) + 1 for end in ends)

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -6,7 +9,7 @@ import pytest
 import torch
 
 from captionscale.config import Data
-from captionscale.data import images
+from captionscale.data import images, views
 from captionscale.data.features import Features
 from captionscale.data.loader import Batch, Loader
 from captionscale.data.packing import pack
@@ -105,8 +108,8 @@ def test_without_an_epoch_each_picture_is_its_centre(loader: Loader) -> None:
     batch = fetch(loader, numbers, None)
     assert batch.images.dtype == torch.uint8
     for view, item in zip(batch.images, numbers.tolist(), strict=True):
-        picture = images.decode(loader.split.image(item), "here")
-        np.testing.assert_array_equal(view.numpy(), images.centre_view(picture, SIZE))
+        picture = images.pixels(loader.split.image(item), "here")
+        np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), views.centre_view(picture, SIZE))
 
 
 def test_without_augmentation_an_epoch_shows_the_centres_too(packed: Path, loader: Loader) -> None:
@@ -142,6 +145,45 @@ def test_with_features_a_batch_holds_those_of_its_images_and_no_image_is_read(
     assert batch.image_ids == expected.image_ids
     assert batch.to(torch.device("meta")).images.shape == (4, 4, 5)
     cached.close()
+
+
+ALONE = """
+import os, sys
+from pathlib import Path
+import numpy as np, torch
+from captionscale.config import Data
+from captionscale.data.loader import Loader
+from captionscale.data.shards import Split
+from captionscale.vocab import SPECIALS, Vocabulary
+
+own = torch.get_num_threads()
+before = len(os.listdir("/proc/self/task"))
+# Large enough to be worth several threads to torch.
+data = Data(shards=sys.argv[1], image_size=448, workers=2, rotate=5.0)
+loader = Loader(Split(Path(sys.argv[1]), "train"), Vocabulary(SPECIALS), data)
+list(loader.ahead((np.arange(8), epoch) for epoch in range(3)))
+print(own, torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_threads_that_decode_have_none_of_torchs_besides_and_leave_the_others_theirs(packed: Path) -> None:
+    # Those of each would fight for the cores with those of all others.
+    found = subprocess.run(
+        [sys.executable, "-c", ALONE, packed],
+        env=os.environ | {"OMP_NUM_THREADS": "4"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    own, after, added = found.stdout.split()
+    assert after == own
+    assert added == "2"
+
+
+def test_pixels_lie_in_memory_as_convolutions_want_them(loader: Loader) -> None:
+    batch = fetch(loader, items(1, 2, 3), 0)
+    assert batch.images.shape == (3, 3, SIZE, SIZE)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
 # ---- captions

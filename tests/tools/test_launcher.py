@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from captionscale import config, toml
@@ -71,14 +72,20 @@ def test_processes_stay_on_the_cpu_if_the_profile_says_so(dry_run) -> None:
     assert dry_run("gpu")[0] == []
 
 
-def test_processes_share_the_cores(dry_run, monkeypatch) -> None:
+@pytest.mark.parametrize("profile", ["cpu", "gpu", "zero2"])
+@pytest.mark.parametrize(("processes", "threads"), [(2, "6"), (5, "2"), (12, "1"), (64, "1")])
+def test_processes_share_the_cores(dry_run, monkeypatch, profile, processes, threads) -> None:
+    # Two processes with a thread for each core fight for them: they take ten times as long.
+    # Once, those of ZeRO had one thread, whatever their share: Accelerate does not tell them the number.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    assert [dry_run(processes=count)[1].num_cpu_threads_per_process for count in (1, 4, 5, 24)] == [
-        12,
-        3,
-        2,
-        1,
-    ]
+    environment, options = dry_run(profile, processes)
+    for pair in environment:
+        monkeypatch.setenv(*pair.split("=", 1))
+    options = _validate_launch_command(options)[0]
+    options.deepspeed_fields_from_accelerate_config = ""
+    zero = profile == "zero2"
+    given = prepare_deepspeed_cmd_env(options)[1] if zero else prepare_multi_gpu_env(options)
+    assert given["OMP_NUM_THREADS"] == threads
 
 
 def test_a_profile_is_a_file_or_a_name(dry_run, tmp_path) -> None:

@@ -11,7 +11,7 @@ from experiment import finish, losses, start, tiny
 
 from captionscale.config import Encoder as Settings
 from captionscale.data import features as feature_files
-from captionscale.data import images
+from captionscale.data import images, views
 from captionscale.data.loader import Loader
 from captionscale.data.places import Remote, open_place
 from captionscale.data.shards import Split
@@ -64,11 +64,10 @@ def test_a_file_holds_the_features_of_each_image_in_the_order_of_the_index(shard
     )
     held = np.load(paths[0], mmap_mode="r")["features"]
     assert (held.shape, held.dtype) == ((48, 1, 512), np.float16)
-    views = [
-        images.centre_view(images.decode(train_split.split.image(item), "here"), 32) for item in range(48)
-    ]
+    pictures = [images.pixels(train_split.split.image(item), "here") for item in range(48)]
+    seen = np.stack([views.centre_view(picture, 32) for picture in pictures])
     with torch.no_grad():
-        expected = encoder(torch.from_numpy(np.stack(views))).numpy()
+        expected = encoder(torch.from_numpy(seen).permute(0, 3, 1, 2)).numpy()
     np.testing.assert_allclose(held, expected, rtol=1e-3, atol=1e-4)
     items = np.array([40, 3, 7])
     (batch,) = train_split.ahead([(items, 5)])
@@ -80,7 +79,7 @@ def test_a_file_holds_the_features_of_each_image_in_the_order_of_the_index(shard
 def test_no_image_is_decoded_that_is_in_the_cache(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache(build(), loaders(shards))
     again = loaders(shards)
-    monkeypatch.setattr(images, "decode", None)
+    monkeypatch.setattr(images, "pixels", None)
     cache(build(), again)
     assert len(next(iter(again[0].ahead([(np.arange(9), 0)]))).images) == 9
 
