@@ -1,8 +1,10 @@
 """Attention over the regions of a picture."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+from captionscale.model.state import Owners
 
 
 class AdditiveAttention(nn.Module):
@@ -32,18 +34,39 @@ class AdditiveAttention(nn.Module):
         self,
         features: Float[Tensor, "batch region feature"],
         keys: Float[Tensor, "batch region attend"],
-        hidden: Float[Tensor, "batch hidden"],
-    ) -> tuple[Float[Tensor, "batch feature"], Float[Tensor, "batch region"]]:
+        hidden: Float[Tensor, "row hidden"],
+        owners: Owners = (),
+    ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row region"]]:
         """Attend to the regions that matter for the next word.
 
         Args:
             features: Encoder grid cells, flattened row by row from the top left.
             keys: Of these features.
             hidden: State of the LSTM that looks.
+            owners: Whose features each row of it looks at; those of a picture side by side, or it takes long.
 
         Returns:
             The context vector, and the attention weights: non-negative, summing to one.
         """
-        energies = self.energy(torch.tanh(keys + self.query(hidden).unsqueeze(1))).squeeze(2)
+        query = self.query(hidden)
+        if isinstance(owners, Tensor):
+            return self._share(features, keys, query, owners)
+        energies = self.energy(torch.tanh(keys + query.unsqueeze(1))).squeeze(2)
         weights = energies.softmax(1)
         return torch.bmm(weights.unsqueeze(1), features).squeeze(1), weights
+
+    def _share(
+        self,
+        features: Float[Tensor, "batch region feature"],
+        keys: Float[Tensor, "batch region attend"],
+        query: Float[Tensor, "row attend"],
+        owners: Int[Tensor, "row"],
+    ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row region"]]:
+        """Do the same without a copy of features or keys for each row."""
+        pictures, counts = torch.unique_consecutive(owners, return_counts=True)
+        means, looks = [], []
+        for picture, part in zip(pictures.tolist(), torch.split(query, counts.tolist()), strict=True):
+            energies = self.energy(torch.tanh_(keys[picture] + part.unsqueeze(1))).squeeze(2)
+            looks.append(energies.softmax(1))
+            means.append(looks[-1] @ features[picture])
+        return torch.cat(means), torch.cat(looks)

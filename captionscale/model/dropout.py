@@ -41,6 +41,10 @@ class Dropout(nn.Module):
             vectors: If a caption has several, its times are the second dimension.
             mask: What `mask` gave.
         """
+        if mask is None and vectors.device.type == "cpu" and self.training and self.share:
+            # PyTorch draws uniform numbers more than twice as fast as its own dropout's.
+            kept = torch.rand(vectors.shape).ge_(self.share).div_(1 - self.share)
+            return vectors * kept.to(vectors.dtype)
         if mask is None:
             return F.dropout(vectors, self.share, self.training)
         return vectors * (mask if vectors.dim() == mask.dim() else mask.unsqueeze(1))

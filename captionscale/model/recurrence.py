@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from captionscale.model.attention import AdditiveAttention
 from captionscale.model.output import Masks
+from captionscale.model.state import Owners
 from captionscale.vocab import PAD
 
 _CACHED = 2**18
@@ -33,6 +34,7 @@ class AttentionState(NamedTuple):
     hidden: Float[Tensor, "batch layer hidden"]
     cell: Float[Tensor, "batch layer hidden"]
     masks: Masks = ()
+    owners: Owners = ()
 
 
 def read(
@@ -73,9 +75,10 @@ def read(
         sizes = [captions, *filter(None, (lengths > torch.arange(1, length).unsqueeze(1)).sum(1).tolist())]
         slots, width = _slots(owners[order], len(regions))
     else:
-        order, sizes = torch.arange(captions, device=tokens.device), [captions] * length
-        slots, width = order, 1
-        regions, keys = regions[owners], keys[owners]
+        order, sizes, width = torch.arange(captions, device=tokens.device), [captions] * length, 1
+    if width == 1:
+        regions, keys = regions[owners[order]], keys[owners[order]]
+        slots = torch.arange(captions, device=tokens.device)
     rows = torch.cat([order[:count] * length + time for time, count in enumerate(sizes)])
     device, dtype = words.device.type, words.dtype
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
@@ -128,7 +131,8 @@ class _Recurrence(torch.autograd.Function):
     one product each over all times. u is computed anew: to keep it takes more time, and much memory.
 
     Rows are words, time after time; each time has those captions that have not ended, the longest first. To
-    look at regions, captions are laid out by image, in a grid with equally many slots for each.
+    look at regions, captions are laid out by image, in a grid with equally many slots for each. Where that is
+    one, there is no grid: images are in the order of their captions.
     """
 
     @staticmethod
@@ -160,10 +164,9 @@ class _Recurrence(torch.autograd.Function):
         for count, now, before in _times(sizes):
             looks[now] = F.linear(states[-1][:count].to(precision), look, shift)
             query, gate = looks[now].tensor_split([attend], 1)
-            parts = _compare(keys, query, slots[:count] // width)
-            weights[now] = torch.cat([u @ energy for _, u in parts]).softmax(1)
-            means = _grid(weights[now], slots[:count], len(regions), width) @ regions
-            seen[now] = means.flatten(0, 1)[slots[:count]]
+            parts = _compare(keys, query, slots[:count], width)
+            weights[now] = torch.cat([u @ energy for _, _, u in parts]).softmax(1)
+            seen[now] = _times_pictures(weights[now], regions, slots[:count], width)
             if gate.numel():
                 seen[now] *= gate.sigmoid()
             below = seen[now]
@@ -225,18 +228,21 @@ def _gradients(ctx: Any, dsaid: Tensor, dz: Tensor, dweights: Tensor) -> tuple[T
             dbelow, dbefore = (dgate.flatten(1) @ matrices[layer]).tensor_split([-units], 1)
             dh.copy_(dbefore)
             (dstates[layer - 1, :count] if layer else dz[now]).add_(dbelow)
-        dalpha = (_grid(dz[now], slots[:count], images, width) @ regions.mT).flatten(0, 1)[slots[:count]]
+        dalpha = _times_pictures(dz[now], regions.mT, slots[:count], width)
         alpha = weights[now]
         if opened is not None:
             dalpha *= opened[now]
             dlooks[now, attend:] = (1 - opened[now]) * (alpha * dalpha).sum(1, keepdim=True)
         dalpha += dweights[now]
         de = alpha * (dalpha - (alpha * dalpha).sum(1, keepdim=True))
-        owners, dquery = slots[:count] // width, torch.empty_like(looks[now, :attend])
-        for some, u in _compare(keys, looks[now, :attend], owners):
+        dquery = torch.empty_like(looks[now, :attend])
+        for some, owners, u in _compare(keys, looks[now, :attend], slots[:count], width):
             denergy.addmv_(u.flatten(0, 1).T, de[some].flatten())
             _tanh_backward.grad_input(de[some].unsqueeze(2), u, grad_input=u)
-            dkeys.index_add_(0, owners[some], u)
+            if width == 1:
+                dkeys[some] += u
+            else:
+                dkeys.index_add_(0, owners, u)
             torch.sum(u, 1, out=dquery[some])
         dlooks[now, :attend] = dquery * energy
         dstates[-1, :count] += dlooks[now] @ look
@@ -280,15 +286,29 @@ def _grid(
     return grid.index_copy_(0, places, rows).view(images, width, -1)
 
 
+def _times_pictures(
+    rows: Float[Tensor, "row size"],
+    pictures: Float[Tensor, "image size other"],
+    slots: Int[Tensor, "row"],
+    width: int,
+) -> Float[Tensor, "row other"]:
+    """Multiply each row by its picture's matrix."""
+    if width == 1:
+        return torch.bmm(rows.unsqueeze(1), pictures[: len(rows)]).squeeze(1)
+    return (_grid(rows, slots, len(pictures), width) @ pictures).flatten(0, 1)[slots]
+
+
 def _compare(
     keys: Float[Tensor, "image region attend"],
     query: Float[Tensor, "caption attend"],
-    owners: Int[Tensor, "caption"],
-) -> Iterator[tuple[slice, Float[Tensor, "some region attend"]]]:
-    """Yield u of some captions at a time: on a CPU of as many as its cache holds, in the same memory."""
+    slots: Int[Tensor, "caption"],
+    width: int,
+) -> Iterator[tuple[slice, Int[Tensor, "some"], Float[Tensor, "some region attend"]]]:
+    """Yield some captions at a time, their images, and u: in the same memory, on a CPU that of its cache."""
     some = max(1, _CACHED // keys[0].numel()) if keys.device.type == "cpu" else len(query)
-    space = keys.new_empty(some, *keys.shape[1:])
+    space, images = keys.new_empty(some, *keys.shape[1:]), slots // width
     for start in range(0, len(query), some):
         rows = slice(start, min(start + some, len(query)))
-        u = torch.index_select(keys, 0, owners[rows], out=space[: rows.stop - start])
-        yield rows, u.add_(query[rows].unsqueeze(1)).tanh_()
+        u, owners = space[: rows.stop - start], images[rows]
+        own = keys[rows] if width == 1 else torch.index_select(keys, 0, owners, out=u)
+        yield rows, owners, torch.add(own, query[rows].unsqueeze(1), out=u).tanh_()

@@ -9,7 +9,7 @@ from captionscale.model.rules import FREE, Features, Rules, start
 from captionscale.model.state import select
 from captionscale.vocab import END, PAD
 
-FEW = 0.75
+_FEW = 0.9
 """Share unfinished at which finished captions are laid aside: it costs a copy of the decoder's state."""
 
 
@@ -66,7 +66,7 @@ def sample(
     longest = len(rules.prefix)
     for time in range(longest, max_words):
         logits, state, _ = decoder.step(tokens, state)
-        chances = logits.float() / temperature
+        chances = logits.float() if temperature == 1 else logits.float() / temperature
         rules.forbid(chances, said[going, :time], max_words)
         tokens, gains = _draw(chances, numbers[going, time], top_k, top_p)
         tokens = tokens.masked_fill(finished, PAD)
@@ -76,7 +76,7 @@ def sample(
         unfinished = len(finished) - int(finished.sum())
         if not unfinished:
             break
-        if unfinished <= FEW * len(finished):
+        if unfinished <= _FEW * len(finished):
             rows = (~finished).nonzero().squeeze(1)
             tokens, state, going, finished = select((tokens, state, going, finished), rows)
     return said[:, :longest], totals

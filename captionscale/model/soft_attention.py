@@ -93,7 +93,7 @@ class AttentionDecoder(nn.Module):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionState]:
         """Return the last layer's state, what was seen and where, and the state."""
         before = state.hidden[:, -1]
-        context, weights = self.attention(state.regions, state.keys, before)
+        context, weights = self.attention(state.regions, state.keys, before, state.owners)
         if self.gate is not None:
             context = self.gate(before).sigmoid() * context
         below = torch.cat([word, context], 1)

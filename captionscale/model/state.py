@@ -1,15 +1,39 @@
 """What a decoder remembers between two words: nested tuples of tensors, all with the batch first."""
 
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 State = TypeVar("State", bound=tuple[Any, ...])
 
+Owners: TypeAlias = Tensor | tuple[()]
+"""Where the picture of each row is in those fields of a state that are `SHARED`. Empty: a row, a picture."""
+
+SHARED = ("regions", "keys")
+"""Fields that a state with `owners` has of each picture, not of each row: what attention looks at."""
+
 
 def select(state: State, rows: Int[Tensor, "rows"]) -> State:
-    """Return the state of these rows of the batch, in this order; a row may come twice."""
-    parts = [select(part, rows) if isinstance(part, tuple) else part[rows] for part in state]
+    """Return the state of these rows of the batch, in this order; a row may come twice.
+
+    On a CPU, rows of a picture share what attention looks at, instead of having copies; but not where a
+    gradient is wanted, which would be gathered anew at each word.
+    """
+    fields = getattr(state, "_fields", ())
+    shared = SHARED if "owners" in fields else ()
+    parts = [
+        part if name in shared else select(part, rows) if isinstance(part, tuple) else part[rows]
+        for name, part in zip(fields or range(len(state)), state, strict=True)
+    ]
     # A NamedTuple takes its fields one by one.
-    return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    chosen: Any = type(state)(*parts) if fields else type(state)(parts)
+    if shared:
+        owners = rows if chosen.owners == () else chosen.owners
+        chosen = chosen._replace(owners=owners)
+        if rows.device.type != "cpu" or torch.is_grad_enabled():
+            copies = {name: getattr(state, name)[owners] for name in shared}
+            chosen = chosen._replace(**copies, owners=())
+    result: State = chosen
+    return result

@@ -12,7 +12,7 @@ from captionscale.model.attention import AdditiveAttention
 from captionscale.model.dropout import Dropout
 from captionscale.model.output import Masks
 from captionscale.model.reading import read_captions, read_word
-from captionscale.model.state import select
+from captionscale.model.state import Owners, select
 
 
 class TopDownState(NamedTuple):
@@ -26,6 +26,7 @@ class TopDownState(NamedTuple):
     """Of the attention's LSTM, then of that of language."""
     cell: Float[Tensor, "batch 2 hidden"]
     masks: Masks = ()
+    owners: Owners = ()
 
 
 class TopDownDecoder(nn.Module):
@@ -99,7 +100,7 @@ class TopDownDecoder(nn.Module):
         """Return the state of language, what was seen and where, and the state."""
         (look, speech), (look_cell, speech_cell) = state.hidden.unbind(1), state.cell.unbind(1)
         look, look_cell = self.looking(torch.cat([speech, state.mean, word], 1), (look, look_cell))
-        context, weights = self.attention(state.regions, state.keys, look)
+        context, weights = self.attention(state.regions, state.keys, look, state.owners)
         speech, speech_cell = self.speaking(torch.cat([context, look], 1), (speech, speech_cell))
         hidden, cell = torch.stack([look, speech], 1), torch.stack([look_cell, speech_cell], 1)
         return (speech, context, weights), state._replace(hidden=hidden, cell=cell)

@@ -86,7 +86,8 @@ class _Scorer:
         for block in blocks(references.texts, references):
             places = references.texts.places(block.rows, block.masks.shape[1])
             counts, first = block.n_grams()
-            self.norms[:, block.rows] = _norms(squares.take(places, axis=1) * first, counts[:, 0])
+            weights = squares.take(places, axis=1, mode="clip") * first
+            self.norms[:, block.rows] = _norms(weights, counts[:, 0], block)
 
     def score(self, captions: Texts, near: Iterable[Block]) -> Float64[np.ndarray, "caption"]:
         squares = self.rarity.squared(captions)
@@ -94,12 +95,11 @@ class _Scorer:
         for block in near:
             places = captions.places(block.rows, block.masks.shape[1])
             counts, first = block.n_grams()
-            weights = squares.take(places, axis=1) * first
+            weights = squares.take(places, axis=1, mode="clip") * first
             shared = np.minimum(counts[:, :1], counts[:, 1:])
-            # A byte does not hold 16 x 16.
-            products = np.multiply(shared, counts[:, 1:], dtype=np.promote_types(counts.dtype, np.uint16))
+            products = np.multiply(shared, counts[:, 1:], dtype=_holding(counts, block))
             cosines = np.einsum("nrpc,npc->nrc", products, weights)
-            norms = _norms(weights, counts[:, 0])[:, None] * self.norms[:, block.texts]
+            norms = _norms(weights, counts[:, 0], block)[:, None] * self.norms[:, block.texts]
             np.divide(cosines, norms, out=cosines, where=norms != 0)
             away = block.lengths[1:] - block.lengths[0]
             penalties = np.exp(-(away**2) / (2 * _SIGMA**2))
@@ -197,9 +197,15 @@ def _firsts(ordered: UInt64[np.ndarray, "any"]) -> Int[np.ndarray, "first"]:
 
 
 def _norms(
-    weights: Float64[np.ndarray, "n place row"], counts: Integer[np.ndarray, "n place row"]
+    weights: Float64[np.ndarray, "n place row"], counts: Integer[np.ndarray, "n place row"], block: Block
 ) -> Float64[np.ndarray, "n row"]:
     """Return the lengths of vectors."""
-    squares = np.square(counts, dtype=np.promote_types(counts.dtype, np.uint16))
+    squares = np.square(counts, dtype=_holding(counts, block))
     norms: Float64[np.ndarray, "n row"] = np.sqrt(np.einsum("npc,npc->nc", weights, squares))
     return norms
+
+
+def _holding(counts: Integer[np.ndarray, "*any"], block: Block) -> np.dtype:
+    """Return what holds the product of two counts of a block."""
+    few = block.masks.shape[1] * block.lengths.max(initial=0) <= np.iinfo(np.uint8).max
+    return counts.dtype if few else np.promote_types(counts.dtype, np.uint16)

@@ -129,7 +129,9 @@ class SelfCritical:
             return torch.from_numpy(rewards).to(sampled.device, torch.float32)
 
         tokens = pad_sequence([*tokens, *people], batch_first=True, padding_value=PAD)
-        return Target(batch.images, tokens, owners, len(sampled), advantages)
+        # What does not learn sees the same again.
+        pictures = batch.images if self._captioner.encoder.learns else features
+        return Target(pictures, tokens, owners, len(sampled), advantages)
 
     def _advantages(
         self, image_ids: list[int], captions: list[list[int]], greedy: list[list[int]]

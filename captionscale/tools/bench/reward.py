@@ -1,6 +1,7 @@
 """`captionscale bench reward`: CIDEr-D of sampled captions, beside the way of dictionaries."""
 
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,9 @@ from captionscale.vocab import END, build
 
 _TOLERANCE = 1e-6
 
+# Captions after which memory is looked at, and their words.
+_SCORED, _LENGTH = 1_000_000, 12
+
 # A step of self-critical training.
 _IMAGES, _SAMPLES = 256, 5
 
@@ -32,12 +36,13 @@ Caption = Sequence[int]
 Vectors = tuple[list[dict[tuple[int, ...], float]], list[float], int]
 
 
-def bench(references: Path | None, *, rounds: int) -> list[Heat]:
+def bench(references: Path | None, *, rounds: int, scored: int = _SCORED) -> list[Heat]:
     """Race them.
 
     Args:
         references: COCO captions; None: invented ones.
         rounds: Of each way.
+        scored: Captions after which memory is looked at.
 
     Raises:
         UserError: No such captions.
@@ -71,8 +76,21 @@ def bench(references: Path | None, *, rounds: int) -> list[Heat]:
             f"bench reward: two scorers differ by {difference:g}, wanted at most {_TOLERANCE:g};"
             " tell us of it"
         )
-    heat.notes.append(f"On one core. The greatest difference of two scores is {difference:.1e}, of 10.")
+    before = _resident()
+    for _ in range(scored // len(images) + 1):
+        reward(images, random.choice(words, (len(images), _LENGTH)).tolist())
+    grown = (_resident() - before) / 2**20
+    heat.notes += [
+        f"On one core. The greatest difference of two scores is {difference:.1e}, of 10.",
+        f"The process had {before / 2**20:,.0f} MB; after {scored:,} other captions {grown:+.1f} MB.",
+    ]
     return [heat]
+
+
+def _resident() -> int:
+    """Return the bytes of memory that this process has, where the system tells."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") if statm.exists() else 0
 
 
 def _tokens(references: Path) -> list[list[list[int]]]:

@@ -86,8 +86,8 @@ def _step(job: Job, batch: Batch, step: int) -> dict[str, float]:
     words = torch.tensor(target.words, dtype=torch.float64)
     weights = target.weights(words, job.objective.of_people)
     lap()
-    read, following, rows = target.tokens[:, :-1], target.tokens[:, 1:], target.rows
-    logits, _ = job.engine(target.pictures, read, target.owners, 0.0, rows)
+    following, rows = target.tokens[:, 1:], target.rows
+    logits, _ = job.engine(target.pictures, target.read, target.owners, 0.0, rows)
     job.engine.backward(cross_entropy(logits, following, 0.0, rows) @ weights)
     job.engine.update()
     lap()
