@@ -21,6 +21,7 @@ from captionscale.train.job import Job, prepare
 from captionscale.train.ledger import Ledger
 from captionscale.train.logs import Log, Rate
 from captionscale.train.losses import cross_entropy, say_what_may_be_said, uneven_attention
+from captionscale.train.profiling import profiling
 from captionscale.train.schedule import lr_factor
 from captionscale.train.selfcritical import SelfCritical
 from captionscale.train.standing import Standing
@@ -29,12 +30,13 @@ from captionscale.train.vote import Vote
 from captionscale.train.watchdog import Watchdog
 
 
-def train(config: Config, run: Path) -> Standing:
+def train(config: Config, run: Path, profiled: int = 0) -> Standing:
     """Train a captioner, or go on with one.
 
     Args:
         config: The experiment.
         run: Folder of its checkpoints and logs. If it holds a checkpoint, training goes on from there.
+        profiled: Steps of which a profile is written.
 
     Returns:
         How far the run is now: at its last step, or where early stopping or preemption ended it.
@@ -45,14 +47,15 @@ def train(config: Config, run: Path) -> Standing:
     """
     with Ranks(config.train.precision) as ranks, ExitStack() as stack:
         ranks.on_first(stack.enter_context, lock(run, "captionscale train"))
-        return learn(prepare(config, run, ranks, stack))
+        return learn(prepare(config, run, ranks, stack), profiled)
 
 
-def learn(job: Job) -> Standing:
+def learn(job: Job, profiled: int = 0) -> Standing:
     """Take the steps that a run has yet to take; log, score and save as it asks for.
 
     Args:
         job: Ready for its next step.
+        profiled: As of `train`.
 
     Returns:
         As `train`.
@@ -74,6 +77,7 @@ def learn(job: Job) -> Standing:
         rate, divergence, vote = Rate(), Divergence(ranks, settings.precision), Vote()
         saved, leaving = start, False
         dog.beat(start)
+        watched = stack.enter_context(profiling(run, profiled * ranks.first, start, bar.say))
 
         def scores(done: int) -> bool:
             return done == job.steps or done % score_every == 0
@@ -112,6 +116,7 @@ def learn(job: Job) -> Standing:
                 with dog.busy("saving"):
                     job.save()
                 saved = done
+            watched()
             bar.advance()
             dog.beat(done)
         with dog.busy("saving"):
@@ -156,8 +161,8 @@ def _learn(
     for (number, batch), target in engine.last_one_syncs(zip(share, work, strict=True)):
         ranks.seed(config.seed, step, number)
         own_share = settings.scheduled_sampling * done
-        read, following, rows = target.tokens[:, :-1], target.tokens[:, 1:], target.rows
-        logits, attention = engine(target.pictures, read, target.owners, own_share, rows)
+        following, rows = target.tokens[:, 1:], target.rows
+        logits, attention = engine(target.pictures, target.read, target.owners, own_share, rows)
         logits = say_what_may_be_said(logits, target, rows)
         surprise = cross_entropy(logits, following, job.objective.label_smoothing, rows)
         if settings.doubly_stochastic and attention is not None:

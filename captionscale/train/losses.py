@@ -1,16 +1,21 @@
 """What training minimises: the negative log-probability of captions, each with a weight of its own."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from captionscale.data.loader import Batch
 from captionscale.ranks import Ranks
 from captionscale.vocab import PAD, START, UNKNOWN
+
+_CACHED = 2**18
+"""Numbers that stay in a core's cache from one operation to the next."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,11 @@ class Target:
     advantages: Callable[[], Float[Tensor, "sample"]] | None = None
     """By how much the reward of each of these is above what was to be expected; asked for only when the
     decoder's forward pass has been handed to the device, so that both are worked out at a time."""
+
+    @property
+    def read(self) -> Int[Tensor, "caption time"]:
+        """What each time reads; nothing where nothing follows, as after the end."""
+        return self.tokens[:, :-1].where(self.tokens[:, 1:] != PAD, PAD)
 
     @property
     def rows(self) -> Int[Tensor, "row"] | None:
@@ -114,16 +124,61 @@ def cross_entropy(
         Label smoothing: Szegedy et al. 2016 (arXiv:1512.00567), section 7.
     """
     wanted = targets.flatten() if rows is None else targets.flatten()[rows]
-    words = F.cross_entropy(
-        logits.float().flatten(0, -2),
-        wanted,
-        ignore_index=PAD,
-        reduction="none",
-        label_smoothing=label_smoothing,
-    )
+    words: Tensor = _Surprise.apply(logits.flatten(0, -2), wanted, label_smoothing)
     if rows is None:
         return words.view_as(targets).sum(1)
     return words.new_zeros(len(targets)).index_add(0, rows // targets.shape[1], words)
+
+
+class _Surprise(torch.autograd.Function):
+    """Cross-entropy of each row, in single precision; padding counts nothing.
+
+    With p = softmax(x) of V words, y the wanted one, s the smoothing and d the gradient of the result,
+
+        -(1 - s) log p_y - s / V sum_i log p_i;    dx_i = d (p_i - (1 - s) [i = y] - s / V).
+
+    On a CPU a few rows at a time, which stay in the cache; p is computed anew on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Float[Tensor, "row word"], wanted: Int[Tensor, "row"], smoothing: float
+    ) -> Float[Tensor, "row"]:
+        """Return the negative log-probability of each wanted word."""
+        ctx.save_for_backward(logits, wanted)
+        ctx.smoothing = smoothing
+        losses = [
+            F.cross_entropy(
+                logits[rows].float(),
+                wanted[rows],
+                ignore_index=PAD,
+                reduction="none",
+                label_smoothing=smoothing,
+            )
+            for rows in _blocks(logits)
+        ]
+        return torch.cat(losses)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses: Float[Tensor, "row"]) -> tuple[Tensor, None, None]:
+        """Return the gradient of the logits."""
+        (logits, wanted), smoothing = ctx.saved_tensors, ctx.smoothing
+        dlogits, factors = torch.empty_like(logits), dlosses.where(wanted != PAD, 0).unsqueeze(1)
+        for rows in _blocks(logits):
+            chances = logits[rows].softmax(1, torch.float32)
+            if smoothing:
+                chances -= smoothing / logits.shape[1]
+            hit = wanted[rows].unsqueeze(1)
+            chances.scatter_add_(1, hit, chances.new_full(hit.shape, smoothing - 1))
+            torch.mul(chances, factors[rows], out=dlogits[rows])
+        return dlogits, None, None
+
+
+def _blocks(logits: Float[Tensor, "row word"]) -> Iterator[slice]:
+    """Yield the rows that are worked at a time."""
+    some = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return (slice(start, start + some) for start in range(0, max(1, len(logits)), some))
 
 
 def uneven_attention(

@@ -25,6 +25,7 @@ from captionscale.vocab import Vocabulary
 
 # No number type is wider, so that each tensor may begin at any multiple of it.
 _ALIGNMENT_BYTES = 16
+_DENSE = (torch.contiguous_format, torch.channels_last)
 
 
 class Saver:
@@ -147,11 +148,7 @@ class Saver:
         if sum(sizes) > len(self._buffer):
             self._make_buffer(sum(sizes), tensors[0].device)
         places = iter(torch.split(self._buffer[: sum(sizes)], sizes))
-        threads = torch.get_num_threads()
-        # One thread fills the memory's bandwidth; several would wait for each other at each tensor.
-        torch.set_num_threads(1)
         copies = [{name: _copied(tensor, next(places)) for name, tensor in group.items()} for group in groups]
-        torch.set_num_threads(threads)
         if self._buffer.is_pinned():
             torch.cuda.synchronize()
         return copies
@@ -163,8 +160,16 @@ class Saver:
 
 
 def _copied(tensor: Tensor, place: Tensor) -> Tensor:
-    copied = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-    return copied.copy_(tensor, non_blocking=True)
+    flat = place[: tensor.nbytes].view(tensor.dtype)
+    if not any(tensor.is_contiguous(memory_format=form) for form in _DENSE):
+        return flat.view(tensor.shape).copy_(tensor, non_blocking=True)
+    # In its own order: the thread that writes has the time to change it.
+    copied = flat.as_strided(tensor.shape, tensor.stride())
+    if tensor.device.type != "cpu":
+        return copied.copy_(tensor, non_blocking=True)
+    # Past the processor's caches, where `copy_` first reads what it is to overwrite.
+    ctypes.memmove(copied.data_ptr(), tensor.data_ptr(), tensor.nbytes)
+    return copied
 
 
 def _aligned(size: int) -> int:

@@ -13,6 +13,13 @@ def add(verbs: Verbs) -> None:
     train.add_argument(
         "--out", type=Path, required=True, metavar="RUN", help="folder of the run; if it exists, resume"
     )
+    train.add_argument(
+        "--profile",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="also write where the time of N steps goes, into RUN/profile/",
+    )
     train.set_defaults(verb="train", handler=_train)
 
     launch = verbs.add_parser(
@@ -89,7 +96,7 @@ def _train(options: argparse.Namespace) -> None:
     with preempt.listening(config.train.grace_s):
         from captionscale.train.loop import train
 
-        train(config, options.out)
+        train(config, options.out, options.profile)
 
 
 def _launch(options: argparse.Namespace) -> None:

@@ -1,3 +1,5 @@
+import gzip
+import json
 import multiprocessing
 import os
 import shutil
@@ -214,3 +216,17 @@ def test_scheduled_sampling_begins_after_the_first_step_and_uneven_attention_cos
     assert abs(logs["own"][1] - logs["plain"][1]) > 1e-4
     # Each of its regions cannot have been looked at once in a caption.
     assert all(even > plain + 1e-3 for even, plain in zip(logs["even"], logs["plain"], strict=True))
+
+
+def test_a_profile_tells_the_costliest_operations_and_changes_nothing(
+    done: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny(tmp_path, packed), tmp_path / "run", profiled=2)
+    # The run has six steps, of which five warm up.
+    (trace,) = (tmp_path / "run" / "profile").iterdir()
+    with gzip.open(trace, "rt") as file:
+        assert any(event["name"] == "aten::convolution" for event in json.load(file)["traceEvents"])
+    said = capsys.readouterr().err
+    assert str(trace) in said
+    assert sum(line.startswith("aten::") for line in said.splitlines()) >= 5
+    assert losses(tmp_path / "run") == losses(done)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from captionscale.train import losses
 from captionscale.train.losses import Target, cross_entropy, uneven_attention
 from captionscale.vocab import PAD
 
@@ -96,3 +97,45 @@ def test_words_alone_cost_what_they_cost_among_padding(logits, targets, smoothin
         both.append((losses.tolist(), leaf.grad if some is not None else leaf.grad.flatten(0, 1)[rows]))
     assert both[0][0] == pytest.approx(both[1][0])
     assert torch.allclose(both[0][1], both[1][1])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_torchs_own_cross_entropy_however_many_rows_are_worked_at_a_time(
+    logits, targets, smoothing, dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, wanted = torch.linspace(-1, 2, CAPTIONS * TIMES), targets.flatten()
+    leaf = logits.to(dtype).flatten(0, 1).requires_grad_()
+    chances = F.cross_entropy(
+        leaf.float(), wanted, ignore_index=PAD, reduction="none", label_smoothing=smoothing
+    )
+    (gradient,) = torch.autograd.grad(chances @ weights, leaf)
+    for cached in (1, 4 * WORDS, 10**6):
+        monkeypatch.setattr(losses, "_CACHED", cached)
+        found = losses._Surprise.apply(leaf, wanted, smoothing)
+        (ours,) = torch.autograd.grad(found @ weights, leaf)
+        assert torch.equal(found, chances)
+        assert ours.dtype == dtype
+        assert (ours.float() - gradient.float()).norm() <= (
+            1e-6 if dtype == torch.float32 else 1e-2
+        ) * gradient.float().norm()
+    assert losses._Surprise.apply(leaf[:0], wanted[:0], smoothing).shape == (0,)
+
+
+def test_what_may_not_be_said_has_no_chance_and_learns_nothing(logits, targets) -> None:
+    leaf = logits.index_fill(2, torch.tensor([WORDS - 1]), -math.inf).requires_grad_()
+    wanted = targets.clamp(max=WORDS - 2)
+    loss = cross_entropy(leaf, wanted, 0.0).sum()
+    loss.backward()
+    alone = cross_entropy(logits[:, :, :-1], wanted, 0.0).sum()
+    assert loss.item() == pytest.approx(alone.item())
+    assert leaf.grad.isfinite().all()
+    assert (leaf.grad[:, :, -1] == 0).all()
+
+
+def test_what_a_time_reads_is_what_something_follows(targets) -> None:
+    tokens = F.pad(targets, (1, 0), value=1)
+    owners = torch.zeros(CAPTIONS, dtype=torch.long)
+    read = Target(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), tokens, owners).read
+    assert ((read != PAD) == (targets != PAD)).all()
+    assert (read == tokens[:, :-1])[read != PAD].all()

@@ -1,4 +1,4 @@
-"""`captionscale bench step`: what the machinery around a training step costs, and how fast a run starts."""
+"""`captionscale bench step`: a step beside the tutorial's, the machinery around it, the start of a run."""
 
 import copy
 import itertools
@@ -27,7 +27,8 @@ from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.progress import progress, say
 from captionscale.ranks import Ranks
-from captionscale.tools.bench.race import Sheet
+from captionscale.tools.bench import tutorial
+from captionscale.tools.bench.race import Heat, Sheet
 from captionscale.train import checkpoint
 from captionscale.train.job import Job, prepare
 from captionscale.train.logs import figures
@@ -67,22 +68,23 @@ class _Alternating(Job):
         return time.perf_counter() - start
 
 
-def bench(config: Config | None, *, rounds: int) -> list[Sheet]:
-    """Measure the machinery of a step, and the start of a run.
+def bench(config: Config | None, *, rounds: int) -> list[Heat | Sheet]:
+    """Measure a step beside the tutorial's form of it, the machinery around one, and the start of a run.
 
     Args:
-        config: The experiment; None: that of quickstart, on drawn pictures.
-        rounds: Of twenty steps each, and of starts.
+        config: The experiment of the last two; None: that of quickstart, on drawn pictures.
+        rounds: Of each way, of twenty steps each, and of starts.
 
     Raises:
         UserError: As `train`.
     """
     with tempfile.TemporaryDirectory(prefix="captionscale-bench-") as name:
-        settings = config or _drawn(Path(name))
-        return [_steps(settings, Path(name), rounds), _starts(settings, Path(name), rounds)]
+        settings = config or drawn(Path(name))
+        heats = tutorial.bench(rounds=rounds)
+        return [*heats, _steps(settings, Path(name), rounds), _starts(settings, Path(name), rounds)]
 
 
-def _drawn(folder: Path) -> Config:
+def drawn(folder: Path) -> Config:
     """Return quickstart's experiment on a few pictures of its kind."""
     say("note: quickstart's model, on drawn pictures; name a config for yours")
     scenes.draw(folder / "coco", counts=_COUNTS, size=96)

@@ -1,0 +1,268 @@
+"""The training step beside the way that tutorials write it."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import process_time
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode
+
+from captionscale import config
+from captionscale.model.captioner import Captioner
+from captionscale.model.encoder import Encoder
+from captionscale.model.soft_attention import AttentionDecoder
+from captionscale.tools.bench.race import Heat, Way, race
+from captionscale.train.losses import Target, cross_entropy, uneven_attention
+from captionscale.vocab import END, PAD, START, UNKNOWN
+
+_DECODER = config.Decoder(
+    embed=512, hidden=512, attend=512, region=512, layers=1, gate=True, output="linear", dropout=0.0
+)
+"""As the tutorial's, but that attention looks at projected regions in both ways. Without dropout: they draw
+masks in another order."""
+_FEATURE = 2048
+_LEARNING = ("layer3", "layer4")
+_NO_RATE, _CLIP_NORM = 0.0, 5.0
+"""AdamW works, but all steps see the same weights."""
+_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+_SHARP = 5
+_SQUARE = 2048
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what is raced."""
+
+    images: int = 32
+    words: int = 9490
+    length: int = 22
+    """Times that the longest caption takes; the others' are as COCO's."""
+    grids: Sequence[int] = (14, 7)
+    captions: int = 5
+    """Of an image, in our whole step."""
+    encoder: str = "resnet50"
+    side: int = 224
+    """Of a picture, in pixels."""
+    precision: torch.dtype = torch.float32
+
+
+def bench(*, rounds: int, sizes: Sizes | None = None) -> list[Heat]:
+    """Race our decoder, then our whole step, against the tutorial's form.
+
+    Args:
+        rounds: Of each way.
+        sizes: Other ones than a COCO model's.
+
+    Raises:
+        AssertionError: Loss or gradients differ by more than rounding.
+    """
+    sizes = sizes or Sizes()
+    return [*(_decoders(sizes, grid, rounds) for grid in sizes.grids), _steps(sizes, rounds)]
+
+
+def read(
+    decoder: AttentionDecoder,
+    features: Float[Tensor, "caption region feature"],
+    tokens: Int[Tensor, "caption time"],
+) -> tuple[Float[Tensor, "caption time word"], Float[Tensor, "caption time region"], list[int], Tensor]:
+    """Read captions as the tutorial does, with the layers of a decoder of ours.
+
+    Captions are sorted by length. At each time those that go on look at all regions, whose keys are computed
+    anew, and go through the LSTM's cell and the vocabulary's matrix.
+
+    Args:
+        decoder: With one layer, a gate and the output `linear`.
+        features: Of each caption's picture.
+        tokens: What each time reads.
+
+    Returns:
+        Logits, where the decoder looked, the captions' lengths, and their order, the longest first.
+
+    Source:
+        The form of github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-Captioning, written anew.
+    """
+    sorted_lengths, order = (tokens != PAD).sum(1).sort(descending=True)
+    lengths = sorted_lengths.tolist()
+    regions = decoder.regions(features[order]).relu()
+    embeddings = decoder.embedding(tokens[order])
+    hidden, cell = torch.tanh(decoder.first_states(regions.mean(1))).chunk(2, 1)
+    logits = regions.new_zeros(len(tokens), lengths[0], decoder.embedding.num_embeddings)
+    looks = regions.new_zeros(len(tokens), lengths[0], regions.shape[1], dtype=torch.float32)
+    assert decoder.gate is not None
+    for time in range(lengths[0]):
+        count = sum(length > time for length in lengths)
+        seen, before = regions[:count], hidden[:count]
+        keys, query = decoder.attention.key(seen), decoder.attention.query(before)
+        weights = decoder.attention.energy(torch.tanh(keys + query.unsqueeze(1))).squeeze(2).softmax(1)
+        context = decoder.gate(before).sigmoid() * (seen * weights.unsqueeze(2)).sum(1)
+        hidden, cell = decoder.cells[0](
+            torch.cat([embeddings[:count, time], context], 1), (before, cell[:count])
+        )
+        logits[:count, time] = decoder.vocabulary(hidden)
+        looks[:count, time] = weights
+    return logits, looks, lengths, order
+
+
+def _loss_of_tutorial(decoder: AttentionDecoder, features: Tensor, target: Target) -> Float[Tensor, ""]:
+    """Return the loss of a word, with the doubly stochastic penalty that the tutorial has too."""
+    logits, looks, lengths, order = read(decoder, features, target.read)
+    said, wanted = (
+        pack_padded_sequence(part, lengths, batch_first=True).data
+        for part in (logits, target.tokens[order, 1:])
+    )
+    penalty = (1 - looks.sum(1)).square().sum() / len(wanted)
+    return F.cross_entropy(said.float(), wanted) + penalty
+
+
+def _loss_of_ours(
+    model: Callable[..., tuple[Tensor, Tensor]], pictures: Tensor, target: Target
+) -> Float[Tensor, ""]:
+    """Return the loss of a word, as the training loop works it out."""
+    following, rows = target.tokens[:, 1:], target.rows
+    logits, looks = model(pictures, target.read, target.owners, rows=rows)
+    surprise = cross_entropy(logits, following, 0.0, rows) + uneven_attention(looks, following)
+    return surprise.sum() / sum(target.words)
+
+
+def _decoders(sizes: Sizes, grid: int, rounds: int) -> Heat:
+    """Race forward and backward through the decoder alone."""
+    torch.manual_seed(0)
+    decoder = AttentionDecoder(_DECODER, _FEATURE, sizes.words).train()
+    with torch.no_grad():
+        # Where it looks everywhere alike, as at first, its gradient is little but rounding.
+        for parameter in decoder.attention.parameters():
+            parameter.mul_(_SHARP)
+    features = torch.randn(sizes.images, grid**2, _FEATURE).relu().requires_grad_()
+    target, learning = _target(features, 1, sizes), [features, *decoder.parameters()]
+    ours = _learner(lambda: _loss_of_ours(decoder, features, target), learning, sizes)
+    theirs = _learner(lambda: _loss_of_tutorial(decoder, features, target), learning, sizes)
+    note = _compare(ours(), theirs(), sizes)
+    heat = race(
+        f"Decoder, forward and backward: {grid} x {grid} regions, {sizes.words:,} words",
+        "captions",
+        [Way("captionscale", ours, sizes.images), Way("the tutorial's form", theirs, sizes.images)],
+        rounds,
+    )
+    heat.notes += [note, _limit(ours, sizes.images * heat.lanes[0].cpu_ms, sizes)]
+    return heat
+
+
+def _steps(sizes: Sizes, rounds: int) -> Heat:
+    """Race whole steps: encoder, decoder, backward, clipping, AdamW."""
+    torch.manual_seed(0)
+    settings = config.Model(encoder=config.Encoder(name=sizes.encoder, trainable=_LEARNING), decoder=_DECODER)
+    model = Captioner(settings, sizes.words).train()
+    pictures = torch.randint(256, (sizes.images, 3, sizes.side, sizes.side), dtype=torch.uint8)
+    _settle(model.encoder, pictures)
+    plain = copy.deepcopy(model)
+    plain.encoder.trunk.to(memory_format=torch.contiguous_format)
+    decoder = plain.decoder
+    assert isinstance(decoder, AttentionDecoder)
+    one, several = (_target(pictures, captions, sizes) for captions in (1, sizes.captions))
+
+    def loss_of_tutorial() -> Tensor:
+        encoder = plain.encoder
+        grid = encoder.trunk((pictures.float() / 255 - encoder.mean) / encoder.std)
+        return _loss_of_tutorial(decoder, grid.flatten(2).transpose(1, 2), one)
+
+    ours, theirs = ([p for p in each.parameters() if p.requires_grad] for each in (model, plain))
+    fused, simple = AdamW(ours, _NO_RATE, fused=True), AdamW(theirs, _NO_RATE)
+    with_several, with_one, tutorial = (
+        _learner(loss_of, learning, sizes, optimizer)
+        for loss_of, learning, optimizer in (
+            (lambda: _loss_of_ours(model, pictures, several), ours, fused),
+            (lambda: _loss_of_ours(model, pictures, one), ours, fused),
+            (loss_of_tutorial, theirs, simple),
+        )
+    )
+    note = _compare(with_one(), tutorial(), sizes)
+    heat = race(
+        f"The whole step: {sizes.images} pictures, {sizes.encoder}, its {' and '.join(_LEARNING)} learning",
+        "captions",
+        [
+            Way(f"captionscale, {sizes.captions} captions a picture", with_several, len(several.tokens)),
+            Way("captionscale, one", with_one, len(one.tokens)),
+            Way("the tutorial's form, one", tutorial, len(one.tokens)),
+        ],
+        rounds,
+    )
+    heat.notes += [note, _limit(with_several, len(several.tokens) * heat.lanes[0].cpu_ms, sizes)]
+    return heat
+
+
+def _settle(encoder: Encoder, pictures: Tensor) -> None:
+    """Give batch norms these pictures' statistics: else numbers grow from layer to layer."""
+    for module in encoder.trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    encoder.trunk.train()
+    with torch.no_grad():
+        encoder(pictures)
+    encoder.train()
+
+
+def _target(pictures: Tensor, captions: int, sizes: Sizes) -> Target:
+    """Return so many captions of each picture, as long as COCO's, but the first as long as any may be."""
+    owners = torch.arange(len(pictures)).repeat_interleave(captions)
+    lengths = torch.normal(11.5, 2.4, (len(owners), 1)).round().clamp(6, sizes.length)
+    lengths[0] = sizes.length
+    times = torch.arange(sizes.length + 1)
+    tokens = torch.randint(UNKNOWN, sizes.words, (len(owners), len(times)))
+    tokens[:, 0] = START
+    tokens = tokens.where(times != lengths, END).where(times <= lengths, PAD)
+    return Target(pictures, tokens, owners)
+
+
+def _learner(
+    loss_of: Callable[[], Tensor], learning: Sequence[Tensor], sizes: Sizes, optimizer: AdamW | None = None
+) -> Callable[[], list[Tensor]]:
+    """Return what computes loss and gradients, and takes the step of an optimiser."""
+
+    def learn() -> list[Tensor]:
+        for each in learning:
+            each.grad = None
+        with torch.autocast("cpu", sizes.precision, enabled=sizes.precision != torch.float32):
+            loss = loss_of()
+        torch.autograd.backward(loss)
+        results = [loss.detach(), *(each.grad for each in learning if each.grad is not None)]
+        if optimizer:
+            nn.utils.clip_grad_norm_(learning, _CLIP_NORM)
+            optimizer.step()
+        return results
+
+    return learn
+
+
+def _compare(ours: list[Tensor], theirs: list[Tensor], sizes: Sizes) -> str:
+    """Return by how much loss and gradients differ; more than rounding is an error."""
+    differences = [
+        float((mine - other).norm() / other.norm()) for mine, other in zip(ours, theirs, strict=True)
+    ]
+    assert max(differences) <= _ROUNDING[sizes.precision], differences
+    return (
+        f"The losses differ by {differences[0]:.0e} of themselves, gradients by {max(differences[1:]):.0e}."
+    )
+
+
+def _limit(ours: Callable[[], object], cpu_ms: float, sizes: Sizes) -> str:
+    """Return what share of its processor time our way's products would take at the machine's best pace."""
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    square = torch.randn(_SQUARE, _SQUARE, dtype=sizes.precision)
+    laps = []
+    for _ in range(5):
+        start = process_time()
+        square @ square
+        laps.append(process_time() - start)
+    gflop, pace = counter.get_total_flops() / 1e9, 2 * _SQUARE**3 / min(laps) / 1e9
+    least_ms = gflop / pace * 1000
+    return (
+        f"The limit: {gflop:,.0f} GFLOP of products at the {pace:,.0f} GFLOP/s of one of {_SQUARE:,}^3 take"
+        f" {least_ms:,.0f} ms of processor time, {100 * least_ms / cpu_ms:.0f} % of ours."
+    )
