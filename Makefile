@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint bench install clean
 
 quickstart: .venv/ready
 	$(BIN)/captionscale quickstart
@@ -15,6 +15,10 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Slow: some minutes, on a machine that does nothing else.
+bench: .venv/ready
+	$(BIN)/captionscale bench --quick --check
 
 install: .venv/ready
 

@@ -70,22 +70,41 @@ class Heat:
     lanes: list[Lane]
     notes: list[str] = field(default_factory=list)
 
+    def sheet(self) -> "Sheet":
+        """Return what people are shown of it."""
+        columns = (
+            "way",
+            f"{self.unit}/s",
+            f"CPU ms/{self.unit.removesuffix('s')}",
+            "ours is ... times as fast",
+        )
+        rows: list[Sequence[str | int | float]] = []
+        for lane in self.lanes:
+            middle, least, greatest = lane.ratio
+            ratio = "" if lane is self.lanes[0] else f"{middle:.2f} ({least:.2f} to {greatest:.2f})"
+            rows.append((lane.name, f"{median(lane.per_second):,.0f}", f"{lane.cpu_ms:.2f}", ratio))
+        return Sheet(self.title, columns, rows, self.notes, self.unit, self.lanes)
+
 
 @dataclass
 class Sheet:
-    """A table of other figures than a race's.
+    """A table, as people are shown it.
 
     Attributes:
         title: What was measured.
         columns: Their names, with units.
         rows: A value for each column.
         notes: What else was found, a sentence each.
+        unit: What was counted, if ways were run in turn.
+        lanes: These ways, the first of them ours.
     """
 
     title: str
     columns: Sequence[str]
     rows: list[Sequence[str | int | float]]
     notes: list[str] = field(default_factory=list)
+    unit: str = ""
+    lanes: list[Lane] = field(default_factory=list)
 
     def print(self, out: Console) -> None:
         """Print it for people."""
@@ -130,8 +149,16 @@ def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: boo
     return Heat(title, unit, lanes)
 
 
-def show(heats: Sequence[Heat | Sheet], *, as_json: bool) -> None:
-    """Print what was measured, for people or for machines."""
+def show(bench: str, tables: Sequence[Heat | Sheet], *, as_json: bool) -> None:
+    """Print what was measured, for people or for machines.
+
+    Args:
+        bench: The benchmark's name.
+        tables: In the order to be shown.
+        as_json: Of every benchmark alike: `machine`, and `tables`, each with `bench` and the fields of
+            `Sheet`.
+    """
+    sheets = [table.sheet() if isinstance(table, Heat) else table for table in tables]
     machine = {
         "processor": processor(),
         "cores": cores(),
@@ -139,25 +166,16 @@ def show(heats: Sequence[Heat | Sheet], *, as_json: bool) -> None:
         **{name: version(name) for name in _LIBRARIES},
     }
     if as_json:
-        print(json.dumps({"machine": machine, "tables": [asdict(heat) for heat in heats]}, indent=1))
+        trees = [{"bench": bench} | asdict(sheet) for sheet in sheets]
+        print(json.dumps({"machine": machine, "tables": trees}, indent=1))
         return
     out = Console(highlight=False)
-    for heat in heats:
-        if isinstance(heat, Sheet):
-            heat.print(out)
-            continue
-        table = Table(title=heat.title, title_justify="left", caption="\n".join(heat.notes) or None)
-        table.add_column("way")
-        for name in (f"{heat.unit}/s", f"CPU ms/{heat.unit.removesuffix('s')}", "ours is ... times as fast"):
-            table.add_column(name, justify="right")
-        for lane in heat.lanes:
-            middle, least, greatest = lane.ratio
-            ratio = "" if lane is heat.lanes[0] else f"{middle:.2f} ({least:.2f} to {greatest:.2f})"
-            table.add_row(lane.name, f"{median(lane.per_second):,.0f}", f"{lane.cpu_ms:.2f}", ratio)
-        out.print(table)
+    for sheet in sheets:
+        sheet.print(out)
     out.print("; ".join(f"{key} {value}" for key, value in machine.items()), soft_wrap=True)
 
 
 def _cpu() -> float:
+    # Of this process to the nanosecond: the system's own count has ticks of 10 ms.
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return time.process_time() + times.children_user + times.children_system

@@ -27,19 +27,19 @@ from captionscale.score.results import read_results
 from captionscale.score.tokeniser import BREAKS
 from captionscale.tools.bench.race import Heat, Sheet, Way, race
 
-_IMAGES = 5000
 _LOOK_S = 0.02
 
 Texts = dict[int, list[str]]
 Found = dict[str, Figures]
 
 
-def bench(results: Path | None, references: Path | None, *, rounds: int) -> list[Heat | Sheet]:
+def bench(results: Path | None, references: Path | None, *, count: int, rounds: int) -> list[Heat | Sheet]:
     """Measure scoring, and prove that both ways find the same.
 
     Args:
         results: COCO results; None: sentences about drawn scenes, for which `references` is not read.
         references: COCO captions of the same images.
+        count: Images of the drawn scenes.
         rounds: Of each table.
 
     Raises:
@@ -49,7 +49,7 @@ def bench(results: Path | None, references: Path | None, *, rounds: int) -> list
         raise UserError("bench score: found one of --captions and --references, wanted both or neither")
     if results is None or references is None:
         say("note: sentences about drawn scenes, of few words; give --captions and --references for yours")
-        captions, human = _drawn()
+        captions, human = _drawn(count)
     else:
         captions, human = read_results(results), coco.references(references)
     # What their tokeniser takes for a line end would move their captions to other images.
@@ -65,10 +65,10 @@ def bench(results: Path | None, references: Path | None, *, rounds: int) -> list
     ]
 
 
-def _drawn() -> tuple[dict[int, str], Texts]:
+def _drawn(images: int) -> tuple[dict[int, str], Texts]:
     chance = Random(0)
     alone, pairs = scenes.world()
-    shown = islice(cycle(chance.sample(alone + pairs, len(alone + pairs))), _IMAGES)
+    shown = islice(cycle(chance.sample(alone + pairs, len(alone + pairs))), images)
     written = {image: [scenes.captions(scene, chance) for _ in range(2)] for image, scene in enumerate(shown)}
     return {image: other[0] for image, (_, other) in written.items()}, {
         image: texts for image, (texts, _) in written.items()
