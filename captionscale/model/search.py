@@ -108,6 +108,9 @@ def search(
         before, going = going, (unfinished & undecided.repeat_interleave(places.slots)).nonzero().squeeze(1)
         if not len(going):
             break
+        if places.slots == 1 and len(going) == len(before):
+            # Greedy captions that all go on stay where they are.
+            continue
         rows = torch.empty_like(slots)
         rows[before] = torch.arange(len(before), device=rows.device)
         state = select(state, rows[slots[going]])

@@ -1,4 +1,4 @@
-"""What a decoder remembers between two words: nested tuples of tensors, all with the batch first."""
+"""What a decoder remembers between two words: nested tuples of tensors, with the batch first."""
 
 from typing import Any, TypeAlias, TypeVar
 

@@ -51,7 +51,7 @@ def test_loading_wants_photographs(tmp_path: Path) -> None:
         data.bench(tmp_path, tmp_path, count=8, rounds=1)
 
 
-def test_a_run_that_is_resumed_and_two_processes_are_measured(
+def test_first_batches_and_the_memory_of_a_loader_are_measured(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = data.Split(packed, "train")

@@ -35,8 +35,11 @@ def quick(benches: Mapping[str, Sequence[str]], *, check: bool, write: bool, as_
         as_json: As `race.show` has it.
 
     Raises:
-        UserError: A benchmark failed, or a ratio has fallen.
+        UserError: Nothing to compare with, a benchmark failed, or a ratio has fallen.
     """
+    committed = {name: each for name, each in _committed().items() if name in benches}
+    if check and not committed:
+        raise UserError(f"{RATIOS}: no ratio of these benchmarks, wanted some to compare with; see --write")
     out = Console(highlight=False)
     tables: list[dict[str, Any]] = []
     machine: dict[str, Any] = {}
@@ -60,7 +63,7 @@ def quick(benches: Mapping[str, Sequence[str]], *, check: bool, write: bool, as_
     if write:
         _commit(measured, machine)
     if check:
-        _refuse_fallen(measured, {name: each for name, each in _committed().items() if name in benches})
+        _refuse_fallen(measured, committed)
 
 
 def ratios(tables: Sequence[Mapping[str, Any]]) -> Ratios:
@@ -88,8 +91,6 @@ def fallen(measured: Ratios, committed: Ratios) -> Iterator[tuple[str, str, str,
 
 
 def _refuse_fallen(measured: Ratios, committed: Ratios) -> None:
-    if not committed:
-        raise UserError(f"{RATIOS}: no ratio of these benchmarks, wanted some to compare with; see --write")
     lost = list(fallen(measured, committed))
     count = sum(len(ways) for tables in committed.values() for ways in tables.values())
     if not lost:
@@ -109,7 +110,10 @@ def _refuse_fallen(measured: Ratios, committed: Ratios) -> None:
 
 
 def _committed() -> Ratios:
-    return tomllib.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.exists() else {}
+    try:
+        return tomllib.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.exists() else {}
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{RATIOS}: {error}, wanted TOML; take it from the repository again") from None
 
 
 def _commit(measured: Ratios, machine: Mapping[str, Any]) -> None:

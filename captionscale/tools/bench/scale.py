@@ -79,7 +79,10 @@ def bench(
 
 def _of_gpu(config: Config, step_ms: float, gpu: str) -> list[Sheet]:
     if not (math.isfinite(step_ms) and step_ms > 0):
-        raise UserError(f"--step-ms {step_ms:g}: wanted the milliseconds of a step, as bench step tells them")
+        raise UserError(
+            f"--step-ms {step_ms:g}: wanted the milliseconds of one micro-batch: those that bench step tells"
+            " of a step, divided by its micro-batches"
+        )
     learning = _learning(Captioner(config.model, WORDS))
     work = Work(step_ms / 1000, config.train.micro_batch, learning)
     return predict(work, f"on {gpu}, as it was told")
