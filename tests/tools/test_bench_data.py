@@ -42,7 +42,7 @@ def test_loading_is_measured_beside_others_that_show_the_same_pictures(
     # Another crop is another picture.
     really = views.centre_view
     monkeypatch.setattr(views, "centre_view", lambda image, size: really(image[8:], size))
-    with pytest.raises(AssertionError, match="the ways show other pictures"):
+    with pytest.raises(UserError, match="the ways show other pictures"):
         data._compare(stored)
 
 
