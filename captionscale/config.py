@@ -113,6 +113,9 @@ class Decoder(Section):
     greater of two such readings."""
     tied: bool = False
     """Let the output share its matrix with the words' vectors."""
+    unit_vectors: bool = False
+    """Begin with words' vectors about as long as 1, as tied ones do, not sqrt(embed) times as long: measured
+    to be better in long training, worse in short."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Decoder":

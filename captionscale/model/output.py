@@ -49,10 +49,11 @@ class Speaker(Protocol):
 
 
 def embedding(settings: config.Decoder, words: int) -> nn.Embedding:
-    """Return the words' vectors, each about as long as 1: as PyTorch makes them, they drown the picture."""
+    """Return the words' vectors; if they are the output's matrix too, they begin as small as one."""
     vectors = nn.Embedding(words, settings.embed, padding_idx=PAD)
-    with torch.no_grad():
-        vectors.weight.div_(settings.embed**0.5)
+    if settings.tied or settings.unit_vectors:
+        with torch.no_grad():
+            vectors.weight.div_(settings.embed**0.5)
     return vectors
 
 

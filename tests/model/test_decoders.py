@@ -161,11 +161,14 @@ def test_a_tied_output_needs_no_projection_where_sizes_are_equal() -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("tied", [False, True])
-def test_vectors_of_words_begin_about_as_long_as_1(name, tied) -> None:
-    # As long as PyTorch makes them, greedy captions lose 2 points of CIDEr-D: docs/experiments.md.
-    lengths = build(name, embed=64, tied=tied).embedding.weight[1:].norm(dim=1)
-    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=0.4)
+@pytest.mark.parametrize(
+    ("settings", "length"), [({}, 8.0), ({"tied": True}, 1.0), ({"unit_vectors": True}, 1.0)]
+)
+def test_vectors_of_words_begin_as_long_as_asked_and_tied_ones_as_an_output_does(
+    name, settings, length
+) -> None:
+    lengths = build(name, embed=64, **settings).embedding.weight[1:].norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, length), rtol=0.4, atol=0)
 
 
 @pytest.mark.parametrize("name", DECODERS)
