@@ -96,8 +96,9 @@ class Decoder(Section):
     """Size of an LSTM layer's state."""
     attend: Count = 512
     """Size in which regions and the state meet (not plain)."""
-    region: Count | None = None
-    """Size that regions are projected to. Without it: that of attend (not plain)."""
+    region: Annotated[int, Field(ge=0)] | None = None
+    """Size that regions are projected to. Without it: that of attend. 0: they are looked at as the
+    encoder gives them, which takes longer (not plain)."""
     layers: Count = 2
     """LSTM layers (top_down has always two)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -4,7 +4,21 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from captionscale import config
 from captionscale.model.state import Owners
+
+
+def projection(settings: config.Decoder, feature: int) -> tuple[nn.Module, int]:
+    """Return what projects regions before they are looked at, if anything does, and the size they then have.
+
+    Args:
+        settings: The config's section `model.decoder`.
+        feature: Size of a region's feature.
+    """
+    if settings.region == 0:
+        return nn.Identity(), feature
+    size = settings.region or settings.attend
+    return nn.Linear(feature, size), size
 
 
 class AdditiveAttention(nn.Module):

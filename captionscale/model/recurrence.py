@@ -19,7 +19,7 @@ from captionscale.model.output import Masks
 from captionscale.model.state import Owners
 from captionscale.vocab import PAD
 
-_CACHED = 2**18
+CACHED = 2**18
 """Numbers that stay in a core's cache from one operation to the next."""
 
 # Of a gradient and the function's result.
@@ -305,7 +305,7 @@ def _compare(
     width: int,
 ) -> Iterator[tuple[slice, Int[Tensor, "some"], Float[Tensor, "some region attend"]]]:
     """Yield some captions at a time, their images, and u: in the same memory, on a CPU that of its cache."""
-    some = max(1, _CACHED // keys[0].numel()) if keys.device.type == "cpu" else len(query)
+    some = max(1, CACHED // keys[0].numel()) if keys.device.type == "cpu" else len(query)
     space, images = keys.new_empty(some, *keys.shape[1:]), slots // width
     for start in range(0, len(query), some):
         rows = slice(start, min(start + some, len(query)))

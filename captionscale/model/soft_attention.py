@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from captionscale import config
 from captionscale.model import output, recurrence
-from captionscale.model.attention import AdditiveAttention
+from captionscale.model.attention import AdditiveAttention, projection
 from captionscale.model.dropout import Dropout
 from captionscale.model.reading import read_word
 from captionscale.model.recurrence import AttentionState
@@ -22,13 +22,15 @@ class AttentionDecoder(nn.Module):
         h_t = LSTM([E y_t, z_t], h_{t-1})                        (1 to 3)
         p(y_{t+1}) = softmax(output(E y_t, h_t, z_t))            (7, with output = "deep")
 
-    Further layers read the layer below. A layer with tanh reads the first states from the mean of a.
+    Further layers read the layer below. A layer with tanh reads the first states from the mean of a. With
+    `region` = 0, a is the regions: an encoder gives none below zero.
 
     Source:
         Xu et al. 2015, "Show, Attend and Tell" (arXiv:1502.03044), soft attention, with its equations'
         numbers. There the gate is no option, the LSTM has one layer, two deeper networks read the first
         states, and attention looks at the encoder's own features. Ours looks at projected regions, as Rennie
-        et al. 2017 do (arXiv:1612.00563): the recurrence then costs a quarter on ResNet-50's 2,048 features.
+        et al. 2017 do (arXiv:1612.00563): the recurrence then costs a quarter on ResNet-50's 2,048 features;
+        theirs is `region` = 0.
         The doubly stochastic penalty is the loss's: `train.doubly_stochastic`.
     """
 
@@ -42,10 +44,9 @@ class AttentionDecoder(nn.Module):
         """
         super().__init__()
         embed, hidden, layers = settings.embed, settings.hidden, settings.layers
-        region = settings.region or settings.attend
         self.embedding = output.embedding(settings, words)
         self.dropout = Dropout(settings.dropout, settings.same_dropout)
-        self.regions = nn.Linear(feature, region)
+        self.regions, region = projection(settings, feature)
         self.attention = AdditiveAttention(region, hidden, settings.attend)
         self.first_states = nn.Linear(region, 2 * layers * hidden)
         inputs = [embed + region] + [hidden] * (layers - 1)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from captionscale import config
 from captionscale.model import output
-from captionscale.model.attention import AdditiveAttention
+from captionscale.model.attention import AdditiveAttention, projection
 from captionscale.model.dropout import Dropout
 from captionscale.model.output import Masks
 from captionscale.model.reading import read_captions, read_word
@@ -43,7 +43,7 @@ class TopDownDecoder(nn.Module):
     Source:
         Anderson et al. 2018, "Bottom-Up and Top-Down Attention" (arXiv:1707.07998), section 3.2, with its
         equations' numbers. There regions are boxes of a detector, and their features are looked at as they
-        are; ours are the encoder's grid, projected, as Luo's self-critical.pytorch does.
+        are; ours are the encoder's grid, projected, as Luo's self-critical.pytorch does, unless `region` = 0.
     """
 
     def __init__(self, settings: config.Decoder, feature: int, words: int):
@@ -55,10 +55,10 @@ class TopDownDecoder(nn.Module):
             words: Size of the vocabulary.
         """
         super().__init__()
-        hidden, region = settings.hidden, settings.region or settings.attend
+        hidden = settings.hidden
         self.embedding = output.embedding(settings, words)
         self.dropout = Dropout(settings.dropout, settings.same_dropout)
-        self.regions = nn.Linear(feature, region)
+        self.regions, region = projection(settings, feature)
         self.attention = AdditiveAttention(region, hidden, settings.attend)
         self.looking = nn.LSTMCell(hidden + region + settings.embed, hidden)
         self.speaking = nn.LSTMCell(region + hidden, hidden)

@@ -152,7 +152,7 @@ def _learn(
     config, ranks, engine = job.config, job.ranks, job.engine
     settings, done = config.train, step / job.steps
     work = job.objective.targets([(number, batch.to(ranks.device)) for number, batch in share], step, ranks)
-    counts = torch.tensor([target.words for target in work]).sum(0)
+    counts = torch.stack([target.words for target in work]).sum(0)
     *words, leaving = ranks.sum(*counts, preempt.asked())
     vote.count(leaving)
     for group in engine.param_groups:

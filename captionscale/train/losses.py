@@ -11,11 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from captionscale.data.loader import Batch
+from captionscale.model.recurrence import CACHED
 from captionscale.ranks import Ranks
 from captionscale.vocab import PAD, START, UNKNOWN
-
-_CACHED = 2**18
-"""Numbers that stay in a core's cache from one operation to the next."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ class Target:
         return (self.tokens[:, 1:] != PAD).flatten().nonzero().squeeze(1)
 
     @property
-    def words(self) -> tuple[int, int]:
+    def words(self) -> Int[Tensor, "2"]:
         """Words to predict, in the decoder's captions and in people's: all but padding and the starts."""
         words = (self.tokens[:, 1:] != PAD).sum(1)
-        return int(words[: self.sampled].sum()), int(words[self.sampled :].sum())
+        return torch.stack([words[: self.sampled].sum(), words[self.sampled :].sum()])
 
     def weights(self, words: Float[Tensor, "2"], of_people: float) -> Float[Tensor, "caption"]:
         """Return what each caption counts in the step's loss.
@@ -61,10 +59,11 @@ class Target:
             words: As the property, over all ranks: a word weighs the same wherever it is read.
             of_people: Share of the loss that is people's captions.
         """
-        sampled, people = words.clamp(min=1).tolist()
-        weights = torch.full((len(self.tokens),), of_people / people, device=self.tokens.device)
+        # They stay on the device: a host that read them would wait for all that it was handed before.
+        sampled, people = words.double().clamp(min=1)
+        weights: Tensor = (of_people / people).float().repeat(len(self.tokens))
         if self.advantages:
-            weights[: self.sampled] = self.advantages() * ((1 - of_people) / sampled)
+            weights[: self.sampled] = self.advantages() * ((1 - of_people) / sampled).float()
         return weights
 
 
@@ -177,7 +176,7 @@ class _Surprise(torch.autograd.Function):
 
 def _blocks(logits: Float[Tensor, "row word"]) -> Iterator[slice]:
     """Yield the rows that are worked at a time."""
-    some = max(1, _CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    some = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
     return (slice(start, start + some) for start in range(0, max(1, len(logits)), some))
 
 

@@ -46,7 +46,14 @@ def add(verbs: Verbs) -> None:
     saving.set_defaults(measure=_save, config="attention", small=["--rounds", "3"])
     step = what.add_parser("step", help="what the machinery costs a training step, and how fast a run starts")
     add_config(step, required=False)
-    step.set_defaults(measure=_step, small=["--rounds", "1"])
+    step.add_argument(
+        "--images",
+        type=positive,
+        default=32,
+        metavar="N",
+        help="beside the tutorial's (default: %(default)s)",
+    )
+    step.set_defaults(measure=_step, small=["--images", "4", "--rounds", "1"])
     order = what.add_parser("order", help="what each rank reads, on 1 to 1,024 ranks")
     order.add_argument("--shards", help="folder, or URL, to measure beside the simulation")
     order.add_argument("--split", default="train", help="of these shards (default: %(default)s)")
@@ -84,9 +91,8 @@ def add(verbs: Verbs) -> None:
         parts.add_argument("--rounds", type=positive, default=5, metavar="N", help="of each way (default: 5)")
         # Else it would undo one that comes before WHAT.
         parts.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="for machines")
-    small = {name: parts.get_default("small") for name, parts in what.choices.items()}
-    benches = {name: arguments for name, arguments in small.items() if arguments}
-    bench.set_defaults(verb="bench", handler=_bench, benches=benches)
+    small = {name: parts for name, parts in what.choices.items() if parts.get_default("small")}
+    bench.set_defaults(verb="bench", handler=_bench, benches=small)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -108,6 +114,13 @@ def _quick(options: argparse.Namespace) -> None:
         if options.what not in benches:
             raise UserError(f"bench --quick {options.what}: {did_you_mean(options.what, benches)}")
         benches = {options.what: benches[options.what]}
+        usual = vars(benches[options.what].parse_args([]))
+        if changed := [key for key, value in usual.items() if getattr(options, key) != value]:
+            raise UserError(
+                f"bench --quick {options.what}: --quick sets all sizes, wanted no {' or '.join(changed)};"
+                " leave one of them out"
+            )
+    benches = {name: parts.get_default("small") for name, parts in benches.items()}
     check.quick(benches, check=options.check, write=options.write, as_json=options.json)
 
 
@@ -138,7 +151,8 @@ def _save(options: argparse.Namespace) -> "list[Heat]":
 def _step(options: argparse.Namespace) -> "list[Heat | Sheet]":
     from captionscale.tools.bench import step
 
-    return step.bench(settings(options) if options.config else None, rounds=options.rounds)
+    config = settings(options) if options.config else None
+    return step.bench(config, images=options.images, rounds=options.rounds)
 
 
 def _score(options: argparse.Namespace) -> "list[Heat | Sheet]":

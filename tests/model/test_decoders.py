@@ -17,7 +17,7 @@ CHOICES = [
     {"name": "plain", "layers": 2, "output": "linear", "picture_norm": True},
     {"name": "attention", "layers": 1},
     {"name": "attention", "layers": 2, "output": "maxout", "gate": True, "region": 3},
-    {"name": "attention", "layers": 1, "output": "linear", "tied": True},
+    {"name": "attention", "layers": 1, "output": "linear", "tied": True, "region": 0},
     {"name": "top_down"},
     {"name": "top_down", "output": "maxout", "tied": True, "region": 3},
 ]
@@ -59,6 +59,11 @@ def test_logits_of_some_words_are_those_of_all_words_at_these_places(decoder, fe
     rows = torch.tensor([0, 3, 7, len(OWNERS) * TIMES - 1])
     some, _ = decoder(features, tokens, OWNERS, rows)
     torch.testing.assert_close(some, decoder(features, tokens, OWNERS)[0].flatten(0, 1)[rows])
+
+
+def test_regions_that_are_not_projected_are_looked_at_as_they_are(features) -> None:
+    for name in ("attention", "top_down"):
+        assert torch.equal(build(name, region=0).start(features).regions, features)
 
 
 def test_attention_is_a_share_of_each_region(features, tokens) -> None:

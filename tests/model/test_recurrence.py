@@ -20,7 +20,7 @@ CHOICES = [
     {"layers": 1},
     {"layers": 2, "gate": True, "output": "maxout", "region": 3},
     {"layers": 1, "gate": True, "output": "linear", "tied": True, "dropout": 0.4},
-    {"layers": 3, "output": "linear", "dropout": 0.4, "same_dropout": True},
+    {"layers": 3, "output": "linear", "dropout": 0.4, "same_dropout": True, "region": 0},
 ]
 
 
@@ -61,7 +61,7 @@ def gradients(
     """Return logits and attention, and the gradient of what depends on both, where there are words."""
     words = tokens.ne(PAD).unsqueeze(2)
     decoder.zero_grad()
-    features = features.to(decoder.regions.weight.dtype).requires_grad_()
+    features = features.to(decoder.embedding.weight.dtype).requires_grad_()
     torch.manual_seed(3)
     with torch.autocast("cpu", precision) if precision else nullcontext():
         logits, looks = read(decoder, features, tokens, owners)

@@ -32,7 +32,9 @@ CHANGES = (
     "train.save_every=3",
     "train.score_every=30",
 )
-GRACE_S = 25
+# Of a job's time: the first half is to start in, also where four jobs share two cores.
+TIME_S = 120
+GRACE_S = 60
 
 Slurm = Callable[..., str]
 
@@ -101,8 +103,8 @@ def jobs(slurm: Slurm, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -
         *("--captions", test, "--split", "test", "--out", folder / "shards", "--images-per-shard", "16"),
     )
     said = slurm(
-        *("captionscale", "submit", folder / "experiment.toml", "--out", facts.chain, "--time", "1"),
-        *("--profile", "cpu", "--set", f"train.grace_s={GRACE_S}"),
+        *("captionscale", "submit", folder / "experiment.toml", "--out", facts.chain, "--profile", "cpu"),
+        *("--time", f"{TIME_S // 60}", "--set", f"train.grace_s={GRACE_S}"),
         SBATCH_SIGNAL="USR1@1",
     )
     [facts.chain_job] = re.findall(r"job (\d+)", said.splitlines()[0])
@@ -133,7 +135,7 @@ def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
     [process] = [path.name for path in Path("/proc").glob("[0-9]*") if _is_rank(path, "1", run)]
     os.kill(int(process), signal.SIGKILL)
     began = time.monotonic()
-    _until(lambda: int(_field(slurm, job, "Restarts")) == 3, "the end after SIGKILL")
+    _until(lambda: _restarts(slurm, job) == 3, "the end after SIGKILL")
     facts.ended_s = time.monotonic() - began
     _until(lambda: _state(slurm, job) == "COMPLETED", "the end")
 
@@ -141,13 +143,15 @@ def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
 def _run_out_of_time(slurm: Slurm, facts: SimpleNamespace) -> None:
     job = facts.chain_job
     _until(lambda: _trained(facts.chain, 1), "the first steps")
-    # So that it is in its middle when the time is over, however fast this machine is.
+    # So that it is in its middle when the time is over, however fast this machine is.  Where that was so slow
+    # that the time was over before, it has restarted, and this stops what goes on.
+    restarts = _restarts(slurm, job)
     slurm("scancel", "--signal=STOP", job)
     began = slurm("squeue", "--noheader", f"--job={job}", "--format=%S")
-    over = time.mktime(time.strptime(began, "%Y-%m-%dT%H:%M:%S")) + 60 - GRACE_S
+    over = time.mktime(time.strptime(began, "%Y-%m-%dT%H:%M:%S")) + TIME_S - GRACE_S
     time.sleep(max(0, over + 1 - time.time()))
     slurm("scancel", "--signal=CONT", job)
-    _until(lambda: int(_field(slurm, job, "Restarts")) == 1, "the end of the time")
+    _until(lambda: _restarts(slurm, job) > restarts, "the end of the time")
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     _until(lambda: _state(slurm, facts.score_job) == "COMPLETED", "the scores")
 
@@ -180,7 +184,12 @@ def _field(slurm: Slurm, job: str, name: str) -> str:
 
 def _restarted(slurm: Slurm, job: str, times: int) -> bool:
     """Whether a job runs again, not only ends to do so."""
-    return int(_field(slurm, job, "Restarts")) == times and _state(slurm, job) == "RUNNING"
+    return _restarts(slurm, job) == times and _state(slurm, job) == "RUNNING"
+
+
+def _restarts(slurm: Slurm, job: str) -> int:
+    _state(slurm, job)
+    return int(_field(slurm, job, "Restarts"))
 
 
 def _state(slurm: Slurm, job: str) -> str:

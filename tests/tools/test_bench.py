@@ -92,6 +92,8 @@ def test_ratios_that_are_written_hold_until_ours_gets_slower(
         (["bench"], "wanted WHAT, or --quick"),
         (["bench", "--check", "save"], "wanted WHAT, or --quick"),
         (["bench", "--quick", "order"], "did you mean 'score'"),
+        (["bench", "--quick", "save", "--rounds", "9"], "--quick sets all sizes, wanted no rounds"),
+        (["bench", "scale", "--gpu-name", "H100"], "--gpu-name H100: without --step-ms"),
         (["bench", "scale", "--step-ms", "nan"], "--step-ms nan: wanted the milliseconds"),
         (["bench", "scale", "--step-ms", "0"], "--step-ms 0: wanted the milliseconds"),
     ],

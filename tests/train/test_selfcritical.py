@@ -218,7 +218,7 @@ def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tm
         for step in range(40):
             (target,) = objective.targets([(0, features)], step, ranks)
             logits, _ = captioner(target.pictures, target.tokens[:, :-1], target.owners)
-            words = torch.tensor(target.words, dtype=torch.float64)
+            words = target.words.double()
             weights_ = target.weights(words, objective.of_people)
             (cross_entropy(logits, target.tokens[:, 1:], 0.0) @ weights_).backward()
             adam.step()

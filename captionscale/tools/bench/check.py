@@ -67,10 +67,10 @@ def quick(benches: Mapping[str, Sequence[str]], *, check: bool, write: bool, as_
 
 
 def ratios(tables: Sequence[Mapping[str, Any]]) -> Ratios:
-    """Return how many times as fast ours was as each other way; of tables as `--json` has them."""
+    """Return how many times as fast ours was as each guarded way; of tables as `--json` has them."""
     found: Ratios = {}
     for table in tables:
-        if others := table["lanes"][1:]:
+        if others := [lane for lane in table["lanes"][1:] if lane["guarded"]]:
             lanes = found.setdefault(table["bench"], {}).setdefault(table["title"], {})
             lanes |= {lane["name"]: lane["ratio"][0] for lane in others}
     return found

@@ -128,7 +128,8 @@ def _efficiency(work: Work) -> Sheet:
         ("nodes", "GPUs", *(f"{rate} Gb/s {name}" for rate, name in kinds)),
         rows,
         [
-            f"Each GPU has {work.images:,} images a step, however many there are (weak scaling). Assumed:",
+            f"Each GPU has {work.images:,} images a step, however many there are (weak scaling), so",
+            f"train.global_batch is {_NODES[-1] * _GPUS * work.images:,} in the last row. Assumed:",
             f"NVLink {_NVLINK / 1e9:.0f} GB/s, {_LINE:.0%} of a network's rate, {1e6 * _HOP_S:.0f} us a hop,",
             "two thirds of a step are the backward pass, whose gradients come at an even pace.",
         ],

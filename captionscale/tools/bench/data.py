@@ -139,7 +139,7 @@ def _one_core(kind: str, stored: _Stored, rounds: int) -> Heat:
         Way("the same, and normalised on this core", normalised, count),
         Way("webdataset, Pillow, torchvision's transforms", _through(lambda: _webdataset(stored, 0)), count),
         Way("files, Pillow, torchvision's transforms", _through(lambda: _folder(stored, 0)), count),
-        Way("the limit: decoding alone (simplejpeg)", decode_alone, count),
+        Way("the limit: decoding alone (simplejpeg)", decode_alone, count, guarded=False),
     ]
     heat = race(f"Loading, {kind}, one core", "images", ways, rounds, by_cpu=True)
     loader.close()
@@ -164,11 +164,11 @@ def _two_cores(kind: str, stored: _Stored, rounds: int) -> Heat:
 
     ways = [
         Way("captionscale, 2 threads", _through(lambda: _ours(loader)), count),
-        Way("captionscale, 1 thread", _through(lambda: _ours(single)), count),
+        Way("captionscale, 1 thread", _through(lambda: _ours(single)), count, guarded=False),
         Way("webdataset, 2 worker processes", _through(lambda: iter(webdatasets)), count),
         Way("webdataset, in the process itself", _through(lambda: _webdataset(stored, 0)), count),
         Way("files, 2 worker processes", _through(lambda: iter(folders)), count),
-        Way("the limit: decoding alone, 2 threads", decode_alone, count),
+        Way("the limit: decoding alone, 2 threads", decode_alone, count, guarded=False),
     ]
     heat = race(f"Loading, {kind}, two cores", "images", ways, rounds)
     loader.close()

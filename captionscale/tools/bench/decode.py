@@ -17,7 +17,7 @@ from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.model.search import Found, search
 from captionscale.model.soft_attention import AttentionDecoder
-from captionscale.tools.bench.race import Heat, Way, race
+from captionscale.tools.bench.race import Heat, Way, limit, race
 from captionscale.train.checkpoint import open_run
 from captionscale.vocab import END, PAD, START, UNKNOWN
 
@@ -234,6 +234,7 @@ def _race(decoder: AttentionDecoder, features: Tensor, max_words: int, name: str
     heat.notes += [
         f"All captions are equal; the greatest difference of two log-probabilities is {difference:.1e}.",
         f"Captions have {mean(lengths):.1f} words, standard deviation {pstdev(lengths):.1f}.",
+        limit(at_once, count * heat.lanes[0].cpu_ms),
     ]
     return heat
 

@@ -10,13 +10,17 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from statistics import median
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from captionscale.files import cores
 from captionscale.progress import progress
 from captionscale.score.receipt import processor
 
+_SQUARE = 2048
+"""Rows of the product whose pace is taken for the machine's best."""
 _LIBRARIES = ("captionscale", "numpy", "pillow", "simplejpeg", "torch", "webdataset")
 
 
@@ -29,12 +33,14 @@ class Way:
         run: Does it once.
         count: Things that a run does.
         after: Ends what a run has left going on; it is not measured.
+        guarded: Whether `--check` guards the ratio; not one that says more of the machine than of ours.
     """
 
     name: str
     run: Callable[[], object]
     count: int
     after: Callable[[], object] = lambda: None
+    guarded: bool = True
 
 
 @dataclass
@@ -46,12 +52,14 @@ class Lane:
         per_second: Things in a second of wall clock, for each round.
         cpu_ms: Processor time for each thing, in milliseconds, child processes included; the rounds' median.
         ratio: The first way's pace by this one's in the same round: median, least, greatest.
+        guarded: Of the way.
     """
 
     name: str
     per_second: list[float]
     cpu_ms: float
     ratio: tuple[float, float, float]
+    guarded: bool = True
 
 
 @dataclass
@@ -145,8 +153,33 @@ def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: boo
     for way in ways:
         ratios = [ours / other for ours, other in zip(pace[ways[0].name], pace[way.name], strict=True)]
         cpu_ms = median(cpu for _, cpu in seconds[way.name]) / way.count * 1000
-        lanes.append(Lane(way.name, pace[way.name], cpu_ms, (median(ratios), min(ratios), max(ratios))))
+        ratio = (median(ratios), min(ratios), max(ratios))
+        lanes.append(Lane(way.name, pace[way.name], cpu_ms, ratio, way.guarded))
     return Heat(title, unit, lanes)
+
+
+def limit(run: Callable[[], object], cpu_ms: float, precision: torch.dtype = torch.float32) -> str:
+    """Return what share of its processor time a run's products would take at the machine's best pace.
+
+    Args:
+        run: Of torch's operations.
+        cpu_ms: That it takes.
+        precision: Of its products.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    square = torch.randn(_SQUARE, _SQUARE).to(precision)
+    laps = []
+    for _ in range(5):
+        start = time.process_time()
+        square @ square
+        laps.append(time.process_time() - start)
+    gflop, pace = counter.get_total_flops() / 1e9, 2 * _SQUARE**3 / min(laps) / 1e9
+    least_ms = gflop / pace * 1000
+    return (
+        f"The limit: {gflop:,.0f} GFLOP of products at the {pace:,.0f} GFLOP/s of one of {_SQUARE:,}^3 take"
+        f" {least_ms:,.0f} ms of processor time, {100 * least_ms / cpu_ms:.0f} % of ours."
+    )
 
 
 def show(bench: str, tables: Sequence[Heat | Sheet], *, as_json: bool) -> None:

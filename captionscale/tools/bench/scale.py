@@ -71,6 +71,10 @@ def bench(
     Raises:
         UserError: As `train`; too few micro-batches for two processes; a time that is none.
     """
+    if gpu and step_ms is None:
+        raise UserError(
+            f"--gpu-name {gpu}: without --step-ms nothing is predicted of a GPU; give its time too"
+        )
     if step_ms is not None:
         return [*_of_gpu(config or toml.load("quickstart"), step_ms, gpu or "a GPU")]
     with tempfile.TemporaryDirectory(prefix="captionscale-bench-") as name:
@@ -123,7 +127,7 @@ def _race(title: str, two: Take, one: Take, images: int, images_of_one: int, rou
         f"Measured, over gloo, one thread each. {title}",
         "images",
         [
-            Way(name, partial(_take, take, seconds[name]), _STEPS * count)
+            Way(name, partial(_take, take, seconds[name]), _STEPS * count, guarded=False)
             for name, (take, count) in ways.items()
         ],
         rounds,

@@ -83,7 +83,7 @@ def _step(job: Job, batch: Batch, step: int) -> dict[str, float]:
 
     (target,) = job.objective.targets([(0, batch)], step, ranks)
     lap()
-    words = torch.tensor(target.words, dtype=torch.float64)
+    words = target.words.double()
     weights = target.weights(words, job.objective.of_people)
     lap()
     following, rows = target.tokens[:, 1:], target.rows

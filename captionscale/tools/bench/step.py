@@ -40,6 +40,7 @@ Share = list[tuple[int, Batch]]
 _COUNTS = {"train": 320, "val": 8}
 _WARM_UP, _STEPS_OF_A_ROUND, _BATCHES = 5, 20, 4
 _LOOK_S = 0.01
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,13 @@ class _Alternating(Job):
         return time.perf_counter() - start
 
 
-def bench(config: Config | None, *, rounds: int) -> list[Heat | Sheet]:
+def bench(config: Config | None, *, images: int, rounds: int) -> list[Heat | Sheet]:
     """Measure a step beside the tutorial's form of it, the machinery around one, and the start of a run.
 
     Args:
-        config: The experiment of the last two; None: that of quickstart, on drawn pictures.
+        config: The experiment of the last two, whose precision is that of the first; None: that of
+            quickstart, on drawn pictures, and fp32.
+        images: Of the first.
         rounds: Of each way, of twenty steps each, and of starts.
 
     Raises:
@@ -80,7 +83,8 @@ def bench(config: Config | None, *, rounds: int) -> list[Heat | Sheet]:
     """
     with tempfile.TemporaryDirectory(prefix="captionscale-bench-") as name:
         settings = config or drawn(Path(name))
-        heats = tutorial.bench(rounds=rounds)
+        precision = _DTYPES[config.train.precision] if config else torch.float32
+        heats = tutorial.bench(rounds=rounds, sizes=tutorial.Sizes(images=images, precision=precision))
         return [*heats, _steps(settings, Path(name), rounds), _starts(settings, Path(name), rounds)]
 
 
@@ -132,7 +136,7 @@ def _bare(job: Job) -> Callable[[Share], object]:
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = AdamW(learning, fused=True)
     settings = job.config.train
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings.precision, torch.float32)
+    dtype = _DTYPES[settings.precision]
 
     def step(share: Share) -> None:
         for _, batch in share:
