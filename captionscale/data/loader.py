@@ -21,9 +21,10 @@ from captionscale.vocab import PAD, Vocabulary
 
 Items = Int[np.ndarray, "item"]
 View = UInt8[np.ndarray, "size size 3"] | Float16[np.ndarray, "region feature"]
+Views = UInt8[np.ndarray, "image size size 3"] | Float16[np.ndarray, "image region feature"]
 Pictures = UInt8[Tensor, "image 3 size size"] | Float16[Tensor, "image region feature"]
 Captions = list[list[int]]
-_Work = tuple[Items, Pictures, list[Future[Captions]]]
+_Work = tuple[Items, Pictures, list[Future[list[Captions]]]]
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,11 @@ class Loader:
         pictures = self._room(len(items))
         # The threads' own views of it, as wide as what they put there.
         rows = pictures.numpy() if self.features is not None else pictures.permute(0, 2, 3, 1).numpy()
-        work = zip(rows, items.tolist(), strict=True)
-        return items, pictures, [self._pool.submit(self._fill, row, item, epoch) for row, item in work]
+        # One piece of work for each thread: to hand over a single picture takes a tenth of its decoding.
+        some = max(1, -(-len(items) // self.data.workers))
+        pieces = [slice(start, start + some) for start in range(0, len(items), some)]
+        work = [self._pool.submit(self._fill, rows[piece], items[piece], epoch) for piece in pieces]
+        return items, pictures, work
 
     def _room(self, count: int) -> Pictures:
         """Return the memory of a batch's pictures, which is yet to be filled."""
@@ -118,11 +122,13 @@ class Loader:
         pixels = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=pinned)
         return pixels.permute(0, 3, 1, 2)
 
-    def _fill(self, row: View, item: int, epoch: int | None) -> Captions:
-        """Put an item's picture into its row, and return its captions."""
-        row[...] = self._view(item, epoch)
-        words = self.data.max_words
-        return [self.vocabulary.encode(caption, words) for caption in self.split.captions(item)]
+    def _fill(self, rows: Views, items: Items, epoch: int | None) -> list[Captions]:
+        """Put items' pictures into their rows, and return their captions."""
+        captions, words = [], self.data.max_words
+        for row, item in zip(rows, items.tolist(), strict=True):
+            row[...] = self._view(item, epoch)
+            captions.append([self.vocabulary.encode(caption, words) for caption in self.split.captions(item)])
+        return captions
 
     def _view(self, item: int, epoch: int | None) -> View:
         if self.features is not None:
@@ -142,8 +148,8 @@ class Loader:
             random=np.random.default_rng([self.seed, epoch, item]),
         )
 
-    def _collate(self, items: Items, pictures: Pictures, samples: list[Future[Captions]]) -> Batch:
-        captions = [sample.result() for sample in samples]
+    def _collate(self, items: Items, pictures: Pictures, work: list[Future[list[Captions]]]) -> Batch:
+        captions = [sample for piece in work for sample in piece.result()]
         rows = [tokens for each in captions for tokens in each]
         tokens = np.full((len(rows), max(map(len, rows), default=0)), PAD)
         for row, caption in zip(tokens, rows, strict=True):
