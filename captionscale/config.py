@@ -160,6 +160,8 @@ class Train(Section):
     cache_features: bool = False
     """Encode each picture only once, and keep that in a file beside the shards; for a frozen encoder, without
     augmentation."""
+    compile_encoder: bool = False
+    """Let PyTorch compile the encoder's training pass: minutes when a run starts, then faster steps."""
     warmup: Share = 0.03
     """Share of all steps in which the learning rate rises; a cosine then brings it to zero."""
     weight_decay: float = Field(default=0.01, ge=0)

@@ -52,6 +52,13 @@ def _of_pictures(config: "Config") -> Iterator[str]:
 def _of_the_encoder(config: "Config") -> Iterator[str]:
     trainable = config.model.encoder.trainable
     parts = len(trainable) if isinstance(trainable, tuple) else 1
+    if config.train.compile_encoder:
+        others = {
+            "model.encoder.checkpointing": config.model.encoder.checkpointing,
+            "train.cache_features": config.train.cache_features,
+        }
+        for key in (key for key, on in others.items() if on):
+            yield f"train.compile_encoder and {key} cannot go together; leave one of them out"
     for key in ("encoder_lr", "unfreeze_at"):
         value = getattr(config.train, key)
         if isinstance(value, tuple) and len(value) != parts:

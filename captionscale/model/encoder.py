@@ -1,7 +1,7 @@
 """The convolutional encoder: a picture becomes a grid of feature vectors."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from captionscale import config
 from captionscale.errors import UserError, did_you_mean
 
-_MEAN = (0.485, 0.456, 0.406)
-_STD = (0.229, 0.224, 0.225)
+MEAN, STD = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+"""Of ImageNet's colours, from 0 to 1: what torchvision's weights expect to be taken out."""
 
 
 class Encoder(nn.Module):
@@ -51,10 +51,10 @@ class Encoder(nn.Module):
         ).in_features
         # Twice as fast on GPUs in half precision, several times on CPUs.
         self.trunk.to(memory_format=torch.channels_last)
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        self.shift: Tensor
+        self.scale: Tensor
+        self.register_buffer("shift", -MEAN / STD, persistent=False)
+        self.register_buffer("scale", 1 / (255 * STD), persistent=False)
         self.parts: list[list[nn.Parameter]] = self._choose_parts()
         """What may learn of each part that `model.encoder.trainable` names, in its order."""
         for parameter in self.trunk.parameters():
@@ -68,11 +68,15 @@ class Encoder(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "image 3 height width"]) -> Float[Tensor, "image region feature"]:
         """Return the feature vectors of the grid cells, row by row from the top left."""
-        pictures = (images.float() / 255 - self.mean) / self.std
+        # (images / 255 - MEAN) / STD, in one pass.
+        pictures = torch.addcmul(self.shift, images.float(), self.scale)
         learning = self.learns and torch.is_grad_enabled()
-        look = self._look_twice if learning and self.settings.checkpointing else self.trunk
+        # A call finds what is compiled; evaluation goes past that, with batches of any size.
+        look: Callable[[Tensor], Tensor] = self.trunk if self.training else self.trunk.forward
+        if learning and self.settings.checkpointing:
+            look = self._look_twice
         with torch.set_grad_enabled(learning):
-            grid: Tensor = look(pictures.contiguous(memory_format=torch.channels_last))
+            grid = look(pictures.contiguous(memory_format=torch.channels_last))
         return grid.flatten(2).transpose(1, 2)
 
     def train(self, mode: bool = True) -> "Encoder":
@@ -81,6 +85,22 @@ class Encoder(nn.Module):
         for module in self._frozen_modules():
             module.eval()
         return self
+
+    def compile_training(self) -> None:
+        """Have the trunk's pass compiled for training, when it is first called.
+
+        Raises:
+            UserError: PyTorch cannot compile here.
+        """
+        try:
+            torch.compile(torch.neg)(next(self.trunk.parameters()))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"train.compile_encoder: PyTorch cannot compile here ({reason}), wanted a C++ compiler, and"
+                " Triton on a GPU; install them, or leave it out"
+            ) from None
+        self.trunk.compile()
 
     def unfreeze(self, step: int, starts: Sequence[int]) -> bool:
         """Let the parts learn whose step has come, and no others.

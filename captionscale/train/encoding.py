@@ -19,7 +19,7 @@ from captionscale.train import preempt
 
 # Of all that makes features from stored bytes: decoding, the centre view, normalisation, the trunk's forward
 # pass. Raise it when one of them changes, or old files will be taken for new ones.
-_VERSION = 3
+_VERSION = 4
 # Images in a forward pass: in half precision, the others of its batch can change an image's features.
 _BATCH = 32
 

@@ -136,6 +136,8 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     if saved is None:
         ranks.on_first(_begin, captioner, vocabulary, settings.start_from)
     captioner.to(ranks.device).train()
+    if settings.compile_encoder:
+        captioner.encoder.compile_training()
     if saved is not None:
         captioner.load_state_dict(saved.weights())
     saver = Saver(run, config, vocabulary, fingerprint)

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from captionscale.config import Encoder as Settings
 from captionscale.errors import UserError
-from captionscale.model.encoder import Encoder
+from captionscale.model.encoder import MEAN, STD, Encoder
 
 
 def build(name: str = "resnet18", **settings: object) -> Encoder:
@@ -120,6 +120,38 @@ def test_light_in_one_corner_of_the_picture_changes_the_regions_of_that_corner_m
     assert (place[0] >= 3, place[1] >= 4) == (bool(corner[0]), bool(corner[1]))
 
 
+def test_a_compiled_trunk_learns_what_it_would_and_evaluation_does_not_compile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder = build("resnet18", trainable=("layer4",))
+    names, images = [*encoder.state_dict()], pictures(2, 32, 32)
+
+    def step() -> list[Tensor]:
+        encoder.zero_grad()
+        encoder(images).square().mean().backward()
+        return [part.grad.clone() for part in encoder.trunk.parameters() if part.grad is not None]
+
+    plain = step()
+    assert plain
+    encoder.compile_training()
+    for mine, other in zip(step(), plain, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
+    assert [*encoder.state_dict()] == names
+    compiled = encoder.trunk._compiled_call_impl
+    monkeypatch.setattr(encoder.trunk, "_compiled_call_impl", lambda *_: pytest.fail("compiled"))
+    encoder.eval()(pictures(3, 32, 32))
+    assert compiled is not None
+
+
+def test_where_nothing_compiles_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_(_: object) -> object:
+        raise RuntimeError("no compiler\nmore of it")
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    with pytest.raises(UserError, match=r"cannot compile here \(no compiler\), wanted a C\+\+ compiler"):
+        build().compile_training()
+
+
 @pytest.mark.parametrize(("name", "feature"), [("resnet18", 512), ("mobilenet_v2", 1280)])
 def test_a_picture_of_224_pixels_has_49_regions(name, feature) -> None:
     encoder = build(name)
@@ -132,7 +164,7 @@ def test_the_trunk_is_all_of_torchvisions_network_before_its_classifier() -> Non
     network = torchvision.models.resnet18(weights=None)
     network.load_state_dict(encoder.trunk.state_dict(), strict=False)
     network.fc = nn.Identity()
-    colours = (pictures().float() / 255 - encoder.mean) / encoder.std
+    colours = (pictures().float() / 255 - MEAN) / STD
     torch.testing.assert_close(encoder(pictures()).mean(1), network.eval()(colours), atol=1e-4, rtol=1e-4)
 
 
@@ -202,7 +234,7 @@ def test_torchvision_dilates_its_bottleneck_networks_alike() -> None:
     network = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
     network.load_state_dict(encoder.trunk.state_dict(), strict=False)
     network.fc = nn.Identity()
-    colours = (pictures().float() / 255 - encoder.mean) / encoder.std
+    colours = (pictures().float() / 255 - MEAN) / STD
     torch.testing.assert_close(encoder(pictures()).mean(1), network.eval()(colours), atol=1e-4, rtol=1e-4)
 
 

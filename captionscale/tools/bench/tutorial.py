@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from captionscale import config
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
-from captionscale.model.encoder import Encoder
+from captionscale.model.encoder import MEAN, STD, Encoder
 from captionscale.model.soft_attention import AttentionDecoder
 from captionscale.tools.bench.race import Heat, Way, limit, race
 from captionscale.train.losses import Target, cross_entropy, uneven_attention
@@ -173,7 +173,7 @@ def _steps(sizes: Sizes, rounds: int) -> Heat:
 
     def loss_of_tutorial() -> Tensor:
         encoder = plain.encoder
-        grid = encoder.trunk((pictures.float() / 255 - encoder.mean) / encoder.std)
+        grid = encoder.trunk((pictures.float() / 255 - MEAN) / STD)
         return _loss_of_tutorial(decoder, grid.flatten(2).transpose(1, 2), one)
 
     ours, theirs = ([p for p in each.parameters() if p.requires_grad] for each in (model, plain))
