@@ -91,3 +91,21 @@ class Bar:
         """Print a line above the bar."""
         if self._out is not None:
             self._out.print(text, soft_wrap=True)
+
+
+def duration(value: float) -> str:
+    """Return a number of seconds for people.
+
+    Example:
+        >>> duration(0.25), duration(42), duration(3700), duration(200_000)
+        ('0.2 s', '42 s', '1 h 02 min', '2 d 07 h')
+    """
+    if value < 10:
+        return f"{value:.1f} s"
+    if value < 120:
+        return f"{value:.0f} s"
+    minutes = round(value / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"

@@ -17,6 +17,7 @@ from captionscale.data.places import Remote, open_place
 from captionscale.data.shards import Split
 from captionscale.engine import Engine, choose
 from captionscale.errors import UserError
+from captionscale.files import atomic
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
 from captionscale.ranks import Ranks
@@ -24,11 +25,13 @@ from captionscale.train import checkpoint
 from captionscale.train.average import Average
 from captionscale.train.encoding import cache_features
 from captionscale.train.gate import IMAGES, open_gate
+from captionscale.train.logs import SETTINGS
 from captionscale.train.losses import CrossEntropy
 from captionscale.train.optimizer import make_optimizer, unfreeze
 from captionscale.train.saving import Saver
 from captionscale.train.selfcritical import SelfCritical
 from captionscale.train.standing import Standing
+from captionscale.train.tracking import refuse_missing
 from captionscale.vocab import Vocabulary
 
 
@@ -111,6 +114,7 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
         UserError: Shards, weights or an earlier run that do not fit.
     """
     settings, data = config.train, config.data
+    ranks.on_first(refuse_missing, settings.trackers)
     place = open_place(data.shards, data.cache, data.cache_gb)
     split, val_split = Split(place, data.train_split), Split(place, data.val_split)
     for each in (split, val_split):
@@ -159,6 +163,7 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
         objective = SelfCritical(config, captioner, split, vocabulary)
         if saved is None:
             ranks.on_first(_look_ahead, config, captioner, loader, objective, ranks)
+    ranks.on_first(_keep_settings, run, config)
     standing = Standing()
     if saved is not None:
         standing = saved.standing
@@ -225,6 +230,12 @@ def _look_ahead(
             loader.vocabulary,
             config.data.max_words,
         )
+
+
+def _keep_settings(run: Path, config: Config) -> None:
+    """Write down what the run is trained with, for who looks at it before the first checkpoint."""
+    with atomic(run / SETTINGS) as file:
+        file.write(toml.dumps(config).encode())
 
 
 def order_of(split: Split, config: Config) -> Order:
