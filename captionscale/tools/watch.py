@@ -224,13 +224,14 @@ def _glances(watched: Watch, every_s: float) -> Iterator[Glance]:
 
 def _picture(run: Path, glance: Glance) -> Group:
     table = Table.grid(padding=(0, 2))
+    if glance.share:
+        table.add_row("", ProgressBar(total=1.0, completed=glance.share, width=50))
     for name, value in glance.facts.items():
         table.add_row(Text(name, "dim"), value)
     title = Text(f"{run}  ", "bold")
     title.append(glance.state, _MARKS[glance.state])
     title.append(f"  {glance.why}")
-    bar = ProgressBar(total=1.0, completed=glance.share, width=60)
-    return Group(title, *([bar] if glance.share else []), table)
+    return Group(title, table)
 
 
 def _facts(config: Config | None, last: dict[str, Any], step: int, total: int) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,7 @@ from captionscale.engine import Engine, choose
 from captionscale.errors import UserError
 from captionscale.files import atomic
 from captionscale.model.captioner import Captioner
-from captionscale.progress import say
+from captionscale.progress import Bar, progress, say, working
 from captionscale.ranks import Ranks
 from captionscale.train import checkpoint
 from captionscale.train.average import Average
@@ -160,7 +160,8 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     average = Average(captioner, settings.average) if settings.average else None
     objective: CrossEntropy | SelfCritical = CrossEntropy(settings.label_smoothing)
     if settings.objective == "scst":
-        objective = SelfCritical(config, captioner, split, vocabulary)
+        with working("counting the n-grams of the train captions", quiet=not ranks.first):
+            objective = SelfCritical(config, captioner, split, vocabulary)
         if saved is None:
             ranks.on_first(_look_ahead, config, captioner, loader, objective, ranks)
     ranks.on_first(_keep_settings, run, config)
@@ -281,8 +282,15 @@ def _tell_of_cache(place: Remote, split: Split, order: Order, data: configs.Data
 
 
 def _build_vocabulary(split: Split, config: Config) -> Vocabulary:
-    captions = (caption for item in range(len(split)) for caption in split.captions(item))
-    return vocab.build(captions, config.data.min_count, config.data.max_vocabulary)
+    with progress("reading captions", len(split), passing=True) as bar:
+        captions = (caption for item in _counted(range(len(split)), bar) for caption in split.captions(item))
+        return vocab.build(captions, config.data.min_count, config.data.max_vocabulary)
+
+
+def _counted(items: range, bar: Bar) -> Iterator[int]:
+    for item in items:
+        yield item
+        bar.advance()
 
 
 def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Check:
 
     name: str
     ask: Callable[[], Iterable[Line]]
-    deadline_s: float
+    deadline_s: float | int
 
 
 def ok(found: str) -> Line:

@@ -17,7 +17,7 @@ from captionscale.score.java import find_java
 from captionscale.score.metrics import measure
 from captionscale.tools.doctor.findings import Line, ok, refusal, unmeasured, warning
 from captionscale.tools.doctor.plan import Plan
-from captionscale.tools.profiles import crowding, is_zero, refuse_too_few_cores
+from captionscale.tools.profiles import count_of, crowding, is_zero, refuse_too_few_cores
 from captionscale.version import __version__
 
 _PATIENCE_S = 20
@@ -164,7 +164,7 @@ def java(_: Plan | None) -> Iterator[Line]:
 def workers(plan: Plan) -> Iterator[Line]:
     """Compare the threads that decode with the cores."""
     threads = plan.here * plan.settings.data.workers
-    asked = f"{plan.here} processes x data.workers = {plan.settings.data.workers}"
+    asked = f"{count_of(plan.here, 'process')} x data.workers = {plan.settings.data.workers}"
     if not plan.in_job:
         yield unmeasured(f"{asked} want {threads} cores of each node, and this machine is not one of them")
         return
@@ -178,7 +178,7 @@ def workers(plan: Plan) -> Iterator[Line]:
 
 def evaluator(_: Plan | None) -> Iterator[Line]:
     """Score a few captions whose scores are known."""
-    values = measure(CAPTIONS, REFERENCES, workers=1).values
+    values = measure(CAPTIONS, REFERENCES, list(EXPECTED), workers=1).values
     wrong = [
         f"{name} {values[name]:.6f} instead of {wanted:.6f}"
         for name, wanted in EXPECTED.items()

@@ -140,6 +140,9 @@ def finish(plan: Plan) -> Iterator[Line]:
     step_s = epoch_s / plan.order.steps_per_epoch
     saved = checkpoint.steps(plan.run) if plan.run else []
     left = max(0, plan.steps - (saved[-1] if saved else 0)) * step_s
+    if not left:
+        yield ok(f"all {plan.steps:,} steps are done")
+        return
     told = (
         f"{rate:,.0f} images/s ({source}): {duration(epoch_s)} an epoch, {duration(left)} to the end, and the"
         " time of validations"

@@ -17,7 +17,7 @@ from captionscale.errors import UserError
 from captionscale.progress import duration
 from captionscale.tools.doctor.findings import Line, ok, refusal, refused, unmeasured, warning
 from captionscale.tools.doctor.plan import Plan
-from captionscale.tools.profiles import refuse_unfit
+from captionscale.tools.profiles import count_of, refuse_unfit
 from captionscale.train import checkpoint
 from captionscale.train.logs import figures
 from captionscale.train.saving import checkpoint_bytes, refuse_full_disk
@@ -77,7 +77,9 @@ def batches(plan: Plan) -> Iterator[Line]:
     train = plan.settings.train
     refuse_unfit(plan.settings, plan.processes, plan.nodes, plan.profile)
     count = train.global_batch // train.micro_batch
-    shares = f"{count} micro-batches of {train.micro_batch} for {plan.processes} processes"
+    shares = (
+        f"{count_of(count, 'micro-batch')} of {train.micro_batch} for {count_of(plan.processes, 'process')}"
+    )
     if rest := count % plan.processes:
         idle = 1 - count / (plan.processes * -(-count // plan.processes))
         yield warning(
