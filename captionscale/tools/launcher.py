@@ -248,7 +248,7 @@ def surroundings() -> tuple[int, int, str, int]:
 def _refuse_missing_gpus(profile: Path, processes: int) -> None:
     import torch
 
-    found = torch.cuda.devicecount_of()
+    found = torch.cuda.device_count()
     if found < processes:
         raise UserError(
             f"{profile}: {processes} processes on a machine with {found} GPUs, wanted a GPU for each;"

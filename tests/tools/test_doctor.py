@@ -181,7 +181,7 @@ def test_a_byte_that_rotted_is_found_among_the_samples(copy: Path, capsys) -> No
         (["train.lr=-1"], {}, "config", "train.lr"),
         (["data.train_split=trian"], {}, "shards", "did you mean 'train'?"),
         (["data.val_split=train"], {}, "shards", "what is scored was learned"),
-        (["train.global_batch=96"], {}, "batches", "cannot give each of"),
+        (["train.global_batch=47", "train.micro_batch=1"], {}, "batches", "cannot give each of"),
         (["data.workers=4000"], {}, "workers", "wanted one for each thread that decodes"),
         (["model.encoder.weights=gone.pth"], {}, "weights", "no such file"),
         (["train.start_from=gone"], {}, "weights", "no checkpoint, so no run"),

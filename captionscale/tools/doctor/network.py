@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from statistics import median
+from typing import Any
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
@@ -172,7 +173,7 @@ def _sum_up(meeting: Meeting, left: int, right: int) -> float | str:
     patience = timedelta(seconds=_PAIR_S)
     place = int(meeting.node == right)
     try:
-        group = ProcessGroupGloo(store, place, 2, patience)
+        group: Any = ProcessGroupGloo(store, place, 2, patience)
         numbers = torch.ones(_NUMBERS)
         group.allreduce([numbers]).wait()
         began = time.monotonic()
