@@ -225,7 +225,8 @@ def open_tracker(name: str, run: Path, settings: Mapping[str, Any], known: str |
         )
         inner.start()
         inner.tracker.define_metric("*", step_metric=_STEP)
-        place = inner.tracker.url or str(Path(inner.tracker.dir).parent)
+        run_there = inner.tracker
+        place = str(Path(run_there.dir).parent) if run_there.offline else run_there.url
     else:
         inner = MLflowTracker(_PROJECT, run_id=known, run_name=run.name)
         inner.start()
