@@ -10,6 +10,7 @@ from mlflow.tracking import MlflowClient
 from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import UserError
+from captionscale.ranks import Ranks
 from captionscale.train import tracking
 from captionscale.train.loop import train
 from captionscale.train.tracking import TRACKERS, Trackers, refuse_missing
@@ -70,9 +71,12 @@ def test_mlflow_has_settings_metrics_and_late_scores_and_a_resumed_run_goes_on_i
 @pytest.mark.usefixtures("services")
 def test_wandb_offline_keeps_everything_for_wandb_sync_and_a_resumed_run_its_id(tmp_path) -> None:
     config = settings("wandb")
-    first = told(tmp_path, config, (1, {"loss": 2.0}), (2, {"loss": 1.5}), (1, {"scores/CIDEr-D": 0.25}))
-    time.sleep(1)  # Its folders are called after the second.
-    assert told(tmp_path, config, (3, {"loss": 1.0})) == first
+    points = (1, {"loss": 2.0}), (2, {"loss": 1.5}), (1, {"scores/CIDEr-D": 0.25})
+    # Accelerate's tracker wants its state, as it is in a run.
+    with Ranks():
+        first = told(tmp_path, config, *points)
+        time.sleep(1)  # Its folders are called after the second.
+        assert told(tmp_path, config, (3, {"loss": 1.0})) == first
     kept = sorted((tmp_path / "wandb").glob(f"offline-run-*-{first['wandb']}/*.wandb"))
     assert len(kept) == 2
     # Records of its own format, in which strings stand as they are.
