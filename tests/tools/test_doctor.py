@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -32,8 +33,9 @@ def look(
     time_limit: str | None = None,
     gpus: int | None = None,
     profile: str | None = None,
+    quick: bool = True,
 ) -> tuple[bool, dict[str, list[Line]]]:
-    """Return what a quick look says, and its lines by check."""
+    """Return what a look says, and its lines by check."""
 
     def load() -> Config:
         path = packed.parent / "doctor.toml"
@@ -47,7 +49,7 @@ def look(
         gpus=gpus,
         time_limit=time_limit,
         profile=profile,
-        quick=True,
+        quick=quick,
         as_json=True,
     )
     said = json.loads(capsys.readouterr().out)
@@ -198,6 +200,16 @@ def test_what_would_fail_is_refused_with_its_cure(packed, capsys, changes, optio
     assert not fine
     assert said in refusals(lines)[check]
     assert lines["java"][0].state == "ok"
+
+
+def test_the_full_form_measures_loading_and_the_step(packed, capsys) -> None:
+    fine, lines = look(packed, capsys, quick=False)
+    assert fine
+    assert re.search(
+        r"loads [\d,]+ images/s .* a step takes [\d,]+ images/s \(\d steps", lines["loading"][0].found
+    )
+    assert re.search(r"images/s \(at best, by \d steps .*\): .* an epoch", lines["finish"][0].found)
+    assert all(line.measured for name in ("loading", "finish", "evaluator") for line in lines[name])
 
 
 def test_a_folder_that_cannot_be_written_is_refused(packed, tmp_path, capsys) -> None:
