@@ -198,6 +198,8 @@ class Train(Section):
     """Seconds before the end of a SLURM job's time at which a run saves and leaves."""
     stall_s: float = Field(default=45.0, gt=0)
     """Seconds without progress after which a stalled rank is named; after ten times as long the run ends."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Where metrics go besides TensorBoard; needs captionscale's extra `track`, see docs/running.md."""
     ledger: bool = False
     """Record the images of every micro-batch in ledger/, as `captionscale drill` does to prove them."""
 

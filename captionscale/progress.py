@@ -4,9 +4,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Timer
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+SHORT_S = 2.0
+"""What takes no longer needs no word."""
 
 
 @cache
@@ -31,11 +43,11 @@ def progress(
         total: Of the things to do.
         done: Already.
         quiet: Show nothing; for ranks other than the first.
-        passing: Take the bar away at the end.
+        passing: Take the bar away at the end; without a terminal, say nothing of what is soon done.
     """
     out = console()
     if quiet or not out.is_terminal:
-        yield Bar(title, total, done, None if quiet else out)
+        yield Bar(title, total, done, None if quiet else out, SHORT_S if passing else 0.0)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -50,13 +62,42 @@ def progress(
         yield bar
 
 
+@contextmanager
+def working(title: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show that something goes on of which nobody knows how long it takes.
+
+    On a terminal until it is done; elsewhere in one line, when it has taken some seconds.
+
+    Args:
+        title: What is going on.
+        quiet: Show nothing; for ranks other than the first.
+    """
+    out = console()
+    if quiet:
+        yield
+    elif out.is_terminal:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=out, transient=True) as bars:
+            bars.add_task(title, total=None)
+            yield
+    else:
+        timer = Timer(SHORT_S, say, [f"{title} ..."])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
 class Bar:
     """How far something is."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, title: str, total: int, done: int, out: Console | None):
+    def __init__(self, title: str, total: int, done: int, out: Console | None, least_s: float = 0.0):
         self._title, self._total, self._done, self._out = title, total, done, out
+        self._least_s = least_s
         self._note = ""
         self._bars: Progress | None = None
         self._started = self._spoke = time.monotonic()
@@ -78,8 +119,9 @@ class Bar:
             self._bars.update(self._task, completed=self._done, note=self._note)
             return
         now = time.monotonic()
+        due = now - self._spoke > self.SECONDS_BETWEEN_LINES
         if self._out is not None and (
-            now - self._spoke > self.SECONDS_BETWEEN_LINES or self._done == self._total
+            due or (self._done == self._total and now - self._started >= self._least_s)
         ):
             self._spoke = now
             pace = (now - self._started) / max(1, self._done - self._start)
@@ -91,3 +133,21 @@ class Bar:
         """Print a line above the bar."""
         if self._out is not None:
             self._out.print(text, soft_wrap=True)
+
+
+def duration(value: float) -> str:
+    """Return a number of seconds for people.
+
+    Example:
+        >>> duration(0.25), duration(42), duration(3700), duration(200_000)
+        ('0.2 s', '42 s', '1 h 02 min', '2 d 07 h')
+    """
+    if value < 10:
+        return f"{value:.1f} s"
+    if value < 120:
+        return f"{value:.0f} s"
+    minutes = round(value / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours = minutes // 60
+    return f"{hours} h {minutes % 60:02d} min" if hours < 48 else f"{hours // 24} d {hours % 24:02d} h"

@@ -29,13 +29,31 @@ launch() {
         processes=(--processes $((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES)))
     fi
     on_nodes captionscale launch --profile "$CAPTIONSCALE_PROFILE" "${processes[@]}" --logs "$logs" -- "$@" || code=$?
+    requeue_if_left "$code"
+    return "$code"
+}
+
+# Go back into the queue if something that ended with this code was asked to leave.
+requeue_if_left() {
     # 138: USR1 came before it could listen. So near the end of the time no job would ever get further.
-    if ((code == 138)) && [[ $SLURM_JOB_END_TIME =~ ^[1-9][0-9]*$ ]] && ((SLURM_JOB_END_TIME - $(date +%s) < 180)); then
+    if (($1 == 138)) && [[ $SLURM_JOB_END_TIME =~ ^[1-9][0-9]*$ ]] && ((SLURM_JOB_END_TIME - $(date +%s) < 180)); then
         echo "job $SLURM_JOB_ID: its time ended before it could listen, wanted time to start in; ask for more --time" >&2
         exit 1
     fi
-    if ((code == 75 || code == 138)); then requeue "left"; fi
-    return "$code"
+    if (($1 == 75 || $1 == 138)); then requeue "left"; fi
+}
+
+# Look at the job's nodes and at what it is to do. What would make it fail ends it here; it does not come back.
+examine() {
+    local code=0 gpus=()
+    if [[ ${CAPTIONSCALE_DOCTOR:-on} == off ]]; then return; fi
+    if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then gpus=(--gpus "$SLURM_GPUS_ON_NODE"); fi
+    on_nodes captionscale doctor --quick --profile "$CAPTIONSCALE_PROFILE" "${gpus[@]}" "$@" || code=$?
+    if ((code == 1)); then
+        echo "job $SLURM_JOB_ID: ends, as captionscale doctor refuses it; CAPTIONSCALE_DOCTOR=off in site.sh leaves it out" >&2
+        exit 1
+    fi
+    requeue_if_left "$code"
 }
 
 # Train: experiment, folder of the run, changes.
@@ -45,6 +63,7 @@ train() {
         exit 1
     fi
     local config="$1" run="$2" code=0 before
+    examine "$config" --out "$run" "${@:3}"
     before="$(newest "$run")"
     launch train "$config" --out "$run" "${@:3}" || code=$?
     # Above 128 a process was killed; without a checkpoint since the start it would only be killed again.

@@ -11,6 +11,9 @@ if ! command -v captionscale >/dev/null && [[ -f .venv/bin/activate ]]; then sou
 # --- What a node has: a file, or a name in launch/. A node's GPUs that SLURM grants count more than the profile's.
 export CAPTIONSCALE_PROFILE="${CAPTIONSCALE_PROFILE:-gpu}"
 
+# --- Each job of training begins with `captionscale doctor --quick`, which takes seconds and ends a job that would fail.
+# export CAPTIONSCALE_DOCTOR=off
+
 # --- A container that holds captionscale: either by srun's own option (Pyxis) ...
 srun_options=()
 # srun_options=(--container-image="$HOME/captionscale.sqsh" --container-mounts="$PWD,$HOME" --container-workdir="$PWD")

@@ -11,6 +11,7 @@ from random import Random
 
 from captionscale.data.sketches import COLOURS, FLYING, TOYS, Scene, Toy, paint
 from captionscale.errors import UserError
+from captionscale.progress import progress
 
 CAPTIONS_PER_IMAGE = 5
 JPEG_QUALITY = 90
@@ -153,20 +154,22 @@ def draw(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: int = 0
     random.shuffle(scenes)
     numbered = enumerate(scenes, start=1)
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    for split, count in counts.items():
-        folder = out / f"{split}2017"
-        folder.mkdir(exist_ok=True)
-        images: list[dict[str, object]] = []
-        annotations: list[dict[str, object]] = []
-        for image_id, scene in itertools.islice(numbered, count):
-            # A stream of its own: how many numbers one picture uses does not change the next.
-            own = Random(f"{seed} {image_id}")
-            name = f"{image_id:012}.jpg"
-            paint(scene, size, own).save(folder / name, quality=JPEG_QUALITY)
-            images.append({"id": image_id, "file_name": name, "width": size, "height": size})
-            for number, caption in enumerate(captions(scene, own), start=image_id * CAPTIONS_PER_IMAGE):
-                annotations.append({"id": number, "image_id": image_id, "caption": caption})
-        info = {"description": "captionscale sample scenes", "version": "1.0"}
-        coco = {"info": info, "licenses": [], "images": images, "annotations": annotations}
-        target = out / "annotations" / f"captions_{split}2017.json"
-        target.write_text(json.dumps(coco), encoding="utf-8")
+    with progress("drawing", total, passing=True) as bar:
+        for split, count in counts.items():
+            folder = out / f"{split}2017"
+            folder.mkdir(exist_ok=True)
+            images: list[dict[str, object]] = []
+            annotations: list[dict[str, object]] = []
+            for image_id, scene in itertools.islice(numbered, count):
+                # A stream of its own: how many numbers one picture uses does not change the next.
+                own = Random(f"{seed} {image_id}")
+                name = f"{image_id:012}.jpg"
+                paint(scene, size, own).save(folder / name, quality=JPEG_QUALITY)
+                images.append({"id": image_id, "file_name": name, "width": size, "height": size})
+                for number, caption in enumerate(captions(scene, own), start=image_id * CAPTIONS_PER_IMAGE):
+                    annotations.append({"id": number, "image_id": image_id, "caption": caption})
+                bar.advance()
+            info = {"description": "captionscale sample scenes", "version": "1.0"}
+            coco = {"info": info, "licenses": [], "images": images, "annotations": annotations}
+            target = out / "annotations" / f"captions_{split}2017.json"
+            target.write_text(json.dumps(coco), encoding="utf-8")

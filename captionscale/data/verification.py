@@ -123,7 +123,7 @@ def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
         split.place.check(facts)
         with split.place.local(facts) as path:
             found = blake3_of(path)
-            problems = [problem for item in items for problem in _check_sample(split, item, deep=deep)]
+            problems = [problem for item in items for problem in check_sample(split, item, deep=deep)]
             if not problems and found == facts.blake3:
                 problems += _compare_with_tar(split, path, number, items)
     except UserError as error:
@@ -136,7 +136,14 @@ def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
     return problems
 
 
-def _check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
+def check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
+    """Yield what is wrong with one sample.
+
+    Args:
+        split: It is in.
+        item: Row of the index.
+        deep: Decode its image too.
+    """
     row = split.index[item]
     place = f"{split.place}/{split.facts.shards[int(row['shard'])].name}: image {row['image_id']}"
     try:

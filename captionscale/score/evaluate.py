@@ -231,11 +231,20 @@ def caption_files(
     captions: list[str] = []
     views = [centre_view(_read(file), settings.data.image_size) for file in files]
     keys = [(settings.seed, number) for number in range(len(files))]
-    for start in range(0, len(views), batch):
-        pictures = torch.from_numpy(np.stack(views[start : start + batch])).permute(0, 3, 1, 2).to(device)
-        captions += write_captions(
-            captioner, pictures, vocabulary, settings.search, max_words, rules, keys[start : start + batch]
-        )
+    with progress("captioning", len(views), passing=True) as bar:
+        for start in range(0, len(views), batch):
+            some = views[start : start + batch]
+            pictures = torch.from_numpy(np.stack(some)).permute(0, 3, 1, 2).to(device)
+            captions += write_captions(
+                captioner,
+                pictures,
+                vocabulary,
+                settings.search,
+                max_words,
+                rules,
+                keys[start : start + batch],
+            )
+            bar.advance(len(some))
     return captions
 
 

@@ -7,22 +7,26 @@ import re
 import shlex
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from captionscale import assets
 from captionscale.config import Config
 from captionscale.errors import PreemptedError, UserError
 from captionscale.files import cores
 from captionscale.progress import say
+from captionscale.tools.profiles import (
+    count_of,
+    crowding,
+    is_zero,
+    read_profile,
+    refuse_too_few_cores,
+    refuse_unfit,
+)
 
 _PORT = 29_500
-_ZERO = "DEEPSPEED"
 _OTHERS = ("LOCAL_RANK", "RANK", "OMPI_COMM_WORLD_RANK")
 """What torchrun, Kubeflow or mpirun set in each process that they start."""
 _LEAVE = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -56,7 +60,7 @@ def launch(
     """
     path = assets.find("launch", profile, ".yaml")
     facts = read_profile(path)
-    machines, machine, address, port = _surroundings()
+    machines, machine, address, port = surroundings()
     count = processes or int(facts["num_processes"]) * machines
     if count % machines:
         raise UserError(
@@ -68,17 +72,10 @@ def launch(
     if settings:
         refuse_unfit(settings, count, machines, facts)
         # A dry run may be for another machine.
-        if settings.data.workers > cores() and not dry_run:
-            raise UserError(
-                f"data.workers = {settings.data.workers}: found {cores()} cores in this machine, or in this"
-                " job's part of it, wanted one for each thread that decodes; --set data.workers="
-                f"{max(1, cores() // here)}, or ask for more cores"
-            )
-        if not cpu and here * settings.data.workers > cores():
-            say(
-                f"note: {here} processes with data.workers = {settings.data.workers} on {cores()} cores;"
-                f" ask SLURM for --cpus-per-task={here * settings.data.workers}, or lower data.workers"
-            )
+        if not dry_run:
+            refuse_too_few_cores(settings, here)
+        if not cpu and (note := crowding(settings, here)):
+            say(f"note: {note}")
     # Accelerate's own launcher knows several processes on CPUs only by MPI; its launcher for GPUs serves
     # both, and each process reads from this variable that it is to stay on the CPU.
     environment = {"ACCELERATE_USE_CPU": "true"} if cpu else {}
@@ -86,7 +83,7 @@ def launch(
     threads = os.environ.get("OMP_NUM_THREADS", "")
     threads = threads if threads.isdecimal() else str(max(1, cores() // here))
     arguments += ["--num_cpu_threads_per_process", threads]
-    if _zero(facts):
+    if is_zero(facts):
         # Accelerate passes the number on to all but these, who would then have one thread each.
         environment["OMP_NUM_THREADS"] = threads
     if machines > 1:
@@ -104,7 +101,7 @@ def launch(
         words = [f"{name}={value}" for name, value in environment.items()]
         print(shlex.join([*words, "accelerate", "launch", *arguments]))
         return
-    if _zero(facts) and find_spec("deepspeed") is None:
+    if is_zero(facts) and find_spec("deepspeed") is None:
         raise UserError(
             f"{path}: DeepSpeed is not installed, wanted captionscale's extra 'deepspeed';"
             " pip install 'captionscale[deepspeed]', or take --profile gpu"
@@ -212,31 +209,7 @@ def _ending(rank: int, code: int, passed: list[signal.Signals]) -> int:
     return 1
 
 
-def read_profile(path: Path) -> dict[str, Any]:
-    """Return what a launch profile says, such as `num_processes` of a machine.
-
-    Raises:
-        UserError: It is not one.
-    """
-    try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if int(facts["num_processes"]) < 1:
-            raise ValueError
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}: not a profile ({type(error).__name__}); wanted an Accelerate config with num_processes,"
-            " such as launch/cpu.yaml"
-        ) from None
-    profile: dict[str, Any] = facts
-    if (kind := profile.get("distributed_type")) not in ("MULTI_GPU", _ZERO):
-        raise UserError(
-            f"{path}: distributed_type is {kind}, wanted MULTI_GPU, on CPUs too, or {_ZERO};"
-            " set it, as launch/cpu.yaml and launch/zero2.yaml do"
-        )
-    return profile
-
-
-def _surroundings() -> tuple[int, int, str, int]:
+def surroundings() -> tuple[int, int, str, int]:
     """Return how many machines there are, which one this is, and the address and port of the first.
 
     Raises:
@@ -257,55 +230,19 @@ def _surroundings() -> tuple[int, int, str, int]:
         return 1, 0, "localhost", 0
     if launchers != machines:
         raise UserError(
-            f"SLURM: {_count(launchers, 'launcher')} on {_count(machines, 'machine')}, wanted one on each;"
-            " start it by srun --ntasks-per-node=1"
+            f"SLURM: {count_of(launchers, 'launcher')} on {count_of(machines, 'machine')}, wanted one on"
+            " each; start it by srun --ntasks-per-node=1"
         )
     for name in ("JOB_ID", "NODEID", "STEP_NODELIST"):
         if name not in facts:
             raise UserError(
-                f"SLURM_{name}: not set, wanted as srun sets it on {_count(machines, 'machine')};"
+                f"SLURM_{name}: not set, wanted as srun sets it on {count_of(machines, 'machine')};"
                 " start it by srun --ntasks-per-node=1, and let a container have its environment"
             )
     # The first of `gpu[01-04,07],cpu3`; `scontrol` would tell, but is not inside a container.
     first = re.sub(r"\[(\d+)[^]]*\]", r"\1", facts["STEP_NODELIST"]).split(",")[0]
     # The job's own port: two jobs may share a node.
     return machines, int(facts["NODEID"]), first, _PORT + int(facts["JOB_ID"]) % 1000
-
-
-def refuse_unfit(settings: Config, count: int, machines: int, profile: Mapping[str, Any]) -> None:
-    """Refuse processes that cannot share the micro-batches of a step.
-
-    Args:
-        settings: The experiment to train.
-        count: Processes over all machines.
-        machines: How many there are.
-        profile: As `read_profile` gives it.
-
-    Raises:
-        UserError: There are too many, or ZeRO would need a number of them that divides the micro-batches.
-    """
-    zero = _zero(profile)
-    batches = settings.train.global_batch // settings.train.micro_batch
-    fitting = [n for n in range(machines, count, machines) if n <= batches and not (zero and batches % n)]
-    if count <= batches and not (zero and batches % count):
-        return
-    cures = [f"take {_count(fitting[-1], 'process')}"] if fitting else []
-    cures += ["lower train.micro_batch" if count > batches else "take --profile gpu"]
-    raise UserError(
-        f"{_count(count, 'process')}: train.global_batch = {settings.train.global_batch} holds"
-        f" {_count(batches, 'micro-batch')} of train.micro_batch = {settings.train.micro_batch},"
-        f" wanted {'a multiple of the processes under ZeRO' if zero else 'at least one for each process'};"
-        f" {', or '.join(cures)}"
-    )
-
-
-def _zero(profile: Mapping[str, Any]) -> bool:
-    return profile.get("distributed_type") == _ZERO
-
-
-def _count(number: int, word: str) -> str:
-    plural = word + ("es" if word.endswith(("s", "ch")) else "s")
-    return f"{number} {word if number == 1 else plural}"
 
 
 def _refuse_missing_gpus(profile: Path, processes: int) -> None:

@@ -10,7 +10,7 @@ from captionscale.data.sources import coco, flickr, karpathy, own, tars, totals
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.files import cores
-from captionscale.progress import progress, say
+from captionscale.progress import progress, say, working
 
 
 def pack(options: Namespace) -> None:
@@ -22,7 +22,8 @@ def pack(options: Namespace) -> None:
     Raises:
         UserError: As the readers and `packing.pack` do; other totals than expected.
     """
-    records, sources = _read(options)
+    with working("reading the data set"):
+        records, sources = _read(options)
     if options.expect:
         totals.expect(records, dict(options.expect), str(sources[0]))
     if not any(record.captions for record in records):

@@ -5,6 +5,7 @@ from pathlib import Path
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.files import prove_writable
+from captionscale.progress import working
 from captionscale.score import spice
 from captionscale.score.receipt import Measure, Receipt, score
 from captionscale.score.results import read_results
@@ -30,14 +31,15 @@ def score_file(
     if out:
         prove_writable(out)
     written, human = read_results(captions), coco.references(references)
-    receipt = score(
-        written,
-        human,
-        measure=measure,
-        extras=[spice.measure(written, human, spice_jars)] if spice_jars else [],
-        notes=absent(spice_jars, "it sees images: score RUN --clip WEIGHTS"),
-        made_by={"captions": captions.name, "references": references.name},
-    )
+    with working(f"scoring {len(written):,} captions"):
+        receipt = score(
+            written,
+            human,
+            measure=measure,
+            extras=[spice.measure(written, human, spice_jars)] if spice_jars else [],
+            notes=absent(spice_jars, "it sees images: score RUN --clip WEIGHTS"),
+            made_by={"captions": captions.name, "references": references.name},
+        )
     if out:
         receipt.write(out)
     return receipt

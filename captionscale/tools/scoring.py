@@ -16,7 +16,7 @@ from captionscale.data.places import Folder, open_place
 from captionscale.data.shards import Split
 from captionscale.errors import PreemptedError, UserError
 from captionscale.files import prove_writable
-from captionscale.progress import progress, say
+from captionscale.progress import progress, say, working
 from captionscale.ranks import Ranks
 from captionscale.score import clipscore, spice
 from captionscale.score.evaluate import caption_split
@@ -90,33 +90,34 @@ def score_run(
     captions, references = {result["image_id"]: result["caption"] for result in results}, split.references()
     extras = [spice.measure(captions, references, spice_jars)] if spice_jars else []
     extras += [clipscore.measure(split, captions, references, eye)] if eye else []
-    receipt = score(
-        captions,
-        references,
-        measure=measure,
-        extras=extras,
-        train=train,
-        vocabulary=len(vocabulary) - len(SPECIALS),
-        made_by={
-            "run": run.resolve().name,
-            "split": split.name,
-            "step": step,
-            "search": config.search.model_dump(mode="json"),
-            **members.made_by(),
-            "precision": "fp32",
-            "seed": config.seed,
-            "objective": config.train.objective,
-            "end_rewarded": config.train.objective == "scst",
-        },
-        hashes={
-            "shards": split.sha256,
-            "model": members.sha256,
-            "config": hashlib.sha256(toml.dumps(saved.config()).encode()).hexdigest(),
-            "vocabulary": vocabulary.sha256,
-        },
-        hardware=_hardware(),
-        notes=[*notes, *absent(spice_jars, None if clip else "no --clip WEIGHTS")],
-    )
+    with working(f"scoring {len(captions):,} captions"):
+        receipt = score(
+            captions,
+            references,
+            measure=measure,
+            extras=extras,
+            train=train,
+            vocabulary=len(vocabulary) - len(SPECIALS),
+            made_by={
+                "run": run.resolve().name,
+                "split": split.name,
+                "step": step,
+                "search": config.search.model_dump(mode="json"),
+                **members.made_by(),
+                "precision": "fp32",
+                "seed": config.seed,
+                "objective": config.train.objective,
+                "end_rewarded": config.train.objective == "scst",
+            },
+            hashes={
+                "shards": split.sha256,
+                "model": members.sha256,
+                "config": hashlib.sha256(toml.dumps(saved.config()).encode()).hexdigest(),
+                "vocabulary": vocabulary.sha256,
+            },
+            hardware=_hardware(),
+            notes=[*notes, *absent(spice_jars, None if clip else "no --clip WEIGHTS")],
+        )
     receipt.write(place)
     _remember(run, members, split, scores=receipt.scores, receipt=receipt.sha256)
     return receipt, place

@@ -11,7 +11,7 @@ from captionscale import assets, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import atomic
-from captionscale.tools.launcher import read_profile, refuse_unfit
+from captionscale.tools.profiles import read_profile, refuse_unfit
 
 _SOURCE = re.compile(r"^(?:\[\[ -f slurm.*\n)?source slurm/(\S+)\n", re.MULTILINE)
 

@@ -17,18 +17,21 @@ from captionscale.data.places import Remote, open_place
 from captionscale.data.shards import Split
 from captionscale.engine import Engine, choose
 from captionscale.errors import UserError
+from captionscale.files import atomic
 from captionscale.model.captioner import Captioner
-from captionscale.progress import say
+from captionscale.progress import Bar, progress, say, working
 from captionscale.ranks import Ranks
 from captionscale.train import checkpoint
 from captionscale.train.average import Average
 from captionscale.train.encoding import cache_features
 from captionscale.train.gate import IMAGES, open_gate
+from captionscale.train.logs import SETTINGS
 from captionscale.train.losses import CrossEntropy
 from captionscale.train.optimizer import make_optimizer, unfreeze
 from captionscale.train.saving import Saver
 from captionscale.train.selfcritical import SelfCritical
 from captionscale.train.standing import Standing
+from captionscale.train.tracking import refuse_missing
 from captionscale.vocab import Vocabulary
 
 
@@ -111,6 +114,7 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
         UserError: Shards, weights or an earlier run that do not fit.
     """
     settings, data = config.train, config.data
+    ranks.on_first(refuse_missing, settings.trackers)
     place = open_place(data.shards, data.cache, data.cache_gb)
     split, val_split = Split(place, data.train_split), Split(place, data.val_split)
     for each in (split, val_split):
@@ -158,9 +162,11 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     average = Average(captioner, settings.average) if settings.average else None
     objective: CrossEntropy | SelfCritical = CrossEntropy(settings.label_smoothing)
     if settings.objective == "scst":
-        objective = SelfCritical(config, captioner, split, vocabulary)
+        with working("counting the n-grams of the train captions", quiet=not ranks.first):
+            objective = SelfCritical(config, captioner, split, vocabulary)
         if saved is None:
             ranks.on_first(_look_ahead, config, captioner, loader, objective, ranks)
+    ranks.on_first(_keep_settings, run, config)
     standing = Standing()
     if saved is not None:
         standing = saved.standing
@@ -229,6 +235,12 @@ def _look_ahead(
         )
 
 
+def _keep_settings(run: Path, config: Config) -> None:
+    """Write down what the run is trained with, for who looks at it before the first checkpoint."""
+    with atomic(run / SETTINGS) as file:
+        file.write(toml.dumps(config).encode())
+
+
 def order_of(split: Split, config: Config) -> Order:
     """Return the order in which an experiment learns from a split.
 
@@ -272,8 +284,15 @@ def _tell_of_cache(place: Remote, split: Split, order: Order, data: configs.Data
 
 
 def _build_vocabulary(split: Split, config: Config) -> Vocabulary:
-    captions = (caption for item in range(len(split)) for caption in split.captions(item))
-    return vocab.build(captions, config.data.min_count, config.data.max_vocabulary)
+    with progress("reading captions", len(split), passing=True) as bar:
+        captions = (caption for item in _counted(range(len(split)), bar) for caption in split.captions(item))
+        return vocab.build(captions, config.data.min_count, config.data.max_vocabulary)
+
+
+def _counted(items: range, bar: Bar) -> Iterator[int]:
+    for item in items:
+        yield item
+        bar.advance()
 
 
 def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:

@@ -11,8 +11,11 @@ from torch.utils.tensorboard import SummaryWriter
 from captionscale.data.loader import Batch
 from captionscale.files import atomic
 from captionscale.ranks import Ranks
+from captionscale.train.tracking import Trackers
 
 LOG = "log.jsonl"
+SETTINGS = "config.toml"
+"""What a run is being trained with, written when it starts or goes on."""
 
 
 class Log:
@@ -21,8 +24,8 @@ class Log:
     What the resumed run will do again is taken out: lines of later steps, and scores that do not count yet.
     """
 
-    def __init__(self, run: Path, step: int, judged: int):
-        self._path = run / LOG
+    def __init__(self, run: Path, step: int, judged: int, trackers: Trackers | None = None):
+        self._path, self._trackers = run / LOG, trackers
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= (judged if '"scores"' in line else step)]
         with atomic(self._path) as file:
@@ -38,15 +41,22 @@ class Log:
         """
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for key, value in values.items():
-            points = value if isinstance(value, dict) else {"": value}
-            for name, number in points.items():
-                if isinstance(number, int | float):
-                    self._board.add_scalar(f"{key}/{name}" if name else key, number, step)
+        points = {
+            f"{key}/{name}" if name else key: number
+            for key, value in values.items()
+            for name, number in (value if isinstance(value, dict) else {"": value}).items()
+            if isinstance(number, int | float)
+        }
+        for curve, number in points.items():
+            self._board.add_scalar(curve, number, step)
+        if self._trackers is not None and points:
+            self._trackers.log(step, points)
 
     def close(self) -> None:
         """Write what is buffered."""
         self._board.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
 
 class Rate:

@@ -25,6 +25,7 @@ from captionscale.train.profiling import profiling
 from captionscale.train.schedule import lr_factor
 from captionscale.train.selfcritical import SelfCritical
 from captionscale.train.standing import Standing
+from captionscale.train.tracking import Trackers
 from captionscale.train.validation import Validation
 from captionscale.train.vote import Vote
 from captionscale.train.watchdog import Watchdog
@@ -67,7 +68,7 @@ def learn(job: Job, profiled: int = 0) -> Standing:
     standing, before = job.standing, copy.copy(job.standing)
     start = standing.step
     with ExitStack() as stack:
-        log = stack.enter_context(closing(Log(run, start, standing.judged))) if ranks.first else None
+        log = stack.enter_context(closing(_open_log(job))) if ranks.first else None
         bar = stack.enter_context(progress("training", job.steps, start, quiet=not ranks.first))
         ledger = stack.enter_context(closing(Ledger(run, ranks))) if settings.ledger else None
         score_every = settings.score_every or job.order.steps_per_epoch
@@ -199,6 +200,11 @@ def _log(job: Job, log: Log | None, bar: Bar, loss: Tensor, norm: Tensor, rate: 
         log.write(step, epoch=step / job.order.steps_per_epoch, **values)
     if isinstance(job.objective, SelfCritical):
         job.ranks.on_first(refuse_collapse, job.standing, sampled, job.config.scst)
+
+
+def _open_log(job: Job) -> Log:
+    trackers = Trackers(job.run, job.config) if job.config.train.trackers else None
+    return Log(job.run, job.standing.step, job.standing.judged, trackers)
 
 
 def _log_saves(job: Job, log: Log | None) -> None:

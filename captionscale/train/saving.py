@@ -56,14 +56,9 @@ class Saver:
         Raises:
             UserError: The disk cannot.
         """
-        weights = list(captioner.state_dict().values())
-        learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
-        # AdamW keeps two moments of each parameter, and a count of its steps.
-        averaged = weights if self._config.train.average else []
-        size = sum(_aligned(tensor.nbytes) for tensor in (*weights, *averaged, *learning, *learning))
-        size += len(learning) * _ALIGNMENT_BYTES
-        _refuse_full_disk(self._run, size, self._config.train.keep)
-        self._make_buffer(size, weights[0].device)
+        size = checkpoint_bytes(captioner, bool(self._config.train.average))
+        refuse_full_disk(self._run, size, self._config.train.keep)
+        self._make_buffer(size, next(captioner.parameters()).device)
 
     def save(
         self,
@@ -176,15 +171,40 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def _refuse_full_disk(run: Path, size: int, keep: int) -> None:
-    """Refuse a disk that cannot hold a run's checkpoints: kept, best, being scored, being written."""
+def checkpoint_bytes(captioner: Captioner, averaged: bool) -> int:
+    """Return how large a captioner's checkpoint is.
+
+    Args:
+        captioner: It may be on the device `meta`.
+        averaged: Whether the run keeps a moving average.
+    """
+    weights = list(captioner.state_dict().values())
+    learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
+    # AdamW keeps two moments of each parameter, and a count of its steps.
+    tensors = (*weights, *(weights if averaged else []), *learning, *learning)
+    return sum(_aligned(tensor.nbytes) for tensor in tensors) + len(learning) * _ALIGNMENT_BYTES
+
+
+def refuse_full_disk(run: Path, size: int, keep: int, folder: Path | None = None) -> None:
+    """Refuse a disk that cannot hold a run's checkpoints: kept, best, being scored, being written.
+
+    Args:
+        run: The run's folder.
+        size: Of a checkpoint, in bytes.
+        keep: As `train.keep`.
+        folder: On the same disk, if that of the run is not there yet.
+
+    Raises:
+        UserError: There is no room, or a quota.
+    """
+    folder = folder or run
     held = sum(path.stat().st_size for path in (run / "checkpoints").glob("*/*"))
     missing = (keep + 3) * size - held
     if missing <= 0:
         return
     try:
-        free = shutil.disk_usage(run).free
-        found = f"{free / 1e9:,.2f} GB are free" if free < missing else _no_allocation(run, missing)
+        free = shutil.disk_usage(folder).free
+        found = f"{free / 1e9:,.2f} GB are free" if free < missing else _no_allocation(folder, missing)
     except OSError as error:
         found = f"cannot be written ({error.strerror})"
     if found:

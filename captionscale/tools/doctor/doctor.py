@@ -1,0 +1,198 @@
+"""`captionscale doctor`: whether a job will work, before it is submitted and when it starts."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from captionscale import assets
+from captionscale.config import Config
+from captionscale.errors import UserError
+from captionscale.progress import say
+from captionscale.tools.doctor import machine, network, pace, storage
+from captionscale.tools.doctor.findings import Check, Line, document, examine, refused, verdict
+from captionscale.tools.doctor.network import Meeting
+from captionscale.tools.doctor.plan import Plan, seconds
+from captionscale.tools.launcher import surroundings
+from captionscale.tools.profiles import read_profile
+
+_STYLES = {"ok": "green", "warning": "yellow", "refusal": "bold red"}
+_PORT_AFTER = 1000
+"""Beyond the port of the training that follows."""
+_OTHERS_S = 60.0
+
+
+def doctor(
+    load: Callable[[], Config] | None,
+    *,
+    out: Path | None,
+    nodes: int | None,
+    gpus: int | None,
+    time_limit: str | None,
+    profile: str | None,
+    quick: bool,
+    as_json: bool,
+) -> bool:
+    """Look whether a job will work, and tell what was found.
+
+    Within a SLURM job of several nodes, run once on each (`srun --ntasks-per-node=1`), it looks at all of
+    them, and the first one tells.
+
+    Args:
+        load: Reads the experiment; none: only this machine is looked at.
+        out: Folder of the run.
+        nodes: How many there will be; none: those of the job, or one.
+        gpus: Of each node; none: as the profile says.
+        time_limit: Of the job, as SLURM writes it; none: that of the job that this is in.
+        profile: A file, or a name in `launch/`; none: one process.
+        quick: Leave out what takes more than a moment.
+        as_json: Print a document for programs.
+
+    Returns:
+        Whether nothing was refused.
+    """
+    began, host, lines = time.monotonic(), os.uname().nodename, []
+    show = _shown(as_json)
+    meeting = None
+    try:
+        machines, node, address, port = surroundings()
+        if machines > 1:
+            meeting = network.meet(node, machines, address, port + _PORT_AFTER)
+            host = meeting.hosts[node]
+    except UserError as error:
+        lines.append(replace(refused(error), check="nodes", host=host))
+    except (RuntimeError, OSError) as error:
+        found = f"{address}:{port + _PORT_AFTER}, the first node: {str(error).splitlines()[0]}"
+        lines.append(Line("nodes", "refusal", found, "look at that machine and the network", host=host))
+    plan = None
+    try:
+        facts = read_profile(assets.find("launch", profile, ".yaml")) if profile else {}
+        limit = seconds(time_limit) if time_limit else _time_left()
+        if load is not None:
+            plan = _plan(load(), out, nodes or (meeting.count if meeting else 1), gpus, facts, limit, quick)
+    except UserError as error:
+        lines.append(replace(refused(error), check="config", host=host))
+    speaks = meeting is None or meeting.first
+    for line in lines:
+        show(line)
+    for line in examine(_checks(plan, meeting, quick), host):
+        lines.append(line)
+        if speaks:
+            show(line)
+    if meeting is not None:
+        theirs = meeting.exchange([asdict(line) for line in lines if line.state != "ok"], _OTHERS_S)
+        for each in theirs:
+            lines.append(Line(**each))  # type: ignore[arg-type]
+            show(lines[-1])
+    worst = verdict(lines)
+    if speaks:
+        _conclude(lines, as_json, time.monotonic() - began)
+    refuses = worst == "refusal"
+    return not (meeting.agree(refuses, _OTHERS_S) if meeting else refuses)
+
+
+def _plan(
+    settings: Config,
+    out: Path | None,
+    nodes: int,
+    gpus: int | None,
+    facts: Mapping[str, Any],
+    limit_s: float | None,
+    quick: bool,
+) -> Plan:
+    in_job = "SLURM_JOB_ID" in os.environ
+    here = gpus or int(facts.get("num_processes", 1))
+    # Without a profile it is what `captionscale train` does here.
+    facts = facts or {"use_cpu": not gpus and not torch.cuda.is_available()}
+    elsewhere = not in_job and (nodes > 1 or gpus is not None or limit_s is not None)
+    return Plan(settings, out, facts, nodes, here, limit_s, not elsewhere, quick)
+
+
+def _checks(plan: Plan | None, meeting: Meeting | None, quick: bool) -> list[Check]:
+    """Return what is to be looked at, the fast first, and what measures alone."""
+    slow = 90.0
+    checks = [
+        Check("versions", lambda: machine.versions(plan), 10),
+        Check("gpus", lambda: machine.gpus(plan), 30),
+        Check("java", lambda: machine.java(plan), 30),
+    ]
+    if meeting is not None:
+        checks.append(Check("nodes", lambda: network.pairs(meeting), 60))
+    if plan is not None:
+        checks += [
+            Check("workers", lambda: machine.workers(plan), 10),
+            Check("shards", lambda: storage.shards(plan), 30),
+            Check("batches", lambda: storage.batches(plan), 30),
+            Check("weights", lambda: storage.weights(plan), 30),
+            Check("disk", lambda: storage.disk(plan), 45),
+        ]
+        if plan.run is not None and not quick:
+            checks.append(Check("run", lambda: storage.run(plan), slow))
+        if not quick:
+            checks.append(Check("loading", lambda: pace.loading(plan), slow))
+        checks.append(Check("finish", lambda: pace.finish(plan), slow))
+    if not quick:
+        checks.append(Check("evaluator", lambda: machine.evaluator(plan), slow))
+    return checks
+
+
+def _time_left() -> float | None:
+    text = os.environ.get("SLURM_JOB_END_TIME", "")
+    return float(text) - time.time() if text.isdecimal() and int(text) else None
+
+
+def _shown(as_json: bool) -> Callable[[Line], None]:
+    """Return what tells of a line as soon as it is there: at once where there is no table to come."""
+    if as_json:
+        return lambda _: None
+    if sys.stdout.isatty():
+        # The table comes at the end; meanwhile it is told what was looked at.
+        return lambda line: say(f"{line.check} ...")
+    return lambda line: print(_plain(line), flush=True)
+
+
+def _plain(line: Line) -> str:
+    text = f"{line.state:<8} {line.check:<10} {line.found}" + (f"; {line.cure}" if line.cure else "")
+    return text if not line.host or line.state == "ok" else f"{text} [{line.host}]"
+
+
+def _conclude(lines: list[Line], as_json: bool, took_s: float) -> None:
+    if as_json:
+        print(json.dumps(document(lines), indent=1))
+        return
+    counts = {state: sum(line.state == state for line in lines) for state in _STYLES}
+    if sys.stdout.isatty():
+        out = Console(highlight=False, markup=False)
+        table = Table(show_lines=False, pad_edge=False)
+        for heading in ("", "check", "found, and what to do"):
+            table.add_column(heading, overflow="fold")
+        for line in lines:
+            style = _STYLES[line.state] if line.measured else "dim"
+            table.add_row(_mark(line, style), line.check, _cell(line))
+        out.print(table)
+    plural = {state: "s" * (count != 1 and state != "ok") for state, count in counts.items()}
+    told = ", ".join(f"{count} {state}{plural[state]}" for state, count in counts.items())
+    ending = {"ok": "the job can start", "warning": "the job can start", "refusal": "the job would fail"}
+    print(f"doctor: {told}; {ending[verdict(lines)]} ({took_s:.1f} s)")
+
+
+def _mark(line: Line, style: str) -> Text:
+    return Text(line.state if line.measured else "-", style)
+
+
+def _cell(line: Line) -> Text:
+    text = Text(line.found, "" if line.measured else "dim")
+    if line.cure:
+        text.append(f"\n-> {line.cure}", "bold")
+    if line.state != "ok" and line.host:
+        text.append(f"  [{line.host}]", "dim")
+    return text

@@ -1,0 +1,140 @@
+"""What a doctor says: lines, from checks of which none can fail, hang or hide the others."""
+
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from captionscale.errors import UserError
+from captionscale.version import __version__
+
+State = Literal["ok", "warning", "refusal"]
+_STATES: tuple[State, ...] = ("ok", "warning", "refusal")
+
+_THREAD = "doctor-"
+
+FORMAT = 1
+"""Of what `--json` prints."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was looked at."""
+
+    check: str
+    """Its name, the same in all versions."""
+    state: State
+    found: str
+    cure: str = ""
+    """What to do about it; nothing where it is ok."""
+    measured: bool = True
+    """False: this could not be looked at, and `found` says why."""
+    host: str = ""
+    """Whose line it is."""
+    seconds: float = 0.0
+    """That the check had taken by then."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A question, and how long it may take."""
+
+    name: str
+    ask: Callable[[], Iterable[Line]]
+    deadline_s: float | int
+
+
+def ok(found: str) -> Line:
+    """Return that something is as it should be."""
+    return Line("", "ok", found)
+
+
+def warning(found: str, cure: str) -> Line:
+    """Return that something may cost time or quality."""
+    return Line("", "warning", found, cure)
+
+
+def refusal(found: str, cure: str) -> Line:
+    """Return that the job would fail."""
+    return Line("", "refusal", found, cure)
+
+
+def unmeasured(why: str) -> Line:
+    """Return that something could not be looked at."""
+    return Line("", "ok", f"not measured: {why}", measured=False)
+
+
+def refused(error: UserError) -> Line:
+    """Return an error that the job would end with."""
+    found, separator, cure = str(error).rpartition("; ")
+    return refusal(found, cure) if separator else refusal(cure, "see above")
+
+
+def examine(checks: Iterable[Check], host: str) -> Iterator[Line]:
+    """Yield what checks find, one after the other, each in a thread that is left behind at its deadline.
+
+    Args:
+        checks: In their order.
+        host: Of this machine.
+    """
+    for check in checks:
+        began = time.monotonic()
+        said: queue.Queue[Line | None] = queue.Queue()
+        threading.Thread(target=_ask, args=(check, said), name=_THREAD + check.name, daemon=True).start()
+        while True:
+            left = check.deadline_s - (time.monotonic() - began)
+            try:
+                line = said.get(timeout=max(0.0, left))
+            except queue.Empty:
+                line = warning(
+                    f"no answer within {check.deadline_s:g} s",
+                    "look whether this machine is overloaded, or its file system or a device hangs",
+                )
+                line = replace(line, measured=False)
+            if line is None:
+                break
+            yield replace(line, check=check.name, host=host, seconds=round(time.monotonic() - began, 3))
+            if time.monotonic() - began >= check.deadline_s:
+                break
+
+
+def _ask(check: Check, said: "queue.Queue[Line | None]") -> None:
+    try:
+        for line in check.ask():
+            said.put(line)
+    except UserError as error:
+        said.put(refused(error))
+    # Whatever it is, the other checks are to be made.
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        said.put(replace(warning(f"could not be looked at ({text})", "look at it by hand"), measured=False))
+    said.put(None)
+
+
+def verdict(lines: Iterable[Line]) -> State:
+    """Return the worst state."""
+    return max((line.state for line in lines), key=_STATES.index, default="ok")
+
+
+def document(lines: list[Line]) -> dict[str, Any]:
+    """Return what `--json` prints; `docs/running.md` describes it."""
+    return {
+        "format": FORMAT,
+        "captionscale": __version__,
+        "verdict": verdict(lines),
+        "lines": [asdict(line) for line in lines],
+    }
+
+
+def leave(code: int) -> None:
+    """End with an exit code, also if a check still hangs in a thread that others wait for at the end."""
+    if any(thread.name.startswith(_THREAD) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        raise SystemExit(code)

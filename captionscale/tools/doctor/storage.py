@@ -1,0 +1,203 @@
+"""Checks of what is read and written: shards, weights, and the disk for checkpoints."""
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from captionscale.data.places import Remote, manifest_of
+from captionscale.data.shards import Split
+from captionscale.data.verification import check_sample
+from captionscale.errors import UserError
+from captionscale.progress import duration
+from captionscale.tools.doctor.findings import Line, ok, refusal, refused, unmeasured, warning
+from captionscale.tools.doctor.plan import Plan
+from captionscale.tools.profiles import count_of, refuse_unfit
+from captionscale.train import checkpoint
+from captionscale.train.logs import figures
+from captionscale.train.saving import checkpoint_bytes, refuse_full_disk
+
+_SAMPLES, _QUICK_SAMPLES = 200, 20
+_PROBE_BYTES, _QUICK_PROBE_BYTES = 256 << 20, 32 << 20
+_PROBE_S = 5.0
+
+
+def shards(plan: Plan) -> Iterator[Line]:
+    """Compare the shards with the config: splits, captions, counts, and some samples' checksums."""
+    data, splits = plan.settings.data, manifest_of(plan.place).splits
+    if data.train_split == data.val_split:
+        yield refusal(
+            f"data.train_split and data.val_split are both '{data.train_split}': what is scored was learned",
+            f"set data.val_split to another of {', '.join(sorted(splits))}",
+        )
+    opened: list[Split] = []
+    for name in dict.fromkeys((data.train_split, data.val_split)):
+        try:
+            split = Split(plan.place, name)
+            split.need_captions("to train; pack the data set with its captions")
+        except UserError as error:
+            yield refused(error)
+        else:
+            opened.append(split)
+    if isinstance(plan.place, Remote):
+        yield unmeasured(
+            f"samples of {plan.place}: each shard is compared with its hash when it is downloaded"
+        )
+    else:
+        for split in opened:
+            yield from _sampled(split, plan.quick)
+    if opened:
+        told = ", ".join(
+            f"{split.name} {split.facts.images:,} images with {split.facts.captions:,} captions"
+            for split in opened
+        )
+        yield ok(f"{plan.place}: {told}")
+
+
+def _sampled(split: Split, quick: bool) -> Iterator[Line]:
+    count = min(len(split), _QUICK_SAMPLES if quick else _SAMPLES)
+    # Others each time: what one call does not see, the next may.
+    items = np.random.default_rng().choice(len(split), count, replace=False)
+    found = [problem for item in items.tolist() for problem in check_sample(split, item, deep=False)]
+    if found:
+        more = f" (and {len(found) - 1} more of {count} samples)" if len(found) > 1 else ""
+        line = refused(UserError(found[0]))
+        yield refusal(line.found + more, f"{line.cure}; captionscale verify {split.place} names them all")
+    else:
+        yield ok(f"{split.name}: checksums of {count:,} of {len(split):,} samples hold")
+
+
+def batches(plan: Plan) -> Iterator[Line]:
+    """Divide a step's micro-batches among the processes."""
+    train = plan.settings.train
+    refuse_unfit(plan.settings, plan.processes, plan.nodes, plan.profile)
+    count = train.global_batch // train.micro_batch
+    shares = (
+        f"{count_of(count, 'micro-batch')} of {train.micro_batch} for {count_of(plan.processes, 'process')}"
+    )
+    if rest := count % plan.processes:
+        idle = 1 - count / (plan.processes * -(-count // plan.processes))
+        yield warning(
+            f"{shares}: {plan.processes - rest} wait while the others do one more ({idle:.0%} of the time)",
+            "take a number of processes that divides them",
+        )
+    else:
+        yield ok(f"{shares}: {count // plan.processes} each")
+    order = plan.order
+    yield ok(f"{order.steps_per_epoch:,} steps in an epoch, {plan.steps:,} in the run")
+
+
+def weights(plan: Plan) -> Iterator[Line]:
+    """Look for the weights that the run begins with."""
+    encoder, start = plan.settings.model.encoder, plan.settings.train.start_from
+    if plan.run and checkpoint.steps(plan.run):
+        yield ok(f"{plan.run}: goes on from step {checkpoint.steps(plan.run)[-1]:,}")
+    elif start is not None:
+        saved = checkpoint.open_run(start)
+        yield ok(f"train.start_from = {start}: step {saved.standing.step:,} is whole")
+    elif encoder.weights == "imagenet":
+        name = Path(torchvision.models.get_model_weights(encoder.name).IMAGENET1K_V1.url).name
+        path = Path(torch.hub.get_dir(), "checkpoints", name)
+        if path.is_file():
+            yield ok(f"{path}: there, {path.stat().st_size / 1e6:,.0f} MB")
+        else:
+            yield warning(
+                f"{path}: not there, so it is downloaded at the start, which compute nodes often cannot",
+                f"download it here: torchvision.models.{encoder.name}(weights='IMAGENET1K_V1'), or set"
+                " model.encoder.weights to a file",
+            )
+    elif encoder.weights == "none":
+        yield ok("model.encoder.weights = 'none': random ones")
+    elif Path(encoder.weights).is_file():
+        yield ok(f"{encoder.weights}: there")
+    else:
+        yield refusal(
+            f"model.encoder.weights = '{encoder.weights}': no such file",
+            "correct the path (a relative one starts at the folder you are in)",
+        )
+
+
+def run(plan: Plan) -> Iterator[Line]:
+    """Look whether the run's folder holds a run that can go on."""
+    assert plan.run is not None
+    if not plan.run.exists():
+        yield ok(f"{plan.run}: not there yet")
+        return
+    passed: list[str] = []
+    saved = checkpoint.newest(plan.run, passed.append)
+    for told in passed:
+        yield warning(
+            told.removeprefix("warning: "), "remove it, or leave it: the run goes on from an older one"
+        )
+    if saved is None:
+        yield ok(f"{plan.run}: no checkpoint yet")
+        return
+    old, new = saved.config(), plan.settings
+    kept = ("seed", "model", "train.global_batch", "train.micro_batch", "train.objective", "train.average")
+    differing = [key for key in kept if _value(old, key) != _value(new, key)]
+    if differing:
+        yield refusal(
+            f"{saved.folder}: is of another experiment: {', '.join(differing)} differ",
+            "set these back, or take another --out",
+        )
+    else:
+        yield ok(f"{plan.run}: step {saved.standing.step:,} is whole")
+
+
+def _value(tree: object, key: str) -> object:
+    for part in key.split("."):
+        tree = getattr(tree, part)
+    return tree
+
+
+def disk(plan: Plan) -> Iterator[Line]:
+    """Write into the run's folder, ask for room for checkpoints, compare their time with the grace."""
+    folder = _nearest(plan.run or Path())
+    probe = _QUICK_PROBE_BYTES if plan.quick else _PROBE_BYTES
+    try:
+        pace = _write(folder, probe)
+    except OSError as error:
+        yield refusal(
+            f"{folder}: cannot be written ({error.strerror})", "free the disk, or take --out elsewhere"
+        )
+        return
+    yield ok(f"{folder}: written to at {pace / 1e6:,.0f} MB/s")
+    size = checkpoint_bytes(plan.sketch, bool(plan.settings.train.average))
+    keep = plan.settings.train.keep
+    refuse_full_disk(plan.run or folder, size, keep, folder)
+    yield ok(f"{folder}: has room for {keep + 3} checkpoints of {size / 1e6:,.0f} MB")
+    # What the run itself took counts more, as it also hashes.
+    took = max(figures(plan.run, "save_s").values(), default=0.0) if plan.run else 0.0
+    needed, grace = max(took, size / pace), plan.settings.train.grace_s
+    source = f"as {plan.run}/log.jsonl says" if took > size / pace else "by this disk's pace"
+    told = f"a checkpoint takes {duration(needed)} ({source}), train.grace_s is {grace:g}"
+    cure = f"set train.grace_s to {max(30, round(4 * needed))} or more, and SLURM's --signal likewise"
+    if needed > grace:
+        yield refusal(told + ": a job whose time ends would lose its work", cure)
+    elif needed > grace / 2:
+        yield warning(told + ": a slow step or disk would cost the last steps", cure)
+    else:
+        yield ok(told)
+
+
+def _nearest(path: Path) -> Path:
+    """Return a folder, or of one that is not there yet, the one that it would be made in."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if os.path.lexists(each))
+
+
+def _write(folder: Path, size: int) -> float:
+    """Write up to so many bytes, through to the disk, and return bytes per second."""
+    block = os.urandom(1 << 20)
+    written, began = 0, time.monotonic()
+    with tempfile.TemporaryFile(dir=folder) as file:
+        while written < size and (written == 0 or time.monotonic() - began < _PROBE_S):
+            written += file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    return written / max(1e-6, time.monotonic() - began)

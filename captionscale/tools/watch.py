@@ -1,0 +1,305 @@
+"""`captionscale watch`: follow a run by what it writes, from any machine that sees its folder."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from captionscale import toml
+from captionscale.config import Config
+from captionscale.errors import UserError
+from captionscale.files import LOCK
+from captionscale.progress import duration
+from captionscale.train import checkpoint
+from captionscale.train.logs import LOG, SETTINGS
+from captionscale.train.watchdog import STALLS
+
+_RECENT = 20
+_LATE = 5
+"""Times its rhythm after which a run that says nothing is late; scoring and saving may take so long."""
+_LEAST_S = 60.0
+_MARKS = {
+    "alive": "green",
+    "silent": "yellow",
+    "stalled": "bold red",
+    "ended": "cyan",
+    "not running": "yellow",
+}
+
+
+@dataclass
+class Reader:
+    """Reads a file of JSON lines again and again: only what is new, or all, if it was written anew."""
+
+    path: Path
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    _inode: int = 0
+    _offset: int = 0
+
+    def read(self) -> None:
+        """Take in what has come. A torn last line is left for the next time; others are passed over."""
+        try:
+            # Opened each time: over NFS that is what brings in another machine's changes.
+            with self.path.open("rb") as file:
+                facts = os.fstat(file.fileno())
+                # A run that goes on writes the log anew, without what it will do again.
+                if facts.st_ino != self._inode or facts.st_size < self._offset:
+                    self.lines, self._offset, self._inode = [], 0, facts.st_ino
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            self.lines, self._offset, self._inode = [], 0, 0
+            return
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        for line in whole.splitlines():
+            with suppress(ValueError):
+                values = json.loads(line)
+                if isinstance(values, dict) and isinstance(values.get("step", 0), int):
+                    self.lines.append(values)
+
+
+@dataclass(frozen=True)
+class Glance:
+    """How a run stands."""
+
+    state: str
+    why: str
+    facts: dict[str, str]
+    """What else there is to say, by name."""
+    share: float
+    """Of its steps that are done; 0: unknown."""
+    over: bool
+    """Whether nothing more will come."""
+
+    def line(self) -> str:
+        """Return it in one line."""
+        return "  ".join(
+            [*(f"{name} {value}" for name, value in self.facts.items()), f"{self.state}: {self.why}"]
+        )
+
+
+class Watch:
+    """Looks at one run."""
+
+    def __init__(self, run: Path):
+        """Name a run's folder.
+
+        Raises:
+            UserError: It is not there, or no run.
+        """
+        if not run.is_dir():
+            found = "is a file" if run.exists() else "no such folder"
+            raise UserError(f"{run}: {found}, wanted the --out of captionscale train; correct the path")
+        signs = (LOG, LOCK, SETTINGS, "job.sbatch", "checkpoints")
+        if not any((run / sign).exists() for sign in signs):
+            raise UserError(
+                f"{run}: holds no {LOG}, so no run; wanted the --out of captionscale train or submit; correct"
+                " the path"
+            )
+        self._run = run
+        self._log, self._stalls = Reader(run / LOG), Reader(run / STALLS)
+
+    def look(self) -> Glance:
+        """Return how the run stands now.
+
+        Raises:
+            UserError: Its folder is gone, or cannot be read.
+        """
+        if not self._run.is_dir():
+            raise UserError(f"{self._run}: is gone; wanted the run's folder; correct the path")
+        try:
+            self._log.read()
+            self._stalls.read()
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: cannot be read ({error.strerror}); make it readable"
+            ) from None
+        config = self._config()
+        learned = [line for line in self._log.lines if "loss" in line]
+        last = learned[-1] if learned else {}
+        step = max((line["step"] for line in self._log.lines if "step" in line), default=0)
+        total = _total(config, learned)
+        rhythm_s = _rhythm(config, learned)
+        facts = dict(_facts(config, last, step, total))
+        pace = _steps_per_s(config, learned)
+        if pace and total > step:
+            facts["left"] = f"about {duration((total - step) / pace)}"
+        facts |= _scores(config, self._log.lines)
+        saved = checkpoint.steps(self._run)
+        facts["checkpoints"] = ", ".join(f"{each:,}" for each in saved) or "none yet"
+        state, why = self._state(step, total, rhythm_s)
+        return Glance(state, why, facts, min(1.0, step / total) if total else 0.0, state == "ended")
+
+    def _config(self) -> Config | None:
+        saved = checkpoint.steps(self._run)
+        newest = [self._run / "checkpoints" / f"step-{saved[-1]:08d}" / SETTINGS] if saved else []
+        for path in (self._run / SETTINGS, *newest, self._run / "job.toml"):
+            # One of another version says nothing that could be relied on.
+            with suppress(UserError, OSError):
+                if path.is_file():
+                    return toml.load(path)
+        return None
+
+    def _state(self, step: int, total: int, rhythm_s: float) -> tuple[str, str]:
+        """Return one of `_MARKS`, and why."""
+        holder, at_work = _holder(self._run)
+        age_s = _age(self._run / LOG)
+        silent = f"the last line came {duration(age_s)} ago" if age_s is not None else "no line yet"
+        if rhythm_s:
+            silent += f", usually each {duration(rhythm_s)}"
+        if total and step >= total and not at_work:
+            return "ended", f"all {total:,} steps are done"
+        if at_work is False:
+            last = self._log.lines[-1] if self._log.lines else {}
+            if "left_for" in last:
+                return "not running", f"it left for {last['left_for']}; the same command goes on"
+            if not holder and age_s is None:
+                return "not running", "it has not started; squeue tells of its job"
+            died = (
+                f"{holder} is gone without a word" if holder else "stopped early, by a signal or by an error"
+            )
+            return "not running", f"{died}; {silent}"
+        late = age_s is not None and age_s > max(_LEAST_S, _LATE * rhythm_s)
+        stall = self._stalls.lines[-1] if self._stalls.lines else {}
+        if stall and (age_s is None or stall.get("time", 0) > time.time() - age_s):
+            who = ", ".join(f"rank {it.get('rank')} on {it.get('host')}" for it in stall.get("stalled", []))
+            return "stalled", f"{who or 'a rank'} keeps the others waiting (stalls.jsonl); {silent}"
+        if late:
+            return "silent", f"{silent}; it may score or save, or have died: look at the job's log"
+        return "alive", silent
+
+
+def watch(run: Path, *, once: bool, every_s: float) -> None:
+    """Show how a run stands, again and again until it has ended.
+
+    Args:
+        run: Its folder.
+        once: Only now.
+        every_s: Seconds between two looks.
+
+    Raises:
+        UserError: No run.
+    """
+    watched = Watch(run)
+    out = Console(highlight=False, markup=False)
+    if once:
+        out.print(_picture(run, watched.look()))
+        return
+    # Ctrl-C is how one leaves.
+    with suppress(KeyboardInterrupt):
+        if out.is_terminal:
+            with Live(console=out, auto_refresh=False) as live:
+                for glance in _glances(watched, every_s):
+                    live.update(_picture(run, glance), refresh=True)
+            return
+        said = ""
+        for glance in _glances(watched, every_s):
+            if (line := glance.line().split("the last line")[0]) != said:
+                said = line
+                print(f"{time.strftime('%H:%M:%S')}  {glance.line()}", flush=True)
+    sys.stdout.flush()
+
+
+def _glances(watched: Watch, every_s: float) -> Iterator[Glance]:
+    while True:
+        glance = watched.look()
+        yield glance
+        if glance.over:
+            return
+        time.sleep(every_s)
+
+
+def _picture(run: Path, glance: Glance) -> Group:
+    table = Table.grid(padding=(0, 2))
+    if glance.share:
+        table.add_row("", ProgressBar(total=1.0, completed=glance.share, width=50))
+    for name, value in glance.facts.items():
+        table.add_row(Text(name, "dim"), value)
+    title = Text(f"{run}  ", "bold")
+    title.append(glance.state, _MARKS[glance.state])
+    title.append(f"  {glance.why}")
+    return Group(title, table)
+
+
+def _facts(config: Config | None, last: dict[str, Any], step: int, total: int) -> Iterator[tuple[str, str]]:
+    yield "step", f"{step:,} of {total:,}" if total else f"{step:,}"
+    if "epoch" in last:
+        of = f" of {config.train.epochs}" if config and not config.train.steps else ""
+        yield "epoch", f"{last['epoch']:.2f}{of}"
+    if "loss" in last:
+        yield "loss", f"{last['loss']:.3f}"
+    if "reward" in last:
+        yield "reward", f"{last['reward']:.3f}"
+    if "images_per_s" in last:
+        yield "images/s", f"{last['images_per_s']:,.0f}"
+
+
+def _scores(config: Config | None, lines: list[dict[str, Any]]) -> dict[str, str]:
+    scored = [line for line in lines if isinstance(line.get("scores"), dict)]
+    if not scored:
+        return {}
+    last = scored[-1]
+    told = ", ".join(f"{name} {value:.4f}" for name, value in last["scores"].items())
+    facts = {"scores": f"{told} (step {last['step']:,})"}
+    metric = config.train.score_metric if config else "CIDEr-D"
+    if ranked := [line for line in scored if metric in line["scores"]]:
+        # The first of equals, as training takes it.
+        best = max(ranked, key=lambda line: line["scores"][metric])
+        facts["best"] = f"{metric} {best['scores'][metric]:.4f} (step {best['step']:,})"
+    return facts
+
+
+def _total(config: Config | None, learned: list[dict[str, Any]]) -> int:
+    """Return the steps of the whole run; 0: unknown."""
+    if config is None:
+        return 0
+    if config.train.steps:
+        return config.train.steps
+    return round(config.train.epochs * learned[-1]["step"] / learned[-1]["epoch"]) if learned else 0
+
+
+def _steps_per_s(config: Config | None, learned: list[dict[str, Any]]) -> float:
+    rates = [line["images_per_s"] for line in learned[-_RECENT:] if line.get("images_per_s")]
+    return median(rates) / config.train.global_batch if rates and config else 0.0
+
+
+def _rhythm(config: Config | None, learned: list[dict[str, Any]]) -> float:
+    """Return the seconds between two lines of the log; 0: unknown."""
+    pace = _steps_per_s(config, learned)
+    return config.train.log_every / pace if pace and config else 0.0
+
+
+def _age(path: Path) -> float | None:
+    try:
+        # Another machine's clock may be ahead.
+        return max(0.0, time.time() - path.stat().st_mtime)
+    except OSError:
+        return None
+
+
+def _holder(run: Path) -> tuple[str, bool | None]:
+    """Return who says to be at work in a run's folder, and whether that is so; none: unknown, elsewhere."""
+    try:
+        holder = (run / LOCK).read_text(encoding="utf-8").strip()
+    except OSError:
+        return "", False
+    if not holder:
+        return "", False
+    # As `files.lock` writes it. Its lock is not tried: a run that starts just then would be refused.
+    words = holder.split()
+    if words[-1] != os.uname().nodename or not words[-3].isdecimal():
+        return holder, None
+    return holder, Path("/proc", words[-3]).exists()

@@ -1,0 +1,307 @@
+import argparse
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from experiment import CHANGES, meet
+
+from captionscale import toml
+from captionscale.config import Config
+from captionscale.errors import UserError
+from captionscale.score.metrics import METRICS, measure
+from captionscale.tools.doctor import machine, network
+from captionscale.tools.doctor.doctor import doctor
+from captionscale.tools.doctor.findings import Check, Line, examine, ok, verdict
+from captionscale.tools.doctor.network import _rounds, tell
+from captionscale.verbs.line import parser
+
+HOST = os.uname().nodename
+STATES = ("ok", "warning", "refusal")
+
+
+def look(
+    packed: Path,
+    capsys: pytest.CaptureFixture[str],
+    *changes: str,
+    out: Path | None = None,
+    time_limit: str | None = None,
+    gpus: int | None = None,
+    profile: str | None = None,
+    quick: bool = True,
+) -> tuple[bool, dict[str, list[Line]]]:
+    """Return what a look says, and its lines by check."""
+
+    def load() -> Config:
+        path = packed.parent / "doctor.toml"
+        path.write_text(f'[data]\nshards = "{packed}"\n', encoding="utf-8")
+        return toml.load(path, [*CHANGES, *changes])
+
+    fine = doctor(
+        load,
+        out=out,
+        nodes=None,
+        gpus=gpus,
+        time_limit=time_limit,
+        profile=profile,
+        quick=quick,
+        as_json=True,
+    )
+    said = json.loads(capsys.readouterr().out)
+    lines: dict[str, list[Line]] = {}
+    for line in said["lines"]:
+        lines.setdefault(line["check"], []).append(Line(**line))
+    assert said["verdict"] == verdict([line for each in lines.values() for line in each])
+    assert fine == (said["verdict"] != "refusal")
+    return fine, lines
+
+
+def refusals(lines: dict[str, list[Line]]) -> dict[str, str]:
+    """Return what is refused, by check."""
+    return {
+        name: f"{line.found}; {line.cure}"
+        for name, each in lines.items()
+        for line in each
+        if line.state == "refusal"
+    }
+
+
+@pytest.fixture
+def copy(packed: Path, tmp_path: Path) -> Path:
+    """Shards that may be harmed."""
+    return Path(shutil.copytree(packed, tmp_path / "shards"))
+
+
+def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
+    over = threading.Event()
+
+    def fail() -> Iterator[Line]:
+        yield ok("so far")
+        raise RuntimeError("broken")
+
+    def hang() -> Iterator[Line]:
+        yield ok("so far")
+        over.wait(60)
+        yield ok("too late")
+
+    def refuse() -> Iterator[Line]:
+        raise UserError("place: found, wanted; cure")
+        yield
+
+    began = time.monotonic()
+    checks = [
+        Check("a", fail, 9),
+        Check("b", hang, 0.3),
+        Check("c", refuse, 9),
+        Check("d", lambda: [ok("d")], 9),
+    ]
+    lines = list(examine(checks, HOST))
+    assert time.monotonic() - began < 5
+    over.set()
+    assert [(line.check, line.state, line.measured) for line in lines] == [
+        ("a", "ok", True),
+        ("a", "warning", False),
+        ("b", "ok", True),
+        ("b", "warning", False),
+        ("c", "refusal", True),
+        ("d", "ok", True),
+    ]
+    assert "RuntimeError: broken" in lines[1].found
+    assert "no answer within 0.3 s" in lines[3].found
+    assert (lines[4].found, lines[4].cure) == ("place: found, wanted", "cure")
+
+
+def test_the_known_answers_are_those_of_pycocoevalcap() -> None:
+    texts, grams = (machine.CAPTIONS, machine.REFERENCES), [name for name in METRICS if name != "METEOR"]
+    theirs = measure(*texts, grams, reference_implementation=True).values
+    # Its jar either way; that its other table gives the same is told in tests/score/test_meteor.py.
+    theirs |= measure(*texts, ["METEOR"], workers=1).values
+    assert theirs == pytest.approx(dict(machine.EXPECTED), abs=1e-8)
+    assert set(machine.EXPECTED) == set(METRICS)
+    # No figure could be right by chance, as one of nothing or of everything.
+    assert all(0.01 < value < 9.9 for value in theirs.values())
+
+
+def test_an_evaluator_that_gives_other_figures_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "EXPECTED", {"BLEU-4": machine.EXPECTED["BLEU-4"] + 1e-4})
+    with pytest.raises(UserError, match=r"BLEU-4 0\.756241 instead of 0\.756341"):
+        list(machine.evaluator(None))
+
+
+def test_a_job_that_will_work_is_refused_nothing(packed, tmp_path, capsys) -> None:
+    fine, lines = look(packed, capsys, out=tmp_path / "run")
+    assert fine
+    assert {"versions", "gpus", "java", "workers", "shards", "batches", "weights", "disk", "finish"} == set(
+        lines
+    )
+    assert any("train 48 images with 240 captions" in line.found for line in lines["shards"])
+    assert any("3 steps in an epoch, 6 in the run" in line.found for line in lines["batches"])
+    assert all(line.host == HOST and line.state in STATES for each in lines.values() for line in each)
+    assert not (tmp_path / "run").exists(), "it leaves nothing"
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda it: (it / "train-00001.tar").unlink(), "missing, manifest says"),
+        (lambda it: os.truncate(it / "train-00002.tar", 1000), "1,000 bytes, manifest says"),
+        (lambda it: (it / "manifest.json").unlink(), "no manifest.json, so no finished shards"),
+        (shutil.rmtree, "no manifest.json, so no finished shards"),
+        (lambda it: (it / "train.index.npy").write_bytes(b"rot"), "sha256 differs"),
+    ],
+    ids=["shard gone", "shard truncated", "manifest gone", "folder gone", "index damaged"],
+)
+def test_shards_that_are_not_whole_are_refused(
+    copy: Path, capsys, harm: Callable[[Path], object], said: str
+) -> None:
+    harm(copy)
+    fine, lines = look(copy, capsys)
+    assert not fine
+    assert said in refusals(lines)["shards"]
+    assert [line.state for line in lines["java"]] == ["ok"], "the others are looked at all the same"
+
+
+def test_a_byte_that_rotted_is_found_among_the_samples(copy: Path, capsys) -> None:
+    # All samples of the validation split are looked at, as there are few.
+    path = copy / "val-00000.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    fine, lines = look(copy, capsys)
+    assert not fine
+    assert "captionscale verify" in refusals(lines)["shards"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "check", "said"),
+    [
+        (["train.lr=-1"], {}, "config", "train.lr"),
+        (["data.train_split=trian"], {}, "shards", "did you mean 'train'?"),
+        (["data.val_split=train"], {}, "shards", "what is scored was learned"),
+        (["train.global_batch=47", "train.micro_batch=1"], {}, "batches", "cannot give each of"),
+        (["data.workers=4000"], {}, "workers", "wanted one for each thread that decodes"),
+        (["model.encoder.weights=gone.pth"], {}, "weights", "no such file"),
+        (["train.start_from=gone"], {}, "weights", "no checkpoint, so no run"),
+        (["train.grace_s=0.0001"], {}, "disk", "a job whose time ends would lose its work"),
+        ([], {"time_limit": "1"}, "finish", "it would do nothing"),
+        ([], {"time_limit": "soon"}, "config", "--time soon: not a time"),
+        ([], {"profile": "zero9"}, "config", "zero9"),
+        ([], {"gpus": 5, "profile": "gpu"}, "batches", "wanted at least one for each process"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_what_would_fail_is_refused_with_its_cure(packed, capsys, changes, options, check, said) -> None:
+    fine, lines = look(packed, capsys, *changes, **options)
+    assert not fine
+    assert said in refusals(lines)[check]
+    assert lines["java"][0].state == "ok"
+
+
+def test_the_full_form_measures_loading_and_the_step(packed, capsys) -> None:
+    fine, lines = look(packed, capsys, quick=False)
+    assert fine
+    assert re.search(
+        r"loads [\d,]+ images/s .* a step takes [\d,]+ images/s \(\d steps", lines["loading"][0].found
+    )
+    assert re.search(r"images/s \(at best, by \d steps .*\): .* an epoch", lines["finish"][0].found)
+    assert all(line.measured for name in ("loading", "finish", "evaluator") for line in lines[name])
+
+
+def test_a_folder_that_cannot_be_written_is_refused(packed, tmp_path, capsys) -> None:
+    (tmp_path / "file").write_text("in the way")
+    fine, lines = look(packed, capsys, out=tmp_path / "file" / "run")
+    assert not fine
+    assert "cannot be written" in refusals(lines)["disk"]
+
+
+def test_a_run_whose_time_has_no_room_for_all_steps_comes_in_several_jobs(packed, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    line = {"step": 1, "loss": 1.0, "images_per_s": 0.1}
+    (run / "log.jsonl").write_text(json.dumps(line) + "\n")
+    fine, lines = look(packed, capsys, "train.grace_s=30", out=run, time_limit="5")
+    assert fine
+    # 96 pictures at 0.1 in a second are 960 s, of which a job has 270.
+    assert "it takes about 4 such jobs" in lines["finish"][0].found
+
+
+def test_without_a_config_this_machine_alone_is_looked_at(capsys) -> None:
+    options = {"nodes": None, "gpus": None, "time_limit": None, "profile": None}
+    assert doctor(None, out=None, quick=True, as_json=False, **options)
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said[:-1]] == ["versions", "gpus", "java"]
+    assert said[-1].startswith("doctor: 3 ok, 0 warnings, 0 refusals; the job can start")
+
+
+def test_the_command_line_ends_with_code_1_when_something_is_refused(tmp_path, capsys) -> None:
+    options: argparse.Namespace = parser().parse_args(
+        ["doctor", "quickstart", "--quick", "--set", f"data.shards={tmp_path}/gone"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        options.handler(options)
+    assert ended.value.code == 1
+    assert "the job would fail" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 8])
+def test_each_two_nodes_meet_once_and_no_node_is_in_two_places(count: int) -> None:
+    nodes = list(range(count))
+    rounds = [list(_rounds(nodes, node)) for node in nodes]
+    pairs = sorted(pair for each in rounds for pair in each)
+    assert pairs == sorted(2 * [(left, right) for left in nodes for right in nodes if left < right])
+    if count % 2 == 0:
+        for number in range(count - 1):
+            assert sorted(node for pair in {each[number] for each in rounds} for node in pair) == nodes
+
+
+def test_a_slow_and_a_dead_way_and_a_missing_node_are_named() -> None:
+    hosts = {0: "a", 1: "b", 2: "c", 3: "d"}
+    paces: dict[str, float | str] = {
+        "0-1": 1e9,
+        "0-2": 1.1e9,
+        "0-3": 0.9e9,
+        "1-2": 1e9,
+        "1-3": 1e8,
+        "2-3": "timed out",
+    }
+    lines = list(tell(hosts, 5, paces))
+    assert [(line.state, line.found.split(":")[0]) for line in lines] == [
+        ("refusal", "node 4 of 5 did not come within 20 s"),
+        ("warning", "all-reduce between b and d"),
+        ("refusal", "no all-reduce between c and d (timed out)"),
+        ("ok", "all-reduce between 5 pairs of 4 nodes, over gloo (TCP)"),
+    ]
+
+
+def _visit(count: int, port: str, out: Path) -> None:
+    network._MEET_S = 8.0
+    node = int(os.environ["RANK"])
+    meeting = network.meet(node, count, "localhost", int(port))
+    lines = [line.found for line in network.pairs(meeting)]
+    refused = meeting.agree(node == 0, 10)
+    (out / f"{node}.json").write_text(json.dumps([lines, refused]))
+
+
+def test_nodes_that_came_are_measured_and_the_one_that_did_not_is_named(tmp_path, unused_port) -> None:
+    for process in meet(2, _visit, 3, str(unused_port), tmp_path):
+        process.join(120)
+        assert process.exitcode == 0
+    (first, refused), (second, heard) = (
+        json.loads((tmp_path / f"{node}.json").read_text()) for node in (0, 1)
+    )
+    assert "node 2 of 3 did not come" in first[0]
+    assert "all-reduce between 1 pairs of 2 nodes" in first[1]
+    assert (second, refused, heard) == ([], True, True)
+
+
+@pytest.fixture
+def unused_port() -> int:
+    import socket
+
+    with socket.create_server(("localhost", 0)) as free:
+        return int(free.getsockname()[1])

@@ -1,0 +1,181 @@
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from captionscale import toml
+from captionscale.errors import UserError
+from captionscale.tools.watch import Reader, Watch, watch
+from captionscale.train.logs import Log
+
+STEPS_PER_EPOCH = 50
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of 100 steps, at work on another machine, ten steps into its second epoch."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = toml.load("quickstart", ["train.epochs=2", "train.global_batch=32", "train.log_every=10"])
+    (folder / "config.toml").write_text(toml.dumps(settings), encoding="utf-8")
+    (folder / ".lock").write_text("captionscale train, process 7 on another-machine")
+    (folder / "checkpoints" / "step-00000050").mkdir(parents=True)
+    log = Log(folder, 0, 0)
+    for step in range(10, 70, 10):
+        log.write(step, epoch=step / STEPS_PER_EPOCH, loss=4 - step / 20, images_per_s=64.0)
+        if step == 50:
+            log.write(50, scores={"CIDEr-D": 0.75, "BLEU-4": 0.25})
+    log.close()
+    return folder
+
+
+def age(run: Path, seconds: float) -> None:
+    """Let the log be as old as this."""
+    then = time.time() - seconds
+    os.utime(run / "log.jsonl", (then, then))
+
+
+def shown(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    watch(run, once=True, every_s=1.0)
+    return capsys.readouterr().out
+
+
+def test_a_run_at_work_shows_where_it_is_and_when_it_ends(run, capsys) -> None:
+    glance = Watch(run).look()
+    assert glance.state == "alive"
+    assert not glance.over
+    assert glance.facts == {
+        "step": "60 of 100",
+        "epoch": "1.20 of 2",
+        "loss": "1.000",
+        "images/s": "64",
+        # 40 steps of 32 pictures at 64 in a second.
+        "left": "about 20 s",
+        "scores": "CIDEr-D 0.7500, BLEU-4 0.2500 (step 50)",
+        "best": "CIDEr-D 0.7500 (step 50)",
+        "checkpoints": "50",
+    }
+    said = shown(run, capsys)
+    assert "alive" in said
+    assert all(value in said for value in glance.facts.values())
+
+
+def test_the_best_of_two_equal_scores_is_the_first(run) -> None:
+    with (run / "log.jsonl").open("a") as log:
+        for step, score in ((60, 0.75), (70, 0.5)):
+            log.write(json.dumps({"step": step, "scores": {"CIDEr-D": score}}) + "\n")
+    facts = Watch(run).look().facts
+    assert facts["best"] == "CIDEr-D 0.7500 (step 50)"
+    assert facts["scores"] == "CIDEr-D 0.5000 (step 70)"
+
+
+def test_a_run_that_is_late_against_its_rhythm_is_called_silent(run) -> None:
+    # A line each 5 s; validation may take its time.
+    age(run, 50)
+    assert Watch(run).look().state == "alive"
+    age(run, 400)
+    glance = Watch(run).look()
+    assert glance.state == "silent"
+    assert "came 7 min ago, usually each 5.0 s" in glance.why
+
+
+def test_a_stall_names_the_rank_until_the_run_moves_again(run) -> None:
+    stall = {"time": time.time(), "stalled": [{"rank": 3, "host": "node9"}], "waiting": [0, 1]}
+    (run / "stalls.jsonl").write_text(json.dumps(stall) + "\n")
+    age(run, 60)
+    glance = Watch(run).look()
+    assert (glance.state, "rank 3 on node9" in glance.why) == ("stalled", True)
+    stall["time"] = time.time() - 100
+    (run / "stalls.jsonl").write_text(json.dumps(stall) + "\n")
+    age(run, 1)
+    assert Watch(run).look().state == "alive"
+
+
+def test_a_run_that_left_says_why_and_that_it_goes_on(run) -> None:
+    (run / ".lock").write_text("")
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 60, "left_for": "SIGUSR1", "left_after_s": 0.5}\n')
+    glance = Watch(run).look()
+    assert (glance.state, glance.why) == ("not running", "it left for SIGUSR1; the same command goes on")
+
+
+def test_a_process_of_this_machine_that_is_gone_is_told(run) -> None:
+    with Path("/proc/sys/kernel/pid_max").open() as file:
+        nobody = int(file.read())
+    (run / ".lock").write_text(f"captionscale train, process {nobody} on {os.uname().nodename}")
+    assert "is gone without a word" in Watch(run).look().why
+    (run / ".lock").write_text(f"captionscale train, process {os.getpid()} on {os.uname().nodename}")
+    assert Watch(run).look().state == "alive"
+
+
+def test_a_finished_run_ends_the_watch(run, capsys) -> None:
+    (run / ".lock").write_text("")
+    with (run / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 100, "epoch": 2.0, "loss": 0.5, "images_per_s": 64.0}) + "\n")
+    watch(run, once=False, every_s=60.0)
+    [line] = capsys.readouterr().out.splitlines()
+    assert "step 100 of 100" in line
+    assert "ended: all 100 steps are done" in line
+
+
+def test_a_run_that_goes_on_takes_back_what_it_will_do_again(run) -> None:
+    watched = Watch(run)
+    assert watched.look().facts["step"] == "60 of 100"
+    Log(run, 50, 50).close()
+    assert watched.look().facts["step"] == "50 of 100"
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 60, "epoch": 1.2, "loss": 0.5, "images_per_s": 64.0}\n{"step": 70, "ep')
+    assert watched.look().facts["step"] == "60 of 100"
+
+
+def test_only_what_is_new_is_read(tmp_path) -> None:
+    path = tmp_path / "log.jsonl"
+    reader = Reader(path)
+    reader.read()
+    assert reader.lines == []
+    path.write_text('{"step": 1}\nrubbish\n[3]\n{"step": "x"}\n{"st')
+    reader.read()
+    assert reader.lines == [{"step": 1}]
+    with path.open("a") as file:
+        file.write('ep": 2}\n')
+    reader.read()
+    assert reader.lines == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 9}\n')
+    reader.read()
+    assert reader.lines == [{"step": 9}]
+
+
+def test_ctrl_c_ends_it_quietly(run, monkeypatch, capsys) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    watch(run, once=False, every_s=1.0)
+    assert "step 60 of 100" in capsys.readouterr().out
+
+
+def test_a_run_that_has_only_been_submitted_has_not_started(tmp_path) -> None:
+    (tmp_path / "job.sbatch").write_text("")
+    glance = Watch(tmp_path).look()
+    assert (glance.state, glance.why) == ("not running", "it has not started; squeue tells of its job")
+
+
+def test_settings_of_another_version_only_leave_things_unsaid(run) -> None:
+    (run / "config.toml").write_text("[data]\nshards = 'x'\nnew_key = 1\n")
+    facts = Watch(run).look().facts
+    assert facts["step"] == "60"
+    assert "left" not in facts
+
+
+def test_what_is_no_run_is_refused(tmp_path, run) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name, said in (("gone", "no such folder"), ("file", "is a file"), ("empty", "so no run")):
+        with pytest.raises(UserError, match=said):
+            Watch(tmp_path / name)
+    watched = Watch(run)
+    run.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is gone"):
+        watched.look()

@@ -1,0 +1,142 @@
+import json
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from experiment import losses, tiny
+from mlflow.tracking import MlflowClient
+
+from captionscale import toml
+from captionscale.config import Config
+from captionscale.errors import UserError
+from captionscale.ranks import Ranks
+from captionscale.train import tracking
+from captionscale.train.loop import train
+from captionscale.train.tracking import TRACKERS, Trackers, refuse_missing
+
+
+@pytest.fixture
+def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
+    """Both services without any network: files of this machine."""
+    store = f"file:{tmp_path}/mlruns"
+    # However busy this machine is.
+    monkeypatch.setattr(tracking, "_PARTING_S", 300.0)
+    for name, value in {
+        "WANDB_MODE": "offline",
+        "MLFLOW_TRACKING_URI": store,
+        # Without it MLflow 3 refuses files.
+        "MLFLOW_ALLOW_FILE_STORE": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }.items():
+        monkeypatch.setenv(name, value)
+    return MlflowClient(store)
+
+
+def settings(*names: str) -> Config:
+    return toml.load("quickstart", [f"train.trackers={json.dumps(names)}"])
+
+
+def told(run: Path, config: Config, *points: tuple[int, dict[str, float]]) -> dict[str, str]:
+    """Hand points over, and return the trackers' ids of the run."""
+    trackers = Trackers(run, config)
+    for step, values in points:
+        trackers.log(step, values)
+    trackers.close()
+    ids: dict[str, str] = json.loads((run / TRACKERS).read_text()) if (run / TRACKERS).exists() else {}
+    return ids
+
+
+def curve(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
+
+
+def test_mlflow_has_settings_metrics_and_late_scores_and_a_resumed_run_goes_on_in_the_same_one(
+    services, tmp_path
+) -> None:
+    config = settings("mlflow")
+    score = "scores/CIDEr-D"
+    first = told(tmp_path, config, (1, {"loss": 2.0}), (2, {"loss": 1.5}), (1, {score: 0.25}))
+    later = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 9})})
+    assert told(tmp_path, later, (3, {"loss": 1.0})) == first
+    run_id = first["mlflow"]
+    assert curve(services, run_id, "loss") == [(1, 2.0), (2, 1.5), (3, 1.0)]
+    assert curve(services, run_id, score) == [(1, 0.25)]
+    facts = services.get_run(run_id)
+    assert facts.data.params["train.lr"] == str(config.train.lr)
+    assert facts.info.run_name == tmp_path.name
+    assert mlflow.active_run() is None
+
+
+@pytest.mark.usefixtures("services")
+def test_wandb_offline_keeps_everything_for_wandb_sync_and_a_resumed_run_its_id(tmp_path) -> None:
+    config = settings("wandb")
+    points = (1, {"loss": 2.0}), (2, {"loss": 1.5}), (1, {"scores/CIDEr-D": 0.25})
+    # Accelerate's tracker wants its state, as it is in a run.
+    with Ranks():
+        first = told(tmp_path, config, *points)
+        time.sleep(1)  # Its folders are called after the second.
+        assert told(tmp_path, config, (3, {"loss": 1.0})) == first
+    kept = sorted((tmp_path / "wandb").glob(f"offline-run-*-{first['wandb']}/*.wandb"))
+    assert len(kept) == 2
+    # Records of its own format, in which strings stand as they are.
+    written = kept[0].read_bytes()
+    for text in (b"train.global_batch", b"scores/CIDEr-D", b"step"):
+        assert text in written
+
+
+def test_a_server_that_is_gone_is_a_warning_and_stops_nothing(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert told(tmp_path, settings("mlflow"), (1, {"loss": 2.0})) == {}
+    assert "warning: mlflow cannot be reached" in capsys.readouterr().err
+
+
+def test_a_tracker_that_fails_in_between_is_told_once_and_the_rest_arrives(
+    services, tmp_path, monkeypatch, capsys
+) -> None:
+    logged = tracking.Tracker.log
+
+    def log(tracker: tracking.Tracker, step: int, points: dict[str, float]) -> None:
+        if step in (2, 3):
+            raise ConnectionError("no route")
+        logged(tracker, step, points)
+
+    monkeypatch.setattr(tracking.Tracker, "log", log)
+    ids = told(tmp_path, settings("mlflow"), *((step, {"loss": float(step)}) for step in range(1, 5)))
+    assert curve(services, ids["mlflow"], "loss") == [(1, 1.0), (4, 4.0)]
+    said = capsys.readouterr().err
+    assert said.count("no route") == 1
+    assert "mlflow: 2 of 4 lines are not there" in said
+
+
+def test_a_tracker_that_hangs_is_left_behind(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(tracking, "_PARTING_S", 0.2)
+    monkeypatch.setattr(tracking, "open_tracker", lambda *_: time.sleep(5))
+    began = time.monotonic()
+    assert told(tmp_path, settings("mlflow"), (1, {"loss": 2.0})) == {}
+    assert time.monotonic() - began < 3
+    assert "have not reached them" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_refused_by_the_name_of_its_extra(monkeypatch) -> None:
+    refuse_missing(("wandb", "mlflow"))
+    monkeypatch.setattr(tracking, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"'wandb' is not installed, .* pip install 'captionscale\[track\]'"):
+        refuse_missing(("wandb",))
+
+
+def test_an_unknown_tracker_is_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.trackers"):
+        settings("comet")
+
+
+def test_a_run_is_the_same_with_and_without_trackers(services, packed, tmp_path) -> None:
+    config = tiny(tmp_path, packed, 'train.trackers=["mlflow"]', "train.epochs=1")
+    train(config, tmp_path / "tracked")
+    alone = config.model_copy(update={"train": config.train.model_copy(update={"trackers": ()})})
+    train(alone, tmp_path / "alone")
+    assert losses(tmp_path / "tracked") == losses(tmp_path / "alone")
+    run_id = json.loads((tmp_path / "tracked" / TRACKERS).read_text())["mlflow"]
+    assert curve(services, run_id, "loss") == losses(tmp_path / "tracked")
+    assert [step for step, _ in curve(services, run_id, "scores/CIDEr-D")] == [3]
