@@ -81,6 +81,11 @@ def decode(data: bytes, place: str) -> Image.Image:
     return Image.fromarray(pixels(data, place))
 
 
+def upright(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the pixels of a picture of Pillow's, as `pixels` does of a file."""
+    return _upright(np.array(_rgb(picture)), _orientation(picture))
+
+
 def look(data: bytes, place: str, *, whole: bool) -> Look:
     """Return what an image file is, at the least cost.
 
@@ -164,7 +169,7 @@ def _jpeg(data: bytes, *, eighth: bool = False) -> UInt8[np.ndarray, "height wid
 
 def _by_pillow(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     with _open(data) as picture:
-        return _upright(np.array(_rgb(picture)), _orientation(picture))
+        return upright(picture)
 
 
 def _open(data: bytes) -> Image.Image:

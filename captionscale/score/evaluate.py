@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,9 +9,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from captionscale import config
-from captionscale.data.images import read
 from captionscale.data.loader import Loader
-from captionscale.data.views import centre_view
 from captionscale.errors import UserError, did_you_mean
 from captionscale.model.captioner import Captioner
 from captionscale.model.decoders import Decoder
@@ -173,7 +170,7 @@ def write_captions(
         UserError: Coverage is asked of a captioner without attention.
     """
     found = find_captions(captioner.decoder, captioner.look(pictures), settings, max_words, rules, keys)
-    return [vocabulary.decode(tokens) for tokens in found]
+    return [vocabulary.decode(captions[0]) for captions in found]
 
 
 def find_captions(
@@ -183,7 +180,9 @@ def find_captions(
     max_words: int,
     rules: Rules,
     keys: Sequence[tuple[int, int]],
-) -> list[list[int]]:
+    *,
+    every: bool = False,
+) -> list[list[list[int]]]:
     """Return the tokens of the best caption of each picture, or of a sampled one.
 
     Args:
@@ -193,9 +192,10 @@ def find_captions(
         max_words: Of a caption.
         rules: What captions may say.
         keys: As `write_captions` has it.
+        every: All captions that a beam search ends with, best first.
 
     Returns:
-        Words, then the end token unless the caption was cut at `max_words`.
+        Of each picture its captions: words, then the end token unless it was cut at `max_words`.
 
     Raises:
         UserError: Coverage is asked of a captioner without attention.
@@ -214,7 +214,7 @@ def find_captions(
             rules=rules,
             numbers=torch.from_numpy(numbers).to(first.device),
         )
-        return [[token for token in tokens if token != PAD] for tokens in sampled.tolist()]
+        return [[[token for token in tokens if token != PAD]] for tokens in sampled.tolist()]
     found = search(
         decoder,
         features,
@@ -225,47 +225,9 @@ def find_captions(
         diversity=settings.diversity,
         coverage=settings.coverage,
         rules=rules,
-        best_only=True,
+        best_only=not every,
     )
-    return [captions[0].tokens for captions in found]
-
-
-def caption_files(
-    captioner: Captioner | Ensemble,
-    files: Sequence[Path],
-    vocabulary: Vocabulary,
-    settings: config.Config,
-    *,
-    prefix: str = "",
-    require: Sequence[str] = (),
-) -> list[str]:
-    """Caption image files.
-
-    Args:
-        captioner: In evaluation mode.
-        files: Of any size and of any format that `data/images.py` reads. A sampled caption depends on the
-            seed and on its file's place among them.
-        vocabulary: The captioner's.
-        settings: The run's.
-        prefix: What every caption begins with.
-        require: Words that every caption holds.
-
-    Raises:
-        UserError: A file that is missing or no image; as `make_rules`; coverage without attention.
-    """
-    max_words, batch = settings.data.max_words, settings.search.batch
-    rules = make_rules(settings.search, vocabulary, max_words, prefix=prefix, require=require)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    captioner.to(device)
-    captions: list[str] = []
-    views = [centre_view(read(file), settings.data.image_size) for file in files]
-    keys = [(settings.seed, number) for number in range(len(files))]
-    for start in range(0, len(views), batch):
-        pictures = torch.from_numpy(np.stack(views[start : start + batch])).permute(0, 3, 1, 2).to(device)
-        captions += write_captions(
-            captioner, pictures, vocabulary, settings.search, max_words, rules, keys[start : start + batch]
-        )
-    return captions
+    return [[caption.tokens for caption in captions] for captions in found]
 
 
 def _token(word: str, vocabulary: Vocabulary, place: str) -> int:

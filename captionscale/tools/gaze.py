@@ -74,7 +74,8 @@ def gaze(
         keys = [(settings.seed, first + number) for number in range(len(batch))]
         features = features_of(captioner, batch)
         found = find_captions(captioner.decoder, features, settings.search, max_words, rules, keys)
-        gazes += look_again(captioner.decoder, features, found, vocabulary)
+        best = [captions[0] for captions in found]
+        gazes += look_again(captioner.decoder, features, best, vocabulary)
     return gazes
 
 
