@@ -14,7 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from captionscale import config, toml
+from captionscale.data.shards import Split
+from captionscale.model.captioner import Captioner
 from captionscale.train import checkpoint
+from captionscale.train.standing import Standing
+from captionscale.vocab import build
 
 CHANGES = (
     "data.image_size=32",
@@ -44,6 +48,22 @@ def tiny(folder: Path, packed: Path, *changes: str) -> config.Config:
     settings = toml.load(path, [*CHANGES, *changes])
     path.write_text(toml.dumps(settings), encoding="utf-8")
     return settings
+
+
+def opinionated_run(folder: Path, packed: Path, *changes: str) -> Path:
+    """Write a run of one checkpoint with strong opinions, though it never learned."""
+    import torch
+
+    settings = tiny(folder, packed, *changes)
+    captions = Split(packed, "train").references().values()
+    vocabulary = build((caption for each in captions for caption in each), 1, None)
+    torch.manual_seed(0)
+    captioner = Captioner(settings.model, len(vocabulary))
+    for parameter in captioner.decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    run = folder / "run"
+    checkpoint.save(run, Standing(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
+    return run
 
 
 def start(ranks: int, settings: config.Config, run: Path, **environment: str) -> list[BaseProcess]:

@@ -115,6 +115,8 @@ class Writer:
         )
         owners = [picture for picture, captions in enumerate(found) for _ in captions]
         flat = [tokens for captions in found for tokens in captions]
-        seen = features[owners] if isinstance(features, torch.Tensor) else tuple(it[owners] for it in features)
+        seen = (
+            features[owners] if isinstance(features, torch.Tensor) else tuple(it[owners] for it in features)
+        )
         gazes = iter(look_again(decoder, seen, flat, self.vocabulary))
         return [[next(gazes) for _ in captions] for captions in found]

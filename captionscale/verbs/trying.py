@@ -10,7 +10,9 @@ def add(verbs: Verbs) -> None:
     """Add them to the command line."""
     demo = verbs.add_parser("demo", help="serve a page to try a run, and an HTTP endpoint")
     demo.add_argument("run", type=Path, metavar="RUN")
-    demo.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: this machine alone)"
+    )
     demo.add_argument("--port", type=int, default=7860, metavar="N", help="0: any (default: %(default)s)")
     demo.add_argument("--share", action="store_true", help="also through a public link of gradio's")
     demo.add_argument("--shards", help="where sample pictures come from (default: the run's own)")

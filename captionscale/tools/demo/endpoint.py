@@ -77,7 +77,10 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
     408: {"model": Refusal, "description": "The image did not come in time"},
     413: {"model": Refusal, "description": "An image of too many bytes"},
     415: {"model": Refusal, "description": "The Content-Type is no image's"},
-    422: {"model": Refusal, "description": "No image, a damaged one or one of too many pixels; or a bad option"},
+    422: {
+        "model": Refusal,
+        "description": "No image, a damaged one or one of too many pixels; or a bad option",
+    },
     503: {"model": Refusal, "description": "Too many are waiting: ask again after Retry-After seconds"},
 }
 

@@ -17,19 +17,19 @@ CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto }
 #looked img { width: 100%; max-width: 448px; border-radius: 6px }
 #words [role=button] { cursor: pointer }
+/* These would offer uploads again, which are gone. */
+#files .download { visibility: hidden }
 """
 
 
-class _Drop(gr.Image):
-    """A picture that is dropped, as the file that it is: gradio would decode it by rules of its own."""
-
-    def preprocess(self, payload: Any) -> str | None:
-        """Return where the upload lies."""
-        return None if payload is None else str(payload.path)
-
-    def get_block_name(self) -> str:
-        """Return what the browser draws it as."""
-        return "image"
+def _drop() -> gr.Image:
+    """Return a place for a picture, which is taken as the file that it is."""
+    place = gr.Image(
+        label="Drop a picture", sources=["upload", "clipboard"], type="filepath", height=260, elem_id="drop"
+    )
+    # gradio would decode it by rules of its own. (Of a subclass, it writes a file beside this one.)
+    place.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+    return place
 
 
 def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
@@ -43,16 +43,19 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
     visits = Visits(service, samples, SAMPLES)
     # Files that gradio writes are removed soon, and nobody is told that this page was opened.
     with gr.Blocks(title=f"captionscale: {name}", analytics_enabled=False, delete_cache=(60, 300)) as blocks:
-        gr.Markdown(f"# What does `{escape(name)}` say of a picture, and where does it look?")
+        gr.Markdown(
+            f"# What does `{escape(name)}` say of a picture, and where does it look?\nWhat you drop is"
+            " forgotten when you leave. Programs ask [POST /caption](/docs)."
+        )
         seen = gr.State(None, time_to_live=_KEPT_S)
         with gr.Tab("One picture"), gr.Row():
             with gr.Column():
-                drop = _Drop(
-                    label="Drop a picture", sources=["upload", "clipboard"], type="filepath", height=260, elem_id="drop"
-                )
+                drop = _drop()
+                if samples:
+                    gr.Markdown(f"or take one of the split '{escape(samples.name)}':")
                 gallery = gr.Gallery(
                     visits.thumbnails() or None,
-                    label=f"or take one of the split '{samples.name}'" if samples else None,
+                    show_label=False,
                     visible=samples is not None,
                     columns=4,
                     height=260,
@@ -62,7 +65,11 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
                 )
                 settings, again = _settings(service)
             with gr.Column():
-                captions = gr.Radio([], label="Captions and how likely each is as a whole", elem_id="captions")
+                captions = gr.Radio(
+                    [],
+                    label="Captions as the search ranks them, and how often it would draw just these words",
+                    elem_id="captions",
+                )
                 words = gr.HighlightedText(
                     label="How likely it found each word: click one to see where it looked",
                     color_map={percent(number): _shade(number / 100) for number in range(101)},
@@ -72,8 +79,14 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
         with gr.Tab("Many pictures"):
             gr.Markdown(f"At most {MOST_FILES} files, captioned as the first tab's settings say.")
             files = gr.File(file_count="multiple", label="Drop pictures", elem_id="files")
-            table = gr.Dataframe(headers=list(COLUMNS), interactive=False, wrap=True, elem_id="table")
-            download = gr.DownloadButton("Download as CSV", visible=False, elem_id="download")
+            download = gr.HTML(elem_id="download")
+            table = gr.Dataframe(
+                headers=list(COLUMNS),
+                column_widths=["20%", "35%", "10%", "35%"],
+                interactive=False,
+                wrap=True,
+                elem_id="table",
+            )
         outcome: list[Any] = [seen, captions, words, looked]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
         drop.input(visits.drop, [drop, *settings], outcome, **private)
@@ -111,7 +124,9 @@ def _settings(service: Service) -> tuple[list[Any], gr.Button]:
     with gr.Group(visible=False) as of_samples:
         draws = gr.Slider(1, _MOST_DRAWS, 5, step=1, label="Captions drawn")
         heat = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature: below 1, likely words get likelier")
-        top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p: only words that together have this probability")
+        top_p = gr.Slider(
+            0.05, 1, 1, step=0.05, label="Top-p: only words that together have this probability"
+        )
         seed = gr.Number(0, precision=0, minimum=0, label="Seed: another one draws others")
     how.change(
         lambda how: (gr.Group(visible=how == "beam"), gr.Group(visible=how == "sampling")),

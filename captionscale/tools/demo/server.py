@@ -87,7 +87,7 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
         endpoint(service, name),
         page(service, name, samples),
         path="/",
-        footer_links=[{"label": "HTTP endpoint", "url": "/docs"}],
+        footer_links=[],
         # Browsers would keep what was uploaded.
         run_history=False,
         ssr_mode=False,
@@ -103,7 +103,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
             raise UserError(
-                f"--port {port}: in use by another program, wanted a free one; take another, or --port 0 for any"
+                f"--port {port}: in use by another program, wanted a free one; take another, or 0 for any"
             ) from None
         raise UserError(
             f"--host {host} --port {port}: cannot be listened at ({error}), wanted an address of this machine"

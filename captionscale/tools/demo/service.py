@@ -58,7 +58,7 @@ class Service:
     What an answer says does not depend on whom the request shared a batch with.
     """
 
-    def __init__(self, writer: Writer, limits: Limits = Limits()):  # noqa: B008
+    def __init__(self, writer: Writer, limits: Limits = Limits()):
         self.writer, self.limits = writer, limits
         self._requests: SimpleQueue[_Request | None] = SimpleQueue()
         self._guests = 0
@@ -77,7 +77,7 @@ class Service:
         with self._counting:
             if self._guests >= self.limits.waiting:
                 raise BusyError(
-                    f"{self._guests} requests are waiting, wanted at most {self.limits.waiting}; ask again later"
+                    f"{self._guests} requests are waiting, wanted at most {self.limits.waiting}; ask later"
                 )
             self._guests += 1
         try:

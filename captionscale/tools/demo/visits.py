@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -26,7 +25,7 @@ from captionscale.tools.gaze import Gaze, View, overlay
 from captionscale.tools.writer import Wish
 
 MOST_FILES = 100
-COLUMNS = ("file", "caption", "log-probability", "problem")
+COLUMNS = ("file", "caption", "log p", "problem")
 HOWS = ("greedy", "beam", "sampling")
 _SIDE = 448
 _THUMBNAIL = 96
@@ -77,7 +76,9 @@ class Visits:
             count: How many.
         """
         self._service, self._samples = service, samples
-        self._items = np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int) if samples else ()
+        self._items = (
+            np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int) if samples else ()
+        )
 
     def thumbnails(self) -> list[Image.Image]:
         """Return what is offered, small."""
@@ -133,12 +134,12 @@ class Visits:
         with _telling():
             if len(paths or ()) > MOST_FILES:
                 raise UserError(
-                    f"{len(paths or ())} files, wanted at most {MOST_FILES}; captionscale caption RUN IMAGE ..."
-                    " takes any number"
+                    f"{len(paths or ())} files, wanted at most {MOST_FILES}; drop fewer, or see captionscale"
+                    " caption"
                 )
             wish = self._wish(Chosen(*settings))
         rows = list(self._rows([Path(path) for path in paths or ()], wish))
-        return rows, gr.DownloadButton(value=_as_csv(rows), visible=True)
+        return rows, _as_csv(rows)
 
     def _rows(self, paths: Sequence[Path], wish: Wish) -> Iterator[list[str]]:
         asked: list[tuple[str, Future[list[Gaze]] | UserError]] = []
@@ -200,16 +201,19 @@ def _square(pixels: UInt8[np.ndarray, "height width 3"], side: int) -> Image.Ima
 
 
 def _label(caption: Gaze) -> str:
-    return f"{caption.caption or '(no word)'}  —  {_percent(np.exp(caption.log_probability))}"
+    chance = float(np.exp(caption.log_probability))
+    # Per cents of captions are mostly too small to be read.
+    odds = (
+        percent(round(100 * chance))
+        if chance > 0.1
+        else f"1 in {float(f'{1 / max(chance, 1e-99):.1e}'):,.0f}"
+    )
+    return f"{caption.caption or '(no word)'}  —  {odds}"
 
 
 def percent(number: int) -> str:
     """Return what stands beside a word."""
     return f"{number} %"
-
-
-def _percent(probability: float) -> str:
-    return f"{100 * probability:.2g} %" if probability < 0.1 else percent(round(100 * probability))
 
 
 def _shown(seen: Seen) -> tuple[Any, ...]:
@@ -225,21 +229,21 @@ def _picture(seen: Seen, word: int | None) -> str:
     said = "The centre square, which is all that the model sees. Click a word above."
     if caption.maps is None:
         said = (
-            "The centre square, which is all that the model sees. It read this picture once, before the first word: a decoder without attention, or an ensemble,"
-            " has no place where it looked for a word."
+            "The centre square, which is all that the model sees. It was read once, before the first word: a"
+            " decoder without attention, and an ensemble, have no place where they look for a word."
         )
     elif word is not None:
         weights = caption.maps[word]
         picture = overlay(picture, weights, caption.most)
         said = (
             f"For <b>{escape(caption.words[word])}</b> (probability"
-            f" {_percent(caption.probabilities[word])}) the model looked where it is bright. It divides the"
-            f" picture into {len(weights)} x {weights.shape[1]} cells."
+            f" {percent(round(100 * caption.probabilities[word]))}) the model looked where it is bright. It"
+            f" divides the picture into {len(weights)} x {weights.shape[1]} cells."
         )
     out = io.BytesIO()
     picture.save(out, "JPEG", quality=90)
     source = base64.b64encode(out.getvalue()).decode()
-    lines = [f'<img alt="the picture" src="data:image/jpeg;base64,{source}">', f"<p>{said}</p>"]
+    lines = [f"<p>{said}</p>", f'<img alt="the picture" src="data:image/jpeg;base64,{source}">']
     if seen.references:
         lines.append("<p>People wrote:</p><ul>")
         lines += [f"<li>{escape(reference)}</li>" for reference in seen.references]
@@ -248,9 +252,10 @@ def _picture(seen: Seen, word: int | None) -> str:
 
 
 def _as_csv(rows: Sequence[Sequence[str]]) -> str:
-    """Write a table where the page can offer it; it is removed some minutes later."""
-    with NamedTemporaryFile("w", prefix="captions-", suffix=".csv", delete=False, newline="", encoding="utf-8") as out:
-        writer = csv.writer(out)
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
-    return out.name
+    """Return a link that holds a table, so that no file of it lies anywhere."""
+    out = io.StringIO(newline="")
+    writer = csv.writer(out)
+    writer.writerow(COLUMNS)
+    writer.writerows(rows)
+    data = base64.b64encode(out.getvalue().encode()).decode()
+    return f'<a download="captions.csv" href="data:text/csv;charset=utf-8;base64,{data}">Download as CSV</a>'

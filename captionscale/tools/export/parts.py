@@ -1,4 +1,4 @@
-"""A captioner as three programs: pictures to features, features to a state, and a word and a state to the next."""
+"""A captioner as three programs: pictures to features, these to a state, word and state to the next ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
