@@ -1,9 +1,11 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from experiment import opinionated_run
@@ -27,6 +29,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "attention": {"gate": True, "output": "maxout"},
     "top_down": {"same_dropout": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def unchecked() -> Iterator[None]:
+    """While a program is traced its sizes are symbols, which are no `int` to beartype."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")
