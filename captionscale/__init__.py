@@ -1,0 +1,34 @@
+"""Captions from Python: `captionscale.load`. Importing this imports no torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from captionscale.tools.writer import Writer
+
+__all__ = ["load"]
+
+
+def load(run: Path | str, *, checkpoint: str = "best", others: Sequence[Path | str] = ()) -> "Writer":
+    """Return a run's model, ready to caption.
+
+    ```python
+    import captionscale
+    for caption in captionscale.load("runs/attention").caption(["photo.jpg"]):
+        print(caption.caption, caption.log_probability)
+    ```
+
+    Args:
+        run: The --out of captionscale train, or a folder that `captionscale export --to hub` wrote.
+        checkpoint: `best`, `last` or a step.
+        others: Runs that write together with this one.
+
+    Raises:
+        UserError: No run or checkpoint, a damaged one, or runs that cannot write together.
+    """
+    from captionscale.tools.members import open_members
+    from captionscale.tools.writer import Writer
+
+    paths = [Path(other) for other in others]
+    return Writer(open_members(Path(run), paths, checkpoint=checkpoint, changes=[]))

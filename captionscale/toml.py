@@ -34,13 +34,14 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
     return _validate(path, tree, changes)
 
 
-def change(config: Config, changes: Sequence[str], section: str) -> Config:
+def change(config: Config, changes: Sequence[str], section: str, *, option: str = "--set ") -> Config:
     """Return settings with other values in one section.
 
     Args:
         config: As it was.
         changes: As `load` has them.
         section: The one that may change.
+        option: What errors put before a change.
 
     Raises:
         UserError: A key of another section, an unknown one, or a value out of its range.
@@ -48,20 +49,23 @@ def change(config: Config, changes: Sequence[str], section: str) -> Config:
     for each in changes:
         if not each.strip().startswith(f"{section}."):
             raise UserError(
-                f"--set {each}: wanted a key of section {section}, as the others were settled in training;"
+                f"{option}{each}: wanted a key of section {section}, as the others were settled in training;"
                 f" see {section} in captionscale config, and write --set {section}.key=value"
             )
-    return _validate("--set", config.model_dump(mode="json", exclude_none=True), changes)
+    place = option.strip() or section
+    return _validate(place, config.model_dump(mode="json", exclude_none=True), changes, option)
 
 
-def _validate(place: Path | str, tree: dict[str, Any], changes: Sequence[str]) -> Config:
+def _validate(
+    place: Path | str, tree: dict[str, Any], changes: Sequence[str], option: str = "--set "
+) -> Config:
     """Return a tree as settings, after changes."""
     for each in changes:
         _put(tree, each)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(place, changes, tree, error.errors()))) from None
+        raise UserError("\n".join(_explain(place, changes, tree, error.errors(), option))) from None
 
 
 def dumps(config: Config) -> str:
@@ -100,7 +104,7 @@ def _put(tree: dict[str, Any], change: str) -> None:
 
 
 def _explain(
-    path: Path | str, changes: Sequence[str], tree: dict[str, Any], findings: Iterable[Any]
+    path: Path | str, changes: Sequence[str], tree: dict[str, Any], findings: Iterable[Any], option: str
 ) -> Iterator[str]:
     """Turn pydantic's findings into place, found, wanted, cure: one line for each key."""
     for (section, key), group in groupby(findings, lambda found: _locate(found["loc"])):
@@ -111,7 +115,7 @@ def _explain(
         *sections, name = key
         place = ": ".join([str(path), ".".join(sections)] if sections else [str(path)])
         if change := next((each for each in changes if each.split("=")[0].strip() == ".".join(key)), None):
-            place = f"--set {change}"
+            place = f"{option}{change}"
         if first["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
         elif first["type"] == "missing" and first["loc"] == key:

@@ -10,11 +10,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
 
 from captionscale import config, toml
+from captionscale.data.loader import Loader
+from captionscale.data.shards import Split
+from captionscale.model.captioner import Captioner
 from captionscale.train import checkpoint
+from captionscale.train.standing import Standing
+from captionscale.vocab import build
 
 CHANGES = (
     "data.image_size=32",
@@ -44,6 +50,30 @@ def tiny(folder: Path, packed: Path, *changes: str) -> config.Config:
     settings = toml.load(path, [*CHANGES, *changes])
     path.write_text(toml.dumps(settings), encoding="utf-8")
     return settings
+
+
+def opinionated_run(folder: Path, packed: Path) -> Path:
+    """Write a run of one checkpoint that sees pictures apart and has strong opinions, but never learned."""
+    import torch
+
+    settings = tiny(folder, packed, "data.image_size=64")
+    split = Split(packed, "train")
+    captions = split.references().values()
+    vocabulary = build((caption for each in captions for caption in each), 1, None)
+    torch.manual_seed(0)
+    captioner = Captioner(settings.model, len(vocabulary)).eval()
+    [batch] = Loader(split, vocabulary, settings.data).ahead([(np.arange(16), None)])
+    with torch.no_grad():
+        for parameter in captioner.decoder.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        # What an encoder that never learned sees of pictures is nearly the same for all.
+        features = captioner.look(batch.images).flatten(0, 1)
+        regions = captioner.decoder.regions
+        regions.weight /= features.std() * features.shape[1] ** 0.5 / 4
+        regions.bias.copy_(-(regions.weight @ features.mean(0)))
+    run = folder / "run"
+    checkpoint.save(run, Standing(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
+    return run
 
 
 def start(ranks: int, settings: config.Config, run: Path, **environment: str) -> list[BaseProcess]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import captionscale
 from captionscale import assets, config, score, toml
 
 ROOT = Path(__file__).parents[1]
@@ -76,9 +77,10 @@ def test_the_handles_hold_no_code_but_two_doors() -> None:
         assert not [node for node in ast.walk(ast.parse(text)) if isinstance(node, code)], path
 
 
-def test_every_name_has_one_address_but_for_the_two_that_python_programs_import() -> None:
-    full = [path for path in PACKAGE.rglob("__init__.py") if path.stat().st_size]
-    assert full == [PACKAGE / "score" / "__init__.py"]
+def test_every_name_has_one_address_but_for_the_three_that_python_programs_import() -> None:
+    full = {path for path in PACKAGE.rglob("__init__.py") if path.stat().st_size}
+    assert full == {PACKAGE / "__init__.py", PACKAGE / "score" / "__init__.py"}
+    assert captionscale.__all__ == ["load"]
     assert set(score.__all__) == {"Receipt", "score"}
 
 

@@ -56,6 +56,8 @@ def test_the_wheel_carries_the_configs(home: Path) -> None:
         "score",
         "board",
         "leaderboard",
+        "demo",
+        "export",
         "bench",
         "config",
         "quickstart",

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,9 +64,26 @@ def pixels(data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]:
         return _by_pillow(data)
 
 
+def read(file: Path) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the `pixels` of an image file.
+
+    Raises:
+        UserError: It is missing; as `pixels` does.
+    """
+    if not file.is_file():
+        found = "a folder" if file.is_dir() else "no such file"
+        raise UserError(f"{file}: {found}, wanted an image, such as a JPEG; correct the path")
+    return pixels(file.read_bytes(), str(file))
+
+
 def decode(data: bytes, place: str) -> Image.Image:
     """Return `pixels` as a picture of Pillow's."""
     return Image.fromarray(pixels(data, place))
+
+
+def upright(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the pixels of a picture of Pillow's, as `pixels` does of a file."""
+    return _upright(np.array(_rgb(picture)), _orientation(picture))
 
 
 def look(data: bytes, place: str, *, whole: bool) -> Look:
@@ -151,7 +169,7 @@ def _jpeg(data: bytes, *, eighth: bool = False) -> UInt8[np.ndarray, "height wid
 
 def _by_pillow(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     with _open(data) as picture:
-        return _upright(np.array(_rgb(picture)), _orientation(picture))
+        return upright(picture)
 
 
 def _open(data: bytes) -> Image.Image:

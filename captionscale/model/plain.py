@@ -83,7 +83,7 @@ class PlainDecoder(nn.Module):
         norm = self.picture_norm
         if norm is None:
             return vectors
-        if len(vectors) > 1:
+        if not (self.training and vectors.shape[0] == 1):
             normal: Tensor = norm(vectors)
             return normal
         # One picture has no variance: it is read as captioning does.
@@ -97,7 +97,7 @@ class PlainDecoder(nn.Module):
         state: PlainState,
         rows: Int[Tensor, "row"] | None = None,
     ) -> tuple[Float[Tensor, "caption time word"] | Float[Tensor, "row word"], PlainState]:
-        masks = state.masks or output.masks(self, len(tokens))
+        masks = state.masks or output.masks(self, tokens.shape[0])
         words = output.embed(self, tokens, masks)
         memory = (state.hidden.transpose(0, 1).contiguous(), state.cell.transpose(0, 1).contiguous())
         hiddens, (hidden, cell) = self.lstm(words, memory)

@@ -25,7 +25,7 @@ def read_word(
     Returns:
         The logits of the next word, the state after this one, and where the decoder looked.
     """
-    masks = state.masks or output.masks(speaker, len(tokens))
+    masks = state.masks or output.masks(speaker, tokens.shape[0])
     word = output.embed(speaker, tokens, masks)
     (hidden, context, weights), state = recur(word, state)
     return output.logits(speaker, word, hidden, context, masks), state._replace(masks=masks), weights
@@ -45,7 +45,7 @@ def read_captions(
     Returns:
         The logits of each word that follows, or of these rows, and where the decoder looked.
     """
-    masks = state.masks or output.masks(speaker, len(tokens))
+    masks = state.masks or output.masks(speaker, tokens.shape[0])
     words = output.embed(speaker, tokens, masks)
     times = []
     for word in words.unbind(1):

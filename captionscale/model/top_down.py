@@ -69,7 +69,7 @@ class TopDownDecoder(nn.Module):
     def start(self, features: Float[Tensor, "batch region feature"]) -> TopDownState:
         """Return the state before any word."""
         regions = self.dropout(self.regions(features).relu())
-        memory = regions.new_zeros(len(regions), 2, self.looking.hidden_size)
+        memory = regions.new_zeros(regions.shape[0], 2, self.looking.hidden_size)
         return TopDownState(regions, self.attention.keys(regions), regions.mean(1), memory, memory)
 
     def step(

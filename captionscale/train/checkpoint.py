@@ -77,15 +77,7 @@ def save(
         for tensors, name in ((weights, _MODEL), (memory, _OPTIMIZER), (average, _AVERAGE)):
             if tensors is not None:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
-        (partial / _CONFIG).write_text(toml.dumps(config), encoding="utf-8")
-        vocabulary.save(partial / _VOCAB)
-        state = {
-            "format": FORMAT,
-            **asdict(standing),
-            "fingerprint": dict(fingerprint),
-            "sha256": {path.name: sha256_of(path) for path in sorted(partial.iterdir())},
-        }
-        (partial / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        seal(partial, standing, fingerprint, config, vocabulary)
         for path in (*partial.iterdir(), partial):
             _flush(path)
         if folder.exists():
@@ -109,6 +101,25 @@ def save(
             f"{folder}: cannot be written ({error}); the checkpoints before it are whole;"
             " free the disk and train again with the same --out"
         ) from None
+
+
+def seal(
+    folder: Path,
+    standing: Standing,
+    fingerprint: Mapping[str, Any],
+    config: Config,
+    vocabulary: Vocabulary,
+) -> None:
+    """Write what a checkpoint has besides what is in its folder already, and the checksums of all."""
+    (folder / _CONFIG).write_text(toml.dumps(config), encoding="utf-8")
+    vocabulary.save(folder / _VOCAB)
+    state = {
+        "format": FORMAT,
+        **asdict(standing),
+        "fingerprint": dict(fingerprint),
+        "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
 def sweep(run: Path) -> None:
@@ -258,12 +269,14 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
     """Return a run's checkpoint to caption with.
 
     Args:
-        run: The run's folder.
+        run: The run's folder; or one checkpoint's, wherever it is, such as `export --to hub` wrote.
         which: `best`, `last`, or a step.
 
     Raises:
         UserError: No run, no such checkpoint, or a damaged one.
     """
+    if (run / _STATE).is_file():
+        return Checkpoint(run)
     last = newest(run, say)
     if last is None:
         raise UserError(f"{run}: no checkpoint, so no run; wanted the --out of captionscale train")

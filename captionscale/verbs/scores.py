@@ -100,9 +100,9 @@ def _changes(options: argparse.Namespace) -> list[str]:
 
 
 def _caption(options: argparse.Namespace) -> None:
-    from captionscale.score.evaluate import caption_files
     from captionscale.tools.members import open_members
     from captionscale.tools.scoring import caption_run
+    from captionscale.tools.writer import Writer
 
     if bool(options.images) == bool(options.split) or bool(options.split) != bool(options.out):
         raise UserError("caption: wanted either RUN IMAGE ..., or RUN --split NAME --out RESULTS")
@@ -124,16 +124,9 @@ def _caption(options: argparse.Namespace) -> None:
     members = open_members(
         options.run, options.others, checkpoint=options.checkpoint, changes=_changes(options)
     )
-    captions = caption_files(
-        members.captioner(),
-        options.images,
-        members.saved[0].vocabulary(),
-        members.config,
-        prefix=options.prefix,
-        require=options.require,
-    )
-    for path, caption in zip(options.images, captions, strict=True):
-        print(f"{path}\t{caption}")
+    captions = Writer(members).caption(options.images, prefix=options.prefix, require=options.require)
+    for path, found in zip(options.images, captions, strict=True):
+        print(f"{path}\t{found.caption}")
 
 
 def _score_or_stop(options: argparse.Namespace) -> None:

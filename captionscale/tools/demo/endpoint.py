@@ -1,0 +1,173 @@
+"""Captions over HTTP, for programs: POST /caption."""
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
+
+from captionscale.config import Search
+from captionscale.errors import UserError
+from captionscale.tools.demo.manual import manual
+from captionscale.tools.demo.service import BusyError, Service, TooLargeError
+from captionscale.version import __version__
+
+MOST_BEAMS = 20
+_LONGEST_UPLOAD_S = 60
+_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif", "application/octet-stream")
+_PLACE = "the image"
+
+
+def _as_in_config(key: str) -> str | None:
+    return Search.model_fields[key].description
+
+
+class Options(BaseModel):
+    """How the caption is to be found; what is left out is as the run's config has it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    method: Literal["beam", "sample"] | None = Field(None, description=_as_in_config("method"))
+    beam: int | None = Field(None, ge=1, le=MOST_BEAMS, description=_as_in_config("beam"))
+    length_power: float | None = Field(None, ge=0, le=10, description=_as_in_config("length_power"))
+    block_ngrams: int | None = Field(None, ge=0, description=_as_in_config("block_ngrams"))
+    temperature: float | None = Field(None, gt=0, description=_as_in_config("temperature"))
+    top_k: int | None = Field(None, ge=1, description=_as_in_config("top_k"))
+    top_p: float | None = Field(None, gt=0, le=1, description=_as_in_config("top_p"))
+    seed: int | None = Field(None, ge=0, description="Of a sampled caption, which is a function of it.")
+    prefix: str = Field("", max_length=200, description="Words that the caption begins with.")
+
+
+class Word(BaseModel):
+    """A word of a caption."""
+
+    word: str
+    probability: float = Field(description="Given the picture and the words before it.")
+
+
+class Answer(BaseModel):
+    """A caption."""
+
+    caption: str
+    log_probability: float = Field(description="Natural logarithm, of all words and the end.")
+    words: list[Word]
+
+
+class Refusal(BaseModel):
+    """Why there is no caption."""
+
+    error: str = Field(description="Where, what was found, what was wanted, and what to do.")
+
+
+class _WrongTypeError(UserError):
+    """The body says that it is no image."""
+
+
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (BusyError, 503),
+    (TooLargeError, 413),
+    (_WrongTypeError, 415),
+    (TimeoutError, 408),
+    (UserError, 422),
+)
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    408: {"model": Refusal, "description": "The image did not come in time"},
+    413: {"model": Refusal, "description": "An image of too many bytes"},
+    415: {"model": Refusal, "description": "The Content-Type is no image's"},
+    422: {
+        "model": Refusal,
+        "description": "No image, a damaged one or one of too many pixels; or a bad option",
+    },
+    503: {"model": Refusal, "description": "Too many are waiting: ask again after Retry-After seconds"},
+}
+
+
+def endpoint(service: Service, name: str) -> FastAPI:
+    """Return the application.
+
+    Args:
+        service: What captions.
+        name: Of the run.
+    """
+    limits = service.limits
+    app = FastAPI(
+        title=f"captionscale: {name}",
+        version=__version__,
+        description=f"Captions of images of at most {limits.size_bytes:,} bytes and {limits.pixels:,} pixels."
+        " Nothing that is sent is kept.",
+        # FastAPI's own page loads its scripts from elsewhere and stays empty without a network.
+        docs_url=None,
+        redoc_url=None,
+    )
+
+    @app.post(
+        "/caption",
+        summary="Caption an image",
+        description="The body is the image file itself: JPEG, PNG, WebP, BMP or GIF.",
+        responses=_REFUSALS,
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in _TYPES},
+            }
+        },
+    )
+    async def caption(request: Request, options: Annotated[Options, Query()]) -> Answer:
+        with service.guest():
+            async with asyncio.timeout(_LONGEST_UPLOAD_S):
+                data = await _body(request, service)
+            wish = service.writer.wish(**options.model_dump(exclude_none=True))
+            view = await run_in_threadpool(lambda: service.writer.centre(service.pixels(data, _PLACE)))
+            [found, *_] = await asyncio.wrap_future(service.ask(view, wish))
+        words = [
+            Word(word=word, probability=probability)
+            for word, probability in zip(found.words, found.probabilities, strict=True)
+        ]
+        return Answer(caption=found.caption, log_probability=found.log_probability, words=words)
+
+    @app.get("/docs", include_in_schema=False)
+    def docs(request: Request) -> HTMLResponse:
+        return HTMLResponse(manual(app.openapi(), str(request.base_url).rstrip("/")))
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        [first, *_] = error.errors()
+        key = ".".join(map(str, first["loc"][1:]))
+        found = first.get("input")
+        return _refuse(422, f"{key}={found}: {first['msg'][:1].lower()}{first['msg'][1:]}; see /docs")
+
+    for kind, status in _STATUS:
+        app.add_exception_handler(kind, _handler(status))
+    return app
+
+
+async def _body(request: Request, service: Service) -> bytes:
+    """Read the image, and no more than is taken of it."""
+    kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
+    if kind not in _TYPES:
+        raise _WrongTypeError(
+            f"Content-Type: found {kind}, wanted {', '.join(_TYPES)}; send the image file itself as the body"
+        )
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal():
+        service.refuse_bytes(int(declared), _PLACE)
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        service.refuse_bytes(len(data), _PLACE)
+    return bytes(data)
+
+
+def _handler(status: int) -> Any:
+    def handle(_: Request, error: Exception) -> JSONResponse:
+        return _refuse(status, str(error) or f"{_PLACE} took more than {_LONGEST_UPLOAD_S} s to come")
+
+    return handle
+
+
+def _refuse(status: int, error: str) -> JSONResponse:
+    headers = {"Retry-After": "1"} if status == 503 else None
+    return JSONResponse(Refusal(error=error).model_dump(), status, headers)

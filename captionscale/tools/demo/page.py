@@ -1,0 +1,137 @@
+"""How the page looks on which people try a run."""
+
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from captionscale.data.shards import Split
+from captionscale.tools.demo.service import Service
+from captionscale.tools.demo.visits import COLUMNS, HOWS, MOST_FILES, Visits, percent
+
+SAMPLES = 8
+_MOST_BEAMS = 10
+_MOST_DRAWS = 10
+_KEPT_S = 3600
+CSS = """
+.gradio-container { max-width: 1100px !important; margin: auto }
+#looked img { width: 100%; max-width: 448px; border-radius: 6px }
+#words [role=button] { cursor: pointer }
+/* These would offer uploads again, which are gone. */
+#files .download { visibility: hidden }
+"""
+
+
+def _drop() -> gr.Image:
+    """Return a place for a picture, which is taken as the file that it is."""
+    place = gr.Image(
+        label="Drop a picture", sources=["upload", "clipboard"], type="filepath", height=260, elem_id="drop"
+    )
+    # gradio would decode it by rules of its own. (Of a subclass, it writes a file beside this one.)
+    place.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+    return place
+
+
+def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
+    """Return the page.
+
+    Args:
+        service: What captions.
+        name: Of the run.
+        samples: A split of which some pictures are offered.
+    """
+    visits = Visits(service, samples, SAMPLES)
+    # Files that gradio writes are removed soon, and nobody is told that this page was opened.
+    with gr.Blocks(title=f"captionscale: {name}", analytics_enabled=False, delete_cache=(60, 300)) as blocks:
+        gr.Markdown(
+            f"# What does `{escape(name)}` say of a picture, and where does it look?\nWhat you drop is"
+            " forgotten when you leave. Programs ask [POST /caption](/docs)."
+        )
+        seen = gr.State(None, time_to_live=_KEPT_S)
+        with gr.Tab("One picture"), gr.Row():
+            with gr.Column():
+                drop = _drop()
+                if samples:
+                    gr.Markdown(f"or take one of the split '{escape(samples.name)}':")
+                gallery = gr.Gallery(
+                    visits.thumbnails() or None,
+                    show_label=False,
+                    visible=samples is not None,
+                    columns=4,
+                    height=260,
+                    allow_preview=False,
+                    buttons=[],
+                    elem_id="samples",
+                )
+                settings, again = _settings(service)
+            with gr.Column():
+                captions = gr.Radio(
+                    [],
+                    label="Captions as the search ranks them, and how often it would draw just these words",
+                    elem_id="captions",
+                )
+                words = gr.HighlightedText(
+                    label="How likely it found each word: click one to see where it looked",
+                    color_map={percent(number): _shade(number / 100) for number in range(101)},
+                    elem_id="words",
+                )
+                looked = gr.HTML(elem_id="looked")
+        with gr.Tab("Many pictures"):
+            gr.Markdown(f"At most {MOST_FILES} files, captioned as the first tab's settings say.")
+            files = gr.File(file_count="multiple", label="Drop pictures", elem_id="files")
+            download = gr.HTML(elem_id="download")
+            table = gr.Dataframe(
+                headers=list(COLUMNS),
+                column_widths=["20%", "35%", "10%", "35%"],
+                interactive=False,
+                wrap=True,
+                elem_id="table",
+            )
+        outcome: list[Any] = [seen, captions, words, looked]
+        private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
+        drop.input(visits.drop, [drop, *settings], outcome, **private)
+        gallery.select(visits.pick, settings, outcome, **private)
+        again.click(visits.caption, [seen, *settings], outcome, **private)
+        settings[0].change(visits.caption, [seen, *settings], outcome, **private)
+        captions.input(visits.choose, [seen, captions], [seen, words, looked], **private)
+        words.select(visits.click, seen, looked, **private)
+        files.upload(visits.many, [files, *settings], [table, download], **private)
+        blocks.queue(default_concurrency_limit=8, max_size=service.limits.waiting)
+    return blocks
+
+
+def _shade(probability: float) -> str:
+    """Return one hue, the darker the likelier: it reads the same without colour vision."""
+    pale, deep = (200, 214, 229), (16, 78, 139)
+    red, green, blue = (round(a + (b - a) * probability) for a, b in zip(pale, deep, strict=True))
+    return f"rgb({red}, {green}, {blue})"
+
+
+def _settings(service: Service) -> tuple[list[Any], gr.Button]:
+    """Return the controls that say how captions are found, in the order of `Chosen`, and the button."""
+    search = service.writer.members.config.search
+    labels = (
+        "greedy: the likeliest word each time",
+        "beam: the likeliest of many captions",
+        "sampling: drawn as likely as the model finds them",
+    )
+    how = gr.Radio(list(zip(labels, HOWS, strict=True)), value="beam", label="How", elem_id="how")
+    with gr.Group() as of_beams:
+        width = min(max(search.beam, 2), _MOST_BEAMS)
+        beam = gr.Slider(2, _MOST_BEAMS, width, step=1, label="Captions kept at each word")
+        power = min(search.length_power, 2)
+        length = gr.Slider(0, 2, power, step=0.1, label="Length power: the higher, the longer")
+    with gr.Group(visible=False) as of_samples:
+        draws = gr.Slider(1, _MOST_DRAWS, 5, step=1, label="Captions drawn")
+        heat = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature: below 1, likely words get likelier")
+        top_p = gr.Slider(
+            0.05, 1, 1, step=0.05, label="Top-p: only words that together have this probability"
+        )
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed: another one draws others")
+    how.change(
+        lambda how: (gr.Group(visible=how == "beam"), gr.Group(visible=how == "sampling")),
+        how,
+        [of_beams, of_samples],
+        api_visibility="private",
+    )
+    return [how, beam, length, draws, heat, top_p, seed], gr.Button("Caption again", elem_id="again")

@@ -1,0 +1,161 @@
+"""Serve a run to people and programs, on this machine unless told otherwise."""
+
+import errno
+import os
+import secrets
+import signal
+import socket
+from collections.abc import Sequence
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from captionscale.errors import UserError
+from captionscale.files import scratch
+from captionscale.progress import say
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from captionscale.data.shards import Split
+    from captionscale.tools.demo.service import Service
+    from captionscale.tools.members import Members
+
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    run: Path,
+    *,
+    checkpoint: str,
+    others: Sequence[Path],
+    host: str,
+    port: int,
+    share: bool,
+    shards: str | None,
+) -> None:
+    """Serve the page and the endpoint until a signal comes.
+
+    Args:
+        run: The --out of captionscale train.
+        checkpoint: `best`, `last` or a step.
+        others: Runs that write together with this one.
+        host: Address to listen at.
+        port: To listen at; 0: any that is free.
+        share: Also through a public link of gradio's.
+        shards: Where samples come from, instead of the run's own.
+
+    Raises:
+        UserError: No gradio, no run, a port in use, or no public link.
+    """
+    if missing := [name for name in ("gradio", "fastapi", "uvicorn") if find_spec(name) is None]:
+        raise UserError(
+            f"demo: {', '.join(missing)} is not installed, wanted it for the page;"
+            " pip install 'captionscale[demo]'"
+        )
+    # First, as all else takes seconds.
+    with closing(_listen(host, port)) as listening, scratch("demo") as folder:
+        # Read when gradio is imported. All that it writes goes with this folder, also after a kill.
+        os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+        from captionscale.tools.demo.service import Service
+        from captionscale.tools.members import open_members
+        from captionscale.tools.writer import Writer
+
+        members = open_members(run, others, checkpoint=checkpoint, changes=[])
+        service = Service(Writer(members))
+        app = application(service, run.resolve().name, _samples(members, shards))
+        _announce(host, listening.getsockname()[1], share)
+        _run(app, listening)
+        service.close()
+
+
+def application(service: "Service", name: str, samples: "Split | None") -> "FastAPI":
+    """Return the endpoint with the page at its root.
+
+    Args:
+        service: What captions.
+        name: Of the run.
+        samples: A split of which some pictures are offered.
+    """
+    import gradio as gr
+
+    from captionscale.tools.demo.endpoint import endpoint
+    from captionscale.tools.demo.page import CSS, page
+
+    return gr.mount_gradio_app(
+        endpoint(service, name),
+        page(service, name, samples),
+        path="/",
+        footer_links=[],
+        # Browsers would keep what was uploaded.
+        run_history=False,
+        ssr_mode=False,
+        max_file_size=service.limits.size_bytes,
+        css=CSS,
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"--port {port}: in use by another program, wanted a free one; take another, or 0 for any"
+            ) from None
+        raise UserError(
+            f"--host {host} --port {port}: cannot be listened at ({error}), wanted an address of this machine"
+            " and a port of 1024 to 65535; correct them"
+        ) from None
+
+
+def _samples(members: "Members", shards: str | None) -> "Split | None":
+    """Return the split whose pictures are offered; none, and a note, if it is not at hand."""
+    from captionscale.data.places import Folder, open_place
+    from captionscale.data.shards import Split
+
+    data = members.config.data
+    try:
+        place = open_place(shards or data.shards, data.cache, data.cache_gb)
+        if isinstance(place, Folder):
+            return Split(place, data.val_split)
+        reason = f"{place} is no folder of this machine"
+    except UserError as error:
+        reason = str(error)
+    say(f"note: the page offers no samples: {reason}; --shards DIR says where they are")
+    return None
+
+
+def _announce(host: str, port: int, share: bool) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    print(f"http://{shown}:{port}       the page\nhttp://{shown}:{port}/docs  the endpoint, for programs")
+    if host not in _LOCAL:
+        say(f"warning: whoever can reach {host} can use this; leave out --host to keep it to this machine")
+    if share:
+        from gradio.networking import setup_tunnel
+
+        try:
+            link = setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
+        # It fails in many ways, all of which mean that there is no way to gradio's servers.
+        except Exception as error:
+            raise UserError(
+                f"--share: no public link ({error}), wanted a way to gradio's servers; leave out --share"
+            ) from None
+        print(f"{link}  the page, for anyone who has this link, for a week")
+    print("Ctrl-C ends it.", flush=True)
+
+
+def _run(app: "FastAPI", listening: socket.socket) -> None:
+    import uvicorn
+
+    # Pages keep a connection open that would never end by itself.
+    settings = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2)
+    # uvicorn ends by itself at these signals, and then raises them again.
+    before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        uvicorn.Server(settings).run(sockets=[listening])
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

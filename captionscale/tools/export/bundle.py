@@ -1,0 +1,154 @@
+"""A run as others take it: ONNX graphs, PyTorch programs, or a folder for the Hugging Face hub."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from safetensors.torch import save_file
+from torch import Tensor
+
+from captionscale.config import Config
+from captionscale.data.images import pixels
+from captionscale.data.places import open_place
+from captionscale.data.shards import Split
+from captionscale.data.views import centre_view
+from captionscale.errors import UserError
+from captionscale.tools.export import example
+from captionscale.tools.export.card import card
+from captionscale.tools.export.check import Check, check
+from captionscale.tools.export.parts import Exported, Part, Run, parts
+from captionscale.tools.export.programs import write_onnx, write_torch
+from captionscale.train.checkpoint import Checkpoint, open_run, seal
+from captionscale.version import __version__
+
+Kind = Literal["onnx", "torch", "hub"]
+
+FORMAT = 1
+_WEIGHTS = "model.safetensors"
+_IMAGES = 100
+_EXAMPLE_BATCH = 2
+_WRITERS: dict[str, Callable[[Part, Path, int | None], Run]] = {"onnx": write_onnx, "torch": write_torch}
+
+
+def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | None, checkpoint: str) -> str:
+    """Write a run for others, proven to say what the run says, and return what was done in a line.
+
+    Args:
+        run: The --out of captionscale train.
+        to: What others take.
+        out: A new folder, which is whole or not there.
+        batch: Pictures or captions that the programs take at once; None: any number.
+        shards: Where the images come from that it is checked on, instead of the run's own.
+        checkpoint: `best`, `last` or a step.
+
+    Raises:
+        UserError: No run, a folder that is there already, no package for it, no images to check it on, or
+            programs that say something else.
+    """
+    if to == "onnx" and (
+        missing := [it for it in ("onnx", "onnxruntime", "onnxscript") if not find_spec(it)]
+    ):
+        raise UserError(
+            f"export: {', '.join(missing)} is not installed, wanted it for --to onnx;"
+            " pip install 'captionscale[export]'"
+        )
+    if batch is not None and (batch < 1 or to == "hub"):
+        raise UserError(f"--batch {batch}: wanted at least 1, and --to onnx or torch; leave it out")
+    saved = open_run(run, checkpoint)
+    config = saved.config()
+    with _new(out) as folder:
+        if to == "hub":
+            weights = saved.captioner().state_dict()
+            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / _WEIGHTS)
+            seal(folder, saved.standing, {}, _without_paths(config), saved.vocabulary())
+            checked = None
+        else:
+            pictures = _pictures(config, shards)
+            captioner = saved.captioner()
+            made = parts(captioner, config.data.image_size, batch or _EXAMPLE_BATCH)
+            programs = {part.name: _WRITERS[to](part, folder, batch) for part in made}
+            checked = check(captioner, Exported(made, programs, batch), pictures, config.data.max_words)
+            saved.vocabulary().save(folder / "vocab.json")
+        if to == "onnx":
+            shutil.copy(example.__file__, folder / "example.py")
+        # The hub knows by this name what a folder is.
+        name = "config.json" if to == "hub" else "export.json"
+        (folder / name).write_text(json.dumps(_settings(saved, batch, checked), indent=1), encoding="utf-8")
+        text = card(run, saved, to, checked, shards)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+    if checked is None:
+        return f"{out}: whole; captionscale.load({str(out)!r}) reads it, and README.md is to be gone through"
+    return (
+        f"{out}: checked on {checked.images} images of split '{config.data.val_split}': greatest difference"
+        f" of logits {checked.logits:.1e} (at most {checked.tolerance:g}), the same captions by greedy search"
+    )
+
+
+@contextmanager
+def _new(out: Path) -> Iterator[Path]:
+    """Give a folder that takes its name when it is complete."""
+    if out.exists():
+        raise UserError(f"{out}: is there already, wanted a new folder; remove it, or take another --out")
+    partial = out.with_name(out.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _pictures(config: Config, shards: str | None) -> UInt8[Tensor, "image 3 height width"]:
+    """Return what the encoder sees of the first images of the val split."""
+    data = config.data
+    try:
+        split = Split(open_place(shards or data.shards, data.cache, data.cache_gb), data.val_split)
+    except UserError as error:
+        raise UserError(
+            f"export: wanted images to compare with the run on, found none: {error}; --shards DIR says where"
+        ) from None
+    views = [
+        centre_view(pixels(split.image(item), f"image {item}"), data.image_size)
+        for item in range(min(len(split), _IMAGES))
+    ]
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
+
+
+def _settings(saved: Checkpoint, batch: int | None, checked: Check | None) -> dict[str, Any]:
+    config = saved.config()
+    return {
+        "format": FORMAT,
+        "library_name": "captionscale",
+        "library_version": __version__,
+        "model_type": f"{config.model.encoder.name}-{config.model.decoder.name}",
+        "image_size": config.data.image_size,
+        "max_words": config.data.max_words,
+        "beam": config.search.beam,
+        "length_power": config.search.length_power,
+        "batch": batch,
+        "weights_sha256": saved.sha256,
+        "checked": checked and checked.tree(),
+    }
+
+
+def _without_paths(config: Config) -> Config:
+    """Return settings that name no folders of this machine, which are nobody's business."""
+    encoder, train = config.model.encoder, config.train
+    start = train.start_from and Path(train.start_from.name)
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"shards": Path(config.data.shards).name, "cache": None}),
+            "model": config.model.model_copy(
+                update={"encoder": encoder.model_copy(update={"weights": Path(encoder.weights).name})}
+            ),
+            "train": train.model_copy(update={"start_from": start}),
+        }
+    )

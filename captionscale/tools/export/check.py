@@ -1,0 +1,91 @@
+"""Prove that exported programs say what the model says."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
+from captionscale.model.search import search
+from captionscale.progress import progress
+from captionscale.tools.export.parts import Exported
+from captionscale.vocab import START
+
+TOLERANCE = 1e-3
+_BATCH = 20
+
+
+@dataclass(frozen=True)
+class Check:
+    """By how much they differ."""
+
+    images: int
+    logits: float
+    """Greatest difference of any logit, over all words of all captions."""
+    tolerance: float = TOLERANCE
+
+    def tree(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def check(
+    captioner: Captioner, exported: Exported, pictures: UInt8[Tensor, "image 3 height width"], max_words: int
+) -> Check:
+    """Compare exported programs with the model that they were made from.
+
+    Args:
+        captioner: In evaluation mode.
+        exported: The programs.
+        pictures: To caption by greedy search.
+        max_words: Of a caption.
+
+    Raises:
+        UserError: A logit differs by more than `TOLERANCE`, or a caption differs.
+    """
+    greatest = 0.0
+    with progress("comparing with the model", len(pictures), passing=True) as bar:
+        for first in range(0, len(pictures), _BATCH):
+            batch = pictures[first : first + _BATCH]
+            features, theirs = captioner.look(batch), exported.look(batch)
+            said, others = (
+                [
+                    captions[0].tokens
+                    for captions in search(*each, beam=1, max_words=max_words, length_power=0.0)
+                ]
+                for each in ((captioner.decoder, features), (exported, theirs))
+            )
+            greatest = max(greatest, _difference(captioner, exported, features, theirs, said))
+            if greatest > TOLERANCE or said != others:
+                found = f"logits differ by {greatest:.2g}" + " and so do captions" * (said != others)
+                raise UserError(
+                    f"export: {found} among images {first} to {first + len(batch) - 1}, wanted a difference"
+                    f" of at most {TOLERANCE:g} and the same captions; nothing was written; try --to torch,"
+                    " or another version of torch, onnxscript or onnxruntime"
+                )
+            bar.advance(len(batch))
+    return Check(len(pictures), greatest)
+
+
+def _difference(
+    captioner: Captioner, exported: Exported, features: Tensor, theirs: Tensor, said: Sequence[Sequence[int]]
+) -> float:
+    """Return by how much any logit differs while both read the same captions."""
+    ours: Any = captioner.decoder.start(features)
+    state = exported.start(theirs)
+    tokens = torch.full((len(said),), START)
+    greatest = 0.0
+    for time in range(max(map(len, said))):
+        logits, ours, _ = captioner.decoder.step(tokens, ours)
+        found, state, _ = exported.step(tokens, state)
+        reading = torch.tensor([time < len(caption) for caption in said])
+        difference = (logits - found).abs()[reading].max()
+        # No number is no agreement.
+        greatest = max(greatest, float(torch.nan_to_num(difference, nan=torch.inf)))
+        tokens = torch.tensor([caption[time] if time < len(caption) else START for caption in said])
+    return greatest

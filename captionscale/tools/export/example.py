@@ -1,0 +1,96 @@
+"""Caption images with the programs beside this file.
+
+    python example.py photo.jpg --beam 5
+
+It needs numpy, onnxruntime and pillow, and nothing else.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+HERE = Path(__file__).parent
+PAD, START, END, UNKNOWN = range(4)
+
+
+def load(name: str) -> Any:
+    """Load one of the three programs."""
+    return onnxruntime.InferenceSession(HERE / f"{name}.onnx", providers=["CPUExecutionProvider"])
+
+
+def run(program: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+    """Run a program on rows of inputs, and return its outputs by their names."""
+    size = program.get_inputs()[0].shape[0]
+    rows = len(next(iter(inputs.values())))
+    if isinstance(size, int):  # Exported with --batch: rows that are missing repeat the last one.
+        if rows > size:
+            raise SystemExit(f"{rows} rows, but this was exported with --batch {size}: take --beam {size}")
+        inputs = {
+            name: np.concatenate([value, np.repeat(value[-1:], size - rows, 0)])
+            for name, value in inputs.items()
+        }
+    names = [output.name for output in program.get_outputs()]
+    return {name: value[:rows] for name, value in zip(names, program.run(names, inputs), strict=True)}
+
+
+def see(path: Path, size: int) -> np.ndarray:
+    """Return an image's centre square as the encoder takes it: bytes, channels first."""
+    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(square).transpose(2, 0, 1)[None]
+
+
+def search(picture: np.ndarray, beam: int, length_power: float, max_words: int) -> tuple[list[int], float]:
+    """Return the best caption's tokens and log-probability; a beam of one is greedy search."""
+    encoder, start, step = (load(name) for name in ("encoder", "start", "step"))
+    state = run(start, features=run(encoder, images=picture)["features"])
+    going: list[tuple[float, list[int]]] = [(0.0, [])]
+    done: list[tuple[float, list[int]]] = []
+    tokens = np.array([START])
+    for _ in range(max_words):
+        out = run(step, tokens=tokens, **state)
+        logits = out["logits"] - out["logits"].max(1, keepdims=True)
+        totals = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        totals += np.array([[total] for total, _ in going], totals.dtype)
+        totals[:, [PAD, START, UNKNOWN]] = -np.inf
+        # A finished caption stays in the beam, until better ones push it out.
+        places = [divmod(int(place), totals.shape[1]) for place in np.argsort(-totals, axis=None)[:beam]]
+        longer = [(float(totals[row, word]), going[row][1] + [word], row) for row, word in places]
+        best = sorted([*longer, *((*caption, -1) for caption in done)], key=lambda caption: -caption[0])[
+            :beam
+        ]
+        done = [(total, said) for total, said, _ in best if said[-1] == END]
+        rows = [row for _, said, row in best if said[-1] != END]
+        going = [(total, said) for total, said, _ in best if said[-1] != END]
+        if not going:
+            break
+        # What the step changed is named next_...; the rest of a state stays as it is.
+        state = {name: out.get(f"next_{name}", value)[rows] for name, value in state.items()}
+        tokens = np.array([said[-1] for _, said in going])
+    total, said = max(done + going, key=lambda caption: caption[0] / len(caption[1]) ** length_power)
+    return said, total
+
+
+def main() -> None:
+    """Caption the images of the command line."""
+    settings = json.loads((HERE / "export.json").read_text(encoding="utf-8"))
+    words = json.loads((HERE / "vocab.json").read_text(encoding="utf-8"))["words"]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("images", type=Path, nargs="+")
+    parser.add_argument("--beam", type=int, default=settings["beam"], help="1: greedy (default: %(default)s)")
+    options = parser.parse_args()
+    for path in options.images:
+        picture = see(path, settings["image_size"])
+        tokens, _ = search(picture, options.beam, settings["length_power"], settings["max_words"])
+        print(f"{path}\t{' '.join(words[token] for token in tokens if token != END)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A captioner as three programs: pictures to features, these to a state, word and state to the next ones."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from captionscale.model.captioner import Captioner
+
+NEXT = "next_"
+"""Begins the name of what a step changes of its state."""
+
+Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+"""A program that was exported: from its inputs to its outputs, both in the part's order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One of the programs, before it is exported; all its inputs and outputs have the batch first."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[str, Tensor]
+    """Examples of a batch."""
+    outputs: tuple[str, ...]
+
+
+class _Encoder(nn.Module):
+    def __init__(self, captioner: Captioner):
+        super().__init__()
+        self.captioner = captioner
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (self.captioner.look(*inputs),)
+
+
+class _Start(nn.Module):
+    def __init__(self, captioner: Captioner, names: Sequence[str]):
+        super().__init__()
+        self.decoder, self.names = captioner.decoder, names
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        state = self.decoder.start(*inputs)
+        return tuple(getattr(state, name) for name in self.names)
+
+
+class _Step(nn.Module):
+    def __init__(self, captioner: Captioner, kind: type[Any], names: Sequence[str], changing: Sequence[str]):
+        super().__init__()
+        self.decoder, self.kind, self.names, self.changing = captioner.decoder, kind, names, changing
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        tokens, *tensors = inputs
+        state = self.kind(**dict(zip(self.names, tensors, strict=True)))
+        logits, after, attention = self.decoder.step(tokens, state)
+        seen = () if attention is None else (attention,)
+        return (logits, *seen, *(getattr(after, name) for name in self.changing))
+
+
+@torch.no_grad()
+def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
+    """Return the encoder, and the two functions of the decoder.
+
+    Args:
+        captioner: In evaluation mode, on the CPU.
+        image_size: Side of the pictures, in pixels.
+        batch: Of the examples.
+    """
+    pictures = torch.randint(256, (batch, 3, image_size, image_size), dtype=torch.uint8)
+    features = captioner.look(pictures)
+    state: Any = captioner.decoder.start(features)
+    tokens = torch.ones(batch, dtype=torch.long)
+    _, after, attention = captioner.decoder.step(tokens, state)
+    names = [name for name, value in state._asdict().items() if isinstance(value, Tensor)]
+    # What attention looks at stays as it is.
+    changing = [name for name in names if getattr(after, name) is not getattr(state, name)]
+    # Of a tensor that comes twice, a program would make one input.
+    tensors = {name: getattr(state, name).clone() for name in names}
+    said = ("logits", *(() if attention is None else ("attention",)))
+    return [
+        Part("encoder", _Encoder(captioner), {"images": pictures}, ("features",)),
+        Part("start", _Start(captioner, names), {"features": features}, (*names,)),
+        Part(
+            "step",
+            _Step(captioner, type(state), names, changing),
+            {"tokens": tokens, **tensors},
+            (*said, *(NEXT + name for name in changing)),
+        ),
+    ]
+
+
+class Exported:
+    """Exported programs, as search knows a captioner: `look`, `start` and `step`."""
+
+    def __init__(self, parts: Sequence[Part], programs: dict[str, Run], batch: int | None):
+        """Put programs together.
+
+        Args:
+            parts: What was exported.
+            programs: By the names of the parts.
+            batch: That the programs take; None: any.
+        """
+        self._programs, self._batch = programs, batch
+        step = parts[-1]
+        self._names = [*step.inputs][1:]
+        self._outputs = step.outputs
+
+    def look(self, pictures: Tensor) -> Float[Tensor, "image region feature"]:
+        """Return the features of pictures."""
+        return self._run("encoder", [pictures])[0]
+
+    def start(self, features: Float[Tensor, "image region feature"]) -> tuple[Tensor, ...]:
+        """Return the state before any word."""
+        return tuple(self._run("start", [features]))
+
+    def step(
+        self, tokens: Int[Tensor, "batch"], state: tuple[Tensor, ...]
+    ) -> tuple[Float[Tensor, "batch word"], tuple[Tensor, ...], None]:
+        """Return the logits of the next word and the state after this one."""
+        found = dict(zip(self._outputs, self._run("step", [tokens, *state]), strict=True))
+        after = [found.get(NEXT + name, before) for name, before in zip(self._names, state, strict=True)]
+        return found["logits"], tuple(after), None
+
+    def _run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
+        program, rows = self._programs[name], len(inputs[0])
+        size = self._batch or rows
+        batches = []
+        for first in range(0, rows, size):
+            # A program of a fixed batch reads the last row again and again.
+            chosen = torch.arange(first, first + size).clamp(max=rows - 1)
+            batches.append(program([each[chosen] for each in inputs]))
+        return [torch.cat(outputs)[:rows] for outputs in zip(*batches, strict=True)]

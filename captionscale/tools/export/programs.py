@@ -1,0 +1,76 @@
+"""Write parts of a captioner as programs, and read them back: ONNX, or PyTorch's own."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from captionscale.tools.export.parts import Part, Run
+
+
+def write_onnx(part: Part, folder: Path, batch: int | None) -> Run:
+    """Write a part as an ONNX graph, and return how ONNX Runtime runs it.
+
+    Args:
+        part: In evaluation mode.
+        folder: Where `NAME.onnx` goes.
+        batch: The only one that it takes; None: any.
+    """
+    import onnxruntime
+
+    path = folder / f"{part.name}.onnx"
+    with _quiet():
+        torch.onnx.export(
+            part.module,
+            (tuple(part.inputs.values()),),
+            path,
+            input_names=[*part.inputs],
+            output_names=[*part.outputs],
+            dynamic_shapes=_shapes(part, batch),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        named = {name: each.numpy() for name, each in zip(part.inputs, inputs, strict=True)}
+        return [torch.from_numpy(output) for output in session.run([*part.outputs], named)]
+
+    return run
+
+
+def write_torch(part: Part, folder: Path, batch: int | None) -> Run:
+    """Write a part as a program of torch.export, and return how PyTorch runs it; as `write_onnx`."""
+    path = folder / f"{part.name}.pt2"
+    with _quiet():
+        program = torch.export.export(
+            part.module, (tuple(part.inputs.values()),), dynamic_shapes=_shapes(part, batch), strict=False
+        )
+        torch.export.save(program, path)
+        module = torch.export.load(path).module()
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        with torch.no_grad():
+            return list(module(tuple(inputs)))
+
+    return run
+
+
+def _shapes(part: Part, batch: int | None) -> tuple[tuple[dict[int, object], ...]] | None:
+    """Say which dimensions may change: the batch of each input."""
+    if batch is not None:
+        return None
+    size = torch.export.Dim("batch", min=1, max=4096)
+    return (tuple({0: size} for _ in part.inputs),)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), torch.no_grad():
+        # Of PyTorch's own insides, which change from version to version; what comes out is checked.
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,178 @@
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from experiment import opinionated_run
+
+import captionscale
+from captionscale.cli import main
+from captionscale.config import Decoder, Encoder, Model
+from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
+from captionscale.model.search import search
+from captionscale.score import score
+from captionscale.tools.export import bundle
+from captionscale.tools.export.check import check
+from captionscale.tools.export.parts import Exported, parts
+from captionscale.tools.export.programs import write_onnx, write_torch
+from captionscale.train.checkpoint import open_run
+
+SIZE = 32
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"picture_norm": True, "tied": True},
+    "attention": {"gate": True, "output": "maxout"},
+    "top_down": {"same_dropout": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def unchecked() -> Iterator[None]:
+    """While a program is traced its sizes are symbols, which are no `int` to beartype."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return opinionated_run(tmp_path_factory.mktemp("export"), packed)
+
+
+def captioner(name: str) -> Captioner:
+    torch.manual_seed(0)
+    settings = Decoder(name=name, embed=8, hidden=8, attend=8, **OPTIONS[name])
+    made = Captioner(Model(encoder=Encoder(name="resnet18", weights="none"), decoder=settings), 30)
+    for parameter in made.decoder.parameters():
+        torch.nn.init.normal_(parameter)
+    return made.eval()
+
+
+def export(run: Path, out: Path, to: str, *options: str) -> None:
+    main(["export", str(run), "--to", to, "--out", str(out), *options])
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+@pytest.mark.parametrize(("write", "batch"), [(write_onnx, None), (write_torch, None), (write_torch, 3)])
+def test_programs_caption_as_the_model_does_whatever_the_batch(tmp_path: Path, name, write, batch) -> None:
+    model = captioner(name)
+    made = parts(model, SIZE, batch or 2)
+    exported = Exported(made, {part.name: write(part, tmp_path, batch) for part in made}, batch)
+    pictures = torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
+    for beam in (1, 4):
+        ours, theirs = (
+            search(each, features, beam=beam, max_words=8, length_power=0.7)
+            for each, features in ((model.decoder, model.look(pictures)), (exported, exported.look(pictures)))
+        )
+        for mine, other in zip(ours, theirs, strict=True):
+            assert [caption.tokens for caption in mine] == [caption.tokens for caption in other]
+            for one, two in zip(mine, other, strict=True):
+                assert two.log_probability == pytest.approx(one.log_probability, abs=1e-4)
+    assert check(model, exported, pictures, 8).logits < 1e-4
+
+
+def test_programs_that_say_something_else_are_refused(tmp_path: Path) -> None:
+    model = captioner("plain")
+    made = parts(model, SIZE, 2)
+    programs = {part.name: write_torch(part, tmp_path, None) for part in made}
+    step = programs["step"]
+    programs["step"] = lambda inputs: [step(inputs)[0] + 0.01, *step(inputs)[1:]]
+    pictures = torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    with pytest.raises(UserError, match=r"logits differ by 0\.01.*among images 0 to 1, wanted"):
+        check(model, Exported(made, programs, None), pictures, 8)
+
+
+@pytest.mark.parametrize("options", [(), ("--batch", "3")], ids=["any batch", "batches of 3"])
+def test_the_example_says_what_the_command_says_with_neither_this_package_nor_torch(
+    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options
+) -> None:
+    export(run, tmp_path / "out", "onnx", *options)
+    said = capsys.readouterr().out
+    assert said.startswith(
+        f"{tmp_path / 'out'}: checked on 8 images of split 'val': greatest difference of logits"
+    )
+    assert said.endswith("the same captions by greedy search\n")
+    # They have the size that the model sees: pillow and torch resize a little differently.
+    files = [str(file) for file in sorted((scenes / "test2017").iterdir())]
+    forbidden = "import sys; sys.modules['captionscale'] = sys.modules['torch'] = None; "
+    run_it = "import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    for beam in ("1", "3"):
+        command = [sys.executable, "-c", forbidden + run_it, str(tmp_path / "out" / "example.py"), *files]
+        done = subprocess.run([*command, "--beam", beam], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        main(["caption", str(run), *files, "--beam", beam])
+        assert done.stdout == capsys.readouterr().out
+
+
+def test_the_hubs_folder_is_loaded_and_proven_and_names_no_folder_of_this_machine(
+    run: Path, packed: Path, scenes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "hub"
+    export(run, out, "hub")
+    names = {"README.md", "config.json", "config.toml", "model.safetensors", "state.json", "vocab.json"}
+    assert {path.name for path in out.iterdir()} == names
+    files = sorted((scenes / "test2017").iterdir())
+    ours, theirs = (captionscale.load(folder).caption(files) for folder in (run, out))
+    assert [(it.words, it.log_probability) for it in ours] == [
+        (it.words, it.log_probability) for it in theirs
+    ]
+    text = "".join(path.read_text() for path in out.iterdir() if path.suffix != ".safetensors")
+    assert str(packed.parent) not in text
+    assert str(run.parent) not in text
+    (out / "vocab.json").write_text("{}")
+    with pytest.raises(UserError, match=r"sha256 of vocab\.json"):
+        captionscale.load(out)
+
+
+def test_the_card_has_the_scores_of_these_very_weights(run: Path, tmp_path: Path) -> None:
+    assert "not scored" in _card(run, tmp_path / "before")
+    captions, references = {1: "a dog", 2: "a cat"}, {1: ["a dog runs"], 2: ["a cat sits"]}
+    made = {"split": "test"}
+    mine = score(captions, references, ["BLEU-1"], made_by=made, hashes={"model": open_run(run).sha256})
+    other = score(captions, references, ["BLEU-2"], made_by=made, hashes={"model": "of another run"})
+    mine.write(run / "scores" / "mine" / "receipt.json")
+    other.write(run / "scores" / "other" / "receipt.json")
+    card = _card(run, tmp_path / "after")
+    low, high = mine.intervals["BLEU-1"]
+    assert "Split `test`: 2 images, 2 references." in card
+    assert f"| BLEU-1 | {mine.scores['BLEU-1']:.4f} | {low:.4f} to {high:.4f} |" in card
+    assert "BLEU-2" not in card
+    assert "| train | 48 | 240 |" in card
+
+
+def _card(run: Path, out: Path) -> str:
+    export(run, out, "hub")
+    return (out / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_cannot_be_exported_is_told_in_one_line_and_leaves_nothing(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    refused: list[tuple[Path, str, list[str], str]] = [
+        (tmp_path, "hub", [], "no checkpoint, so no run"),
+        (run, "hub", ["--batch", "2"], "--batch 2: wanted at least 1, and --to onnx or torch"),
+        (run, "torch", ["--batch", "0"], "--batch 0: wanted at least 1"),
+        (run, "torch", ["--shards", str(tmp_path)], "wanted images to compare with the run on, found none"),
+    ]
+    for folder, to, options, told in refused:
+        with pytest.raises(SystemExit) as caught:
+            export(folder, out, to, *options)
+        assert caught.value.code == 1
+        assert told in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(bundle, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(SystemExit):
+        export(run, out, "onnx")
+    assert "onnxscript is not installed" in capsys.readouterr().err
+    export(run, out, "hub")
+    before = json.loads((out / "state.json").read_text())
+    with pytest.raises(SystemExit):
+        export(run, out, "hub")
+    assert "is there already, wanted a new folder" in capsys.readouterr().err
+    assert json.loads((out / "state.json").read_text()) == before
