@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,6 +62,18 @@ def pixels(data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]:
         if header and (image := _jpeg(data)) is not None:
             return _upright(image, header[2])
         return _by_pillow(data)
+
+
+def read(file: Path) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the `pixels` of an image file.
+
+    Raises:
+        UserError: It is missing; as `pixels` does.
+    """
+    if not file.is_file():
+        found = "a folder" if file.is_dir() else "no such file"
+        raise UserError(f"{file}: {found}, wanted an image, such as a JPEG; correct the path")
+    return pixels(file.read_bytes(), str(file))
 
 
 def decode(data: bytes, place: str) -> Image.Image:

@@ -10,20 +10,21 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from captionscale import config
-from captionscale.data.images import pixels
+from captionscale.data.images import read
 from captionscale.data.loader import Loader
 from captionscale.data.views import centre_view
 from captionscale.errors import UserError, did_you_mean
 from captionscale.model.captioner import Captioner
+from captionscale.model.decoders import Decoder
 from captionscale.model.ensemble import Ensemble
-from captionscale.model.rules import Rules
+from captionscale.model.rules import Features, Rules
 from captionscale.model.sampling import sample
 from captionscale.model.search import search
 from captionscale.progress import progress
 from captionscale.ranks import Ranks
 from captionscale.score.panel import DANGLING
 from captionscale.score.results import Result
-from captionscale.vocab import SPECIALS, UNKNOWN, Vocabulary, split_words
+from captionscale.vocab import PAD, SPECIALS, UNKNOWN, Vocabulary, split_words
 
 MOST_REQUIRED = 4
 """Words that captions can be made to hold: the search takes twice as long for each."""
@@ -171,11 +172,39 @@ def write_captions(
     Raises:
         UserError: Coverage is asked of a captioner without attention.
     """
-    features = captioner.look(pictures)
+    found = find_captions(captioner.decoder, captioner.look(pictures), settings, max_words, rules, keys)
+    return [vocabulary.decode(tokens) for tokens in found]
+
+
+def find_captions(
+    decoder: Decoder,
+    features: Features,
+    settings: config.Search,
+    max_words: int,
+    rules: Rules,
+    keys: Sequence[tuple[int, int]],
+) -> list[list[int]]:
+    """Return the tokens of the best caption of each picture, or of a sampled one.
+
+    Args:
+        decoder: In evaluation mode.
+        features: Of each picture.
+        settings: The config's section `search`.
+        max_words: Of a caption.
+        rules: What captions may say.
+        keys: As `write_captions` has it.
+
+    Returns:
+        Words, then the end token unless the caption was cut at `max_words`.
+
+    Raises:
+        UserError: Coverage is asked of a captioner without attention.
+    """
     if settings.method == "sample":
         numbers = np.stack([_numbers(*key, max_words) for key in keys])
+        first = features if isinstance(features, Tensor) else features[0]
         sampled, _ = sample(
-            captioner.decoder,
+            decoder,
             features,
             captions=1,
             max_words=max_words,
@@ -183,11 +212,11 @@ def write_captions(
             top_k=settings.top_k,
             top_p=settings.top_p,
             rules=rules,
-            numbers=torch.from_numpy(numbers).to(pictures.device),
+            numbers=torch.from_numpy(numbers).to(first.device),
         )
-        return [vocabulary.decode(tokens) for tokens in sampled.tolist()]
+        return [[token for token in tokens if token != PAD] for tokens in sampled.tolist()]
     found = search(
-        captioner.decoder,
+        decoder,
         features,
         beam=settings.beam,
         max_words=max_words,
@@ -198,7 +227,7 @@ def write_captions(
         rules=rules,
         best_only=True,
     )
-    return [vocabulary.decode(captions[0].tokens) for captions in found]
+    return [captions[0].tokens for captions in found]
 
 
 def caption_files(
@@ -229,7 +258,7 @@ def caption_files(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     captioner.to(device)
     captions: list[str] = []
-    views = [centre_view(_read(file), settings.data.image_size) for file in files]
+    views = [centre_view(read(file), settings.data.image_size) for file in files]
     keys = [(settings.seed, number) for number in range(len(files))]
     for start in range(0, len(views), batch):
         pictures = torch.from_numpy(np.stack(views[start : start + batch])).permute(0, 3, 1, 2).to(device)
@@ -253,10 +282,3 @@ def _numbers(seed: int, image_id: int, count: int) -> Float32[np.ndarray, "time"
     """Return what decides the words of an image's sampled caption."""
     random = np.random.default_rng([seed, image_id % 2**64])
     return random.random(count, dtype=np.float32)
-
-
-def _read(file: Path) -> UInt8[np.ndarray, "height width 3"]:
-    if not file.is_file():
-        found = "a folder" if file.is_dir() else "no such file"
-        raise UserError(f"{file}: {found}, wanted an image, such as a JPEG; correct the path")
-    return pixels(file.read_bytes(), str(file))
