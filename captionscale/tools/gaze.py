@@ -53,7 +53,11 @@ class Gaze:
 
 
 def gaze(
-    captioner: Captioner | Ensemble, views: Sequence[View], vocabulary: Vocabulary, settings: config.Config
+    captioner: Captioner | Ensemble,
+    views: Sequence[View],
+    vocabulary: Vocabulary,
+    settings: config.Config,
+    keys: Sequence[int] = (),
 ) -> list[Gaze]:
     """Caption pictures by the run's own search, and return where the model looked.
 
@@ -61,7 +65,9 @@ def gaze(
         captioner: In evaluation mode; it stays on the device that it is on.
         views: Pictures as the model sees them: `centre_view`, of the run's size.
         vocabulary: The captioner's.
-        settings: The run's. A sampled caption depends on the seed and on its picture's place among these.
+        settings: The run's.
+        keys: A number of each picture, of which, with the seed, its sampled caption is a function. Without
+            them: its place among these.
 
     Raises:
         UserError: Coverage is asked of a captioner without attention.
@@ -71,9 +77,10 @@ def gaze(
     gazes: list[Gaze] = []
     for first in range(0, len(views), size):
         batch = views[first : first + size]
-        keys = [(settings.seed, first + number) for number in range(len(batch))]
+        numbers = (keys or range(len(views)))[first : first + size]
         features = features_of(captioner, batch)
-        found = find_captions(captioner.decoder, features, settings.search, max_words, rules, keys)
+        seeds = [(settings.seed, number) for number in numbers]
+        found = find_captions(captioner.decoder, features, settings.search, max_words, rules, seeds)
         gazes += look_again(captioner.decoder, features, found, vocabulary)
     return gazes
 

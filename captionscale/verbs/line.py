@@ -2,7 +2,7 @@
 
 import argparse
 
-from captionscale.verbs import bench, boards, runs, scores, shards
+from captionscale.verbs import bench, boards, pictures, runs, scores, shards
 from captionscale.version import __version__
 
 
@@ -17,6 +17,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"captionscale {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for room in (shards, runs, scores, boards, bench):
+    for room in (shards, runs, scores, pictures, boards, bench):
         room.add(verbs)
     return parser
