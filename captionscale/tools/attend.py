@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -184,7 +184,7 @@ def _draw(rows: Sequence[Sequence[_Tile]], size: _Size, heading: str, gazes: Seq
     height = 2 * _MARGIN + 0.3 + down * line + _FOOT
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
 
-    def write(x: float, y: float, text: str, letters: float, **options: str) -> None:
+    def write(x: float, y: float, text: str, letters: float, **options: Any) -> None:
         # No formula: a caption may hold any letter.
         figure.text(x / width, y / height, text, fontsize=letters, parse_math=False, color="black", **options)
 

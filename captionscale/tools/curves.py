@@ -73,7 +73,7 @@ def _curve(title: str, unit: str, series: Sequence[_Points], said: str) -> str:
             line = "-" if points.joined else ""
             axes.plot(places, heights, line, marker=dots, color=colour, label=points.name, markersize=4)
             for step, (low, high) in points.intervals.items():
-                axes.plot([step + aside] * 2, [low, high], color=colour, linewidth=2.5, alpha=0.45)
+                axes.plot([step + aside] * 2, [low, high], color=colour, linewidth=2.5, alpha=0.6)
         axes.set_xlim(0, last * (1 + _ASIDE * (len(series) + 1)))
         axes.set_xlabel("step", color=_INK)
         axes.set_ylabel(unit, color=_INK)

@@ -67,8 +67,8 @@ def _compared(found: Comparison, receipt: Receipt, ours: Findings, theirs: Findi
         )
     yield table(rows)
     yield (
-        '<p class="legend">A paired bootstrap over images. An interval that leaves 0, or p below 0.05, says that'
-        " the difference is not the luck of these images; it says nothing of another seed.</p>"
+        '<p class="legend">A paired bootstrap over images. An interval that leaves 0, or p below 0.05, says'
+        " that the difference is not the luck of these images; it says nothing of another seed.</p>"
     )
     if found.changed:
         changes = [("image", f"{found.changed_in} ± × 100", theirs.name, ours.name)]

@@ -111,13 +111,12 @@ def _article(example: Example, view: View | None, people: Sequence[str], gaze: G
     words = ""
     if gaze is not None and view is not None:
         small = Image.fromarray(view).resize((_WORD_PIXELS, _WORD_PIXELS), Image.Resampling.BICUBIC)
-        said = zip(gaze.words, gaze.probabilities, gaze.maps or [None] * len(gaze.words), strict=True)
         figures = []
-        for word, share, weights in said:
+        for number, (word, share) in enumerate(zip(gaze.words, gaze.probabilities, strict=True)):
             shown = ""
-            if weights is not None:
+            if gaze.maps:
                 alt = f"where the model looked for {word}"
-                shown = _image(overlay(small, weights, gaze.most), _WORD_PIXELS, alt)
+                shown = _image(overlay(small, gaze.maps[number], gaze.most), _WORD_PIXELS, alt)
             text = f"{escape(word)} <small>{share:.2f}</small>"
             figures.append(f"<figure><figcaption>{text}</figcaption>{shown}</figure>")
         words = f'<div class="words">{"".join(figures)}</div>'

@@ -1,6 +1,7 @@
 """What there is of a run to tell people of, whatever state it is in."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,12 +39,8 @@ class Findings:
         self.saved = self.attempt(lambda: open_run(folder))
         saved = self.saved
         self.config: Config | None = self.attempt(saved.config) if saved else None
-        self.receipts = [
-            receipt
-            for path in sorted(folder.rglob("receipt.json"))
-            if (receipt := self.attempt(lambda path=path: Receipt.read(path))) is not None
-        ]
-        self.receipts.sort(key=lambda receipt: str(receipt.at.get("time")))
+        found = [self.attempt(partial(Receipt.read, path)) for path in sorted(folder.rglob("receipt.json"))]
+        self.receipts = sorted(filter(None, found), key=lambda receipt: str(receipt.at.get("time")))
         self.shards = shards
 
     def attempt(self, work: Callable[[], T]) -> T | None:

@@ -97,9 +97,10 @@ def _cards(run: Findings) -> str:
         cards.append((f"epochs {wanted} done, {step:,} steps", f"{epochs[step]:.3g}"))
         cards.append(("last loss of a step, per word", f"{losses[step]:.3f}"))
     if run.saved and run.saved.standing.best_step and run.config:
-        standing, metric = run.saved.standing, run.config.train.score_metric
+        standing = run.saved.standing
+        judge = run.config.train.score_metric
         cards.append(
-            (f"best validation {metric}, at step {standing.best_step:,}", f"{100 * standing.best_score:.1f}")
+            (f"best validation {judge}, at step {standing.best_step:,}", f"{100 * standing.best_score:.1f}")
         )
     for receipt in run.receipts[-1:]:
         metric = "CIDEr-D" if "CIDEr-D" in receipt.scores else list(receipt.scores)[-1]
@@ -127,7 +128,7 @@ def _todo(run: Findings) -> str:
 def _scores(ours: Findings, theirs: Findings | None) -> str:
     entries = [
         board.Entry(
-            f"{run.name}, {receipt.made_by.get('split', 'scored')} at step {receipt.made_by.get('step', '?')}",
+            f"{run.name}, {receipt.made_by.get('split', 'scored')}, step {receipt.made_by.get('step', '?')}",
             receipt,
         )
         for run in (ours, theirs)
@@ -137,12 +138,13 @@ def _scores(ours: Findings, theirs: Findings | None) -> str:
     if not entries:
         return ""
     legend = (
-        '<p class="legend">All figures are multiplied by 100; below each its 95&nbsp;% interval. BLEU: how many'
-        " of a caption's words and phrases people also wrote about the image. METEOR: the same with synonyms."
-        " ROUGE-L: the longest sequence in common. CIDEr-D: the same phrases as people, rare ones counting more;"
-        " it may pass 100. Scores on other references, or measured in another way, have a table of their own:"
-        f" they cannot be ranked together. {board.TIE}: the interval overlaps the best one's. Beside a split that"
-        " others have published on, their rows stand below.</p>"
+        '<p class="legend">All figures are multiplied by 100; below each its 95&nbsp;% interval. BLEU: how'
+        " many of a caption's words and phrases people also wrote about the image. METEOR: the same with"
+        " synonyms. ROUGE-L: the longest sequence in common. CIDEr-D: the same phrases as people, rare ones"
+        " counting more; it may pass 100. Scores on other references, or measured in another way, have a"
+        " table of their own: they cannot be ranked together."
+        f" {board.TIE}: the interval overlaps the best one's. What others have published on the same split"
+        " stands below ours.</p>"
     )
     return legend + "\n".join(map(board.section, board.tables_of(entries)))
 
@@ -154,13 +156,13 @@ def _panels(run: Findings) -> str:
     flags = "".join(map(notice, board.warnings(receipt)))
     rows = [("", "the model", "people"), *panel.rows(receipt.panel)]
     return (
-        "<p>A model can win a score without writing good captions: by endings such as <i>with a</i>, by saying"
-        " words twice, by the same caption for many images. The model's captions of split"
+        "<p>A model can win a score without writing good captions: by endings such as <i>with a</i>, by"
+        " saying words twice, by the same caption for many images. The model's captions of split"
         f" <b>{escape(str(receipt.made_by.get('split', '?')))}</b> beside people's:</p>"
         f"{flags or '<p>Nothing suspicious was found.</p>'}{table(rows)}"
-        '<p class="legend">Dangling: ending in such a word. 3-grams: three words in a row, said twice. Distinct:'
-        " different captions for each caption. Novel: not among the training captions. Words a caption: mean and"
-        " standard deviation.</p>"
+        '<p class="legend">Dangling: ending in such a word. 3-grams: three words in a row, said twice.'
+        " Distinct: different captions for each caption. Novel: not among the training captions. Words a"
+        " caption: mean and standard deviation.</p>"
     )
 
 
@@ -187,11 +189,11 @@ def _captions(run: Findings) -> str:
     if split is None:
         about += " The shards are not at hand, so there are no images: say where they are by --shards."
     elif not same:
-        about += " Their checkpoint is not kept, or several runs wrote them together: there is no attention to show."
+        about += " Their checkpoint is gone, or several runs wrote them: there is no attention to show."
     else:
         about += (
-            " Each photograph is as the model saw it, and beside each word its probability, given the picture and"
-            " the words before."
+            " Each photograph is as the model saw it, and beside each word its probability, given the picture"
+            " and the words before."
         )
         about += (
             f" The decoder '{run.config.model.decoder.name}' has no attention to draw."
@@ -211,15 +213,15 @@ def _made(run: Findings) -> str:
             for name, facts in manifest_of(place).splits.items():
                 rows.append((name, f"{facts.images:,}", f"{facts.captions:,}", f"{facts.rejected:,}"))
             lines.append(f"<h3>Data: {escape(str(place))}</h3>" + table(rows))
-    facts: list[tuple[str, ...]] = []
+    known: list[tuple[str, str]] = []
     if run.saved:
-        facts += [("checkpoint", run.saved.folder.name), ("sha256 of its weights", run.saved.sha256)]
+        known += [("checkpoint", run.saved.folder.name), ("sha256 of its weights", run.saved.sha256)]
     for receipt in run.receipts[-1:]:
         flat = toml.flatten(receipt.at)
-        facts += [(f"scored: {key}", str(value)) for key, value in flat.items()]
-        facts.append(("measured with", receipt.signature))
-    if facts:
-        lines.append("<h3>Environment</h3>" + table([("", ""), *facts], text=True))
+        known += [(f"scored: {key}", str(value)) for key, value in flat.items()]
+        known.append(("measured with", receipt.signature))
+    if known:
+        lines.append("<h3>Environment</h3>" + table([("", "what it was"), *known], text=True))
     if run.config:
         lines.append(
             f"<h3>Settings</h3><details><summary>All of them, defaults included</summary>"
