@@ -39,7 +39,7 @@ class _Size(NamedTuple):
     letters: float
 
 
-_PICTURE, _SHEET = _Size(1.7, 0.42, 9), _Size(0.92, 0.3, 6)
+_PICTURE, _SHEET = _Size(1.7, 0.42, 9.0), _Size(0.92, 0.3, 6.0)
 _GAP, _MARGIN, _FOOT = 0.06, 0.15, 0.55
 
 
