@@ -59,7 +59,8 @@ class AttentionDecoder(nn.Module):
     def start(self, features: Float[Tensor, "batch region feature"]) -> AttentionState:
         """Return the state before any word."""
         regions = self.dropout(self.regions(features).relu())
-        memories = torch.tanh(self.first_states(regions.mean(1))).unflatten(1, (2, len(self.cells), -1))
+        memories = torch.tanh(self.first_states(regions.mean(1)))
+        memories = torch.unflatten(memories, 1, (2, len(self.cells), -1))
         return AttentionState(regions, self.attention.keys(regions), memories[:, 0], memories[:, 1])
 
     def step(

@@ -18,7 +18,7 @@ from captionscale.version import __version__
 
 _RANKED_BY = "CIDEr-D"
 _PLAIN = "cross-entropy"
-_TIE = "≈\u202f"
+TIE = "≈\u202f"
 _BEST = ' class="best"'
 _NAMES = ' class="name" data-sort="text"'
 _NUMBERS = ' data-sort="number"'
@@ -121,8 +121,41 @@ def page(tables: Sequence[Table]) -> str:
             " be ranked together."
         )
     template = Template(Path(__file__).with_name("board.html").read_text(encoding="utf-8"))
-    sections = "\n".join(map(_section, tables))
-    return template.substitute(version=escape(__version__), summary=summary, tie=_TIE, sections=sections)
+    sections = "\n".join(map(section, tables))
+    return template.substitute(
+        version=escape(__version__), style=style(), summary=summary, tie=TIE, sections=sections
+    )
+
+
+def style() -> str:
+    """Return what a page of ours looks like, as CSS."""
+    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+
+
+def section(table: Table) -> str:
+    """Return a table and what is to be known of it, as HTML."""
+    split = published().split_of(table.references_sha256)
+    groups = published().groups(split) if split else {}
+    published_metrics = {metric for rows in groups.values() for row in rows for metric in row.scores}
+    metrics = table.metrics + sorted(published_metrics.difference(table.metrics))
+    title, counts = escape(_title(table)), table.entries[0].receipt.counts
+    heads = "".join(_head(metric, _NUMBERS, metric == table.ranked_by) for metric in metrics)
+    legend = "; ".join(f"[{mark}] {meaning}" for mark, meaning in EVIDENCE.items())
+    references, yardstick = escape(table.references_sha256[:12]), escape(" | ".join(table.yardstick.values()))
+    facts = f"{counts['images']:,} images, {counts['references']:,} references (<code>{references}</code>)"
+    lines = [
+        f"<section>\n<h2>{title}</h2>",
+        f'<p class="facts">{facts}, measured with <code>{yardstick}</code></p>',
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table>',
+        f'<thead><tr><th scope="col" class="rank">#</th>{_head("model", _NAMES)}{heads}</tr></thead>',
+        _ours(table, metrics),
+        *(_theirs(group, rows, metrics) for group, rows in groups.items()),
+        "</table></div>",
+        f'<p class="legend">Published: {legend}. Their authors measured them: no rank here.</p>'
+        * bool(groups),
+        "</section>",
+    ]
+    return "\n".join(lines)
 
 
 def warnings(receipt: Receipt) -> list[str]:
@@ -183,31 +216,6 @@ def _title(table: Table) -> str:
     return f"Split {' / '.join(sorted(names))}" if names else "Other references"
 
 
-def _section(table: Table) -> str:
-    split = published().split_of(table.references_sha256)
-    groups = published().groups(split) if split else {}
-    published_metrics = {metric for rows in groups.values() for row in rows for metric in row.scores}
-    metrics = table.metrics + sorted(published_metrics.difference(table.metrics))
-    title, counts = escape(_title(table)), table.entries[0].receipt.counts
-    heads = "".join(_head(metric, _NUMBERS, metric == table.ranked_by) for metric in metrics)
-    legend = "; ".join(f"[{mark}] {meaning}" for mark, meaning in EVIDENCE.items())
-    references, yardstick = escape(table.references_sha256[:12]), escape(" | ".join(table.yardstick.values()))
-    facts = f"{counts['images']:,} images, {counts['references']:,} references (<code>{references}</code>)"
-    lines = [
-        f"<section>\n<h2>{title}</h2>",
-        f'<p class="facts">{facts}, measured with <code>{yardstick}</code></p>',
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table>',
-        f'<thead><tr><th scope="col" class="rank">#</th>{_head("model", _NAMES)}{heads}</tr></thead>',
-        _ours(table, metrics),
-        *(_theirs(group, rows, metrics) for group, rows in groups.items()),
-        "</table></div>",
-        f'<p class="legend">Published: {legend}. Their authors measured them: no rank here.</p>'
-        * bool(groups),
-        "</section>",
-    ]
-    return "\n".join(lines)
-
-
 def _head(name: str, attributes: str, sorted_by: bool = False) -> str:
     order = ' aria-sort="descending"' if sorted_by else ""
     return f'<th scope="col"{attributes}{order}>{escape(name)}</th>'
@@ -254,7 +262,7 @@ def _cell(metric: str, receipt: Receipt, best: Receipt | None, receipts: int) ->
     leads = receipts > 1 and score == best.scores[metric]
     ties = receipts > 1 and not leads and high >= best.intervals[metric][0]
     return (
-        f'<td{_BEST * leads} data-value="{score!r}">{_TIE * ties}{100 * score:.1f}'
+        f'<td{_BEST * leads} data-value="{score!r}">{TIE * ties}{100 * score:.1f}'
         f"<small>{100 * low:.1f} to {100 * high:.1f}</small></td>"
     )
 

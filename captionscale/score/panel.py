@@ -81,10 +81,9 @@ def panel(
     )
 
 
-def table(panel: Panel) -> list[str]:
-    """Return a panel as lines of text."""
+def rows(panel: Panel) -> list[tuple[str, str, str]]:
+    """Return what a panel says: a figure's name, that of the captions and that of people's."""
     ours, human = panel["captions"], panel["references"]
-    lines = [f"{'':18}{'captions':>10}{'people':>10}"]
     shares = {
         "empty": (ours["empty"], human["empty"]),
         "dangling endings": (ours["dangling_endings"], human["dangling_endings"]),
@@ -93,13 +92,22 @@ def table(panel: Panel) -> list[str]:
         "distinct captions": (ours["distinct"], human["distinct"]),
         "novel captions": (ours["novel"], human["novel"]),
     }
+    found = []
     for name, pair in shares.items():
         if pair != (None, None) and (name != "empty" or any(pair)):
-            lines.append(f"{name:18}" + "".join(f"{'-' if x is None else f'{x:.1%}':>10}" for x in pair))
-    lines.append(f"{'words in use':18}{ours['vocabulary']:>10,}{human['vocabulary']:>10,}")
-    spread = (f"{each['length_mean']:.1f}±{each['length_sd']:.1f}" for each in (ours, human))
-    lines.append(f"{'words a caption':18}" + "".join(f"{text:>10}" for text in spread))
-    return lines
+            one, other = ("-" if share is None else f"{share:.1%}" for share in pair)
+            found.append((name, one, other))
+    found.append(("words in use", f"{ours['vocabulary']:,}", f"{human['vocabulary']:,}"))
+    one, other = (f"{each['length_mean']:.1f}±{each['length_sd']:.1f}" for each in (ours, human))
+    return [*found, ("words a caption", one, other)]
+
+
+def table(panel: Panel) -> list[str]:
+    """Return a panel as lines of text."""
+    return [
+        f"{name:18}{ours:>10}{people:>10}"
+        for name, ours, people in [("", "captions", "people"), *rows(panel)]
+    ]
 
 
 def _figures(captions: Sequence[str], known: Collection[str] | None, vocabulary: int | None) -> Figures:

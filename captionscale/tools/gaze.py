@@ -10,13 +10,11 @@ import torch
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
-from captionscale import config
 from captionscale.model.captioner import Captioner
 from captionscale.model.decoders import Decoder
 from captionscale.model.ensemble import Ensemble
 from captionscale.model.retrace import retrace
 from captionscale.model.rules import Features
-from captionscale.score.evaluate import find_captions, make_rules
 from captionscale.vocab import END, Vocabulary
 
 View = UInt8[np.ndarray, "size size 3"]
@@ -50,33 +48,6 @@ class Gaze:
     def most(self) -> float:
         """The greatest share that a cell had for any word: what pictures of one caption are scaled by."""
         return max((float(each.max()) for each in self.maps or ()), default=0.0)
-
-
-def gaze(
-    captioner: Captioner | Ensemble, views: Sequence[View], vocabulary: Vocabulary, settings: config.Config
-) -> list[Gaze]:
-    """Caption pictures by the run's own search, and return where the model looked.
-
-    Args:
-        captioner: In evaluation mode; it stays on the device that it is on.
-        views: Pictures as the model sees them: `centre_view`, of the run's size.
-        vocabulary: The captioner's.
-        settings: The run's. A sampled caption depends on the seed and on its picture's place among these.
-
-    Raises:
-        UserError: Coverage is asked of a captioner without attention.
-    """
-    max_words, size = settings.data.max_words, settings.search.batch
-    rules = make_rules(settings.search, vocabulary, max_words)
-    gazes: list[Gaze] = []
-    for first in range(0, len(views), size):
-        batch = views[first : first + size]
-        keys = [(settings.seed, first + number) for number in range(len(batch))]
-        features = features_of(captioner, batch)
-        found = find_captions(captioner.decoder, features, settings.search, max_words, rules, keys)
-        best = [captions[0] for captions in found]
-        gazes += look_again(captioner.decoder, features, best, vocabulary)
-    return gazes
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ _LEAST_RATIO = 3
 
 
 def quickstart(out: Path) -> None:
-    """Draw, pack, verify, train, score, caption, and show what came of it.
+    """Draw, pack, verify, train, score, caption, report, and show what came of it.
 
     What an earlier call has done already is not done again.
 
@@ -45,10 +45,14 @@ def quickstart(out: Path) -> None:
             )
     _run("verify", packed)
     _run("train", "quickstart", "--set", f"data.shards={packed}", "--out", run)
-    _run("score", run, "--split", "test", "--out", out / "receipt.json")
+    # Where the report finds it, whatever checkpoint it is of.
+    receipt = run / "receipt.json"
+    _run("score", run, "--split", "test", "--out", receipt)
     pictures = sorted((drawn / "test2017").iterdir())[:_SAMPLES]
     said = _run("caption", run, *pictures)
-    _show(drawn, out / "receipt.json", [line.split("\t")[1] for line in said.splitlines()])
+    _run("report", run, "--out", out / "report.html")
+    _show(drawn, receipt, [line.split("\t")[1] for line in said.splitlines()])
+    say(f"\nall of it as a page, with pictures of where the model looked: open {out / 'report.html'}")
 
 
 def random_captions(train: dict[int, list[str]], image_ids: list[int]) -> dict[int, str]:

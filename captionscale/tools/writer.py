@@ -63,12 +63,8 @@ class Writer:
         if isinstance(pictures, str | Path | Image.Image):
             raise ValueError("wanted a list of pictures, found one; write [picture]")
         wish = self.wish(prefix=prefix, require=require, seed=seed, **search)
-        views, batch = [self.view(picture) for picture in pictures], wish.search.batch
-        captions: list[Gaze] = []
-        for first in range(0, len(views), batch):
-            part = views[first : first + batch]
-            captions += [found[0] for found in self.write(part, wish, range(first, first + len(part)))]
-        return captions
+        views = [self.view(picture) for picture in pictures]
+        return self.best(views, wish, range(len(views)))
 
     def wish(
         self, *, prefix: str = "", require: Sequence[str] = (), seed: int | None = None, **search: Any
@@ -91,6 +87,12 @@ class Writer:
     def centre(self, picture: UInt8[np.ndarray, "height width 3"]) -> View:
         """Return what the model sees of a picture's pixels."""
         return centre_view(picture, self.members.config.data.image_size)
+
+    def best(self, views: Sequence[View], wish: Wish, numbers: Sequence[int]) -> list[Gaze]:
+        """Return the best caption of each of any number of pictures; as `write`."""
+        size = wish.search.batch
+        parts = (slice(first, first + size) for first in range(0, len(views), size))
+        return [found[0] for part in parts for found in self.write(views[part], wish, numbers[part])]
 
     def write(
         self, views: Sequence[View], wish: Wish, numbers: Sequence[int], *, every: bool = False

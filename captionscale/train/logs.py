@@ -82,7 +82,7 @@ class Rate:
         self._began, self._images, self._captions = time.monotonic(), 0, 0
 
 
-def figures(run: Path, key: str, since: float = 0) -> dict[int, float]:
+def figures(run: Path, key: str, since: float = 0) -> dict[int, Any]:
     """Return one figure of a run's log by step; the run may be at work, and its last line torn.
 
     Args:
@@ -91,7 +91,7 @@ def figures(run: Path, key: str, since: float = 0) -> dict[int, float]:
         since: A time of `time.time`: nothing is told of a log that was not written after it. A run that goes
             on first takes out what the one before did in vain.
     """
-    found: dict[int, float] = {}
+    found: dict[int, Any] = {}
     path = run / LOG
     with suppress(FileNotFoundError):
         if path.stat().st_mtime < since:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from captionscale.verbs import bench, boards, care, runs, scores, shards, trying
+from captionscale.verbs import bench, boards, care, pictures, runs, scores, shards, trying
 from captionscale.version import __version__
 
 
@@ -17,6 +17,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"captionscale {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for room in (shards, runs, care, scores, boards, trying, bench):
+    for room in (shards, runs, care, scores, pictures, boards, trying, bench):
         room.add(verbs)
     return parser

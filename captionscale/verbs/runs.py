@@ -75,7 +75,7 @@ def add(verbs: Verbs) -> None:
     config.set_defaults(verb="config", handler=_config)
 
     quickstart = verbs.add_parser(
-        "quickstart", help="everything once, on drawn pictures: draw, pack, train, score, caption"
+        "quickstart", help="everything once, on drawn pictures: draw, pack, train, score, caption, report"
     )
     quickstart.add_argument(
         "--out", type=Path, default=Path("quickstart"), help="folder for it all (default: %(default)s)"

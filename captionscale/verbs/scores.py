@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from captionscale.errors import UserError
-from captionscale.verbs.values import Verbs, positive
+from captionscale.verbs.values import Verbs, add_others, add_search, positive, search_changes
 
 _STOPPED = "score: stopped by {}; no receipt was written, and the same command starts anew"
 
@@ -22,7 +22,8 @@ def add(verbs: Verbs) -> None:
     caption.add_argument("--split", help="instead of images: a split of the run's shards")
     caption.add_argument("--shards", help="other shards than the run was trained on: folder, or URL")
     caption.add_argument("--out", type=Path, metavar="RESULTS", help="of a split: where COCO results go")
-    _add_search(caption)
+    add_search(caption)
+    add_others(caption)
     caption.add_argument("--prefix", default="", metavar="WORDS", help="what every caption begins with")
     caption.add_argument(
         "--require", action="append", default=[], metavar="WORD", help="that every caption holds; repeatable"
@@ -33,7 +34,8 @@ def add(verbs: Verbs) -> None:
     score.add_argument("run", type=Path, nargs="?", metavar="RUN")
     score.add_argument("--split", help="split of the run's shards")
     score.add_argument("--shards", help="other shards than the run was trained on: folder, or URL")
-    _add_search(score)
+    add_search(score)
+    add_others(score)
     score.add_argument(
         "--captions", type=Path, metavar="RESULTS", help="without a run: captions in COCO results format"
     )
@@ -70,35 +72,6 @@ def add(verbs: Verbs) -> None:
     compare.set_defaults(verb="compare", handler=_compare)
 
 
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--beam", type=positive, help="captions kept at each word (default: the run's config)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="search.key=value",
-        dest="changes",
-        help="another search than the run's config has; repeatable",
-    )
-    parser.add_argument(
-        "--with",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="RUN",
-        dest="others",
-        help="let this run, of the same words, write together with the first; repeatable",
-    )
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
-
-
-def _changes(options: argparse.Namespace) -> list[str]:
-    """Return what is asked of the search as --set has it."""
-    return [*options.changes, *([f"search.beam={options.beam}"] if options.beam else [])]
-
-
 def _caption(options: argparse.Namespace) -> None:
     from captionscale.tools.members import open_members
     from captionscale.tools.scoring import caption_run
@@ -113,7 +86,7 @@ def _caption(options: argparse.Namespace) -> None:
             checkpoint=options.checkpoint,
             shards=options.shards,
             out=options.out,
-            changes=_changes(options),
+            changes=search_changes(options),
             others=options.others,
             prefix=options.prefix,
             require=options.require,
@@ -122,7 +95,7 @@ def _caption(options: argparse.Namespace) -> None:
             print(f"{options.out}: {count:,} captions, in COCO's results format")
         return
     members = open_members(
-        options.run, options.others, checkpoint=options.checkpoint, changes=_changes(options)
+        options.run, options.others, checkpoint=options.checkpoint, changes=search_changes(options)
     )
     captions = Writer(members).caption(options.images, prefix=options.prefix, require=options.require)
     for path, found in zip(options.images, captions, strict=True):
@@ -145,7 +118,7 @@ def _score(options: argparse.Namespace) -> None:
         raise UserError(f"score {options.run}: no --split; say which, such as --split val")
     if not by_run and (options.run is not None or not (options.captions and options.references)):
         raise UserError("score: wanted either RUN --split NAME, or --captions RESULTS --references CAPTIONS")
-    if not by_run and (options.split or options.shards or _changes(options) or options.others):
+    if not by_run and (options.split or options.shards or search_changes(options) or options.others):
         raise UserError(
             "score: found --split, --shards, --beam, --set or --with beside --captions, which already says"
             " what is scored; leave them out"
@@ -172,7 +145,7 @@ def _score(options: argparse.Namespace) -> None:
             checkpoint=options.checkpoint,
             shards=options.shards,
             out=options.out,
-            changes=_changes(options),
+            changes=search_changes(options),
             others=options.others,
             measure=by,
             spice_jars=options.spice,

@@ -1,6 +1,7 @@
 """What several verbs take."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
@@ -31,3 +32,37 @@ def settings(options: argparse.Namespace) -> "Config":
     from captionscale import toml
 
     return toml.load(options.config, options.changes)
+
+
+def add_search(parser: argparse.ArgumentParser) -> None:
+    """Add --beam and --set, which `search_changes` reads, and --checkpoint."""
+    parser.add_argument(
+        "--beam", type=positive, help="captions kept at each word (default: the run's config)"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="search.key=value",
+        dest="changes",
+        help="another search than the run's config has; repeatable",
+    )
+    parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
+
+
+def add_others(parser: argparse.ArgumentParser) -> None:
+    """Add --with, the other runs of an ensemble."""
+    parser.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        dest="others",
+        help="let this run, of the same words, write together with the first; repeatable",
+    )
+
+
+def search_changes(options: argparse.Namespace) -> list[str]:
+    """Return what is asked of the search as --set has it."""
+    return [*options.changes, *([f"search.beam={options.beam}"] if options.beam else [])]

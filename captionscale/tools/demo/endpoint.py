@@ -134,7 +134,7 @@ def endpoint(service: Service, name: str) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        [first, *_] = error.errors()
+        first = error.errors()[0]
         key = ".".join(map(str, first["loc"][1:]))
         found = first.get("input")
         return _refuse(422, f"{key}={found}: {first['msg'][:1].lower()}{first['msg'][1:]}; see /docs")

@@ -28,7 +28,7 @@ def _drop() -> gr.Image:
         label="Drop a picture", sources=["upload", "clipboard"], type="filepath", height=260, elem_id="drop"
     )
     # gradio would decode it by rules of its own. (Of a subclass, it writes a file beside this one.)
-    place.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+    place.preprocess = lambda payload: payload and payload.path
     return place
 
 

@@ -83,7 +83,7 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
     from captionscale.tools.demo.endpoint import endpoint
     from captionscale.tools.demo.page import CSS, page
 
-    return gr.mount_gradio_app(
+    served: FastAPI = gr.mount_gradio_app(
         endpoint(service, name),
         page(service, name, samples),
         path="/",
@@ -94,6 +94,7 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
         max_file_size=service.limits.size_bytes,
         css=CSS,
     )
+    return served
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -1,0 +1,87 @@
+"""What changed between two runs."""
+
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+from captionscale import toml
+from captionscale.errors import UserError
+from captionscale.score.comparison import Comparison, compare
+from captionscale.score.receipt import Receipt
+from captionscale.tools.findings import Findings
+from captionscale.tools.markup import notice, table
+
+
+def differences(ours: Findings, theirs: Findings) -> str:
+    """Return what two runs differ in: settings, scores, captions, as HTML."""
+    lines = list(map(notice, theirs.missing))
+    if ours.config and theirs.config:
+        one, other = (
+            toml.flatten(run.config.model_dump(mode="json")) for run in (theirs, ours) if run.config
+        )
+        keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        rows = [
+            ("setting", theirs.name, ours.name),
+            *((key, _short(one.get(key)), _short(other.get(key))) for key in keys),
+        ]
+        lines.append(table(rows, text=True) if keys else "<p>Their settings are the same.</p>")
+    pairs = [
+        (first, second)
+        for second in _newest(ours.receipts)
+        for first in _newest(theirs.receipts)
+        if first.hashes["references"] == second.hashes["references"]
+    ]
+    if not pairs:
+        lines.append(
+            "<p>No two receipts of theirs are of the same references, so their scores cannot be compared.</p>"
+        )
+    for first, second in pairs:
+        try:
+            found = compare(first, second)
+        except UserError as error:
+            lines.append(notice(str(error)))
+            continue
+        lines += _compared(found, second, ours, theirs)
+    return "\n".join(lines)
+
+
+def _compared(found: Comparison, receipt: Receipt, ours: Findings, theirs: Findings) -> Iterator[str]:
+    yield f"<h3>Scores on split {escape(str(receipt.made_by.get('split', '?')))}, image by image</h3>"
+    rows = [
+        ("", theirs.name, ours.name, "difference", "its 95 % interval", "p", "images won", "lost", "tied")
+    ]
+    for each in found.differences:
+        low, high = each.interval
+        rows.append(
+            (
+                each.metric,
+                f"{100 * each.first:.1f}",
+                f"{100 * each.second:.1f}",
+                f"{100 * each.difference:+.1f}",
+                f"{100 * low:+.1f} to {100 * high:+.1f}",
+                f"{each.p:.4f}",
+                f"{each.won:,}",
+                f"{each.lost:,}",
+                f"{each.tied:,}",
+            )
+        )
+    yield table(rows)
+    yield (
+        '<p class="legend">A paired bootstrap over images. An interval that leaves 0, or p below 0.05, says'
+        " that the difference is not the luck of these images; it says nothing of another seed.</p>"
+    )
+    if found.changed:
+        changes = [("image", f"{found.changed_in} ± × 100", theirs.name, ours.name)]
+        changes += [
+            (str(each.image_id), f"{100 * each.difference:+.1f}", *each.captions) for each in found.changed
+        ]
+        yield "<h3>What changed most</h3>" + table(changes, text=True)
+
+
+def _newest(receipts: Sequence[Receipt]) -> list[Receipt]:
+    """Return the last receipt of each set of references."""
+    return list({receipt.hashes["references"]: receipt for receipt in receipts}.values())
+
+
+def _short(value: Any) -> str:
+    return "not set" if value is None else str(value)

@@ -1,0 +1,66 @@
+"""What there is of a run to tell people of, whatever state it is in."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from captionscale.config import Config
+from captionscale.data.places import open_place
+from captionscale.data.shards import Split
+from captionscale.errors import UserError
+from captionscale.score.receipt import Receipt
+from captionscale.train.checkpoint import open_run, steps
+from captionscale.train.logs import LOG
+
+T = TypeVar("T")
+
+
+class Findings:
+    """What there is of a run, which may be at work, half-written or of another version."""
+
+    def __init__(self, folder: Path, shards: str | None):
+        """Look at a run.
+
+        Args:
+            folder: The run's.
+            shards: Instead of the run's own.
+
+        Raises:
+            UserError: There is nothing of a run.
+        """
+        self.folder = folder
+        self.name = folder.resolve().name
+        self.missing: list[str] = []
+        if not (folder / LOG).is_file() and not steps(folder):
+            raise UserError(
+                f"{folder}: no checkpoint and no {LOG}, so no run; wanted the --out of captionscale train"
+            )
+        self.saved = self.attempt(lambda: open_run(folder))
+        saved = self.saved
+        self.config: Config | None = self.attempt(saved.config) if saved else None
+        found = [self.attempt(partial(Receipt.read, path)) for path in sorted(folder.rglob("receipt.json"))]
+        self.receipts = sorted(filter(None, found), key=lambda receipt: str(receipt.at.get("time")))
+        self.shards = shards
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """Return what can be had; of what cannot, the reason becomes a part of the page."""
+        try:
+            return work()
+        except UserError as error:
+            self.missing.append(str(error))
+            return None
+
+    def split(self, name: str) -> Split | None:
+        """Return a split of the run's shards, if they are at hand."""
+        if self.config is None:
+            return None
+        data = self.config.data
+        shards = self.shards or data.shards
+        return self.attempt(lambda: Split(open_place(shards, data.cache, data.cache_gb), name))
+
+    @property
+    def validations(self) -> dict[int, Path]:
+        """The captions of each scored step of the validation split."""
+        found = sorted((self.folder / "validation").glob("step-*.json"))
+        return {int(path.stem.removeprefix("step-")): path for path in found}

@@ -1,0 +1,23 @@
+"""Pieces of a page, as HTML."""
+
+from collections.abc import Sequence
+from html import escape
+
+
+def table(rows: Sequence[Sequence[str]], text: bool = False) -> str:
+    """Return rows, the first of which names the columns, as HTML."""
+    kind = ' class="text"' if text else ""
+    head = "".join(f'<th scope="col"{kind}>{escape(cell)}</th>' for cell in rows[0])
+    lines = []
+    for name, *cells in rows[1:]:
+        said = "".join(f"<td{kind}>{escape(cell)}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row" class="text">{escape(name)}</th>{said}</tr>')
+    return (
+        f'<div class="scroll" tabindex="0"><table class="facts"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def notice(text: str) -> str:
+    """Return what a reader should not pass over."""
+    return f'<p class="todo">{escape(text)}</p>'

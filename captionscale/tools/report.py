@@ -1,0 +1,230 @@
+"""One page about a run: what it says, where it looked, why it stopped improving, what it is made of."""
+
+from contextlib import suppress
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from string import Template
+
+from captionscale import toml
+from captionscale.data.places import manifest_of, open_place
+from captionscale.errors import UserError
+from captionscale.files import atomic, prove_writable
+from captionscale.score import board, panel
+from captionscale.score.results import read_results
+from captionscale.tools import examples
+from captionscale.tools.curves import curves
+from captionscale.tools.differences import differences
+from captionscale.tools.findings import Findings
+from captionscale.tools.markup import notice, table
+from captionscale.train.checkpoint import open_run, steps
+from captionscale.train.logs import figures
+from captionscale.version import __version__
+
+
+def report(run: Path, out: Path, *, against: Path | None = None, shards: str | None = None) -> int:
+    """Write the page; it needs no other file, no network and no JavaScript.
+
+    Args:
+        run: The --out of captionscale train, which may be at work.
+        out: Where the page goes.
+        against: Another run, to tell what changed.
+        shards: Instead of the run's own.
+
+    Returns:
+        The page's size in bytes.
+
+    Raises:
+        UserError: No run at all, or a place that cannot be written.
+    """
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"{out}: ends in '{out.suffix}', wanted .html; name it so")
+    prove_writable(out)
+    ours = Findings(run, shards)
+    theirs = Findings(against, shards) if against else None
+    sections = {
+        "Curves": curves(ours),
+        "Scores": _scores(ours, theirs),
+        "Is a score to be believed?": _panels(ours),
+        "Captions": _captions(ours),
+        f"Against {theirs.name}" if theirs else "": differences(ours, theirs) if theirs else "",
+        "What it is made of": _made(ours),
+    }
+    shown = {title: body for title, body in sections.items() if body}
+    # Last: it tells what all others found missing.
+    summary = _todo(ours) + _cards(ours)
+    parts = [
+        f'<section id="part{number}"><h2>{escape(title)}</h2>{body}</section>'
+        for number, (title, body) in enumerate(shown.items())
+    ]
+    links = [f'<a href="#part{number}">{escape(title)}</a>' for number, title in enumerate(shown)]
+    template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        title=escape(ours.name),
+        version=escape(__version__),
+        style=board.style(),
+        summary=_sentence(ours),
+        contents="".join(links),
+        sections=summary + "\n".join(parts),
+        at=datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00") + " UTC",
+    ).encode(errors="replace")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(out) as file:
+        file.write(page)
+    return len(page)
+
+
+def _sentence(run: Findings) -> str:
+    """Say in a line what was trained on what."""
+    config = run.config
+    if config is None:
+        return "A run without a checkpoint that can be read: this page has what its log tells."
+    encoder, decoder, train = config.model.encoder, config.model.decoder, config.train
+    frozen = "a frozen" if encoder.trainable == "none" else "a learning"
+    return (
+        f"A captioner with {frozen} <b>{escape(encoder.name)}</b> encoder and the decoder"
+        f" <b>{escape(decoder.name)}</b>, trained on <b>{escape(config.data.shards)}</b> by"
+        f" <b>{'self-critical training' if train.objective == 'scst' else 'cross-entropy'}</b>."
+    )
+
+
+def _cards(run: Findings) -> str:
+    epochs, losses = figures(run.folder, "epoch"), figures(run.folder, "loss")
+    cards = []
+    if epochs:
+        step = max(epochs)
+        wanted = f"of {run.config.train.epochs}" if run.config else ""
+        cards.append((f"epochs {wanted} done, {step:,} steps", f"{epochs[step]:.3g}"))
+        cards.append(("last loss of a step, per word", f"{losses[step]:.3f}"))
+    if run.saved and run.saved.standing.best_step and run.config:
+        standing = run.saved.standing
+        judge = run.config.train.score_metric
+        cards.append(
+            (f"best validation {judge}, at step {standing.best_step:,}", f"{100 * standing.best_score:.1f}")
+        )
+    for receipt in run.receipts[-1:]:
+        metric = "CIDEr-D" if "CIDEr-D" in receipt.scores else list(receipt.scores)[-1]
+        low, high = receipt.intervals[metric]
+        about = f"{metric} of split {receipt.made_by.get('split', '?')}"
+        about += f", 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+        cards.append((about, f"{100 * receipt.scores[metric]:.1f}"))
+    shown = "".join(f"<div><b>{value}</b>{escape(name)}</div>" for name, value in cards)
+    return f'<div class="cards">{shown}</div>' if cards else ""
+
+
+def _todo(run: Findings) -> str:
+    """Say what is not there, and which command makes it."""
+    lines = [escape(text) for text in dict.fromkeys(run.missing)]
+    if not run.receipts:
+        split = run.config.data.val_split if run.config else "val"
+        lines.append(
+            "Not scored yet, so there is no score table and no best or worst caption:"
+            f" <code>captionscale score {escape(str(run.folder))} --split {escape(split)}</code>, then this"
+            " report again."
+        )
+    return "".join(f'<p class="todo">{line}</p>' for line in lines)
+
+
+def _scores(ours: Findings, theirs: Findings | None) -> str:
+    entries = [
+        board.Entry(
+            f"{run.name}, {receipt.made_by.get('split', 'scored')}, step {receipt.made_by.get('step', '?')}",
+            receipt,
+        )
+        for run in (ours, theirs)
+        if run is not None
+        for receipt in run.receipts
+    ]
+    if not entries:
+        return ""
+    legend = (
+        '<p class="legend">All figures are multiplied by 100; below each its 95&nbsp;% interval. BLEU: how'
+        " many of a caption's words and phrases people also wrote about the image. METEOR: the same with"
+        " synonyms. ROUGE-L: the longest sequence in common. CIDEr-D: the same phrases as people, rare ones"
+        " counting more; it may pass 100. Scores on other references, or measured in another way, have a"
+        " table of their own: they cannot be ranked together."
+        f" {board.TIE}: the interval overlaps the best one's. What others have published on the same split"
+        " stands below ours.</p>"
+    )
+    return legend + "\n".join(map(board.section, board.tables_of(entries)))
+
+
+def _panels(run: Findings) -> str:
+    if not run.receipts:
+        return ""
+    receipt = run.receipts[-1]
+    flags = "".join(map(notice, board.warnings(receipt)))
+    rows = [("", "the model", "people"), *panel.rows(receipt.panel)]
+    return (
+        "<p>A model can win a score without writing good captions: by endings such as <i>with a</i>, by"
+        " saying words twice, by the same caption for many images. The model's captions of split"
+        f" <b>{escape(str(receipt.made_by.get('split', '?')))}</b> beside people's:</p>"
+        f"{flags or '<p>Nothing suspicious was found.</p>'}{table(rows)}"
+        '<p class="legend">Dangling: ending in such a word. 3-grams: three words in a row, said twice.'
+        " Distinct: different captions for each caption. Novel: not among the training captions. Words a"
+        " caption: mean and standard deviation.</p>"
+    )
+
+
+def _captions(run: Findings) -> str:
+    if run.receipts:
+        receipt = run.receipts[-1]
+        split = run.split(str(receipt.made_by.get("split")))
+        step = receipt.made_by.get("step")
+        saved = run.attempt(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
+        same = saved is not None and saved.sha256 == receipt.hashes.get("model")
+        groups, which = examples.chosen(receipt), f"split {receipt.made_by.get('split')}"
+    elif run.validations:
+        step, path = max(run.validations.items())
+        captions = run.attempt(lambda: read_results(path))
+        if not captions or run.config is None:
+            return ""
+        split = run.split(run.config.data.val_split)
+        saved = run.attempt(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
+        same = saved is not None
+        groups, which = examples.drawn(captions), "the validation split, by greedy search"
+    else:
+        return ""
+    about = f"Captions of {escape(which)}, at step {step}."
+    if split is None:
+        about += " The shards are not at hand, so there are no images: say where they are by --shards."
+    elif not same:
+        about += " Their checkpoint is gone, or several runs wrote them: there is no attention to show."
+    else:
+        about += (
+            " Each photograph is as the model saw it, and beside each word its probability, given the picture"
+            " and the words before."
+        )
+        about += (
+            f" The decoder '{run.config.model.decoder.name}' has no attention to draw."
+            if run.config and run.config.model.decoder.name == "plain"
+            else " The yellower a place, the more the model looked there for that word; the bluer, the less."
+        )
+    body = run.attempt(lambda: examples.gallery(groups, run.config, split, saved if same else None))
+    return f"<p>{about}</p>{body or ''}"
+
+
+def _made(run: Findings) -> str:
+    lines = []
+    if run.config:
+        with suppress(UserError):
+            place = open_place(run.shards or run.config.data.shards)
+            rows = [("split", "images", "captions", "left out as unreadable")]
+            for name, facts in manifest_of(place).splits.items():
+                rows.append((name, f"{facts.images:,}", f"{facts.captions:,}", f"{facts.rejected:,}"))
+            lines.append(f"<h3>Data: {escape(str(place))}</h3>" + table(rows))
+    known: list[tuple[str, str]] = []
+    if run.saved:
+        known += [("checkpoint", run.saved.folder.name), ("sha256 of its weights", run.saved.sha256)]
+    for receipt in run.receipts[-1:]:
+        flat = toml.flatten(receipt.at)
+        known += [(f"scored: {key}", str(value)) for key, value in flat.items()]
+        known.append(("measured with", receipt.signature))
+    if known:
+        lines.append("<h3>Environment</h3>" + table([("", "what it was"), *known], text=True))
+    if run.config:
+        lines.append(
+            f"<h3>Settings</h3><details><summary>All of them, defaults included</summary>"
+            f"<pre>{escape(toml.dumps(run.config))}</pre></details>"
+        )
+    return "\n".join(lines)

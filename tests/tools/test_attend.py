@@ -1,0 +1,137 @@
+"""Pictures of where a model looks; the run is the journey's: trained by the command line."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from experiment import tiny
+from PIL import Image
+
+from captionscale.cli import main
+
+
+def _say(capsys, *words) -> str:
+    main([str(word) for word in words])
+    return capsys.readouterr().out
+
+
+def _refuse(capsys, *words) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory) -> Path:
+    """A tiny run."""
+    folder = tmp_path_factory.mktemp("attend")
+    tiny(folder, packed, "train.epochs=1")
+    main(["train", str(folder / "experiment.toml"), "--out", str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.fixture
+def photos(scenes: Path) -> list[Path]:
+    return sorted((scenes / "test2017").iterdir())[:2]
+
+
+def test_a_picture_shows_the_caption_that_the_command_caption_writes(run, photos, tmp_path, capsys) -> None:
+    said = _say(capsys, "attend", run, *photos, "--out", tmp_path / "out", "--beam", "3")
+    written = [line.split("\t") for line in said.splitlines()]
+    plain = _say(capsys, "caption", run, *photos, "--beam", "3").splitlines()
+    assert [caption for _, caption in written] == [line.split("\t")[1] for line in plain]
+    for place, _ in written:
+        with Image.open(place) as picture:
+            assert picture.width > 500
+
+
+def test_two_images_of_one_name_have_two_pictures(run, photos, tmp_path, capsys) -> None:
+    other = tmp_path / "other" / photos[0].name
+    other.parent.mkdir()
+    other.write_bytes(photos[1].read_bytes())
+    said = _say(capsys, "attend", run, photos[0], other, "--out", tmp_path / "out")
+    places = [Path(line.split("\t")[0]) for line in said.splitlines()]
+    assert len(set(places)) == 2
+    assert all(place.is_file() for place in places)
+
+
+def test_a_split_becomes_pages_of_ten_images(run, tmp_path, capsys) -> None:
+    pages = _say(capsys, "attend", run, "--split", "train", "--out", tmp_path, "--beam", "1").split()
+    assert [Path(page).name for page in pages] == [f"train-{number:03d}.png" for number in range(1, 6)]
+    assert all(Path(page).stat().st_size > 10_000 for page in pages)
+
+
+def test_the_maps_of_each_word_add_up_to_one_and_are_the_grid_s(run, photos) -> None:
+    from captionscale.tools.members import open_members
+    from captionscale.tools.writer import Writer
+
+    for stride in (32, 16):
+        writer = Writer(open_members(run, (), checkpoint="best", changes=["search.beam=2"]))
+        size = writer.members.config.data.image_size
+        if stride == 16:
+            from captionscale.model.captioner import Captioner
+
+            model = writer.members.config.model
+            finer = model.encoder.model_copy(update={"stride": 16})
+            model = model.model_copy(update={"encoder": finer})
+            writer.captioner = Captioner(model, len(writer.vocabulary)).eval()
+        views = [writer.view(photo) for photo in photos]
+        for each in writer.best(views, writer.wish(), range(len(views))):
+            assert len(each.words) == len(each.probabilities) == len(each.maps or ())
+            assert all(0 < probability <= 1 for probability in each.probabilities)
+            for weights in each.maps or ():
+                assert weights.shape == (size // stride, size // stride)
+                assert weights.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_map_lies_over_the_picture_the_right_way_up() -> None:
+    from captionscale.tools.gaze import overlay
+
+    weights = np.zeros((2, 3), np.float32)
+    weights[0, 2] = 1
+    shown = np.asarray(overlay(Image.new("RGB", (90, 60), "grey"), weights, 1.0)).astype(int)
+    yellow = shown[:, :, 0] - shown[:, :, 2]
+    assert np.unravel_index(yellow.argmax(), yellow.shape)[0] < 30
+    assert np.unravel_index(yellow.argmax(), yellow.shape)[1] >= 60
+    # Grey print keeps the order, too.
+    ramp = np.linspace(0, 1, 50, dtype=np.float32)[None]
+    strip = np.asarray(overlay(Image.new("RGB", (50, 1), "grey"), ramp, 1.0).convert("L")).astype(int)[0]
+    assert (np.diff(strip) >= 0).all()
+    assert strip[-1] - strip[0] > 60
+
+
+@pytest.mark.parametrize("content", [b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"not an image"])
+def test_what_is_no_image_is_refused_before_anything_is_written(
+    content, run, photos, tmp_path, capsys
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(content)
+    error = _refuse(capsys, "attend", run, photos[0], bad, "--out", tmp_path / "out")
+    assert f"{bad}: not a readable image" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_image_of_a_hundred_megapixels_is_refused(run, tmp_path, capsys) -> None:
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "huge.png")
+    error = _refuse(capsys, "attend", run, tmp_path / "huge.png", "--out", tmp_path / "out")
+    assert "huge.png: not a readable image" in error
+
+
+def test_a_plain_decoder_says_that_it_has_no_attention(packed, tmp_path, capsys, photos) -> None:
+    tiny(tmp_path, packed, "train.steps=1", "model.decoder.name=plain", "model.decoder.layers=1")
+    main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run")])
+    error = _refuse(capsys, "attend", tmp_path / "run", *photos, "--out", tmp_path / "out")
+    assert "its decoder is 'plain'" in error
+
+
+def test_places_and_runs_that_are_none_are_refused(run, photos, tmp_path, capsys) -> None:
+    assert "no checkpoint, so no run" in _refuse(
+        capsys, "attend", tmp_path / "no", photos[0], "--out", tmp_path
+    )
+    assert "wanted either" in _refuse(capsys, "attend", run, "--out", tmp_path)
+    assert "no such file" in _refuse(capsys, "attend", run, tmp_path / "no.jpg", "--out", tmp_path)
+    (tmp_path / "file").write_text("x")
+    assert "cannot be written" in _refuse(capsys, "attend", run, photos[0], "--out", tmp_path / "file")

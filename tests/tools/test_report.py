@@ -1,0 +1,126 @@
+"""A page about a run in whatever state; opened as text, as a browser has no more to read."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from experiment import tiny
+
+from captionscale.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory) -> Path:
+    """A tiny run of two epochs, not yet scored."""
+    folder = tmp_path_factory.mktemp("report")
+    tiny(folder, packed)
+    main(["train", str(folder / "experiment.toml"), "--out", str(folder / "run")])
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def _write(run: Path, *options: str | Path) -> str:
+    out = run.parent / "page.html"
+    main(["report", str(run), "--out", str(out), *map(str, options)])
+    return out.read_text(encoding="utf-8")
+
+
+def _receipt(run: Path, packed: Path, caption: str) -> None:
+    """Give a run a receipt of its test split, as `score` does, of the metrics that are quick."""
+    from captionscale.data.shards import Split
+    from captionscale.score import score
+    from captionscale.train.checkpoint import open_run
+
+    saved, split = open_run(run), Split(packed, "test")
+    receipt = score(
+        {int(row["image_id"]): f"{caption} {number % 3}" for number, row in enumerate(split.index)},
+        split.references(),
+        ["BLEU-4", "CIDEr-D"],
+        made_by={"split": "test", "step": saved.standing.step},
+        hashes={"model": saved.sha256},
+    )
+    receipt.write(run / "scores" / "test" / "receipt.json")
+
+
+def test_a_run_that_is_not_scored_says_so_and_shows_what_there_is(copy) -> None:
+    page = _write(copy)
+    assert f"captionscale score {copy} --split val" in page
+    for title in ("Loss", "Learning rate", "Throughput", "CIDEr-D", "At random"):
+        assert f">{title}<" in page
+    assert "data:image/jpeg;base64," in page
+    # Nothing is fetched, nothing is run.
+    assert "<script" not in page
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", re.sub(r"xlink:href|<\?xml[^>]*>", "", page))
+
+
+def test_a_scored_run_shows_its_table_and_what_changed_against_another(copy, packed, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    _receipt(copy, packed, "a red ball")
+    _receipt(other, packed, "a cat")
+    page = _write(copy, "--against", other)
+    assert "Not scored yet" not in page
+    assert "Against other" in page
+    assert "Their settings are the same" in page
+    assert "Best, by CIDEr-D" in page
+    assert "where the model looked for" in page
+    from captionscale.score import Receipt
+    from captionscale.score.comparison import compare
+
+    receipts = [Receipt.read(each / "scores" / "test" / "receipt.json") for each in (other, copy)]
+    difference = {each.metric: each for each in compare(*receipts).differences}["BLEU-4"]
+    assert f"<td>{100 * difference.difference:+.1f}</td>" in page
+
+
+def test_a_run_that_is_at_work_or_was_killed_has_a_page_of_its_log(copy) -> None:
+    shutil.rmtree(copy / "checkpoints")
+    shutil.rmtree(copy / "validation")
+    log = (copy / "log.jsonl").read_text(encoding="utf-8")
+    (copy / "log.jsonl").write_text(log[:-20], encoding="utf-8")
+    page = _write(copy)
+    assert "A run without a checkpoint" in page
+    assert ">Loss<" in page
+
+
+def test_without_its_shards_a_page_has_no_images_and_says_why(copy, tmp_path) -> None:
+    page = _write(copy, "--shards", tmp_path / "nowhere")
+    assert "no manifest.json" in page
+    assert "The shards are not at hand" in page
+    assert "data:image/jpeg" not in page
+
+
+def test_a_run_of_another_version_says_so(copy) -> None:
+    for path in copy.glob("checkpoints/*/state.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    page = _write(copy)
+    assert "every checkpoint is damaged" in page
+    assert ">Loss<" in page
+
+
+def test_what_a_receipt_or_config_holds_is_text_and_never_markup(copy, packed) -> None:
+    _receipt(copy, packed, "<img src=x onerror=alert(1)>")
+    assert "<img src=x" not in _write(copy)
+
+
+@pytest.mark.parametrize(
+    ("name", "out", "error"),
+    [
+        ("no run", "page.html", "no checkpoint and no log.jsonl, so no run"),
+        ("run", "page.txt", "wanted .html"),
+        ("run", "experiment.toml/page.html", "cannot be written"),
+    ],
+)
+def test_no_run_and_no_place_are_refused(name, out, error, run, capsys) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["report", str(run.parent / name), "--out", str(run.parent / out)])
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert error in said
+    assert "Traceback" not in said
