@@ -99,10 +99,12 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
+        if not 0 <= port < 2**16:
+            raise OSError("no such port")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise UserError(
                 f"--port {port}: in use by another program, wanted a free one; take another, or 0 for any"
             ) from None

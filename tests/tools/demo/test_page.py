@@ -32,11 +32,11 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(packed: Path, tmp_path_factory: pytest.TempPathFactory, temporary: Path) -> Iterator[str]:
-    process = start(opinionated_run(tmp_path_factory.mktemp("page"), packed), temporary)
-    assert process.stdout is not None
-    yield process.stdout.readline().split()[0]
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    with start(opinionated_run(tmp_path_factory.mktemp("page"), packed), temporary) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().split()[0]
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 0
     # Nothing is left of what was sent, nor of what the page wrote.
     assert [path for path in temporary.iterdir() if path.name.startswith("captionscale")] == []
 
