@@ -32,8 +32,8 @@ CHANGES = (
     "train.save_every=3",
     "train.score_every=30",
 )
-# Of a job's time: the first half is to start in, also where four jobs share two cores.
-TIME_S = 120
+# The first two thirds of a job's time are to start in, also where four jobs share two cores.
+TIME_S = 180
 GRACE_S = 60
 
 Slurm = Callable[..., str]
