@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from captionscale.verbs.values import Verbs
+from captionscale.verbs.values import Verbs, add_others
 
 
 def add(verbs: Verbs) -> None:
@@ -17,15 +17,7 @@ def add(verbs: Verbs) -> None:
     demo.add_argument("--share", action="store_true", help="also through a public link of gradio's")
     demo.add_argument("--shards", help="where sample pictures come from (default: the run's own)")
     demo.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
-    demo.add_argument(
-        "--with",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="RUN",
-        dest="others",
-        help="let this run, of the same words, write together with the first; repeatable",
-    )
+    add_others(demo)
     demo.set_defaults(verb="demo", handler=_demo)
 
     export = verbs.add_parser("export", help="write a run as ONNX, as PyTorch programs, or for the hub")
