@@ -55,6 +55,7 @@ class Encoder(nn.Module):
         self.scale: Tensor
         self.register_buffer("shift", -MEAN / STD, persistent=False)
         self.register_buffer("scale", 1 / (255 * STD), persistent=False)
+        self._compiled = False
         self.parts: list[list[nn.Parameter]] = self._choose_parts()
         """What may learn of each part that `model.encoder.trainable` names, in its order."""
         for parameter in self.trunk.parameters():
@@ -72,7 +73,8 @@ class Encoder(nn.Module):
         pictures = torch.addcmul(self.shift, images.float(), self.scale)
         learning = self.learns and torch.is_grad_enabled()
         # A call finds what is compiled; evaluation goes past that, with batches of any size.
-        look: Callable[[Tensor], Tensor] = self.trunk if self.training else self.trunk.forward
+        past = self._compiled and not self.training
+        look: Callable[[Tensor], Tensor] = self.trunk.forward if past else self.trunk
         if learning and self.settings.checkpointing:
             look = self._look_twice
         with torch.set_grad_enabled(learning):
@@ -101,6 +103,7 @@ class Encoder(nn.Module):
                 " Triton on a GPU; install them, or leave it out"
             ) from None
         self.trunk.compile()
+        self._compiled = True
 
     def unfreeze(self, step: int, starts: Sequence[int]) -> bool:
         """Let the parts learn whose step has come, and no others.
