@@ -139,7 +139,7 @@ def duration(value: float) -> str:
     """Return a number of seconds for people.
 
     Example:
-        >>> duration(0.25), duration(42), duration(3700), duration(200_000)
+        >>> duration(0.25), duration(42.0), duration(3700.0), duration(200_000.0)
         ('0.2 s', '42 s', '1 h 02 min', '2 d 07 h')
     """
     if value < 10:

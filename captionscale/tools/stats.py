@@ -18,7 +18,7 @@ from captionscale.data.places import Place, as_place, manifest_of
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.files import atomic
-from captionscale.progress import progress, say
+from captionscale.progress import SHORT_S, progress, say
 from captionscale.vocab import split_words
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _MAX_WORDS: int = Data.model_fields["max_words"].default
 _IMAGE_SIZE: int = Data.model_fields["image_size"].default
-_PATIENCE_S = 2.0
 _MANY = 0.1
 _SHOWN_WORDS = 8
 _SHOWN_IMAGES = 3
@@ -114,7 +113,7 @@ def _count(split: Split) -> _Counted:
 def _watched(items: Sequence[int], title: str) -> Iterator[int]:
     """Yield items, under a bar once that has taken longer than people wait gladly."""
     started, done = time.monotonic(), 0
-    while done < len(items) and time.monotonic() - started < _PATIENCE_S:
+    while done < len(items) and time.monotonic() - started < SHORT_S:
         yield items[done]
         done += 1
     if done < len(items):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from rich.filesize import decimal
 
+from captionscale import progress
 from captionscale.cli import main
 from captionscale.data import manifest
 from captionscale.data.packing import Options, pack
@@ -233,7 +234,8 @@ def test_a_bar_comes_only_where_it_takes_long_and_nothing_is_lost_to_it(
     print_stats(small, min_count=2)
     quick = capsys.readouterr()
     assert quick.err == ""
-    monkeypatch.setattr(room, "_PATIENCE_S", 0.0)
+    for each in (room, progress):
+        monkeypatch.setattr(each, "SHORT_S", 0.0)
     print_stats(small, min_count=2)
     slow = capsys.readouterr()
     # Images without captions are not read.

@@ -196,12 +196,11 @@ def _memory(split: Split) -> Sheet:
 def _megabytes() -> int:
     """Return what this process and its children hold, what several share counted once."""
     own = os.getpid()
-    children = [
-        int(process)
-        for task in Path(f"/proc/{own}/task").iterdir()
-        for process in (task / "children").read_text().split()
-    ]
-    total = 0
+    children, total = list[int](), 0
+    for task in Path(f"/proc/{own}/task").iterdir():
+        # A thread may end at any time.
+        with suppress(OSError):
+            children += map(int, (task / "children").read_text().split())
     for process in (own, *children):
         with suppress(OSError):
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()

@@ -96,7 +96,7 @@ def test_fifty_at_once_with_bad_ones_among_them_each_have_their_own_answer(
             caption = next(expected)
             assert answer.json()["caption"] == caption.caption
             assert [word["word"] for word in answer.json()["words"]] == caption.words
-            assert answer.json()["log_probability"] == pytest.approx(caption.log_probability, abs=1e-4)
+            assert answer.json()["log_probability"] == pytest.approx(caption.log_probability, abs=1e-3)
         else:
             assert told in answer.json()["error"]
     assert sum(counting.batches) == 40
