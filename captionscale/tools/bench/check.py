@@ -57,11 +57,11 @@ def quick(benches: Mapping[str, Sequence[str]], *, check: bool, write: bool, as_
             Sheet(table["title"], table["columns"], table["rows"], table["notes"]).print(out)
     if as_json:
         print(json.dumps({"machine": machine, "tables": tables}, indent=1))
+    measured = ratios(tables)
+    if write and measured:
+        _commit(measured, machine)
     if failed:
         raise UserError(f"bench --quick: {', '.join(failed)} failed, and told why; mend that first")
-    measured = ratios(tables)
-    if write:
-        _commit(measured, machine)
     if check:
         _refuse_fallen(measured, committed)
 
