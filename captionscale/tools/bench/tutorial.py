@@ -140,7 +140,10 @@ def _decoders(sizes: Sizes, grid: int, region: int, rounds: int) -> Heat:
     torch.manual_seed(0)
     settings = _DECODER.model_copy(update={"region": region})
     decoder = AttentionDecoder(settings, _FEATURE, sizes.words).train()
-    _sharpen(decoder)
+    with torch.no_grad():
+        # Where it looks everywhere alike, as at first, its gradient is little but rounding.
+        for parameter in decoder.attention.parameters():
+            parameter.mul_(_SHARP)
     features = torch.randn(sizes.images, grid**2, _FEATURE).relu().requires_grad_()
     target, learning = _target(features, 1, sizes), [features, *decoder.parameters()]
     ours = _learner(lambda: _loss_of_ours(decoder, features, target), learning, sizes)
@@ -170,13 +173,9 @@ def _steps(sizes: Sizes, rounds: int) -> Heat:
     assert isinstance(decoder, AttentionDecoder)
     one, several = (_target(pictures, captions, sizes) for captions in (1, sizes.captions))
 
-    def loss_of_tutorial() -> Tensor:
+    def loss_of_tutorial(layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         encoder = plain.encoder
-        # Normalised and laid out as ours, while they are compared.
         colours = torch.addcmul(encoder.shift, pictures.float(), encoder.scale)
-        first = next(encoder.trunk.parameters())
-        channels_last = first.is_contiguous(memory_format=torch.channels_last)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
         grid = encoder.trunk(colours.contiguous(memory_format=layout))
         return _loss_of_tutorial(decoder, grid.flatten(2).transpose(1, 2), one)
 
@@ -190,7 +189,8 @@ def _steps(sizes: Sizes, rounds: int) -> Heat:
             (loss_of_tutorial, theirs, simple),
         )
     )
-    note = _compare(with_one(), tutorial(), sizes)
+    in_our_layout = _learner(lambda: loss_of_tutorial(torch.channels_last), theirs, sizes, simple)
+    note = _compare(with_one(), in_our_layout(), sizes)
     # Not before: in another layout convolutions round otherwise: fifty layers make 1 % of that in gradients.
     plain.encoder.trunk.to(memory_format=torch.contiguous_format)
     heat = race(
@@ -222,14 +222,6 @@ def _settle(encoder: Encoder, pictures: Tensor) -> None:
     with torch.no_grad():
         encoder(pictures)
     encoder.train()
-
-
-@torch.no_grad()
-def _sharpen(decoder: nn.Module) -> None:
-    """Let attention look at some regions more: where all are alike, as at first, its gradient is rounding."""
-    assert isinstance(decoder, AttentionDecoder)
-    for parameter in decoder.attention.parameters():
-        parameter.mul_(_SHARP)
 
 
 def _target(pictures: Tensor, captions: int, sizes: Sizes) -> Target:
