@@ -3,6 +3,7 @@
 Drawn scenes stand for COCO, Flickr8k and nocaps, a tiny experiment for each config, two CPU processes for a machine's GPUs.
 """
 
+import csv
 import json
 import shutil
 import stat
@@ -174,15 +175,13 @@ def _flickr8k(folder: Path, documents: dict[str, dict[str, Any]]) -> None:
 def _own(folder: Path, documents: dict[str, dict[str, Any]]) -> None:
     """Write a user's own table."""
     (folder / "photos").symlink_to("coco/Flicker8k_Dataset")
-    rows = ["image,caption,split"]
-    for split in ("train", "val"):
-        names = {image["id"]: image["file_name"] for image in documents[split]["images"]}
-        rows += [
-            f"{names[number]},{text},{split}"
-            for number, captions in _captions(documents[split]).items()
-            for text in captions
-        ]
-    (folder / "mine.csv").write_text("\n".join(rows))
+    with (folder / "mine.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption", "split"])
+        for split in ("train", "val"):
+            names = {image["id"]: image["file_name"] for image in documents[split]["images"]}
+            for number, captions in _captions(documents[split]).items():
+                table.writerows([names[number], text, split] for text in captions)
 
 
 def _others(folder: Path, scenes: Path, documents: dict[str, dict[str, Any]]) -> None:
