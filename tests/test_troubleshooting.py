@@ -27,7 +27,9 @@ def texts() -> Iterator[str]:
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else DIFFERS for part in node.values)
                 yield re.sub(f"{DIFFERS}+", DIFFERS, "".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            elif (
+                isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings
+            ):
                 # What `str.format` fills in.
                 yield re.sub("{.*?}", DIFFERS, node.value)
 
