@@ -1,7 +1,7 @@
 """A hook of mkdocs: pages keep the places that they have in the checkout, so that a link is right in both.
 
-Pages are `docs/` and the READMEs of the folders; the README is the front page. What a page links to besides, such as
-a file of source, comes along as it is.
+Pages are `docs/` and the READMEs of the folders; the README is the front page. What a page links to besides,
+such as a file of source, comes along as it is.
 """
 
 import re

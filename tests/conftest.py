@@ -48,7 +48,7 @@ def packed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """An empty bucket, `bucket`, on a server of S3's protocol as a user names one, by the environment; its client."""
+    """A client of a server of S3's protocol, as a user names one: by the environment; it has a `bucket`."""
     moto = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
     from botocore.session import get_session

@@ -1,6 +1,6 @@
 """The folder in which a reader of the documentation types its commands, and the programs that answer there.
 
-Drawn scenes stand for COCO, Flickr8k and nocaps, a tiny experiment for each config, two CPU processes for a machine's GPUs.
+Drawn scenes stand for COCO, Flickr8k and nocaps, tiny experiments for configs, two CPU processes for GPUs.
 """
 
 import csv
@@ -35,6 +35,8 @@ TINY = (
 )
 """What each config is changed by."""
 EXPERIMENTS = ("attention", "attention_scst", "flickr8k", "show_and_tell")
+QUICKSTARTS = ("val2017/000000002001.jpg", "test2017/000000002156.jpg")
+"""Of its drawings, those that the documentation names."""
 PROGRAMS = {
     "python": '#!/bin/sh\nexec {python} "$@"\n',
     "captionscale": '#!/bin/sh\nexec {python} -m captionscale "$@"\n',
@@ -66,7 +68,7 @@ print("17" if said.parsable else "Submitted batch job 17")
 
 
 def furnish(folder: Path, scenes: Path) -> None:
-    """Make the folder: originals, shards, runs and files under the names that the documentation has for them."""
+    """Make the folder: originals and other files under the names that the documentation has for them."""
     _programs(folder / "bin")
     for name in ("configs", "launch", "shards", "slurm"):
         (folder / name).symlink_to(ROOT / name)
@@ -82,23 +84,24 @@ def furnish(folder: Path, scenes: Path) -> None:
     _others(folder, scenes, documents)
 
 
-def work(folder: Path) -> None:
-    """Do what most pages take for done: pack, train, caption and score; called within the folder."""
+def work() -> None:
+    """Do, within the folder, what most pages take for done."""
     for split in ("train", "val", "test"):
-        images, captions = f"coco/{split}2017", f"coco/annotations/captions_{split}2017.json"
-        main(
-            ["pack", "coco", "--images", images, "--captions", captions, "--split", split, "--out", "data/coco"]
-        )
-    main(
-        ["pack", "folder", "--images", "coco/test2017", "--split", "test", "--out", "data/coco2017"]
-    )  # without captions
-    main(["train", "attention", "--out", "runs/attention"])
-    main(["train", "show_and_tell", "--out", "runs/show_and_tell"])
+        captions = f"coco/annotations/captions_{split}2017.json"
+        _say(f"pack coco --images coco/{split}2017 --captions {captions} --split {split} --out data/coco")
+    # Without captions.
+    _say("pack folder --images coco/test2017 --split test --out data/coco2017")
+    _say("train attention --out runs/attention")
+    _say("train show_and_tell --out runs/show_and_tell")
     for other in ("attention2", "attention3"):
         shutil.copytree("runs/attention", f"runs/{other}")
     Path("quickstart/run").symlink_to("../runs/attention")
-    main(["caption", "runs/attention", "--split", "test", "--out", "results.json"])
-    main(["score", "runs/attention2", "--split", "val", "--beam", "1", "--out", "other/receipt.json"])
+    _say("caption runs/attention --split test --out results.json")
+    _say("score runs/attention2 --split val --beam 1 --out other/receipt.json")
+
+
+def _say(command: str) -> None:
+    main(command.split())
 
 
 def _programs(folder: Path) -> None:
@@ -189,8 +192,10 @@ def _others(folder: Path, scenes: Path, documents: dict[str, dict[str, Any]]) ->
     photos = sorted((scenes / "test2017").iterdir())
     shutil.copy(photos[0], folder / "photo.jpg")
     shutil.copy(photos[1], folder / "another.jpg")
-    (folder / "quickstart" / "coco" / "val2017").mkdir(parents=True)
-    shutil.copy(photos[2], folder / "quickstart" / "coco" / "val2017" / "000000002001.jpg")
+    for place in QUICKSTARTS:
+        drawing = folder / "quickstart" / "coco" / place
+        drawing.parent.mkdir(parents=True)
+        shutil.copy(photos[2], drawing)
     (folder / "nocaps").mkdir()
     for part, split in (("val", "test"), ("test", "val")):
         (folder / "nocaps" / part).symlink_to(scenes / f"{split}2017")
