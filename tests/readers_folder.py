@@ -89,8 +89,8 @@ def work() -> None:
     for split in ("train", "val", "test"):
         captions = f"coco/annotations/captions_{split}2017.json"
         _say(f"pack coco --images coco/{split}2017 --captions {captions} --split {split} --out data/coco")
-    # Without captions.
-    _say("pack folder --images coco/test2017 --split test --out data/coco2017")
+    listed = "coco/annotations/image_info_test2017.json"
+    _say(f"pack coco --images coco/test2017 --captions {listed} --split test --out data/coco2017")
     _say("train attention --out runs/attention")
     _say("train show_and_tell --out runs/show_and_tell")
     for other in ("attention2", "attention3"):
