@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import copytree, rmtree
+from shutil import copytree, rmtree, which
 from typing import Any
 
 import pytest
@@ -88,14 +88,18 @@ def written(line: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def furnished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What each page finds; not to be changed."""
+def furnished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What each page finds, not to be changed; METEOR is loaded once for all that is typed."""
+    from captionscale.score import metrics
+
     folder = tmp_path_factory.mktemp("reader")
     readers_folder.furnish(folder, scenes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        readers_folder.work()
-    return folder
+    with metrics.Evaluator() as evaluator, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "measure", evaluator.measure)
+        with patch.context() as within:
+            within.chdir(folder)
+            readers_folder.work()
+        yield folder
 
 
 @pytest.fixture
@@ -103,7 +107,7 @@ def reader(
     furnished: Path, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator["Reader"]:
     """Someone who types what a page says."""
-    from captionscale.score import leaderboard, metrics
+    from captionscale.score import leaderboard
     from captionscale.tools.doctor import findings
 
     folder = copytree(furnished, tmp_path / "reader", symlinks=True)
@@ -128,12 +132,9 @@ def reader(
     monkeypatch.setattr(findings, "leave", expect_nothing_refused)
     for name, board in leaderboard.BOARDS.items():
         monkeypatch.setitem(leaderboard.BOARDS, name, replace(board, images=8))
-    with metrics.Evaluator() as evaluator:
-        # METEOR is loaded once for a page's commands.
-        monkeypatch.setattr(metrics, "measure", evaluator.measure)
-        someone = Reader()
-        yield someone
-        someone.leave()
+    someone = Reader()
+    yield someone
+    someone.leave()
 
 
 def expect_nothing_refused(code: int) -> None:
@@ -202,9 +203,11 @@ class Reader:
             assert server.returncode == 0
 
 
+needs_programs = pytest.mark.skipif(None in map(which, ("bash", "curl")), reason="needs bash and curl")
 RUNNABLE = [page for page in PAGES if any(block.language in LANGUAGES - {"text"} for block in blocks(page))]
 
 
+@needs_programs
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_of_a_page_does_what_it_should(page: Path, reader: Reader) -> None:
     for block in blocks(page):
