@@ -1,6 +1,6 @@
 """The folder in which a reader of the documentation types its commands, and the programs that answer there.
 
-Drawn scenes stand for COCO, Flickr8k and nocaps, tiny experiments for configs, two CPU processes for GPUs.
+Drawn scenes stand for COCO, Flickr8k and nocaps, and tiny experiments for the configs.
 """
 
 import csv
@@ -74,8 +74,6 @@ def furnish(folder: Path, scenes: Path) -> None:
         (folder / name).symlink_to(ROOT / name)
     for name in EXPERIMENTS:
         (folder / name).write_text(toml.dumps(toml.load(name, TINY)), encoding="utf-8")
-    # A machine with two CPU processes, whatever the documentation says that it has.
-    shutil.copy(ROOT / "launch" / "cpu.yaml", folder / "gpu")
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
     documents = _coco(folder, scenes)

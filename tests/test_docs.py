@@ -96,7 +96,7 @@ def furnished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     readers_folder.furnish(folder, scenes)
     with metrics.Evaluator() as evaluator, pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "measure", evaluator.measure)
-        with patch.context() as within:
+        with pytest.MonkeyPatch.context() as within:
             within.chdir(folder)
             readers_folder.work()
         yield folder
@@ -108,6 +108,7 @@ def reader(
 ) -> Iterator["Reader"]:
     """Someone who types what a page says."""
     from captionscale.score import leaderboard
+    from captionscale.tools import launcher
     from captionscale.tools.doctor import findings
 
     folder = copytree(furnished, tmp_path / "reader", symlinks=True)
@@ -118,16 +119,17 @@ def reader(
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "CAPTIONSCALE_CACHE": str(folder / "cache"),
-        "CAPTIONSCALE_DOCTOR": "on",
         "WANDB_MODE": "offline",
         "MLFLOW_TRACKING_URI": f"file:{folder}/mlruns",
         "MLFLOW_ALLOW_FILE_STORE": "true",
         "GIT_PYTHON_REFRESH": "quiet",
         "OMP_NUM_THREADS": "1",
-        # What launch sets.
+        # The profiles for GPUs too.
         "ACCELERATE_USE_CPU": "true",
     }.items():
         monkeypatch.setenv(name, value)
+    # Processes are launched by tests/test_journey.py and others.
+    monkeypatch.setattr(launcher, "_run", launched)
     # It would end pytest too, if a check hung.
     monkeypatch.setattr(findings, "leave", expect_nothing_refused)
     for name, board in leaderboard.BOARDS.items():
@@ -135,6 +137,11 @@ def reader(
     someone = Reader()
     yield someone
     someone.leave()
+
+
+def launched(arguments: list[str]) -> None:
+    """Do in this process what `accelerate launch` is told to do in others."""
+    main(arguments[arguments.index("captionscale") + 1 :])
 
 
 def expect_nothing_refused(code: int) -> None:
@@ -177,6 +184,7 @@ class Reader:
     def _run(self, script: str) -> None:
         for pattern, replacement in ADDED.items():
             script = re.sub(pattern, replacement, script, flags=re.MULTILINE)
+        print(f"\n$ {script}")
         words = shlex.split(script) if "\n" not in script else []
         if words[:2] == ["captionscale", "demo"]:
             self._serve(words[1:])
