@@ -15,6 +15,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Slow: some minutes, on a machine that does nothing else.
 bench: .venv/ready
@@ -29,5 +30,5 @@ install: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist quickstart .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv build dist site quickstart .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,11 +11,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from captionscale.contradictions import contradictions
 
 Share = Annotated[float, Field(ge=0, le=1)]
+"""A number from 0 to 1."""
 Count = Annotated[int, Field(ge=1)]
+"""A whole number from 1 on."""
 Step = Annotated[int, Field(ge=0)]
+"""A whole number from 0 on."""
 Rate = Annotated[float, Field(gt=0)]
+"""A number above 0."""
 
 CACHE_GB = 100.0
+"""What `data.cache_gb` is by default."""
 
 _CHOICES = {
     "region": ("attention", "top_down"),

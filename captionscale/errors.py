@@ -25,7 +25,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         word: What the user wrote.
         known: What could have been written.
 
-    Example:
+    Examples:
         >>> did_you_mean("globl_batch", ["global_batch", "micro_batch"])
         "did you mean 'global_batch'?"
     """

@@ -138,7 +138,7 @@ class Bar:
 def duration(value: float) -> str:
     """Return a number of seconds for people.
 
-    Example:
+    Examples:
         >>> duration(0.25), duration(42.0), duration(3700.0), duration(200_000.0)
         ('0.2 s', '42 s', '1 h 02 min', '2 d 07 h')
     """

@@ -76,7 +76,7 @@ def dumps(config: Config) -> str:
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return a nested tree as one level of dotted keys.
 
-    Example:
+    Examples:
         >>> flatten({"seed": 1, "train": {"lr": 0.1}})
         {'seed': 1, 'train.lr': 0.1}
     """

@@ -20,7 +20,7 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 def split_words(caption: str) -> list[str]:
     """Return a caption's words: lower case, without punctuation.
 
-    Example:
+    Examples:
         >>> split_words("A dog's T-shirt, drying!")
         ['a', "dog's", 't-shirt', 'drying']
     """

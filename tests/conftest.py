@@ -4,7 +4,9 @@ captionscale is imported inside the fixtures: jaxtyping can check only what is i
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,3 +49,28 @@ def packed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         records = coco.official(scenes / f"{split}2017", captions, split)
         pack(records, out, sources=[captions], options=Options(images_per_shard=IMAGES_PER_SHARD))
     return out
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A client of a server of S3's protocol, as a user names one: by the environment; it has a `bucket`."""
+    moto = pytest.importorskip("moto.server")
+    pytest.importorskip("s3fs")
+    from botocore.session import get_session
+
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    nothing = tmp_path_factory.mktemp("home") / "nothing"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "me")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.setenv("AWS_CONFIG_FILE", str(nothing))
+        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(nothing))
+        client = get_session().create_client("s3")
+        client.create_bucket(Bucket="bucket")
+        yield client
+    server.stop()

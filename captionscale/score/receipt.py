@@ -194,7 +194,7 @@ def score(
     Raises:
         UserError: As `metrics.measure`.
 
-    Example:
+    Examples:
         >>> captions = {"dog.jpg": "a dog runs", "cat.jpg": "a cat on a mat"}
         >>> references = {"dog.jpg": ["A dog is running."], "cat.jpg": ["A cat sits on a mat.", "a cat"]}
         >>> receipt = score(captions, references, ["BLEU-1", "CIDEr-D"])

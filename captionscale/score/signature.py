@@ -41,7 +41,7 @@ def signature(
 def yardstick(signature: str) -> dict[str, str]:
     """Return the parts of a signature that say how it was measured, by their names.
 
-    Example:
+    Examples:
         >>> yardstick("ptb corenlp-3.4.1|bleu coco|beam 5")
         {'ptb': 'ptb corenlp-3.4.1', 'bleu': 'bleu coco'}
     """

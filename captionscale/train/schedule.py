@@ -14,7 +14,7 @@ def lr_factor(step: int, steps: int, warmup: float) -> float:
     Source:
         Loshchilov and Hutter 2017 (arXiv:1608.03983), equation 5, without restarts.
 
-    Example:
+    Examples:
         >>> [round(lr_factor(step, 10, 0.2), 2) for step in (0, 1, 2, 6, 9)]
         [0.5, 1.0, 1.0, 0.5, 0.04]
     """

@@ -56,4 +56,4 @@ def _doctor(options: argparse.Namespace) -> None:
 def _watch(options: argparse.Namespace) -> None:
     from captionscale.tools.watch import watch
 
-    watch(options.run, once=options.once, every_s=options.every)
+    watch(options.run, once=options.once, every_s=float(options.every))

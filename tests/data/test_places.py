@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -418,31 +419,11 @@ def test_a_full_disk_is_told_and_nothing_is_left(server: Server, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A server of S3's protocol, as a user names one: by the environment."""
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
-    from botocore.session import get_session
-
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    nothing = tmp_path_factory.mktemp("home") / "nothing"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "me")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        patch.setenv("AWS_CONFIG_FILE", str(nothing))
-        patch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(nothing))
-        client = get_session().create_client("s3")
-        client.create_bucket(Bucket="bucket")
-        client.put_object(Bucket="bucket", Key="data/coco/manifest.json", Body=b"{}")
-        for shard, data in zip(SHARDS, CONTENT, strict=True):
-            client.put_object(Bucket="bucket", Key=f"data/coco/{shard.name}", Body=data)
-        yield
-    server.stop()
+def s3(bucket: Any) -> None:
+    """Shards in a bucket, below a folder."""
+    bucket.put_object(Bucket="bucket", Key="data/coco/manifest.json", Body=b"{}")
+    for shard, data in zip(SHARDS, CONTENT, strict=True):
+        bucket.put_object(Bucket="bucket", Key=f"data/coco/{shard.name}", Body=data)
 
 
 @pytest.mark.usefixtures("s3")

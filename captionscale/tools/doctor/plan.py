@@ -100,7 +100,7 @@ def seconds(text: str) -> float:
     Raises:
         UserError: It is not one.
 
-    Example:
+    Examples:
         >>> seconds("90"), seconds("1:30"), seconds("4:00:00"), seconds("1-0"), seconds("2-03:30")
         (5400.0, 90.0, 14400.0, 86400.0, 185400.0)
     """
