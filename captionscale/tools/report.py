@@ -17,7 +17,8 @@ from captionscale.tools.curves import curves
 from captionscale.tools.differences import differences
 from captionscale.tools.findings import Findings
 from captionscale.tools.markup import notice, table
-from captionscale.train.checkpoint import open_run, steps
+from captionscale.train.checkpoint import open_run
+from captionscale.train.layout import steps
 from captionscale.train.logs import figures
 from captionscale.version import __version__
 

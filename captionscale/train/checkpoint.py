@@ -25,16 +25,16 @@ from captionscale.errors import UserError
 from captionscale.files import sha256_of
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
+from captionscale.train.layout import SETTINGS, checkpoint_of, checkpoints, steps
 from captionscale.train.standing import Standing
 from captionscale.vocab import Vocabulary
 
 FORMAT = 1
-_MODEL, _OPTIMIZER, _AVERAGE, _STATE, _CONFIG, _VOCAB = (
+_MODEL, _OPTIMIZER, _AVERAGE, _STATE, _VOCAB = (
     "model.safetensors",
     "optimizer.safetensors",
     "average.safetensors",
     "state.json",
-    "config.toml",
     "vocab.json",
 )
 _OLD = ".old.tmp"
@@ -69,7 +69,7 @@ def save(
     Raises:
         UserError: The disk refuses.
     """
-    folder = _folder(run, standing.step)
+    folder = checkpoint_of(run, standing.step)
     partial = _passing(folder)
     try:
         sweep(run)
@@ -92,7 +92,7 @@ def save(
             kept.add(standing.captioned)  # It may turn out to be the best.
         for step in steps(run):
             if step not in kept:
-                _folder(run, step).rename(_passing(_folder(run, step)))
+                checkpoint_of(run, step).rename(_passing(checkpoint_of(run, step)))
         sweep(run)
     # Neither a full disk's OSError nor safetensors' own error about it may cost the checkpoints before.
     except Exception as error:
@@ -111,7 +111,7 @@ def seal(
     vocabulary: Vocabulary,
 ) -> None:
     """Write what a checkpoint has besides what is in its folder already, and the checksums of all."""
-    (folder / _CONFIG).write_text(toml.dumps(config), encoding="utf-8")
+    (folder / SETTINGS).write_text(toml.dumps(config), encoding="utf-8")
     vocabulary.save(folder / _VOCAB)
     state = {
         "format": FORMAT,
@@ -124,7 +124,7 @@ def seal(
 
 def sweep(run: Path) -> None:
     """Remove what a killed process was writing, and what is no longer kept."""
-    for path in (run / "checkpoints").glob("*.tmp"):
+    for path in checkpoints(run).glob("*.tmp"):
         whole = path.with_name(path.name.removesuffix(_OLD))
         if path.name.endswith(_OLD) and not whole.exists():
             # The one that was to take its place has not come.
@@ -133,13 +133,6 @@ def sweep(run: Path) -> None:
             continue
         # On NFS a folder stays while another process reads in it; the next save tries again.
         shutil.rmtree(path, ignore_errors=True)
-
-
-def steps(run: Path) -> list[int]:
-    """Return the steps of which a run has checkpoints, in their order."""
-    names = (path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
-    # A user may keep a copy of one under a name of his own.
-    return sorted(int(name) for name in names if name.isdecimal())
 
 
 class Checkpoint:
@@ -175,7 +168,7 @@ class Checkpoint:
 
     def config(self) -> Config:
         """Return the run's settings."""
-        return toml.load(self.folder / _CONFIG)
+        return toml.load(self.folder / SETTINGS)
 
     def vocabulary(self) -> Vocabulary:
         """Return the run's words."""
@@ -238,7 +231,7 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """
     for step in reversed(steps(run)):
         try:
-            return Checkpoint(_folder(run, step))
+            return Checkpoint(checkpoint_of(run, step))
         except UserError as error:
             warn(f"warning: passed over: {error}")
     if steps(run):
@@ -293,11 +286,7 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
             f"{run}: no checkpoint of step {step}; there are {steps(run)}; take one of these, or"
             " --checkpoint last"
         )
-    return Checkpoint(_folder(run, step))
-
-
-def _folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+    return Checkpoint(checkpoint_of(run, step))
 
 
 def _passing(folder: Path) -> Path:

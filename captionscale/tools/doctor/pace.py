@@ -14,7 +14,7 @@ from captionscale.model.captioner import Captioner
 from captionscale.progress import duration
 from captionscale.tools.doctor.findings import Line, ok, refusal, unmeasured, warning
 from captionscale.tools.doctor.plan import Plan
-from captionscale.train import checkpoint
+from captionscale.train.layout import steps
 from captionscale.train.logs import figures
 from captionscale.train.losses import cross_entropy
 from captionscale.train.optimizer import make_optimizer
@@ -138,7 +138,7 @@ def finish(plan: Plan) -> Iterator[Line]:
             return
     epoch_s = len(plan.split) / rate
     step_s = epoch_s / plan.order.steps_per_epoch
-    saved = checkpoint.steps(plan.run) if plan.run else []
+    saved = steps(plan.run) if plan.run else []
     left = max(0, plan.steps - (saved[-1] if saved else 0)) * step_s
     if not left:
         yield ok(f"all {plan.steps:,} steps are done")
