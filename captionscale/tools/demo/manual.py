@@ -20,10 +20,10 @@ def manual(openapi: dict[str, Any], base: str) -> str:
         openapi: The description that FastAPI makes.
         base: Where the endpoint is, for the examples.
     """
-    info = openapi["info"]
+    info, described = openapi["info"], escape(f"{base}/openapi.json")
     parts = [
         f"<h1>{escape(info['title'])}</h1><p>{escape(info['description'])}</p>",
-        f'<p>For programs: <a href="{base}/openapi.json">openapi.json</a>, OpenAPI {openapi["openapi"]}.</p>',
+        f'<p>For programs: <a href="{described}">openapi.json</a>, OpenAPI {openapi["openapi"]}.</p>',
     ]
     for path, operations in openapi["paths"].items():
         for method, operation in operations.items():

@@ -4,6 +4,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
+from gradio.data_classes import ListFiles
 
 from captionscale.data.shards import Split
 from captionscale.tools.demo.service import Service
@@ -22,13 +23,18 @@ CSS = """
 """
 
 
-def _drop() -> gr.Image:
-    """Return a place for a picture, which is taken as the file that it is."""
-    place = gr.Image(
-        label="Drop a picture", sources=["upload", "clipboard"], type="filepath", height=260, elem_id="drop"
-    )
-    # gradio would decode it by rules of its own. (Of a subclass, it writes a file beside this one.)
-    place.preprocess = lambda payload: payload and payload.path
+def _untouched(place: Any) -> Any:
+    """Have a place for uploads hand over paths, as requests name them; `Visits` knows which are uploads."""
+
+    async def stay(path: str) -> str:
+        return path
+
+    def paths(payload: Any) -> Any:
+        return [each.path for each in payload] if isinstance(payload, ListFiles) else payload and payload.path
+
+    # gradio would copy any file of this machine that a request names, and fetch any URL; it would decode
+    # pictures by rules of its own, or leave an empty file beside each. (Of a subclass, it writes one too.)
+    place.async_move_resource_to_block_cache, place.preprocess = stay, paths
     return place
 
 
@@ -50,7 +56,15 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
         seen = gr.State(None, time_to_live=_KEPT_S)
         with gr.Tab("One picture"), gr.Row():
             with gr.Column():
-                drop = _drop()
+                drop = _untouched(
+                    gr.Image(
+                        label="Drop a picture",
+                        sources=["upload", "clipboard"],
+                        type="filepath",
+                        height=260,
+                        elem_id="drop",
+                    )
+                )
                 if samples:
                     gr.Markdown(f"or take one of the split '{escape(samples.name)}':")
                 gallery = gr.Gallery(
@@ -78,7 +92,7 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
                 looked = gr.HTML(elem_id="looked")
         with gr.Tab("Many pictures"):
             gr.Markdown(f"At most {MOST_FILES} files, captioned as the first tab's settings say.")
-            files = gr.File(file_count="multiple", label="Drop pictures", elem_id="files")
+            files = _untouched(gr.File(file_count="multiple", label="Drop pictures", elem_id="files"))
             download = gr.HTML(elem_id="download")
             table = gr.Dataframe(
                 headers=list(COLUMNS),
