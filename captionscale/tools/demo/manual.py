@@ -9,7 +9,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd }
 code, pre { font: 14px/1.5 ui-monospace, monospace; background: #f3f3f3 }
-code { padding: .1rem .25rem } pre { padding: .8rem; overflow-x: auto }
+code { padding: .1rem .25rem } pre { padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
 
