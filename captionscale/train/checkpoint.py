@@ -27,6 +27,7 @@ from captionscale.model.captioner import Captioner
 from captionscale.progress import say
 from captionscale.train.layout import SETTINGS, checkpoint_of, checkpoints, steps
 from captionscale.train.standing import Standing
+from captionscale.version import __version__
 from captionscale.vocab import Vocabulary
 
 FORMAT = 1
@@ -115,6 +116,7 @@ def seal(
     vocabulary.save(folder / _VOCAB)
     state = {
         "format": FORMAT,
+        "captionscale": __version__,
         **asdict(standing),
         "fingerprint": dict(fingerprint),
         "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
@@ -135,6 +137,10 @@ def sweep(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+class OtherVersionError(UserError):
+    """A checkpoint is whole, but written by a version whose format is another one."""
+
+
 class Checkpoint:
     """A checkpoint on disk, proven whole."""
 
@@ -142,6 +148,7 @@ class Checkpoint:
         """Read a checkpoint's state and compare its files with their checksums.
 
         Raises:
+            OtherVersionError: It is not of this format.
             UserError: A file is missing or damaged.
             OSError: One cannot be read.
         """
@@ -149,7 +156,11 @@ class Checkpoint:
         try:
             self._state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
             if self._state["format"] != FORMAT:
-                raise ValueError(f"format {self._state['format']}, this version reads {FORMAT}")
+                raise OtherVersionError(
+                    f"{folder}: a checkpoint of format {self._state['format']}, written by captionscale"
+                    f" {self._state.get('captionscale', 'of another version')}; wanted format {FORMAT}, which"
+                    f" captionscale {__version__} reads; take the version that wrote it, or another run"
+                )
             for name, sha256 in self._state["sha256"].items():
                 if sha256_of(folder / name) != sha256:
                     raise ValueError(f"sha256 of {name} is not the one that was saved")
@@ -167,8 +178,21 @@ class Checkpoint:
         )
 
     def config(self) -> Config:
-        """Return the run's settings."""
-        return toml.load(self.folder / SETTINGS)
+        """Return the run's settings.
+
+        Raises:
+            UserError: Another version had other keys.
+        """
+        try:
+            return toml.load(self.folder / SETTINGS)
+        except UserError as error:
+            writer = self._state.get("captionscale", __version__)
+            if writer == __version__:
+                raise
+            raise UserError(
+                f"{error}; captionscale {writer} wrote this checkpoint, and this is {__version__}: take the"
+                " version that wrote it"
+            ) from None
 
     def vocabulary(self) -> Vocabulary:
         """Return the run's words."""
@@ -181,9 +205,20 @@ class Checkpoint:
         return hashes.get(_AVERAGE, hashes[_MODEL])
 
     def captioner(self) -> Captioner:
-        """Return the captioner as it was saved, or the average of what it was, in evaluation mode."""
+        """Return the captioner as it was saved, or the average of what it was, in evaluation mode.
+
+        Raises:
+            UserError: A weight is no number, and so is all that would come of it.
+        """
+        tensors = self.weights() | self.average()
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(
+                    f"{self.folder}: weights of {name} are no numbers (NaN or infinite), wanted those of a"
+                    " run that learned; take another step by --checkpoint, or train with a lower train.lr"
+                )
         captioner = Captioner(self.config().model, len(self.vocabulary()))
-        captioner.load_state_dict(self.weights() | self.average())
+        captioner.load_state_dict(tensors)
         return captioner.eval()
 
     def refuse_another(self, fingerprint: Mapping[str, Any]) -> None:
@@ -227,11 +262,14 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         warn: Told of each damaged one that is passed over.
 
     Raises:
-        UserError: There are some, all of them damaged.
+        UserError: There are some, all of them damaged; or the newest whole one is of another version.
     """
     for step in reversed(steps(run)):
         try:
             return Checkpoint(checkpoint_of(run, step))
+        except OtherVersionError:
+            # To go on from an older one would throw this one away.
+            raise
         except UserError as error:
             warn(f"warning: passed over: {error}")
     if steps(run):
