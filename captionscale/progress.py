@@ -1,5 +1,6 @@
 """How far something is, shown to people."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -56,7 +58,7 @@ def progress(
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=out, transient=passing) as bars:
+    with _bars(*columns, transient=passing) as bars:
         bar = Bar(title, total, done, out)
         bar.attach(bars)
         yield bar
@@ -77,7 +79,7 @@ def working(title: str, *, quiet: bool = False) -> Iterator[None]:
         yield
     elif out.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=out, transient=True) as bars:
+        with _bars(*columns, transient=True) as bars:
             bars.add_task(title, total=None)
             yield
     else:
@@ -88,6 +90,12 @@ def working(title: str, *, quiet: bool = False) -> Iterator[None]:
             yield
         finally:
             timer.cancel()
+
+
+def _bars(*columns: ProgressColumn, transient: bool) -> Progress:
+    # What is printed meanwhile stands above the bar; but a pipe or a file is to have it nonetheless.
+    here = sys.stdout.isatty()
+    return Progress(*columns, console=console(), transient=transient, redirect_stdout=here)
 
 
 class Bar:
