@@ -94,9 +94,14 @@ def _cards(run: Findings) -> str:
     cards = []
     if epochs:
         step = max(epochs)
-        wanted = f"of {run.config.train.epochs}" if run.config else ""
-        cards.append((f"epochs {wanted} done, {step:,} steps", f"{epochs[step]:.3g}"))
-        cards.append(("last loss of a step, per word", f"{losses[step]:.3f}"))
+        train = run.config.train if run.config else None
+        if train and train.steps:
+            cards.append((f"steps of {train.steps:,} done, {epochs[step]:.3g} epochs", f"{step:,}"))
+        else:
+            wanted = f" of {train.epochs}" if train else ""
+            cards.append((f"epochs{wanted} done, {step:,} steps", f"{epochs[step]:.3g}"))
+    if losses:
+        cards.append(("last loss of a step, nats per word", f"{losses[max(losses)]:.3f}"))
     if run.saved and run.saved.standing.best_step and run.config:
         standing = run.saved.standing
         judge = run.config.train.score_metric

@@ -79,6 +79,17 @@ def test_a_scored_run_shows_its_table_and_what_changed_against_another(copy, pac
     assert f"<td>{100 * difference.difference:+.1f}</td>" in page
 
 
+def test_only_the_best_and_the_last_validation_are_scored_again_for_their_intervals(copy) -> None:
+    # All of them took as long as scoring had in training.
+    (copy / "validation" / "step-00000001.json").write_text("rubbish")
+    with (copy / "log.jsonl").open("a") as log:
+        log.write('{"step": 1, "scores": {"CIDEr-D": -1.0}}\n')
+    page = _write(copy)
+    assert "best of 3 is" in page
+    assert "step-00000001" not in page
+    assert "of the best and the last validation" in page
+
+
 def test_a_run_that_is_at_work_or_was_killed_has_a_page_of_its_log(copy) -> None:
     shutil.rmtree(copy / "checkpoints")
     shutil.rmtree(copy / "validation")
