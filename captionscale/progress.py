@@ -36,7 +36,13 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress(
-    title: str, total: int, done: int = 0, *, quiet: bool = False, passing: bool = False
+    title: str,
+    total: int,
+    done: int = 0,
+    *,
+    quiet: bool = False,
+    passing: bool = False,
+    lines: bool = False,
 ) -> Iterator["Bar"]:
     """Show how far something is: a bar on a terminal, now and then a line elsewhere.
 
@@ -46,9 +52,10 @@ def progress(
         done: Already.
         quiet: Show nothing; for ranks other than the first.
         passing: Take the bar away at the end; without a terminal, say nothing of what is soon done.
+        lines: On a terminal too, as other threads do such things at the same time.
     """
     out = console()
-    if quiet or not out.is_terminal:
+    if quiet or lines or not out.is_terminal:
         yield Bar(title, total, done, None if quiet else out, SHORT_S if passing else 0.0)
         return
     columns = (
