@@ -133,10 +133,7 @@ def _todo(run: Findings) -> str:
 
 def _scores(ours: Findings, theirs: Findings | None) -> str:
     entries = [
-        board.Entry(
-            f"{run.name}, {receipt.made_by.get('split', 'scored')}, step {receipt.made_by.get('step', '?')}",
-            receipt,
-        )
+        board.Entry(run.name, receipt)
         for run in (ours, theirs)
         if run is not None
         for receipt in run.receipts

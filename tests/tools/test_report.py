@@ -77,6 +77,18 @@ def test_a_scored_run_shows_its_table_and_what_changed_against_another(copy, pac
     receipts = [Receipt.read(each / "scores" / "test" / "receipt.json") for each in (other, copy)]
     difference = {each.metric: each for each in compare(*receipts).differences}["BLEU-4"]
     assert f"<td>{100 * difference.difference:+.1f}</td>" in page
+    assert "Difference: run less other; won: images at which run scores higher" in page
+
+
+def test_against_a_run_that_is_not_scored_says_which_command_scores_it(copy, packed, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    _receipt(copy, packed, "a red ball")
+    page = _write(copy, "--against", other)
+    assert (
+        f"other is not scored, so scores cannot be compared: captionscale score {other} --split val" in page
+    )
+    assert "of the same references" not in page
 
 
 def test_only_the_best_and_the_last_validation_are_scored_again_for_their_intervals(copy) -> None:
