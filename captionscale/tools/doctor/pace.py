@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from captionscale.data.loader import Batch, Loader
+from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.progress import duration
 from captionscale.tools.doctor.findings import Line, ok, refusal, unmeasured, warning
@@ -51,6 +52,9 @@ def _learned(plan: Plan) -> tuple[float, str]:
     """Return the pictures that one process learns from in a second, read from memory, and how that was found.
 
     0: that could not be found here.
+
+    Raises:
+        UserError: The GPU's memory is too small.
     """
     gpu = torch.cuda.is_available() and not plan.cpu
     if not gpu and not plan.cpu and plan.profile:
@@ -74,7 +78,13 @@ def _learned(plan: Plan) -> tuple[float, str]:
         if gpu:
             torch.cuda.synchronize()
 
-    step()
+    try:
+        step()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"train.micro_batch = {size}: a step does not fit into the GPU's memory"
+            f" ({str(error).splitlines()[0][:200]}); lower it, or see by nvidia-smi who else uses this GPU"
+        ) from None
     taken: list[float] = []
     began = time.monotonic()
     while len(taken) < _STEPS and (not taken or time.monotonic() - began < _STEPS_S):
