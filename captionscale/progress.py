@@ -1,5 +1,6 @@
 """How far something is, shown to people."""
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -34,7 +36,13 @@ def say(text: str) -> None:
 
 @contextmanager
 def progress(
-    title: str, total: int, done: int = 0, *, quiet: bool = False, passing: bool = False
+    title: str,
+    total: int,
+    done: int = 0,
+    *,
+    quiet: bool = False,
+    passing: bool = False,
+    lines: bool = False,
 ) -> Iterator["Bar"]:
     """Show how far something is: a bar on a terminal, now and then a line elsewhere.
 
@@ -44,9 +52,10 @@ def progress(
         done: Already.
         quiet: Show nothing; for ranks other than the first.
         passing: Take the bar away at the end; without a terminal, say nothing of what is soon done.
+        lines: On a terminal too, as other threads do such things at the same time.
     """
     out = console()
-    if quiet or not out.is_terminal:
+    if quiet or lines or not out.is_terminal:
         yield Bar(title, total, done, None if quiet else out, SHORT_S if passing else 0.0)
         return
     columns = (
@@ -56,7 +65,7 @@ def progress(
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=out, transient=passing) as bars:
+    with _bars(*columns, transient=passing) as bars:
         bar = Bar(title, total, done, out)
         bar.attach(bars)
         yield bar
@@ -77,7 +86,7 @@ def working(title: str, *, quiet: bool = False) -> Iterator[None]:
         yield
     elif out.is_terminal:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=out, transient=True) as bars:
+        with _bars(*columns, transient=True) as bars:
             bars.add_task(title, total=None)
             yield
     else:
@@ -88,6 +97,12 @@ def working(title: str, *, quiet: bool = False) -> Iterator[None]:
             yield
         finally:
             timer.cancel()
+
+
+def _bars(*columns: ProgressColumn, transient: bool) -> Progress:
+    # What is printed meanwhile stands above the bar; but a pipe or a file is to have it nonetheless.
+    here = sys.stdout.isatty()
+    return Progress(*columns, console=console(), transient=transient, redirect_stdout=here)
 
 
 class Bar:

@@ -3,11 +3,16 @@
 captionscale is imported inside the fixtures: jaxtyping can check only what is imported after it.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before torch is imported, here and in what tests start: they compute little, and threads of several
+# processes would fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 COUNTS = {"train": 48, "val": 8, "test": 8}
 IMAGES_PER_SHARD = 16

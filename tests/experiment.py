@@ -114,9 +114,6 @@ def _join(
     work: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
-    import torch
-
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     os.environ |= environment

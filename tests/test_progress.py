@@ -1,12 +1,13 @@
 import io
 import re
+import sys
 from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
 
 from captionscale import progress as room
-from captionscale.progress import Bar, console, progress
+from captionscale.progress import Bar, console, progress, working
 
 
 @pytest.fixture
@@ -82,6 +83,21 @@ def test_a_bar_inside_another_works_on_a_terminal(terminal: io.StringIO) -> None
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     for text in ("training", "validation", "3/3", "a caption\n", "step 1\n", "2/2", "loss 2.5"):
         assert text in shown
+
+
+def test_what_is_printed_beside_a_bar_goes_into_the_pipe_that_it_was_meant_for(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `attend --split val > pages.txt` left the file empty where people saw a bar.
+    piped = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", piped)
+    with progress("attention", 1) as bar:
+        print("page-001.png")
+        bar.advance()
+    with working("captioning"):
+        print("page-002.png")
+    assert piped.getvalue() == "page-001.png\npage-002.png\n"
+    assert "page" not in terminal.getvalue()
 
 
 def test_a_bar_goes_when_what_it_shows_fails(terminal: io.StringIO) -> None:

@@ -22,6 +22,7 @@ from captionscale.data.sources.record import Record, in_order
 from captionscale.data.workers import write_all
 from captionscale.errors import UserError
 from captionscale.files import atomic, cores, lock, sha256_of
+from captionscale.progress import working
 
 REJECTED = "rejected.jsonl"
 WORK = ".packing"
@@ -138,7 +139,7 @@ def _hashes(sources: Iterable[Path]) -> dict[str, str]:
     # By their names, and by as much of their folders as tells them apart.
     root = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
     names = [os.path.relpath(path, root).encode(errors="replace").decode() for path in paths]
-    with ThreadPoolExecutor(cores()) as pool:
+    with working("hashing what the data set is read from"), ThreadPoolExecutor(cores()) as pool:
         return dict(zip(names, pool.map(sha256_of, paths), strict=True))
 
 

@@ -21,10 +21,11 @@ from captionscale.data.cache import Cache
 from captionscale.data.manifest import CURE, Shard
 from captionscale.errors import UserError
 from captionscale.files import blake3_of
-from captionscale.progress import say
+from captionscale.progress import Bar, progress, say
 
 T = TypeVar("T")
 
+_MB = 10**6
 _KEPT = 100
 """Shards of a folder that one reader keeps open."""
 _CONNECT_S = 20.0
@@ -199,7 +200,12 @@ def _download(url: str, shard: Shard, path: Path) -> None:
     """Write a shard to `path`, proven to be the manifest's."""
 
     def arrive(files: Any, source: str) -> None:
-        files.get_file(source, str(path))
+        # The last one is begun, and never whole.
+        total = shard.size_bytes // _MB + 1
+        quiet = os.environ.get("RANK", "0") != "0"
+        with progress(f"downloading {url}, MB", total, quiet=quiet, passing=True, lines=True) as bar:
+            files.get_file(source, str(path), callback=_counting(bar))
+            bar.advance()
         found = blake3_of(path)
         size_bytes = path.stat().st_size
         if (size_bytes, found) != (shard.size_bytes, shard.blake3):
@@ -212,6 +218,21 @@ def _download(url: str, shard: Shard, path: Path) -> None:
         _patiently(url, arrive, _WAITS_S)
     except FileNotFoundError:
         raise UserError(f"{url}: missing, manifest says {shard.size_bytes:,} bytes; {CURE}") from None
+
+
+def _counting(bar: Bar) -> Any:
+    """Return what fsspec tells of the bytes that come, for a bar of megabytes."""
+    from fsspec.callbacks import Callback
+
+    class Counting(Callback):  # type: ignore[misc]
+        came = 0
+
+        def relative_update(self, inc: int = 1) -> None:
+            before, self.came = self.came, self.came + inc
+            if whole := self.came // _MB - before // _MB:
+                bar.advance(whole)
+
+    return Counting()
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

@@ -79,8 +79,11 @@ class AdditiveAttention(nn.Module):
         """Do the same without a copy of features or keys for each row."""
         pictures, counts = torch.unique_consecutive(owners, return_counts=True)
         means, looks = [], []
+        # New memory for each picture would take longer than the sums that it is for.
+        room = keys.new_empty(int(counts.max()), *keys.shape[1:])
         for picture, part in zip(pictures.tolist(), torch.split(query, counts.tolist()), strict=True):
-            energies = self.energy(torch.tanh_(keys[picture] + part.unsqueeze(1))).squeeze(2)
+            sums = torch.add(keys[picture], part.unsqueeze(1), out=room[: len(part)])
+            energies = self.energy(sums.tanh_()).squeeze(2)
             looks.append(energies.softmax(1))
             means.append(looks[-1] @ features[picture])
         return torch.cat(means), torch.cat(looks)

@@ -14,6 +14,8 @@ from captionscale.model.rules import FREE, Features, Rules, Start, start
 from captionscale.model.state import select
 from captionscale.vocab import END, PAD
 
+_CACHED_ROWS = 16
+
 
 @dataclass(frozen=True)
 class Found:
@@ -43,7 +45,6 @@ def search(
     diversity: float = 0.0,
     coverage: float = 0.0,
     rules: Rules = FREE,
-    best_only: bool = False,
 ) -> list[list[Found]]:
     """Return the captions that a beam search ends with, for each picture, best first.
 
@@ -62,7 +63,6 @@ def search(
             says it at the same place.
         coverage: Weight of `Found.covered` in the ranking.
         rules: What may be said, and what must.
-        best_only: Return the first of each picture's captions alone. It is certain earlier than all are.
 
     Raises:
         UserError: Coverage is asked of a decoder without attention.
@@ -102,8 +102,6 @@ def search(
             finished=kept.finished | (tokens == END),
         )
         undecided = ~_decided(kept, places)
-        if best_only:
-            undecided &= ~_best_is_certain(kept, places, length_power, coverage, max_words)
         unfinished = ~kept.finished & (totals > -torch.inf)
         before, going = going, (unfinished & undecided.repeat_interleave(places.slots)).nonzero().squeeze(1)
         if not len(going):
@@ -114,8 +112,7 @@ def search(
         rows = torch.empty_like(slots)
         rows[before] = torch.arange(len(before), device=rows.device)
         state = select(state, rows[slots[going]])
-    found = _read(kept, places, length_power, coverage)
-    return [captions[:1] for captions in found] if best_only else found
+    return _read(kept, places, length_power, coverage)
 
 
 def _first(begun: Start, places: Places, rules: Rules) -> Beam:
@@ -132,12 +129,12 @@ def _first(begun: Start, places: Places, rules: Rules) -> Beam:
 
 
 def _add(totals: Float[Tensor, "row"], logits: Float[Tensor, "row word"]) -> Float[Tensor, "row word"]:
-    """Return the log-probability of each caption with each word."""
+    """Return the log-probability of each caption with each word, in the logits' memory if they are fp32."""
     logits = logits.float()
-    peaks = logits.amax(1)
-    masses = (logits - peaks.unsqueeze(1)).exp_().sum(1)
-    sums: Tensor = logits + (totals - peaks - masses.log()).unsqueeze(1)
-    return sums
+    # On a CPU, a few rows at a time: their exponentials stay in its cache.
+    some = _CACHED_ROWS if logits.is_cpu else len(logits)
+    masses = torch.cat([rows.logsumexp(1) for rows in torch.split(logits, some)])
+    return logits.add_((totals - masses).unsqueeze(1))
 
 
 def _attended(attention: Float[Tensor, "row region"] | None) -> Float[Tensor, "row region"]:
@@ -154,23 +151,6 @@ def _decided(beam: Beam, places: Places) -> Bool[Tensor, "picture"]:
     going = beam.totals.masked_fill(beam.finished, -torch.inf).view(-1, places.groups, places.own)
     settled = places.last_sets(beam.totals.masked_fill(~beam.finished, -torch.inf))
     return (going.amax(2) <= settled.amin(2)).all(1)
-
-
-def _best_is_certain(
-    beam: Beam, places: Places, length_power: float, coverage: float, max_words: int
-) -> Bool[Tensor, "picture"]:
-    """Return of which pictures a finished caption will be the best, whatever the unfinished ones come to.
-
-    No word makes a caption likelier; coverage adds at most 0.
-    """
-    going = beam.totals.masked_fill(beam.finished, -torch.inf).view(-1, places.slots).amax(1)
-    settled = beam.totals.masked_fill(~beam.finished, -torch.inf)
-    lengths = (beam.said != PAD).sum(1)
-    scores = settled / lengths**length_power + _covered(beam, coverage)
-    best, which = places.last_sets(scores).flatten(1).max(1)
-    stays = places.last_sets(settled).flatten(1).gather(1, which.unsqueeze(1)).squeeze(1) >= going
-    certain: Tensor = stays & (best >= going / max_words**length_power)
-    return certain
 
 
 def _covered(beam: Beam, coverage: float) -> Float[Tensor, "slot"]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from captionscale.errors import UserError
+from captionscale.progress import working
 from captionscale.score.intervals import interval, resampled
 from captionscale.score.receipt import Receipt
 from captionscale.score.tokeniser import UNSEEN
@@ -100,10 +101,11 @@ def compare(first: Receipt, second: Receipt, *, top: int = 5) -> Comparison:
     """
     _refuse_unlike(first, second)
     metrics = [metric for metric in first.scores if metric in second.scores]
-    resamples = [
-        resampled(receipt.images.statistics, metrics, resamples=RESAMPLES, seed=_SEED)
-        for receipt in (first, second)
-    ]
+    with working(f"scoring both on {RESAMPLES:,} sets of {len(first.images.ids):,} images"):
+        resamples = [
+            resampled(receipt.images.statistics, metrics, resamples=RESAMPLES, seed=_SEED)
+            for receipt in (first, second)
+        ]
     differences = [
         _difference(metric, first, second, resamples[1][metric] - resamples[0][metric]) for metric in metrics
     ]

@@ -180,10 +180,8 @@ def find_captions(
     max_words: int,
     rules: Rules,
     keys: Sequence[tuple[int, int]],
-    *,
-    every: bool = False,
 ) -> list[list[list[int]]]:
-    """Return the tokens of the best caption of each picture, or of a sampled one.
+    """Return the tokens of the captions that a beam search ends with, best first, or of a sampled one.
 
     Args:
         decoder: In evaluation mode.
@@ -192,7 +190,6 @@ def find_captions(
         max_words: Of a caption.
         rules: What captions may say.
         keys: As `write_captions` has it.
-        every: All captions that a beam search ends with, best first.
 
     Returns:
         Of each picture its captions: words, then the end token unless it was cut at `max_words`.
@@ -225,7 +222,6 @@ def find_captions(
         diversity=settings.diversity,
         coverage=settings.coverage,
         rules=rules,
-        best_only=not every,
     )
     return [[caption.tokens for caption in captions] for captions in found]
 

@@ -121,11 +121,18 @@ def curves(run: Findings) -> str:
         return ""
     verdict = _verdict(run, scores)
     legend = (
-        "Bars: 95 % intervals, by bootstrap over images; those of one step stand side by side."
+        "Bars: 95 % intervals by bootstrap over images, of the best and the last validation and of receipts;"
+        " those of one step stand side by side."
         if bounds or run.receipts
         else ""
     )
     return f'<p>{verdict}</p><div class="curves">{"".join(drawn)}</div><p class="legend">{legend}</p>'
+
+
+def _best_and_last(scores: dict[int, dict[str, float]], metric: str) -> list[int]:
+    """Return the steps of the best validation and of the last one, which may be the same."""
+    found = {step: values[metric] for step, values in scores.items() if metric in values}
+    return [max(found, key=found.__getitem__), max(found)] if found else []
 
 
 def _verdict(run: Findings, scores: dict[int, dict[str, float]]) -> str:
@@ -133,13 +140,13 @@ def _verdict(run: Findings, scores: dict[int, dict[str, float]]) -> str:
     if not scores or run.config is None:
         return ""
     metric = run.config.train.score_metric
-    found = {step: values[metric] for step, values in scores.items() if metric in values}
-    if len(found) < 2:
-        return f"Too few validations ({len(found)}) to tell whether {escape(metric)} still rises."
-    best, last = max(found, key=found.__getitem__), max(found)
+    telling = _best_and_last(scores, metric)
+    if len(scores) < 2 or not telling:
+        return f"Too few validations ({len(scores)}) to tell whether {escape(metric)} still rises."
+    best, last = telling
     if best == last:
         return f"{escape(metric)} was best at the last validation: it may rise further with more epochs."
-    since = sum(step > best for step in found)
+    since = sum(step > best for step in scores)
     return (
         f"{escape(metric)} was best at step {best:,}; the {since} validations since were no better (training"
         f" stops after {run.config.train.patience} such)."
@@ -149,9 +156,15 @@ def _verdict(run: Findings, scores: dict[int, dict[str, float]]) -> str:
 def _intervals(
     run: Findings, scores: dict[int, dict[str, float]]
 ) -> dict[str, dict[int, tuple[float, float]]]:
-    """Return the 95 % intervals of validation scores, which the log has not, from the captions kept."""
-    files = {step: path for step, path in run.validations.items() if step in scores}
-    split = run.split(run.config.data.val_split) if run.config and files else None
+    """Return the 95 % intervals of the best and of the last validation, by the captions that are kept.
+
+    The log has none, and to score all captions again would take as long as it did in training.
+    """
+    if run.config is None:
+        return {}
+    telling = _best_and_last(scores, run.config.train.score_metric)
+    files = {step: path for step, path in run.validations.items() if step in telling}
+    split = run.split(run.config.data.val_split) if files else None
     if split is None:
         return {}
     found: dict[str, dict[int, tuple[float, float]]] = {}

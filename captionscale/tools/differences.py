@@ -31,7 +31,16 @@ def differences(ours: Findings, theirs: Findings) -> str:
         for first in _newest(theirs.receipts)
         if first.hashes["references"] == second.hashes["references"]
     ]
-    if not pairs:
+    for run in (theirs, ours):
+        if not run.receipts:
+            split = run.config.data.val_split if run.config else "val"
+            lines.append(
+                notice(
+                    f"{run.name} is not scored, so scores cannot be compared: captionscale score {run.folder}"
+                    f" --split {split}, then this report again."
+                )
+            )
+    if not pairs and ours.receipts and theirs.receipts:
         lines.append(
             "<p>No two receipts of theirs are of the same references, so their scores cannot be compared.</p>"
         )
@@ -67,11 +76,13 @@ def _compared(found: Comparison, receipt: Receipt, ours: Findings, theirs: Findi
         )
     yield table(rows)
     yield (
-        '<p class="legend">A paired bootstrap over images. An interval that leaves 0, or p below 0.05, says'
-        " that the difference is not the luck of these images; it says nothing of another seed.</p>"
+        f'<p class="legend">Difference: {escape(ours.name)} less {escape(theirs.name)}; won: images at which'
+        f" {escape(ours.name)} scores higher. A paired bootstrap over images: an interval that leaves 0, or p"
+        " below 0.05, says that the difference is not the luck of these images; it says nothing of another"
+        " seed.</p>"
     )
     if found.changed:
-        changes = [("image", f"{found.changed_in} ± × 100", theirs.name, ours.name)]
+        changes = [("image", f"change of {found.changed_in}", theirs.name, ours.name)]
         changes += [
             (str(each.image_id), f"{100 * each.difference:+.1f}", *each.captions) for each in found.changed
         ]

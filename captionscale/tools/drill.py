@@ -24,7 +24,7 @@ from captionscale.data.places import open_place
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.progress import progress
-from captionscale.train import checkpoint, ledger
+from captionscale.train import checkpoint, layout, ledger
 from captionscale.train.job import order_of
 from captionscale.train.logs import figures
 
@@ -211,7 +211,7 @@ def _children(process: int) -> list[int]:
 
 
 def _newest(run: Path) -> int:
-    return max(checkpoint.steps(run), default=0)
+    return max(layout.steps(run), default=0)
 
 
 def _step(run: Path) -> int:

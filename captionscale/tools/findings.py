@@ -10,8 +10,8 @@ from captionscale.data.places import open_place
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.score.receipt import Receipt
-from captionscale.train.checkpoint import open_run, steps
-from captionscale.train.logs import LOG
+from captionscale.train.checkpoint import open_run
+from captionscale.train.layout import LOG, steps
 
 T = TypeVar("T")
 

@@ -7,7 +7,9 @@ from html import escape
 def table(rows: Sequence[Sequence[str]], text: bool = False) -> str:
     """Return rows, the first of which names the columns, as HTML."""
     kind = ' class="text"' if text else ""
-    head = "".join(f'<th scope="col"{kind}>{escape(cell)}</th>' for cell in rows[0])
+    first, *others = rows[0]
+    head = f'<th scope="col" class="text">{escape(first)}</th>'
+    head += "".join(f'<th scope="col"{kind}>{escape(cell)}</th>' for cell in others)
     lines = []
     for name, *cells in rows[1:]:
         said = "".join(f"<td{kind}>{escape(cell)}</td>" for cell in cells)

@@ -17,7 +17,8 @@ from captionscale.tools.curves import curves
 from captionscale.tools.differences import differences
 from captionscale.tools.findings import Findings
 from captionscale.tools.markup import notice, table
-from captionscale.train.checkpoint import open_run, steps
+from captionscale.train.checkpoint import open_run
+from captionscale.train.layout import steps
 from captionscale.train.logs import figures
 from captionscale.version import __version__
 
@@ -93,9 +94,14 @@ def _cards(run: Findings) -> str:
     cards = []
     if epochs:
         step = max(epochs)
-        wanted = f"of {run.config.train.epochs}" if run.config else ""
-        cards.append((f"epochs {wanted} done, {step:,} steps", f"{epochs[step]:.3g}"))
-        cards.append(("last loss of a step, per word", f"{losses[step]:.3f}"))
+        train = run.config.train if run.config else None
+        if train and train.steps:
+            cards.append((f"steps of {train.steps:,} done, {epochs[step]:.3g} epochs", f"{step:,}"))
+        else:
+            wanted = f" of {train.epochs}" if train else ""
+            cards.append((f"epochs{wanted} done, {step:,} steps", f"{epochs[step]:.3g}"))
+    if losses:
+        cards.append(("last loss of a step, nats per word", f"{losses[max(losses)]:.3f}"))
     if run.saved and run.saved.standing.best_step and run.config:
         standing = run.saved.standing
         judge = run.config.train.score_metric
@@ -127,10 +133,7 @@ def _todo(run: Findings) -> str:
 
 def _scores(ours: Findings, theirs: Findings | None) -> str:
     entries = [
-        board.Entry(
-            f"{run.name}, {receipt.made_by.get('split', 'scored')}, step {receipt.made_by.get('step', '?')}",
-            receipt,
-        )
+        board.Entry(run.name, receipt)
         for run in (ours, theirs)
         if run is not None
         for receipt in run.receipts

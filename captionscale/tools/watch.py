@@ -22,9 +22,7 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import LOCK
 from captionscale.progress import duration
-from captionscale.train import checkpoint
-from captionscale.train.logs import LOG, SETTINGS
-from captionscale.train.watchdog import STALLS
+from captionscale.train.layout import LOG, SETTINGS, STALLS, checkpoint_of, steps
 
 _RECENT = 20
 _LATE = 5
@@ -138,14 +136,14 @@ class Watch:
         if pace and total > step:
             facts["left"] = f"about {duration((total - step) / pace)}"
         facts |= _scores(config, self._log.lines)
-        saved = checkpoint.steps(self._run)
+        saved = steps(self._run)
         facts["checkpoints"] = ", ".join(f"{each:,}" for each in saved) or "none yet"
         state, why = self._state(step, total, rhythm_s)
         return Glance(state, why, facts, min(1.0, step / total) if total else 0.0, state == "ended")
 
     def _config(self) -> Config | None:
-        saved = checkpoint.steps(self._run)
-        newest = [self._run / "checkpoints" / f"step-{saved[-1]:08d}" / SETTINGS] if saved else []
+        saved = steps(self._run)
+        newest = [checkpoint_of(self._run, saved[-1]) / SETTINGS] if saved else []
         for path in (self._run / SETTINGS, *newest, self._run / "job.toml"):
             # One of another version says nothing that could be relied on.
             with suppress(UserError, OSError):

@@ -113,8 +113,9 @@ class Writer:
             self.members.config.data.max_words,
             wish.rules,
             [(wish.seed, number) for number in numbers],
-            every=every,
         )
+        if not every:
+            found = [captions[:1] for captions in found]
         owners = [picture for picture, captions in enumerate(found) for _ in captions]
         flat = [tokens for captions in found for tokens in captions]
         seen = (

@@ -25,16 +25,17 @@ from captionscale.errors import UserError
 from captionscale.files import sha256_of
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
+from captionscale.train.layout import SETTINGS, checkpoint_of, checkpoints, steps
 from captionscale.train.standing import Standing
+from captionscale.version import __version__
 from captionscale.vocab import Vocabulary
 
 FORMAT = 1
-_MODEL, _OPTIMIZER, _AVERAGE, _STATE, _CONFIG, _VOCAB = (
+_MODEL, _OPTIMIZER, _AVERAGE, _STATE, _VOCAB = (
     "model.safetensors",
     "optimizer.safetensors",
     "average.safetensors",
     "state.json",
-    "config.toml",
     "vocab.json",
 )
 _OLD = ".old.tmp"
@@ -69,7 +70,7 @@ def save(
     Raises:
         UserError: The disk refuses.
     """
-    folder = _folder(run, standing.step)
+    folder = checkpoint_of(run, standing.step)
     partial = _passing(folder)
     try:
         sweep(run)
@@ -92,7 +93,7 @@ def save(
             kept.add(standing.captioned)  # It may turn out to be the best.
         for step in steps(run):
             if step not in kept:
-                _folder(run, step).rename(_passing(_folder(run, step)))
+                checkpoint_of(run, step).rename(_passing(checkpoint_of(run, step)))
         sweep(run)
     # Neither a full disk's OSError nor safetensors' own error about it may cost the checkpoints before.
     except Exception as error:
@@ -111,10 +112,11 @@ def seal(
     vocabulary: Vocabulary,
 ) -> None:
     """Write what a checkpoint has besides what is in its folder already, and the checksums of all."""
-    (folder / _CONFIG).write_text(toml.dumps(config), encoding="utf-8")
+    (folder / SETTINGS).write_text(toml.dumps(config), encoding="utf-8")
     vocabulary.save(folder / _VOCAB)
     state = {
         "format": FORMAT,
+        "captionscale": __version__,
         **asdict(standing),
         "fingerprint": dict(fingerprint),
         "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
@@ -124,7 +126,7 @@ def seal(
 
 def sweep(run: Path) -> None:
     """Remove what a killed process was writing, and what is no longer kept."""
-    for path in (run / "checkpoints").glob("*.tmp"):
+    for path in checkpoints(run).glob("*.tmp"):
         whole = path.with_name(path.name.removesuffix(_OLD))
         if path.name.endswith(_OLD) and not whole.exists():
             # The one that was to take its place has not come.
@@ -135,11 +137,8 @@ def sweep(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def steps(run: Path) -> list[int]:
-    """Return the steps of which a run has checkpoints, in their order."""
-    names = (path.name.removeprefix("step-") for path in (run / "checkpoints").glob("step-*"))
-    # A user may keep a copy of one under a name of his own.
-    return sorted(int(name) for name in names if name.isdecimal())
+class OtherVersionError(UserError):
+    """A checkpoint is whole, but written by a version whose format is another one."""
 
 
 class Checkpoint:
@@ -149,6 +148,7 @@ class Checkpoint:
         """Read a checkpoint's state and compare its files with their checksums.
 
         Raises:
+            OtherVersionError: It is not of this format.
             UserError: A file is missing or damaged.
             OSError: One cannot be read.
         """
@@ -156,7 +156,11 @@ class Checkpoint:
         try:
             self._state: dict[str, Any] = json.loads((folder / _STATE).read_text(encoding="utf-8"))
             if self._state["format"] != FORMAT:
-                raise ValueError(f"format {self._state['format']}, this version reads {FORMAT}")
+                raise OtherVersionError(
+                    f"{folder}: a checkpoint of format {self._state['format']}, written by captionscale"
+                    f" {self._state.get('captionscale', 'of another version')}; wanted format {FORMAT}, which"
+                    f" captionscale {__version__} reads; take the version that wrote it, or another run"
+                )
             for name, sha256 in self._state["sha256"].items():
                 if sha256_of(folder / name) != sha256:
                     raise ValueError(f"sha256 of {name} is not the one that was saved")
@@ -174,8 +178,21 @@ class Checkpoint:
         )
 
     def config(self) -> Config:
-        """Return the run's settings."""
-        return toml.load(self.folder / _CONFIG)
+        """Return the run's settings.
+
+        Raises:
+            UserError: Another version had other keys.
+        """
+        try:
+            return toml.load(self.folder / SETTINGS)
+        except UserError as error:
+            writer = self._state.get("captionscale", __version__)
+            if writer == __version__:
+                raise
+            raise UserError(
+                f"{error}; captionscale {writer} wrote this checkpoint, and this is {__version__}: take the"
+                " version that wrote it"
+            ) from None
 
     def vocabulary(self) -> Vocabulary:
         """Return the run's words."""
@@ -188,9 +205,20 @@ class Checkpoint:
         return hashes.get(_AVERAGE, hashes[_MODEL])
 
     def captioner(self) -> Captioner:
-        """Return the captioner as it was saved, or the average of what it was, in evaluation mode."""
+        """Return the captioner as it was saved, or the average of what it was, in evaluation mode.
+
+        Raises:
+            UserError: A weight is no number, and so is all that would come of it.
+        """
+        tensors = self.weights() | self.average()
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(
+                    f"{self.folder}: weights of {name} are no numbers (NaN or infinite), wanted those of a"
+                    " run that learned; take another step by --checkpoint, or train with a lower train.lr"
+                )
         captioner = Captioner(self.config().model, len(self.vocabulary()))
-        captioner.load_state_dict(self.weights() | self.average())
+        captioner.load_state_dict(tensors)
         return captioner.eval()
 
     def refuse_another(self, fingerprint: Mapping[str, Any]) -> None:
@@ -234,11 +262,14 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         warn: Told of each damaged one that is passed over.
 
     Raises:
-        UserError: There are some, all of them damaged.
+        UserError: There are some, all of them damaged; or the newest whole one is of another version.
     """
     for step in reversed(steps(run)):
         try:
-            return Checkpoint(_folder(run, step))
+            return Checkpoint(checkpoint_of(run, step))
+        except OtherVersionError:
+            # To go on from an older one would throw this one away.
+            raise
         except UserError as error:
             warn(f"warning: passed over: {error}")
     if steps(run):
@@ -293,11 +324,7 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
             f"{run}: no checkpoint of step {step}; there are {steps(run)}; take one of these, or"
             " --checkpoint last"
         )
-    return Checkpoint(_folder(run, step))
-
-
-def _folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+    return Checkpoint(checkpoint_of(run, step))
 
 
 def _passing(folder: Path) -> Path:

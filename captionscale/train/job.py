@@ -25,7 +25,7 @@ from captionscale.train import checkpoint
 from captionscale.train.average import Average
 from captionscale.train.encoding import cache_features
 from captionscale.train.gate import IMAGES, open_gate
-from captionscale.train.logs import SETTINGS
+from captionscale.train.layout import SETTINGS
 from captionscale.train.losses import CrossEntropy
 from captionscale.train.optimizer import make_optimizer, unfreeze
 from captionscale.train.saving import Saver

@@ -11,11 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 from captionscale.data.loader import Batch
 from captionscale.files import atomic
 from captionscale.ranks import Ranks
+from captionscale.train.layout import LOG
 from captionscale.train.tracking import Trackers
-
-LOG = "log.jsonl"
-SETTINGS = "config.toml"
-"""What a run is being trained with, written when it starts or goes on."""
 
 
 class Log:

@@ -26,8 +26,8 @@ from captionscale.data import cache, loader
 from captionscale.progress import say
 from captionscale.ranks import Ranks
 from captionscale.score.evaluate import caption_split
+from captionscale.train.layout import STALLS
 
-STALLS = "stalls.jsonl"
 _PACKAGE = str(Path(__file__).parents[1])
 _COLLECTIVE = (str(ranks.__file__), str(engine.__file__))
 _LOADER, _CACHE = str(loader.__file__), str(cache.__file__)

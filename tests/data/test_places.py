@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
+from captionscale import progress
 from captionscale.data import places
 from captionscale.data.manifest import Shard
 from captionscale.data.places import Folder, Remote, open_place
@@ -185,6 +186,18 @@ def test_a_folder_tells_a_shard_that_is_missing_of_another_size_or_not_a_file(fo
 
 
 # ---- HTTP
+
+
+def test_a_download_that_takes_its_time_says_how_far_it_is_by_the_first_rank_alone(
+    server: Server, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "SHORT_S", 0.0)
+    place = open_place(server.url, tmp_path / "cache")
+    place.pread(SHARDS[0], 0, 1)
+    assert capsys.readouterr().err == f"downloading {server.url}/train-00000.tar, MB 1/1  0 s left\n"
+    monkeypatch.setenv("RANK", "1")
+    place.pread(SHARDS[1], 0, 1)
+    assert capsys.readouterr().err == ""
 
 
 def test_over_http_everything_is_as_in_the_folder_and_a_shard_travels_once(

@@ -1,4 +1,5 @@
 import gc
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ import torch
 
 from captionscale.data import views
 from captionscale.errors import UserError
+from captionscale.files import cores
 from captionscale.tools.bench import data, start
 from captionscale.tools.bench.race import Heat
 
@@ -60,3 +62,12 @@ def test_first_batches_and_the_memory_of_a_loader_are_measured(
     assert isinstance(heat, Heat)
     assert [lane.name for lane in heat.lanes] == ["resumed at 90 % of an epoch", "fresh"]
     assert len(start._memory(split).rows) == 4
+
+
+def test_processes_side_by_side_have_the_threads_that_launch_gives_them_and_then_torchs_own() -> None:
+    heat = start._two_processes(1)
+    assert len(heat.lanes) == 2
+    shared = max(1, cores() // 2)
+    [threads] = re.findall(r"processes: ([\d, ]+)\.", heat.notes[0])
+    assert [int(each) for each in threads.split(",")][:2] == [shared, shared]
+    assert heat.lanes[1].ratio[0] > 0

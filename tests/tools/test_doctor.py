@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from experiment import CHANGES, meet
 
 from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.score.metrics import METRICS, measure
-from captionscale.tools.doctor import machine, network
+from captionscale.tools.doctor import machine, network, pace
 from captionscale.tools.doctor.doctor import doctor
 from captionscale.tools.doctor.findings import Check, Line, examine, ok, verdict
 from captionscale.tools.doctor.network import _rounds, tell
@@ -230,6 +231,97 @@ def test_a_run_whose_time_has_no_room_for_all_steps_comes_in_several_jobs(packed
     assert "it takes about 4 such jobs" in lines["finish"][0].found
 
 
+def test_a_line_that_came_at_the_last_moment_does_not_hide_that_others_did_not() -> None:
+    over = threading.Event()
+
+    def hang() -> Iterator[Line]:
+        yield ok("so far")
+        over.wait(60)
+
+    found = []
+    for line in examine([Check("slow", hang, 0.3)], HOST):
+        found.append(line.found)
+        # Whoever shows it may take longer than is left.
+        time.sleep(0.4)
+    over.set()
+    assert found == ["so far", "no answer within 0.3 s"]
+
+
+# As nvidia-smi prints it: with a tab before each column, and on newer drivers an underlined head.
+TOPOLOGY = """\x1b[4mGPU0	GPU1	GPU2	GPU3	NIC0	CPU Affinity	NUMA Affinity	GPU NUMA ID\x1b[0m
+GPU0	 X 	NV12	{way}	{way}	PXB	0-31	0		N/A
+GPU1	NV12	 X 	{way}	{way}	SYS	0-31	0		N/A
+GPU2	{way}	{way}	 X 	NV12	SYS	32-63	1		N/A
+GPU3	{way}	{way}	NV12	 X 	SYS	32-63	1		N/A
+NIC0	PXB	SYS	SYS	SYS	 X
+
+Legend:
+
+  X    = Self
+  SYS  = Connection traversing PCIe as well as the SMP interconnect between NUMA nodes (e.g., QPI/UPI)
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "state", "said"),
+    [
+        ("NV6", "ok", "interconnect of 4 GPUs: NV6 (4 pairs), NV12 (2 pairs)"),
+        (
+            "SYS",
+            "warning",
+            "interconnect of 4 GPUs: SYS (4 pairs), NV12 (2 pairs): some reach",
+        ),
+    ],
+)
+def test_gpus_that_reach_each_other_through_the_processors_are_told(
+    monkeypatch, way: str, state: str, said: str
+) -> None:
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda *_: TOPOLOGY.format(way=way).splitlines())
+    line = machine._interconnect()
+    assert line.state == state
+    assert line.found.startswith(said)
+
+
+def test_gpus_that_torch_does_not_see_are_refused_only_to_a_job_that_wants_them(
+    packed, tmp_path, capsys, monkeypatch
+) -> None:
+    # A run for CPUs was refused where the GPUs were hidden from it.
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    fine, lines = look(packed, capsys)
+    assert fine
+    assert (lines["gpus"][0].state, lines["gpus"][0].found[:22]) == ("warning", "nvidia-smi sees 2 GPUs")
+    _, lines = look(packed, capsys, profile="gpu")
+    assert [line.state for line in lines["gpus"]] == ["refusal", "refusal"]
+
+
+def test_a_gpu_that_is_there_but_does_not_compute_is_named(monkeypatch) -> None:
+    def ones(*_: object, device: str) -> torch.Tensor:
+        if device == "cuda:1":
+            raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nMore of it")
+        return torch.full((3,), 1.0)
+
+    monkeypatch.setattr(torch, "ones", ones)
+    assert list(machine._computes(0)) == []
+    (line,) = machine._computes(1)
+    assert line.state == "refusal"
+    assert line.found == "GPU 1 does not compute: CUDA error: uncorrectable ECC error encountered"
+
+
+def test_a_step_that_a_gpu_has_no_room_for_is_refused(packed, capsys, monkeypatch) -> None:
+    def full(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
+
+    monkeypatch.setattr(pace, "_loss", full)
+    fine, lines = look(packed, capsys, quick=False)
+    assert not fine
+    assert "does not fit into the GPU's memory (CUDA out of memory" in refusals(lines)["finish"]
+    assert "lower it" in refusals(lines)["finish"]
+
+
 def test_without_a_config_this_machine_alone_is_looked_at(capsys) -> None:
     options = {"nodes": None, "gpus": None, "time_limit": None, "profile": None}
     assert doctor(None, out=None, quick=True, as_json=False, **options)
@@ -297,6 +389,17 @@ def test_nodes_that_came_are_measured_and_the_one_that_did_not_is_named(tmp_path
     assert "node 2 of 3 did not come" in first[0]
     assert "all-reduce between 1 pairs of 2 nodes" in first[1]
     assert (second, refused, heard) == ([], True, True)
+
+
+def test_a_node_that_came_too_late_says_so(unused_port) -> None:
+    from torch.distributed import TCPStore
+
+    # It was not among those that had met, and looked for its own name there.
+    store = TCPStore("localhost", unused_port, None, True, wait_for_workers=False)
+    store.set("came", "[0]")
+    store.set("here/0", "first")
+    with pytest.raises(RuntimeError, match="this node came more than 20 s after the first one"):
+        network.meet(1, 2, "localhost", unused_port)
 
 
 @pytest.fixture

@@ -77,6 +77,29 @@ def test_a_scored_run_shows_its_table_and_what_changed_against_another(copy, pac
     receipts = [Receipt.read(each / "scores" / "test" / "receipt.json") for each in (other, copy)]
     difference = {each.metric: each for each in compare(*receipts).differences}["BLEU-4"]
     assert f"<td>{100 * difference.difference:+.1f}</td>" in page
+    assert "Difference: run less other; won: images at which run scores higher" in page
+
+
+def test_against_a_run_that_is_not_scored_says_which_command_scores_it(copy, packed, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(copy, other)
+    _receipt(copy, packed, "a red ball")
+    page = _write(copy, "--against", other)
+    assert (
+        f"other is not scored, so scores cannot be compared: captionscale score {other} --split val" in page
+    )
+    assert "of the same references" not in page
+
+
+def test_only_the_best_and_the_last_validation_are_scored_again_for_their_intervals(copy) -> None:
+    # All of them took as long as scoring had in training.
+    (copy / "validation" / "step-00000001.json").write_text("rubbish")
+    with (copy / "log.jsonl").open("a") as log:
+        log.write('{"step": 1, "scores": {"CIDEr-D": -1.0}}\n')
+    page = _write(copy)
+    assert "best of 3 is" in page
+    assert "step-00000001" not in page
+    assert "of the best and the last validation" in page
 
 
 def test_a_run_that_is_at_work_or_was_killed_has_a_page_of_its_log(copy) -> None:
@@ -100,7 +123,8 @@ def test_a_run_of_another_version_says_so(copy) -> None:
     for path in copy.glob("checkpoints/*/state.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     page = _write(copy)
-    assert "every checkpoint is damaged" in page
+    assert "a checkpoint of format 99, written by captionscale" in page
+    assert "damaged" not in page
     assert ">Loss<" in page
 
 

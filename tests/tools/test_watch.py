@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -145,6 +147,15 @@ def test_only_what_is_new_is_read(tmp_path) -> None:
     path.write_text('{"step": 9}\n')
     reader.read()
     assert reader.lines == [{"step": 9}]
+
+
+def test_it_is_there_at_once_as_it_needs_no_torch(run) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "captionscale", "watch", str(run), "--once"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "60 of 100" in done.stdout
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "captionscale" in imported
+    assert imported.isdisjoint({"torch", "torchvision", "tensorboard", "safetensors", "matplotlib"})
 
 
 def test_ctrl_c_ends_it_quietly(run, monkeypatch, capsys) -> None:

@@ -1,4 +1,5 @@
 import copy
+import json
 import resource
 import shutil
 import subprocess
@@ -17,12 +18,14 @@ from torch.optim import AdamW
 from captionscale.config import Config
 from captionscale.engine import Engine
 from captionscale.errors import UserError
+from captionscale.files import sha256_of
 from captionscale.model.captioner import Captioner
 from captionscale.ranks import Ranks
 from captionscale.train import checkpoint
 from captionscale.train.loop import train
 from captionscale.train.saving import Saver
 from captionscale.train.standing import Standing
+from captionscale.version import __version__
 from captionscale.vocab import SPECIALS, Vocabulary
 
 VOCABULARY = Vocabulary((*SPECIALS, "a", "dog"))
@@ -122,6 +125,43 @@ def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_captioning(
     _save(tmp_path, config, 2)
     (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")
     assert checkpoint.open_run(tmp_path).standing.step == 1
+
+
+def test_a_checkpoint_of_another_version_is_named_so_and_never_passed_over(
+    tmp_path: Path, config: Config
+) -> None:
+    for step in (1, 2):
+        _save(tmp_path, config, step)
+    state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
+    written = json.loads(state.read_text())
+    state.write_text(json.dumps({**written, "format": 9, "captionscale": "7.0"}))
+    for ask in (lambda: checkpoint.newest(tmp_path, pytest.fail), lambda: checkpoint.open_run(tmp_path)):
+        with pytest.raises(UserError, match=r"of format 9, written by captionscale 7\.0; .* take the"):
+            ask()
+
+
+def test_a_key_that_only_another_version_had_is_told_with_that_version(
+    tmp_path: Path, config: Config
+) -> None:
+    _save(tmp_path, config, 1)
+    folder = tmp_path / "checkpoints" / "step-00000001"
+    settings, state = folder / "config.toml", folder / "state.json"
+    settings.write_text("glow = 1\n" + settings.read_text())
+    written = json.loads(state.read_text())
+    hashes = written["sha256"] | {"config.toml": sha256_of(settings)}
+    for version, told in (("7.0", "captionscale 7.0 wrote this checkpoint"), (__version__, "key 'glow'")):
+        state.write_text(json.dumps({**written, "sha256": hashes, "captionscale": version}))
+        with pytest.raises(UserError, match=told):
+            checkpoint.open_run(tmp_path).config()
+
+
+def test_weights_that_are_no_numbers_are_refused_before_they_caption(tmp_path: Path, config: Config) -> None:
+    weights = Captioner(config.model, len(VOCABULARY)).state_dict()
+    last = list(weights)[-1]
+    weights[last][0] = torch.nan
+    checkpoint.save(tmp_path, Standing(step=1), {}, weights, {}, config, VOCABULARY)
+    with pytest.raises(UserError, match=rf"step-00000001: weights of {last} are no numbers"):
+        checkpoint.open_run(tmp_path).captioner()
 
 
 def test_a_run_of_damaged_checkpoints_is_not_silently_started_again(tmp_path: Path, config: Config) -> None:

@@ -211,6 +211,8 @@ def _work(rank: int, size: int, port: int, config: Config, run: Path, orders: Co
     console().quiet = True
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+    # Without these, Accelerate gives each process a thread for every core.
+    os.environ |= {"LOCAL_WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     try:
         with Ranks(config.train.precision) as ranks, ExitStack() as stack:

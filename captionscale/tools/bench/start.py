@@ -232,8 +232,8 @@ def _two_processes(rounds: int) -> Heat:
             ways.append(Way(name, run, 2 * _STEPS_OF_A_RUN, guarded=False))
         heat = race("Two processes side by side", "steps", ways, rounds)
     heat.notes += [
-        f"On {cores()} cores. Threads of one process wait for each other at each operation, and spin",
-        "while they wait.",
+        f"On {cores()} cores; threads of the four processes: {', '.join(counts)}. Those of one process wait",
+        "for each other at each operation, and spin while they wait.",
     ]
     return heat
 

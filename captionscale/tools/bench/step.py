@@ -29,7 +29,7 @@ from captionscale.progress import progress, say
 from captionscale.ranks import Ranks
 from captionscale.tools.bench import tutorial
 from captionscale.tools.bench.race import Heat, Sheet
-from captionscale.train import checkpoint
+from captionscale.train import layout
 from captionscale.train.job import Job, prepare
 from captionscale.train.logs import figures
 from captionscale.train.loop import learn
@@ -183,14 +183,14 @@ def _starts(config: Config, folder: Path, rounds: int) -> Sheet:
 
 def _start(path: Path, run: Path) -> float:
     """Return the seconds that a run takes to log a step of its own; end it when it has saved one."""
-    saved = max(checkpoint.steps(run), default=0)
+    saved = max(layout.steps(run), default=0)
     began = time.time()
     command = [sys.executable, "-m", "captionscale", "train", str(path), "--out", str(run)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and max(figures(run, "loss", began), default=0) <= saved:
             time.sleep(_LOOK_S)
         seconds = time.time() - began
-        while process.poll() is None and max(checkpoint.steps(run), default=0) <= saved:
+        while process.poll() is None and max(layout.steps(run), default=0) <= saved:
             time.sleep(_LOOK_S)
         process.kill()
         said = process.stderr.read() if process.stderr else ""

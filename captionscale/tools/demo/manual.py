@@ -9,7 +9,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto
 table { border-collapse: collapse; width: 100% }
 th, td { text-align: left; vertical-align: top; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #ddd }
 code, pre { font: 14px/1.5 ui-monospace, monospace; background: #f3f3f3 }
-code { padding: .1rem .25rem } pre { padding: .8rem; overflow-x: auto }
+code { padding: .1rem .25rem } pre { padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere }
 """
 
 
@@ -20,10 +20,10 @@ def manual(openapi: dict[str, Any], base: str) -> str:
         openapi: The description that FastAPI makes.
         base: Where the endpoint is, for the examples.
     """
-    info = openapi["info"]
+    info, described = openapi["info"], escape(f"{base}/openapi.json")
     parts = [
         f"<h1>{escape(info['title'])}</h1><p>{escape(info['description'])}</p>",
-        f'<p>For programs: <a href="{base}/openapi.json">openapi.json</a>, OpenAPI {openapi["openapi"]}.</p>',
+        f'<p>For programs: <a href="{described}">openapi.json</a>, OpenAPI {openapi["openapi"]}.</p>',
     ]
     for path, operations in openapi["paths"].items():
         for method, operation in operations.items():

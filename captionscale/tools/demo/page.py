@@ -4,6 +4,7 @@ from html import escape
 from typing import Any
 
 import gradio as gr
+from gradio.data_classes import ListFiles
 
 from captionscale.data.shards import Split
 from captionscale.tools.demo.service import Service
@@ -13,22 +14,33 @@ SAMPLES = 8
 _MOST_BEAMS = 10
 _MOST_DRAWS = 10
 _KEPT_S = 3600
+_WELCOME = (
+    "<p>Here comes what the model says of your picture, how sure it was of each word, and where it looked for"
+    " it.</p>"
+)
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto }
-#looked img { width: 100%; max-width: 448px; border-radius: 6px }
+#looked img { width: 100%; max-width: min(448px, 48vh); border-radius: 6px }
+/* Nothing to see yet. */
+#words:has(.empty), .form:has(> #captions:not(:has(input))) { display: none }
 #words [role=button] { cursor: pointer }
 /* These would offer uploads again, which are gone. */
 #files .download { visibility: hidden }
 """
 
 
-def _drop() -> gr.Image:
-    """Return a place for a picture, which is taken as the file that it is."""
-    place = gr.Image(
-        label="Drop a picture", sources=["upload", "clipboard"], type="filepath", height=260, elem_id="drop"
-    )
-    # gradio would decode it by rules of its own. (Of a subclass, it writes a file beside this one.)
-    place.preprocess = lambda payload: payload and payload.path
+def _untouched(place: Any) -> Any:
+    """Have a place for uploads hand over paths, as requests name them; `Visits` knows which are uploads."""
+
+    async def stay(path: str) -> str:
+        return path
+
+    def paths(payload: Any) -> Any:
+        return [each.path for each in payload] if isinstance(payload, ListFiles) else payload and payload.path
+
+    # gradio would copy any file of this machine that a request names, and fetch any URL; it would decode
+    # pictures by rules of its own, or leave an empty file beside each. (Of a subclass, it writes one too.)
+    place.async_move_resource_to_block_cache, place.preprocess = stay, paths
     return place
 
 
@@ -50,7 +62,15 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
         seen = gr.State(None, time_to_live=_KEPT_S)
         with gr.Tab("One picture"), gr.Row():
             with gr.Column():
-                drop = _drop()
+                drop = _untouched(
+                    gr.Image(
+                        label="Drop a picture",
+                        sources=["upload", "clipboard"],
+                        type="filepath",
+                        height=260,
+                        elem_id="drop",
+                    )
+                )
                 if samples:
                     gr.Markdown(f"or take one of the split '{escape(samples.name)}':")
                 gallery = gr.Gallery(
@@ -65,20 +85,23 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
                 )
                 settings, again = _settings(service)
             with gr.Column():
-                captions = gr.Radio(
-                    [],
-                    label="Captions as the search ranks them, and how often it would draw just these words",
-                    elem_id="captions",
-                )
+                # The picture stays in sight of the words that are clicked.
                 words = gr.HighlightedText(
-                    label="How likely it found each word: click one to see where it looked",
+                    label="Its caption, and how likely it found each word: click one to see where it looked",
                     color_map={percent(number): _shade(number / 100) for number in range(101)},
                     elem_id="words",
                 )
-                looked = gr.HTML(elem_id="looked")
+                looked = gr.HTML(_WELCOME, elem_id="looked")
+                captions = gr.Radio(
+                    [],
+                    label="All captions that were found, the best first",
+                    info="Each with how often the model would say just these words if it drew them. The more"
+                    " words, the rarer, for which a search makes up by their number (length power).",
+                    elem_id="captions",
+                )
         with gr.Tab("Many pictures"):
             gr.Markdown(f"At most {MOST_FILES} files, captioned as the first tab's settings say.")
-            files = gr.File(file_count="multiple", label="Drop pictures", elem_id="files")
+            files = _untouched(gr.File(file_count="multiple", label="Drop pictures", elem_id="files"))
             download = gr.HTML(elem_id="download")
             table = gr.Dataframe(
                 headers=list(COLUMNS),
@@ -101,8 +124,8 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
 
 
 def _shade(probability: float) -> str:
-    """Return one hue, the darker the likelier: it reads the same without colour vision."""
-    pale, deep = (200, 214, 229), (16, 78, 139)
+    """Return one hue for white letters, the darker the likelier: it reads the same without colour vision."""
+    pale, deep = (122, 144, 168), (12, 58, 110)
     red, green, blue = (round(a + (b - a) * probability) for a, b in zip(pale, deep, strict=True))
     return f"rgb({red}, {green}, {blue})"
 

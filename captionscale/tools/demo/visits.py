@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
+from gradio.utils import get_upload_folder
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -89,7 +90,7 @@ class Visits:
         if path is None:
             return None, gr.Radio(choices=[]), [], ""
         with _telling():
-            seen = self._see(self._service.pixels(*_take(Path(path))))
+            seen = self._see(self._service.pixels(*self._take(Path(path))))
         return self.caption(seen, *settings)
 
     def pick(self, event: gr.SelectData, *settings: Any) -> tuple[Any, ...]:
@@ -145,7 +146,7 @@ class Visits:
         asked: list[tuple[str, Future[list[Gaze]] | UserError]] = []
         for number, path in enumerate(paths):
             try:
-                data, name = _take(path)
+                data, name = self._take(path)
                 pixels = self._service.pixels(data, name)
                 asked.append((name, self._ask(self._service.writer.centre(pixels), wish, number)))
             except UserError as error:
@@ -156,6 +157,20 @@ class Visits:
             else:
                 [caption, *_] = found.result()
                 yield [name, caption.caption, f"{caption.log_probability:.4f}", ""]
+
+    def _take(self, path: Path) -> tuple[bytes, str]:
+        """Return an upload's bytes and name, and remove its file.
+
+        Raises:
+            UserError: It is none: a request may name any file of this machine. Or it is too large.
+        """
+        if not path.resolve().is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
+            raise UserError(f"{path.name}: not there, wanted what was dropped on this page; drop it again")
+        try:
+            self._service.refuse_bytes(path.stat().st_size, path.name)
+            return path.read_bytes(), path.name
+        finally:
+            path.unlink(missing_ok=True)
 
     def _wish(self, chosen: Chosen) -> Wish:
         search: dict[str, Any] = {"method": "beam", "groups": 1, "length_power": chosen.length_power}
@@ -185,14 +200,6 @@ def _telling() -> Iterator[None]:
         yield
     except UserError as error:
         raise gr.Error(escape(str(error)), print_exception=False, duration=None) from None
-
-
-def _take(path: Path) -> tuple[bytes, str]:
-    """Return an upload's bytes and name, and remove its file."""
-    try:
-        return path.read_bytes(), path.name
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def _square(pixels: UInt8[np.ndarray, "height width 3"], side: int) -> Image.Image:

@@ -17,7 +17,7 @@ from rich.text import Text
 from captionscale import assets
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.progress import say
+from captionscale.progress import working
 from captionscale.tools.doctor import machine, network, pace, storage
 from captionscale.tools.doctor.findings import Check, Line, document, examine, refused, verdict
 from captionscale.tools.doctor.network import Meeting
@@ -84,10 +84,13 @@ def doctor(
     speaks = meeting is None or meeting.first
     for line in lines:
         show(line)
-    for line in examine(_checks(plan, meeting, quick), host):
-        lines.append(line)
-        if speaks:
-            show(line)
+    for check in _checks(plan, meeting, quick):
+        with working(f"doctor: {check.name}", quiet=not speaks):
+            found = list(examine([check], host))
+        for line in found:
+            lines.append(line)
+            if speaks:
+                show(line)
     if meeting is not None:
         theirs = meeting.exchange([asdict(line) for line in lines if line.state != "ok"], _OTHERS_S)
         for each in theirs:
@@ -151,12 +154,9 @@ def _time_left() -> float | None:
 
 
 def _shown(as_json: bool) -> Callable[[Line], None]:
-    """Return what tells of a line as soon as it is there: at once where there is no table to come."""
-    if as_json:
+    """Return what tells of a line as soon as it is there, where no table and no document is to come."""
+    if as_json or sys.stdout.isatty():
         return lambda _: None
-    if sys.stdout.isatty():
-        # The table comes at the end; meanwhile it is told what was looked at.
-        return lambda line: say(f"{line.check} ...")
     return lambda line: print(_plain(line), flush=True)
 
 

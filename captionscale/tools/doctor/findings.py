@@ -81,8 +81,10 @@ def examine(checks: Iterable[Check], host: str) -> Iterator[Line]:
         checks: In their order.
         host: Of this machine.
     """
+    cure = "look whether this machine is overloaded, or its file system or a device hangs"
+    late = replace(warning("", cure), measured=False)
     for check in checks:
-        began = time.monotonic()
+        began, over = time.monotonic(), False
         said: queue.Queue[Line | None] = queue.Queue()
         threading.Thread(target=_ask, args=(check, said), name=_THREAD + check.name, daemon=True).start()
         while True:
@@ -90,15 +92,11 @@ def examine(checks: Iterable[Check], host: str) -> Iterator[Line]:
             try:
                 line = said.get(timeout=max(0.0, left))
             except queue.Empty:
-                line = warning(
-                    f"no answer within {check.deadline_s:g} s",
-                    "look whether this machine is overloaded, or its file system or a device hangs",
-                )
-                line = replace(line, measured=False)
+                line, over = replace(late, found=f"no answer within {check.deadline_s:g} s"), True
             if line is None:
                 break
             yield replace(line, check=check.name, host=host, seconds=round(time.monotonic() - began, 3))
-            if time.monotonic() - began >= check.deadline_s:
+            if over:
                 break
 
 

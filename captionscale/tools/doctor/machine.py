@@ -84,13 +84,15 @@ def versions(plan: Plan | None) -> Iterator[Line]:
 def gpus(plan: Plan | None) -> Iterator[Line]:
     """Look at the GPUs, how they are connected, and whether there is one for each process."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    seen = _nvidia_smi("--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    seen = _nvidia_smi("--query-gpu=index", "--format=csv,noheader")
+    wanted = plan.here if plan is not None and not plan.cpu else 0
     if seen and not found:
-        yield refusal(
-            f"nvidia-smi sees {len(seen)} GPUs, but torch {torch.__version__} none",
+        # Hidden ones are no fault of a run for CPUs, nor of a login node.
+        judge = refusal if wanted and plan is not None and plan.in_job else warning
+        yield judge(
+            f"nvidia-smi sees {count_of(len(seen), 'GPU')}, but torch {torch.__version__} none",
             "compare the driver with torch's CUDA, look at CUDA_VISIBLE_DEVICES, or ask SLURM for GPUs",
         )
-    wanted = plan.here if plan is not None and not plan.cpu else 0
     if not found:
         if wanted and plan is not None and plan.in_job:
             yield refusal(
@@ -101,6 +103,8 @@ def gpus(plan: Plan | None) -> Iterator[Line]:
         else:
             yield ok("none on this machine: it computes on its cores")
         return
+    for number in range(found):
+        yield from _computes(number)
     names = Counter(torch.cuda.get_device_name(number) for number in range(found))
     told = ", ".join(f"{count} x {name}" for name, count in names.items())
     memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(found))
@@ -116,25 +120,38 @@ def gpus(plan: Plan | None) -> Iterator[Line]:
         yield _interconnect()
 
 
+def _computes(number: int) -> Iterator[Line]:
+    """Refuse a GPU that is there but cannot add: broken, in exclusive use, or not one of this torch's."""
+    try:
+        works = torch.ones(3, device=f"cuda:{number}").sum().item() == 3
+        fault = "" if works else "its sums are wrong"
+    # All that torch raises of devices and their memory.
+    except RuntimeError as error:
+        fault = " ".join(str(error).splitlines()[:1])[:200]
+    if fault:
+        yield refusal(
+            f"GPU {number} does not compute: {fault}",
+            "see by nvidia-smi whether it is broken or in use; take another node (--exclude), or leave it"
+            " out by CUDA_VISIBLE_DEVICES",
+        )
+
+
 def _interconnect() -> Line:
-    rows = [line.split() for line in _nvidia_smi("topo", "-m")]
-    # A row for each GPU: its name, then its way to each of the others.
-    ways = Counter(
-        way
-        for row in rows
-        if row and row[0].startswith("GPU") and "X" in row
-        for way in row[1 : 1 + sum(other[0].startswith("GPU") and "X" in other for other in rows if other)]
-        if way != "X"
-    )
+    # A row for each GPU: its name, its way to each GPU, an X to itself; then to network cards, and cores.
+    lines = (line.split() for line in _nvidia_smi("topo", "-m"))
+    rows = [line for line in lines if "X" in line and line[0].startswith("GPU")]
+    ways = Counter(way for row in rows for way in row[1 : 1 + len(rows)] if way != "X")
     if not ways:
         return unmeasured("nvidia-smi topo -m does not tell how GPUs are connected")
-    told = ", ".join(f"{way} ({count // 2} pairs)" for way, count in ways.most_common())
+    pairs = ", ".join(f"{way} ({count // 2} pairs)" for way, count in ways.most_common())
+    # All of the machine: nvidia-smi knows no CUDA_VISIBLE_DEVICES.
+    told = f"interconnect of {len(rows)} GPUs: {pairs}"
     if any(way in _SLOW_LINKS for way in ways):
         return warning(
-            f"interconnect: {told}: some GPUs reach each other only through the processors",
+            f"{told}: some reach each other only through the processors",
             "expect gradients to take longer; train.compress_gradients halves them",
         )
-    return ok(f"interconnect: {told}")
+    return ok(told)
 
 
 def _nvidia_smi(*options: str) -> list[str]:

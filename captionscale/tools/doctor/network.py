@@ -76,7 +76,7 @@ def meet(node: int, count: int, address: str, port: int) -> Meeting:
     """Meet the other nodes; whoever has not come within a deadline is left out.
 
     Raises:
-        RuntimeError: The first node cannot be reached.
+        RuntimeError: The first node cannot be reached, or did not wait for this one.
     """
     patience = timedelta(seconds=_MEET_S)
     store = TCPStore(address, port, None, node == 0, timeout=patience, wait_for_workers=False)
@@ -87,7 +87,10 @@ def meet(node: int, count: int, address: str, port: int) -> Meeting:
         store.set("came", json.dumps(came))
     elif not _wait(store, "came", time.monotonic() + 2 * _MEET_S):
         raise RuntimeError(f"the first node, {address}, is silent")
-    names = {each: store.get(f"here/{each}").decode() for each in json.loads(store.get("came"))}
+    arrived = json.loads(store.get("came"))
+    if node not in arrived:
+        raise RuntimeError(f"this node came more than {_MEET_S:g} s after the first one")
+    names = {each: store.get(f"here/{each}").decode() for each in arrived}
     # On a test's one machine all have the same name.
     same = len(set(names.values())) < len(names)
     return Meeting(

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from captionscale.data.loader import Batch, Loader
+from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.progress import duration
 from captionscale.tools.doctor.findings import Line, ok, refusal, unmeasured, warning
 from captionscale.tools.doctor.plan import Plan
-from captionscale.train import checkpoint
+from captionscale.train.layout import steps
 from captionscale.train.logs import figures
 from captionscale.train.losses import cross_entropy
 from captionscale.train.optimizer import make_optimizer
@@ -51,6 +52,9 @@ def _learned(plan: Plan) -> tuple[float, str]:
     """Return the pictures that one process learns from in a second, read from memory, and how that was found.
 
     0: that could not be found here.
+
+    Raises:
+        UserError: The GPU's memory is too small.
     """
     gpu = torch.cuda.is_available() and not plan.cpu
     if not gpu and not plan.cpu and plan.profile:
@@ -74,7 +78,13 @@ def _learned(plan: Plan) -> tuple[float, str]:
         if gpu:
             torch.cuda.synchronize()
 
-    step()
+    try:
+        step()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"train.micro_batch = {size}: a step does not fit into the GPU's memory"
+            f" ({str(error).splitlines()[0][:200]}); lower it, or see by nvidia-smi who else uses this GPU"
+        ) from None
     taken: list[float] = []
     began = time.monotonic()
     while len(taken) < _STEPS and (not taken or time.monotonic() - began < _STEPS_S):
@@ -138,7 +148,7 @@ def finish(plan: Plan) -> Iterator[Line]:
             return
     epoch_s = len(plan.split) / rate
     step_s = epoch_s / plan.order.steps_per_epoch
-    saved = checkpoint.steps(plan.run) if plan.run else []
+    saved = steps(plan.run) if plan.run else []
     left = max(0, plan.steps - (saved[-1] if saved else 0)) * step_s
     if not left:
         yield ok(f"all {plan.steps:,} steps are done")

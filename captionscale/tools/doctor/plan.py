@@ -17,8 +17,8 @@ from captionscale.data.places import Place, open_place
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
-from captionscale.train import checkpoint
 from captionscale.train.job import order_of
+from captionscale.train.layout import checkpoint_of, steps
 from captionscale.vocab import Vocabulary
 
 _SAMPLED = 2000
@@ -77,9 +77,9 @@ class Plan:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The run's words, or about so many: of some images only, or of the run's newest checkpoint."""
-        saved = checkpoint.steps(self.run) if self.run else []
+        saved = steps(self.run) if self.run else []
         if self.run and saved:
-            return vocab.load(self.run / "checkpoints" / f"step-{saved[-1]:08d}" / "vocab.json")
+            return vocab.load(checkpoint_of(self.run, saved[-1]) / "vocab.json")
         data = self.settings.data
         items = np.arange(len(self.split))
         if len(items) > _SAMPLED:

@@ -19,6 +19,7 @@ from captionscale.tools.doctor.findings import Line, ok, refusal, refused, unmea
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.profiles import count_of, refuse_unfit
 from captionscale.train import checkpoint
+from captionscale.train.layout import steps
 from captionscale.train.logs import figures
 from captionscale.train.saving import checkpoint_bytes, refuse_full_disk
 
@@ -95,8 +96,8 @@ def batches(plan: Plan) -> Iterator[Line]:
 def weights(plan: Plan) -> Iterator[Line]:
     """Look for the weights that the run begins with."""
     encoder, start = plan.settings.model.encoder, plan.settings.train.start_from
-    if plan.run and checkpoint.steps(plan.run):
-        yield ok(f"{plan.run}: goes on from step {checkpoint.steps(plan.run)[-1]:,}")
+    if plan.run and steps(plan.run):
+        yield ok(f"{plan.run}: goes on from step {steps(plan.run)[-1]:,}")
     elif start is not None:
         saved = checkpoint.open_run(start)
         yield ok(f"train.start_from = {start}: step {saved.standing.step:,} is whole")

@@ -109,7 +109,7 @@ def test_a_sampled_caption_is_that_of_its_seed_whoever_shares_the_batch(url: str
     data = sorted((scenes / "test2017").iterdir())[0].read_bytes()
     seeds = [1, 2, 1, 3, 1]
 
-    # Words alone: what shares the batch changes how products are rounded, and so the last digits of probabilities.
+    # Words alone: what shares the batch changes the rounding, and so the last digits of probabilities.
     def ask(seed: int) -> str:
         params = {"method": "sample", "seed": seed}
         answer = httpx.post(f"{url}/caption", content=data, headers=JPEG, params=params, timeout=300).json()

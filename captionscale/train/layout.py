@@ -1,0 +1,26 @@
+"""Where things lie in a run's folder; who looks for them needs no torch."""
+
+from pathlib import Path
+
+LOG = "log.jsonl"
+SETTINGS = "config.toml"
+"""What a run is being trained with, written when it starts or goes on; each checkpoint has its own."""
+STALLS = "stalls.jsonl"
+_CHECKPOINTS, _STEP = "checkpoints", "step-"
+
+
+def checkpoints(run: Path) -> Path:
+    """Return the folder of a run's checkpoints, whole and passing ones."""
+    return run / _CHECKPOINTS
+
+
+def checkpoint_of(run: Path, step: int) -> Path:
+    """Return the folder of a run's checkpoint of a step."""
+    return run / _CHECKPOINTS / f"{_STEP}{step:08d}"
+
+
+def steps(run: Path) -> list[int]:
+    """Return the steps of which a run has checkpoints, in their order."""
+    names = (path.name.removeprefix(_STEP) for path in checkpoints(run).glob(f"{_STEP}*"))
+    # A user may keep a copy of one under a name of his own.
+    return sorted(int(name) for name in names if name.isdecimal())
