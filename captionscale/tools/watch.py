@@ -266,7 +266,8 @@ def _total(config: Config | None, learned: list[dict[str, Any]]) -> int:
         return 0
     if config.train.steps:
         return config.train.steps
-    return round(config.train.epochs * learned[-1]["step"] / learned[-1]["epoch"]) if learned else 0
+    epoch = learned[-1].get("epoch") if learned else 0
+    return round(config.train.epochs * learned[-1]["step"] / epoch) if epoch else 0
 
 
 def _steps_per_s(config: Config | None, learned: list[dict[str, Any]]) -> float:
@@ -298,6 +299,6 @@ def _holder(run: Path) -> tuple[str, bool | None]:
         return "", False
     # As `files.lock` writes it. Its lock is not tried: a run that starts just then would be refused.
     words = holder.split()
-    if words[-1] != os.uname().nodename or not words[-3].isdecimal():
+    if len(words) < 3 or words[-1] != os.uname().nodename or not words[-3].isdecimal():
         return holder, None
     return holder, Path("/proc", words[-3]).exists()
