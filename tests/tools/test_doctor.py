@@ -15,6 +15,7 @@ from experiment import CHANGES, meet, tiny
 from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import UserError
+from captionscale.model.encoder import Encoder
 from captionscale.score.metrics import METRICS, measure
 from captionscale.tools.doctor import machine, network, pace, storage
 from captionscale.tools.doctor.doctor import doctor
@@ -215,6 +216,24 @@ def test_the_full_form_measures_loading_and_the_step(packed, capsys) -> None:
     )
     assert re.search(r"images/s \(at best, by \d steps .*\): .* an epoch", lines["finish"][0].found)
     assert all(line.measured for name in ("loading", "finish", "evaluator") for line in lines[name])
+
+
+def test_a_step_on_cached_features_is_timed_without_the_encoder(packed, tmp_path, monkeypatch) -> None:
+    # What was foretold "at best" was many times too long.
+    calls, encode = [], Encoder.forward
+
+    def count(*arguments):
+        calls.append(1)
+        return encode(*arguments)
+
+    monkeypatch.setattr(Encoder, "forward", count)
+    plain = ("data.crop_scale=[1.0, 1.0]", "data.flip=false", "data.colour_jitter=0")
+    frozen = ("model.encoder.trainable=none", *plain)
+    settings = tiny(tmp_path, packed, *frozen, "train.cache_features=true")
+    rate, how = pace._learned(Plan(settings, None, {"use_cpu": True}, 1, 1, None, True, False))
+    assert rate > 0
+    assert "features on cpu" in how
+    assert len(calls) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused(packed, tmp_path, capsys) -> None:
