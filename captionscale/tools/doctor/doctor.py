@@ -86,8 +86,8 @@ def doctor(
         show(line)
     for check in _checks(plan, meeting, quick):
         with working(f"doctor: {check.name}", quiet=not speaks):
-            found = list(examine([check], host))
-        for line in found:
+            told = list(examine([check], host))
+        for line in told:
             lines.append(line)
             if speaks:
                 show(line)
