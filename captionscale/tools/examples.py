@@ -15,7 +15,7 @@ from captionscale.score.metrics import METRICS
 from captionscale.score.receipt import Receipt
 from captionscale.tools.attend import view_of
 from captionscale.tools.gaze import Gaze, View, features_of, look_again, overlay
-from captionscale.train.checkpoint import Checkpoint
+from captionscale.train.saved import Checkpoint
 
 _PHOTO_PIXELS, _WORD_PIXELS, _QUALITY = 168, 112, 80
 _EACH = 4

@@ -26,7 +26,8 @@ from captionscale.tools.export.card import card
 from captionscale.tools.export.check import Check, check
 from captionscale.tools.export.parts import Exported, Part, Run, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
-from captionscale.train.checkpoint import Checkpoint, open_run, seal
+from captionscale.train.checkpoint import open_run, seal
+from captionscale.train.saved import Checkpoint
 from captionscale.version import __version__
 
 Kind = Literal["onnx", "torch", "hub"]
