@@ -80,9 +80,11 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
         samples: A split of which some pictures are offered.
     """
     import gradio as gr
+    from gradio.utils import get_upload_folder
 
     from captionscale.tools.demo.endpoint import endpoint
     from captionscale.tools.demo.page import CSS, page
+    from captionscale.tools.demo.uploads import BoundedUploads
 
     served: FastAPI = gr.mount_gradio_app(
         endpoint(service, name),
@@ -94,6 +96,9 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
         ssr_mode=False,
         max_file_size=service.limits.size_bytes,
         css=CSS,
+    )
+    served.add_middleware(
+        BoundedUploads, folder=Path(get_upload_folder()), most_bytes=service.limits.uploads_bytes
     )
     return served
 
