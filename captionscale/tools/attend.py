@@ -15,7 +15,7 @@ from captionscale.data.shards import Split
 from captionscale.data.views import centre_view
 from captionscale.errors import UserError
 from captionscale.files import atomic, prove_writable
-from captionscale.progress import progress
+from captionscale.progress import progress, say, working
 from captionscale.tools.gaze import Gaze, View, overlay
 from captionscale.tools.members import open_members
 from captionscale.tools.writer import Writer
@@ -27,6 +27,8 @@ _DPI = 150
 _TILE_PIXELS = 240
 _ACROSS = 6
 _ROWS_OF_A_PAGE = 10
+_MANY_PAGES = 10
+"""More take minutes."""
 
 
 class _Size(NamedTuple):
@@ -70,7 +72,8 @@ def attend(
         prove_writable(place)
     # All of them first: the tenth may be no image.
     views = [writer.view(file) for file in files]
-    gazes = writer.best(views, writer.wish(), range(len(views)))
+    with working(f"captioning {len(views):,} images"):
+        gazes = writer.best(views, writer.wish(), range(len(views)))
     for place, view, each in zip(names, views, gazes, strict=True):
         tiles = _tiles(view, each)
         rows = [tiles[start : start + _ACROSS] for start in range(0, len(tiles), _ACROSS)]
@@ -85,9 +88,10 @@ def attend_split(
     *,
     checkpoint: str,
     shards: str | None = None,
+    limit: int | None = None,
     changes: Sequence[str] = (),
 ) -> Iterator[Path]:
-    """Draw the same for a whole split: a row for each image, ten rows on a page.
+    """Draw the same for a split: a row for each image, ten rows on a page.
 
     Args:
         run: The --out of captionscale train.
@@ -95,6 +99,7 @@ def attend_split(
         out: Folder for the pages, PNGs.
         checkpoint: `best`, `last` or a step.
         shards: Instead of the run's own.
+        limit: Only so many images, the first ones.
         changes: `search.key=value` each, instead of the run's own.
 
     Yields:
@@ -107,12 +112,15 @@ def attend_split(
     writer = _open(run, checkpoint, changes)
     wish, data = writer.wish(), writer.members.config.data
     split = Split(open_place(shards or data.shards, data.cache, data.cache_gb), split_name)
-    pages = -(-len(split) // _ROWS_OF_A_PAGE)
+    count = min(len(split), limit or len(split))
+    pages = -(-count // _ROWS_OF_A_PAGE)
     digits = max(3, len(str(pages)))
     prove_writable(out / f"{split_name}-{1:0{digits}d}.png")
-    with progress(f"attention of {split_name}", len(split)) as bar:
+    fewer = "; --limit draws fewer" if limit is None and pages > _MANY_PAGES else ""
+    say(f"{split.place}: {count:,} of {len(split):,} images of {split_name} on {pages:,} pages{fewer}")
+    with progress(f"attention of {split_name}", count) as bar:
         for page in range(pages):
-            items = range(page * _ROWS_OF_A_PAGE, min((page + 1) * _ROWS_OF_A_PAGE, len(split)))
+            items = range(page * _ROWS_OF_A_PAGE, min((page + 1) * _ROWS_OF_A_PAGE, count))
             views = [view_of(split, item, data) for item in items]
             ids = [int(split.index[item]["image_id"]) for item in items]
             # As captionscale score has them.

@@ -15,17 +15,20 @@ from captionscale.score.metrics import METRICS
 from captionscale.score.receipt import Receipt
 from captionscale.tools.attend import view_of
 from captionscale.tools.gaze import Gaze, View, features_of, look_again, overlay
-from captionscale.train.checkpoint import Checkpoint
+from captionscale.train.saved import Checkpoint
 
 _PHOTO_PIXELS, _WORD_PIXELS, _QUALITY = 168, 112, 80
 _EACH = 4
 _RANKED_BY = "CIDEr-D"
 
+Id = int | str
+"""Of an image: a receipt of captions from elsewhere may have names."""
+
 
 class Example(NamedTuple):
     """A caption of a split, and what is known of it."""
 
-    image_id: int
+    image_id: Id
     caption: str
     remark: str
 
@@ -42,8 +45,7 @@ def chosen(receipt: Receipt) -> dict[str, list[Example]]:
     def named(places: Sequence[int]) -> list[Example]:
         found = receipt.images
         return [
-            Example(int(found.ids[at]), found.captions[at], f"{metric} {100 * figures[at]:.1f}")
-            for at in places
+            Example(found.ids[at], found.captions[at], f"{metric} {100 * figures[at]:.1f}") for at in places
         ]
 
     by = f"by {metric}, image by image" if metric in METRICS else f"by {metric}"
@@ -71,10 +73,11 @@ def gallery(
         saved: Checkpoint that wrote these captions; none: no attention.
     """
     examples = [example for group in groups.values() for example in group]
-    views: dict[int, View] = {}
-    texts: dict[int, tuple[str, ...]] = {}
+    views: dict[Id, View] = {}
+    texts: dict[Id, tuple[str, ...]] = {}
     if split is not None and config is not None:
-        rows = {int(image_id): item for item, image_id in enumerate(split.index["image_id"])}
+        ids = split.index["image_id"].tolist()
+        rows: dict[Id, int] = {image_id: item for item, image_id in enumerate(ids)}
         for example in examples:
             if (item := rows.get(example.image_id)) is not None:
                 views[example.image_id] = view_of(split, item, config.data)
@@ -90,7 +93,7 @@ def gallery(
     return "\n".join(lines)
 
 
-def _gazes(examples: Sequence[Example], views: Mapping[int, View], saved: Checkpoint) -> dict[int, Gaze]:
+def _gazes(examples: Sequence[Example], views: Mapping[Id, View], saved: Checkpoint) -> dict[Id, Gaze]:
     """Return where the model looked for the words of these very captions."""
     captioner, vocabulary = saved.captioner(), saved.vocabulary()
     longest = saved.config().data.max_words

@@ -12,7 +12,8 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.ensemble import Ensemble
-from captionscale.train.checkpoint import Checkpoint, open_run
+from captionscale.train.checkpoint import open_run
+from captionscale.train.saved import Checkpoint
 
 
 @dataclass(frozen=True)

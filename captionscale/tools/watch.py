@@ -155,7 +155,7 @@ class Watch:
         """Return one of `_MARKS`, and why."""
         holder, at_work = _holder(self._run)
         age_s = _age(self._run / LOG)
-        silent = f"the last line came {duration(age_s)} ago" if age_s is not None else "no line yet"
+        silent = f"its log's last line came {duration(age_s)} ago" if age_s is not None else "no log yet"
         if rhythm_s:
             silent += f", usually each {duration(rhythm_s)}"
         if total and step >= total and not at_work:
@@ -203,10 +203,11 @@ def watch(run: Path, *, once: bool, every_s: float) -> None:
                 for glance in _glances(watched, every_s):
                     live.update(_picture(run, glance), refresh=True)
             return
-        said = ""
+        said: object = None
         for glance in _glances(watched, every_s):
-            if (line := glance.line().split("the last line")[0]) != said:
-                said = line
+            # Why changes with every second.
+            if (news := (glance.state, glance.facts)) != said:
+                said = news
                 print(f"{time.strftime('%H:%M:%S')}  {glance.line()}", flush=True)
     sys.stdout.flush()
 
@@ -223,10 +224,11 @@ def _glances(watched: Watch, every_s: float) -> Iterator[Glance]:
 def _picture(run: Path, glance: Glance) -> Group:
     table = Table.grid(padding=(0, 2))
     if glance.share:
-        table.add_row("", ProgressBar(total=1.0, completed=glance.share, width=50))
+        table.add_row("", ProgressBar(1.0, glance.share, 50, complete_style="cyan", finished_style="cyan"))
     for name, value in glance.facts.items():
         table.add_row(Text(name, "dim"), value)
-    title = Text(f"{run}  ", "bold")
+    title = Text()
+    title.append(f"{run}  ", "bold")
     title.append(glance.state, _MARKS[glance.state])
     title.append(f"  {glance.why}")
     return Group(title, table)
@@ -266,7 +268,8 @@ def _total(config: Config | None, learned: list[dict[str, Any]]) -> int:
         return 0
     if config.train.steps:
         return config.train.steps
-    return round(config.train.epochs * learned[-1]["step"] / learned[-1]["epoch"]) if learned else 0
+    epoch = learned[-1].get("epoch") if learned else 0
+    return round(config.train.epochs * learned[-1]["step"] / epoch) if epoch else 0
 
 
 def _steps_per_s(config: Config | None, learned: list[dict[str, Any]]) -> float:
@@ -298,6 +301,6 @@ def _holder(run: Path) -> tuple[str, bool | None]:
         return "", False
     # As `files.lock` writes it. Its lock is not tried: a run that starts just then would be refused.
     words = holder.split()
-    if words[-1] != os.uname().nodename or not words[-3].isdecimal():
+    if len(words) < 3 or words[-1] != os.uname().nodename or not words[-3].isdecimal():
         return holder, None
     return holder, Path("/proc", words[-3]).exists()

@@ -4,8 +4,16 @@ from pathlib import Path
 
 LOG = "log.jsonl"
 SETTINGS = "config.toml"
-"""What a run is being trained with, written when it starts or goes on; each checkpoint has its own."""
+"""What a run is being trained with, written when it starts or goes on; each checkpoint has its own one."""
 STALLS = "stalls.jsonl"
+MODEL, OPTIMIZER, AVERAGE, STATE, VOCAB = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "average.safetensors",
+    "state.json",
+    "vocab.json",
+)
+"""What else is in each checkpoint's folder."""
 _CHECKPOINTS, _STEP = "checkpoints", "step-"
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from captionscale.errors import UserError
-from captionscale.verbs.values import Verbs, add_search, search_changes
+from captionscale.verbs.values import Verbs, add_search, positive, search_changes
 
 
 def add(verbs: Verbs) -> None:
@@ -13,6 +13,9 @@ def add(verbs: Verbs) -> None:
     attend.add_argument("run", type=Path, metavar="RUN")
     attend.add_argument("images", type=Path, nargs="*", metavar="IMAGE")
     attend.add_argument("--split", help="instead of images: a split of the run's shards, ten images a page")
+    attend.add_argument(
+        "--limit", type=positive, metavar="N", help="only the first N images of the split (default: all)"
+    )
     attend.add_argument("--shards", help="other shards than the run was trained on: folder, or URL")
     attend.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the pictures, PNGs")
     add_search(attend)
@@ -31,6 +34,8 @@ def _attend(options: argparse.Namespace) -> None:
 
     if bool(options.images) == bool(options.split):
         raise UserError("attend: wanted either RUN IMAGE ... --out DIR, or RUN --split NAME --out DIR")
+    if options.limit and not options.split:
+        raise UserError("attend: --limit is of a split's images, wanted --split with it; leave it out")
     if options.split:
         for page in attend_split(
             options.run,
@@ -38,6 +43,7 @@ def _attend(options: argparse.Namespace) -> None:
             options.out,
             checkpoint=options.checkpoint,
             shards=options.shards,
+            limit=options.limit,
             changes=search_changes(options),
         ):
             print(page, flush=True)

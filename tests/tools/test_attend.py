@@ -58,10 +58,20 @@ def test_two_images_of_one_name_have_two_pictures(run, photos, tmp_path, capsys)
     assert all(place.is_file() for place in places)
 
 
-def test_a_split_becomes_pages_of_ten_images(run, tmp_path, capsys) -> None:
-    pages = _say(capsys, "attend", run, "--split", "train", "--out", tmp_path, "--beam", "1").split()
-    assert [Path(page).name for page in pages] == [f"train-{number:03d}.png" for number in range(1, 6)]
-    assert all(Path(page).stat().st_size > 10_000 for page in pages)
+def test_a_split_becomes_pages_of_ten_images_and_of_the_first_alone_if_asked(run, tmp_path, capsys) -> None:
+    main(["attend", str(run), "--split", "train", "--limit", "12", "--out", str(tmp_path), "--beam", "1"])
+    heard = capsys.readouterr()
+    assert "12 of 48 images of train on 2 pages\n" in heard.err
+    pages = [Path(line) for line in heard.out.splitlines()]
+    assert [page.name for page in pages] == ["train-001.png", "train-002.png"]
+    heights = []
+    for page in pages:
+        with Image.open(page) as picture:
+            heights.append(picture.height)
+    assert heights[1] < heights[0] / 2, "two rows after ten"
+    assert "wanted --split with it" in _refuse(
+        capsys, "attend", run, "photo.jpg", "--limit", "3", "--out", tmp_path
+    )
 
 
 def test_the_maps_of_each_word_add_up_to_one_and_are_the_grid_s(run, photos) -> None:

@@ -10,17 +10,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiment import CHANGES, meet
+from experiment import CHANGES, meet, tiny
 
 from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import UserError
+from captionscale.model.encoder import Encoder
 from captionscale.score.metrics import METRICS, measure
-from captionscale.tools.doctor import machine, network, pace
+from captionscale.tools.doctor import machine, network, pace, storage
 from captionscale.tools.doctor.doctor import doctor
 from captionscale.tools.doctor.findings import Check, Line, examine, ok, verdict
 from captionscale.tools.doctor.network import _rounds, tell
+from captionscale.tools.doctor.plan import Plan
+from captionscale.train import checkpoint
+from captionscale.train.standing import Standing
 from captionscale.verbs.line import parser
+from captionscale.vocab import SPECIALS, Vocabulary
 
 HOST = os.uname().nodename
 STATES = ("ok", "warning", "refusal")
@@ -213,11 +218,43 @@ def test_the_full_form_measures_loading_and_the_step(packed, capsys) -> None:
     assert all(line.measured for name in ("loading", "finish", "evaluator") for line in lines[name])
 
 
+def test_a_step_on_cached_features_is_timed_without_the_encoder(packed, tmp_path, monkeypatch) -> None:
+    # What was foretold "at best" was many times too long.
+    calls, encode = [], Encoder.forward
+
+    def count(*arguments):
+        calls.append(1)
+        return encode(*arguments)
+
+    monkeypatch.setattr(Encoder, "forward", count)
+    plain = ("data.crop_scale=[1.0, 1.0]", "data.flip=false", "data.colour_jitter=0")
+    frozen = ("model.encoder.trainable=none", *plain)
+    settings = tiny(tmp_path, packed, *frozen, "train.cache_features=true")
+    rate, how = pace._learned(Plan(settings, None, {"use_cpu": True}, 1, 1, None, True, False))
+    assert rate > 0
+    assert "features on cpu" in how
+    assert len(calls) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_refused(packed, tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("in the way")
     fine, lines = look(packed, capsys, out=tmp_path / "file" / "run")
     assert not fine
     assert "cannot be written" in refusals(lines)["disk"]
+
+
+def test_a_run_of_another_experiment_is_refused_by_the_keys_that_differ(packed, tmp_path) -> None:
+    settings = tiny(tmp_path, packed)
+    run, small = tmp_path / "run", {"a": torch.rand(3)}
+    words = Vocabulary((*SPECIALS, "dog"))
+    checkpoint.save(run, Standing(step=1), {}, small, small, settings, words)
+    other = toml.load(tmp_path / "experiment.toml", ["model.decoder.hidden=99", "train.lr=1e-9"])
+    (line,) = storage.run(Plan(other, run, {}, 1, 1, None, True, False))
+    assert line.state == "refusal"
+    hidden = settings.model.decoder.hidden
+    assert line.found.endswith(f"is of another experiment: model.decoder.hidden was {hidden}, now 99")
+    (line,) = storage.run(Plan(settings, run, {}, 1, 1, None, True, False))
+    assert line.state == "ok"
 
 
 def test_a_run_whose_time_has_no_room_for_all_steps_comes_in_several_jobs(packed, tmp_path, capsys) -> None:
@@ -328,6 +365,16 @@ def test_without_a_config_this_machine_alone_is_looked_at(capsys) -> None:
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said[:-1]] == ["versions", "gpus", "java"]
     assert said[-1].startswith("doctor: 3 ok, 0 warnings, 0 refusals; the job can start")
+
+
+def test_what_could_not_be_looked_at_is_not_counted_as_ok(capsys) -> None:
+    options = {"out": None, "gpus": None, "time_limit": None, "quick": True, "as_json": False}
+    doctor(lambda: toml.load("quickstart"), nodes=2, profile="cpu", **options)
+    *said, summary = capsys.readouterr().out.splitlines()
+    unknown = sum("not measured" in line for line in said)
+    assert unknown > 0
+    assert f", {unknown} not measured, " in summary
+    assert f"doctor: {sum(line.startswith('ok ') for line in said) - unknown} ok, " in summary
 
 
 def test_the_command_line_ends_with_code_1_when_something_is_refused(tmp_path, capsys) -> None:

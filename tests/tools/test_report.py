@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def _write(run: Path, *options: str | Path) -> str:
     return out.read_text(encoding="utf-8")
 
 
-def _receipt(run: Path, packed: Path, caption: str) -> None:
+def _receipt(run: Path, packed: Path, caption: str, name: Callable[[int], int | str] = int) -> None:
     """Give a run a receipt of its test split, as `score` does, of the metrics that are quick."""
     from captionscale.data.shards import Split
     from captionscale.score import score
@@ -40,8 +41,8 @@ def _receipt(run: Path, packed: Path, caption: str) -> None:
 
     saved, split = open_run(run), Split(packed, "test")
     receipt = score(
-        {int(row["image_id"]): f"{caption} {number % 3}" for number, row in enumerate(split.index)},
-        split.references(),
+        {name(row["image_id"]): f"{caption} {number % 3}" for number, row in enumerate(split.index)},
+        {name(image_id): references for image_id, references in split.references().items()},
         ["BLEU-4", "CIDEr-D"],
         made_by={"split": "test", "step": saved.standing.step},
         hashes={"model": saved.sha256},
@@ -100,6 +101,14 @@ def test_only_the_best_and_the_last_validation_are_scored_again_for_their_interv
     assert "best of 3 is" in page
     assert "step-00000001" not in page
     assert "of the best and the last validation" in page
+
+
+def test_a_receipt_whose_images_have_names_is_shown_without_them(copy, packed) -> None:
+    # score --captions of other people's images, with --out in the run's folder.
+    _receipt(copy, packed, "a red ball", "photo-{}".format)
+    page = _write(copy)
+    assert "Best, by CIDEr-D" in page
+    assert "where the model looked for" not in page
 
 
 def test_a_run_that_is_at_work_or_was_killed_has_a_page_of_its_log(copy) -> None:

@@ -173,6 +173,15 @@ def test_a_run_that_has_only_been_submitted_has_not_started(tmp_path) -> None:
     assert (glance.state, glance.why) == ("not running", "it has not started; squeue tells of its job")
 
 
+def test_a_log_and_a_lock_of_another_version_only_leave_things_unsaid(run) -> None:
+    (run / ".lock").write_text("somebody")
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 70, "loss": 0.5}\n')
+    glance = Watch(run).look()
+    assert glance.state == "alive"
+    assert glance.facts["step"] == "70"
+
+
 def test_settings_of_another_version_only_leave_things_unsaid(run) -> None:
     (run / "config.toml").write_text("[data]\nshards = 'x'\nnew_key = 1\n")
     facts = Watch(run).look().facts

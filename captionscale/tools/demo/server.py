@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from captionscale.errors import UserError
 from captionscale.files import scratch
-from captionscale.progress import say
+from captionscale.progress import say, working
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -58,13 +58,14 @@ def serve(
     with closing(_listen(host, port)) as listening, scratch("demo") as folder:
         # Read when gradio is imported. All that it writes goes with this folder, also after a kill.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
-        from captionscale.tools.demo.service import Service
-        from captionscale.tools.members import open_members
-        from captionscale.tools.writer import Writer
+        with working("making the page ready"):
+            from captionscale.tools.demo.service import Service
+            from captionscale.tools.members import open_members
+            from captionscale.tools.writer import Writer
 
-        members = open_members(run, others, checkpoint=checkpoint, changes=[])
-        service = Service(Writer(members))
-        app = application(service, run.resolve().name, _samples(members, shards))
+            members = open_members(run, others, checkpoint=checkpoint, changes=[])
+            service = Service(Writer(members))
+            app = application(service, run.resolve().name, _samples(members, shards))
         _announce(host, listening.getsockname()[1], share)
         _run(app, listening)
         service.close()
@@ -79,9 +80,11 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
         samples: A split of which some pictures are offered.
     """
     import gradio as gr
+    from gradio.utils import get_upload_folder
 
     from captionscale.tools.demo.endpoint import endpoint
     from captionscale.tools.demo.page import CSS, page
+    from captionscale.tools.demo.uploads import BoundedUploads
 
     served: FastAPI = gr.mount_gradio_app(
         endpoint(service, name),
@@ -93,6 +96,9 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
         ssr_mode=False,
         max_file_size=service.limits.size_bytes,
         css=CSS,
+    )
+    served.add_middleware(
+        BoundedUploads, folder=Path(get_upload_folder()), most_bytes=service.limits.uploads_bytes
     )
     return served
 

@@ -39,6 +39,8 @@ class Limits:
     """Pictures decoded at once: each may take several bytes for each pixel."""
     batch: int = 16
     """Pictures captioned at once."""
+    uploads_bytes: int = 2_000_000_000
+    """Of all files that were dropped on the page and not read yet."""
     window_s: float = 0.01
     """How long the first of a batch waits for others."""
 

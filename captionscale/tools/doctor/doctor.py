@@ -23,7 +23,7 @@ from captionscale.tools.doctor.findings import Check, Line, document, examine, r
 from captionscale.tools.doctor.network import Meeting
 from captionscale.tools.doctor.plan import Plan, seconds
 from captionscale.tools.launcher import surroundings
-from captionscale.tools.profiles import read_profile
+from captionscale.tools.profiles import count_of, read_profile
 
 _STYLES = {"ok": "green", "warning": "yellow", "refusal": "bold red"}
 _PORT_AFTER = 1000
@@ -86,8 +86,8 @@ def doctor(
         show(line)
     for check in _checks(plan, meeting, quick):
         with working(f"doctor: {check.name}", quiet=not speaks):
-            found = list(examine([check], host))
-        for line in found:
+            told = list(examine([check], host))
+        for line in told:
             lines.append(line)
             if speaks:
                 show(line)
@@ -169,7 +169,7 @@ def _conclude(lines: list[Line], as_json: bool, took_s: float) -> None:
     if as_json:
         print(json.dumps(document(lines), indent=1))
         return
-    counts = {state: sum(line.state == state for line in lines) for state in _STYLES}
+    several = len({line.host for line in lines}) > 1
     if sys.stdout.isatty():
         out = Console(highlight=False, markup=False)
         table = Table(show_lines=False, pad_edge=False)
@@ -177,10 +177,13 @@ def _conclude(lines: list[Line], as_json: bool, took_s: float) -> None:
             table.add_column(heading, overflow="fold")
         for line in lines:
             style = _STYLES[line.state] if line.measured else "dim"
-            table.add_row(_mark(line, style), line.check, _cell(line))
+            table.add_row(_mark(line, style), line.check, _cell(line, several))
         out.print(table)
-    plural = {state: "s" * (count != 1 and state != "ok") for state, count in counts.items()}
-    told = ", ".join(f"{count} {state}{plural[state]}" for state, count in counts.items())
+    # What could not be looked at is no good sign.
+    unknown = sum(line.state == "ok" and not line.measured for line in lines)
+    counts = {state: sum(line.state == state for line in lines) for state in _STYLES}
+    told = f"{counts['ok'] - unknown} ok" + f", {unknown} not measured" * bool(unknown)
+    told += f", {count_of(counts['warning'], 'warning')}, {count_of(counts['refusal'], 'refusal')}"
     ending = {"ok": "the job can start", "warning": "the job can start", "refusal": "the job would fail"}
     print(f"doctor: {told}; {ending[verdict(lines)]} ({took_s:.1f} s)")
 
@@ -189,10 +192,11 @@ def _mark(line: Line, style: str) -> Text:
     return Text(line.state if line.measured else "-", style)
 
 
-def _cell(line: Line) -> Text:
+def _cell(line: Line, several: bool) -> Text:
+    """Return what was found, on which of several machines, and the cure."""
     text = Text(line.found, "" if line.measured else "dim")
     if line.cure:
         text.append(f"\n-> {line.cure}", "bold")
-    if line.state != "ok" and line.host:
+    if line.state != "ok" and several:
         text.append(f"  [{line.host}]", "dim")
     return text

@@ -61,17 +61,22 @@ def _learned(plan: Plan) -> tuple[float, str]:
         return 0.0, "the job has GPUs and this machine has none"
     device = torch.device("cuda" if gpu else "cpu")
     loader = Loader(plan.split, plan.vocabulary, plan.settings.data, plan.settings.seed)
-    size = min(plan.settings.train.micro_batch, len(plan.split), 10**9 if gpu else _PICTURES_ON_CPU)
+    cached = plan.settings.train.cache_features
+    size = min(plan.settings.train.micro_batch, len(plan.split))
+    # Encoders take long there, and pictures are much alike.
+    size = size if gpu or cached else min(size, _PICTURES_ON_CPU)
     (batch,) = loader.ahead([(np.arange(size), 0)])
     loader.close()
     captioner = Captioner(plan.settings.model, len(plan.vocabulary)).to(device).train()
     optimizer = make_optimizer(captioner, plan.settings.train)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.settings.train.precision)
     batch = batch.to(device)
+    with torch.no_grad():
+        pictures = captioner.look(batch.images) if cached else batch.images
 
     def step() -> None:
         with torch.autocast(device.type, half, enabled=half is not None):
-            loss = _loss(captioner, batch)
+            loss = _loss(captioner, pictures, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
@@ -91,11 +96,12 @@ def _learned(plan: Plan) -> tuple[float, str]:
         start = time.monotonic()
         step()
         taken.append(time.monotonic() - start)
-    return size / median(taken), f"{len(taken)} steps of {size} pictures on {device.type}"
+    what = "pictures' features" if cached else "pictures"
+    return size / median(taken), f"{len(taken)} steps of {size} {what} on {device.type}"
 
 
-def _loss(captioner: Captioner, batch: Batch) -> Tensor:
-    logits, _ = captioner(batch.images, batch.tokens[:, :-1], batch.owners)
+def _loss(captioner: Captioner, pictures: Tensor, batch: Batch) -> Tensor:
+    logits, _ = captioner(pictures, batch.tokens[:, :-1], batch.owners)
     return cross_entropy(logits, batch.tokens[:, 1:], 0.0, None).sum()
 
 

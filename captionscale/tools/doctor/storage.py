@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torchvision
 
+from captionscale import toml
 from captionscale.data.places import Remote, manifest_of
 from captionscale.data.shards import Split
 from captionscale.data.verification import check_sample
@@ -26,6 +27,8 @@ from captionscale.train.saving import checkpoint_bytes, refuse_full_disk
 _SAMPLES, _QUICK_SAMPLES = 200, 20
 _PROBE_BYTES, _QUICK_PROBE_BYTES = 256 << 20, 32 << 20
 _PROBE_S = 5.0
+_KEPT = ("seed", "model.", "train.global_batch", "train.micro_batch", "train.objective", "train.average")
+"""Begins the names of settings that may not change within a run."""
 
 
 def shards(plan: Plan) -> Iterator[Line]:
@@ -138,22 +141,20 @@ def run(plan: Plan) -> Iterator[Line]:
     if saved is None:
         yield ok(f"{plan.run}: no checkpoint yet")
         return
-    old, new = saved.config(), plan.settings
-    kept = ("seed", "model", "train.global_batch", "train.micro_batch", "train.objective", "train.average")
-    differing = [key for key in kept if _value(old, key) != _value(new, key)]
+    trees = (each.model_dump(mode="json") for each in (saved.config(), plan.settings))
+    old, new = (toml.flatten(tree) for tree in trees)
+    differing = [
+        f"{key} was {old.get(key)}, now {new.get(key)}"
+        for key in {**old, **new}
+        if key.startswith(_KEPT) and old.get(key) != new.get(key)
+    ]
     if differing:
         yield refusal(
-            f"{saved.folder}: is of another experiment: {', '.join(differing)} differ",
+            f"{saved.folder}: is of another experiment: {', '.join(differing)}",
             "set these back, or take another --out",
         )
     else:
         yield ok(f"{plan.run}: step {saved.standing.step:,} is whole")
-
-
-def _value(tree: object, key: str) -> object:
-    for part in key.split("."):
-        tree = getattr(tree, part)
-    return tree
 
 
 def disk(plan: Plan) -> Iterator[Line]:

@@ -20,12 +20,14 @@ from captionscale.data.places import open_place
 from captionscale.data.shards import Split
 from captionscale.data.views import centre_view
 from captionscale.errors import UserError
+from captionscale.progress import working
 from captionscale.tools.export import example
 from captionscale.tools.export.card import card
 from captionscale.tools.export.check import Check, check
 from captionscale.tools.export.parts import Exported, Part, Run, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
-from captionscale.train.checkpoint import Checkpoint, open_run, seal
+from captionscale.train.checkpoint import open_run, seal
+from captionscale.train.saved import Checkpoint
 from captionscale.version import __version__
 
 Kind = Literal["onnx", "torch", "hub"]
@@ -73,7 +75,10 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
             pictures = _pictures(config, shards)
             captioner = saved.captioner()
             made = parts(captioner, config.data.image_size, batch or _EXAMPLE_BATCH)
-            programs = {part.name: _WRITERS[to](part, folder, batch) for part in made}
+            programs = {}
+            for part in made:
+                with working(f"exporting {part.name}"):
+                    programs[part.name] = _WRITERS[to](part, folder, batch)
             checked = check(captioner, Exported(made, programs, batch), pictures, config.data.max_words)
             saved.vocabulary().save(folder / "vocab.json")
         if to == "onnx":

@@ -8,7 +8,7 @@ from captionscale.errors import UserError
 from captionscale.progress import say
 from captionscale.score.receipt import Receipt
 from captionscale.tools.export.check import Check
-from captionscale.train.checkpoint import Checkpoint
+from captionscale.train.saved import Checkpoint
 from captionscale.vocab import SPECIALS
 
 _HEAD = """---

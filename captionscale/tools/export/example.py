@@ -7,6 +7,7 @@ It needs numpy, onnxruntime and pillow, and nothing else.
 
 import argparse
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ HERE = Path(__file__).parent
 PAD, START, END, UNKNOWN = range(4)
 
 
+@cache
 def load(name: str) -> Any:
     """Load one of the three programs."""
     return onnxruntime.InferenceSession(HERE / f"{name}.onnx", providers=["CPUExecutionProvider"])
