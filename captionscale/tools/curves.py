@@ -145,7 +145,7 @@ def _verdict(run: Findings, scores: dict[int, dict[str, float]]) -> str:
         return f"Too few validations ({len(scores)}) to tell whether {escape(metric)} still rises."
     best, last = telling
     if best == last:
-        return f"{escape(metric)} was best at the last validation: it may rise further with more epochs."
+        return f"{escape(metric)} was best at the last validation: a run of more epochs may come further."
     since = sum(step > best for step in scores)
     return (
         f"{escape(metric)} was best at step {best:,}; the {since} validations since were no better (training"

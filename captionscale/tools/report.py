@@ -164,8 +164,8 @@ def _panels(run: Findings) -> str:
         f" <b>{escape(str(receipt.made_by.get('split', '?')))}</b> beside people's:</p>"
         f"{flags or '<p>Nothing suspicious was found.</p>'}{table(rows)}"
         '<p class="legend">Dangling: ending in such a word. 3-grams: three words in a row, said twice.'
-        " Distinct: different captions for each caption. Novel: not among the training captions. Words a"
-        " caption: mean and standard deviation.</p>"
+        " Distinct: different captions for each caption. Novel, where it could be counted: not among the"
+        " training captions. Words a caption: mean and standard deviation.</p>"
     )
 
 
@@ -202,6 +202,7 @@ def _captions(run: Findings) -> str:
             f" The decoder '{run.config.model.decoder.name}' has no attention to draw."
             if run.config and run.config.model.decoder.name == "plain"
             else " The yellower a place, the more the model looked there for that word; the bluer, the less."
+            " Words such as 'is' follow from those before, wherever it looked meanwhile."
         )
     body = run.attempt(lambda: examples.gallery(groups, run.config, split, saved if same else None))
     return f"<p>{about}</p>{body or ''}"
