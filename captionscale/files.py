@@ -87,7 +87,7 @@ def prove_writable(path: Path) -> None:
 def _unwritable(path: Path, error: OSError) -> UserError:
     return UserError(
         f"{path}: cannot be written ({error.strerror}), wanted a writable folder with free space;"
-        " free the disk or take another place"
+        " correct the path or its rights, free the disk, or take another place"
     )
 
 

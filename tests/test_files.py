@@ -121,7 +121,7 @@ def test_whether_a_file_can_be_written_is_told_and_leaves_nothing(tmp_path: Path
         prove_writable(good)
     for bad in (tmp_path, file / "x", file / "x" / "y", tmp_path / "nowhere" / "x", Path("/proc/x/y")):
         with pytest.raises(
-            UserError, match=r"is a folder, .*; add the file's|cannot be written \(.*; free the"
+            UserError, match=r"is a folder, .*; add the file's|cannot be written \(.*; correct the"
         ):
             prove_writable(bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]

@@ -120,6 +120,10 @@ def _refusing(data: bytes, place: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise  # The machine's fault, not the image's.
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(
+            f"{place}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, wanted at most so many; make it smaller"
+        ) from None
     # Pillow's decoders raise nearly anything on damaged bytes; all of it means the same to a user.
     except Exception as error:
         reason = str(error).split("<_io")[0].strip() or type(error).__name__

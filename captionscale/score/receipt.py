@@ -111,6 +111,8 @@ class Receipt:
         Raises:
             UserError: No receipt, one that was cut short or edited, or one of another version.
         """
+        if not path.exists():
+            raise UserError(f"{path}: not there, wanted a receipt, or a run that is scored; correct the path")
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(tree, dict) or "format" not in tree:

@@ -32,9 +32,12 @@ def read_results(path: Path) -> dict[int, str]:
     try:
         # Some editors put a mark before the text.
         lines = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{path}: no COCO results ({reason}); {wanted}") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}), wanted COCO results; correct the path"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: no COCO results ({error}); {wanted}") from None
     results: dict[int, str] = {}
     for number, line in enumerate(lines if isinstance(lines, list) else [lines]):
         match line:

@@ -31,9 +31,9 @@ def differences(ours: Findings, theirs: Findings) -> str:
         for first in _newest(theirs.receipts)
         if first.hashes["references"] == second.hashes["references"]
     ]
-    for run in (theirs, ours):
+    for run, its_other in ((theirs, ours), (ours, theirs)):
         if not run.receipts:
-            split = run.config.data.val_split if run.config else "val"
+            split = next(iter(_splits(its_other)), run.config.data.val_split if run.config else "val")
             lines.append(
                 notice(
                     f"{run.name} is not scored, so scores cannot be compared: captionscale score {run.folder}"
@@ -41,8 +41,12 @@ def differences(ours: Findings, theirs: Findings) -> str:
                 )
             )
     if not pairs and ours.receipts and theirs.receipts:
+        scored = " and ".join(f"{run.name} of {', '.join(_splits(run))}" for run in (theirs, ours))
         lines.append(
-            "<p>No two receipts of theirs are of the same references, so their scores cannot be compared.</p>"
+            notice(
+                f"Their scores cannot be compared: those of {scored} have other references. Score both of one"
+                " split, then this report again."
+            )
         )
     for first, second in pairs:
         try:
@@ -92,6 +96,11 @@ def _compared(found: Comparison, receipt: Receipt, ours: Findings, theirs: Findi
 def _newest(receipts: Sequence[Receipt]) -> list[Receipt]:
     """Return the last receipt of each set of references."""
     return list({receipt.hashes["references"]: receipt for receipt in receipts}.values())
+
+
+def _splits(run: Findings) -> list[str]:
+    """Return the splits that a run is scored on, the last scored one first."""
+    return list(dict.fromkeys(str(each.made_by.get("split", "?")) for each in reversed(run.receipts)))
 
 
 def _short(value: Any) -> str:

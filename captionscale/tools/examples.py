@@ -84,6 +84,12 @@ def gallery(
                 texts[example.image_id] = split.captions(item)
     gazes = _gazes(examples, views, saved) if saved is not None else {}
     lines = []
+    if maps := next((gaze.maps for gaze in gazes.values() if gaze.maps), None):
+        side, across = maps[0].shape
+        lines.append(
+            f"<p>It divides a picture into {side} x {across} cells, and where it looked can be told no finer;"
+            " the colours between their centres are blended.</p>"
+        )
     for title, group in groups.items():
         lines += [f"<h3>{escape(title)}</h3>"] * bool(group)
         lines += [

@@ -11,7 +11,7 @@ from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.score.receipt import Receipt
 from captionscale.train.checkpoint import open_run
-from captionscale.train.layout import LOG, steps
+from captionscale.train.layout import LOG, need_run, steps
 
 T = TypeVar("T")
 
@@ -29,12 +29,14 @@ class Findings:
         Raises:
             UserError: There is nothing of a run.
         """
+        need_run(folder)
         self.folder = folder
         self.name = folder.resolve().name
         self.missing: list[str] = []
         if not (folder / LOG).is_file() and not steps(folder):
             raise UserError(
-                f"{folder}: no checkpoint and no {LOG}, so no run; wanted the --out of captionscale train"
+                f"{folder}: no checkpoint and no {LOG}, so no run; wanted the --out of captionscale train;"
+                " correct the path"
             )
         self.saved = self.attempt(lambda: open_run(folder))
         saved = self.saved

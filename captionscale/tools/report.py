@@ -40,9 +40,9 @@ def report(run: Path, out: Path, *, against: Path | None = None, shards: str | N
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: ends in '{out.suffix}', wanted .html; name it so")
-    prove_writable(out)
     ours = Findings(run, shards)
     theirs = Findings(against, shards) if against else None
+    prove_writable(out)
     sections = {
         "Curves": curves(ours),
         "Scores": _scores(ours, theirs),

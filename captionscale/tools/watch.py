@@ -22,7 +22,7 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import LOCK
 from captionscale.progress import duration
-from captionscale.train.layout import LOG, SETTINGS, STALLS, checkpoint_of, steps
+from captionscale.train.layout import LOG, SETTINGS, STALLS, checkpoint_of, need_run, steps
 
 _RECENT = 20
 _LATE = 5
@@ -98,9 +98,7 @@ class Watch:
         Raises:
             UserError: It is not there, or no run.
         """
-        if not run.is_dir():
-            found = "is a file" if run.exists() else "no such folder"
-            raise UserError(f"{run}: {found}, wanted the --out of captionscale train; correct the path")
+        need_run(run)
         signs = (LOG, LOCK, SETTINGS, "job.sbatch", "checkpoints")
         if not any((run / sign).exists() for sign in signs):
             raise UserError(

@@ -33,6 +33,7 @@ from captionscale.train.layout import (
     VOCAB,
     checkpoint_of,
     checkpoints,
+    need_run,
     steps,
 )
 from captionscale.train.saved import FORMAT, Checkpoint, OtherVersionError
@@ -158,7 +159,9 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         except UserError as error:
             warn(f"warning: passed over: {error}")
     if steps(run):
-        raise UserError(f"{run}: every checkpoint is damaged; take another --out to start again")
+        raise UserError(
+            f"{run}: every checkpoint is damaged; copy the run again, or train it into another --out"
+        )
     return None
 
 
@@ -191,11 +194,15 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
     Raises:
         UserError: No run, no such checkpoint, or a damaged one.
     """
+    need_run(run)
     if (run / STATE).is_file():
         return Checkpoint(run)
     last = newest(run, say)
     if last is None:
-        raise UserError(f"{run}: no checkpoint, so no run; wanted the --out of captionscale train")
+        raise UserError(
+            f"{run}: no checkpoint, so no run; wanted the --out of captionscale train; correct the path, or"
+            " wait until it has saved"
+        )
     if which == "last" or (which == "best" and not last.standing.best_step):
         return last
     if which == "best":

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from captionscale.errors import UserError
+
 LOG = "log.jsonl"
 SETTINGS = "config.toml"
 """What a run is being trained with, written when it starts or goes on; each checkpoint has its own one."""
@@ -32,3 +34,14 @@ def steps(run: Path) -> list[int]:
     names = (path.name.removeprefix(_STEP) for path in checkpoints(run).glob(f"{_STEP}*"))
     # A user may keep a copy of one under a name of his own.
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def need_run(run: Path) -> None:
+    """Refuse what is no folder, before long work.
+
+    Raises:
+        UserError: It is none.
+    """
+    if not run.is_dir():
+        found = "is a file" if run.exists() else "no such folder"
+        raise UserError(f"{run}: {found}, wanted the --out of captionscale train; correct the path")

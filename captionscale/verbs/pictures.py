@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from captionscale.errors import UserError
+from captionscale.train.layout import need_run
 from captionscale.verbs.values import Verbs, add_search, positive, search_changes
 
 
@@ -30,12 +31,13 @@ def add(verbs: Verbs) -> None:
 
 
 def _attend(options: argparse.Namespace) -> None:
-    from captionscale.tools.attend import attend, attend_split
-
     if bool(options.images) == bool(options.split):
         raise UserError("attend: wanted either RUN IMAGE ... --out DIR, or RUN --split NAME --out DIR")
     if options.limit and not options.split:
         raise UserError("attend: --limit is of a split's images, wanted --split with it; leave it out")
+    need_run(options.run)
+    from captionscale.tools.attend import attend, attend_split
+
     if options.split:
         for page in attend_split(
             options.run,
@@ -59,6 +61,7 @@ def _attend(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    need_run(options.run)
     from captionscale.tools.report import report
 
     out = options.out or options.run / "report.html"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from captionscale.errors import UserError
+from captionscale.train.layout import need_run
 from captionscale.verbs.values import Verbs, add_others, add_search, positive, search_changes
 
 _STOPPED = "score: stopped by {}; no receipt was written, and the same command starts anew"
@@ -73,12 +74,16 @@ def add(verbs: Verbs) -> None:
 
 
 def _caption(options: argparse.Namespace) -> None:
+    if bool(options.images) == bool(options.split) or bool(options.split) != bool(options.out):
+        raise UserError(
+            "caption: wanted either RUN IMAGE ... without --out, as captions are printed, or RUN --split NAME"
+            " --out RESULTS"
+        )
+    need_run(options.run)
     from captionscale.tools.members import open_members
     from captionscale.tools.scoring import caption_run
     from captionscale.tools.writer import Writer
 
-    if bool(options.images) == bool(options.split) or bool(options.split) != bool(options.out):
-        raise UserError("caption: wanted either RUN IMAGE ..., or RUN --split NAME --out RESULTS")
     if options.split:
         count = caption_run(
             options.run,
@@ -110,9 +115,6 @@ def _score_or_stop(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from captionscale.score.metrics import measure
-    from captionscale.score.panel import table
-
     by_run = options.run is not None and not (options.captions or options.references)
     if by_run and not options.split:
         raise UserError(f"score {options.run}: no --split; say which, such as --split val")
@@ -128,6 +130,11 @@ def _score(options: argparse.Namespace) -> None:
             "score --clip: found --captions and no images, wanted a run's split; leave out --clip, or give"
             " RUN --split NAME"
         )
+    if by_run:
+        need_run(options.run)
+    from captionscale.score.metrics import measure
+    from captionscale.score.panel import table
+
     # Schedulers end jobs by it: Java and its files are then put away, as after Ctrl-C.
     signal.signal(signal.SIGTERM, _stop)
     changes: dict[str, Any] = {}

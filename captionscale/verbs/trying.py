@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from captionscale.train.layout import need_run
 from captionscale.verbs.values import Verbs, add_others
 
 
@@ -33,6 +34,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    need_run(options.run)
     from captionscale.tools.demo.server import serve
 
     serve(
@@ -47,6 +49,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    need_run(options.run)
     from captionscale.tools.export.bundle import export
 
     print(

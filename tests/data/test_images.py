@@ -222,7 +222,9 @@ def test_a_picture_of_absurdly_many_pixels_is_refused(limit: int, monkeypatch: p
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
             read(data, "here")
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-            with pytest.raises(UserError, match=r"here: not a readable image .*decompression bomb"):
+            with pytest.raises(
+                UserError, match=rf"here: more than {limit} pixels, wanted at most so many; make"
+            ):
                 read(data, "here")
 
 
@@ -251,7 +253,7 @@ def test_a_bomb_is_refused_and_damaged_exif_is_not_talked_about_outside_of_tests
         text=True,
         check=True,
     )
-    assert found.stdout.startswith("(8, 8)\nbomb: not a readable image (Image size (400 pixels)")
+    assert found.stdout.startswith("(8, 8)\nbomb: more than 300 pixels")
     assert found.stderr == ""
 
 
@@ -277,9 +279,7 @@ def test_a_bomb_is_refused_by_its_header_alone() -> None:
     at = small.index(b"\xff\xc0") + 5
     data = small[:at] + (65000).to_bytes(2) * 2 + small[at + 4 :]
     for read in READS:
-        with pytest.raises(
-            UserError, match=r"^here: not a readable image \(Image size \(4225000000 pixels\) exc"
-        ):
+        with pytest.raises(UserError, match=r"^here: more than [\d,]+ pixels"):
             read(data, "here")
 
 

@@ -219,7 +219,7 @@ def test_a_broken_receipt_is_told_and_left_out_and_the_others_are_shown(tmp_path
     told = [line for line in said.err.splitlines() if line.startswith("left out: ")]
     for line, place in zip(told, ["empty", "in/cut", "in/odd", "none"], strict=True):
         assert f"{tmp_path / place}" in line
-        assert line.endswith(("; score the captions again", "or give another folder"))
+        assert line.endswith(("; score the captions again", "or give another folder", "; correct the path"))
     assert Page(out).tables[0][0][1][0][1][1].startswith("goodsplit ['a', 'list']")
     # None is left: the page of before stays.  Nor is a broken receipt written over.
     with pytest.raises(SystemExit, match="1"):

@@ -281,8 +281,11 @@ def test_a_receipt_may_be_laid_out_anew_and_its_time_and_host_left_out(
 
 
 def test_what_is_no_file_is_no_receipt(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "none.json"):
-        with pytest.raises(UserError, match="no receipt, or not a whole one"):
+    for path, told in (
+        (tmp_path, "no receipt, or not a whole one"),
+        (tmp_path / "none.json", "not there, wanted a receipt"),
+    ):
+        with pytest.raises(UserError, match=told):
             Receipt.read(path)
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):

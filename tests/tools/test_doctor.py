@@ -192,7 +192,7 @@ def test_a_byte_that_rotted_is_found_among_the_samples(copy: Path, capsys) -> No
         (["train.global_batch=47", "train.micro_batch=1"], {}, "batches", "cannot give each of"),
         (["data.workers=4000"], {}, "workers", "wanted one for each thread that decodes"),
         (["model.encoder.weights=gone.pth"], {}, "weights", "no such file"),
-        (["train.start_from=gone"], {}, "weights", "no checkpoint, so no run"),
+        (["train.start_from=gone"], {}, "weights", "gone: no such folder, wanted the --out"),
         (["train.grace_s=0.0001"], {}, "disk", "a job whose time ends would lose its work"),
         ([], {"time_limit": "1"}, "finish", "it would do nothing"),
         ([], {"time_limit": "soon"}, "config", "--time soon: not a time"),
@@ -212,7 +212,7 @@ def test_the_full_form_measures_loading_and_the_step(packed, capsys) -> None:
     fine, lines = look(packed, capsys, quick=False)
     assert fine
     assert re.search(
-        r"loads [\d,]+ images/s .* a step takes [\d,]+ images/s \(\d steps", lines["loading"][0].found
+        r"loads [\d,]+ images/s .* a step takes [\d,.]+ images/s \(\d steps", lines["loading"][0].found
     )
     assert re.search(r"images/s \(at best, by \d steps .*\): .* an epoch", lines["finish"][0].found)
     assert all(line.measured for name in ("loading", "finish", "evaluator") for line in lines[name])

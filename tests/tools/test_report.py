@@ -87,9 +87,9 @@ def test_against_a_run_that_is_not_scored_says_which_command_scores_it(copy, pac
     _receipt(copy, packed, "a red ball")
     page = _write(copy, "--against", other)
     assert (
-        f"other is not scored, so scores cannot be compared: captionscale score {other} --split val" in page
+        f"other is not scored, so scores cannot be compared: captionscale score {other} --split test" in page
     )
-    assert "of the same references" not in page
+    assert "have other references" not in page
 
 
 def test_only_the_best_and_the_last_validation_are_scored_again_for_their_intervals(copy) -> None:
@@ -145,7 +145,9 @@ def test_what_a_receipt_or_config_holds_is_text_and_never_markup(copy, packed) -
 @pytest.mark.parametrize(
     ("name", "out", "error"),
     [
-        ("no run", "page.html", "no checkpoint and no log.jsonl, so no run"),
+        ("no run", "page.html", "no such folder, wanted the --out of captionscale train; correct the path"),
+        ("run/checkpoints", "page.html", "no checkpoint and no log.jsonl, so no run"),
+        ("experiment.toml", "page.html", "is a file, wanted the --out of captionscale train"),
         ("run", "page.txt", "wanted .html"),
         ("run", "experiment.toml/page.html", "cannot be written"),
     ],

@@ -128,6 +128,10 @@ def endpoint(service: Service, name: str) -> FastAPI:
         ]
         return Answer(caption=found.caption, log_probability=found.log_probability, words=words)
 
+    @app.get("/caption", include_in_schema=False)
+    def get() -> JSONResponse:
+        return _refuse(405, "GET /caption: wanted POST, with the image file as the body; see /docs")
+
     @app.get("/docs", include_in_schema=False)
     def docs(request: Request) -> HTMLResponse:
         return HTMLResponse(manual(app.openapi(), str(request.base_url).rstrip("/")))

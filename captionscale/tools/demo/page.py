@@ -19,7 +19,9 @@ _WELCOME = (
     " it.</p>"
 )
 CSS = """
-.gradio-container { max-width: 1100px !important; margin: auto }
+.gradio-container { width: 100% !important; max-width: min(1100px, 100vw) !important; margin: auto }
+/* What is wrong is told beside it, in words. */
+.wrap > .error { display: none }
 #looked img { width: 100%; max-width: min(448px, 48vh); border-radius: 6px }
 /* Nothing to see yet. */
 #words:has(.empty), .form:has(> #captions:not(:has(input))) { display: none }

@@ -123,7 +123,7 @@ def loading(plan: Plan) -> Iterator[Line]:
     if not needs:
         yield unmeasured(f"{told}; what a step needs is unknown: {how}")
         return
-    told += f", a step takes {needs:,.0f} images/s ({how})"
+    told += f", a step takes {needs:,.3g} images/s ({how})"
     if loads < needs:
         more = max(data.workers + 1, round(data.workers * needs * _ENOUGH / max(loads, 1e-9)))
         yield warning(

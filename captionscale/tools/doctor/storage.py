@@ -165,7 +165,8 @@ def disk(plan: Plan) -> Iterator[Line]:
         pace = _write(folder, probe)
     except OSError as error:
         yield refusal(
-            f"{folder}: cannot be written ({error.strerror})", "free the disk, or take --out elsewhere"
+            f"{folder}: cannot be written ({error.strerror})",
+            "correct the path or its rights, free the disk, or take --out elsewhere",
         )
         return
     yield ok(f"{folder}: written to at {pace / 1e6:,.0f} MB/s")

@@ -102,7 +102,7 @@ def _agreement(checked: Check | None) -> Iterator[str]:
 def _scores(run: Path, saved: Checkpoint) -> Iterator[str]:
     """Say what the receipts of these very weights say."""
     found = 0
-    for path in sorted(run.glob("scores/*/receipt.json")):
+    for path in sorted(run.rglob("receipt.json")):
         try:
             receipt = Receipt.read(path)
         except UserError as error:

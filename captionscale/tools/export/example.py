@@ -89,7 +89,10 @@ def main() -> None:
     parser.add_argument("--beam", type=int, default=settings["beam"], help="1: greedy (default: %(default)s)")
     options = parser.parse_args()
     for path in options.images:
-        picture = see(path, settings["image_size"])
+        try:
+            picture = see(path, settings["image_size"])
+        except (OSError, Image.DecompressionBombError) as error:
+            raise SystemExit(f"{path}: no readable image ({error}); repair or remove it") from None
         tokens, _ = search(picture, options.beam, settings["length_power"], settings["max_words"])
         print(f"{path}\t{' '.join(words[token] for token in tokens if token != END)}")
 

@@ -105,6 +105,12 @@ def test_fifty_at_once_with_bad_ones_among_them_each_have_their_own_answer(
     assert max(counting.batches) <= LIMITS.batch
 
 
+def test_who_asks_by_get_is_told_how_to_ask(url: str) -> None:
+    answer = httpx.get(f"{url}/caption", timeout=60)
+    assert answer.status_code == 405
+    assert "wanted POST" in answer.json()["error"]
+
+
 def test_a_sampled_caption_is_that_of_its_seed_whoever_shares_the_batch(url: str, scenes: Path) -> None:
     data = sorted((scenes / "test2017").iterdir())[0].read_bytes()
     seeds = [1, 2, 1, 3, 1]

@@ -136,7 +136,7 @@ def test_the_card_has_the_scores_of_these_very_weights(run: Path, tmp_path: Path
     made = {"split": "test"}
     mine = score(captions, references, ["BLEU-1"], made_by=made, hashes={"model": open_run(run).sha256})
     other = score(captions, references, ["BLEU-2"], made_by=made, hashes={"model": "of another run"})
-    mine.write(run / "scores" / "mine" / "receipt.json")
+    mine.write(run / "receipt.json")
     other.write(run / "scores" / "other" / "receipt.json")
     card = _card(run, tmp_path / "after")
     low, high = mine.intervals["BLEU-1"]
