@@ -55,11 +55,13 @@ def packed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A client of a server of S3's protocol, as a user names one: by the environment; it has a `bucket`."""
     moto = pytest.importorskip("moto.server")
-    pytest.importorskip("s3fs")
+    s3fs = pytest.importorskip("s3fs")
     from botocore.session import get_session
 
     server = moto.ThreadedMotoServer(port=0, verbose=False)
     server.start()
+    # One of another module still asks that one's server.
+    s3fs.S3FileSystem.clear_instance_cache()
     host, port = server.get_host_and_port()
     nothing = tmp_path_factory.mktemp("home") / "nothing"
     with pytest.MonkeyPatch.context() as patch:
