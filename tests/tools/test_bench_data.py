@@ -66,7 +66,7 @@ def test_first_batches_and_the_memory_of_a_loader_are_measured(
 
 def test_processes_side_by_side_have_the_threads_that_launch_gives_them_and_then_torchs_own() -> None:
     heat = start._two_processes(1)
-    assert len(heat.lanes) == 2
+    assert len(heat.lanes) == 3
     shared = max(1, cores() // 2)
     [threads] = re.findall(r"processes: ([\d, ]+)\.", heat.notes[0])
     assert [int(each) for each in threads.split(",")][:2] == [shared, shared]

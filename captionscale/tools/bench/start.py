@@ -209,15 +209,16 @@ def _megabytes() -> int:
 
 
 def _two_processes(rounds: int) -> Heat:
-    """Let two processes work side by side, with the threads of `captionscale launch` and torch's own."""
+    """Let two processes work side by side, with the threads that `captionscale launch` and torch give them."""
     counts: list[str] = []
     with ExitStack() as stack:
         ways = []
-        for name, threads in (
-            ("as `captionscale launch` sets them", max(1, cores() // 2)),
-            ("torch's own", 0),
+        for name, settings in (
+            ("as `captionscale launch` sets them", {"OMP_NUM_THREADS": str(max(1, cores() // 2))}),
+            ("torch's own number, asleep while they wait", {"OMP_WAIT_POLICY": "passive"}),
+            ("torch's own", {}),
         ):
-            pair = [stack.enter_context(_worker(threads)) for _ in range(2)]
+            pair = [stack.enter_context(_worker(settings)) for _ in range(2)]
             counts += [worker.stdout.readline().strip() for worker in pair if worker.stdout]
 
             def run(pair: list[subprocess.Popen[str]] = pair) -> None:
@@ -232,16 +233,16 @@ def _two_processes(rounds: int) -> Heat:
             ways.append(Way(name, run, 2 * _STEPS_OF_A_RUN, guarded=False))
         heat = race("Two processes side by side", "steps", ways, rounds)
     heat.notes += [
-        f"On {cores()} cores; threads of the four processes: {', '.join(counts)}. Those of one process wait",
+        f"On {cores()} cores; threads of the six processes: {', '.join(counts)}. Those of one process wait",
         "for each other at each operation, and spin while they wait.",
     ]
     return heat
 
 
 @contextmanager
-def _worker(threads: int) -> Iterator[subprocess.Popen[str]]:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
+def _worker(settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    environment |= settings
     with subprocess.Popen(
         [sys.executable, "-c", _STEPS],
         stdin=subprocess.PIPE,
