@@ -90,7 +90,7 @@ def figures(run: Path, key: str, since: float = 0) -> dict[int, Any]:
     """
     found: dict[int, Any] = {}
     path = run / LOG
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, NotADirectoryError):
         if path.stat().st_mtime < since:
             return found
         for line in path.read_text(encoding="utf-8").splitlines():

@@ -209,7 +209,7 @@ def _megabytes() -> int:
 
 
 def _two_processes(rounds: int) -> Heat:
-    """Let two processes work side by side, with the threads that `captionscale launch` and torch give them."""
+    """Let two processes work side by side, with the threads of `captionscale launch`, and torch's own."""
     counts: list[str] = []
     with ExitStack() as stack:
         ways = []
