@@ -1,6 +1,7 @@
 """From raw files to scored captions, by the commands that a user gives."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -223,3 +224,12 @@ def test_bad_input_is_told_in_one_line(
     results.write_text("{}[")
     said = _refuse(capsys, "score", "--captions", results, "--references", references)
     assert "no COCO results" in said
+
+
+@pytest.mark.parametrize(("told", "found"), [(None, "passive"), ("active", "active")])
+def test_threads_sleep_while_they_wait_unless_one_says_otherwise(told, found, monkeypatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", told or "")
+    if told is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    main(["config"])
+    assert os.environ["OMP_WAIT_POLICY"] == found

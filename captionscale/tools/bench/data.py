@@ -25,7 +25,7 @@ from captionscale.data.shards import Split
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.progress import say
-from captionscale.tools.bench.race import Heat, Way, race
+from captionscale.tools.bench.race import Heat, Way, one_core, race
 
 _SIZE, _BATCH, _CROP = 224, 32, (0.5, 1.0)
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -73,22 +73,17 @@ def bench(pictures: Path | None, folder: Path | None, *, count: int, rounds: int
     Raises:
         UserError: No pictures.
     """
-    threads = torch.get_num_threads()
     # Else each way's arithmetic would take all cores.
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix="captionscale-bench-") as name:
-            records = _records(pictures, Path(name), count)
-            heats = []
-            for number, (kind, options) in enumerate(_KINDS):
-                some = records if options.short_side else records[: max(_BATCH, count // 3)]
-                stored = _store(some, Path(name) / str(number), options)
-                note = _compare(stored)
-                heats += [_one_core(kind, stored, rounds), _two_cores(kind, stored, rounds)]
-                heats[-2].notes.append(note)
-            return heats
-    finally:
-        torch.set_num_threads(threads)
+    with one_core(), tempfile.TemporaryDirectory(dir=folder, prefix="captionscale-bench-") as name:
+        records = _records(pictures, Path(name), count)
+        heats = []
+        for number, (kind, options) in enumerate(_KINDS):
+            some = records if options.short_side else records[: max(_BATCH, count // 3)]
+            stored = _store(some, Path(name) / str(number), options)
+            note = _compare(stored)
+            heats += [_one_core(kind, stored, rounds), _two_cores(kind, stored, rounds)]
+            heats[-2].notes.append(note)
+        return heats
 
 
 def _records(pictures: Path | None, folder: Path, count: int) -> list[Record]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import webdataset
 from PIL import Image
 
@@ -122,8 +121,6 @@ def _shrinking(records: list[Record], rounds: int) -> Heat:
             "bench pack: no OpenCV, wanted it for the comparison; pip install 'captionscale[bench]'"
         ) from None
     cv2.setNumThreads(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     data = [record.read() for record in records]
 
     def ours() -> None:
@@ -151,7 +148,6 @@ def _shrinking(records: list[Record], rounds: int) -> Heat:
         Way("Pillow, bicubic", pillow, len(data)),
     ]
     heat = race(f"Shorter side {_SIDE}, quality {_QUALITY}, one core", "images", ways, rounds, by_cpu=True)
-    torch.set_num_threads(threads)
     closeness = [_closeness_db(bits) for bits in data[:50]]
     heat.notes.append(
         f"Before encoding, ours is {min(closeness):.1f} dB or more from Pillow's bicubic (PSNR,"

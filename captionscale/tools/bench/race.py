@@ -5,7 +5,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from statistics import median
@@ -124,6 +125,17 @@ class Sheet:
         out.print(table)
 
 
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Let torch compute on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: bool = False) -> Heat:
     """Run ways A B A B ... and compare them round by round, so that a slow minute slows all of them.
 
@@ -132,10 +144,11 @@ def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: boo
         unit: What is counted.
         ways: The first is ours; each is run once more than is measured, to warm up.
         rounds: That are measured.
-        by_cpu: Compare processor time, not wall clock: things per second of one core.
+        by_cpu: Compare processor time on one core, not wall clock.
     """
     seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
-    with progress(title, (rounds + 1) * len(ways), passing=True) as bar:
+    cores_used = one_core() if by_cpu else nullcontext()
+    with cores_used, progress(title, (rounds + 1) * len(ways), passing=True) as bar:
         for turn in range(rounds + 1):
             for way in ways:
                 gc.collect()
@@ -170,10 +183,11 @@ def limit(run: Callable[[], object], cpu_ms: float, precision: torch.dtype = tor
         run()
     square = torch.randn(_SQUARE, _SQUARE).to(precision)
     laps = []
-    for _ in range(5):
-        start = time.process_time()
-        square @ square
-        laps.append(time.process_time() - start)
+    with one_core():
+        for _ in range(5):
+            start = time.process_time()
+            square @ square
+            laps.append(time.process_time() - start)
     gflop, pace = counter.get_total_flops() / 1e9, 2 * _SQUARE**3 / min(laps) / 1e9
     least_ms = gflop / pace * 1000
     return (
