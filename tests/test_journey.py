@@ -226,10 +226,10 @@ def test_bad_input_is_told_in_one_line(
     assert "no COCO results" in said
 
 
-@pytest.mark.parametrize(("told", "found"), [(None, "passive"), ("active", "active")])
+@pytest.mark.parametrize(("told", "found"), [("", "passive"), ("active", "active")])
 def test_threads_sleep_while_they_wait_unless_one_says_otherwise(told, found, monkeypatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", told or "")
-    if told is None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", told)
+    if not told:
         monkeypatch.delenv("OMP_WAIT_POLICY")
     main(["config"])
     assert os.environ["OMP_WAIT_POLICY"] == found
