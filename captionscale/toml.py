@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from captionscale import assets
+from captionscale import assets, credentials
 from captionscale.config import Config, Section
 from captionscale.errors import UserError, did_you_mean
 
@@ -65,7 +65,8 @@ def _validate(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(place, changes, tree, error.errors(), option))) from None
+        text = "\n".join(_explain(place, changes, tree, error.errors(), option))
+        raise UserError(credentials.strip(text)) from None
 
 
 def dumps(config: Config) -> str:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from captionscale import assets, toml
+from captionscale import assets, credentials, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import atomic
@@ -43,6 +43,12 @@ def submit(
         UserError: No SLURM here, or it refuses the job; more processes than the experiment can have; or a
             folder that cannot be written.
     """
+    if credentials.given(settings.data.shards) != settings.data.shards:
+        raise UserError(
+            f"data.shards = {settings.data.shards}: was given with a password, key or token, which is not"
+            " written to a job; expected a URL without it; put it where the job finds it, such as .netrc,"
+            " ~/.aws/credentials or GOOGLE_APPLICATION_CREDENTIALS"
+        )
     facts = read_profile(assets.find("launch", profile, ".yaml"))
     here = gpus or int(facts["num_processes"])
     refuse_unfit(settings, nodes * here, nodes, facts)
