@@ -248,7 +248,9 @@ def test_a_slow_link_is_no_stalled_one(monkeypatch: pytest.MonkeyPatch) -> None:
             now[0] += 5.0
             arrived.count(1)
 
-    with pytest.raises(UserError, match=r"^https://host/file: \d+ bytes came in 30\d s, expected at least"):
+    with pytest.raises(
+        UserError, match=r"^https://host/file: [\d,]+ bytes came in 30\d s, expected at least"
+    ):
         trickle()
 
 
