@@ -8,8 +8,6 @@ import json
 import os
 import re
 
-from captionscale.progress import say
-
 _GIVEN = "CAPTIONSCALE_URLS"
 """Environment variable with each stripped URL and the given one, as JSON: launched ranks inherit it."""
 _URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.:-]*://[^\s"'<>]+""")
@@ -58,6 +56,9 @@ def _keep(stripped: str, url: str) -> None:
         return
     os.environ[_GIVEN] = json.dumps(urls | {stripped.rstrip("/"): url})
     if os.environ.get("RANK", "0") == "0":
+        # The command line imports this module, also where nothing is installed.
+        from captionscale.progress import say
+
         say(
             f"warning: {stripped}: was given with a password, key or token, which is used now but saved"
             " nowhere; give it in the environment instead: .netrc, AWS_PROFILE or"
