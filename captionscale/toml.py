@@ -65,7 +65,7 @@ def _validate(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(place, changes, tree, error.errors(), option))) from None
+        raise UserError(*_explain(place, changes, tree, error.errors(), option)) from None
 
 
 def dumps(config: Config) -> str:

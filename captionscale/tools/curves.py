@@ -3,9 +3,9 @@
 import io
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
 
+from captionscale.escape import for_html
 from captionscale.progress import progress
 from captionscale.score import intervals
 from captionscale.score.metrics import Evaluator
@@ -88,8 +88,8 @@ def _curve(title: str, unit: str, series: Sequence[_Points], said: str) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     svg = file.getvalue().replace(_INK, "currentColor")
-    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(said)}" ', 1)
-    return f"<figure class=curve><figcaption>{escape(title)}</figcaption>{svg}</figure>"
+    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{for_html(said)}" ', 1)
+    return f"<figure class=curve><figcaption>{for_html(title)}</figcaption>{svg}</figure>"
 
 
 def curves(run: Findings) -> str:
@@ -142,14 +142,14 @@ def _verdict(run: Findings, scores: dict[int, dict[str, float]]) -> str:
     metric = run.config.train.score_metric
     telling = _best_and_last(scores, metric)
     if len(scores) < 2 or not telling:
-        return f"Too few validations ({len(scores)}) to tell whether {escape(metric)} still rises."
+        return f"Too few validations ({len(scores)}) to tell whether {for_html(metric)} still rises."
     best, last = telling
     if best == last:
-        return f"{escape(metric)} was best at the last validation: a run of more epochs may come further."
+        return f"{for_html(metric)} was best at the last validation: a run of more epochs may come further."
     since = sum(step > best for step in scores)
     return (
-        f"{escape(metric)} was best at step {best:,}; the {since} validations since were no better (training"
-        f" stops after {run.config.train.patience} such)."
+        f"{for_html(metric)} was best at step {best:,}; the {since} validations since were no better"
+        f" (training stops after {run.config.train.patience} such)."
     )
 
 

@@ -1,7 +1,6 @@
 """Train as a SLURM job: one script made from those in `slurm/`, kept in the run's folder, given to sbatch."""
 
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from captionscale import assets, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
+from captionscale.escape import for_shell
 from captionscale.files import atomic
 from captionscale.tools.profiles import read_profile, refuse_unfit
 
@@ -67,8 +67,8 @@ def submit(
         with atomic(path) as file:
             file.write(text.encode())
     number = _sbatch(job)
-    print(f"job {number}, written to {job}, which `sbatch {shlex.quote(str(job))}` submits again")
-    print(f"follow it:          tail -F {shlex.quote(str(run / 'logs' / number))}.log")
+    print(f"job {number}, written to {job}, which `sbatch {for_shell(str(job))}` submits again")
+    print(f"follow it:          tail -F {for_shell(str(run / 'logs' / number))}.log")
     print(f"where it stands:    squeue --job={number}")
     print(f"save and requeue:   scancel --signal=USR1 {number}")
     print(f"save and stop:      scancel {number}")
@@ -83,14 +83,14 @@ def _script(name: str, options: list[str], profile: str, experiment: Path, run: 
     lines = text.splitlines()
     # Of two options that differ, sbatch takes the later one, and looks no further than the first command.
     start = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH")) + 1
-    said = shlex.join(["captionscale", *sys.argv[1:]])
+    said = for_shell("captionscale", *sys.argv[1:])
     ours = [
         f"# Written by: {said}",
-        *(f"#SBATCH {shlex.quote(option)}" for option in options),
-        shlex.join(["set", "--", str(experiment), str(run)]),
-        shlex.join(["export", f"CAPTIONSCALE_PROFILE={profile}", f"CAPTIONSCALE_LOGS={run / 'logs'}"]),
+        *(f"#SBATCH {for_shell(option)}" for option in options),
+        for_shell("set", "--", str(experiment), str(run)),
+        for_shell("export", f"CAPTIONSCALE_PROFILE={profile}", f"CAPTIONSCALE_LOGS={run / 'logs'}"),
         # Also where the cluster does not hand on the environment of who submits.
-        f'export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"',
+        f'export PATH={for_shell(str(Path(sys.executable).parent))}:"$PATH"',
     ]
     return "\n".join([*lines[:start], *ours, *lines[start:], ""])
 
