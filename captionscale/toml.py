@@ -92,6 +92,12 @@ def _put(tree: dict[str, Any], change: str) -> None:
     if not equals:
         raise UserError(f"--set {change}: no '='; write --set section.key=value")
     try:
+        change.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--set {change}: not UTF-8, expected text that a TOML file can hold; rename what it names"
+        ) from None
+    try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text

@@ -8,7 +8,7 @@ set -euo pipefail
 : "${KARPATHY_URL:=https://cs.stanford.edu/people/karpathy/deepimagesent}"
 
 say() {
-    printf '%s: %s\n' "${0##*/}" "$1" >&2
+    printf '%s: %s\n' "${0##*/}" "${1//[[:cntrl:]]/?}" >&2
 }
 
 fail() {
