@@ -127,7 +127,7 @@ pack_coco() { # SPLIT IMAGES FOLDER CAPTIONS [options of captionscale pack ...]
     while (($#)); do
         if [[ $1 == --expect && $# -gt 1 ]]; then set -- "$1=$2" "${@:3}"; fi
         case $1 in
-            --expect="$split"=*) images=${1##*=} ;;
+            --expect="$split"=*) images=${1#--expect="$split"=} ;;
             --expect=*=*) ;;
             *) options+=("$1") ;;
         esac
