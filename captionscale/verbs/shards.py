@@ -190,6 +190,7 @@ def _verify_place(place: "Place", options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from captionscale.data import images, shards
     from captionscale.data.places import open_place
+    from captionscale.files import atomic
 
     split, item = shards.find(open_place(options.shards), options.image_id)
     data = split.image(item)
@@ -200,7 +201,8 @@ def _show(options: argparse.Namespace) -> None:
     for caption in sample.captions:
         print(f"  {for_terminal(caption)}")
     if options.save:
-        options.save.write_bytes(data)
+        with atomic(options.save) as file:
+            file.write(data)
 
 
 def _stats(options: argparse.Namespace) -> None:
