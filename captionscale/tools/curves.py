@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from captionscale.escape import for_html
+from captionscale.escape import for_html, for_terminal
 from captionscale.progress import progress
 from captionscale.score import intervals
 from captionscale.score.metrics import Evaluator
@@ -71,12 +71,20 @@ def _curve(title: str, unit: str, series: Sequence[_Points], said: str) -> str:
             places, heights = [step + aside for step in steps], [points.figures[step] for step in steps]
             dots = mark if len(steps) <= _DOTS_UP_TO else ""
             line = "-" if points.joined else ""
-            axes.plot(places, heights, line, marker=dots, color=colour, label=points.name, markersize=4)
+            axes.plot(
+                places,
+                heights,
+                line,
+                marker=dots,
+                color=colour,
+                label=for_terminal(points.name),
+                markersize=4,
+            )
             for step, (low, high) in points.intervals.items():
                 axes.plot([step + aside] * 2, [low, high], color=colour, linewidth=2.5, alpha=0.6)
         axes.set_xlim(0, last * (1 + _ASIDE * (len(series) + 1)))
         axes.set_xlabel("step", color=_INK)
-        axes.set_ylabel(unit, color=_INK)
+        axes.set_ylabel(for_terminal(unit), color=_INK)
         axes.tick_params(colors=_INK)
         axes.ticklabel_format(axis="x", style="plain")
         axes.grid(color="#808080", alpha=0.25)

@@ -28,6 +28,7 @@ from captionscale.escape import (
 )
 from captionscale.progress import SafeConsole, say, working
 from captionscale.terminal import SafeStream, safe_streams
+from captionscale.tools.curves import _curve, _Points
 
 CONTROLS = [
     *map(chr, range(0x20)),
@@ -271,3 +272,12 @@ def test_a_pipe_gets_captions_byte_by_byte(ascii_alone) -> None:
         env={"PYTHONIOENCODING": "utf-8", **({"LC_ALL": "C"} if ascii_alone else {})},
     )
     assert done.stdout == f"{ORDINARY}\n".encode()
+
+
+def test_a_curve_names_its_points_without_control_characters() -> None:
+    short = EVIL[-30:]
+    points = [_Points(f"{short}{number}", {1: 0.5, 2: 0.6}) for number in range(2)]
+    page = _curve(EVIL, short, points, EVIL)
+    assert not EFFECTS.search(page)
+    assert "<script" not in page
+    assert "<img" not in page
