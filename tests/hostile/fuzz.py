@@ -23,38 +23,37 @@ import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from random import Random, SystemRandom
 from typing import Any
 
 import numpy as np
-import torch
 from fuzz_files import build, copy, seal
 from fuzz_formats import mutate_file
 from fuzz_mutations import CANARY, MARKUP
 from fuzz_targets import TARGETS
 
 import captionscale
-
-# A fork has what is imported here.
-import captionscale.data.packing
-import captionscale.data.sources.tars
-import captionscale.data.verification
-import captionscale.tools.attend
-import captionscale.tools.doctor.doctor
-import captionscale.tools.export.bundle
-import captionscale.tools.report
-import captionscale.tools.scoring
-import captionscale.tools.watch
-import captionscale.train.loop
 from captionscale import cli
 from captionscale.errors import UserError
-from captionscale.score.meteor import Meteor
 
 GROWTH_MB = 1_500
 """Memory that a case may take beyond that of this process."""
 _ADDRESSES_MB = 3_000
 """Address space that a case gets beyond that of this process, so that the machine is safe."""
+_MODULES = (
+    "data.packing",
+    "data.sources.tars",
+    "data.verification",
+    "tools.attend",
+    "tools.doctor.doctor",
+    "tools.export.bundle",
+    "tools.report",
+    "tools.scoring",
+    "tools.watch",
+    "train.loop",
+)
 _CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")
 _FRAME = re.compile(r'File "[^"]*/(captionscale/[^"]+)", line (\d+), in (\S+)')
 _LISTS_PROBLEMS = ("verify", "config", "train", "submit", "launch", "doctor")
@@ -104,8 +103,7 @@ def prepare(root: Path, seed: int, number: int, only: str | None) -> Case:
     change = f"{path}: {mutate_file(rng, path)}"
     if rng.random() < 0.7 and path.is_file() and not path.is_symlink() and path.stat().st_size < 2**30:
         try:
-            seal(path)
-            change += ", sealed"
+            change += ", sealed" * seal(path)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             change += ", cannot be sealed"
     command, _, writes = (
@@ -232,7 +230,20 @@ def _memory_kib(key: str) -> int:
     return int(found[1])
 
 
-def _no_meteor(_: Meteor, texts: Sequence[str], *__: object, **___: object) -> tuple[float, Any, Any]:
+def _import() -> None:
+    """Import what the commands do, so that each fork has it."""
+    for name in _MODULES:
+        import_module(f"captionscale.{name}")
+    import torch
+
+    from captionscale.score.meteor import Meteor
+
+    torch.set_num_threads(1)
+    # Java takes seconds, and reads none of these files.
+    Meteor.measure = _no_meteor  # type: ignore[method-assign]
+
+
+def _no_meteor(_: object, texts: Sequence[str], *__: object, **___: object) -> tuple[float, Any, Any]:
     return 0.0, np.zeros(len(texts)), np.zeros((len(texts), 23))
 
 
@@ -294,9 +305,7 @@ def main() -> None:
     # Nothing but this machine is asked.
     os.environ |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
-    torch.set_num_threads(1)
-    # Java takes seconds, and reads none of these files.
-    Meteor.measure = _no_meteor  # type: ignore[method-assign]
+    _import()
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         (root / "files").mkdir()

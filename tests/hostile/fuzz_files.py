@@ -196,8 +196,8 @@ def copy(source: Path | str, target: Path | str) -> None:
         shutil.copy2(source, target)
 
 
-def seal(path: Path) -> None:
-    """Make the checksums that other files, or it itself, hold of a file fit it, if there are any."""
+def seal(path: Path) -> bool:
+    """Make the checksums fit that a file, or another one, holds of it; return whether there are any."""
     folder = path.parent
     if path.name == "receipt.json":
         receipt = json.loads(path.read_bytes())
@@ -219,6 +219,9 @@ def seal(path: Path) -> None:
         with suppress(Exception):
             facts["images"] = len(np.load(index))
         (folder / "manifest.json").write_text(json.dumps(manifest))
+    else:
+        return False
+    return True
 
 
 def _seal_shard(path: Path, index: Path, facts: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ def test_no_command_fails_on_a_mutated_file() -> None:
     ],
 )
 def test_what_a_command_does_is_judged(said, problem, tmp_path, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(HERE)
     from fuzz import Case, judge
 
     monkeypatch.chdir(tmp_path)
@@ -41,7 +40,6 @@ def test_what_a_command_does_is_judged(said, problem, tmp_path, monkeypatch) -> 
 
 
 def test_what_a_command_writes_is_judged(tmp_path, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(HERE)
     from fuzz import Case, judge
     from fuzz_mutations import CANARY, MARKUP
 
@@ -55,8 +53,7 @@ def test_what_a_command_writes_is_judged(tmp_path, monkeypatch) -> None:
     assert judge(case) == "markup"
 
 
-def test_a_mutation_is_a_function_of_its_seed(tmp_path, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(HERE)
+def test_a_mutation_is_a_function_of_its_seed(tmp_path) -> None:
     from fuzz_formats import mutate_file
 
     found = set()
