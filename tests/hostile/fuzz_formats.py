@@ -124,9 +124,11 @@ def _npy(rng: Random, data: bytes) -> tuple[bytes, str]:
     )
     if change == "value":
         column, number = rng.choice(rows.dtype.names), rng.choice(NUMBERS[:9])
-        rows[column][rng.randrange(len(rows)) if rng.random() < 0.5 else slice(None)] = np.array(
-            number & (2**63 - 1) if number >= 2**63 else number
-        ).astype(rows.dtype[column].base)
+        value = np.array(min(number, 2**63 - 1))
+        # Features are of half precision.
+        with np.errstate(all="ignore"):
+            value = value.astype(rows.dtype[column].base)
+        rows[column][rng.randrange(len(rows)) if rng.random() < 0.5 else slice(None)] = value
         change = f"{column} = {number}"
     if change in ("shape", "deep"):
         length = int.from_bytes(data[8:10], "little")
