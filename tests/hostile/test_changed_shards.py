@@ -1,5 +1,6 @@
 """Shards that somebody has changed after they were packed, in files of the same size."""
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -123,6 +124,35 @@ def test_the_captions_of_another_image_are_named_as_such(copy: Path) -> None:
     tar.write_bytes(data)
     with pytest.raises(UserError, match=f"are those of image {index['image_id'][second]}; found"):
         Split(copy, "train").captions(first)
+
+
+@pytest.mark.parametrize("changed", [5, 12])
+def test_verify_says_the_first_problems_and_their_number_and_all_of_them_for_programs(
+    copy: Path, changed: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = copy / "train-00000.tar"
+    data = bytearray(tar.read_bytes())
+    ids = []
+    for row in Split(copy, "train").index[:changed]:
+        data[int(row["image_offset"]) + 30] ^= 1
+        ids.append(int(row["image_id"]))
+    tar.write_bytes(data)
+    with pytest.raises(SystemExit):
+        main(["verify", str(copy)])
+    *lines, verdict = capsys.readouterr().err.splitlines()[-(7 if changed > 5 else 6) :]
+    told = [f"image {image_id}: the bytes at" in line for image_id, line in zip(ids, lines, strict=False)]
+    assert told == [True] * 5 + [False] * (changed > 5)
+    assert lines[5:] == ["... and 7 more; --json lists all 12"] * (changed > 5)
+    assert verdict == f"{copy}: NOT as packed; problems: {changed}"
+
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(copy), "--json"])
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert found["images"] == {"train": 48, "val": 8, "test": 8}
+    assert [re.findall(r"image (\d+)", line)[0] for line in found["problems"]] == [*map(str, ids)]
+    assert said.err.splitlines()[-1] == f"captionscale: {copy}: NOT as packed; problems: {changed}"
 
 
 def _train_and_tell(settings: str, folder: Path) -> None:
