@@ -1,7 +1,10 @@
 """The error that a user can fix, and the words that help to fix it."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
+from itertools import islice
+
+_FEW = 5
 
 
 class UserError(Exception):
@@ -36,3 +39,30 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     choices = sorted(known)
     nearest = get_close_matches(word, choices, n=1, cutoff=0.6)
     return f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(choices)}"
+
+
+def some(images: Collection[object]) -> str:
+    """Return how many images these are, and the first three of them, for an error.
+
+    Examples:
+        >>> some([1, 2, 3, 4])
+        '4 images (1, 2, 3, ...)'
+    """
+    first = ", ".join(map(str, islice(images, 3)))
+    return f"{len(images):,} image{'s' * (len(images) > 1)} ({first}{', ...' * (len(images) > 3)})"
+
+
+def first_few(lines: Sequence[str], everything: str) -> list[str]:
+    """Return the first lines of those that there is one of for each image, and how many more there are.
+
+    Args:
+        lines: All of them.
+        everything: Where all of them can be read.
+
+    Examples:
+        >>> first_few(["a", "b", "c", "d", "e", "f", "g"], "--json")
+        ['a', 'b', 'c', 'd', 'e', '... and 2 more; --json lists all 7']
+    """
+    more = len(lines) - _FEW
+    rest = [f"... and {more:,} more; {everything} lists all {len(lines):,}"] if more > 0 else []
+    return [*lines[:_FEW], *rest]

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
+from captionscale.data import limits
 from captionscale.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
@@ -25,8 +26,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # What libjpeg says of missing or broken pixels; all else that it warns of (bytes too many between segments,
 # an unknown revision of JFIF, an odd ICC profile) harms no picture.
 _DAMAGE = re.compile(r"premature end|bad \w+ code|instead of RST", re.IGNORECASE)
-# A scan of a hundred bytes takes as long as the whole picture; encoders write a dozen at most.
-_MOST_SCANS = 500
+_BAND_PIXELS = 1 << 20
 # A JPEG segment before the pixels other than APP1, which holds EXIF and XMP and so the orientation.
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xe0\xe2-\xfe]")
 
@@ -82,8 +82,32 @@ def decode(data: bytes, place: str) -> Image.Image:
 
 
 def upright(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """Return the pixels of a picture of Pillow's, as `pixels` does of a file."""
-    return _upright(np.array(_rgb(picture)), _orientation(picture))
+    """Return the pixels of a picture of Pillow's, as `pixels` does of a file.
+
+    Raises:
+        UserError: As `pixels` does, if Pillow has opened a file but not decoded it yet.
+    """
+    file = picture.fp if isinstance(picture, ImageFile.ImageFile) else None
+    if file is None or file.closed:
+        return _uprighted(picture)
+    at = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(at)
+    with _refusing(data, getattr(picture, "filename", "") or "image"):
+        return _uprighted(picture)
+
+
+def _uprighted(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    picture.load()
+    width, height = picture.size
+    image = np.empty((height, width, 3), np.uint8)
+    # By bands, as the steps to RGB need up to twenty bytes for each pixel.
+    rows = max(1, _BAND_PIXELS // width)
+    for top in range(0, height, rows):
+        band = picture.crop((0, top, width, min(height, top + rows)))
+        image[top : top + rows] = np.asarray(_rgb(band))
+    return _upright(image, _orientation(picture))
 
 
 def look(data: bytes, place: str, *, whole: bool) -> Look:
@@ -116,7 +140,9 @@ def look(data: bytes, place: str, *, whole: bool) -> Look:
 
 @contextmanager
 def _refusing(data: bytes, place: str) -> Iterator[None]:
+    """Hold an image file to the limits, then turn what its decoder raises into an error with its place."""
     try:
+        limits.check(data)
         yield
     except MemoryError:
         raise  # The machine's fault, not the image's.
@@ -158,8 +184,6 @@ def _jpeg(data: bytes, *, eighth: bool = False) -> UInt8[np.ndarray, "height wid
 
     Pillow judges that: libjpeg tells only its first warning, and Pillow notices that a file ends too soon.
     """
-    if data.count(b"\xff\xda") > _MOST_SCANS:
-        raise ValueError(f"more than {_MOST_SCANS} scans")
     least = int(eighth)
     image: UInt8[np.ndarray, "height width 3"]
     try:
@@ -173,7 +197,7 @@ def _jpeg(data: bytes, *, eighth: bool = False) -> UInt8[np.ndarray, "height wid
 
 def _by_pillow(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     with _open(data) as picture:
-        return upright(picture)
+        return _uprighted(picture)
 
 
 def _open(data: bytes) -> Image.Image:
@@ -185,6 +209,9 @@ def _orientation(picture: Image.Image) -> int:
     found: Any = None
     # Damaged EXIF makes Pillow raise this and that, and no picture worse.
     with suppress(Exception):
+        info = picture.info
+        raw = bytes.fromhex("".join(info.get("Raw profile type exif", "").split("\n")[3:]))
+        limits.check_directory(info.get("exif", raw))
         found = picture.getexif().get(ExifTags.Base.Orientation)
     return int(found) if found in range(1, 9) else 1
 

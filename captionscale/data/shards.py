@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import xxhash
 from jaxtyping import Int, Shaped
 
 from captionscale.data import manifest
@@ -59,6 +60,7 @@ class Sample(msgspec.Struct, frozen=True):
 class Split:
     """An opened split; an `item` is a row of its index.
 
+    All that is read is compared with its hash in the index, and the index with its hash in the manifest.
     Safe to read from many threads: reads carry their own position.
     """
 
@@ -114,17 +116,9 @@ class Split:
         """Return the stored bytes of an image.
 
         Raises:
-            UserError: The shard ends before them.
+            UserError: The shard ends before them, or they are not those packed.
         """
         return self._read(item, "image")
-
-    def text(self, item: int) -> bytes:
-        """Return the stored bytes of what is beside an image.
-
-        Raises:
-            UserError: The shard ends before them.
-        """
-        return self._read(item, "json")
 
     def captions(self, item: int) -> tuple[str, ...]:
         """Return an image's captions, as the data set gives them."""
@@ -134,10 +128,10 @@ class Split:
         """Return what is stored beside an image.
 
         Raises:
-            UserError: It is damaged.
+            UserError: It is damaged, or not what was packed.
         """
         try:
-            return msgspec.json.decode(self.text(item), type=Sample)
+            return msgspec.json.decode(self._read(item, "json"), type=Sample)
         except msgspec.DecodeError as error:
             raise UserError(f"{self._place(item, 'json')} holds no sample ({error}); {CURE}") from None
 
@@ -166,6 +160,16 @@ class Split:
         data = self.place.pread(self.facts.shards[shard], offset, size)
         if len(data) != size:
             raise UserError(f"{self._place(item, part)} ends after {len(data):,} of {size:,} bytes; {CURE}")
+        # Shards may change after they were packed, and nothing else here would notice another caption.
+        found, expected = xxhash.xxh3_64_intdigest(data), int(row[f"{part}_hash"])
+        if found != expected:
+            owners = self.index["image_id"][self.index[f"{part}_hash"] == found]
+            what = "bytes at" if part == "image" else "captions at byte"
+            whose = f"those of image {owners[0]}" if len(owners) else "not those packed"
+            raise UserError(
+                f"{self.place}/{self.facts.shards[shard].name}: image {row['image_id']}: the {what}"
+                f" {offset:,} are {whose}; found xxh3 {found:016x}, expected {expected:016x}; {CURE}"
+            )
         return data
 
     def _place(self, item: int, part: str) -> str:

@@ -10,9 +10,8 @@ from pathlib import Path
 import msgspec
 
 from captionscale.data.sources import originals
-from captionscale.errors import UserError, did_you_mean
+from captionscale.errors import UserError, did_you_mean, some
 from captionscale.files import atomic
-from captionscale.score.metrics import some
 from captionscale.score.results import read_results
 from captionscale.score.tokeniser import UNSEEN
 
@@ -184,8 +183,8 @@ def _merged(files: Sequence[Path]) -> dict[int, str]:
         part = read_results(file)
         if both := part.keys() & merged.keys():
             raise UserError(
-                f"{file}: {some(both)} captioned in another part too; wanted one caption for each image;"
-                " give each part once"
+                f"{file}: {some(sorted(both))} captioned in another part too; wanted one caption for each"
+                " image; give each part once"
             )
         merged |= part
     return merged
@@ -195,7 +194,7 @@ def _prove_complete(
     captions: Sequence[Path], found: Collection[int], wanted: set[int], images: Path | None
 ) -> None:
     faults = {"missing": wanted - set(found), "of no image in the list": set(found) - wanted}
-    told = ", ".join(f"{some(ids)} {fault}" for fault, ids in faults.items() if ids)
+    told = ", ".join(f"{some(sorted(ids))} {fault}" for fault, ids in faults.items() if ids)
     if told:
         raise UserError(
             f"{', '.join(map(str, captions))}: {len(found):,} captions, {told}; wanted one for each of the"

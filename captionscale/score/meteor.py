@@ -159,8 +159,8 @@ class Meteor:
             count, heap_mb = 1, _MOST_HEAP_MB
         else:
             self._affordable(0)
-            needed = None if candidates is None else paraphrases.phrases(candidates)
-            entries = paraphrases.pairs(paraphrases.phrases(references), needed, lambda: self._closed)
+            needed = None if candidates is None else paraphrases.Phrases(candidates)
+            entries = paraphrases.pairs(paraphrases.Phrases(references), needed, lambda: self._closed)
             count = min(most, self._affordable(len(entries)))
             heap_mb = min(int(1000 * self._gb / count) - _JVM_MB, _MOST_HEAP_MB)
         jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)

@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 from jaxtyping import Float, Float64
 
-from captionscale.errors import UserError, did_you_mean
+from captionscale.errors import UserError, did_you_mean, some
 from captionscale.files import cores
 from captionscale.score import bleu, ciderd, meteor, rouge
 from captionscale.score.tokeniser import tokenise
@@ -206,7 +206,7 @@ def _check(
             image_id for image_id, texts in references.items() if isinstance(texts, str)
         ],
     }
-    found = ", ".join(f"{some(ids)} {fault}" for fault, ids in faults.items() if ids)
+    found = ", ".join(f"{some(sorted(ids))} {fault}" for fault, ids in faults.items() if ids)
     if found or not references:
         raise UserError(
             f"score: found {found or 'no images at all'}; wanted one caption and at least one reference for"
@@ -225,12 +225,6 @@ def _refuse_endless(
                 f"score: a text of image {image_id} has {words:,} words, wanted at most {_MOST_WORDS:,};"
                 " it can be no caption: correct it"
             )
-
-
-def some(ids: Collection[int]) -> str:
-    """Return how many images these are, and the first of them, for an error."""
-    first = ", ".join(map(str, sorted(ids)[:3]))
-    return f"{len(ids):,} image{'s' * (len(ids) > 1)} ({first}{', ...' * (len(ids) > 3)})"
 
 
 def _n_gram_metrics(

@@ -14,7 +14,7 @@ but none is left out that does.
 import re
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -28,10 +28,12 @@ from captionscale.errors import UserError
 # Runs of a phrase that is looked up: no phrase of the table has more but a few that are always kept.
 _LONGEST = 7
 
-_END = ord("\n")
+_END, _SPACE = b"\n "
 # Any odd number: an inverse is all that is asked of it.
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _SIEVE_BITS = 24
+_LINES = 4096
+"""That are hashed together: the sums take eight bytes for each letter."""
 
 _DOTS = re.compile(rb"\.\.+")
 _RUN = re.compile(rb"[a-z0-9]+")
@@ -41,18 +43,37 @@ _THREADS = 3
 _ODD = bytes(letter not in b"abcdefghijklmnopqrstuvwxyz0123456789 \n" for letter in range(256))
 
 
-def phrases(texts: Iterable[str]) -> set[bytes]:
-    """Return what may be looked up in texts: all n-grams of their runs of letters and digits."""
-    found = {b""}
-    for runs in {_runs(text.lower().encode()) for text in texts}:
-        for start in range(len(runs)):
-            for end in range(start, min(start + _LONGEST, len(runs))):
-                found.add(b" ".join(runs[start : end + 1]))
-    return found
+class Phrases:
+    """What may be looked up in texts: all n-grams of their runs of letters and digits, and the empty one.
+
+    Only their hashes are kept, as millions of phrases would take a gigabyte. Two phrases of one hash are
+    taken for each other: a pair more is kept, which matches nowhere.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        """Find the n-grams of these texts."""
+        lines = [b" ".join(runs) for runs in {_runs(text.lower().encode()) for text in texts}]
+        blocks = (b"\n".join([*lines[at : at + _LINES], b""]) for at in range(0, len(lines), _LINES))
+        empty = np.zeros(1, np.uint64)
+        self._hashes = np.unique(np.concatenate([empty, *(np.unique(_n_grams(block)) for block in blocks)]))
+        self._sieve = np.zeros(1 << _SIEVE_BITS, bool)
+        self._sieve[_places(self._hashes)] = True
+
+    def may_hold(self, hashes: UInt64[np.ndarray, "phrase"]) -> Bool[np.ndarray, "phrase"]:
+        """Tell of millions of phrases whether they are among these, and sometimes say yes for no."""
+        held: Bool[np.ndarray, "phrase"] = self._sieve[_places(hashes)]
+        return held
+
+    def hold(self, phrases: Sequence[bytes]) -> Bool[np.ndarray, "phrase"]:
+        """Tell whether phrases are among these."""
+        _, _, hashes = _lines(b"\n".join([*phrases, b""]) if phrases else b"")
+        at = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
+        held: Bool[np.ndarray, "phrase"] = self._hashes[at] == hashes
+        return held
 
 
 def pairs(
-    references: set[bytes], candidates: set[bytes] | None, stopped: Callable[[], bool] = lambda: False
+    references: Phrases, candidates: Phrases | None, stopped: Callable[[], bool] = lambda: False
 ) -> list[bytes]:
     """Return the entries of METEOR's table that these texts can use, as it stores them and in its order.
 
@@ -64,30 +85,25 @@ def pairs(
     Raises:
         UserError: The table is missing or damaged.
     """
-    of_references = _Sieve(references)
-    of_candidates = None if candidates is None else _Sieve(candidates)
 
     def used(block: bytes) -> list[bytes]:
         starts, ends, hashes = _lines(block)
         left, right = hashes[1::3], hashes[2::3]
-        if of_candidates is None:
-            hits = of_references.may_hold(left) | of_references.may_hold(right)
+        if candidates is None:
+            hits = references.may_hold(left) | references.may_hold(right)
         else:
-            hits = of_candidates.may_hold(left) & of_references.may_hold(right)
-            hits |= of_candidates.may_hold(right) & of_references.may_hold(left)
+            hits = candidates.may_hold(left) & references.may_hold(right)
+            hits |= candidates.may_hold(right) & references.may_hold(left)
         # Looked up by something else than what they are.
         odd = np.searchsorted(ends, np.flatnonzero(np.frombuffer(block.translate(_ODD), bool)))
         hits[odd[odd % 3 > 0] // 3] = True
-        kept = []
-        for at in np.flatnonzero(hits):
-            a, b = (_key(block[starts[line] : ends[line]]) for line in (3 * at + 1, 3 * at + 2))
-            if candidates is None:
-                is_used = a in references or b in references
-            else:
-                is_used = (a in candidates and b in references) or (b in candidates and a in references)
-            if is_used:
-                kept.append(block[starts[3 * at] : ends[3 * at + 2] + 1])
-        return kept
+        entries = np.flatnonzero(hits)
+        a, b = ([_key(block[starts[line] : ends[line]]) for line in 3 * entries + side] for side in (1, 2))
+        if candidates is None:
+            kept = references.hold(a) | references.hold(b)
+        else:
+            kept = candidates.hold(a) & references.hold(b) | candidates.hold(b) & references.hold(a)
+        return [block[starts[3 * at] : ends[3 * at + 2] + 1] for at in entries[kept]]
 
     kept: list[bytes] = []
     waiting: deque[Future[list[bytes]]] = deque()
@@ -103,36 +119,48 @@ def pairs(
     return kept
 
 
-class _Sieve:
-    """A set of phrases that can be asked for millions at once, and sometimes says yes for no."""
+def _places(hashes: UInt64[np.ndarray, "phrase"]) -> UInt64[np.ndarray, "phrase"]:
+    """Return where in a sieve phrases are."""
+    return hashes * np.uint64(_MULTIPLIER) >> np.uint64(64 - _SIEVE_BITS)
 
-    def __init__(self, phrases: set[bytes]):
-        self._here = np.zeros(1 << _SIEVE_BITS, bool)
-        _, _, hashes = _lines(b"\n".join([*phrases, b""]))
-        self._here[self._places(hashes)] = True
 
-    def may_hold(self, hashes: UInt64[np.ndarray, "phrase"]) -> Bool[np.ndarray, "phrase"]:
-        held: Bool[np.ndarray, "phrase"] = self._here[self._places(hashes)]
-        return held
-
-    def _places(self, hashes: UInt64[np.ndarray, "phrase"]) -> UInt64[np.ndarray, "phrase"]:
-        return hashes * np.uint64(_MULTIPLIER) >> np.uint64(64 - _SIEVE_BITS)
+def _n_grams(block: bytes) -> UInt64[np.ndarray, "phrase"]:
+    """Return the hashes of the n-grams of each line's words."""
+    letters = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero((letters == _END) | (letters == _SPACE))
+    starts = np.append(0, ends[:-1] + 1)
+    lines = np.cumsum(letters[ends] == _END)
+    # The word that ends a line is of that line still.
+    lines -= letters[ends] == _END
+    found = []
+    for longer in range(_LONGEST):
+        count = max(0, len(ends) - longer)
+        within = np.flatnonzero(lines[:count] == lines[longer:])
+        found.append(_hashes(block, starts[within], ends[within + longer]))
+    return np.concatenate(found)
 
 
 def _lines(
     block: bytes,
 ) -> tuple[Int64[np.ndarray, "line"], Int64[np.ndarray, "line"], UInt64[np.ndarray, "line"]]:
-    """Return where each line begins and ends, and a hash of it: the sum of letter i times m**i."""
-    letters = np.frombuffer(block, np.uint8)
-    ends = np.flatnonzero(letters == _END)
-    starts = np.concatenate([np.zeros(1, np.int64), ends[:-1] + 1])
+    """Return where each line begins and ends, and its hash."""
+    ends = np.flatnonzero(np.frombuffer(block, np.uint8) == _END)
+    starts = np.append(0, ends[:-1] + 1)[: len(ends)]
+    return starts, ends, _hashes(block, starts, ends)
+
+
+def _hashes(
+    block: bytes, starts: Int64[np.ndarray, "part"], ends: Int64[np.ndarray, "part"]
+) -> UInt64[np.ndarray, "part"]:
+    """Return a hash of each part of a block: the sum of letter i times m**i."""
     powers, inverses = _powers(1 << len(block).bit_length())
     sums = np.zeros(len(block) + 1, np.uint64)
-    np.cumsum(letters * powers[: len(block)], out=sums[1:])
-    return starts, ends, (sums[ends] - sums[starts]) * inverses[starts]
+    np.cumsum(np.frombuffer(block, np.uint8) * powers[: len(block)], out=sums[1:])
+    hashes: UInt64[np.ndarray, "part"] = (sums[ends] - sums[starts]) * inverses[starts]
+    return hashes
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=32)
 def _powers(count: int) -> tuple[UInt64[np.ndarray, "power"], UInt64[np.ndarray, "power"]]:
     """Return m**0, m**1, ... and m**0, m**-1, ..., modulo 2**64."""
 

@@ -1,11 +1,13 @@
 """The verbs that write and read shards."""
 
 import argparse
+import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captionscale.errors import UserError
+from captionscale.errors import UserError, first_few
 from captionscale.escape import for_terminal
 from captionscale.verbs.values import Verbs, positive
 
@@ -73,6 +75,7 @@ def add(verbs: Verbs) -> None:
         "--allow-leaks", action="store_true", help="note the same image in two splits, no more"
     )
     verify.add_argument("--workers", type=positive, metavar="N", help="threads (default: one for each core)")
+    verify.add_argument("--json", action="store_true", help="for machines, with every problem and note")
     verify.set_defaults(verb="verify", handler=_verify)
 
     show = verbs.add_parser("show", help="show one sample of the shards")
@@ -179,12 +182,19 @@ def _verify_place(place: "Place", options: argparse.Namespace) -> None:
             workers=options.workers or cores(),
             progress=bar.advance,
         )
-    for note in found.notes:
+    if options.json:
+        images = {name: facts.images for name, facts in splits.items()}
+        tree = {"shards": options.shards, "images": images, **asdict(found)}
+        print(json.dumps(tree, indent=1))
+    for note in [] if options.json else first_few(found.notes, "--json"):
         say(f"note: {note}")
     if found.problems:
-        raise UserError(*found.problems, f"{options.shards}: NOT as packed; problems: {len(found.problems)}")
-    counts = ", ".join(f"{name} {facts.images:,}" for name, facts in splits.items())
-    print(f"{options.shards}: as packed: images: {counts}")
+        lines = [] if options.json else first_few(found.problems, "--json")
+        verdict = f"{options.shards}: NOT as packed; problems: {len(found.problems):,}"
+        raise UserError(*lines, verdict)
+    if not options.json:
+        counts = ", ".join(f"{name} {facts.images:,}" for name, facts in splits.items())
+        print(f"{options.shards}: as packed: images: {counts}")
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -7,7 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.lib.recfunctions
 import pytest
+import xxhash
 
 from captionscale.data import manifest
 from captionscale.data.manifest import MANIFEST
@@ -22,12 +24,6 @@ SPLITS = ("train", "val", "test")
 def copy(packed: Path, tmp_path: Path) -> Path:
     """Shards of one's own, to damage."""
     return Path(shutil.copytree(packed, tmp_path / "copy"))
-
-
-def flip(path: Path, byte: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[byte] ^= 1
-    path.write_bytes(data)
 
 
 def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
@@ -218,8 +214,26 @@ def test_a_shard_that_shrinks_while_it_is_open_is_named_with_the_byte(copy: Path
 
 
 def test_facts_that_are_no_json_are_named_with_the_byte(copy: Path) -> None:
-    split = Split(copy, "val")
-    start = int(split.index[2]["json_offset"])
-    flip(copy / "val-00000.tar", start)
+    # With a fitting hash: a packer that wrote them so.
+    row = Split(copy, "val").index[2]
+    start, size = int(row["json_offset"]), int(row["json_size"])
+    rewrite(copy / "val-00000.tar", lambda data: data[:start] + b"?" * size + data[start + size :])
+    index = np.load(copy / "val.index.npy")
+    index["json_hash"][2] = xxhash.xxh3_64_intdigest(b"?" * size)
+    np.save(copy / "val.index.npy", index)
+    facts = json.loads((copy / MANIFEST).read_text())
+    facts["splits"]["val"]["index_sha256"] = hashlib.sha256((copy / "val.index.npy").read_bytes()).hexdigest()
+    (copy / MANIFEST).write_text(json.dumps(facts))
     with pytest.raises(UserError, match=rf"val-00000\.tar: .*json at byte {start:,} holds no sample"):
-        split.captions(2)
+        Split(copy, "val").captions(2)
+
+
+def test_an_index_without_hashes_is_refused(copy: Path) -> None:
+    index = np.load(copy / "val.index.npy")
+    names = [name for name in index.dtype.names if not name.endswith("_hash")]
+    np.save(copy / "val.index.npy", np.lib.recfunctions.repack_fields(index[names]))
+    facts = json.loads((copy / MANIFEST).read_text())
+    facts["splits"]["val"]["index_sha256"] = hashlib.sha256((copy / "val.index.npy").read_bytes()).hexdigest()
+    (copy / MANIFEST).write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"columns .*, wanted .*'image_hash', 'json_hash'"):
+        Split(copy, "val")

@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from captionscale import errors
 from captionscale.data.sources.record import Record, in_order
 from captionscale.errors import UserError
 
@@ -185,9 +186,8 @@ def listing(folder: Path, wanted: str) -> set[str]:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return how many images these are, and the names of the first three."""
-    first = ", ".join(map(shown, names[:3]))
-    return f"{len(names)} image{'s' if len(names) > 1 else ''} ({first}{', ...' if len(names) > 3 else ''})"
+    """Return how many images these are, and the names of the first three, in one line."""
+    return errors.some([*map(shown, names)])
 
 
 def shown(name: str) -> str:
