@@ -61,7 +61,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -81,10 +81,11 @@ def prove_writable(path: Path) -> None:
         with TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Return what to tell of a file or folder that the system did not let us write."""
     return UserError(
         f"{path}: cannot be written ({error.strerror}), wanted a writable folder with free space;"
         " correct the path or its rights, free the disk, or take another place"
