@@ -56,7 +56,8 @@ class Connection(H11Protocol):
         if crowded or (len(self.connections) > self._bounds.connections and not self._close_another()):
             transport.abort()
         else:
-            self._wait()
+            self._bounds.waiting[self] = None
+            self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget a connection."""
@@ -72,12 +73,15 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
+        elif self._headers_timer is None:
+            self._start_timer()
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
         super().on_response_complete()
         if self.cycle is None or self.cycle.response_complete:
-            self._wait()
+            # Until it begins, uvicorn's timer of idle connections runs.
+            self._bounds.waiting[self] = None
 
     def pause_writing(self) -> None:
         """Give the client some time to read."""
@@ -90,15 +94,14 @@ class Connection(H11Protocol):
         if self._answer_timer is not None:
             self._answer_timer.cancel()
 
-    def _wait(self) -> None:
-        self._stop_waiting()
-        self._bounds.waiting[self] = None
+    def _start_timer(self) -> None:
         self._headers_timer = self.loop.call_later(self._bounds.headers_s, self.transport.abort)
 
     def _stop_waiting(self) -> None:
         self._bounds.waiting.pop(self, None)
         if self._headers_timer is not None:
             self._headers_timer.cancel()
+            self._headers_timer = None
 
     def _close_another(self) -> bool:
         """Close the connection that has waited longest for headers; return whether there was one."""
@@ -130,7 +133,14 @@ class Server(uvicorn.Server):
         http: Any = partial(Connection, bounds or Bounds())
         # Pages keep connections open that would never end by themselves.
         super().__init__(
-            uvicorn.Config(app, http=http, ws="none", log_level="critical", timeout_graceful_shutdown=2)
+            uvicorn.Config(
+                app,
+                http=http,
+                ws="none",
+                log_level="critical",
+                timeout_keep_alive=60,
+                timeout_graceful_shutdown=2,
+            )
         )
         self._at_end = at_end
 

@@ -1,5 +1,6 @@
 """Serve a run to people and programs, on this machine unless told otherwise."""
 
+import ctypes
 import errno
 import os
 import secrets
@@ -7,7 +8,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from captionscale.tools.demo.service import Service
     from captionscale.tools.members import Members
 
+# Of malloc.h.
+_M_MMAP_THRESHOLD = -3
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -60,6 +63,7 @@ def serve(
         )
     # First, as all else takes seconds.
     with closing(_listen(host, port)) as listening, scratch("demo") as folder:
+        _return_freed_memory()
         # Read when gradio is imported. All that it writes goes with this folder, also after a kill.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
         with working("making the page ready"):
@@ -95,6 +99,13 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
     served.router.lifespan_context = before.router.lifespan_context
     served.mount("/", before)
     return served
+
+
+def _return_freed_memory() -> None:
+    """Have glibc return blocks of 1 MB and more to the system: it would keep those of decoded images."""
+    # Other C libraries do not have it.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _listen(host: str, port: int) -> socket.socket:
