@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from captionscale import assets
+from captionscale import assets, credentials
 from captionscale.config import Config, Section
 from captionscale.errors import UserError, did_you_mean
 
@@ -65,7 +65,8 @@ def _validate(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(*_explain(place, changes, tree, error.errors(), option)) from None
+        lines = _explain(place, changes, tree, error.errors(), option)
+        raise UserError(*map(credentials.strip, lines)) from None
 
 
 def dumps(config: Config) -> str:

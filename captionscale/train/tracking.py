@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from captionscale import toml
+from captionscale import credentials, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import atomic
@@ -118,7 +118,7 @@ class Trackers:
             self._warn(name, "cannot be reached", error)
             return None
         if tracker.place:
-            say(f"{name}: {tracker.place}")
+            say(f"{name}: {credentials.strip(tracker.place)}")
         return tracker
 
     def _ids(self) -> dict[str, str]:
@@ -129,5 +129,5 @@ class Trackers:
         return {}
 
     def _warn(self, name: str, what: str, error: BaseException) -> None:
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        found = credentials.strip(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
         say(f"warning: {name} {what} ({found}); training goes on, and {self._run / 'log.jsonl'} has all")
