@@ -12,6 +12,7 @@ from ipaddress import ip_address
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -80,8 +81,10 @@ class Connection(H11Protocol):
         """Wait for the next request."""
         super().on_response_complete()
         if self.cycle is None or self.cycle.response_complete:
-            # Until it begins, uvicorn's timer of idle connections runs.
             self._bounds.waiting[self] = None
+            # Of an idle connection, uvicorn's timer runs; here the rest of a refused body is missing.
+            if self.conn.their_state is h11.SEND_BODY:
+                self._start_timer()
 
     def pause_writing(self) -> None:
         """Give the client some time to read."""
