@@ -16,6 +16,13 @@ def add(verbs: Verbs) -> None:
     )
     demo.add_argument("--port", type=int, default=7860, metavar="N", help="0: any (default: %(default)s)")
     demo.add_argument("--share", action="store_true", help="also through a public link of gradio's")
+    demo.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also answer requests to this host name, such as a proxy's (repeatable)",
+    )
     demo.add_argument("--shards", help="where sample pictures come from (default: the run's own)")
     demo.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
     add_others(demo)
@@ -45,6 +52,7 @@ def _demo(options: argparse.Namespace) -> None:
         port=options.port,
         share=options.share,
         shards=options.shards,
+        allowed=options.allow_host,
     )
 
 

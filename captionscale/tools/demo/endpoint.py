@@ -1,24 +1,27 @@
 """Captions over HTTP, for programs: POST /caption."""
 
 import asyncio
-from typing import Annotated, Any, Literal
+from concurrent.futures import Future
+from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive
 
 from captionscale.config import Search
 from captionscale.errors import UserError
 from captionscale.tools.demo.manual import manual
-from captionscale.tools.demo.service import BusyError, Service, TooLargeError
+from captionscale.tools.demo.receiving import Body, BusyError, TooLargeError, TooSlowError, chunks
+from captionscale.tools.demo.service import Service
 from captionscale.version import __version__
 
 MOST_BEAMS = 20
-_LONGEST_UPLOAD_S = 60
 _TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif", "application/octet-stream")
 _PLACE = "the image"
+_Answer = TypeVar("_Answer")
 
 
 def _as_in_config(key: str) -> str | None:
@@ -70,11 +73,11 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (BusyError, 503),
     (TooLargeError, 413),
     (_WrongTypeError, 415),
-    (TimeoutError, 408),
+    (TooSlowError, 408),
     (UserError, 422),
 )
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    408: {"model": Refusal, "description": "The image did not come in time"},
+    408: {"model": Refusal, "description": "The image did not arrive in time"},
     413: {"model": Refusal, "description": "An image of too many bytes"},
     415: {"model": Refusal, "description": "The Content-Type is no image's"},
     422: {
@@ -89,7 +92,7 @@ def endpoint(service: Service, name: str) -> FastAPI:
     """Return the application.
 
     Args:
-        service: What captions.
+        service: Decodes and captions.
         name: Of the run.
     """
     limits = service.limits
@@ -116,12 +119,15 @@ def endpoint(service: Service, name: str) -> FastAPI:
         },
     )
     async def caption(request: Request, options: Annotated[Options, Query()]) -> Answer:
-        with service.guest():
-            async with asyncio.timeout(_LONGEST_UPLOAD_S):
-                data = await _body(request, service)
-            wish = service.writer.wish(**options.model_dump(exclude_none=True))
-            view = await run_in_threadpool(lambda: service.writer.centre(service.pixels(data, _PLACE)))
-            [found, *_] = await asyncio.wrap_future(service.ask(view, wish))
+        _refuse_head(request, service)
+        # The memory of the body is counted until it was decoded.
+        with service.memory.body() as body:
+            await _receive(request, service, body)
+            with service.guest():
+                wish = service.writer.wish(**options.model_dump(exclude_none=True))
+                view = service.reduce(body.complete(), _PLACE, service.writer.centre)
+                answer = service.ask(await _unless_gone(view, request.receive), wish)
+                [found, *_] = await _unless_gone(answer, request.receive)
         words = [
             Word(word=word, probability=probability)
             for word, probability in zip(found.words, found.probabilities, strict=True)
@@ -129,15 +135,15 @@ def endpoint(service: Service, name: str) -> FastAPI:
         return Answer(caption=found.caption, log_probability=found.log_probability, words=words)
 
     @app.get("/caption", include_in_schema=False)
-    def get() -> JSONResponse:
+    async def get() -> JSONResponse:
         return _refuse(405, "GET /caption: wanted POST, with the image file as the body; see /docs")
 
     @app.get("/docs", include_in_schema=False)
-    def docs(request: Request) -> HTMLResponse:
+    async def docs(request: Request) -> HTMLResponse:
         return HTMLResponse(manual(app.openapi(), str(request.base_url).rstrip("/")))
 
     @app.exception_handler(RequestValidationError)
-    def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"][1:]))
         found = first.get("input")
@@ -148,8 +154,8 @@ def endpoint(service: Service, name: str) -> FastAPI:
     return app
 
 
-async def _body(request: Request, service: Service) -> bytes:
-    """Read the image, and no more than is taken of it."""
+def _refuse_head(request: Request, service: Service) -> None:
+    """Refuse a body by its headers."""
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if kind not in _TYPES:
         raise _WrongTypeError(
@@ -158,16 +164,31 @@ async def _body(request: Request, service: Service) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdecimal():
         service.refuse_bytes(int(declared), _PLACE)
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        service.refuse_bytes(len(data), _PLACE)
-    return bytes(data)
+
+
+async def _receive(request: Request, service: Service, body: Body) -> None:
+    limits = service.limits
+    async for chunk in chunks(request.receive, limits.pace, limits.longest_s):
+        service.refuse_bytes(body.size + len(chunk), _PLACE)
+        body.add(chunk)
+
+
+async def _unless_gone(future: Future[_Answer], receive: Receive) -> _Answer:
+    """Wait for an answer, as long as there is a client for it."""
+    answer, gone = asyncio.wrap_future(future), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientDisconnect
+        return answer.result()
+    finally:
+        answer.cancel()
+        gone.cancel()
 
 
 def _handler(status: int) -> Any:
-    def handle(_: Request, error: Exception) -> JSONResponse:
-        return _refuse(status, str(error) or f"{_PLACE} took more than {_LONGEST_UPLOAD_S} s to come")
+    async def handle(_: Request, error: Exception) -> JSONResponse:
+        return _refuse(status, str(error))
 
     return handle
 

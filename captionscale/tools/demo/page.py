@@ -4,11 +4,11 @@ from html import escape
 from typing import Any
 
 import gradio as gr
-from gradio.data_classes import ListFiles
 
 from captionscale.data.shards import Split
 from captionscale.tools.demo.service import Service
-from captionscale.tools.demo.visits import COLUMNS, HOWS, MOST_FILES, Visits, percent
+from captionscale.tools.demo.uploads import Uploads
+from captionscale.tools.demo.visits import COLUMNS, HOWS, Visits, percent
 
 SAMPLES = 8
 _MOST_BEAMS = 10
@@ -31,30 +31,26 @@ CSS = """
 """
 
 
-def _untouched(place: Any) -> Any:
-    """Have a place for uploads hand over paths, as requests name them; `Visits` knows which are uploads."""
+def _by_name(place: Any) -> Any:
+    """Have a place for uploads pass on their names, by which `Uploads` knows them: gradio opens no file.
 
-    async def stay(path: str) -> str:
-        return path
-
-    def paths(payload: Any) -> Any:
-        return [each.path for each in payload] if isinstance(payload, ListFiles) else payload and payload.path
-
-    # gradio would copy any file of this machine that a request names, and fetch any URL; it would decode
-    # pictures by rules of its own, or leave an empty file beside each. (Of a subclass, it writes one too.)
-    place.async_move_resource_to_block_cache, place.preprocess = stay, paths
+    The class stays, as gradio writes a file beside each subclass.
+    """
+    place.data_model, place.preprocess = None, lambda payload: payload
+    place.api_info = lambda: {"type": "string"}
     return place
 
 
-def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
+def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -> gr.Blocks:
     """Return the page.
 
     Args:
-        service: What captions.
+        service: Decodes and captions.
         name: Of the run.
         samples: A split of which some pictures are offered.
+        uploads: What the page receives.
     """
-    visits = Visits(service, samples, SAMPLES)
+    visits = Visits(service, samples, SAMPLES, uploads)
     # Files that gradio writes are removed soon, and nobody is told that this page was opened.
     with gr.Blocks(title=f"captionscale: {name}", analytics_enabled=False, delete_cache=(60, 300)) as blocks:
         gr.Markdown(
@@ -64,7 +60,7 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
         seen = gr.State(None, time_to_live=_KEPT_S)
         with gr.Tab("One picture"), gr.Row():
             with gr.Column():
-                drop = _untouched(
+                drop = _by_name(
                     gr.Image(
                         label="Drop a picture",
                         sources=["upload", "clipboard"],
@@ -102,8 +98,8 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
                     elem_id="captions",
                 )
         with gr.Tab("Many pictures"):
-            gr.Markdown(f"At most {MOST_FILES} files, captioned as the first tab's settings say.")
-            files = _untouched(gr.File(file_count="multiple", label="Drop pictures", elem_id="files"))
+            gr.Markdown(f"At most {service.limits.files} files, captioned as the first tab's settings say.")
+            files = _by_name(gr.File(file_count="multiple", label="Drop pictures", elem_id="files"))
             download = gr.HTML(elem_id="download")
             table = gr.Dataframe(
                 headers=list(COLUMNS),
@@ -114,13 +110,15 @@ def page(service: Service, name: str, samples: Split | None) -> gr.Blocks:
             )
         outcome: list[Any] = [seen, captions, words, looked]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
-        drop.input(visits.drop, [drop, *settings], outcome, **private)
-        gallery.select(visits.pick, settings, outcome, **private)
-        again.click(visits.caption, [seen, *settings], outcome, **private)
-        settings[0].change(visits.caption, [seen, *settings], outcome, **private)
+        # These wait for the model: together they leave threads to all else that is answered.
+        slow = {**private, "concurrency_id": "model", "concurrency_limit": 8}
+        drop.input(visits.drop, [drop, *settings], outcome, **slow)
+        gallery.select(visits.pick, settings, outcome, **slow)
+        again.click(visits.caption, [seen, *settings], outcome, **slow)
+        settings[0].change(visits.caption, [seen, *settings], outcome, **slow)
+        files.upload(visits.many, [files, *settings], [table, download], **slow)
         captions.input(visits.choose, [seen, captions], [seen, words, looked], **private)
         words.select(visits.click, seen, looked, **private)
-        files.upload(visits.many, [files, *settings], [table, download], **private)
         blocks.queue(default_concurrency_limit=8, max_size=service.limits.waiting)
     return blocks
 

@@ -1,15 +1,18 @@
 """Serve a run to people and programs, on this machine unless told otherwise."""
 
+import ctypes
 import errno
 import os
 import secrets
+import shutil
 import signal
 import socket
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from captionscale.errors import UserError
 from captionscale.files import scratch
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from captionscale.tools.demo.service import Service
     from captionscale.tools.members import Members
 
+# Of malloc.h.
+_M_MMAP_THRESHOLD = -3
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -34,6 +39,7 @@ def serve(
     port: int,
     share: bool,
     shards: str | None,
+    allowed: Sequence[str],
 ) -> None:
     """Serve the page and the endpoint until a signal comes.
 
@@ -45,6 +51,7 @@ def serve(
         port: To listen at; 0: any that is free.
         share: Also through a public link of gradio's.
         shards: Where samples come from, instead of the run's own.
+        allowed: Names besides this machine's that requests may address the server by.
 
     Raises:
         UserError: No gradio, no run, a port in use, or no public link.
@@ -56,9 +63,11 @@ def serve(
         )
     # First, as all else takes seconds.
     with closing(_listen(host, port)) as listening, scratch("demo") as folder:
+        _return_freed_memory()
         # Read when gradio is imported. All that it writes goes with this folder, also after a kill.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
         with working("making the page ready"):
+            from captionscale.tools.demo.origins import Origins, own_names
             from captionscale.tools.demo.service import Service
             from captionscale.tools.members import open_members
             from captionscale.tools.writer import Writer
@@ -66,8 +75,9 @@ def serve(
             members = open_members(run, others, checkpoint=checkpoint, changes=[])
             service = Service(Writer(members))
             app = application(service, run.resolve().name, _samples(members, shards))
-        _announce(host, listening.getsockname()[1], share)
-        _run(app, listening)
+        public = _announce(host, listening.getsockname()[1], share)
+        app.add_middleware(Origins, names=own_names(host, [*allowed, *public]), secure=public)
+        _run(app, listening, folder)
         service.close()
 
 
@@ -79,28 +89,23 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
         name: Of the run.
         samples: A split of which some pictures are offered.
     """
-    import gradio as gr
-    from gradio.utils import get_upload_folder
-
     from captionscale.tools.demo.endpoint import endpoint
+    from captionscale.tools.demo.front import front
     from captionscale.tools.demo.page import CSS, page
-    from captionscale.tools.demo.uploads import BoundedUploads
+    from captionscale.tools.demo.uploads import Uploads
 
-    served: FastAPI = gr.mount_gradio_app(
-        endpoint(service, name),
-        page(service, name, samples),
-        path="/",
-        footer_links=[],
-        # Browsers would keep what was uploaded.
-        run_history=False,
-        ssr_mode=False,
-        max_file_size=service.limits.size_bytes,
-        css=CSS,
-    )
-    served.add_middleware(
-        BoundedUploads, folder=Path(get_upload_folder()), most_bytes=service.limits.uploads_bytes
-    )
+    served, uploads = endpoint(service, name), Uploads(service)
+    before = front(page(service, name, samples, uploads), uploads, service.limits, css=CSS)
+    served.router.lifespan_context = before.router.lifespan_context
+    served.mount("/", before)
     return served
+
+
+def _return_freed_memory() -> None:
+    """Have glibc return blocks of 1 MB and more to the system: it would keep those of decoded images."""
+    # Other C libraries do not have it.
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -137,7 +142,8 @@ def _samples(members: "Members", shards: str | None) -> "Split | None":
     return None
 
 
-def _announce(host: str, port: int, share: bool) -> None:
+def _announce(host: str, port: int, share: bool) -> set[str]:
+    """Print where the server is; return the names of its public link."""
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{port}       the page\nhttp://{shown}:{port}/docs  the endpoint, for programs")
     if host not in _LOCAL:
@@ -154,17 +160,16 @@ def _announce(host: str, port: int, share: bool) -> None:
             ) from None
         print(f"{link}  the page, for anyone who has this link, for a week")
     print("Ctrl-C ends it.", flush=True)
+    return {urlsplit(link).hostname or ""} if share else set()
 
 
-def _run(app: "FastAPI", listening: socket.socket) -> None:
-    import uvicorn
+def _run(app: "FastAPI", listening: socket.socket, folder: Path) -> None:
+    from captionscale.tools.demo.connections import Server
 
-    # Pages keep a connection open that would never end by itself.
-    settings = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2)
     # uvicorn ends by itself at these signals, and then raises them again.
     before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        uvicorn.Server(settings).run(sockets=[listening])
+        Server(app, lambda: shutil.rmtree(folder, ignore_errors=True)).run(sockets=[listening])
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)

@@ -1,48 +1,62 @@
-"""One model for many askers: pictures within limits, and captions written in shared batches."""
+"""One model for many clients: images decoded within limits, and captions computed in shared batches."""
 
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import UInt8
 
 from captionscale.data import images
 from captionscale.errors import UserError
+from captionscale.tools.demo.receiving import BusyError, Memory, Pace, TooLargeError
 from captionscale.tools.gaze import Gaze, View
 from captionscale.tools.writer import Wish, Writer
 
-
-class TooLargeError(UserError):
-    """Somebody sent more than is taken."""
-
-
-class BusyError(UserError):
-    """As many are waiting as may wait."""
+_Pixels = UInt8[np.ndarray, "height width 3"]
+_Reduced = TypeVar("_Reduced")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much of what is sent is taken."""
+    """What is accepted, and how much of it at once."""
 
     size_bytes: int = 20_000_000
     """Of an image file."""
     pixels: int = 50_000_000
-    """Of a picture, told by the file's head before anything is decoded."""
-    waiting: int = 100
-    """Requests that are in work at once."""
+    """Of an image, read from its header before anything is decoded."""
+    large_pixels: int = 12_500_000
+    """Images of more are decoded one at a time, and do not delay smaller ones."""
     decoders: int = 2
-    """Pictures decoded at once: each may take several bytes for each pixel."""
+    """Smaller images decoded at once."""
+    incoming_bytes: int = 256_000_000
+    """Of all bodies that are being received or wait to be decoded."""
+    pace: Pace = field(default_factory=Pace)
+    longest_s: float = 60
+    """That an image may take to arrive at the endpoint."""
+    waiting: int = 100
+    """Requests that are in work at once, after their body was received."""
     batch: int = 16
-    """Pictures captioned at once."""
-    uploads_bytes: int = 2_000_000_000
-    """Of all files that were dropped on the page and not read yet."""
+    """Images captioned at once."""
     window_s: float = 0.01
     """How long the first of a batch waits for others."""
+    files: int = 100
+    """In one upload to the page."""
+    uploads: int = 300
+    """Of the page that are remembered, each as a view and a preview; the oldest are forgotten first."""
+    uploads_s: float = 300
+    """After which an upload is forgotten."""
+    sessions: int = 200
+    """Of the page that are remembered; the oldest are forgotten first."""
+    streams: int = 200
+    """That pages keep open to hear of answers: two for each page."""
+    unread: int = 500
+    """Messages to pages that were not fetched; the oldest are dropped first."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,23 +69,30 @@ class _Request:
 
 
 class Service:
-    """Answers requests from any thread; one thread of its own has the model.
+    """Answers requests from any thread; one thread has the model, and others decode.
 
-    What an answer says does not depend on whom the request shared a batch with.
+    A caption does not depend on the requests that share its batch.
+
+    Attributes:
+        writer: The model.
+        limits: What is accepted.
+        memory: For bodies that are being received.
     """
 
     def __init__(self, writer: Writer, limits: Limits = Limits()):
         self.writer, self.limits = writer, limits
+        self.memory = Memory(limits.incoming_bytes)
         self._requests: SimpleQueue[_Request | None] = SimpleQueue()
         self._guests = 0
         self._counting = threading.Lock()
-        self._decoders = threading.BoundedSemaphore(limits.decoders)
+        self._small = ThreadPoolExecutor(limits.decoders, "decode")
+        self._large = ThreadPoolExecutor(1, "decode-large")
         self._thread = threading.Thread(target=self._work, name="captions", daemon=True)
         self._thread.start()
 
     @contextmanager
     def guest(self) -> Iterator[None]:
-        """Count a request among those in work, from its first byte to its answer.
+        """Count a request among those in work, from its last byte to its answer.
 
         Raises:
             BusyError: There are as many as may be.
@@ -100,22 +121,46 @@ class Service:
                 f"{place}: {size:,} bytes or more, wanted at most {most:,}; send a smaller copy of the image"
             )
 
-    def pixels(self, data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]:
-        """Decode an image file.
+    def reduce(self, data: bytes, place: str, reduced: Callable[[_Pixels], _Reduced]) -> Future[_Reduced]:
+        """Decode an image file, and keep only what a function makes of its pixels.
 
-        Raises:
-            TooLargeError: Of too many bytes.
-            UserError: Of too many pixels, damaged, or no image.
+        Decoded images take up to several hundred megabytes: none leaves the few threads that decode.
+
+        Args:
+            data: The file.
+            place: Its name, for the error.
+            reduced: Makes something small of the pixels, in the thread that decoded them.
+
+        Returns:
+            A future of that. It may raise TooLargeError, of too many bytes, and UserError, of too many
+            pixels, a damaged file, or no image.
         """
-        self.refuse_bytes(len(data), place)
-        head = images.look(data, place, whole=False)
-        if head.width * head.height > self.limits.pixels:
-            raise UserError(
-                f"{place}: {head.width:,} x {head.height:,} pixels, wanted at most"
-                f" {self.limits.pixels:,}; send a smaller copy of the image"
-            )
-        with self._decoders:
-            return images.pixels(data, place)
+        answer: Future[_Reduced] = Future()
+
+        def look() -> None:
+            # Whose client has gone is not decoded any more.
+            if not answer.set_running_or_notify_cancel():
+                return
+            with _telling(answer):
+                self.refuse_bytes(len(data), place)
+                head = images.look(data, place, whole=False)
+                pixels = head.width * head.height
+                if pixels > self.limits.pixels:
+                    raise UserError(
+                        f"{place}: {head.width:,} x {head.height:,} pixels, wanted at most"
+                        f" {self.limits.pixels:,}; send a smaller copy of the image"
+                    )
+                if pixels > self.limits.large_pixels:
+                    self._large.submit(decode)
+                else:
+                    decode()
+
+        def decode() -> None:
+            with _telling(answer):
+                answer.set_result(reduced(images.pixels(data, place)))
+
+        self._small.submit(look)
+        return answer
 
     def ask(self, view: View, wish: Wish, number: int = 0, *, every: bool = False) -> Future[list[Gaze]]:
         """Have a picture captioned.
@@ -132,6 +177,8 @@ class Service:
 
     def close(self) -> None:
         """Answer what was asked before, and no more."""
+        for pool in (self._small, self._large):
+            pool.shutdown(wait=False, cancel_futures=True)
         self._requests.put(None)
         self._thread.join()
 
@@ -153,7 +200,9 @@ class Service:
     def _answer(self, batch: list[_Request]) -> None:
         alike: dict[tuple[Wish, bool], list[_Request]] = {}
         for request in batch:
-            alike.setdefault((request.wish, request.every), []).append(request)
+            # Whose client has gone is not captioned any more.
+            if request.answer.set_running_or_notify_cancel():
+                alike.setdefault((request.wish, request.every), []).append(request)
         for (wish, every), requests in alike.items():
             views, numbers = [each.view for each in requests], [each.number for each in requests]
             try:
@@ -165,3 +214,13 @@ class Service:
                 continue
             for request, answer in zip(requests, answers, strict=True):
                 request.answer.set_result(answer)
+
+
+@contextmanager
+def _telling(answer: Future[_Reduced]) -> Iterator[None]:
+    """Have whatever goes wrong raised where the answer is awaited."""
+    try:
+        yield
+    # MemoryError and a closed service too: a request without an answer would wait for ever.
+    except Exception as error:
+        answer.set_exception(error)

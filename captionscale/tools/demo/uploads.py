@@ -1,46 +1,199 @@
-"""How much of what people send may lie on the disk at once."""
+"""Uploads of the page: decoded while they are received, remembered by names that cannot be guessed."""
 
-import os
-from contextlib import suppress
-from pathlib import Path
-from typing import TYPE_CHECKING
+import asyncio
+import secrets
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
 
-from starlette.responses import PlainTextResponse
+import numpy as np
+import simplejpeg
+from jaxtyping import UInt8
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.requests import Request
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
+from captionscale.data.resize import scaled, shrunk_size
+from captionscale.errors import UserError
+from captionscale.tools.demo.receiving import Body, TooLargeError, chunks
+from captionscale.tools.demo.service import Service
+from captionscale.tools.gaze import View
+
+SIDE = 448
+"""Of a preview's shorter side, at most, in pixels."""
+_LONGEST = 4
+"""Times the shorter side, that a preview's longer one has at most."""
 
 
-class BoundedUploads:
-    """Refuses uploads while those that nobody asked captions of take up too much.
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """What remains of an image once it is decoded."""
 
-    gradio bounds each file, and removes those that are left after some minutes; of their number it has no
-    bound.
+    view: View
+    """What the model sees."""
+    preview: bytes
+    """The image as a small JPEG."""
+
+
+@dataclass(frozen=True, eq=False)
+class Upload:
+    """A file that the page received."""
+
+    name: str
+    """As its sender calls it, without folders."""
+    picture: Picture | UserError
+    expires: float
+    """By `time.monotonic`."""
+
+
+def picture(service: Service, data: bytes, place: str) -> Future[Picture]:
+    """Decode an image; as `Service.reduce`."""
+    return service.reduce(
+        data, place, lambda pixels: Picture(service.writer.centre(pixels), _preview(pixels))
+    )
+
+
+class Uploads:
+    """The newest uploads, for some minutes.
+
+    A request refers to an upload by the name that the server gave it. No file is written.
     """
 
-    def __init__(self, app: "ASGIApp", folder: Path, most_bytes: int):
-        """Stand before an application.
+    def __init__(self, service: Service):
+        self._service = service
+        self._uploads: dict[str, Upload] = {}
 
-        Args:
-            app: gradio's.
-            folder: Where it keeps uploads.
-            most_bytes: That may lie there.
+    def get(self, token: str) -> Upload:
+        """Return an upload by the name that the server gave it.
+
+        Raises:
+            UserError: There is none of this name, or none any more.
         """
-        self._app, self._folder, self._most_bytes = app, folder, most_bytes
+        self._forget()
+        if (found := self._uploads.get(token)) is None:
+            raise UserError("the upload: not there, wanted what was dropped on this page; drop it again")
+        return found
 
-    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        """Answer a request, or hand it on."""
-        if scope["type"] == "http" and scope["path"].endswith("/upload") and self._held() > self._most_bytes:
-            text = f"more than {self._most_bytes:,} bytes are waiting; come again in some minutes"
-            await PlainTextResponse(text, 503)(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+    async def receive(self, request: Request) -> list[str]:
+        """Receive the files of a form, and return a name for each, in their order.
 
-    def _held(self) -> int:
-        held = 0
-        for folder, _, names in os.walk(self._folder):
-            for name in names:
-                # Others are read, and removed, meanwhile.
-                with suppress(FileNotFoundError):
-                    held += Path(folder, name).stat().st_size
-        return held
+        Raises:
+            TooLargeError: A file of too many bytes, or too many files.
+            UserError: No form.
+            BusyError: There is no memory for another file.
+            TooSlowError: The form arrives too slowly.
+        """
+        limits, form, tokens = self._service.limits, _Form(request), list[str]()
+        with ExitStack() as held:
+            name, body = "", None
+            async for chunk in chunks(request.receive, limits.pace):
+                for event, data in form.parse(chunk):
+                    if event == "begin":
+                        if len(tokens) == limits.files:
+                            raise TooLargeError(
+                                f"the upload: more than {limits.files} files, wanted at most {limits.files};"
+                                " drop fewer, or see captionscale caption"
+                            )
+                        body = held.enter_context(self._service.memory.body())
+                    elif event == "name":
+                        name = _base_name(data)
+                    elif body is not None and event == "data":
+                        self._service.refuse_bytes(body.size + len(data), name)
+                        body.add(data)
+                    elif body is not None:
+                        tokens.append(await self._put(name, body))
+                        held.close()
+                        name, body = "", None
+        return tokens
+
+    async def _put(self, name: str, body: Body) -> str:
+        found: Picture | UserError
+        try:
+            found = await asyncio.wrap_future(picture(self._service, body.complete(), name))
+        # Told where its caption would be.
+        except UserError as error:
+            found = error
+        token = f"{secrets.token_urlsafe(24)}.jpg"
+        self._uploads[token] = Upload(name, found, time.monotonic() + self._service.limits.uploads_s)
+        self._forget()
+        return token
+
+    def _forget(self) -> None:
+        limits, now = self._service.limits, time.monotonic()
+        # Any thread may ask.
+        for token in list(self._uploads):
+            if len(self._uploads) <= limits.uploads and self._uploads[token].expires > now:
+                break
+            self._uploads.pop(token, None)
+
+
+class _Form:
+    """Parses a form of files."""
+
+    def __init__(self, request: Request):
+        kind, options = parse_options_header(request.headers.get("content-type"))
+        if kind != b"multipart/form-data" or b"boundary" not in options:
+            raise UserError("the upload: not a form of files, expected one; use the page")
+        self._found: list[tuple[str, bytes]] = []
+        self._field, self._value = b"", b""
+        try:
+            self._parser = MultipartParser(
+                options[b"boundary"],
+                {
+                    "on_part_begin": lambda: self._found.append(("begin", b"")),
+                    "on_header_begin": self._begin_header,
+                    "on_header_field": self._add_field,
+                    "on_header_value": self._add_value,
+                    "on_header_end": self._end_header,
+                    "on_part_data": lambda data, start, end: self._found.append(("data", data[start:end])),
+                    "on_part_end": lambda: self._found.append(("end", b"")),
+                },
+            )
+        except FormParserError as error:
+            raise _damaged(error) from None
+
+    def parse(self, chunk: bytes) -> Iterator[tuple[str, bytes]]:
+        """Yield `begin`, `name`, `data` and `end` of parts, as far as they are received."""
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise _damaged(error) from None
+        found, self._found = self._found, []
+        yield from found
+
+    def _begin_header(self) -> None:
+        self._field = self._value = b""
+
+    def _add_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+
+    def _add_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _end_header(self) -> None:
+        if self._field.lower() == b"content-disposition":
+            self._found.append(("name", parse_options_header(self._value)[1].get(b"filename", b"")))
+
+
+def _damaged(error: FormParserError) -> UserError:
+    return UserError(f"the upload: a damaged form ({error}), expected one of files; use the page")
+
+
+def _base_name(data: bytes) -> str:
+    """Return a file's name as it may be shown: without folders and control characters."""
+    name = data.decode("utf-8", "replace").replace("\\", "/").rpartition("/")[2]
+    return "".join(letter for letter in name if letter.isprintable())[:200] or "the upload"
+
+
+def _preview(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    high, wide = min(height, _LONGEST * short), min(width, _LONGEST * short)
+    top, left = (height - high) // 2, (width - wide) // 2
+    image = np.ascontiguousarray(pixels[top : top + high, left : left + wide])
+    if short > SIDE:
+        image = scaled(image, *shrunk_size(high, wide, SIDE), "bilinear")
+    jpeg: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(image), 90, colorsubsampling="444")
+    return jpeg

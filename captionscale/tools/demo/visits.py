@@ -8,13 +8,10 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import escape
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
-from gradio.utils import get_upload_folder
-from jaxtyping import UInt8
 from PIL import Image
 
 from captionscale.data import images
@@ -22,13 +19,12 @@ from captionscale.data.shards import Split
 from captionscale.data.views import centre_view
 from captionscale.errors import UserError
 from captionscale.tools.demo.service import Service
-from captionscale.tools.gaze import Gaze, View, overlay
+from captionscale.tools.demo.uploads import SIDE, Picture, Uploads, picture
+from captionscale.tools.gaze import Gaze, overlay
 from captionscale.tools.writer import Wish
 
-MOST_FILES = 100
 COLUMNS = ("file", "caption", "log p", "problem")
 HOWS = ("greedy", "beam", "sampling")
-_SIDE = 448
 _THUMBNAIL = 96
 
 
@@ -36,9 +32,7 @@ _THUMBNAIL = 96
 class Seen:
     """What somebody looks at; in memory as long as the page is open, and no longer than an hour."""
 
-    picture: Image.Image
-    """The centre square, as large as it is shown."""
-    view: View
+    picture: Picture
     references: tuple[str, ...] = ()
     captions: tuple[Gaze, ...] = ()
     chosen: int = 0
@@ -68,36 +62,42 @@ class Visits:
     captions, the words of the chosen one with their probabilities, and the picture.
     """
 
-    def __init__(self, service: Service, samples: Split | None, count: int):
+    def __init__(self, service: Service, samples: Split | None, count: int, uploads: Uploads):
         """Prepare for visits.
 
         Args:
-            service: What captions.
+            service: Decodes and captions.
             samples: A split of which some pictures are offered.
             count: How many.
+            uploads: What the page receives.
         """
-        self._service, self._samples = service, samples
-        self._items = (
-            np.linspace(0, len(samples) - 1, min(count, len(samples))).astype(int) if samples else ()
-        )
+        self._service, self._samples, self._uploads = service, samples, uploads
+        spread = np.linspace(0, len(samples) - 1, min(count, len(samples))) if samples else np.zeros(0)
+        self._items: list[int] = spread.astype(int).tolist()
 
     def thumbnails(self) -> list[Image.Image]:
         """Return what is offered, small."""
-        return [_square(self._sample(item)[0], _THUMBNAIL) for item in self._items]
+        return [_square(self._sample(item).picture, _THUMBNAIL) for item in self._items]
 
-    def drop(self, path: str | None, *settings: Any) -> tuple[Any, ...]:
+    def drop(self, token: str | None, *settings: Any) -> tuple[Any, ...]:
         """Caption an upload."""
-        if path is None:
+        if token is None:
             return None, gr.Radio(choices=[]), [], ""
         with _telling():
-            seen = self._see(self._service.pixels(*self._take(Path(path))))
-        return self.caption(seen, *settings)
+            found = self._uploads.get(token).picture
+            if isinstance(found, UserError):
+                raise found
+        return self.caption(Seen(found), *settings)
 
     def pick(self, event: gr.SelectData, *settings: Any) -> tuple[Any, ...]:
         """Caption one of the samples."""
         with _telling():
-            pixels, references = self._sample(self._items[event.index])
-        return self.caption(self._see(pixels, references), *settings)
+            if not 0 <= event.index < len(self._items):
+                raise UserError(
+                    f"sample {event.index}: not there, expected one of {len(self._items)}; reload"
+                )
+            seen = self._sample(self._items[event.index])
+        return self.caption(seen, *settings)
 
     def caption(self, seen: Seen | None, *settings: Any) -> tuple[Any, ...]:
         """Caption what is looked at."""
@@ -107,7 +107,7 @@ class Visits:
         with _telling():
             wish = self._wish(chosen)
             draws = int(chosen.draws) if chosen.how == "sampling" else 1
-            asked = [self._ask(seen.view, wish, number, every=True) for number in range(draws)]
+            asked = [self._ask(seen.picture.view, wish, number, every=True) for number in range(draws)]
             found = [caption for each in asked for caption in each.result()]
         if chosen.how == "sampling":
             # Draws have no order of their own, and several may say the same.
@@ -130,47 +130,17 @@ class Visits:
             raise gr.Error("This page was idle for too long; drop the picture again.", print_exception=False)
         return _picture(seen, int(event.index))
 
-    def many(self, paths: Sequence[str] | None, *settings: Any) -> tuple[Any, ...]:
+    def many(self, tokens: Sequence[str] | None, *settings: Any) -> tuple[Any, ...]:
         """Caption files, each of which may be bad, and offer a table of them."""
         with _telling():
-            if len(paths or ()) > MOST_FILES:
-                raise UserError(
-                    f"{len(paths or ())} files, wanted at most {MOST_FILES}; drop fewer, or see captionscale"
-                    " caption"
-                )
             wish = self._wish(Chosen(*settings))
-        rows = list(self._rows([Path(path) for path in paths or ()], wish))
+            uploads = [self._uploads.get(token) for token in tokens or ()]
+        asked = [
+            found if isinstance(found := upload.picture, UserError) else self._ask(found.view, wish, number)
+            for number, upload in enumerate(uploads)
+        ]
+        rows = [_row(upload.name, answer) for upload, answer in zip(uploads, asked, strict=True)]
         return rows, _as_csv(rows)
-
-    def _rows(self, paths: Sequence[Path], wish: Wish) -> Iterator[list[str]]:
-        asked: list[tuple[str, Future[list[Gaze]] | UserError]] = []
-        for number, path in enumerate(paths):
-            try:
-                data, name = self._take(path)
-                pixels = self._service.pixels(data, name)
-                asked.append((name, self._ask(self._service.writer.centre(pixels), wish, number)))
-            except UserError as error:
-                asked.append((path.name, error))
-        for name, found in asked:
-            if isinstance(found, UserError):
-                yield [name, "", "", str(found)]
-            else:
-                [caption, *_] = found.result()
-                yield [name, caption.caption, f"{caption.log_probability:.4f}", ""]
-
-    def _take(self, path: Path) -> tuple[bytes, str]:
-        """Return an upload's bytes and name, and remove its file.
-
-        Raises:
-            UserError: It is none: a request may name any file of this machine. Or it is too large.
-        """
-        if not path.resolve().is_relative_to(Path(get_upload_folder()).resolve()) or not path.is_file():
-            raise UserError(f"{path.name}: not there, wanted what was dropped on this page; drop it again")
-        try:
-            self._service.refuse_bytes(path.stat().st_size, path.name)
-            return path.read_bytes(), path.name
-        finally:
-            path.unlink(missing_ok=True)
 
     def _wish(self, chosen: Chosen) -> Wish:
         search: dict[str, Any] = {"method": "beam", "groups": 1, "length_power": chosen.length_power}
@@ -184,13 +154,18 @@ class Visits:
     def _ask(self, *request: Any, **how: Any) -> Future[list[Gaze]]:
         return self._service.ask(*request, **how)
 
-    def _see(self, pixels: UInt8[np.ndarray, "height width 3"], references: tuple[str, ...] = ()) -> Seen:
-        return Seen(_square(pixels, _SIDE), self._service.writer.centre(pixels), references)
-
-    def _sample(self, item: int) -> tuple[UInt8[np.ndarray, "height width 3"], tuple[str, ...]]:
+    def _sample(self, item: int) -> Seen:
         assert self._samples is not None
-        sample = self._samples.sample(int(item))
-        return images.pixels(self._samples.image(int(item)), sample.file), sample.captions
+        sample = self._samples.sample(item)
+        found = picture(self._service, self._samples.image(item), sample.file)
+        return Seen(found.result(), sample.captions)
+
+
+def _row(name: str, answer: Future[list[Gaze]] | UserError) -> list[str]:
+    if isinstance(answer, UserError):
+        return [name, "", "", str(answer)]
+    [caption, *_] = answer.result()
+    return [name, caption.caption, f"{caption.log_probability:.4f}", ""]
 
 
 @contextmanager
@@ -202,9 +177,9 @@ def _telling() -> Iterator[None]:
         raise gr.Error(escape(str(error)), print_exception=False, duration=None) from None
 
 
-def _square(pixels: UInt8[np.ndarray, "height width 3"], side: int) -> Image.Image:
-    """Return what the model sees of a picture, as large as a page shows it."""
-    return Image.fromarray(centre_view(pixels, side))
+def _square(picture: Picture, side: int) -> Image.Image:
+    """Return the centre square, which is what the model sees, as large as a page shows it."""
+    return Image.fromarray(centre_view(images.pixels(picture.preview, "the preview"), side))
 
 
 def _label(caption: Gaze) -> str:
@@ -232,7 +207,7 @@ def _shown(seen: Seen) -> tuple[Any, ...]:
 
 def _picture(seen: Seen, word: int | None) -> str:
     """Return the picture with what is to be said of it, and over it where the model looked for a word."""
-    caption, picture = seen.caption, seen.picture
+    caption, picture = seen.caption, _square(seen.picture, SIDE)
     said = "The centre square, which is all that the model sees. Click a word above."
     if caption.maps is None:
         said = (

@@ -5,11 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from experiment import opinionated_run
 
@@ -93,36 +91,6 @@ def test_a_picture_is_dropped_and_a_clicked_word_shows_where_the_model_looked(
         assert "not a readable image" in table[2]
         browser.close()
     assert foreign == []
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("kind", ["image", "file"])
-def test_a_request_that_names_a_file_of_this_machine_gets_nothing_of_it(
-    url: str, scenes: Path, tmp_path: Path, kind: str, stream: bool
-) -> None:
-    # gradio looks whose file it is only of pages that it launched itself: a forged request showed any
-    # picture of this machine, and removed any file.
-    private = tmp_path / "private.jpg"
-    private.write_bytes(sorted((scenes / "test2017").iterdir())[0].read_bytes())
-    for path in (str(private), "http://192.0.2.1/picture.jpg"):
-        forged: object = {"path": path, "meta": {"_type": "gradio.FileData"}, "is_stream": stream}
-        answer = ask(url, kind, [forged] if kind == "file" else forged)
-        assert "not there, wanted what was dropped on this page" in answer
-        assert "data:image" not in answer
-    assert private.is_file()
-
-
-def ask(url: str, kind: str, payload: object) -> str:
-    """Return what the page's server answers to a file put on its place for a picture, or for many."""
-    config = httpx.get(f"{url}/config").json()
-    parts = {part["id"]: part for part in config["components"]}
-    events = [event for event in config["dependencies"] if event["inputs"]]
-    [event] = [event for event in events if parts[event["inputs"][0]]["type"] == kind]
-    data = [payload, *(parts[other]["props"].get("value") for other in event["inputs"][1:])]
-    session = {"session_hash": f"{kind}-{time.monotonic_ns()}"}
-    httpx.post(f"{url}/gradio_api/queue/join", json={"data": data, "fn_index": event["id"], **session})
-    with httpx.stream("GET", f"{url}/gradio_api/queue/data", params=session, timeout=60) as lines:
-        return next(line for line in lines.iter_lines() if "process_completed" in line)
 
 
 def test_a_port_in_use_and_a_folder_that_is_no_run_are_told_in_one_line(

@@ -1,31 +1,93 @@
 import asyncio
+import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-from fastapi import FastAPI
+import pytest
+from experiment import opinionated_run
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse
+from PIL import Image
 
-from captionscale.tools.demo.uploads import BoundedUploads
+import captionscale
+from captionscale.data import images
+from captionscale.errors import UserError
+from captionscale.tools.demo.receiving import TooLargeError
+from captionscale.tools.demo.service import Limits, Service
+from captionscale.tools.demo.uploads import Picture, Uploads
+
+LIMITS = Limits(size_bytes=100_000, files=5, uploads=7)
 
 
-def test_uploads_that_are_not_read_fill_the_disk_no_further_than_they_may(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def service(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    service = Service(captionscale.load(opinionated_run(tmp_path_factory.mktemp("run"), packed)), LIMITS)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def uploads(service: Service) -> Uploads:
+    return Uploads(service)
+
+
+def send(uploads: Uploads, *files: tuple[str, bytes]) -> list[str]:
+    """Send files as the page does; return the names that the server gives them."""
     app = FastAPI()
-    for path in ("/gradio_api/upload", "/caption"):
-        app.post(path)(lambda: "done")
-    app.add_middleware(BoundedUploads, folder=tmp_path, most_bytes=10_000)
 
-    def ask(path: str) -> int:
-        async def send() -> httpx.Response:
-            here = httpx.ASGITransport(app)
-            async with httpx.AsyncClient(transport=here, base_url="http://here") as client:
-                return await client.post(path)
+    @app.post("/upload")
+    async def upload(request: Request):
+        try:
+            return JSONResponse(await uploads.receive(request))
+        except TooLargeError as error:
+            return PlainTextResponse(str(error), 413)
 
-        return asyncio.run(send()).status_code
+    async def post() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+            return await client.post("/upload", files=[("files", (name, data)) for name, data in files])
 
-    assert ask("/gradio_api/upload") == 200
-    left = tmp_path / "3f2a" / "photo.jpg"
-    left.parent.mkdir()
-    left.write_bytes(bytes(20_000))
-    assert ask("/gradio_api/upload") == 503
-    assert ask("/caption") == 200
-    left.unlink()
-    assert ask("/gradio_api/upload") == 200
+    answer = asyncio.run(post())
+    if answer.status_code != 200:
+        raise TooLargeError(answer.text)
+    return answer.json()
+
+
+def test_an_upload_is_remembered_as_what_the_model_sees_and_a_preview(
+    service: Service, uploads: Uploads, scenes: Path
+) -> None:
+    file = next((scenes / "test2017").iterdir())
+    wide = io.BytesIO()
+    Image.new("RGB", (9000, 10), "red").save(wide, "PNG")
+    first, second, third = send(
+        uploads, (f"../a/{file.name}", file.read_bytes()), ("w.png", wide.getvalue()), ("no.txt", b"text")
+    )
+    upload = uploads.get(first)
+    assert upload.name == file.name
+    assert isinstance(upload.picture, Picture)
+    assert (upload.picture.view == service.writer.view(file)).all()
+    assert images.pixels(upload.picture.preview, "").shape == images.read(file).shape
+    thin = uploads.get(second).picture
+    assert isinstance(thin, Picture)
+    assert images.pixels(thin.preview, "").shape == (10, 40, 3)
+    bad = uploads.get(third).picture
+    assert isinstance(bad, UserError)
+    assert "no.txt: not a readable image" in str(bad)
+    with pytest.raises(UserError, match="not there, wanted what was dropped"):
+        uploads.get(str(file))
+
+
+def test_files_too_many_or_too_large_are_refused_while_they_are_received(uploads: Uploads) -> None:
+    with pytest.raises(TooLargeError, match="more than 5 files"):
+        send(uploads, *[("a", b"x")] * 6)
+    with pytest.raises(TooLargeError, match="wanted at most 100,000"):
+        send(uploads, ("a", bytes(100_001)))
+
+
+def test_the_oldest_uploads_are_forgotten_first(uploads: Uploads) -> None:
+    tokens = [token for _ in range(2) for token in send(uploads, *[("a", b"x")] * 5)]
+    for token in tokens[-7:]:
+        uploads.get(token)
+    for token in tokens[:-7]:
+        with pytest.raises(UserError, match="not there"):
+            uploads.get(token)

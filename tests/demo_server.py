@@ -1,0 +1,33 @@
+"""The demo's server in a thread of the test, as attacks see it."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def serving(app: Any, bounds: Any = None) -> Iterator[str]:
+    """Serve an application as the demo does; give its address."""
+    from captionscale.tools.demo.connections import Server
+    from captionscale.tools.demo.origins import Origins, own_names
+
+    app.add_middleware(Origins, names=own_names("127.0.0.1", ["proxy.example"]), secure=set())
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = Server(app, lambda: None, bounds)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def use_cache(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Have gradio keep its files in a folder, and tell nobody of this run."""
+    patch.setitem(os.environ, "GRADIO_TEMP_DIR", str(folder))
+    patch.setitem(os.environ, "GRADIO_ANALYTICS_ENABLED", "False")

@@ -1,0 +1,268 @@
+"""Bounds of the demo's server hold while requests are received, and its end comes whatever is in work."""
+
+import asyncio
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from demo_server import serving
+from experiment import opinionated_run
+from fastapi import FastAPI
+from PIL import Image
+
+import captionscale
+from captionscale.data import images
+from captionscale.tools.demo.connections import Bounds
+from captionscale.tools.demo.endpoint import endpoint
+from captionscale.tools.demo.receiving import BusyError, Memory, Pace, TooSlowError, chunks
+from captionscale.tools.demo.service import Limits, Service
+from captionscale.tools.writer import Writer
+
+JPEG = {"Content-Type": "image/jpeg"}
+PACE = Pace(grace_s=0.3, least_rate=1e6)
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return opinionated_run(tmp_path_factory.mktemp("bounds"), packed)
+
+
+@pytest.fixture(scope="module")
+def writer(run: Path) -> Writer:
+    return captionscale.load(run)
+
+
+@pytest.fixture
+def service(writer: Writer) -> Iterator[Service]:
+    service = Service(writer, Limits(pace=PACE, pixels=1_000_000, large_pixels=10_000))
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def photo(scenes: Path) -> bytes:
+    return next((scenes / "test2017").iterdir()).read_bytes()
+
+
+def png(width: int, height: int) -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (width, height)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Host": "localhost:1234"}, 200),
+        ({"Host": "[::1]"}, 200),
+        ({"Host": "192.0.2.7:80"}, 200),
+        ({"Host": "proxy.example"}, 200),
+        ({"Host": "evil.example"}, 421),
+        ({"Host": "127.0.0.1.evil.example"}, 421),
+        ({"Host": "evil.example#127.0.0.1"}, 421),
+        ({"Host": "localhost", "Origin": "http://localhost"}, 200),
+        ({"Host": "localhost", "Origin": "http://localhost:3000"}, 403),
+        ({"Host": "localhost", "Origin": "https://evil.example"}, 403),
+        ({"Host": "localhost", "Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "same-origin"}, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403),
+        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}, 403),
+    ],
+)
+def test_other_hosts_and_origins_are_refused(
+    service: Service, photo: bytes, headers: dict[str, str], status: int
+) -> None:
+    with serving(endpoint(service, "tiny")) as url:
+        answer = httpx.post(f"{url}/caption", content=photo, headers=JPEG | headers, timeout=60)
+        assert answer.status_code == status
+        linked = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+        if "Host" not in headers and "Origin" not in headers:
+            assert httpx.get(f"{url}/docs", headers=headers | linked).status_code == 200
+
+
+def test_no_decoded_image_leaves_the_threads_that_decode(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive, most, real = set[int](), 0, images.pixels
+
+    def pixels(data: bytes, place: str) -> np.ndarray:
+        nonlocal most
+        found = real(data, place)
+        alive.add(id(found))
+        weakref.finalize(found, alive.discard, id(found))
+        most = max(most, len(alive))
+        return found
+
+    monkeypatch.setattr(images, "pixels", pixels)
+    small, large = png(90, 90), png(900, 900)
+    futures = [service.reduce(data, "x", service.writer.centre) for data in [small, large] * 15]
+    views = [future.result(60) for future in futures]
+    assert {view.shape for view in views} == {(64, 64, 3)}
+    assert len(alive) < most <= service.limits.decoders + 1
+
+
+def test_a_large_image_does_not_delay_small_ones(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, real = threading.Event(), images.pixels
+
+    def pixels(data: bytes, place: str) -> np.ndarray:
+        if place == "large":
+            release.wait(60)
+        return real(data, place)
+
+    monkeypatch.setattr(images, "pixels", pixels)
+    large = [service.reduce(png(900, 900), "large", service.writer.centre) for _ in range(5)]
+    small = [service.reduce(png(90, 90), "small", service.writer.centre) for _ in range(5)]
+    for future in small:
+        future.result(60)
+    assert not any(future.done() for future in large)
+    release.set()
+    for future in large:
+        future.result(60)
+
+
+def test_the_slowest_body_is_dropped_when_the_memory_for_bodies_is_full() -> None:
+    memory = Memory(100)
+    with memory.body() as slow, memory.body() as done:
+        slow.add(bytes(40))
+        done.add(bytes(50))
+        assert done.complete() == bytes(50)
+        with memory.body() as late:
+            late.add(bytes(45))
+            with pytest.raises(BusyError, match="ask later"):
+                slow.add(b"x")
+            # What is complete stays.
+            with memory.body() as last, pytest.raises(BusyError):
+                last.add(bytes(51))
+            assert late.dropped
+    with memory.body() as body:
+        body.add(bytes(100))
+
+
+def test_a_body_must_keep_its_pace() -> None:
+    async def drip() -> dict[str, object]:
+        await asyncio.sleep(0.05)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def read() -> None:
+        async for _ in chunks(drip, PACE):
+            pass
+
+    with pytest.raises(TooSlowError, match="expected at least 1,000,000 bytes per second"):
+        asyncio.run(read())
+
+
+def test_slow_senders_and_half_headers_shut_nobody_out(service: Service, photo: bytes) -> None:
+    head = b"POST /caption HTTP/1.1\r\nHost: localhost\r\n"
+    body = b"Content-Type: image/jpeg\r\nContent-Length: 1000000\r\n\r\n123"
+    with serving(endpoint(service, "tiny"), Bounds(connections=20, headers_s=1.0)) as url:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        evil = [socket.create_connection(address) for _ in range(40)]
+        for number, each in enumerate(evil):
+            each.sendall(head if number % 4 else head + body)
+        answer = httpx.post(f"{url}/caption", content=photo, headers=JPEG, timeout=60)
+        assert answer.status_code == 200
+        for each in evil:
+            each.settimeout(60)
+            try:
+                while each.recv(1000):
+                    pass
+            except ConnectionResetError:
+                pass
+            each.close()
+
+
+def test_an_answer_that_is_never_read_is_given_up() -> None:
+    app = FastAPI()
+    app.get("/")(lambda: {"much": "x" * 50_000_000})
+    bounds = Bounds(answer_s=0.5)
+    with serving(app, bounds) as url, socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        lazy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert lazy.recv(1)
+        assert bounds.addresses
+        until = time.monotonic() + 60
+        while bounds.addresses:
+            assert time.monotonic() < until
+            threading.Event().wait(0.01)
+
+
+def test_what_its_client_left_is_not_decoded(
+    service: Service, photo: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, release, decoded = threading.Event(), threading.Event(), []
+    real = images.pixels
+
+    def pixels(data: bytes, place: str) -> np.ndarray:
+        decoded.append(place)
+        begun.set()
+        release.wait(60)
+        return real(data, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "pixels", pixels)
+        busy = [service.reduce(photo, "busy", service.writer.centre) for _ in range(service.limits.decoders)]
+        with serving(endpoint(service, "tiny")) as url:
+            assert begun.wait(60)
+            for _ in range(5):
+                with pytest.raises(httpx.ReadTimeout):
+                    httpx.post(f"{url}/caption", content=photo, headers=JPEG, timeout=0.3)
+            until = time.monotonic() + 60
+            while service._guests:
+                assert time.monotonic() < until
+                threading.Event().wait(0.01)
+            release.set()
+            for future in busy:
+                future.result(60)
+            assert service.reduce(photo, "last", service.writer.centre).result(60).shape == (64, 64, 3)
+    assert decoded.count("the image") == 0
+
+
+STUCK = """
+import sys, threading
+from captionscale.data import images
+from captionscale.cli import main
+real = images.pixels
+def pixels(data, place):
+    if place == "the image":
+        print("stuck", flush=True)
+        threading.Event().wait()
+    return real(data, place)
+images.pixels = pixels
+main(sys.argv[1:])
+"""
+
+
+def test_a_signal_ends_the_server_whatever_is_in_work(run: Path, photo: bytes, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, "demo", str(run), "--port", "0"],
+        env=os.environ | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[0]
+        while "Ctrl-C" not in process.stdout.readline():
+            pass
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            head = f"POST /caption HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(photo)}\r\n\r\n"
+            client.sendall(head.encode() + photo)
+            assert process.stdout.readline() == "stuck\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+    assert [path for path in tmp_path.iterdir() if path.name.startswith("captionscale")] == []
