@@ -20,7 +20,7 @@ from captionscale.data import manifest
 from captionscale.data.cache import Cache
 from captionscale.data.manifest import CURE, Shard
 from captionscale.errors import UserError
-from captionscale.files import blake3_of
+from captionscale.files import blake3_of, read_file
 from captionscale.progress import Bar, progress, say
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class Folder:
         Raises:
             OSError: It cannot be read; FileNotFoundError: it is not there.
         """
-        return (self.path / name).read_bytes()
+        return read_file(self.path / name, manifest.MAX_BYTES)
 
     def check(self, shard: Shard) -> None:
         """Compare a shard's size with the manifest's.
