@@ -1,4 +1,4 @@
-"""Crafted files whose checksums fit: a command ends with one line that says what is wrong, in little memory."""
+"""Crafted files whose checksums fit: a command ends with one line that names the fault, in little memory."""
 
 import hashlib
 import io
@@ -38,7 +38,7 @@ def original(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(original: Path, tmp_path: Path) -> Path:
     """A copy of a run that a test may change."""
-    return Path(shutil.copytree(original, tmp_path / "run"))
+    return Path(shutil.copytree(original, tmp_path / "run", copy_function=os.link))
 
 
 @pytest.fixture
@@ -87,12 +87,23 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def reseal(run: Path, change: Change) -> None:
     """Change a checkpoint, and make its checksums fit again."""
     folder = run / "checkpoints" / STEP
+    for path in folder.iterdir():
+        if path.name != MODEL:
+            own(path)
     state = json.loads((folder / STATE).read_text())
     change(folder, state)
     for name in state["sha256"] if isinstance(state["sha256"], dict) else ():
         if (folder / name).is_file():
             state["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
     (folder / STATE).write_text(json.dumps(state))
+
+
+def own(path: Path) -> Path:
+    """Make a file that was linked one that may be changed."""
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data)
+    return path
 
 
 def state(**changes: object) -> Change:
@@ -126,7 +137,7 @@ def setting(line: str, other: str) -> Change:
 
 
 def weights(data: bytes) -> Change:
-    return lambda folder, _: (folder / MODEL).write_bytes(data)
+    return lambda folder, _: own(folder / MODEL).write_bytes(data)
 
 
 def header(tree: object, data: bytes = b"") -> Change:
@@ -137,6 +148,7 @@ def header(tree: object, data: bytes = b"") -> Change:
 def tensors(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     def write(folder: Path, _: dict[str, Any]) -> None:
         found = load_file(folder / MODEL)
+        (folder / MODEL).unlink()
         save_file({name: change(tensor).contiguous() for name, tensor in found.items()}, folder / MODEL)
 
     return write
@@ -218,7 +230,7 @@ def test_a_state_that_is_none_is_refused(
     run: Path, image: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     folder = run / "checkpoints" / STEP
-    (folder / STATE).write_text(text, encoding="latin-1")
+    own(folder / STATE).write_text(text, encoding="latin-1")
     assert "damaged checkpoint" in refused(capsys, "caption", folder, image)
 
 
