@@ -3,17 +3,21 @@
 The name of a field is the TOML key, the `--set` path and the word that errors use; `toml.py` reads them.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from captionscale.contradictions import contradictions
 
+_LINE = r"^[^\x00-\x1f\x7f]*$"
+
 
 def _one_line(path: Path) -> Path:
-    if not str(path).isprintable():
-        raise ValueError("path has control characters, expected a line of text; correct it")
+    if not re.fullmatch(_LINE, str(path)):
+        raise PydanticCustomError("one_line", "Path should have no control characters")
     return path
 
 
@@ -32,7 +36,7 @@ Rate = Annotated[float, Field(gt=0, le=1000)]
 """A number above 0."""
 Weight = Annotated[float, Field(ge=0, le=10**6)]
 """What a part of a sum is multiplied by."""
-Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
+Text = Annotated[str, Field(pattern=_LINE, max_length=4096)]
 """A line without control characters."""
 Place = Annotated[Path, AfterValidator(_one_line)]
 """A path without control characters."""

@@ -67,8 +67,8 @@ def read_file(path: Path, max_bytes: int = MB) -> bytes:
     return data
 
 
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, which is made if need be; never to the torn line of a killed process.
+def append_lines(path: Path, *lines: bytes) -> None:
+    """Add lines to a file, which is made if need be; never to the torn line of a killed process.
 
     Raises:
         UnfitFileError: It is no regular file.
@@ -79,7 +79,7 @@ def append_line(path: Path, line: str) -> None:
         size = _need_regular(descriptor, path)
         torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
         with os.fdopen(descriptor, "ab", closefd=False) as file:
-            file.write(b"\n" * bool(torn) + line.encode() + b"\n")
+            file.write(b"\n" * bool(torn) + b"".join(line + b"\n" for line in lines))
     finally:
         os.close(descriptor)
 
@@ -109,7 +109,7 @@ def blake3_of(path: Path) -> str:
     hasher = blake3()
     # A map would be a little faster, but kills the process where a disk fails or the file shrinks.
     with open_file(path) as file:
-        while chunk := file.read(1 << 20):
+        while chunk := file.raw.read(1 << 20):
             hasher.update(chunk)
     return hasher.hexdigest()
 

@@ -75,9 +75,10 @@ def fault_of(error: msgspec.ValidationError) -> str:
     fault, _, where = str(error).rpartition(" - at `$")
     if not fault:
         fault, where = str(error), ""
-    fault = " ".join(fault.split())[:_MAX_FAULT]
+    # It may quote the file.
+    fault = " ".join("".join(letter if letter.isprintable() else " " for letter in fault).split())
     place = where.removesuffix("`").removeprefix(".")
-    return f"{place}: {fault}" if place else fault
+    return f"{place}: {fault[:_MAX_FAULT]}" if place else fault[:_MAX_FAULT]
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def load(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if differing:
         name = differing[0]
         raise ValueError(
-            f"{len(differing):,} tensors are not the model's, the first '{name:.80}': found"
+            f"{len(differing):,} tensors are not the model's, the first {name!r:.80}: found"
             f" {_described(found, name)}, expected {_described(fitting, name)}"
         )
     return load_file(path)

@@ -65,7 +65,7 @@ def warnings(run: Path) -> Iterator[str]:
     for folder, known in own.items():
         if others := sorted(path.name for path in set(_entries(folder)) - known):
             more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-            yield f"{folder}: passed over '{others[0]}'{more}, which training did not write"
+            yield f"{folder}: passed over {others[0]!r:.80}{more}, which training did not write"
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from captionscale.data.loader import Batch
-from captionscale.files import append_line, atomic
+from captionscale.files import append_lines, atomic
 from captionscale.progress import say
 from captionscale.ranks import Ranks
 from captionscale.train.layout import LOG
@@ -28,8 +28,7 @@ class Log:
         found = RunLog(run)
         if found.warning:
             copy = self._path.with_name(LOG + ".damaged")
-            with copy.open("ab") as file:
-                file.writelines(line + b"\n" for _, line in found.lines.damaged)
+            append_lines(copy, *(line for _, line in found.lines.damaged))
             say(f"warning: {found.warning}; moved to {copy}")
         kept = [
             raw for raw, line in found.lines.whole if line["step"] <= (judged if "scores" in line else step)
@@ -45,7 +44,7 @@ class Log:
             step: Steps done.
             values: Numbers make curves; a dictionary of numbers, one for each of its keys.
         """
-        append_line(self._path, json.dumps({"step": step, **values}))
+        append_lines(self._path, json.dumps({"step": step, **values}).encode())
         points = {
             f"{key}/{name}" if name else key: number
             for key, value in values.items()

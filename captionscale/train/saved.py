@@ -25,17 +25,18 @@ _NEEDED = {MODEL, SETTINGS, VOCAB}
 _KNOWN = _NEEDED | {OPTIMIZER, AVERAGE}
 
 _Plain = str | int | float | bool | None
+_Text = Annotated[str, msgspec.Meta(pattern=r"^[\w.+-]{1,40}$")]
 
 
 class _Version(msgspec.Struct):
     format: int
-    captionscale: str = "of another version"
+    captionscale: _Text = "of another version"
 
 
 class _State(msgspec.Struct):
     """What `state.json` holds besides a `Standing`."""
 
-    captionscale: str
+    captionscale: _Text
     fingerprint: dict[str, _Plain | list[_Plain]]
     sha256: dict[str, Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]]
 

@@ -234,6 +234,25 @@ def test_a_state_that_is_none_is_refused(
     assert "damaged checkpoint" in refused(capsys, "caption", folder, image)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('cache = "a\\u0000b"', "path should have no control characters"),
+        ("image_size = 0x" + "f" * 5000, "a number of thousands of digits"),
+        ("crop_scale = " + "[" * 40 + "]" * 40, "data: crop_scale = [[["),
+        ("max_words = 1e400", "max_words = inf"),
+    ],
+)
+def test_a_crafted_config_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, expected: str
+) -> None:
+    path = tmp_path / "experiment.toml"
+    path.write_text(f'[data]\nshards = "x"\n{text}\n')
+    error = refused(capsys, "config", path)
+    assert error.startswith(f"captionscale: {path}: ")
+    assert expected in error
+
+
 def rows(copy: Path, change: Callable[[np.ndarray], Any]) -> None:
     """Change the index of a packed folder's train split, and make its checksum fit again."""
     path = copy / "train.index.npy"
