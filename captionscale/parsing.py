@@ -46,7 +46,8 @@ def loads(data: bytes | str) -> Any:
         ValueError: It is not JSON, or nested deeper than anything that captionscale reads.
     """
     try:
-        tree = json.loads(data)
+        # Left to itself, json guesses UTF-16 and UTF-32 too.
+        tree = json.loads(data if isinstance(data, str) else data.decode("utf-8-sig"))
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     level = [tree]
