@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from captionscale.errors import PreemptedError, UserError
+from captionscale.escape import for_terminal
+from captionscale.terminal import make_safe
 from captionscale.verbs.line import parser
 
 
@@ -20,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Captions hold any letter, also where the terminal does not.
         sys.stdout.reconfigure(errors="backslashreplace")
+    make_safe()
     # Threads that spin while they wait keep other processes from the cores: with three processes on two cores
     # all took nine times as long (`bench start`), while sleeping costs one that is alone 8 %.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except UserError as error:
-        _fail(str(error))
+        _fail(*map(str, error.args))
     except PreemptedError as error:
         if str(error):
             _fail(f"{error}; the same command goes on", code=PreemptedError.CODE)
@@ -53,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(stopped) or kept, code=130)
 
 
-def _fail(text: str, code: int = 1) -> None:
+def _fail(*lines: str, code: int = 1) -> None:
     rank = os.environ.get("RANK", "0")
+    text = "\n".join(map(for_terminal, lines))
     print(f"captionscale: {'' if rank == '0' else f'rank {rank}: '}{text}", file=sys.stderr)
     raise SystemExit(code)

@@ -17,6 +17,7 @@ from typing import BinaryIO
 from blake3 import blake3
 
 from captionscale.errors import UserError
+from captionscale.escape import for_terminal
 
 LOCK = ".lock"
 MB = 10**6
@@ -137,7 +138,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -157,10 +158,11 @@ def prove_writable(path: Path) -> None:
         with TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Return what to tell of a file or folder that the system did not let us write."""
     return UserError(
         f"{path}: cannot be written ({error.strerror}), wanted a writable folder with free space;"
         " correct the path or its rights, free the disk, or take another place"
@@ -269,8 +271,7 @@ def holder_of(folder: Path) -> str:
 
 def _holder(descriptor: int) -> str:
     text = os.pread(descriptor, _MAX_HOLDER, 0).decode(errors="replace")
-    # Anything may be in it; it is to be one line.
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return for_terminal(text.strip())
 
 
 def _no_lock(path: Path, error: OSError) -> UserError:

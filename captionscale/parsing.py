@@ -8,6 +8,8 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from captionscale.escape import for_terminal
+
 _BOM = b"\xef\xbb\xbf"
 _MAX_DEPTH = 64
 _MAX_FAULT = 120
@@ -77,7 +79,7 @@ def fault_of(error: msgspec.ValidationError) -> str:
     if not fault:
         fault, where = str(error), ""
     # It may quote the file.
-    fault = " ".join("".join(letter if letter.isprintable() else " " for letter in fault).split())
+    fault = for_terminal(" ".join(fault.split()))
     place = where.removesuffix("`").removeprefix(".")
     return f"{place}: {fault[:_MAX_FAULT]}" if place else fault[:_MAX_FAULT]
 

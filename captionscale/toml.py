@@ -71,7 +71,7 @@ def _validate(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(place, changes, tree, error.errors(), option))) from None
+        raise UserError(*_explain(place, changes, tree, error.errors(), option)) from None
 
 
 def dumps(config: Config) -> str:
@@ -97,6 +97,12 @@ def _put(tree: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals:
         raise UserError(f"--set {change}: no '='; write --set section.key=value")
+    try:
+        change.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--set {change}: not UTF-8, expected text that a TOML file can hold; rename what it names"
+        ) from None
     try:
         value = parsing.toml(f"value = {text}")["value"]
     except ValueError:

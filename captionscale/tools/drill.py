@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from captionscale.data.order import Order
 from captionscale.data.places import open_place
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
-from captionscale.progress import progress
+from captionscale.progress import SafeConsole, progress
 from captionscale.train import checkpoint, layout, ledger
 from captionscale.train.job import order_of
 from captionscale.train.log_reader import figures
@@ -244,7 +243,7 @@ def _judge(
         f"ledger: {samples:,} samples in {len(histories[0]):,} micro-batches: {proof}": not faults,
         "the same samples in each micro-batch of both runs": histories[0] == histories[1],
     }
-    out = Console(highlight=False)
+    out = SafeConsole()
     table = Table("start", "ranks", "from step", "to step", "done again", "fate")
     for number, start in enumerate(starts):
         again = max(0, start.end - starts[number + 1].step) if start is not starts[-1] else 0
