@@ -129,7 +129,7 @@ def _explain(
         if change := next((each for each in changes if each.split("=")[0].strip() == ".".join(key)), None):
             place = f"{option}{change}"
         if first["type"] == "extra_forbidden":
-            yield f"{place}: unknown key {name!r:.80}; {did_you_mean(name, section.model_fields)}"
+            yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
         elif first["type"] == "missing" and first["loc"] == key:
             yield f"{place}: key '{name}' is missing; add it to the file or pass --set {'.'.join(key)}=..."
         else:
