@@ -32,7 +32,7 @@ Size = Annotated[int, Field(ge=1, le=2**14)]
 """Size of a vector."""
 Step = Annotated[int, Field(ge=0, le=10**9)]
 """A whole number from 0 on."""
-Rate = Annotated[float, Field(gt=0, le=1000)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A number above 0."""
 Weight = Annotated[float, Field(ge=0, le=10**6)]
 """What a part of a sum is multiplied by."""
