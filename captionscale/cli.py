@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from captionscale import credentials
 from captionscale.errors import PreemptedError, UserError
 from captionscale.escape import for_terminal
 from captionscale.terminal import make_safe
@@ -26,7 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Threads that spin while they wait keep other processes from the cores: with three processes on two cores
     # all took nine times as long (`bench start`), while sleeping costs one that is alone 8 %.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    options = parser().parse_args(arguments)
+    if arguments is None:
+        # Jobs, trackers and receipts say by which command they were made.
+        sys.argv[1:] = map(credentials.withhold, sys.argv[1:])
+        arguments = sys.argv[1:]
+    options = parser().parse_args([credentials.withhold(each) for each in arguments])
     try:
         options.handler(options)
         sys.stdout.flush()
@@ -58,6 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(*lines: str, code: int = 1) -> None:
     rank = os.environ.get("RANK", "0")
-    text = "\n".join(map(for_terminal, lines))
+    text = credentials.strip("\n".join(map(for_terminal, lines)))
     print(f"captionscale: {'' if rank == '0' else f'rank {rank}: '}{text}", file=sys.stderr)
     raise SystemExit(code)

@@ -10,7 +10,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from captionscale import assets, parsing
+from captionscale import assets, credentials, parsing
 from captionscale.config import Config, Section
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import read_file
@@ -71,7 +71,8 @@ def _validate(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(*_explain(place, changes, tree, error.errors(), option)) from None
+        lines = _explain(place, changes, tree, error.errors(), option)
+        raise UserError(*map(credentials.strip, lines)) from None
 
 
 def dumps(config: Config) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from captionscale.data.manifest import CURE, SplitFacts, shard_name
+from captionscale.data.manifest import CURE, MAX_INDEX_BYTES, SplitFacts, shard_name
 from captionscale.data.places import Place
 from captionscale.errors import UserError
 
@@ -26,6 +26,8 @@ INDEX_ROW = np.dtype(
         ("json_hash", "<u8"),
     ]
 )
+_MAX_HEADER_BYTES = 4096
+"""NumPy's own: a tenth of it is used."""
 _MAX_CAPTIONS = 10**6
 _MAX_SIDE = 10**8
 _NAMED = 5
@@ -49,7 +51,9 @@ def read(place: Place, split: str, facts: SplitFacts) -> Shaped[np.ndarray, "sam
     """
     path = f"{place}/{index_name(split)}"
     try:
-        data = place.fetch(index_name(split))
+        # The manifest says how many rows it has.
+        expected_bytes = facts.images * INDEX_ROW.itemsize + _MAX_HEADER_BYTES
+        data = place.fetch(index_name(split), min(expected_bytes, MAX_INDEX_BYTES))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}, wanted the split's index; {CURE}") from None
     # It pairs images with captions: a damaged one would do so wrongly without a word.

@@ -17,8 +17,8 @@ from jaxtyping import Int
 from captionscale import parsing, version
 from captionscale.data import manifest, shards
 from captionscale.data.index import index_name
-from captionscale.data.manifest import Images, Manifest, Shard, SplitFacts
-from captionscale.data.shard_writer import MAX_REJECTED_BYTES, Job, Rejected, Written, read_rejected
+from captionscale.data.manifest import MAX_REJECTED_BYTES, Images, Manifest, Shard, SplitFacts
+from captionscale.data.shard_writer import Job, Rejected, Written, read_rejected
 from captionscale.data.sources.record import Record, in_order
 from captionscale.data.workers import write_all
 from captionscale.errors import UserError

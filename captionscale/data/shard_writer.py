@@ -22,13 +22,12 @@ from captionscale.data.index import INDEX_ROW
 from captionscale.data.shards import Sample
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.files import MB, atomic, open_file
+from captionscale.files import atomic, open_file
 
 _GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _BAD_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 2
-MAX_REJECTED_BYTES = 512 * MB
 
 
 class _Unreadable(Exception):  # noqa: N818

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from captionscale import assets, toml
+from captionscale import assets, credentials, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.escape import for_shell, for_terminal
@@ -43,6 +43,12 @@ def submit(
         UserError: No SLURM here, or it refuses the job; more processes than the experiment can have; a folder
             that cannot be written or that SLURM cannot be told of; or a script that bash cannot read.
     """
+    if credentials.given(settings.data.shards) != settings.data.shards:
+        raise UserError(
+            f"data.shards = {settings.data.shards}: was given with a password, key or token, which is not"
+            " written to a job; expected a URL without it; put it where the job finds it, such as .netrc,"
+            " ~/.aws/credentials or GOOGLE_APPLICATION_CREDENTIALS"
+        )
     _refuse_unsayable("--out", str(run))
     _refuse_unsayable("--time", time or "")
     if str(run).startswith("-"):

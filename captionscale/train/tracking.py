@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from captionscale import parsing, toml
+from captionscale import credentials, parsing, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import atomic, read_file
@@ -121,7 +121,7 @@ class Trackers:
             self._warn(name, "cannot be reached", error)
             return None
         if tracker.place:
-            say(f"{name}: {tracker.place}")
+            say(f"{name}: {credentials.strip(tracker.place)}")
         return tracker
 
     def _ids(self) -> dict[str, str]:
@@ -131,5 +131,5 @@ class Trackers:
         return {}
 
     def _warn(self, name: str, what: str, error: BaseException) -> None:
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        found = credentials.strip(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
         say(f"warning: {name} {what} ({found}); training goes on, and {self._run / 'log.jsonl'} has all")
