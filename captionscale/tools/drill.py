@@ -25,7 +25,7 @@ from captionscale.errors import UserError
 from captionscale.progress import SafeConsole, progress
 from captionscale.train import checkpoint, layout, ledger
 from captionscale.train.job import order_of
-from captionscale.train.logs import figures
+from captionscale.train.log_reader import figures
 
 # Of weights and of losses: ten times what rounding was seen to do in 20 steps, and at most half of what one
 # wrong dropout mask for each step does (docs/performance.md).

@@ -1,6 +1,5 @@
 """The main job, end to end, on drawn pictures, by the commands that a user gives for COCO."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from captionscale.errors import UserError
 from captionscale.escape import for_shell
 from captionscale.progress import SafeConsole, console, say
 from captionscale.score.metrics import METRICS, measure
+from captionscale.score.receipt import Receipt
 
 COUNTS = {"train": 2000, "val": 150, "test": 250}
 SIZE = 96
@@ -66,7 +66,7 @@ def _show(drawn: Path, receipt: Path, said: list[str]) -> None:
     references = coco.references(_captions(drawn, "test"))
     train = coco.references(_captions(drawn, "train"))
     chance = measure(random_captions(train, list(references)), references).values
-    found = json.loads(receipt.read_text(encoding="utf-8"))["scores"]
+    found = Receipt.read(receipt).scores
     table = Table(title=f"{len(references)} scenes that training never saw")
     for heading in ("metric", "captionscale", "random training captions", "ratio"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from captionscale import credentials, toml
+import msgspec
+
+from captionscale import credentials, parsing, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.files import atomic
+from captionscale.files import atomic, read_file
 from captionscale.progress import say
 from captionscale.ranks import Tracker, open_tracker
 
 TRACKERS = "trackers.json"
+_IDS = msgspec.json.Decoder(dict[str, str])
 _PARTING_S = 15.0
 """A job that is asked to leave has little time."""
 
@@ -124,8 +127,7 @@ class Trackers:
     def _ids(self) -> dict[str, str]:
         """Return the trackers' own names of this run, as far as it has been there."""
         with suppress(FileNotFoundError, ValueError):
-            ids = json.loads((self._run / TRACKERS).read_text(encoding="utf-8"))
-            return ids if isinstance(ids, dict) else {}
+            return parsing.decode(read_file(self._run / TRACKERS), _IDS)
         return {}
 
     def _warn(self, name: str, what: str, error: BaseException) -> None:

@@ -3,15 +3,15 @@
 import json
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from captionscale import parsing
 from captionscale.errors import UserError
-from captionscale.files import atomic
+from captionscale.files import atomic, read_file
 from captionscale.progress import SafeConsole, console, say
 from captionscale.tools.bench.race import Sheet
 
@@ -50,7 +50,7 @@ def quick(benches: Mapping[str, Sequence[str]], *, check: bool, write: bool, as_
         if done.returncode:
             failed.append(name)
             continue
-        found = json.loads(done.stdout)
+        found = parsing.loads(done.stdout)
         machine, tables = found["machine"], tables + found["tables"]
         for table in () if as_json else found["tables"]:
             Sheet(table["title"], table["columns"], table["rows"], table["notes"]).print(out)
@@ -110,8 +110,8 @@ def _refuse_fallen(measured: Ratios, committed: Ratios) -> None:
 
 def _committed() -> Ratios:
     try:
-        return tomllib.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.exists() else {}
-    except tomllib.TOMLDecodeError as error:
+        return parsing.toml(read_file(RATIOS).decode()) if RATIOS.exists() else {}
+    except ValueError as error:
         raise UserError(f"{RATIOS}: {error}, wanted TOML; take it from the repository again") from None
 
 

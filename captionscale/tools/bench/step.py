@@ -31,7 +31,7 @@ from captionscale.tools.bench import tutorial
 from captionscale.tools.bench.race import Heat, Sheet
 from captionscale.train import layout
 from captionscale.train.job import Job, prepare
-from captionscale.train.logs import figures
+from captionscale.train.log_reader import figures
 from captionscale.train.loop import learn
 from captionscale.vocab import PAD
 
