@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from captionscale import children
 from captionscale.data import manifest, scenes
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
@@ -99,7 +99,7 @@ def _run(*words: str | Path) -> str:
     """Run a captionscale command where the user sees it, and return what it printed."""
     command = ["captionscale", *map(str, words)]
     console().print(f"\n$ {shlex.join(command)}", style="bold", soft_wrap=True)
-    done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, check=False)
+    done = children.run([sys.executable, "-m", *command])
     print(done.stdout, end="")
     if done.returncode:
         raise SystemExit(done.returncode)

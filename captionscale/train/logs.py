@@ -6,13 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from captionscale.data.loader import Batch
 from captionscale.files import atomic
 from captionscale.ranks import Ranks
+from captionscale.train.events import Events
 from captionscale.train.layout import LOG
-from captionscale.train.tracking import Trackers
+from captionscale.train.tracking import points_of
 
 
 class Log:
@@ -21,13 +20,13 @@ class Log:
     What the resumed run will do again is taken out: lines of later steps, and scores that do not count yet.
     """
 
-    def __init__(self, run: Path, step: int, judged: int, trackers: Trackers | None = None):
-        self._path, self._trackers = run / LOG, trackers
+    def __init__(self, run: Path, step: int, judged: int):
+        self._path = run / LOG
         lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         kept = [line for line in lines if _step_of(line) <= (judged if '"scores"' in line else step)]
         with atomic(self._path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._board = Events(run / "tensorboard", step + 1)
 
     def write(self, step: int, **values: Any) -> None:
         """Add a line, and a point to each curve.
@@ -38,22 +37,12 @@ class Log:
         """
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        points = {
-            f"{key}/{name}" if name else key: number
-            for key, value in values.items()
-            for name, number in (value if isinstance(value, dict) else {"": value}).items()
-            if isinstance(number, int | float)
-        }
-        for curve, number in points.items():
-            self._board.add_scalar(curve, number, step)
-        if self._trackers is not None and points:
-            self._trackers.log(step, points)
+        if points := points_of(values):
+            self._board.write(step, points)
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is left."""
         self._board.close()
-        if self._trackers is not None:
-            self._trackers.close()
 
 
 class Rate:
