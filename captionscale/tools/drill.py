@@ -175,8 +175,8 @@ def _expect_success(process: subprocess.Popen[bytes], run: Path) -> None:
 
 def _kill(process: subprocess.Popen[bytes], chance: random.Random) -> str:
     """Kill one rank, the launcher alone, or all that runs; return which."""
-    started = psutil.Process(process.pid).children(recursive=True)
-    ranks = psutil.Process(process.pid).children()
+    launcher = psutil.Process(process.pid)
+    ranks, started = launcher.children(), [launcher, *launcher.children(recursive=True)]
     fate = chance.choice(("one rank killed", "launcher killed", "all killed")) if ranks else "all killed"
     if fate == "all killed":
         _kill_all(process)
@@ -193,7 +193,7 @@ def _kill(process: subprocess.Popen[bytes], chance: random.Random) -> str:
     while (alive := [each for each in started if _is_alive(each)]) and time.monotonic() < deadline:
         time.sleep(_LOOK_S)
     if alive:
-        fate += f", {len(alive)} others had not ended {_PATIENCE_S} s later"
+        fate += f", {len(alive)} processes had not ended {_PATIENCE_S} s later"
         for each in alive:
             with suppress(psutil.NoSuchProcess):
                 each.kill()
