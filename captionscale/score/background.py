@@ -90,13 +90,15 @@ class BackgroundScorer:
         except BrokenPipeError:
             answer = ""
         except OSError as error:
-            return _died(f"does not start ({error}), mostly for want of memory; give the job more")
+            return _died(
+                f"scoring: its process does not start ({error}), mostly for want of memory; give the job more"
+            )
         if answer.endswith("\n"):
             reply: dict[str, Any] = json.loads(answer)
             return reply
         return _died(
-            f"ended with exit code {self._end()} before it had scored, mostly for want of memory;"
-            " give the job more of it"
+            f"scoring: its process ended with exit code {self._end()} before it had scored, mostly for want"
+            " of memory; give the job more of it"
         )
 
     def _answer(self, captions: str) -> str:
@@ -128,8 +130,8 @@ class BackgroundScorer:
         )
 
 
-def _died(how: str) -> dict[str, Any]:
-    return {"error": f"scoring: its process {how}", "died": True}
+def _died(error: str) -> dict[str, Any]:
+    return {"error": error, "died": True}
 
 
 def _serve() -> None:

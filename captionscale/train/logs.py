@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from captionscale.data.loader import Batch
+from captionscale.errors import UserError
 from captionscale.files import atomic
 from captionscale.ranks import Ranks
 from captionscale.train.events import Events
@@ -34,9 +35,18 @@ class Log:
         Args:
             step: Steps done.
             values: Numbers make curves; a dictionary of numbers, one for each of its keys.
+
+        Raises:
+            UserError: The disk is full: without its log a run could not be resumed as one that never stopped.
         """
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}), expected free space for each line of"
+                " the log; free the disk, and give the same command again"
+            ) from error
         if points := points_of(values):
             self._board.write(step, points)
 

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from experiment import losses, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from captionscale.errors import UserError
 from captionscale.train.events import Events
+from captionscale.train.logs import Log
 from captionscale.train.loop import train
 
 
@@ -55,6 +58,17 @@ def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path: Path, capsys, monke
     assert len(said) == 2
     assert "/dev/full: cannot be written (No space left on device)" in said[0]
     assert said[1] == "warning: /dev/full: the last points are not there; log.jsonl beside it has all"
+
+
+def test_a_log_that_cannot_be_written_ends_the_run_and_is_named(tmp_path: Path, monkeypatch) -> None:
+    log = Log(tmp_path, 0, 0)
+    log.write(1, loss=1.0)
+    monkeypatch.setattr(log, "_path", Path("/dev/full"))
+    with pytest.raises(
+        UserError, match=r"/dev/full: cannot be written \(No space left on device\), expected"
+    ):
+        log.write(2, loss=2.0)
+    log.close()
 
 
 def test_a_run_that_cannot_write_curves_trains_and_logs_as_any_other(
