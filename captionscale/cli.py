@@ -7,8 +7,11 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from captionscale import credentials
 from captionscale.children import end_with_launcher
 from captionscale.errors import PreemptedError, UserError
+from captionscale.escape import for_terminal
+from captionscale.terminal import make_safe
 from captionscale.verbs.line import parser
 
 
@@ -22,10 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Captions hold any letter, also where the terminal does not.
         sys.stdout.reconfigure(errors="backslashreplace")
+    make_safe()
     # Threads that spin while they wait keep other processes from the cores: with three processes on two cores
     # all took nine times as long (`bench start`), while sleeping costs one that is alone 8 %.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    options = parser().parse_args(arguments)
+    if arguments is None:
+        # Jobs, trackers and receipts say by which command they were made.
+        sys.argv[1:] = map(credentials.withhold, sys.argv[1:])
+        arguments = sys.argv[1:]
+    options = parser().parse_args([credentials.withhold(each) for each in arguments])
     try:
         options.handler(options)
         sys.stdout.flush()
@@ -34,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except UserError as error:
-        _fail(str(error))
+        _fail(*map(str, error.args))
     except PreemptedError as error:
         if str(error):
             _fail(f"{error}; the same command goes on", code=PreemptedError.CODE)
@@ -55,7 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(stopped) or kept, code=130)
 
 
-def _fail(text: str, code: int = 1) -> None:
+def _fail(*lines: str, code: int = 1) -> None:
     rank = os.environ.get("RANK", "0")
+    text = credentials.strip("\n".join(map(for_terminal, lines)))
     print(f"captionscale: {'' if rank == '0' else f'rank {rank}: '}{text}", file=sys.stderr)
     raise SystemExit(code)

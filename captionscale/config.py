@@ -4,10 +4,11 @@ The name of a field is the TOML key, the `--set` path and the word that errors u
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from captionscale import credentials
 from captionscale.contradictions import contradictions
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +36,16 @@ class Section(BaseModel):
     """A part of the tree: frozen, no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_credentials(cls, tree: Any) -> Any:
+        if not isinstance(tree, dict):
+            return tree
+        return {
+            key: credentials.withhold(value) if isinstance(value, str) else value
+            for key, value in tree.items()
+        }
 
 
 class Data(Section):

@@ -7,8 +7,12 @@ from difflib import get_close_matches
 class UserError(Exception):
     """Something that the user can put right: the command line prints it in one line and exits with 1.
 
-    Its text has four parts: the place, what was found, what was wanted, and the cure.
+    Its text has four parts: the place, what was found, what was wanted, and the cure. Several problems are as
+    many arguments, and as many lines.
     """
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class PreemptedError(Exception):

@@ -1,10 +1,13 @@
 """Files that are whole or absent, and folders that one process writes."""
 
+import errno
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryFile, gettempdir, mkdtemp
@@ -15,7 +18,57 @@ from blake3 import blake3
 from captionscale.errors import UserError
 
 LOCK = ".lock"
+MB = 10**6
 _SCRATCH = "captionscale-scratch-"
+
+
+class UnfitFileError(OSError):
+    """A path is a folder, a pipe or a device, or a file larger than its kind may be."""
+
+
+def open_file(path: Path) -> BufferedReader:
+    """Open a regular file for reading; nothing else is opened, or waited for.
+
+    Raises:
+        UnfitFileError: It is something else.
+        OSError: It cannot be opened.
+    """
+    # A named pipe would wait for a writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _need_regular(descriptor, path)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: Path, max_bytes: int = MB) -> bytes:
+    """Return the content of a regular file that is no larger than its kind may be.
+
+    Raises:
+        UnfitFileError: It is larger, or no regular file.
+        OSError: It cannot be read.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # Files of the system say 0 and hold more.
+        data = file.read(max_bytes + 1) if size <= max_bytes else b""
+    if (size := max(size, len(data))) > max_bytes:
+        raise UnfitFileError(
+            errno.EFBIG, f"at least {size:,} bytes, expected at most {max_bytes:,}", str(path)
+        )
+    return data
+
+
+def _need_regular(descriptor: int, path: Path) -> int:
+    """Return the size of what is open; refuse all but a regular file."""
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise UnfitFileError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise UnfitFileError(errno.EINVAL, "Not a regular file", str(path))
+    return status.st_size
 
 
 def sha256_of(path: Path) -> str:
@@ -61,7 +114,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -81,10 +134,11 @@ def prove_writable(path: Path) -> None:
         with TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> UserError:
+def unwritable(path: Path, error: OSError) -> UserError:
+    """Return what to tell of a file or folder that the system did not let us write."""
     return UserError(
         f"{path}: cannot be written ({error.strerror}), wanted a writable folder with free space;"
         " correct the path or its rights, free the disk, or take another place"

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import Timer
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,20 +19,50 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
+from rich.text import Text
+
+from captionscale.escape import for_terminal, for_terminal_lines
+from captionscale.terminal import innermost, safe_streams
 
 SHORT_S = 2.0
 """What takes no longer needs no word."""
 
 
+class SafeConsole(Console):
+    """A console that escapes control characters of what it shows; colours and cursor moves are its own."""
+
+    def __init__(self, **options: Any):
+        super().__init__(highlight=False, markup=False, **options)
+
+    @property
+    def file(self) -> Any:
+        """The stream below all wrappers, as they would escape colours."""
+        return innermost(self._file or (sys.stderr if self.stderr else sys.stdout))
+
+    @file.setter
+    def file(self, new_file: Any) -> None:
+        self._file = new_file
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Escape before rich measures how wide the text is."""
+        return super().render_str(for_terminal_lines(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Escape what was no plain text."""
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else for_terminal_lines(text), style, control)
+
+
 @cache
-def console() -> Console:
+def console() -> SafeConsole:
     """Return where people read: the standard error, so that results can be piped."""
-    return Console(stderr=True, highlight=False, markup=False)
+    return SafeConsole(stderr=True)
 
 
-def say(text: str) -> None:
-    """Tell people one thing."""
-    console().print(text, soft_wrap=True)
+def say(*lines: str) -> None:
+    """Tell people one thing, mostly in one line."""
+    console().print("\n".join(map(for_terminal, lines)), soft_wrap=True)
 
 
 @contextmanager
@@ -59,11 +90,11 @@ def progress(
         yield Bar(title, total, done, None if quiet else out, SHORT_S if passing else 0.0)
         return
     columns = (
-        TextColumn("{task.description}"),
+        _text("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[note]}"),
+        _text("{task.fields[note]}"),
     )
     with _bars(*columns, transient=passing) as bars:
         bar = Bar(title, total, done, out)
@@ -85,9 +116,9 @@ def working(title: str, *, quiet: bool = False) -> Iterator[None]:
     if quiet:
         yield
     elif out.is_terminal:
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        columns = (SpinnerColumn(), _text("{task.description}"), TimeElapsedColumn())
         with _bars(*columns, transient=True) as bars:
-            bars.add_task(title, total=None)
+            bars.add_task(for_terminal(title), total=None)
             yield
     else:
         timer = Timer(SHORT_S, say, [f"{title} ..."])
@@ -99,10 +130,19 @@ def working(title: str, *, quiet: bool = False) -> Iterator[None]:
             timer.cancel()
 
 
-def _bars(*columns: ProgressColumn, transient: bool) -> Progress:
+def _text(form: str) -> TextColumn:
+    # A title may hold brackets, which are no markup.
+    return TextColumn(form, markup=False)
+
+
+@contextmanager
+def _bars(*columns: ProgressColumn, transient: bool) -> Iterator[Progress]:
     # What is printed meanwhile stands above the bar; but a pipe or a file is to have it nonetheless.
     here = sys.stdout.isatty()
-    return Progress(*columns, console=console(), transient=transient, redirect_stdout=here)
+    bars = Progress(*columns, console=console(), transient=transient, redirect_stdout=here)
+    # rich would take control sequences of what is printed meanwhile for colours.
+    with bars, safe_streams():
+        yield bars
 
 
 class Bar:
@@ -111,7 +151,7 @@ class Bar:
     SECONDS_BETWEEN_LINES = 10.0
 
     def __init__(self, title: str, total: int, done: int, out: Console | None, least_s: float = 0.0):
-        self._title, self._total, self._done, self._out = title, total, done, out
+        self._title, self._total, self._done, self._out = for_terminal(title), total, done, out
         self._least_s = least_s
         self._note = ""
         self._bars: Progress | None = None
@@ -125,7 +165,7 @@ class Bar:
 
     def note(self, text: str) -> None:
         """Change what stands behind the bar."""
-        self._note = text
+        self._note = for_terminal(text)
 
     def advance(self, count: int = 1) -> None:
         """Count things done."""
@@ -147,7 +187,7 @@ class Bar:
     def say(self, text: str) -> None:
         """Print a line above the bar."""
         if self._out is not None:
-            self._out.print(text, soft_wrap=True)
+            self._out.print(for_terminal(text), soft_wrap=True)
 
 
 def duration(value: float) -> str:

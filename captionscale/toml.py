@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from captionscale import assets
+from captionscale import assets, credentials
 from captionscale.config import Config, Section
 from captionscale.errors import UserError, did_you_mean
 
@@ -65,7 +65,8 @@ def _validate(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(place, changes, tree, error.errors(), option))) from None
+        lines = _explain(place, changes, tree, error.errors(), option)
+        raise UserError(*map(credentials.strip, lines)) from None
 
 
 def dumps(config: Config) -> str:
@@ -91,6 +92,12 @@ def _put(tree: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals:
         raise UserError(f"--set {change}: no '='; write --set section.key=value")
+    try:
+        change.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--set {change}: not UTF-8, expected text that a TOML file can hold; rename what it names"
+        ) from None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -8,7 +8,7 @@ set -euo pipefail
 : "${KARPATHY_URL:=https://cs.stanford.edu/people/karpathy/deepimagesent}"
 
 say() {
-    printf '%s: %s\n' "${0##*/}" "$1" >&2
+    printf '%s: %s\n' "${0##*/}" "${1//[[:cntrl:]]/?}" >&2
 }
 
 fail() {
@@ -127,7 +127,7 @@ pack_coco() { # SPLIT IMAGES FOLDER CAPTIONS [options of captionscale pack ...]
     while (($#)); do
         if [[ $1 == --expect && $# -gt 1 ]]; then set -- "$1=$2" "${@:3}"; fi
         case $1 in
-            --expect="$split"=*) images=${1##*=} ;;
+            --expect="$split"=*) images=${1#--expect="$split"=} ;;
             --expect=*=*) ;;
             *) options+=("$1") ;;
         esac

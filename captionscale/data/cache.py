@@ -3,11 +3,13 @@
 A shard is named by its BLAKE3, so that two never meet under one name. A file lock says that it is in use:
 readers share the lock, and only who gets it alone may remove the file. The system lets go of the locks of a
 process that dies. On a file system without locks a shard may be downloaded twice, which costs bandwidth only.
+Users share a folder that all of them may write: its files have its rights, not those of their maker's umask.
 """
 
 import fcntl
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from captionscale.errors import UserError
 # A download says in its name how much room it will take: the file itself grows only while it comes.
 _OURS = re.compile(r"[0-9a-f]{64}(?:\.tar|\.(?P<bytes>\d+)\.[0-9a-f]{32}\.tmp)")
 _BLAKE3 = re.compile(r"[0-9a-f]{64}")
+_ROOM = "room.lock"
 _LEFT_OVER_S = 3600
 _WAIT_FOR_ROOM_S = 600.0
 _SAME_USE_S = 10.0
@@ -115,7 +118,9 @@ class Cache:
                 try:
                     download(partial)
                     os.fsync(held.fileno())
-                    partial.replace(path)
+                    # Who counts what is here must not miss what changes its name meanwhile.
+                    with _alone(self.folder / _ROOM):
+                        partial.replace(path)
                 finally:
                     partial.unlink(missing_ok=True)
 
@@ -126,10 +131,11 @@ class Cache:
         partial = self.folder / f"{shard.blake3}.{shard.size_bytes}.{uuid4().hex}.tmp"
         give_up = time.monotonic() + _WAIT_FOR_ROOM_S
         while True:
-            with _alone(self.folder / "room.lock"):
+            with _alone(self.folder / _ROOM):
                 held = self._make_room(shard.size_bytes)
                 if held + shard.size_bytes <= self.limit_bytes:
                     file = partial.open("x+b")
+                    _share(file)
                     _flock(file, fcntl.LOCK_SH)
                     return partial, file
             # Others let go when they have read, or when their download is whole.
@@ -184,9 +190,34 @@ def _remove_unused(path: Path, *, without_lock: bool) -> bool:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    with path.open("ab") as file:
+    with _open_lock(path) as file:
         _flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _open_lock(path: Path) -> IO[bytes]:
+    """Open a lock file, made if need be.
+
+    An existing one is not opened with O_CREAT: in a folder with the sticky bit, Linux refuses that for the
+    file of another user.
+    """
+    while True:
+        try:
+            return path.open("r+b")
+        except FileNotFoundError:
+            with suppress(FileExistsError):
+                file = path.open("x+b")
+                _share(file)
+                return file
+        except PermissionError:
+            # Enough to lock it, but over NFS.
+            return path.open("rb")
+
+
+def _share(file: IO[bytes]) -> None:
+    """Let those use a new file who may use its folder, whatever the umask."""
+    with suppress(OSError):
+        os.fchmod(file.fileno(), stat.S_IMODE(Path(file.name).parent.stat().st_mode) & 0o666)
 
 
 def _flock(file: IO[bytes], operation: int) -> bool:

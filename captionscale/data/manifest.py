@@ -8,8 +8,15 @@ from typing import Any
 import msgspec
 
 from captionscale.errors import UserError
+from captionscale.files import MB, read_file
 
 FORMAT = 2
+MAX_BYTES = 16 * MB
+"""Of a manifest: 100,000 shards of 150 bytes each; its JSON takes 20 times as much memory at worst."""
+MAX_INDEX_BYTES = 2000 * MB
+"""Of an index, whatever the manifest says: 22 million images."""
+MAX_REJECTED_BYTES = 512 * MB
+"""Of the list of rejected images."""
 MANIFEST = "manifest.json"
 # A split gives its name to files.
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -112,7 +119,7 @@ def read(folder: Path) -> Manifest:
     Raises:
         UserError: No manifest, a damaged one, or one of another format.
     """
-    return fetch(lambda name: (folder / name).read_bytes(), str(folder))
+    return fetch(lambda name: read_file(folder / name, MAX_BYTES), str(folder))
 
 
 def fetch(file: Callable[[str], bytes], place: str) -> Manifest:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from captionscale.data import manifest
-from captionscale.data.manifest import CURE, shard_name
+from captionscale.data.manifest import CURE, MAX_INDEX_BYTES, SplitFacts, shard_name
 from captionscale.data.places import Place, as_place, manifest_of
 from captionscale.errors import UserError, did_you_mean
 
@@ -33,6 +33,8 @@ INDEX_ROW = np.dtype(
         ("json_hash", "<u8"),
     ]
 )
+_MAX_HEADER_BYTES = 4096
+"""NumPy's own: a tenth of it is used."""
 
 
 def index_name(split: str) -> str:
@@ -81,7 +83,7 @@ class Split:
         self.facts = splits[name]
         for shard in self.facts.shards if check else ():
             place.check(shard)
-        self.index: Shaped[np.ndarray, "sample"] = _read_index(place, name, self.facts.index_sha256)
+        self.index: Shaped[np.ndarray, "sample"] = _read_index(place, name, self.facts)
         if len(self.index) == 0 or len(self.index) != self.facts.images:
             raise UserError(
                 f"{place}/{index_name(name)}: {len(self.index):,} images, manifest says"
@@ -187,14 +189,16 @@ def find(where: Place | Path, image_id: int) -> tuple[Split, int]:
     raise UserError(f"{place}: no image {image_id} in any split; ids are those of the data set")
 
 
-def _read_index(place: Place, split: str, sha256: str) -> Shaped[np.ndarray, "sample"]:
+def _read_index(place: Place, split: str, facts: SplitFacts) -> Shaped[np.ndarray, "sample"]:
     path = f"{place}/{index_name(split)}"
     try:
-        data = place.fetch(index_name(split))
+        # The manifest says how many rows it has.
+        expected_bytes = facts.images * INDEX_ROW.itemsize + _MAX_HEADER_BYTES
+        data = place.fetch(index_name(split), min(expected_bytes, MAX_INDEX_BYTES))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}, wanted the split's index; {CURE}") from None
     # It pairs images with captions: a damaged one would do so wrongly without a word.
-    if hashlib.sha256(data).hexdigest() != sha256:
+    if hashlib.sha256(data).hexdigest() != facts.index_sha256:
         raise UserError(f"{path}: sha256 differs from the manifest's; {CURE}")
     try:
         index: Shaped[np.ndarray, "sample"] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)

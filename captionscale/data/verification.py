@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 
 from captionscale.data import images, shards
-from captionscale.data.manifest import CURE, Manifest
+from captionscale.data.manifest import CURE, MAX_REJECTED_BYTES, Manifest
 from captionscale.data.packing import REJECTED, WORK
 from captionscale.data.places import Place, Remote, as_place, manifest_of
 from captionscale.data.shard_writer import read_rejected
@@ -94,7 +94,8 @@ def _rejected(place: Place, facts: Manifest) -> Iterator[str]:
     if not any(split.rejected for split in facts.splits.values()):
         return
     try:
-        rejected = [image.split for image in read_rejected(place.fetch(REJECTED), path)]
+        data = place.fetch(REJECTED, MAX_REJECTED_BYTES)
+        rejected = [image.split for image in read_rejected(data, path)]
     except FileNotFoundError:
         rejected = []
     for name, split in facts.splits.items():

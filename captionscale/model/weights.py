@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from captionscale.errors import UserError
+from captionscale.progress import working
 
 _CLASSIFIERS = ("fc.", "classifier.")
 
@@ -52,7 +53,8 @@ def _download(name: str) -> dict[str, Tensor]:
     """
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True)
+        with working(f"loading torchvision's weights of {name}"):
+            state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(

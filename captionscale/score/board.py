@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from os.path import commonpath
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from captionscale.errors import UserError
+from captionscale.escape import for_html
 from captionscale.files import atomic, prove_writable
 from captionscale.progress import say
 from captionscale.score.metrics import METRICS
@@ -123,7 +123,7 @@ def page(tables: Sequence[Table]) -> str:
     template = Template(Path(__file__).with_name("board.html").read_text(encoding="utf-8"))
     sections = "\n".join(map(section, tables))
     return template.substitute(
-        version=escape(__version__), style=style(), summary=summary, tie=TIE, sections=sections
+        version=for_html(__version__), style=style(), summary=summary, tie=TIE, sections=sections
     )
 
 
@@ -138,10 +138,13 @@ def section(table: Table) -> str:
     groups = published().groups(split) if split else {}
     published_metrics = {metric for rows in groups.values() for row in rows for metric in row.scores}
     metrics = table.metrics + sorted(published_metrics.difference(table.metrics))
-    title, counts = escape(_title(table)), table.entries[0].receipt.counts
+    title, counts = for_html(_title(table)), table.entries[0].receipt.counts
     heads = "".join(_head(metric, _NUMBERS, metric == table.ranked_by) for metric in metrics)
     legend = "; ".join(f"[{mark}] {meaning}" for mark, meaning in EVIDENCE.items())
-    references, yardstick = escape(table.references_sha256[:12]), escape(" | ".join(table.yardstick.values()))
+    references, yardstick = (
+        for_html(table.references_sha256[:12]),
+        for_html(" | ".join(table.yardstick.values())),
+    )
     facts = f"{counts['images']:,} images, {counts['references']:,} references (<code>{references}</code>)"
     lines = [
         f"<section>\n<h2>{title}</h2>",
@@ -218,7 +221,7 @@ def _title(table: Table) -> str:
 
 def _head(name: str, attributes: str, sorted_by: bool = False) -> str:
     order = ' aria-sort="descending"' if sorted_by else ""
-    return f'<th scope="col"{attributes}{order}>{escape(name)}</th>'
+    return f'<th scope="col"{attributes}{order}>{for_html(name)}</th>'
 
 
 def _ours(table: Table, metrics: Sequence[str]) -> str:
@@ -234,8 +237,8 @@ def _ours(table: Table, metrics: Sequence[str]) -> str:
         # What was not asked for is no note on what is here.
         notes = [note for note in entry.receipt.notes if "not computed" not in note]
         known = (" · ".join(_made(entry.receipt.made_by)), *notes)
-        lesser = "".join(f"<small>{escape(text)}</small>" for text in known)
-        flags = "".join(f'<span class="flag">{escape(text)}</span>' for text in warnings(entry.receipt))
+        lesser = "".join(f"<small>{for_html(text)}</small>" for text in known)
+        flags = "".join(f'<span class="flag">{for_html(text)}</span>' for text in warnings(entry.receipt))
         lines.append(
             f'<tr><td class="rank">{place if table.ranked_by in entry.receipt.scores else ""}</td>'
             + _name_cell(entry.name, lesser + flags)
@@ -268,16 +271,16 @@ def _cell(metric: str, receipt: Receipt, best: Receipt | None, receipts: int) ->
 
 
 def _theirs(group: str, rows: Sequence[Row], metrics: Sequence[str]) -> str:
-    title = f"<span>Published, their own evaluation. {escape(group)}</span>"
+    title = f"<span>Published, their own evaluation. {for_html(group)}</span>"
     head = f'<th scope="rowgroup" colspan="{2 + len(metrics)}">{title}</th>'
     lines = ['<tbody class="published">', f'<tr class="group">{head}</tr>']
     for row in rows:
         source = published().sources[row.source]
-        words = escape(source.words)
-        linked = f'<a href="{escape(source.url)}">{words}</a>' if source.url else words
+        words = for_html(source.words)
+        linked = f'<a href="{for_html(source.url)}">{words}</a>' if source.url else words
         made = " · ".join(filter(None, (row.encoder, row.loss, f"beam {row.beam}" if row.beam else "")))
-        note = f'<span class="flag">{escape(row.note)}</span>' if row.note else ""
-        more = f"<small>{escape(made)}</small><small>{linked} [{escape(row.evidence)}]</small>{note}"
+        note = f'<span class="flag">{for_html(row.note)}</span>' if row.note else ""
+        more = f"<small>{for_html(made)}</small><small>{linked} [{for_html(row.evidence)}]</small>{note}"
         cells = "".join(_published_cell(metric, row) for metric in metrics)
         lines.append(f'<tr><td class="rank"></td>{_name_cell(row.model, more)}{cells}</tr>')
     return "\n".join([*lines, "</tbody>"])
@@ -293,7 +296,7 @@ def _published_cell(metric: str, row: Row) -> str:
 
 
 def _name_cell(name: str, more: str) -> str:
-    return f'<th scope="row" class="name" data-value="{escape(name)}"><b>{escape(name)}</b>{more}</th>'
+    return f'<th scope="row" class="name" data-value="{for_html(name)}"><b>{for_html(name)}</b>{more}</th>'
 
 
 def _count(number: int, noun: str) -> str:

@@ -14,6 +14,7 @@ from captionscale.data.places import open_place
 from captionscale.data.shards import Split
 from captionscale.data.views import centre_view
 from captionscale.errors import UserError
+from captionscale.escape import for_file_name, for_terminal
 from captionscale.files import atomic, prove_writable
 from captionscale.progress import progress, say, working
 from captionscale.tools.gaze import Gaze, View, overlay
@@ -115,7 +116,7 @@ def attend_split(
     count = min(len(split), limit or len(split))
     pages = -(-count // _ROWS_OF_A_PAGE)
     digits = max(3, len(str(pages)))
-    prove_writable(out / f"{split_name}-{1:0{digits}d}.png")
+    prove_writable(out / for_file_name(split_name, f"-{1:0{digits}d}.png"))
     fewer = "; --limit draws fewer" if limit is None and pages > _MANY_PAGES else ""
     say(f"{split.place}: {count:,} of {len(split):,} images of {split_name} on {pages:,} pages{fewer}")
     with progress(f"attention of {split_name}", count) as bar:
@@ -127,7 +128,7 @@ def attend_split(
             gazes = writer.best(views, wish, ids)
             rows = [_tiles(*each) for each in zip(views, gazes, ids, strict=True)]
             title = f"{run.resolve().name}, split {split_name}, page {page + 1} of {pages}"
-            place = out / f"{split_name}-{page + 1:0{digits}d}.png"
+            place = out / for_file_name(split_name, f"-{page + 1:0{digits}d}.png")
             _write(_draw(rows, _SHEET, title, gazes), place)
             yield place
             bar.advance(len(items))
@@ -155,9 +156,9 @@ def _names(files: Sequence[Path], out: Path) -> list[Path]:
     """Return where each file's picture goes; two files of one name in two folders do not share one."""
     names: list[Path] = []
     for file in files:
-        place, number = out / f"{file.stem}-attention.png", 2
+        place, number = out / for_file_name(file.stem, "-attention.png"), 2
         while place in names:
-            place, number = out / f"{file.stem}-{number}-attention.png", number + 1
+            place, number = out / for_file_name(file.stem, f"-{number}-attention.png"), number + 1
         names.append(place)
     return names
 
@@ -168,7 +169,10 @@ def _tiles(view: View, gaze: Gaze, image_id: int | None = None) -> list[_Tile]:
     said = zip(gaze.words, gaze.probabilities, gaze.maps or (), strict=True)
     return [
         _Tile(photo, "as the model saw it" if image_id is None else f"image {image_id}"),
-        *(_Tile(overlay(photo, each, gaze.most), f"{word}\n{share:.2f}") for word, share, each in said),
+        *(
+            _Tile(overlay(photo, each, gaze.most), f"{for_terminal(word)}\n{share:.2f}")
+            for word, share, each in said
+        ),
     ]
 
 
@@ -188,7 +192,7 @@ def _draw(rows: Sequence[Sequence[_Tile]], size: _Size, heading: str, gazes: Seq
         # No formula: a caption may hold any letter.
         figure.text(x / width, y / height, text, fontsize=letters, parse_math=False, color="black", **options)
 
-    write(_MARGIN, height - _MARGIN, heading, size.letters + 3, va="top", weight="bold")
+    write(_MARGIN, height - _MARGIN, for_terminal(heading), size.letters + 3, va="top", weight="bold")
     for row, tiles in enumerate(rows):
         bottom = height - _MARGIN - 0.3 - (row + 1) * line
         for column, tile in enumerate(tiles):

@@ -3,9 +3,9 @@
 import io
 import os
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
 
+from captionscale.escape import for_html, for_terminal
 from captionscale.progress import progress
 from captionscale.score import intervals
 from captionscale.score.metrics import Evaluator
@@ -71,12 +71,20 @@ def _curve(title: str, unit: str, series: Sequence[_Points], said: str) -> str:
             places, heights = [step + aside for step in steps], [points.figures[step] for step in steps]
             dots = mark if len(steps) <= _DOTS_UP_TO else ""
             line = "-" if points.joined else ""
-            axes.plot(places, heights, line, marker=dots, color=colour, label=points.name, markersize=4)
+            axes.plot(
+                places,
+                heights,
+                line,
+                marker=dots,
+                color=colour,
+                label=for_terminal(points.name),
+                markersize=4,
+            )
             for step, (low, high) in points.intervals.items():
                 axes.plot([step + aside] * 2, [low, high], color=colour, linewidth=2.5, alpha=0.6)
         axes.set_xlim(0, last * (1 + _ASIDE * (len(series) + 1)))
         axes.set_xlabel("step", color=_INK)
-        axes.set_ylabel(unit, color=_INK)
+        axes.set_ylabel(for_terminal(unit), color=_INK)
         axes.tick_params(colors=_INK)
         axes.ticklabel_format(axis="x", style="plain")
         axes.grid(color="#808080", alpha=0.25)
@@ -88,8 +96,8 @@ def _curve(title: str, unit: str, series: Sequence[_Points], said: str) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     svg = file.getvalue().replace(_INK, "currentColor")
-    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{escape(said)}" ', 1)
-    return f"<figure class=curve><figcaption>{escape(title)}</figcaption>{svg}</figure>"
+    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{for_html(said)}" ', 1)
+    return f"<figure class=curve><figcaption>{for_html(title)}</figcaption>{svg}</figure>"
 
 
 def curves(run: Findings) -> str:
@@ -142,14 +150,14 @@ def _verdict(run: Findings, scores: dict[int, dict[str, float]]) -> str:
     metric = run.config.train.score_metric
     telling = _best_and_last(scores, metric)
     if len(scores) < 2 or not telling:
-        return f"Too few validations ({len(scores)}) to tell whether {escape(metric)} still rises."
+        return f"Too few validations ({len(scores)}) to tell whether {for_html(metric)} still rises."
     best, last = telling
     if best == last:
-        return f"{escape(metric)} was best at the last validation: a run of more epochs may come further."
+        return f"{for_html(metric)} was best at the last validation: a run of more epochs may come further."
     since = sum(step > best for step in scores)
     return (
-        f"{escape(metric)} was best at step {best:,}; the {since} validations since were no better (training"
-        f" stops after {run.config.train.patience} such)."
+        f"{for_html(metric)} was best at step {best:,}; the {since} validations since were no better"
+        f" (training stops after {run.config.train.patience} such)."
     )
 
 

@@ -1,11 +1,11 @@
 """What changed between two runs."""
 
 from collections.abc import Iterator, Sequence
-from html import escape
 from typing import Any
 
 from captionscale import toml
 from captionscale.errors import UserError
+from captionscale.escape import for_html, for_shell
 from captionscale.score.comparison import Comparison, compare
 from captionscale.score.receipt import Receipt
 from captionscale.tools.findings import Findings
@@ -34,10 +34,11 @@ def differences(ours: Findings, theirs: Findings) -> str:
     for run, its_other in ((theirs, ours), (ours, theirs)):
         if not run.receipts:
             split = next(iter(_splits(its_other)), run.config.data.val_split if run.config else "val")
+            command = for_shell("captionscale", "score", str(run.folder), "--split", split)
             lines.append(
                 notice(
-                    f"{run.name} is not scored, so scores cannot be compared: captionscale score {run.folder}"
-                    f" --split {split}, then this report again."
+                    f"{run.name} is not scored, so scores cannot be compared: {command}, then this report"
+                    " again."
                 )
             )
     if not pairs and ours.receipts and theirs.receipts:
@@ -59,7 +60,7 @@ def differences(ours: Findings, theirs: Findings) -> str:
 
 
 def _compared(found: Comparison, receipt: Receipt, ours: Findings, theirs: Findings) -> Iterator[str]:
-    yield f"<h3>Scores on split {escape(str(receipt.made_by.get('split', '?')))}, image by image</h3>"
+    yield f"<h3>Scores on split {for_html(str(receipt.made_by.get('split', '?')))}, image by image</h3>"
     rows = [
         ("", theirs.name, ours.name, "difference", "its 95 % interval", "p", "images won", "lost", "tied")
     ]
@@ -80,10 +81,10 @@ def _compared(found: Comparison, receipt: Receipt, ours: Findings, theirs: Findi
         )
     yield table(rows)
     yield (
-        f'<p class="legend">Difference: {escape(ours.name)} less {escape(theirs.name)}; won: images at which'
-        f" {escape(ours.name)} scores higher. A paired bootstrap over images: an interval that leaves 0, or p"
-        " below 0.05, says that the difference is not the luck of these images; it says nothing of another"
-        " seed.</p>"
+        f'<p class="legend">Difference: {for_html(ours.name)} less {for_html(theirs.name)}; won: images at'
+        f" which {for_html(ours.name)} scores higher. A paired bootstrap over images: an interval that leaves"
+        " 0, or p below 0.05, says that the difference is not the luck of these images; it says nothing of"
+        " another seed.</p>"
     )
     if found.changed:
         changes = [("image", f"change of {found.changed_in}", theirs.name, ours.name)]

@@ -12,7 +12,6 @@ from pathlib import Path
 from statistics import median
 
 import psutil
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from captionscale.data.order import Order
 from captionscale.data.places import open_place
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
-from captionscale.progress import progress
+from captionscale.progress import SafeConsole, progress
 from captionscale.train import checkpoint, layout, ledger
 from captionscale.train.job import order_of
 from captionscale.train.logs import figures
@@ -246,7 +245,7 @@ def _judge(
         "the same samples in each micro-batch of both runs": histories[0] == histories[1],
         "no process outlived a kill": not any("had not ended" in start.fate for start in starts),
     }
-    out = Console(highlight=False)
+    out = SafeConsole()
     table = Table("start", "ranks", "from step", "to step", "done again", "fate")
     for number, start in enumerate(starts):
         again = max(0, start.end - starts[number + 1].step) if start is not starts[-1] else 0

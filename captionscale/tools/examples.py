@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 
 from captionscale.config import Config
 from captionscale.data.shards import Split
+from captionscale.escape import for_html
 from captionscale.score.metrics import METRICS
 from captionscale.score.receipt import Receipt
 from captionscale.tools.attend import view_of
@@ -91,7 +91,7 @@ def gallery(
             " the colours between their centres are blended.</p>"
         )
     for title, group in groups.items():
-        lines += [f"<h3>{escape(title)}</h3>"] * bool(group)
+        lines += [f"<h3>{for_html(title)}</h3>"] * bool(group)
         lines += [
             _article(each, views.get(each.image_id), texts.get(each.image_id, ()), gazes.get(each.image_id))
             for each in group
@@ -126,18 +126,18 @@ def _article(example: Example, view: View | None, people: Sequence[str], gaze: G
             if gaze.maps:
                 alt = f"where the model looked for {word}"
                 shown = _image(overlay(small, gaze.maps[number], gaze.most), _WORD_PIXELS, alt)
-            text = f"{escape(word)} <small>{share:.2f}</small>"
+            text = f"{for_html(word)} <small>{share:.2f}</small>"
             figures.append(f"<figure><figcaption>{text}</figcaption>{shown}</figure>")
         words = f'<div class="words">{"".join(figures)}</div>'
-    wrote = "".join(f"<li>{escape(text)}</li>" for text in people)
+    wrote = "".join(f"<li>{for_html(text)}</li>" for text in people)
     people_said = f"<details open><summary>What people wrote</summary><ul>{wrote}</ul></details>" * bool(
         wrote
     )
     remark = " · ".join(filter(None, (f"image {example.image_id}", example.remark)))
-    caption = escape(example.caption) or "<i>an empty caption</i>"
+    caption = for_html(example.caption) or "<i>an empty caption</i>"
     return (
         f'<article><div class="photo">{photo}</div><div><p class="caption">{caption}</p>'
-        f'<p class="facts">{escape(remark)}</p>{words}{people_said}</div></article>'
+        f'<p class="facts">{for_html(remark)}</p>{words}{people_said}</div></article>'
     )
 
 
@@ -147,4 +147,4 @@ def _image(picture: Image.Image, side: int, alt: str) -> str:
         picture = picture.resize((side, side), Image.Resampling.BICUBIC)
     picture.save(file, "JPEG", quality=_QUALITY, optimize=True)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img src="data:image/jpeg;base64,{data}" width="{side}" height="{side}" alt="{escape(alt)}">'
+    return f'<img src="data:image/jpeg;base64,{data}" width="{side}" height="{side}" alt="{for_html(alt)}">'

@@ -4,7 +4,6 @@ import argparse
 import logging
 import os
 import re
-import shlex
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from captionscale import assets
 from captionscale.children import LAUNCHER
 from captionscale.config import Config
 from captionscale.errors import PreemptedError, UserError
+from captionscale.escape import for_shell
 from captionscale.files import cores
 from captionscale.progress import say
 from captionscale.tools.profiles import (
@@ -99,8 +99,9 @@ def launch(
         environment["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[rank ${rank}] "
     arguments += ["--module", "captionscale", *command]
     if dry_run:
-        words = [f"{name}={value}" for name, value in environment.items()]
-        print(shlex.join([*words, "accelerate", "launch", *arguments]))
+        # Quoted as a whole it would be no assignment.
+        words = [f"{name}={for_shell(value)}" for name, value in environment.items()]
+        print(*words, for_shell("accelerate", "launch", *arguments))
         return
     if is_zero(facts) and find_spec("deepspeed") is None:
         raise UserError(

@@ -1,19 +1,18 @@
 """The main job, end to end, on drawn pictures, by the commands that a user gives for COCO."""
 
 import json
-import shlex
 import sys
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from captionscale import children
 from captionscale.data import manifest, scenes
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
-from captionscale.progress import console, say
+from captionscale.escape import for_shell
+from captionscale.progress import SafeConsole, console, say
 from captionscale.score.metrics import METRICS, measure
 
 COUNTS = {"train": 2000, "val": 150, "test": 250}
@@ -52,7 +51,7 @@ def quickstart(out: Path) -> None:
     said = _run("caption", run, *pictures)
     _run("report", run, "--out", out / "report.html")
     _show(drawn, receipt, [line.split("\t")[1] for line in said.splitlines()])
-    say(f"\nall of it as a page, with pictures of where the model looked: open {out / 'report.html'}")
+    say("", f"all of it as a page, with pictures of where the model looked: open {out / 'report.html'}")
 
 
 def random_captions(train: dict[int, list[str]], image_ids: list[int]) -> dict[int, str]:
@@ -75,7 +74,7 @@ def _show(drawn: Path, receipt: Path, said: list[str]) -> None:
         ratio = f"{found[name] / chance[name]:.1f}" if chance[name] else "-"
         table.add_row(name, f"{found[name]:.3f}", f"{chance[name]:.3f}", ratio)
     # What came of it is the result, and goes where results go.
-    out = Console(highlight=False, markup=False)
+    out = SafeConsole()
     out.print(table)
     pictures = sorted((drawn / "test2017").iterdir())
     for picture, caption in zip(pictures, said, strict=False):
@@ -98,7 +97,7 @@ def _captions(drawn: Path, split: str) -> Path:
 def _run(*words: str | Path) -> str:
     """Run a captionscale command where the user sees it, and return what it printed."""
     command = ["captionscale", *map(str, words)]
-    console().print(f"\n$ {shlex.join(command)}", style="bold", soft_wrap=True)
+    console().print(f"\n$ {for_shell(*command)}", style="bold", soft_wrap=True)
     done = children.run([sys.executable, "-m", *command])
     print(done.stdout, end="")
     if done.returncode:

@@ -2,13 +2,13 @@
 
 from contextlib import suppress
 from datetime import UTC, datetime
-from html import escape
 from pathlib import Path
 from string import Template
 
 from captionscale import toml
 from captionscale.data.places import manifest_of, open_place
 from captionscale.errors import UserError
+from captionscale.escape import for_html, for_shell
 from captionscale.files import atomic, prove_writable
 from captionscale.score import board, panel
 from captionscale.score.results import read_results
@@ -55,14 +55,14 @@ def report(run: Path, out: Path, *, against: Path | None = None, shards: str | N
     # Last: it tells what all others found missing.
     summary = _todo(ours) + _cards(ours)
     parts = [
-        f'<section id="part{number}"><h2>{escape(title)}</h2>{body}</section>'
+        f'<section id="part{number}"><h2>{for_html(title)}</h2>{body}</section>'
         for number, (title, body) in enumerate(shown.items())
     ]
-    links = [f'<a href="#part{number}">{escape(title)}</a>' for number, title in enumerate(shown)]
+    links = [f'<a href="#part{number}">{for_html(title)}</a>' for number, title in enumerate(shown)]
     template = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
     page = template.substitute(
-        title=escape(ours.name),
-        version=escape(__version__),
+        title=for_html(ours.name),
+        version=for_html(__version__),
         style=board.style(),
         summary=_sentence(ours),
         contents="".join(links),
@@ -83,8 +83,8 @@ def _sentence(run: Findings) -> str:
     encoder, decoder, train = config.model.encoder, config.model.decoder, config.train
     frozen = "a frozen" if encoder.trainable == "none" else "a learning"
     return (
-        f"A captioner with {frozen} <b>{escape(encoder.name)}</b> encoder and the decoder"
-        f" <b>{escape(decoder.name)}</b>, trained on <b>{escape(config.data.shards)}</b> by"
+        f"A captioner with {frozen} <b>{for_html(encoder.name)}</b> encoder and the decoder"
+        f" <b>{for_html(decoder.name)}</b>, trained on <b>{for_html(config.data.shards)}</b> by"
         f" <b>{'self-critical training' if train.objective == 'scst' else 'cross-entropy'}</b>."
     )
 
@@ -114,19 +114,19 @@ def _cards(run: Findings) -> str:
         about = f"{metric} of split {receipt.made_by.get('split', '?')}"
         about += f", 95 % interval {100 * low:.1f} to {100 * high:.1f}"
         cards.append((about, f"{100 * receipt.scores[metric]:.1f}"))
-    shown = "".join(f"<div><b>{value}</b>{escape(name)}</div>" for name, value in cards)
+    shown = "".join(f"<div><b>{value}</b>{for_html(name)}</div>" for name, value in cards)
     return f'<div class="cards">{shown}</div>' if cards else ""
 
 
 def _todo(run: Findings) -> str:
     """Say what is not there, and which command makes it."""
-    lines = [escape(text) for text in dict.fromkeys(run.missing)]
+    lines = [for_html(text) for text in dict.fromkeys(run.missing)]
     if not run.receipts:
         split = run.config.data.val_split if run.config else "val"
+        command = for_shell("captionscale", "score", str(run.folder), "--split", split)
         lines.append(
             "Not scored yet, so there is no score table and no best or worst caption:"
-            f" <code>captionscale score {escape(str(run.folder))} --split {escape(split)}</code>, then this"
-            " report again."
+            f" <code>{for_html(command)}</code>, then this report again."
         )
     return "".join(f'<p class="todo">{line}</p>' for line in lines)
 
@@ -161,7 +161,7 @@ def _panels(run: Findings) -> str:
     return (
         "<p>A model can win a score without writing good captions: by endings such as <i>with a</i>, by"
         " saying words twice, by the same caption for many images. The model's captions of split"
-        f" <b>{escape(str(receipt.made_by.get('split', '?')))}</b> beside people's:</p>"
+        f" <b>{for_html(str(receipt.made_by.get('split', '?')))}</b> beside people's:</p>"
         f"{flags or '<p>Nothing suspicious was found.</p>'}{table(rows)}"
         '<p class="legend">Dangling: ending in such a word. 3-grams: three words in a row, said twice.'
         " Distinct: different captions for each caption. Novel, where it could be counted: not among the"
@@ -188,7 +188,7 @@ def _captions(run: Findings) -> str:
         groups, which = examples.drawn(captions), "the validation split, by greedy search"
     else:
         return ""
-    about = f"Captions of {escape(which)}, at step {step}."
+    about = f"Captions of {for_html(which)}, at step {step}."
     if split is None:
         about += " The shards are not at hand, so there are no images: say where they are by --shards."
     elif not same:
@@ -216,7 +216,7 @@ def _made(run: Findings) -> str:
             rows = [("split", "images", "captions", "left out as unreadable")]
             for name, facts in manifest_of(place).splits.items():
                 rows.append((name, f"{facts.images:,}", f"{facts.captions:,}", f"{facts.rejected:,}"))
-            lines.append(f"<h3>Data: {escape(str(place))}</h3>" + table(rows))
+            lines.append(f"<h3>Data: {for_html(str(place))}</h3>" + table(rows))
     known: list[tuple[str, str]] = []
     if run.saved:
         known += [("checkpoint", run.saved.folder.name), ("sha256 of its weights", run.saved.sha256)]
@@ -229,6 +229,6 @@ def _made(run: Findings) -> str:
     if run.config:
         lines.append(
             f"<h3>Settings</h3><details><summary>All of them, defaults included</summary>"
-            f"<pre>{escape(toml.dumps(run.config))}</pre></details>"
+            f"<pre>{for_html(toml.dumps(run.config))}</pre></details>"
         )
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -21,7 +21,7 @@ from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import LOCK
-from captionscale.progress import duration
+from captionscale.progress import SafeConsole, duration
 from captionscale.train.layout import LOG, SETTINGS, STALLS, checkpoint_of, need_run, steps
 
 _RECENT = 20
@@ -190,7 +190,7 @@ def watch(run: Path, *, once: bool, every_s: float) -> None:
         UserError: No run.
     """
     watched = Watch(run)
-    out = Console(highlight=False, markup=False)
+    out = SafeConsole()
     if once:
         out.print(_picture(run, watched.look()))
         return

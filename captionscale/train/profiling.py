@@ -37,7 +37,7 @@ def profiling(run: Path, steps: int, start: int, say: Callable[[str], None]) -> 
         path = run / "profile" / f"step-{start + profiler.step_num:08d}.json.gz"
         path.parent.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(path))
-        say(_table(profiler))
+        say(*_table(profiler))
         say(f"{path}: the trace, for ui.perfetto.dev or chrome://tracing")
 
     activities = [ProfilerActivity.CPU]
@@ -50,7 +50,7 @@ def profiling(run: Path, steps: int, start: int, say: Callable[[str], None]) -> 
         say(f"--profile: no trace, as no step came after {WARM_UP} of warm-up")
 
 
-def _table(profiler: profile) -> str:
+def _table(profiler: profile) -> list[str]:
     """Return the costliest operations by their own time, that of what they call left out."""
     events = profiler.key_averages()
     place = "device" if any(event.self_device_time_total for event in events) else "cpu"
@@ -64,4 +64,4 @@ def _table(profiler: profile) -> str:
         f"{names[key][:50]:50} {calls[key]:8,} {own / 1000:10,.1f} {own / whole:6.1%}"
         for key, own in ((key, microseconds[key]) for key in costliest)
     ]
-    return "\n".join([f"{'operation':50} {'calls':>8} {place + ' ms':>10} {'share':>6}", *rows])
+    return [f"{'operation':50} {'calls':>8} {place + ' ms':>10} {'share':>6}", *rows]

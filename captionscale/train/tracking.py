@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from captionscale import children, toml
+from captionscale import children, credentials, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.progress import say
@@ -99,7 +99,7 @@ class Trackers:
         assert process.stdout is not None
         with process.stdout as answers:
             for line in answers:
-                say(line.rstrip("\n"))
+                say(credentials.strip(line.rstrip("\n")))
         code = process.wait()
         if code and not self._closing:
             self._warn(f"their process ended with exit code {code}")

@@ -212,7 +212,7 @@ class Watchdog:
             lines += [f"  waiting for it: ranks {', '.join(map(str, waiting))}"]
         if end:
             lines += ["  ending the run; the same command goes on from its last checkpoint"]
-        say("\n".join(lines))
+        say(*lines)
         record = {"time": time.time(), "still_s": still_s, "stalled": stalled, "waiting": waiting}
         # What keeps the run from moving may be a full disk.
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:

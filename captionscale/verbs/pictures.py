@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from captionscale.errors import UserError
+from captionscale.escape import for_terminal
 from captionscale.train.layout import need_run
 from captionscale.verbs.values import Verbs, add_search, positive, search_changes
 
@@ -48,7 +49,7 @@ def _attend(options: argparse.Namespace) -> None:
             limit=options.limit,
             changes=search_changes(options),
         ):
-            print(page, flush=True)
+            print(for_terminal(str(page)), flush=True)
         return
     for place, gaze in attend(
         options.run,
@@ -57,7 +58,7 @@ def _attend(options: argparse.Namespace) -> None:
         checkpoint=options.checkpoint,
         changes=search_changes(options),
     ):
-        print(f"{place}\t{gaze.caption}", flush=True)
+        print(f"{for_terminal(str(place))}\t{for_terminal(gaze.caption)}", flush=True)
 
 
 def _report(options: argparse.Namespace) -> None:

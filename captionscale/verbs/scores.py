@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from captionscale.errors import UserError
+from captionscale.escape import for_terminal
 from captionscale.train.layout import need_run
 from captionscale.verbs.values import Verbs, add_others, add_search, positive, search_changes
 
@@ -104,7 +105,7 @@ def _caption(options: argparse.Namespace) -> None:
     )
     captions = Writer(members).caption(options.images, prefix=options.prefix, require=options.require)
     for path, found in zip(options.images, captions, strict=True):
-        print(f"{path}\t{found.caption}")
+        print(f"{for_terminal(str(path))}\t{for_terminal(found.caption)}")
 
 
 def _score_or_stop(options: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from captionscale.errors import UserError
+from captionscale.escape import for_terminal
 from captionscale.verbs.values import Verbs, positive
 
 if TYPE_CHECKING:
@@ -181,9 +182,7 @@ def _verify_place(place: "Place", options: argparse.Namespace) -> None:
     for note in found.notes:
         say(f"note: {note}")
     if found.problems:
-        raise UserError(
-            "\n".join([*found.problems, f"{options.shards}: NOT as packed; problems: {len(found.problems)}"])
-        )
+        raise UserError(*found.problems, f"{options.shards}: NOT as packed; problems: {len(found.problems)}")
     counts = ", ".join(f"{name} {facts.images:,}" for name, facts in splits.items())
     print(f"{options.shards}: as packed: images: {counts}")
 
@@ -191,22 +190,19 @@ def _verify_place(place: "Place", options: argparse.Namespace) -> None:
 def _show(options: argparse.Namespace) -> None:
     from captionscale.data import images, shards
     from captionscale.data.places import open_place
+    from captionscale.files import atomic
 
     split, item = shards.find(open_place(options.shards), options.image_id)
     data = split.image(item)
     look = images.look(data, f"image {options.image_id}", whole=True)
     sample = split.sample(item)
-    print(f"image {options.image_id}  {_printable(sample.file)}  split {split.name}")
+    print(f"image {options.image_id}  {for_terminal(sample.file)}  split {split.name}")
     print(f"{look.width} x {look.height} pixels, {len(data):,} bytes of {look.extension}")
     for caption in sample.captions:
-        print(f"  {_printable(caption)}")
+        print(f"  {for_terminal(caption)}")
     if options.save:
-        options.save.write_bytes(data)
-
-
-def _printable(text: str) -> str:
-    """Return a text without what moves the cursor, or does worse, to a terminal."""
-    return "".join(it if it.isprintable() else repr(it)[1:-1] for it in text)
+        with atomic(options.save) as file:
+            file.write(data)
 
 
 def _stats(options: argparse.Namespace) -> None:

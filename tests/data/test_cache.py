@@ -5,9 +5,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -295,3 +296,81 @@ def test_the_folder_is_the_given_one_or_the_users(tmp_path: Path, monkeypatch: p
         UserError, match=r"~nobody-of-this-name/x: no such home, wanted a folder for shards; set data.cache"
     ):
         Cache(Path("~nobody-of-this-name/x"), 1.0)
+
+
+@pytest.fixture
+def meeting_place() -> Iterator[Path]:
+    """A folder that other users can reach, which pytest's own are not."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def as_user(user: int, group: int, action: Callable[[], object]) -> int:
+    """Do something as another user with the strictest umask; return 1 after a `UserError`, else 0."""
+    child = os.fork()
+    if child == 0:
+        code = 2
+        try:
+            os.umask(0o077)
+            os.setgroups([])
+            os.setgid(group)
+            os.setuid(user)
+            action()
+            code = 0
+        except UserError:
+            code = 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become other users")
+@pytest.mark.parametrize("mode", [0o2770, 0o777, 0o1777])
+def test_users_who_may_write_the_folder_share_it(
+    meeting_place: Path, origin: Origin, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A past bug: lock files had the mode 644, so that nobody but the first user could bring a shard.
+    folder = meeting_place / "cache"
+    folder.mkdir()
+    os.chown(folder, 0, 4000)
+    folder.chmod(mode)
+    cache = cache_of(folder, 2)
+    for user, number in ((4001, 0), (4002, 0), (4002, 1)):
+        assert as_user(user, 4000, lambda number=number: read(cache, number, origin.of(number))) == 0
+    assert {path.name: path.stat().st_uid for path in folder.glob("*.tar")} == {
+        f"{SHARDS[0].blake3}.tar": 4001,
+        f"{SHARDS[1].blake3}.tar": 4002,
+    }
+    # With the sticky bit nobody removes what is another's; the bound holds nonetheless.
+    monkeypatch.setattr(room, "_WAIT_FOR_ROOM_S", 0.1)
+    other = as_user(4001, 4000, lambda: read(cache_of(folder, 1), 2, origin.of(2)))
+    assert (other, sum(held(folder).values())) == (1 if mode & 0o1000 else 0, SIZE)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become other users")
+def test_locks_that_an_older_version_made_are_used_by_others(meeting_place: Path, origin: Origin) -> None:
+    folder = meeting_place / "cache"
+    folder.mkdir()
+    folder.chmod(0o777)
+    for name in ("room.lock", f"{SHARDS[0].blake3[:2]}.lock"):
+        (folder / name).touch()
+        (folder / name).chmod(0o644)
+    cache = cache_of(folder, 2)
+    assert as_user(4001, 4000, lambda: read(cache, 0, origin.of(0))) == 0
+    with (folder / "room.lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+
+@pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o700, 0o600), (0o755, 0o644), (0o775, 0o664)])
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_files_have_the_rights_of_the_folder(
+    tmp_path: Path, origin: Origin, folder_mode: int, file_mode: int, umask: int
+) -> None:
+    tmp_path.chmod(folder_mode)
+    before = os.umask(umask)
+    try:
+        read(cache_of(tmp_path, 2), 0, origin.of(0))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {file_mode}

@@ -19,7 +19,7 @@ import pytest
 from blake3 import blake3
 
 from captionscale import progress
-from captionscale.data import places
+from captionscale.data import download, places
 from captionscale.data.manifest import Shard
 from captionscale.data.places import Folder, Remote, open_place
 from captionscale.errors import UserError
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(places, "_WAITS_S", (0.01, 0.01, 0.01))
+    monkeypatch.setattr(download, "_WAITS_S", (0.01, 0.01, 0.01))
     with Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -248,18 +248,18 @@ def test_what_does_not_pass_is_told_and_nothing_is_kept(
 
 
 def test_another_file_under_the_name_of_a_shard_is_not_taken(server: Server, tmp_path: Path) -> None:
-    shards = [
-        Shard("train-00000.tar", SIZE - 1, SHARDS[0].blake3, 1),
-        Shard("train-00001.tar", SIZE, "0" * 64, 1),
-    ]
-    for shard in shards:
-        with pytest.raises(UserError, match=f"{shard.name}: 200,000 bytes with blake3"):
-            open_place(server.url, tmp_path).pread(shard, 0, 1)
+    for size, digest, wanted in (
+        (SIZE - 1, SHARDS[0].blake3, "more than 199,999 bytes came"),
+        (SIZE + 1, SHARDS[0].blake3, "200,000 bytes with blake3"),
+        (SIZE, "0" * 64, "200,000 bytes with blake3"),
+    ):
+        with pytest.raises(UserError, match=f"train-00000.tar: {wanted}"):
+            open_place(server.url, tmp_path).pread(Shard("train-00000.tar", size, digest, 1), 0, 1)
     assert cached(tmp_path) == set()
 
 
 def test_a_silent_server_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_SILENCE_S", 0.1)
+    monkeypatch.setattr(download, "_SILENCE_S", 0.1)
     server.faults = ["silent"] * 4
     started = time.monotonic()
     with pytest.raises(UserError, match=r"manifest.json: cannot be read \(FSTimeoutError\)"):
@@ -292,7 +292,7 @@ def test_a_login_of_netrc_is_used(server: Server, tmp_path: Path, monkeypatch: p
 def test_a_url_that_leads_nowhere_is_told(
     url: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(places, "_WAITS_S", ())
+    monkeypatch.setattr(download, "_WAITS_S", ())
     with pytest.raises(UserError) as error:
         open_place(url, tmp_path).fetch("manifest.json")
     assert wanted in str(error.value)
@@ -458,7 +458,7 @@ def test_a_bucket_or_a_shard_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("s3")
 def test_damage_on_s3_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_WAITS_S", (0.01,))
+    monkeypatch.setattr(download, "_WAITS_S", (0.01,))
     shard = Shard(SHARDS[1].name, SIZE, SHARDS[0].blake3, 1)
     with pytest.raises(UserError, match="200,000 bytes with blake3"):
         open_place("s3://bucket/data/coco", tmp_path).pread(shard, 0, 1)

@@ -1,88 +1,76 @@
-"""A disk that is full while a run writes curves: a warning, and neither the run nor a curve is lost."""
+"""Every command that writes says in one line that the disk is full, and leaves no half file."""
 
 import resource
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jaxtyping
 import pytest
-from experiment import losses, tiny
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from experiment import opinionated_run
 
-from captionscale.errors import UserError
-from captionscale.train.events import Events
-from captionscale.train.logs import Log
-from captionscale.train.loop import train
+from captionscale.cli import main
+
+FREE_BYTES = 100
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return opinionated_run(tmp_path_factory.mktemp("full"), packed)
 
 
 @contextmanager
-def room_for(size: int) -> Iterator[None]:
-    """Let no file grow beyond so many bytes: a write is torn there, as on a full disk."""
+def full_disk() -> Iterator[None]:
+    """Let no file grow beyond a few bytes: what the first write fits into, and the next one not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FREE_BYTES, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def curve(folder: Path) -> list[tuple[int, float]]:
-    events = EventAccumulator(str(folder)).Reload()
-    return [(event.step, event.value) for event in events.Scalars("loss")]
+COMMANDS = {
+    "show": "show SHARDS 1 --save OUT/a.jpg",
+    "stats": "stats SHARDS --plot OUT/a.png",
+    "report": "report RUN --out OUT/a.html",
+    "attend": "attend RUN --split val --limit 1 --out OUT",
+    "caption": "caption RUN --split val --beam 1 --out OUT/a.json",
+    "hub": "export RUN --to hub --out OUT/a",
+    "onnx": "export RUN --to onnx --out OUT/a",
+    "torch": "export RUN --to torch --out OUT/a",
+}
 
 
-def test_points_that_a_full_disk_did_not_take_come_later(tmp_path: Path, capsys) -> None:
-    events = Events(tmp_path, 1)
-    events.write(1, {"loss": 1.0})
-    [path] = tmp_path.iterdir()
-    with room_for(path.stat().st_size + 10):
-        events.write(2, {"loss": 2.0})
-        events.write(3, {"loss": 3.0})
-        assert curve(tmp_path) == [(1, 1.0)]
-    events.write(4, {"loss": 4.0})
-    events.close()
-    assert curve(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
-    [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        f"warning: {path}: cannot be written (File too large); TensorBoard misses points until"
-    )
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_full_disk_is_one_line_and_leaves_nothing(name, run, packed, tmp_path, capsys, monkeypatch) -> None:
+    if name == "onnx":
+        for package in ("onnx", "onnxruntime", "onnxscript"):
+            pytest.importorskip(package)
+    # While a program is traced its sizes are symbols, which are no `int` to beartype.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    before = sorted(run.rglob("*"))
+    words = COMMANDS[name].replace("SHARDS", str(packed)).replace("RUN", str(run))
+    with full_disk(), pytest.raises(SystemExit, match="1"):
+        main(words.replace("OUT", str(tmp_path)).split())
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("captionscale: ")]
+    assert len(lines) == 1
+    assert f"captionscale: {tmp_path}" in lines[0]
+    assert "cannot be written (File too large), wanted a writable folder with free space" in lines[0]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert sorted(run.rglob("*")) == before
 
 
-def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path: Path, capsys, monkeypatch) -> None:
-    events = Events(tmp_path, 1)
-    monkeypatch.setattr(events, "_path", Path("/dev/full"))
-    events.write(1, {"loss": 1.0})
-    events.close()
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    assert "/dev/full: cannot be written (No space left on device)" in said[0]
-    assert said[1] == "warning: /dev/full: the last points are not there; log.jsonl beside it has all"
+def test_a_file_that_was_there_stays(packed: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "a.jpg"
+    saved.write_bytes(b"mine")
+    with full_disk(), pytest.raises(SystemExit, match="1"):
+        main(["show", str(packed), "1", "--save", str(saved)])
+    assert saved.read_bytes() == b"mine"
 
 
-def test_a_log_that_cannot_be_written_ends_the_run_and_is_named(tmp_path: Path, monkeypatch) -> None:
-    log = Log(tmp_path, 0, 0)
-    log.write(1, loss=1.0)
-    monkeypatch.setattr(log, "_path", Path("/dev/full"))
-    with pytest.raises(
-        UserError, match=r"/dev/full: cannot be written \(No space left on device\), expected"
-    ):
-        log.write(2, loss=2.0)
-    log.close()
-
-
-def test_a_run_that_cannot_write_curves_trains_and_logs_as_any_other(
-    packed: Path, tmp_path: Path, capsys
-) -> None:
-    settings = tiny(tmp_path, packed, "train.epochs=1")
-    train(settings, tmp_path / "alone")
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "tensorboard").write_text("no folder", encoding="utf-8")
-    capsys.readouterr()
-    train(settings, run)
-    assert losses(run) == losses(tmp_path / "alone")
-    said = capsys.readouterr().err
-    assert said.count("TensorBoard misses points") == 1
-    assert "Traceback" not in said
-    assert not [thread for thread in threading.enumerate() if "writer" in thread.name.lower()]
+def test_show_saves_nothing_of_an_image_that_is_not_there(packed: Path, tmp_path: Path, capsys) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["show", str(packed), "99999", "--save", str(tmp_path / "a.jpg")])
+    assert "99999" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

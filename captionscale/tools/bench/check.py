@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from rich.console import Console
 
 from captionscale import children
 from captionscale.errors import UserError
 from captionscale.files import atomic
-from captionscale.progress import say
+from captionscale.progress import SafeConsole, console, say
 from captionscale.tools.bench.race import Sheet
 
 RATIOS = Path(__file__).with_name("ratios.toml")
@@ -40,7 +39,7 @@ def quick(benches: Mapping[str, Sequence[str]], *, check: bool, write: bool, as_
     committed = {name: each for name, each in _committed().items() if name in benches}
     if check and not committed:
         raise UserError(f"{RATIOS}: no ratio of these benchmarks, wanted some to compare with; see --write")
-    out = Console(highlight=False)
+    out = SafeConsole()
     tables: list[dict[str, Any]] = []
     machine: dict[str, Any] = {}
     failed = []
@@ -102,7 +101,7 @@ def _refuse_fallen(measured: Ratios, committed: Ratios) -> None:
     ]
     columns = ("table", "ours beside", "committed", "now")
     # The standard output may be JSON.
-    Sheet("Ratios that have fallen", columns, rows).print(Console(stderr=True, highlight=False))
+    Sheet("Ratios that have fallen", columns, rows).print(console())
     raise UserError(
         f"bench --check: {len(lost):,} of {count:,} ratios are below {_LEAST:.0%} of the committed ones; find"
         f" what made ours slower, or, if it is the other way that got faster, renew {RATIOS.name} by --write"

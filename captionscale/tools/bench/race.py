@@ -12,12 +12,11 @@ from importlib.metadata import version
 from statistics import median
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
 from captionscale.files import cores
-from captionscale.progress import progress
+from captionscale.progress import SafeConsole, progress
 from captionscale.score.receipt import processor
 
 _SQUARE = 2048
@@ -115,7 +114,7 @@ class Sheet:
     unit: str = ""
     lanes: list[Lane] = field(default_factory=list)
 
-    def print(self, out: Console) -> None:
+    def print(self, out: SafeConsole) -> None:
         """Print it for people."""
         table = Table(title=self.title, title_justify="left", caption="\n".join(self.notes) or None)
         for name in self.columns:
@@ -216,7 +215,7 @@ def show(bench: str, tables: Sequence[Heat | Sheet], *, as_json: bool) -> None:
         trees = [{"bench": bench} | asdict(sheet) for sheet in sheets]
         print(json.dumps({"machine": machine, "tables": trees}, indent=1))
         return
-    out = Console(highlight=False)
+    out = SafeConsole()
     for sheet in sheets:
         sheet.print(out)
     out.print("; ".join(f"{key} {value}" for key, value in machine.items()), soft_wrap=True)

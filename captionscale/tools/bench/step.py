@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import shlex
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from captionscale.data import packing, scenes
 from captionscale.data.loader import Batch
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
+from captionscale.escape import for_shell
 from captionscale.progress import progress, say
 from captionscale.ranks import Ranks
 from captionscale.tools.bench import tutorial
@@ -195,7 +195,7 @@ def _start(path: Path, run: Path) -> float:
         process.kill()
         said = process.stderr.read() if process.stderr else ""
     if process.returncode != -signal.SIGKILL:
-        raise UserError(f"{shlex.join(command)} ended with exit code {process.returncode}: {said.strip()}")
+        raise UserError(f"{for_shell(*command)} ended with exit code {process.returncode}: {said.strip()}")
     return seconds
 
 

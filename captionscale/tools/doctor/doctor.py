@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from captionscale import assets
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.progress import working
+from captionscale.progress import SafeConsole, working
 from captionscale.tools.doctor import machine, network, pace, storage
 from captionscale.tools.doctor.findings import Check, Line, document, examine, refused, verdict
 from captionscale.tools.doctor.network import Meeting
@@ -171,7 +170,7 @@ def _conclude(lines: list[Line], as_json: bool, took_s: float) -> None:
         return
     several = len({line.host for line in lines}) > 1
     if sys.stdout.isatty():
-        out = Console(highlight=False, markup=False)
+        out = SafeConsole()
         table = Table(show_lines=False, pad_edge=False)
         for heading in ("", "check", "found, and what to do"):
             table.add_column(heading, overflow="fold")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from captionscale.config import Config
@@ -20,6 +20,7 @@ from captionscale.data.places import open_place
 from captionscale.data.shards import Split
 from captionscale.data.views import centre_view
 from captionscale.errors import UserError
+from captionscale.files import unwritable
 from captionscale.progress import working
 from captionscale.tools.export import example
 from captionscale.tools.export.card import card
@@ -52,7 +53,7 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
 
     Raises:
         UserError: No run, a folder that is there already, no package for it, no images to check it on, or
-            programs that say something else.
+            programs that say something else; or the folder cannot be written.
     """
     if to == "onnx" and (
         missing := [it for it in ("onnx", "onnxruntime", "onnxscript") if not find_spec(it)]
@@ -68,7 +69,8 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
     with _new(out) as folder:
         if to == "hub":
             weights = saved.captioner().state_dict()
-            save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / _WEIGHTS)
+            # Not save_file: its error on a full disk is of no documented kind.
+            (folder / _WEIGHTS).write_bytes(save({name: each.contiguous() for name, each in weights.items()}))
             seal(folder, saved.standing, {}, _without_paths(config), saved.vocabulary())
             checked = None
         else:
@@ -107,6 +109,8 @@ def _new(out: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         partial.rename(out)
+    except OSError as error:
+        raise unwritable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

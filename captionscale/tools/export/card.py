@@ -5,6 +5,7 @@ from pathlib import Path
 
 from captionscale.data.places import manifest_of, open_place
 from captionscale.errors import UserError
+from captionscale.escape import for_markdown, for_markdown_code
 from captionscale.progress import say
 from captionscale.score.receipt import Receipt
 from captionscale.tools.export.check import Check
@@ -60,7 +61,7 @@ def card(run: Path, saved: Checkpoint, to: str, checked: Check | None, shards: s
         shards: As of `export`.
     """
     parts = [
-        f"{_HEAD if to == 'hub' else ''}# {run.resolve().name}",
+        f"{_HEAD if to == 'hub' else ''}# {for_markdown(run.resolve().name)}",
         *_model(saved),
         "## Use",
         _USES[to],
@@ -113,29 +114,32 @@ def _scores(run: Path, saved: Checkpoint) -> Iterator[str]:
         found += 1
         counts = receipt.counts
         yield (
-            f"\nSplit `{receipt.made_by['split']}`: {counts['images']:,} images,"
+            f"\nSplit {for_markdown_code(str(receipt.made_by['split']))}: {counts['images']:,} images,"
             f" {counts['references']:,} references.\n\n| metric | score | 95 % interval |\n|---|---|---|"
         )
         for name, value in receipt.scores.items():
             low, high = receipt.intervals[name]
-            yield f"| {name} | {value:.4f} | {low:.4f} to {high:.4f} |"
-        yield f"\nMeasured as `{receipt.signature}`; receipt `{receipt.sha256[:12]}`.\n"
-        yield from (f"* {note}" for note in receipt.notes)
+            yield f"| {for_markdown(name)} | {value:.4f} | {low:.4f} to {high:.4f} |"
+        yield f"\nMeasured as {for_markdown_code(receipt.signature)}; receipt `{receipt.sha256[:12]}`.\n"
+        yield from (f"* {for_markdown(note)}" for note in receipt.notes)
     if not found:
         yield "\nThese weights were not scored; `captionscale score RUN --split NAME` does so.\n"
 
 
 def _data(saved: Checkpoint, shards: str | None) -> Iterator[str]:
     data = saved.config().data
-    name = Path(data.shards).name
+    trained = f"{for_markdown_code(data.train_split)} of {for_markdown_code(Path(data.shards).name)}"
     try:
         splits = manifest_of(open_place(shards or data.shards, data.cache, data.cache_gb)).splits
     except UserError:
-        yield f"\nTrained on split `{data.train_split}` of `{name}`, which was not at hand for this card.\n"
+        yield f"\nTrained on split {trained}, which was not at hand for this card.\n"
         return
-    yield f"\nTrained on split `{data.train_split}` of `{name}`:\n"
+    yield f"\nTrained on split {trained}:\n"
     yield "| split | images | captions |\n|---|---|---|"
-    yield from (f"| {split} | {facts.images:,} | {facts.captions:,} |" for split, facts in splits.items())
+    yield from (
+        f"| {for_markdown(split)} | {facts.images:,} | {facts.captions:,} |"
+        for split, facts in splits.items()
+    )
     yield ""
 
 

@@ -1,5 +1,6 @@
 """Write parts of a captioner as programs, and read them back: ONNX, or PyTorch's own."""
 
+import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,17 +24,18 @@ def write_onnx(part: Part, folder: Path, batch: int | None) -> Run:
 
     path = folder / f"{part.name}.onnx"
     with _quiet():
-        torch.onnx.export(
+        program = torch.onnx.export(
             part.module,
             (tuple(part.inputs.values()),),
-            path,
             input_names=[*part.inputs],
             output_names=[*part.outputs],
             dynamic_shapes=_shapes(part, batch),
             dynamo=True,
-            external_data=False,
             verbose=False,
         )
+        assert program is not None
+        # Not program.save, whose error on a full disk is of no documented kind.
+        path.write_bytes(program.model_proto.SerializeToString())
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -50,7 +52,10 @@ def write_torch(part: Part, folder: Path, batch: int | None) -> Run:
         program = torch.export.export(
             part.module, (tuple(part.inputs.values()),), dynamic_shapes=_shapes(part, batch), strict=False
         )
-        torch.export.save(program, path)
+        written = io.BytesIO()
+        torch.export.save(program, written)
+        # Not straight into the file, where a full disk is a RuntimeError.
+        path.write_bytes(written.getbuffer())
         module = torch.export.load(path).module()
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,84 @@
+"""Passwords and tokens in URLs: used while the command runs, absent from all that it prints, logs and saves.
+
+A URL is stripped of them where it enters: each argument of the command line, each key of an experiment, each
+place of shards. What is passed on is a plain URL; only a download asks for the one that was given.
+"""
+
+import json
+import os
+import re
+
+_GIVEN = "CAPTIONSCALE_URLS"
+"""Environment variable with each stripped URL and the given one, as JSON: launched ranks inherit it."""
+_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.:-]*://[^\s"'<>]+""")
+_AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?")
+_SECRET = re.compile(r"token|sig|secret|pass|pwd|key|auth|cred|session|jwt|sas|access", re.IGNORECASE)
+_KEY_LENGTH = 16
+"""Characters of a parameter's value from which on it may be a key, whatever it is called."""
+
+
+def strip(text: str) -> str:
+    """Return a text with its URLs stripped of user, password, and parameters that may be keys.
+
+    Examples:
+        >>> strip("data.shards=https://me:secret@host:8000/coco?version=2&token=secret")
+        'data.shards=https://host:8000/coco?version=2'
+        >>> strip("s3://KEY:SECRET@bucket/coco"), strip("me@host: no URL")
+        ('s3://bucket/coco', 'me@host: no URL')
+    """
+    return _URL.sub(lambda found: _strip(found[0]), text)
+
+
+def withhold(text: str) -> str:
+    """Return a text as `strip` does; `given` knows the URLs as they were, in this process and its children.
+
+    A warning says once for each of them that they are not saved.
+    """
+
+    def keep(found: re.Match[str]) -> str:
+        stripped = _strip(found[0])
+        if stripped != found[0]:
+            _keep(stripped, found[0])
+        return stripped
+
+    return _URL.sub(keep, text)
+
+
+def given(url: str) -> str:
+    """Return a URL as it was given, with its credentials."""
+    urls: dict[str, str] = json.loads(os.environ.get(_GIVEN, "{}"))
+    return urls.get(url.rstrip("/"), url)
+
+
+def _keep(stripped: str, url: str) -> None:
+    urls = json.loads(os.environ.get(_GIVEN, "{}"))
+    if urls.get(stripped.rstrip("/")) == url:
+        return
+    os.environ[_GIVEN] = json.dumps(urls | {stripped.rstrip("/"): url})
+    if os.environ.get("RANK", "0") == "0":
+        # The command line imports this module, also where nothing is installed.
+        from captionscale.progress import say
+
+        say(
+            f"warning: {stripped}: was given with a password, key or token, which is used now but saved"
+            " nowhere; give it in the environment instead: .netrc, AWS_PROFILE or"
+            " GOOGLE_APPLICATION_CREDENTIALS"
+        )
+
+
+def _strip(url: str) -> str:
+    scheme, _, rest = url.partition("://")
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    if "@" in authority:
+        rest = rest[authority.rindex("@") + 1 :]
+    elif not _AUTHORITY.fullmatch(authority):
+        # A password that holds a slash or the like, which should have been escaped.
+        rest = rest.rpartition("@")[2]
+    address, _, query = rest.partition("?")
+    parts = [part for part in query.split("&") if part and not _is_secret(part)]
+    return f"{scheme}://{address}" + "?" * bool(parts) + "&".join(parts)
+
+
+def _is_secret(parameter: str) -> bool:
+    name, _, value = parameter.partition("=")
+    return bool(_SECRET.search(name)) or len(value) >= _KEY_LENGTH

@@ -1,0 +1,55 @@
+"""Standard streams that pass no control character of what is printed on to a terminal."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from captionscale.escape import for_terminal_lines
+
+
+class SafeStream:
+    """A text stream in which control characters are escaped, but for the ends of lines and tabs."""
+
+    def __init__(self, stream: Any):
+        # By this name rich finds what to write its own control sequences to.
+        self.rich_proxied_file = stream
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        self.rich_proxied_file.write(for_terminal_lines(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write text in pieces."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rich_proxied_file, name)
+
+
+def make_safe() -> None:
+    """Make the standard output and the standard error safe from now on."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if not isinstance(stream, SafeStream):
+            setattr(sys, name, SafeStream(stream))
+
+
+@contextmanager
+def safe_streams() -> Iterator[None]:
+    """Make them safe for a while, also where another wrapper was put around them meanwhile."""
+    before = sys.stdout, sys.stderr
+    make_safe()
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def innermost(stream: Any) -> Any:
+    """Return the stream that a chain of wrappers, ours and rich's, ends at."""
+    while (inner := getattr(stream, "rich_proxied_file", None)) is not None:
+        stream = inner
+    return stream
