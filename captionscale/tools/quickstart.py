@@ -1,12 +1,12 @@
 """The main job, end to end, on drawn pictures, by the commands that a user gives for COCO."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from captionscale import children
 from captionscale.data import manifest, scenes
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
@@ -98,7 +98,7 @@ def _run(*words: str | Path) -> str:
     """Run a captionscale command where the user sees it, and return what it printed."""
     command = ["captionscale", *map(str, words)]
     console().print(f"\n$ {for_shell(*command)}", style="bold", soft_wrap=True)
-    done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, check=False)
+    done = children.run([sys.executable, "-m", *command])
     print(done.stdout, end="")
     if done.returncode:
         raise SystemExit(done.returncode)

@@ -5,15 +5,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from captionscale.data.loader import Batch
+from captionscale.errors import UserError
 from captionscale.files import append_lines, atomic
 from captionscale.progress import say
 from captionscale.ranks import Ranks
+from captionscale.train.events import Events
 from captionscale.train.layout import LOG
 from captionscale.train.log_reader import RunLog
-from captionscale.train.tracking import Trackers
+from captionscale.train.tracking import points_of
 
 
 class Log:
@@ -23,8 +23,8 @@ class Log:
     Damaged lines are moved to `log.jsonl.damaged`, and named.
     """
 
-    def __init__(self, run: Path, step: int, judged: int, trackers: Trackers | None = None):
-        self._path, self._trackers = run / LOG, trackers
+    def __init__(self, run: Path, step: int, judged: int):
+        self._path = run / LOG
         found = RunLog(run)
         if found.warning:
             copy = self._path.with_name(LOG + ".damaged")
@@ -35,7 +35,7 @@ class Log:
         ]
         with atomic(self._path) as file:
             file.writelines(raw + b"\n" for raw in kept)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._board = Events(run / "tensorboard", step + 1)
 
     def write(self, step: int, **values: Any) -> None:
         """Add a line, and a point to each curve.
@@ -43,24 +43,23 @@ class Log:
         Args:
             step: Steps done.
             values: Numbers make curves; a dictionary of numbers, one for each of its keys.
+
+        Raises:
+            UserError: The disk is full: without its log a run could not be resumed as one that never stopped.
         """
-        append_lines(self._path, json.dumps({"step": step, **values}).encode())
-        points = {
-            f"{key}/{name}" if name else key: number
-            for key, value in values.items()
-            for name, number in (value if isinstance(value, dict) else {"": value}).items()
-            if isinstance(number, int | float)
-        }
-        for curve, number in points.items():
-            self._board.add_scalar(curve, number, step)
-        if self._trackers is not None and points:
-            self._trackers.log(step, points)
+        try:
+            append_lines(self._path, json.dumps({"step": step, **values}).encode())
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}), expected free space for each line of"
+                " the log; free the disk, and give the same command again"
+            ) from error
+        if points := points_of(values):
+            self._board.write(step, points)
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is left."""
         self._board.close()
-        if self._trackers is not None:
-            self._trackers.close()
 
 
 class Rate:

@@ -1,7 +1,6 @@
 """`captionscale bench --quick`: every benchmark at a small size, and whether one of its ratios has fallen."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from captionscale import parsing
+from captionscale import children, parsing
 from captionscale.errors import UserError
 from captionscale.files import atomic, read_file
 from captionscale.progress import SafeConsole, console, say
@@ -46,7 +45,7 @@ def quick(benches: Mapping[str, Sequence[str]], *, check: bool, write: bool, as_
     for name, arguments in benches.items():
         say(f"bench {name} ...")
         command = [sys.executable, "-m", "captionscale", "bench", name, *arguments, "--json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        done = children.run(command)
         if done.returncode:
             failed.append(name)
             continue
