@@ -25,6 +25,8 @@ _SCRATCH = "captionscale-scratch-"
 # As `mkdtemp` ends them: a user's own folder has another name.
 _SCRATCH_NAME = re.compile(rf"{_SCRATCH}.+-[a-z0-9_]{{8}}")
 _MAX_HOLDER = 200
+# As bash and zsh name <(command), and what is piped into this process.
+_PIPED = re.compile(r"/(dev|proc/self)/fd/\d+|/dev/stdin")
 
 
 class UnfitFileError(OSError):
@@ -49,13 +51,13 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def read_file(path: Path, max_bytes: int = MB) -> bytes:
-    """Return the content of a regular file that is no larger than its kind may be.
+    """Return the content of a regular file, or of a shell's pipe, that is no larger than its kind may be.
 
     Raises:
         UnfitFileError: It is larger, or no regular file.
         OSError: It cannot be read.
     """
-    with open_file(path) as file:
+    with _open_piped(path) or open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(size) if size <= max_bytes else b""
         # It may grow, and files of the system say 0 and hold more.
@@ -66,6 +68,13 @@ def read_file(path: Path, max_bytes: int = MB) -> bytes:
             errno.EFBIG, f"at least {size:,} bytes, expected at most {max_bytes:,}", str(path)
         )
     return data
+
+
+def _open_piped(path: Path) -> BufferedReader | None:
+    """Open a pipe that the shell gave to this process, which has a writer."""
+    if not (_PIPED.fullmatch(str(path)) and path.is_fifo()):
+        return None
+    return path.open("rb")
 
 
 def append_lines(path: Path, *lines: bytes) -> None:
