@@ -16,8 +16,10 @@ from blake3 import blake3
 from experiment import tiny
 
 from captionscale.cli import main
+from captionscale.data import images
 from captionscale.data.manifest import MANIFEST
 from captionscale.data.sources import tars
+from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.files import LOCK, UnfitFileError, atomic, lock, read_file
 from captionscale.progress import Bar
@@ -99,6 +101,18 @@ def test_links_in_a_circle_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit, match="1"):
         main(["pack", "webdataset", "--tars", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "Too many levels of symbolic links" in capsys.readouterr().err
+
+
+def test_an_image_larger_than_any_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "1.jpg"
+    with path.open("wb") as file:
+        file.truncate(1 << 42)
+    with pytest.raises(UserError, match=r"1\.jpg: at least 4,398,046,511,104 bytes, expected at most"):
+        images.read(path)
+    for size in (None, 1 << 42):
+        source = str(tmp_path if size is None else path)
+        with pytest.raises(EOFError, match="4,398,046,511,104 bytes, expected at most"):
+            Record(1, "train", (), source, "1.jpg", 0, size).read()
 
 
 def test_a_users_file_beside_what_is_written_stays(tmp_path: Path) -> None:
