@@ -96,9 +96,10 @@ def serve() -> TextIO:
 
 def end_with_launcher() -> None:
     """Let this process end with the launcher that started it as a rank, if one did."""
-    # Not for the children of a rank.
-    if launcher := os.environ.pop(LAUNCHER, None):
-        _end_with(int(launcher))
+    # Taken out: the children of a rank have another parent. The launcher itself may run a command, too.
+    launcher = int(os.environ.pop(LAUNCHER, 0))
+    if launcher not in (0, os.getpid()):
+        _end_with(launcher)
 
 
 def end_with_pool() -> None:

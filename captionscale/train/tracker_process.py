@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 import msgspec
 
@@ -22,6 +22,7 @@ _LOOK_S = 1.0
 _IDS = msgspec.json.Decoder(dict[str, str])
 
 
+@runtime_checkable
 class _Tracker(Protocol):
     id: str
     """Its own name of the run, by which a later process continues."""
