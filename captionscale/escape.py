@@ -106,8 +106,7 @@ def for_file_name(text: str, ending: str = "") -> str:
         >>> for_file_name("../dog", ".png")
         '_._dog-4a79e6c2.png'
     """
-    # `files.atomic` adds an ending of its own.
-    limit = _NAME_BYTES - len(".tmp") - len(os.fsencode(ending))
+    limit = _NAME_BYTES - len(os.fsencode(ending))
     plain = text and not _NOT_IN_A_NAME.search(text) and not _RESERVED.match(text)
     if plain and len(text.encode()) <= limit:
         return text + ending

@@ -25,8 +25,7 @@ _SCRATCH = "captionscale-scratch-"
 # As `mkdtemp` ends them: a user's own folder has another name.
 _SCRATCH_NAME = re.compile(rf"{_SCRATCH}.+-[a-z0-9_]{{8}}")
 _MAX_HOLDER = 200
-# As bash and zsh name <(command), and what is piped into this process.
-_PIPED = re.compile(r"/(dev|proc/self)/fd/\d+|/dev/stdin")
+_OWN_PIPE = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/\d+")
 
 
 class UnfitFileError(OSError):
@@ -34,7 +33,7 @@ class UnfitFileError(OSError):
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Open a regular file for reading; nothing else is opened, or waited for.
+    """Open a regular file for reading; nothing else is opened, or waited for, but this process's own pipes.
 
     Raises:
         UnfitFileError: It is something else.
@@ -43,7 +42,10 @@ def open_file(path: Path) -> BufferedReader:
     # A named pipe would wait for a writer for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        _need_regular(descriptor, path)
+        # A shell's `<(command)` has its writer already.
+        if not (_OWN_PIPE.fullmatch(str(path)) and stat.S_ISFIFO(os.fstat(descriptor).st_mode)):
+            _need_regular(descriptor, path)
+        os.set_blocking(descriptor, True)
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -51,13 +53,13 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def read_file(path: Path, max_bytes: int = MB) -> bytes:
-    """Return the content of a regular file, or of a shell's pipe, that is no larger than its kind may be.
+    """Return the content of a file, as `open_file` opens it, that is no larger than its kind may be.
 
     Raises:
-        UnfitFileError: It is larger, or no regular file.
+        UnfitFileError: It is larger, or no file that may be opened.
         OSError: It cannot be read.
     """
-    with _open_piped(path) or open_file(path) as file:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(size) if size <= max_bytes else b""
         # It may grow, and files of the system say 0 and hold more.
@@ -68,13 +70,6 @@ def read_file(path: Path, max_bytes: int = MB) -> bytes:
             errno.EFBIG, f"at least {size:,} bytes, expected at most {max_bytes:,}", str(path)
         )
     return data
-
-
-def _open_piped(path: Path) -> BufferedReader | None:
-    """Open a pipe that the shell gave to this process, which has a writer."""
-    if not (_PIPED.fullmatch(str(path)) and path.is_fifo()):
-        return None
-    return path.open("rb")
 
 
 def append_lines(path: Path, *lines: bytes) -> None:
@@ -138,9 +133,11 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UserError: The disk is full, or the folder is read-only.
     """
-    partial = path.with_name(path.name + ".tmp")
+    # No user's file has this name: what is there is the rest of a killed process.
+    partial = path.with_name(f".captionscale-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.tmp")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -254,8 +251,11 @@ def lock(folder: Path, who: str) -> Iterator[None]:
                 f"{folder}: its file system has no locks ({error.strerror}), wanted one that has;"
                 " mount it with flock, or take --out elsewhere"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{who}, process {os.getpid()} on {os.uname().nodename}".encode())
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"{who}, process {os.getpid()} on {os.uname().nodename}".encode())
+        except OSError as error:
+            raise unwritable(path, error) from None
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from captionscale.data import limits
 from captionscale.errors import UserError
+from captionscale.files import UnfitFileError, read_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
@@ -73,7 +74,11 @@ def read(file: Path) -> UInt8[np.ndarray, "height width 3"]:
     if not file.is_file():
         found = "a folder" if file.is_dir() else "no such file"
         raise UserError(f"{file}: {found}, wanted an image, such as a JPEG; correct the path")
-    return pixels(file.read_bytes(), str(file))
+    try:
+        data = read_file(file, limits.MAX_BYTES)
+    except UnfitFileError as error:
+        raise UserError(f"{file}: {error.strerror}, wanted an image; correct the path") from None
+    return pixels(data, str(file))
 
 
 def decode(data: bytes, place: str) -> Image.Image:

@@ -14,6 +14,8 @@ from PIL import Image
 
 _JPEG, _PNG, _GIF, _BMP, _WEBP = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"RIFF"
 
+MAX_BYTES = 512 << 20
+"""Of an image file: more than the pixels that are let through take without compression."""
 _METADATA_PARTS = 1000
 """Segments or chunks that are not pixels. Pillow appends each to those before it."""
 _METADATA_BYTES = 16 << 20

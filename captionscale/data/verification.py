@@ -1,6 +1,5 @@
 """Prove that a packed folder is what was packed, or say what is wrong with it, where, and what to do."""
 
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from captionscale.data.packing import REJECTED, WORK
 from captionscale.data.places import Place, Remote, as_place, manifest_of
 from captionscale.data.shard_writer import read_rejected
 from captionscale.data.shards import Split
+from captionscale.data.sources.tars import members
 from captionscale.errors import UserError
 from captionscale.files import blake3_of
 
@@ -172,8 +172,7 @@ def _compare_with_tar(split: Split, path: Path, number: int, items: list[int]) -
             (int(row["image_offset"]), int(row["image_size"])),
             (int(row["json_offset"]), int(row["json_size"])),
         ]
-    with tarfile.open(path, "r:") as tar:
-        found = [(member.offset_data, member.size) for member in tar]
+    found = [(member.offset_data, member.size) for member in members(path)]
     if found != wanted:
         row = next(
             (k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),

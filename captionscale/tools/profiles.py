@@ -10,6 +10,7 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import cores, read_file
 
+_MAX_PROCESSES = 10**6
 _ZERO = "DEEPSPEED"
 
 
@@ -21,17 +22,20 @@ def read_profile(path: Path) -> dict[str, Any]:
     """
     try:
         facts = yaml.safe_load(read_file(path))
-        if int(facts["num_processes"]) < 1:
+        if not 1 <= int(facts["num_processes"]) <= _MAX_PROCESSES:
             raise ValueError
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
+    # What PyYAML lets out on a damaged file is anything.
+    except Exception as error:
         raise UserError(
             f"{path}: not a profile ({type(error).__name__}); wanted an Accelerate config with num_processes,"
             " such as launch/cpu.yaml"
         ) from None
     profile: dict[str, Any] = facts
     if (kind := profile.get("distributed_type")) not in ("MULTI_GPU", _ZERO):
+        # A list of aliases may be longer than memory once it is written out.
+        found = kind if isinstance(kind, str | None) else f"a {type(kind).__name__}"
         raise UserError(
-            f"{path}: distributed_type is {kind}, wanted MULTI_GPU, on CPUs too, or {_ZERO};"
+            f"{path}: distributed_type is {found!s:.80}, wanted MULTI_GPU, on CPUs too, or {_ZERO};"
             " set it, as launch/cpu.yaml and launch/zero2.yaml do"
         )
     return profile

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
+import torch
 
 from captionscale import config as configs
 from captionscale import toml, vocab
@@ -132,6 +134,7 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     stack.callback(loader.close)
     stack.callback(val_loader.close)
 
+    ranks.on_first(_refuse_too_large, config, len(vocabulary))
     ranks.seed(config.seed)
     captioner = Captioner(config.model, len(vocabulary))
     fingerprint = _fingerprint(config, split, vocabulary)
@@ -190,6 +193,18 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
         standing,
         saver,
     )
+
+
+def _refuse_too_large(config: Config, words: int) -> None:
+    with torch.device("meta"):
+        weights = Captioner(config.model, words).state_dict().values()
+    needed, there = sum(each.nbytes for each in weights), psutil.virtual_memory().total
+    if needed > there:
+        raise UserError(
+            f"model: its weights take {needed / 1e9:,.1f} GB, this machine has {there / 1e9:,.1f} GB of"
+            " memory, expected less, as training takes several times as much; lower model.decoder.hidden,"
+            " embed or layers"
+        )
 
 
 def _begin(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) -> None:

@@ -1,5 +1,6 @@
 """Validation: all ranks write captions, and training goes on while they are scored."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -39,11 +40,9 @@ class Validation:
         self._scorer: BackgroundScorer | None = None
         # Not after an epoch in vain.
         job.ranks.on_first(find_java)
-        if self._owed and not job.ranks.on_first(self._captions.is_file):
-            bar.say(f"warning: {self._captions}: is gone, so its captions will have no scores")
+        if self._owed and (fault := job.ranks.on_first(self._take_up)):
+            bar.say(f"warning: {fault}; step {job.standing.captioned:,} will have no scores")
             job.standing.captioned = job.standing.judged
-        if self._owed:
-            job.ranks.on_first(self._begin)
 
     @property
     def _owed(self) -> bool:
@@ -138,22 +137,36 @@ class Validation:
         if results is None:
             return False
         job.standing.captioned = job.standing.step
-        job.ranks.on_first(self._begin, results)
+        job.ranks.on_first(self._hand_over, results)
         return True
+
+    def _hand_over(self, results: list[Result]) -> None:
+        """Write captions, and have them scored."""
+        write_results(results, self._captions)
+        self._begin({each["image_id"]: each["caption"] for each in results})
 
     @property
     def _captions(self) -> Path:
         return self._job.run / "validation" / f"step-{self._job.standing.captioned:08d}.json"
 
-    def _begin(self, results: list[Result] | None = None) -> None:
-        """Hand over captions; those of an earlier process lie on the disk."""
-        if results is not None:
-            write_results(results, self._captions)
+    def _take_up(self) -> str:
+        """Hand over the captions that an earlier process wrote; return why that cannot be, if it cannot."""
+        try:
+            written = read_results(self._captions)
+        except UserError as error:
+            return str(error)
+        if set(written) != set(self._job.val_loader.split.index["image_id"].tolist()):
+            return f"{self._captions}: not the captions of the validation split"
+        self._begin(written)
+        return ""
+
+    def _begin(self, captions: Mapping[int, str]) -> None:
+        """Hand over captions."""
         if self._scorer is None:
             # METEOR takes more time and memory than all others together, so only on request.
             metrics = dict.fromkeys((*_METRICS, self._job.config.train.score_metric))
             self._scorer = BackgroundScorer(self._job.val_loader.split.references(), list(metrics))
-        self._scorer.begin(read_results(self._captions))
+        self._scorer.begin(captions)
 
     def _wait(self) -> dict[str, float] | None:
         """Return scores; none if this rank is asked to leave, empty ones if there will be none."""

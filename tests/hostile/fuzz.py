@@ -1,6 +1,7 @@
 """Mutate files that captionscale reads, run commands that read them, and report those that fail.
 
     python tests/hostile/fuzz.py --minutes 10
+    python tests/hostile/fuzz.py --light --cases 10_000
     python tests/hostile/fuzz.py --seed 7 --case 123
 
 Each case is a fork of this process, in a folder of its own. It fails on a traceback, an exit code other than
@@ -9,6 +10,7 @@ file that the command does not write, or a pickle that is executed.
 """
 
 import argparse
+import gc
 import os
 import re
 import resource
@@ -21,7 +23,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -37,6 +39,7 @@ from fuzz_targets import TARGETS
 import captionscale
 from captionscale import cli
 from captionscale.errors import UserError
+from captionscale.escape import for_terminal
 
 GROWTH_MB = 1_500
 """Memory that a case may take beyond that of this process."""
@@ -46,14 +49,25 @@ _MODULES = (
     "data.packing",
     "data.sources.tars",
     "data.verification",
+    "score.board",
+    "tools.launcher",
+    "tools.rating",
+    "tools.stats",
+    "tools.submit",
+    "tools.watch",
+)
+_WITH_TORCH = (
     "tools.attend",
     "tools.doctor.doctor",
     "tools.export.bundle",
     "tools.report",
     "tools.scoring",
-    "tools.watch",
     "train.loop",
 )
+_LIGHT = re.compile(
+    r"(?:pack|verify|stats|show|config|submit|launch|board|compare|score --captions|leaderboard|watch)\b.*"
+)
+"""Commands that need no PyTorch, without which a process is forked in a tenth of the time."""
 _CONTROL = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f]")
 _FRAME = re.compile(r'File "[^"]*/(captionscale/[^"]+)", line (\d+), in (\S+)')
 _LISTS_PROBLEMS = ("verify", "config", "train", "submit", "launch", "doctor")
@@ -87,16 +101,23 @@ class Case:
         return f"{self.problem}: {self.target}: {re.sub('[0-9]+', '0', last)[:60]!r}"
 
 
-def prepare(root: Path, seed: int, number: int, only: str | None) -> Case:
-    """Make the folder of a case, which depends on seed, number and target alone, and enter it."""
+def prepare(root: Path, options: argparse.Namespace, number: int) -> Case:
+    """Make the folder of a case, which depends on its number and the options alone, and enter it."""
     os.chdir(root)
     shutil.rmtree("case", ignore_errors=True)
-    rng = Random(f"{seed} {number}")
-    [drawn] = rng.choices([*TARGETS], [target.weight for target in TARGETS.values()])
-    target = TARGETS[only or drawn]
+    rng = Random(f"{options.seed} {number}")
+    allowed = _LIGHT if options.light else re.compile(".*")
+    commands = {
+        name: lines
+        for name, target in TARGETS.items()
+        if (lines := [*filter(allowed.fullmatch, target.commands.strip().split("\n"))])
+    }
+    [name] = rng.choices([*commands], [TARGETS[each].weight for each in commands])
+    name = options.target or name
+    target = TARGETS[name]
     Path("case/tmp").mkdir(parents=True)
-    for name in target.needs.split():
-        copy(root / "files" / name, Path("case", name))
+    for each in target.needs.split():
+        copy(root / "files" / each, Path("case", each))
     os.chdir("case")
     found = {path for pattern in target.files.split() for path in Path().glob(pattern) if path.is_file()}
     path = rng.choice(sorted(found))
@@ -106,10 +127,8 @@ def prepare(root: Path, seed: int, number: int, only: str | None) -> Case:
             change += ", sealed" * seal(path)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             change += ", cannot be sealed"
-    command, _, writes = (
-        rng.choice(target.commands.strip().split("\n")).replace("{}", str(path)).partition(" > ")
-    )
-    return Case(only or drawn, change, command, tuple(writes.split()))
+    command, _, writes = rng.choice(commands[name]).replace("{}", str(path)).partition(" > ")
+    return Case(name, change, command, tuple(writes.split()))
 
 
 def run(root: Path, case: Case, limit_s: float) -> None:
@@ -171,8 +190,23 @@ def _load(run: str, image: str) -> None:
     try:
         print(captionscale.load(run).caption([image])[0].caption)
     except UserError as error:
-        print(f"captionscale: {error}", file=sys.stderr)
+        print(f"captionscale: {for_terminal(str(error))}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _in_fork(work: Callable[[Path], None], folder: Path) -> None:
+    """Do work in a fork; an error of it is one here."""
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, "cannot make the files"
+        return
+    code = 1
+    try:
+        work(folder)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 def _bound(kind: int, most: int) -> None:
@@ -230,15 +264,16 @@ def _memory_kib(key: str) -> int:
     return int(found[1])
 
 
-def _import() -> None:
+def _import(light: bool) -> None:
     """Import what the commands do, so that each fork has it."""
-    for name in _MODULES:
+    for name in _MODULES if light else (*_MODULES, *_WITH_TORCH):
         import_module(f"captionscale.{name}")
-    import torch
-
     from captionscale.score.meteor import Meteor
 
-    torch.set_num_threads(1)
+    if not light:
+        import torch
+
+        torch.set_num_threads(1)
     # Java takes seconds, and reads none of these files.
     Meteor.measure = _no_meteor  # type: ignore[method-assign]
 
@@ -249,15 +284,14 @@ def _no_meteor(_: object, texts: Sequence[str], *__: object, **___: object) -> t
 
 def fuzz(root: Path, options: argparse.Namespace) -> bool:
     """Run cases, and print those that failed and a summary; return whether none failed."""
-    build(root / "files")
     places: dict[str, list[int]] = {}
     targets: Counter[str] = Counter()
     growth, slowest = (0, ""), (0.0, "")
-    same = f" --target {options.target}" if options.target else ""
+    same = f" --target {options.target}" * bool(options.target) + " --light" * options.light
     started = time.monotonic()
     number = options.case or 0
     while True:
-        case = prepare(root, options.seed, number, options.target)
+        case = prepare(root, options, number)
         run(root, case, options.limit)
         targets[case.target] += 1
         growth = max(growth, (case.growth_mb, str(case)))
@@ -298,6 +332,9 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, help="one kind of files (default: all)")
     parser.add_argument("--case", type=int, metavar="N", help="only this one; its folder is kept")
     parser.add_argument(
+        "--light", action="store_true", help="only commands that need no PyTorch: ten times as many cases"
+    )
+    parser.add_argument(
         "--limit", type=float, default=60.0, metavar="S", help="of a case (default: %(default)s)"
     )
     options = parser.parse_args()
@@ -305,10 +342,13 @@ def main() -> None:
     # Nothing but this machine is asked.
     os.environ |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
-    _import()
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         (root / "files").mkdir()
+        # By another process, as it takes PyTorch.
+        _in_fork(build, root / "files")
+        _import(options.light)
+        gc.freeze()
         (root / "secret").write_text("secret\n")
         good = fuzz(root, options)
     finally:

@@ -5,6 +5,8 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from captionscale.data.limits import MAX_BYTES
+
 _SPLIT_ORDER = {"train": 0, "val": 1, "test": 2}
 
 
@@ -41,7 +43,8 @@ class Record:
 
         Raises:
             OSError: There is no such file, or it cannot be read.
-            EOFError: The tar ends before the image does, or there is no regular file.
+            EOFError: The tar ends before the image does, it is larger than any image, or there is no
+                regular file.
         """
         # A named pipe would wait for a writer for ever.
         descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK)
@@ -50,6 +53,8 @@ class Record:
             if not stat.S_ISREG(status.st_mode):
                 raise EOFError("no regular file")
             size = status.st_size if self.size is None else self.size
+            if size > MAX_BYTES:
+                raise EOFError(f"{size:,} bytes, expected at most {MAX_BYTES:,}")
             data = os.pread(descriptor, size, self.offset)
         finally:
             os.close(descriptor)

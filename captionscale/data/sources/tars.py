@@ -139,31 +139,41 @@ def files(tars: Sequence[Path]) -> list[Path]:
                 f" is scored; give the tars of one, as in {path}/{splits[0]}-*.tar"
             )
         found += [path / name for name in chosen]
-    return list(dict.fromkeys(path.resolve() for path in found))
+    # Not `resolve`, whose error for links in a circle is not the system's.
+    return list(dict.fromkeys(Path(os.path.realpath(path)) for path in found))
 
 
 def _samples(path: Path) -> list[dict[str, _Part]]:
     """Return the parts of each sample that has an image: name, offset and size of image, txt and json."""
     samples: dict[str, dict[str, _Part]] = {}
-    for name, offset, size in _members(path):
-        found = _MEMBER.fullmatch(name)
-        if not found or _META.match(name):
+    for member in members(path):
+        if member.issparse():
+            raise UserError(
+                f"{path}: {originals.shown(member.name)} is sparse; wanted whole members, to read"
+                " by offset; write the tar again without --sparse"
+            )
+        found = _MEMBER.fullmatch(member.name) if member.isreg() else None
+        if not found or _META.match(member.name):
             continue
         ending = found["ending"].lower()
         part = "image" if ending in originals.IMAGE_ENDINGS else ending
         if part in ("image", "txt", "json"):
             parts = samples.setdefault(found["key"], {})
             if part in parts:
-                both = f"{originals.shown(parts[part][0])} and {originals.shown(name)}"
+                both = f"{originals.shown(parts[part][0])} and {originals.shown(member.name)}"
                 raise UserError(
                     f"{path}: {both} are of one sample; wanted one {part} in each; write the tar again"
                 )
-            parts[part] = name, offset, size
+            parts[part] = member.name, member.offset_data, member.size
     return [parts for parts in samples.values() if "image" in parts]
 
 
-def _members(path: Path) -> Iterator[_Part]:
-    """Yield the name, offset and size of each file in a tar, which is whole."""
+def members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar, all of which lie within it.
+
+    Raises:
+        UserError: It cannot be read, or is compressed, damaged or cut short.
+    """
     with originals.reading(path), open_file(path) as file:
         if unpacker := _UNPACKERS.get(file.read(2)):
             raise UserError(
@@ -180,16 +190,11 @@ def _members(path: Path) -> Iterator[_Part]:
                     end = tar.offset
                     # It keeps all members, and a tar may have millions.
                     tar.members.clear()  # type: ignore[attr-defined]
-                    if member.issparse():
-                        raise UserError(
-                            f"{path}: {originals.shown(member.name)} is sparse; wanted whole members, to read"
-                            " by offset; write the tar again without --sparse"
-                        )
-                    if member.isreg():
-                        yield member.name, member.offset_data, member.size
+                    yield member
             # tarfile stops without a word at a header that is damaged or cut; a whole tar ends with zeros.
             whole = os.pread(file.fileno(), tarfile.BLOCKSIZE, end) == bytes(tarfile.BLOCKSIZE)
-        except (tarfile.TarError, ValueError):
+        # Of a long name it believes the size, and reads names of names without end.
+        except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError):
             whole = False
         if not whole:
             raise UserError(
