@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from captionscale import credentials
+from captionscale.children import end_with_launcher
 from captionscale.errors import PreemptedError, UserError
 from captionscale.escape import for_terminal
 from captionscale.terminal import make_safe
@@ -16,6 +17,7 @@ from captionscale.verbs.line import parser
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one verb; an error that the user can fix is one line and exit code 1."""
+    end_with_launcher()
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             # Its number would go to the next file that is opened, and what we say into that file.

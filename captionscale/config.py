@@ -3,22 +3,44 @@
 The name of a field is the TOML key, the `--set` path and the word that errors use; `toml.py` reads them.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from captionscale import credentials
 from captionscale.contradictions import contradictions
 
+_LINE = r"^[^\x00-\x1f\x7f]*$"
+
+
+def _one_line(path: Path) -> Path:
+    if not re.fullmatch(_LINE, str(path)):
+        raise PydanticCustomError("one_line", "Path should have no control characters")
+    return path
+
+
+# Bounds are far above any experiment: a config from anywhere is not to take the machine's memory.
 Share = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 """A whole number from 1 on."""
-Step = Annotated[int, Field(ge=0)]
+Few = Annotated[int, Field(ge=1, le=1000)]
+"""A whole number of things that take memory each."""
+Size = Annotated[int, Field(ge=1, le=2**14)]
+"""Size of a vector."""
+Step = Annotated[int, Field(ge=0, le=10**9)]
 """A whole number from 0 on."""
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A number above 0."""
+Weight = Annotated[float, Field(ge=0, le=10**6)]
+"""What a part of a sum is multiplied by."""
+Text = Annotated[str, Field(pattern=_LINE, max_length=4096)]
+"""A line without control characters."""
+Place = Annotated[Path, AfterValidator(_one_line)]
+"""A path without control characters."""
 
 CACHE_GB = 100.0
 """What `data.cache_gb` is by default."""
@@ -51,17 +73,17 @@ class Section(BaseModel):
 class Data(Section):
     """What is read, and the choices that turn stored facts into a batch."""
 
-    shards: str
+    shards: Text
     """Folder that `captionscale pack` wrote, or its URL: https://, s3:// or gs://."""
-    cache: Path | None = None
+    cache: Place | None = None
     """Folder for the shards of a URL. Without it: $CAPTIONSCALE_CACHE, or ~/.cache/captionscale."""
     cache_gb: float = Field(default=CACHE_GB, gt=0)
     """Most that this folder may hold, in 10^9 bytes; the least recently used shards make way."""
-    train_split: str = "train"
+    train_split: Text = "train"
     """Split to learn from."""
-    val_split: str = "val"
+    val_split: Text = "val"
     """Split that early stopping looks at."""
-    image_size: int = Field(default=224, ge=32)
+    image_size: int = Field(default=224, ge=32, le=2048)
     """Side of the square picture that the encoder sees, in pixels."""
     crop_scale: tuple[Share, Share] = (0.5, 1.0)
     """Least and greatest share of the picture's area that a random crop keeps. [1, 1]: the centre square."""
@@ -75,22 +97,22 @@ class Data(Section):
     """A word is in the vocabulary if the train captions hold it at least so often."""
     max_vocabulary: Count | None = None
     """Keep only so many of the most frequent words."""
-    max_words: Count = 20
+    max_words: Few = 20
     """Longest caption, in words; training cuts longer ones, search stops there."""
     shuffle_shards: Count = 4
     """Samples are shuffled within windows of so many shards, whose order is shuffled too."""
-    workers: Count = 2
+    workers: Few = 2
     """Threads that decode pictures, in each process."""
 
 
 class Encoder(Section):
     """The convolutional network that turns a picture into a grid of features."""
 
-    name: str = "resnet50"
+    name: Text = "resnet50"
     """A torchvision ResNet or `mobilenet_v2`."""
-    weights: str = "imagenet"
+    weights: Text = "imagenet"
     """`imagenet` (torchvision's download), a .safetensors or .pth file, or `none` (random)."""
-    trainable: Literal["all", "none"] | tuple[str, ...] = "none"
+    trainable: Literal["all", "none"] | tuple[Text, ...] = "none"
     """Which parts learn: all, none, or leading parts of parameter names such as `layer4`."""
     batch_norm: Literal["frozen", "trained"] = "frozen"
     """`trained` learns batch statistics too: for training from scratch, see docs/design.md."""
@@ -106,16 +128,16 @@ class Decoder(Section):
     name: Literal["plain", "attention", "top_down"] = "attention"
     """`plain` sees the picture once, as its first word; `attention` looks at regions for each word; so does
     `top_down`, whose attention has an LSTM of its own."""
-    embed: Count = 256
+    embed: Size = 256
     """Size of a word's vector."""
-    hidden: Count = 512
+    hidden: Size = 512
     """Size of an LSTM layer's state."""
-    attend: Count = 512
+    attend: Size = 512
     """Size in which regions and the state meet (not plain)."""
-    region: Annotated[int, Field(ge=0)] | None = None
+    region: Annotated[int, Field(ge=0, le=2**14)] | None = None
     """Size that regions are projected to. Without it: that of attend. 0: they are looked at as the
     encoder gives them, which takes longer (not plain)."""
-    layers: Count = 2
+    layers: Annotated[int, Field(ge=1, le=64)] = 2
     """LSTM layers (top_down has always two)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of each word's vector and of each output that training hides."""
@@ -161,13 +183,13 @@ class Train(Section):
     """Passes over the train split."""
     steps: Count | None = None
     """Steps of the whole run. Without it: those of all epochs."""
-    global_batch: Count = 256
+    global_batch: Annotated[int, Field(ge=1, le=10**6)] = 256
     """Pictures in one optimiser step, over all processes. Each brings all its captions."""
-    micro_batch: Count = 32
+    micro_batch: Annotated[int, Field(ge=1, le=10**6)] = 32
     """Pictures in one forward pass. The unit of work: results do not depend on who does it."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the forward pass; weights and optimiser stay in fp32."""
-    lr: float = Field(default=5e-4, gt=0)
+    lr: Rate = 5e-4
     """Peak learning rate of the decoder."""
     encoder_lr: Rate | tuple[Rate, ...] = 5e-5
     """Peak learning rate of the encoder's trainable parts: one for all, or one for each."""
@@ -180,7 +202,7 @@ class Train(Section):
     """Let PyTorch compile the encoder's training pass: minutes when a run starts, then faster steps."""
     warmup: Share = 0.03
     """Share of all steps in which the learning rate rises; a cosine then brings it to zero."""
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: Weight = 0.01
     """AdamW's, on matrices only."""
     clip_norm: float = Field(default=5.0, gt=0)
     """Greatest norm of the gradient."""
@@ -190,11 +212,11 @@ class Train(Section):
     """Share of a target's weight that goes to all words alike (cross-entropy only)."""
     scheduled_sampling: Share = 0.0
     """Share of words that training reads from the decoder's own predictions at its end; rises in a line."""
-    doubly_stochastic: float = Field(default=0.0, ge=0)
+    doubly_stochastic: Weight = 0.0
     """Weight of the penalty on looking at some regions more than at others, over a whole caption."""
     average: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay, at each step, of the moving average of weights that is scored and captions; 0: the weights."""
-    start_from: Path | None = None
+    start_from: Place | None = None
     """Run whose best weights are the first ones; it must have the same words and the same model."""
     objective: Literal["cross-entropy", "scst"] = "cross-entropy"
     """Predict the words of people's captions, or write captions that get a high reward: see `scst`."""
@@ -210,9 +232,9 @@ class Train(Section):
     """Stop after so many scorings without a better one; scores count at the next scoring."""
     keep: Count = 2
     """Newest checkpoints that stay on disk, beside the best one."""
-    grace_s: float = Field(default=120.0, ge=0)
+    grace_s: float = Field(default=120.0, ge=0, le=10**9)
     """Seconds before the end of a SLURM job's time at which a run saves and leaves."""
-    stall_s: float = Field(default=45.0, gt=0)
+    stall_s: float = Field(default=45.0, gt=0, le=10**6)
     """Seconds without progress after which a stalled rank is named; after ten times as long the run ends."""
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Where metrics go besides TensorBoard; needs captionscale's extra `track`, see docs/running.md."""
@@ -223,13 +245,13 @@ class Train(Section):
 class Scst(Section):
     """Self-critical training: sampled captions count by how much better they are than others."""
 
-    samples: Annotated[int, Field(ge=2)] = 5
+    samples: Annotated[int, Field(ge=2, le=1000)] = 5
     """Captions sampled for each picture."""
     baseline: Literal["samples", "greedy"] = "samples"
     """What a sample's reward is compared with: the mean of the picture's other samples, or greedy search."""
-    cider_d: float = Field(default=1.0, ge=0)
+    cider_d: Weight = 1.0
     """Weight of CIDEr-D in the reward, where it is 0 to 10."""
-    bleu_4: float = Field(default=0.0, ge=0)
+    bleu_4: Weight = 0.0
     """Weight of a caption's own BLEU-4 in the reward, where it is 0 to 1."""
     cross_entropy: Share = 0.0
     """Share of the loss that is still cross-entropy of people's captions."""
@@ -245,36 +267,36 @@ class Search(Section):
 
     method: Literal["beam", "sample"] = "beam"
     """`beam` finds likely captions; `sample` draws one by its probability."""
-    beam: Count = 5
+    beam: Few = 5
     """Captions kept at each word; 1 is greedy search."""
-    groups: Count = 1
+    groups: Few = 1
     """Diverse beam search: parts of the beam that avoid each other's words."""
-    diversity: float = Field(default=0.5, ge=0, allow_inf_nan=False)
+    diversity: Weight = 0.5
     """What a word costs for each caption of earlier groups that says it at the same place (with groups)."""
     length_power: Annotated[float, Field(ge=0, le=10)] = 0.7
     """Captions are ranked by log-probability / tokens**length_power; 0 favours short ones."""
-    coverage: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    coverage: Weight = 0.0
     """Weight, in that ranking, of having looked at all regions (not plain)."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, ge=1e-6, le=10**6)
     """Divides logits before a word is drawn: below 1 likely words get likelier (sample only)."""
     top_k: Count | None = None
     """Draw only from so many of the likeliest words (sample only)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw only from the likeliest words that have this probability together (sample only)."""
-    block_ngrams: Annotated[int, Field(ge=0)] = 0
+    block_ngrams: Annotated[int, Field(ge=0, le=1000)] = 0
     """Never say so many words in a row that the caption already holds; 0 allows it."""
     unknown: bool = False
     """Whether the token for unknown words may be said."""
     dangling: bool = True
     """Whether a caption may end in `with a` or the like."""
-    batch: Count = 32
+    batch: Annotated[int, Field(ge=1, le=10**4)] = 32
     """Pictures captioned at once."""
 
 
 class Config(Section):
     """An experiment."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """All randomness is a function of it and of the step."""
     data: Data
     model: Model = Model()

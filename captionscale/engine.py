@@ -19,7 +19,7 @@ from captionscale.ranks import Ranks
 
 T = TypeVar("T")
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Numbers that travel together under ZeRO. DeepSpeed's own 500 million would take 2 GB of every GPU.
 _BUCKET = 2**24
@@ -132,7 +132,7 @@ class Engine:
             f"{name}/{key}": torch.as_tensor(self._adam.state[parameter][key])
             for name, parameter in self._module.named_parameters()
             if self._adam.state.get(parameter)
-            for key in ("step", *_MOMENTS)
+            for key in ("step", *MOMENTS)
         }
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
@@ -141,21 +141,30 @@ class Engine:
             # There is none yet if fp16's loss scaler has left out every step so far.
             if f"{name}/step" in memory:
                 # In the parameter's own memory format: the fused optimiser goes through both by address.
-                moments = {
-                    key: torch.empty_like(parameter).copy_(memory[f"{name}/{key}"]) for key in _MOMENTS
-                }
+                moments = {key: torch.empty_like(parameter).copy_(memory[f"{name}/{key}"]) for key in MOMENTS}
                 step = memory[f"{name}/step"].to(parameter.device)
                 self._adam.state[parameter] = {"step": step, **moments}
 
-    def scaler_state(self) -> dict[str, float]:
+    def scaler_state(self) -> dict[str, int | float]:
         """Return the loss scaler's state; empty unless the precision is fp16."""
         scaler = self._accelerator.scaler
         return dict(scaler.state_dict()) if scaler is not None else {}
 
-    def load_scaler_state(self, state: dict[str, float]) -> None:
-        """Set the loss scaler's state to one that `scaler_state` gave."""
-        if state and self._accelerator.scaler is not None:
-            self._accelerator.scaler.load_state_dict(state)
+    def load_scaler_state(self, state: dict[str, int | float]) -> None:
+        """Set the loss scaler's state to one that `scaler_state` gave.
+
+        Raises:
+            UserError: It is not one.
+        """
+        scaler = self._accelerator.scaler
+        if not state or scaler is None:
+            return
+        if missing := scaler.state_dict().keys() - state.keys():
+            raise UserError(
+                f"checkpoint: the loss scaler's state has no '{min(missing)}', expected that of fp16; take"
+                " another checkpoint, or train with the precision that it was saved with"
+            )
+        scaler.load_state_dict(state)
 
 
 class ZeroEngine(Engine):
@@ -197,7 +206,7 @@ class ZeroEngine(Engine):
             # DeepSpeed finds AdamW's memory once it is there, and looks for that of all groups after the
             # first step of the first one.
             for partition in self._partitions():
-                moments = {key: torch.zeros_like(partition) for key in _MOMENTS}
+                moments = {key: torch.zeros_like(partition) for key in MOMENTS}
                 self._adam.state[partition] = {"step": torch.zeros((), device=partition.device), **moments}
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -241,7 +250,7 @@ class ZeroEngine(Engine):
             else read(parameter, key)
             for partition, names in zip(self._partitions(), self._names(), strict=True)
             for name, parameter in names.items()
-            for key in ("step", *_MOMENTS)
+            for key in ("step", *MOMENTS)
         }
 
     def load_memory(self, memory: Mapping[str, Tensor]) -> None:
@@ -254,7 +263,7 @@ class ZeroEngine(Engine):
             for name, parameter in names.items():
                 # There is none yet of what learns from now on.
                 if f"{name}/step" in memory:
-                    for key in _MOMENTS:
+                    for key in MOMENTS:
                         write(parameter, memory[f"{name}/{key}"].to(parameter.device), key)
                     self._adam.state[partition]["step"].copy_(memory[f"{name}/step"])
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,10 +17,14 @@ from typing import BinaryIO
 from blake3 import blake3
 
 from captionscale.errors import UserError
+from captionscale.escape import for_terminal
 
 LOCK = ".lock"
 MB = 10**6
 _SCRATCH = "captionscale-scratch-"
+# As `mkdtemp` ends them: a user's own folder has another name.
+_SCRATCH_NAME = re.compile(rf"{_SCRATCH}.+-[a-z0-9_]{{8}}")
+_MAX_HOLDER = 200
 
 
 class UnfitFileError(OSError):
@@ -52,13 +57,32 @@ def read_file(path: Path, max_bytes: int = MB) -> bytes:
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
-        # Files of the system say 0 and hold more.
-        data = file.read(max_bytes + 1) if size <= max_bytes else b""
+        data = file.read(size) if size <= max_bytes else b""
+        # It may grow, and files of the system say 0 and hold more.
+        while size <= max_bytes and len(data) <= max_bytes and (more := file.read(MB)):
+            data += more
     if (size := max(size, len(data))) > max_bytes:
         raise UnfitFileError(
             errno.EFBIG, f"at least {size:,} bytes, expected at most {max_bytes:,}", str(path)
         )
     return data
+
+
+def append_lines(path: Path, *lines: bytes) -> None:
+    """Add lines to a file, which is made if need be; never to the torn line of a killed process.
+
+    Raises:
+        UnfitFileError: It is no regular file.
+        OSError: It cannot be written.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        size = _need_regular(descriptor, path)
+        torn = size and os.pread(descriptor, 1, size - 1) != b"\n"
+        with os.fdopen(descriptor, "ab", closefd=False) as file:
+            file.write(b"\n" * bool(torn) + b"".join(line + b"\n" for line in lines))
+    finally:
+        os.close(descriptor)
 
 
 def _need_regular(descriptor: int, path: Path) -> int:
@@ -73,7 +97,7 @@ def _need_regular(descriptor: int, path: Path) -> int:
 
 def sha256_of(path: Path) -> str:
     """Return a file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -85,8 +109,8 @@ def blake3_of(path: Path) -> str:
     """
     hasher = blake3()
     # A map would be a little faster, but kills the process where a disk fails or the file shrinks.
-    with path.open("rb", buffering=0) as file:
-        while chunk := file.read(1 << 20):
+    with open_file(path) as file:
+        while chunk := file.raw.read(1 << 20):
             hasher.update(chunk)
     return hasher.hexdigest()
 
@@ -153,6 +177,8 @@ def scratch(name: str) -> Iterator[Path]:
         name: Part of the folder's.
     """
     for other in Path(gettempdir()).glob(f"{_SCRATCH}*"):
+        if not _SCRATCH_NAME.fullmatch(other.name):
+            continue
         # Whoever uses it holds its lock, of which the system lets go when that process dies.
         with suppress(OSError), _locked(other, fcntl.LOCK_EX | fcntl.LOCK_NB):
             rmtree(other, ignore_errors=True)
@@ -196,29 +222,61 @@ def lock(folder: Path, who: str) -> Iterator[None]:
     if not made and not folder.is_dir():
         raise UserError(f"{folder}: is a file, wanted a folder; take another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    path = folder / LOCK
+    try:
+        # Not through a link: what it leads to would be emptied.
+        how = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, how, 0o666)
+    except OSError as error:
+        raise _no_lock(path, error) from None
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _need_regular(descriptor, path)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
             raise UserError(
-                f"{folder}: in use by {holder}; wanted to be the only writer;"
-                " wait for it, stop it, or take another --out"
+                f"{folder}: in use by {_holder(descriptor) or 'another process'}; wanted to be the only"
+                " writer; wait for it, stop it, or take another --out"
             ) from None
+        except UnfitFileError as error:
+            raise _no_lock(path, error) from None
         except OSError as error:
             raise UserError(
                 f"{folder}: its file system has no locks ({error.strerror}), wanted one that has;"
                 " mount it with flock, or take --out elsewhere"
             ) from None
-        file.truncate(0)
-        file.write(f"{who}, process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{who}, process {os.getpid()} on {os.uname().nodename}".encode())
         try:
             yield
         finally:
-            file.truncate(0)
-            if made and [path.name for path in folder.iterdir()] == [LOCK]:
-                (folder / LOCK).unlink()
+            os.ftruncate(descriptor, 0)
+            if made and [each.name for each in folder.iterdir()] == [LOCK]:
+                path.unlink()
                 with suppress(OSError):
                     folder.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def holder_of(folder: Path) -> str:
+    """Return what the process that writes into a folder says of itself; nothing if it says nothing.
+
+    Raises:
+        OSError: There is no lock, or it is no regular file.
+    """
+    with open_file(folder / LOCK) as file:
+        return _holder(file.fileno())
+
+
+def _holder(descriptor: int) -> str:
+    text = os.pread(descriptor, _MAX_HOLDER, 0).decode(errors="replace")
+    return for_terminal(text.strip())
+
+
+def _no_lock(path: Path, error: OSError) -> UserError:
+    found = "is a link" if error.errno == errno.ELOOP else f"cannot be a lock ({error.strerror})"
+    return UserError(
+        f"{path}: {found}, expected a file that this process may write;"
+        " remove it, or make the folder writable"
+    )

@@ -184,10 +184,10 @@ class Bar:
             parts = [f"{self._title} {self._done:,}/{self._total:,}", left, self._note]
             self._out.print("  ".join(part for part in parts if part), soft_wrap=True)
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
+    def say(self, *lines: str) -> None:
+        """Print lines above the bar."""
         if self._out is not None:
-            self._out.print(for_terminal(text), soft_wrap=True)
+            self._out.print("\n".join(map(for_terminal, lines)), soft_wrap=True)
 
 
 def duration(value: float) -> str:

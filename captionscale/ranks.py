@@ -1,19 +1,15 @@
 """The processes of a run and what they agree on."""
 
 import os
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import MLflowTracker, WandBTracker
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -27,8 +23,6 @@ from captionscale.errors import UserError
 
 T = TypeVar("T")
 P = ParamSpec("P")
-
-_PROJECT, _STEP = "captionscale", "step"
 
 
 class Ranks:
@@ -172,66 +166,3 @@ def _zero_stage() -> int | None:
             " launch/zero2.yaml; set it"
         )
     return int(stage)
-
-
-@dataclass(frozen=True)
-class Tracker:
-    """Where metrics go, on one rank."""
-
-    name: str
-    id: str
-    """Its own name of the run, by which a later process goes on."""
-    place: str
-    """Where people look at it; nothing: it does not say."""
-    inner: Any
-    """Accelerate's tracker."""
-
-    def log(self, step: int, points: Mapping[str, float]) -> None:
-        """Add a point to each of these curves, at a step that may be an earlier one than before."""
-        if self.name == "wandb":
-            # Its own count of steps cannot go back: ours is a curve that the others are drawn over.
-            self.inner.log({**points, _STEP: step})
-        else:
-            self.inner.log(dict(points), step=step)
-
-    def finish(self) -> None:
-        """Send what is left, and let go."""
-        self.inner.finish()
-
-
-def open_tracker(name: str, run: Path, settings: Mapping[str, Any], known: str | None) -> Tracker:
-    """Open one of Accelerate's trackers; what the service cannot do is raised as it comes.
-
-    The variables of each service (WANDB_MODE, MLFLOW_TRACKING_URI and others) are its own affair.
-
-    Args:
-        name: `wandb` or `mlflow`.
-        run: The run's folder, after which it is called there.
-        settings: Of the experiment, which a new run there is told.
-        known: Its id, to go on with; none: a new one.
-    """
-    inner: Any
-    if name == "wandb":
-        # It would take over the terminal otherwise, and in a thread it cannot ask for a key.
-        quiet = {"console": "off", "silent": True}
-        identity = known or uuid.uuid4().hex[:8]
-        inner = WandBTracker(
-            os.environ.get("WANDB_PROJECT", _PROJECT),
-            name=run.name,
-            id=identity,
-            resume="allow",
-            dir=str(run),
-            settings=quiet,
-        )
-        inner.start()
-        inner.tracker.define_metric("*", step_metric=_STEP)
-        run_there = inner.tracker
-        place = str(Path(run_there.dir).parent) if run_there.offline else run_there.url
-    else:
-        inner = MLflowTracker(_PROJECT, run_id=known, run_name=run.name)
-        inner.start()
-        identity, place = inner.tracker.info.run_id, inner.tracker.info.artifact_uri
-    if known is None:
-        # MLflow refuses another value of what it was told once.
-        inner.store_init_configuration(dict(settings))
-    return Tracker(name, identity, place, inner)

@@ -1,6 +1,5 @@
 """Experiments as TOML files: read into a config, and written back."""
 
-import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
 from itertools import groupby
@@ -11,9 +10,12 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from captionscale import assets, credentials
+from captionscale import assets, credentials, parsing
 from captionscale.config import Config, Section
 from captionscale.errors import UserError, did_you_mean
+from captionscale.files import read_file
+
+_MAX_SHOWN = 200
 
 
 def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
@@ -28,8 +30,12 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
     """
     path = assets.find("configs", str(source), ".toml")
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        tree = parsing.toml(read_file(path).decode())
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}), expected an experiment; correct the path"
+        ) from None
+    except ValueError as error:
         raise UserError(f"{path}: not a TOML file: {error}; correct that line") from None
     return _validate(path, tree, changes)
 
@@ -99,8 +105,8 @@ def _put(tree: dict[str, Any], change: str) -> None:
             f"--set {change}: not UTF-8, expected text that a TOML file can hold; rename what it names"
         ) from None
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parsing.toml(f"value = {text}")["value"]
+    except ValueError:
         value = text
     *sections, last = key.strip().split(".")
     for section in sections:
@@ -132,7 +138,16 @@ def _explain(
                 found["msg"][:1].lower() + found["msg"][1:] for found in (first, *others)
             )
             meaning = " ".join((section.model_fields[name].description or "a section").split())
-            yield f"{place}: {name} = {reduce(getitem, key, tree)!r}: {' or '.join(messages)} ({meaning})"
+            value = _shown(reduce(getitem, key, tree))
+            yield f"{place}: {name} = {value}: {' or '.join(messages)} ({meaning})"
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integers of more than 4,300 digits.
+        text = "a number of thousands of digits"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _locate(place: tuple[Any, ...]) -> tuple[type[Section], tuple[Any, ...]]:

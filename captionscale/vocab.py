@@ -9,12 +9,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
+
+from captionscale import parsing
 from captionscale.errors import UserError
+from captionscale.files import MB, read_file
 
 PAD, START, END, UNKNOWN = range(4)
 SPECIALS = ("<pad>", "<start>", "<end>", "<unknown>")
 
+# Nothing that split_words gives, but what would move a terminal's cursor or make two words of one.
+_UNSAFE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]")
+_MAX_BYTES = 256 * MB
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
+
+
+class _Document(msgspec.Struct):
+    words: tuple[str, ...]
+
+
+_DOCUMENT = msgspec.json.Decoder(_Document)
 
 
 def split_words(caption: str) -> list[str]:
@@ -94,9 +108,17 @@ def load(path: Path) -> Vocabulary:
         UserError: Missing, or not a vocabulary.
     """
     try:
-        return Vocabulary(tuple(json.loads(path.read_text(encoding="utf-8"))["words"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        words = parsing.decode(read_file(path, _MAX_BYTES), _DOCUMENT).words
+        if words[: len(SPECIALS)] != SPECIALS:
+            raise ValueError(f"the first words are not {', '.join(SPECIALS)}")
+        if len(set(words)) != len(words):
+            raise ValueError("a word is there twice")
+        if odd := [word for word in words if not word or _UNSAFE.search(word)]:
+            raise ValueError(f"{odd[0]!r:.80} is not a word")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{path}: no vocabulary ({type(error).__name__}); it is written by captionscale train,"
-            " take it from the run's checkpoint"
+            f"{path}: no vocabulary ({reason}), expected the words of a run; it is written by captionscale"
+            " train, take it from the run's checkpoint"
         ) from None
+    return Vocabulary(words)

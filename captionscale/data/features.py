@@ -7,6 +7,7 @@ depend on. What is being written ends in `.tmp`; its rows without a hash are sti
 
 import io
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from jaxtyping import Float16, Int, Shaped
 
 from captionscale.data.places import Place, Remote
 from captionscale.errors import UserError
+from captionscale.files import open_file
 from captionscale.progress import say
+
+_PARTIAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*-[0-9a-f]{16}\.npy\.tmp")
 
 
 class Cache:
@@ -69,7 +73,7 @@ class Features:
             UserError: It is damaged, or not there.
         """
         try:
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 header, size_bytes = file.read(len(self._header)), os.fstat(file.fileno()).st_size
             if header == self._header and size_bytes == self.size_bytes:
                 return Cache(self.path, np.lib.format.open_memmap(self.path, mode="r"))
@@ -91,7 +95,7 @@ class Features:
             OSError: The folder is read-only.
         """
         if self.partial.exists() and self.partial.stat().st_size == self.size_bytes:
-            with self.partial.open("rb") as file:
+            with open_file(self.partial) as file:
                 if file.read(len(self._header)) == self._header:
                     return
         with self.partial.open("wb") as file:
@@ -195,16 +199,16 @@ def begin_all(files: Sequence[Features]) -> None:
     """
     folder, size_bytes = files[0].path.parent, sum(each.size_bytes for each in files)
     try:
-        free = shutil.disk_usage(folder).free + sum(
-            each.stat().st_blocks * 512 for each in folder.glob("*.tmp")
-        )
+        # A user's own file has another name.
+        begun = {each for each in folder.iterdir() if _PARTIAL_NAME.fullmatch(each.name)}
+        free = shutil.disk_usage(folder).free + sum(each.stat().st_blocks * 512 for each in begun)
         if free < size_bytes:
             raise UserError(
                 f"{folder}: {free / 1e9:,.2f} GB are free, wanted {size_bytes / 1e9:,.2f} GB for the features"
                 f" of {sum(each.shape[0] for each in files):,} images; free the disk, or set"
                 " train.cache_features = false"
             )
-        for each in {*folder.glob("*.tmp")} - {file.partial for file in files}:
+        for each in begun - {file.partial for file in files}:
             each.unlink()
         for file in files:
             file.begin()

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
+from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import MB, read_file
 
@@ -22,6 +23,10 @@ MANIFEST = "manifest.json"
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 CURE = "copy it again from where it is whole, or remove the folder and pack again"
 
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=2**50)]
+_Positive = Annotated[int, msgspec.Meta(ge=1, lt=2**50)]
+_Hash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
 
 def shard_name(split: str, number: int) -> str:
     """Return the file name of a split's tar."""
@@ -36,8 +41,8 @@ class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         quality: JPEG quality of those that were made smaller; None where none was.
     """
 
-    short_side: int | None = None
-    quality: int | None = None
+    short_side: _Positive | None = None
+    quality: _Positive | None = None
 
     def __str__(self) -> str:
         return (
@@ -49,9 +54,9 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One tar."""
 
     name: str
-    size_bytes: int
-    blake3: str
-    images: int
+    size_bytes: _Positive
+    blake3: _Hash
+    images: _Count
 
 
 class SplitFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,13 +73,13 @@ class SplitFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shards: In the order of their numbers.
     """
 
-    images: int
-    captions: int
-    rejected: int
+    images: _Count
+    captions: _Count
+    rejected: _Count
     tool: str
     sources: dict[str, str]
     fingerprint: str
-    index_sha256: str
+    index_sha256: _Hash
     shards: tuple[Shard, ...]
 
 
@@ -101,11 +106,11 @@ def loads(data: bytes, place: str) -> Manifest:
         UserError: It is damaged or of another format.
     """
     try:
-        document = msgspec.json.decode(data)
+        document = parsing.loads(data)
         found = document["format"]
         if found == FORMAT:
             return _manifest(document)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{place}: not a manifest ({reason}); {CURE}") from None
     newer = isinstance(found, int) and found > FORMAT

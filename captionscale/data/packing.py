@@ -14,14 +14,15 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from captionscale import version
+from captionscale import parsing, version
 from captionscale.data import manifest, shards
-from captionscale.data.manifest import Images, Manifest, Shard, SplitFacts
+from captionscale.data.index import index_name
+from captionscale.data.manifest import MAX_REJECTED_BYTES, Images, Manifest, Shard, SplitFacts
 from captionscale.data.shard_writer import Job, Rejected, Written, read_rejected
 from captionscale.data.sources.record import Record, in_order
 from captionscale.data.workers import write_all
 from captionscale.errors import UserError
-from captionscale.files import atomic, cores, lock, sha256_of
+from captionscale.files import atomic, cores, lock, read_file, sha256_of
 from captionscale.progress import working
 
 REJECTED = "rejected.jsonl"
@@ -34,6 +35,9 @@ class _Plan(msgspec.Struct, frozen=True):
 
     tool: str
     splits: dict[str, str]
+
+
+_PLAN_DECODER = msgspec.json.Decoder(_Plan)
 
 
 @dataclass(frozen=True)
@@ -223,8 +227,8 @@ def _open_work(out: Path, before: Manifest | None, fingerprints: dict[str, str],
     known = before.splits if before else {}
     if plan.exists():
         try:
-            found = msgspec.json.decode(plan.read_bytes(), type=_Plan)
-        except msgspec.DecodeError:
+            found = parsing.decode(read_file(plan), _PLAN_DECODER)
+        except (OSError, ValueError):
             raise UserError(f"{plan}: damaged; wanted what an unfinished pack left; remove {work}") from None
         if found == wanted:
             return work
@@ -237,7 +241,7 @@ def _open_work(out: Path, before: Manifest | None, fingerprints: dict[str, str],
             )
     rmtree(work, ignore_errors=True)
     named = {shard.name for facts in known.values() for shard in facts.shards}
-    named |= {shards.index_name(split) for split in known}
+    named |= {index_name(split) for split in known}
     for path in sorted([*out.glob("*.tar"), *out.glob("*.index.npy")]):
         if path.name not in named:
             raise UserError(
@@ -273,7 +277,7 @@ def _write_rejected(out: Path, rejected: list[Rejected], splits: Iterable[str]) 
 
 def _read_rejected(out: Path) -> list[Rejected]:
     path = out / REJECTED
-    return read_rejected(path.read_bytes(), str(path)) if path.exists() else []
+    return read_rejected(read_file(path, MAX_REJECTED_BYTES), str(path)) if path.exists() else []
 
 
 def _refuse_rejected(
@@ -296,7 +300,7 @@ def _finish(
 ) -> SplitFacts:
     """Write a split's index; return what the manifest says of it."""
     index = np.concatenate([shard.rows for shard in written.values()])
-    index_path = out / shards.index_name(split)
+    index_path = out / index_name(split)
     with atomic(index_path) as file:
         np.save(file, index, allow_pickle=False)
     return SplitFacts(

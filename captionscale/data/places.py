@@ -164,7 +164,8 @@ class _Opened:
 
     def __init__(self, path: Path):
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            # A named pipe would wait for a writer for ever.
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}, wanted to read it; {CURE}") from None
         weakref.finalize(self, os.close, self._descriptor)

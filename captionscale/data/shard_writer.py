@@ -16,11 +16,13 @@ import xxhash
 from blake3 import blake3
 from jaxtyping import Shaped
 
+from captionscale import parsing
 from captionscale.data import images, ustar
-from captionscale.data.shards import INDEX_ROW, Sample
+from captionscale.data.index import INDEX_ROW
+from captionscale.data.shards import Sample
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.files import atomic
+from captionscale.files import atomic, open_file
 
 _GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _BAD_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
@@ -73,6 +75,18 @@ class Rejected(msgspec.Struct, frozen=True):
     reason: str
 
 
+class _Done(msgspec.Struct):
+    """What is kept of a finished shard, besides its rows."""
+
+    size_bytes: int
+    blake3: str
+    rejected: list[Rejected]
+    stamp: str
+
+
+_REJECTED, _DONE = msgspec.json.Decoder(Rejected), msgspec.json.Decoder(_Done)
+
+
 def read_rejected(data: bytes, place: str) -> list[Rejected]:
     """Return the lines of a `rejected.jsonl`.
 
@@ -84,7 +98,7 @@ def read_rejected(data: bytes, place: str) -> list[Rejected]:
         UserError: It is damaged.
     """
     try:
-        return msgspec.json.Decoder(Rejected).decode_lines(data)
+        return [parsing.decode(line, _REJECTED) for line in data.splitlines() if line]
     except ValueError as error:
         raise UserError(f"{place}: not a list of rejected images ({error}); remove it") from None
 
@@ -142,12 +156,7 @@ def write_shard(job: Job) -> Written:
             )
     written = Written(np.array(rows, INDEX_ROW), tar.size_bytes, tar.blake3.hexdigest(), rejected)
     with atomic(job.done) as file:
-        facts = {
-            "size_bytes": written.size_bytes,
-            "blake3": written.blake3,
-            "rejected": rejected,
-            "stamp": stamp,
-        }
+        facts = _Done(written.size_bytes, written.blake3, rejected, stamp)
         np.savez(file, rows=written.rows, facts=np.frombuffer(msgspec.json.encode(facts), np.uint8))
     return written
 
@@ -159,15 +168,19 @@ def finished(job: Job) -> Written | None:
     source file has another size or time than it had.
     """
     try:
-        with np.load(job.done) as saved:
-            facts = msgspec.json.decode(saved["facts"].tobytes())
+        with open_file(job.done) as file, np.load(file) as saved:
+            # It is written uncompressed: of another one the arrays could have any size.
+            if sum(each.file_size for each in saved.zip.infolist()) > os.fstat(file.fileno()).st_size:
+                return None
+            facts = parsing.decode(saved["facts"].tobytes(), _DONE)
             rows = saved["rows"]
-        whole = job.path.stat().st_size == facts["size_bytes"] and not facts["rejected"]
-        whole = whole and facts["stamp"] == _stamp(job)
+        whole = job.path.stat().st_size == facts.size_bytes and not facts.rejected
+        whole = whole and facts.stamp == _stamp(job)
+        whole = whole and rows.dtype == INDEX_ROW and rows.shape == (len(job.records),)
     # What NumPy and zipfile raise on a damaged file is anything; such a shard is written again.
     except Exception:
         return None
-    return Written(rows, facts["size_bytes"], facts["blake3"], []) if whole else None
+    return Written(rows, facts.size_bytes, facts.blake3, []) if whole else None
 
 
 def _image(record: Record, job: Job) -> tuple[bytes, images.Look]:

@@ -5,7 +5,6 @@ a manifest is not complete. The format is described in `shards/README.md`.
 """
 
 import hashlib
-import io
 import json
 from pathlib import Path
 
@@ -14,33 +13,11 @@ import numpy as np
 import xxhash
 from jaxtyping import Int, Shaped
 
-from captionscale.data import manifest
-from captionscale.data.manifest import CURE, MAX_INDEX_BYTES, SplitFacts, shard_name
+from captionscale import parsing
+from captionscale.data import index
+from captionscale.data.manifest import CURE
 from captionscale.data.places import Place, as_place, manifest_of
 from captionscale.errors import UserError, did_you_mean
-
-INDEX_ROW = np.dtype(
-    [
-        ("shard", "<i8"),
-        ("image_offset", "<i8"),
-        ("image_size", "<i8"),
-        ("json_offset", "<i8"),
-        ("json_size", "<i8"),
-        ("image_id", "<i8"),
-        ("captions", "<i8"),
-        ("width", "<i8"),
-        ("height", "<i8"),
-        ("image_hash", "<u8"),
-        ("json_hash", "<u8"),
-    ]
-)
-_MAX_HEADER_BYTES = 4096
-"""NumPy's own: a tenth of it is used."""
-
-
-def index_name(split: str) -> str:
-    """Return the file name of a split's index."""
-    return f"{split}.index.npy"
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -55,6 +32,9 @@ class Sample(msgspec.Struct, frozen=True):
     image_id: int
     file: str
     captions: tuple[str, ...]
+
+
+_SAMPLE = msgspec.json.Decoder(Sample)
 
 
 class Split:
@@ -85,18 +65,7 @@ class Split:
         self.facts = splits[name]
         for shard in self.facts.shards if check else ():
             place.check(shard)
-        self.index: Shaped[np.ndarray, "sample"] = _read_index(place, name, self.facts)
-        if len(self.index) == 0 or len(self.index) != self.facts.images:
-            raise UserError(
-                f"{place}/{index_name(name)}: {len(self.index):,} images, manifest says"
-                f" {self.facts.images:,}; wanted at least one and the same number; {CURE}"
-            )
-        last = int(self.index["shard"].max())
-        if last >= len(self.facts.shards):
-            raise UserError(
-                f"{place}/{manifest.MANIFEST}: split '{name}' has {len(self.facts.shards):,} shards, but its"
-                f" index speaks of {shard_name(name, last)}; {CURE}"
-            )
+        self.index: Shaped[np.ndarray, "sample"] = index.read(place, name, self.facts)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -131,8 +100,8 @@ class Split:
             UserError: It is damaged, or not what was packed.
         """
         try:
-            return msgspec.json.decode(self._read(item, "json"), type=Sample)
-        except msgspec.DecodeError as error:
+            return parsing.decode(self._read(item, "json"), _SAMPLE)
+        except ValueError as error:
             raise UserError(f"{self._place(item, 'json')} holds no sample ({error}); {CURE}") from None
 
     def need_captions(self, purpose: str) -> None:
@@ -191,24 +160,3 @@ def find(where: Place | Path, image_id: int) -> tuple[Split, int]:
         if len(items):
             return split, int(items[0])
     raise UserError(f"{place}: no image {image_id} in any split; ids are those of the data set")
-
-
-def _read_index(place: Place, split: str, facts: SplitFacts) -> Shaped[np.ndarray, "sample"]:
-    path = f"{place}/{index_name(split)}"
-    try:
-        # The manifest says how many rows it has.
-        expected_bytes = facts.images * INDEX_ROW.itemsize + _MAX_HEADER_BYTES
-        data = place.fetch(index_name(split), min(expected_bytes, MAX_INDEX_BYTES))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}, wanted the split's index; {CURE}") from None
-    # It pairs images with captions: a damaged one would do so wrongly without a word.
-    if hashlib.sha256(data).hexdigest() != facts.index_sha256:
-        raise UserError(f"{path}: sha256 differs from the manifest's; {CURE}")
-    try:
-        index: Shaped[np.ndarray, "sample"] = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    # NumPy lets out what its parsers raise on a damaged header: SyntaxError, TokenError and others.
-    except Exception as error:
-        raise UserError(f"{path}: not an index ({error}); {CURE}") from None
-    if index.dtype != INDEX_ROW:
-        raise UserError(f"{path}: columns {index.dtype.names}, wanted {INDEX_ROW.names}; {CURE}")
-    return index

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from captionscale.data import images, shards
+from captionscale.data import images
+from captionscale.data.index import index_name
 from captionscale.data.manifest import CURE, MAX_REJECTED_BYTES, Manifest
 from captionscale.data.packing import REJECTED, WORK
 from captionscale.data.places import Place, Remote, as_place, manifest_of
@@ -80,7 +81,7 @@ def _strays(place: Place, facts: Manifest) -> Iterator[str]:
     if isinstance(place, Remote):
         return  # Not every server lists its files, and nobody reads what the manifest does not name.
     known = {shard.name for split in facts.splits.values() for shard in split.shards}
-    known |= {shards.index_name(name) for name in facts.splits}
+    known |= {index_name(name) for name in facts.splits}
     for path in sorted([*place.path.glob("*.tar"), *place.path.glob("*.index.npy")]):
         if path.name not in known:
             cure = "end that pack" if (place.path / WORK).exists() else f"remove {path.name}"
@@ -106,14 +107,11 @@ def _rejected(place: Place, facts: Manifest) -> Iterator[str]:
 
 
 def _check_index(split: Split) -> None:
-    path = f"{split.place}/{shards.index_name(split.name)}"
+    path = f"{split.place}/{index_name(split.name)}"
     found = [int(split.index["captions"].sum()), *split.shard_sizes.tolist()]
     wanted = [split.facts.captions, *(shard.images for shard in split.facts.shards)]
     if found != wanted:
         raise UserError(f"{path}: number of captions or images differs from the manifest's; {CURE}")
-    ids, counts = np.unique(split.index["image_id"], return_counts=True)
-    if counts.max() > 1:
-        raise UserError(f"{path}: image {ids[counts.argmax()]} is there {counts.max()} times; {CURE}")
 
 
 def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:

@@ -1,16 +1,14 @@
 """Processes that write shards side by side."""
 
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import forkserver, parent_process
-from multiprocessing.connection import wait as wait_for
+from multiprocessing import forkserver
 
+from captionscale import children
 from captionscale.data.shard_writer import Job, Written, finished, write_shard
 from captionscale.errors import UserError
 
@@ -69,15 +67,8 @@ def write_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Written]
 
 def _start(resizes: bool) -> None:
     """Make a worker process end with the one that started it, and take one core."""
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    children.end_with_pool()
     if resizes:
         import torch
 
         torch.set_num_threads(1)
-
-
-def _follow_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    wait_for([parent.sentinel])
-    os._exit(1)

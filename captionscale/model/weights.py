@@ -1,14 +1,18 @@
 """Pretrained encoder weights: torchvision's download, or a file."""
 
+import os
 from pathlib import Path
 from urllib.error import URLError
+from zipfile import ZipFile, is_zipfile
 
 import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from captionscale import tensors
 from captionscale.errors import UserError
+from captionscale.files import open_file
 from captionscale.progress import working
 
 _CLASSIFIERS = ("fc.", "classifier.")
@@ -73,7 +77,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     try:
         if path.suffix == ".safetensors":
+            tensors.read_header(path)
             return load_file(path)
+        _refuse_compressed(path)
         state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise TypeError
@@ -84,3 +90,13 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"{path}: not a file of weights ({type(error).__name__}); wanted a dictionary of tensors;"
             " download it again"
         ) from None
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Refuse a file whose tensors could be larger than itself, which PyTorch does not write."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if is_zipfile(file):
+            with ZipFile(file) as packed:
+                if sum(each.file_size for each in packed.infolist()) > size:
+                    raise ValueError

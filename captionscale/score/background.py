@@ -1,27 +1,29 @@
 """Score captions beside other work, in a process of its own that is handed them and asked later."""
 
-import ctypes
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from pathlib import Path
+from typing import Any
 
+from captionscale import children
 from captionscale.errors import UserError
 from captionscale.files import scratch
+from captionscale.progress import say
+from captionscale.score.java import DiedError
 from captionscale.score.metrics import Evaluator
 
-_PACKAGES = str(Path(__file__).parents[2])
-_PR_SET_PDEATHSIG = 1
+_TRIES = 3
+"""Memory may be short for a moment, and a run that lost scores could choose another best checkpoint."""
 
 
 class BackgroundScorer:
     """Scores one set of captions at a time against the same references.
 
+    A process that is killed at it is replaced, and scores the same captions again.
     The process starts with the first captions and keeps its JVMs and tokenised references for the next ones.
     It ends with this one, however that ends.
     """
@@ -53,7 +55,7 @@ class BackgroundScorer:
             timeout_s: How long to wait for them.
 
         Raises:
-            UserError: They could not be scored, or the process died.
+            UserError: They could not be scored, or the process died each time that this was tried.
         """
         assert self._asked is not None, "no captions were handed over"
         try:
@@ -71,24 +73,33 @@ class BackgroundScorer:
         self._stack.close()
 
     def _ask(self, captions: str) -> dict[str, float]:
+        for tries_left in reversed(range(_TRIES)):
+            reply = self._reply(captions)
+            if "scores" in reply:
+                scores: dict[str, float] = reply["scores"]
+                return scores
+            if not reply["died"] or self._closed or not tries_left:
+                break
+            say(f"warning: {reply['error']}; scoring the same captions again")
+        raise UserError(reply["error"])
+
+    def _reply(self, captions: str) -> dict[str, Any]:
+        """Return scores, or an error and whether a process died, which another one may not."""
         try:
             answer = self._answer(captions)
         except BrokenPipeError:
             answer = ""
         except OSError as error:
-            raise UserError(
+            return _died(
                 f"scoring: its process does not start ({error}), mostly for want of memory; give the job more"
-            ) from None
-        if not answer:
-            raise UserError(
-                f"scoring: its process ended with exit code {self._end()} before it had scored, mostly for"
-                " want of memory; give the job more of it"
             )
-        reply = json.loads(answer)
-        if "error" in reply:
-            raise UserError(reply["error"])
-        scores: dict[str, float] = reply["scores"]
-        return scores
+        if answer.endswith("\n"):
+            reply: dict[str, Any] = json.loads(answer)
+            return reply
+        return _died(
+            f"scoring: its process ended with exit code {self._end()} before it had scored, mostly for want"
+            " of memory; give the job more of it"
+        )
 
     def _answer(self, captions: str) -> str:
         if (process := self._process) is None:
@@ -111,33 +122,23 @@ class BackgroundScorer:
         return process.wait()
 
     def _start(self) -> "subprocess.Popen[str]":
-        # Not from the folder that we are in, which may hold anything (-P). A session of its own: Ctrl-C at
-        # the terminal is for training, which may want these scores yet.
-        paths = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
-        return subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(os.getpid())],
-            env={**os.environ, "PYTHONPATH": paths, "TMPDIR": str(self._folder)},
+        return children.start_module(
+            __name__,
+            env={"TMPDIR": str(self._folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,
         )
 
 
-def _serve(parent: int) -> None:
-    """Answer lines of captions with lines of scores, until there are no more, or the parent is gone."""
-    # SLURM signals every process of a job: it is for training to decide what is left undone.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+def _died(error: str) -> dict[str, Any]:
+    return {"error": error, "died": True}
+
+
+def _serve() -> None:
+    """Answer lines of captions with lines of scores, until there are no more."""
+    answers = children.serve()
     # Training comes first.
     os.nice(10)
-    # What anything else may print is no answer.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
     task = json.loads(sys.stdin.readline())
     references = dict(task["references"])
     with Evaluator() as evaluator:
@@ -147,9 +148,9 @@ def _serve(parent: int) -> None:
                 scores = evaluator.measure(dict(json.loads(line)), references, task["metrics"])
                 reply = {"scores": scores.values}
             except UserError as error:
-                reply = {"error": str(error)}
+                reply = {"error": str(error), "died": isinstance(error, DiedError)}
             print(json.dumps(reply), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve()

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float64
 
+from captionscale import parsing
 from captionscale.errors import UserError
-from captionscale.files import atomic, cores
+from captionscale.files import MB, atomic, cores, read_file
 from captionscale.score import intervals, layout
 from captionscale.score.extras import Extra
 from captionscale.score.metrics import METRICS, Scores, measure
@@ -114,7 +115,7 @@ class Receipt:
         if not path.exists():
             raise UserError(f"{path}: not there, wanted a receipt, or a run that is scored; correct the path")
         try:
-            tree = json.loads(path.read_text(encoding="utf-8"))
+            tree = parsing.loads(read_file(path, 512 * MB))
             if not isinstance(tree, dict) or "format" not in tree:
                 raise ValueError("it has no key 'format'")
             if tree.pop("format") != FORMAT:
@@ -141,11 +142,10 @@ class Receipt:
                     {family: np.asarray(rows, float) for family, rows in images["statistics"].items()},
                 ),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path}: no receipt, or not a whole one ({reason}); wanted what captionscale score writes;"
-                " score the captions again"
+                f"{path}: no receipt, or not a whole one ({getattr(error, 'strerror', error)}); wanted what"
+                " captionscale score writes; score the captions again"
             ) from None
 
     def _tree(self) -> dict[str, Any]:

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import TypedDict
 
+from captionscale import parsing
 from captionscale.errors import UserError
-from captionscale.files import atomic
+from captionscale.files import MB, atomic, read_file
+
+_MAX_BYTES = 1024 * MB
 
 
 class Result(TypedDict):
@@ -30,13 +33,12 @@ def read_results(path: Path) -> dict[int, str]:
     """
     wanted = 'wanted a JSON list of {"image_id": 42, "caption": "a dog"}; write it again in that form'
     try:
-        # Some editors put a mark before the text.
-        lines = json.loads(path.read_text(encoding="utf-8-sig"))
+        lines = parsing.loads(read_file(path, _MAX_BYTES))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}), wanted COCO results; correct the path"
         ) from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: no COCO results ({error}); {wanted}") from None
     results: dict[int, str] = {}
     for number, line in enumerate(lines if isinstance(lines, list) else [lines]):

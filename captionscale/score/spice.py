@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from pycocoevalcap.spice import spice
 
+from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import scratch, sha256_of
 from captionscale.score import java
@@ -98,7 +99,7 @@ def parse(text: str, image_ids: Sequence[int]) -> dict[int, float]:
         UserError: No such JSON, or not one number for each image.
     """
     try:
-        found = [(int(line["image_id"]), float(line["scores"]["All"]["f"])) for line in json.loads(text)]
+        found = [(int(line["image_id"]), float(line["scores"]["All"]["f"])) for line in parsing.loads(text)]
     except (ValueError, TypeError, KeyError) as error:
         raise _odd(f"no result ({type(error).__name__}: {error})") from None
     scores = dict(found)

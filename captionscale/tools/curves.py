@@ -11,7 +11,6 @@ from captionscale.score import intervals
 from captionscale.score.metrics import Evaluator
 from captionscale.score.results import read_results
 from captionscale.tools.findings import Findings
-from captionscale.train.logs import figures
 
 _INK = "#010203"
 """What is drawn in it has the page's own colour of letters in the end."""
@@ -104,13 +103,11 @@ def curves(run: Findings) -> str:
     """Return the curves of a run's log, and its scores with their intervals, as HTML."""
     drawn = []
     for key, (title, unit) in _PLAINLY.items():
-        logged = figures(run.folder, key)
-        found = {step: value for step, value in logged.items() if isinstance(value, int | float)}
-        if found:
+        if found := run.figures(key):
             first, last = min(found), max(found)
             said = f"{title}, {unit}: {found[first]:.4g} at step {first}, {found[last]:.4g} at step {last}"
             drawn.append(_curve(title, unit, [_Points(key, found)], said))
-    scores: dict[int, dict[str, float]] = figures(run.folder, "scores")
+    scores = run.log.scores if run.log else {}
     bounds = _intervals(run, scores) if scores else {}
     for metric in dict.fromkeys(metric for values in scores.values() for metric in values):
         found = {step: 100 * values[metric] for step, values in scores.items() if metric in values}

@@ -1,9 +1,7 @@
 """The verb `drill`: kill a run at random, go on with other ranks, and compare it with one left alone."""
 
 import math
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -13,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import psutil
 from rich.table import Table
 from torch import Tensor
 
-from captionscale import toml
+from captionscale import children, toml
 from captionscale.config import Config
 from captionscale.data.order import Order
 from captionscale.data.places import open_place
@@ -25,7 +24,7 @@ from captionscale.errors import UserError
 from captionscale.progress import SafeConsole, progress
 from captionscale.train import checkpoint, layout, ledger
 from captionscale.train.job import order_of
-from captionscale.train.logs import figures
+from captionscale.train.log_reader import figures
 
 # Of weights and of losses: ten times what rounding was seen to do in 20 steps, and at most half of what one
 # wrong dropout mask for each step does (docs/performance.md).
@@ -55,7 +54,8 @@ def drill(
         out: Folder for both runs.
         profile: As `captionscale launch` takes it.
         ranks: Numbers of processes; each start of the killed run takes another one.
-        kills: Accidents: SIGKILL to all processes or to one of them, while it starts or after a random step.
+        kills: Accidents: SIGKILL to all processes, to one rank or to the launcher alone, while they start or
+            after a random step.
         steps: Of each run.
         seed: Of the accidents.
 
@@ -146,7 +146,7 @@ def _launched(run: Path, profile: str, ranks: int, save_every: int) -> Iterator[
     verb = ["train", str(run.with_name(_EXPERIMENT)), "--out", str(run)]
     verb += ["--set", f"train.save_every={save_every}"]
     with _screen(run).open("ab") as screen:
-        process = subprocess.Popen(
+        process = children.start(
             [sys.executable, "-m", "captionscale", *launch, *verb], stdout=screen, stderr=screen
         )
     try:
@@ -173,40 +173,41 @@ def _expect_success(process: subprocess.Popen[bytes], run: Path) -> None:
 
 
 def _kill(process: subprocess.Popen[bytes], chance: random.Random) -> str:
-    """Kill one rank or all that runs; return which."""
-    ranks = _children(process.pid)
-    if not ranks or chance.random() < 0.5:
+    """Kill one rank, the launcher alone, or all that runs; return which."""
+    launcher = psutil.Process(process.pid)
+    ranks, started = launcher.children(), [launcher, *launcher.children(recursive=True)]
+    fate = chance.choice(("one rank killed", "launcher killed", "all killed")) if ranks else "all killed"
+    if fate == "all killed":
         _kill_all(process)
-        return "all killed"
-    os.kill(chance.choice(ranks), signal.SIGKILL)
-    try:
-        process.wait(_PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        return f"one rank killed, the others had not ended {_PATIENCE_S} s later"
-    return "one rank killed"
+    elif fate == "launcher killed":
+        process.kill()
+        process.wait()
+    else:
+        with suppress(psutil.NoSuchProcess):
+            chance.choice(ranks).kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE_S)
+    # They are no children of ours; until they have ended, they hold the run's lock.
+    deadline = time.monotonic() + _PATIENCE_S
+    while (alive := [each for each in started if _is_alive(each)]) and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+    if alive:
+        fate += f", {len(alive)} processes had not ended {_PATIENCE_S} s later"
+        for each in alive:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+    return fate
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _kill_all(process: subprocess.Popen[bytes]) -> None:
-    # The launcher first, so that it starts no more, nor tells of the others' end; they are in sessions of
-    # their own.
-    with suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGSTOP)
-    for each in [process.pid, *_descendants(process.pid)]:
-        with suppress(ProcessLookupError):
-            os.kill(each, signal.SIGKILL)
+    children.kill_tree(process)
     process.wait()
-
-
-def _descendants(process: int) -> list[int]:
-    return [each for child in _children(process) for each in (child, *_descendants(child))]
-
-
-def _children(process: int) -> list[int]:
-    """Return the processes that a process has started."""
-    with suppress(OSError):
-        threads = Path(f"/proc/{process}/task").iterdir()
-        return [int(child) for thread in threads for child in (thread / "children").read_text().split()]
-    return []
 
 
 def _newest(run: Path) -> int:
@@ -242,6 +243,7 @@ def _judge(
         ),
         f"ledger: {samples:,} samples in {len(histories[0]):,} micro-batches: {proof}": not faults,
         "the same samples in each micro-batch of both runs": histories[0] == histories[1],
+        "no process outlived a kill": not any("had not ended" in start.fate for start in starts),
     }
     out = SafeConsole()
     table = Table("start", "ranks", "from step", "to step", "done again", "fate")

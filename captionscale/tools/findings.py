@@ -10,8 +10,10 @@ from captionscale.data.places import open_place
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.score.receipt import Receipt
+from captionscale.train import layout
 from captionscale.train.checkpoint import open_run
 from captionscale.train.layout import LOG, need_run, steps
+from captionscale.train.log_reader import RunLog
 
 T = TypeVar("T")
 
@@ -38,6 +40,10 @@ class Findings:
                 f"{folder}: no checkpoint and no {LOG}, so no run; wanted the --out of captionscale train;"
                 " correct the path"
             )
+        self.log = self.attempt(lambda: RunLog(folder))
+        self.validations = layout.validations(folder)
+        """The captions of each scored step of the validation split."""
+        self.missing += [*filter(None, [self.log.warning if self.log else ""]), *layout.warnings(folder)]
         self.saved = self.attempt(lambda: open_run(folder))
         saved = self.saved
         self.config: Config | None = self.attempt(saved.config) if saved else None
@@ -61,8 +67,6 @@ class Findings:
         shards = self.shards or data.shards
         return self.attempt(lambda: Split(open_place(shards, data.cache, data.cache_gb), name))
 
-    @property
-    def validations(self) -> dict[int, Path]:
-        """The captions of each scored step of the validation split."""
-        found = sorted((self.folder / "validation").glob("step-*.json"))
-        return {int(path.stem.removeprefix("step-")): path for path in found}
+    def figures(self, key: str) -> dict[int, float]:
+        """Return one figure of the log by step."""
+        return self.log.figures(key) if self.log else {}

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from captionscale import assets
+from captionscale.children import LAUNCHER
 from captionscale.config import Config
 from captionscale.errors import PreemptedError, UserError
 from captionscale.escape import for_shell
@@ -108,6 +109,7 @@ def launch(
             " pip install 'captionscale[deepspeed]', or take --profile gpu"
         )
     os.environ.update(environment)
+    os.environ[LAUNCHER] = str(os.getpid())
     if not cpu:
         _refuse_missing_gpus(path, here)
     _run(arguments)

@@ -8,7 +8,7 @@ import yaml
 
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.files import cores
+from captionscale.files import cores, read_file
 
 _ZERO = "DEEPSPEED"
 
@@ -20,10 +20,10 @@ def read_profile(path: Path) -> dict[str, Any]:
         UserError: It is not one.
     """
     try:
-        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+        facts = yaml.safe_load(read_file(path))
         if int(facts["num_processes"]) < 1:
             raise ValueError
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: not a profile ({type(error).__name__}); wanted an Accelerate config with num_processes,"
             " such as launch/cpu.yaml"

@@ -1,19 +1,19 @@
 """The main job, end to end, on drawn pictures, by the commands that a user gives for COCO."""
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
+from captionscale import children
 from captionscale.data import manifest, scenes
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.escape import for_shell
 from captionscale.progress import SafeConsole, console, say
 from captionscale.score.metrics import METRICS, measure
+from captionscale.score.receipt import Receipt
 
 COUNTS = {"train": 2000, "val": 150, "test": 250}
 SIZE = 96
@@ -66,7 +66,7 @@ def _show(drawn: Path, receipt: Path, said: list[str]) -> None:
     references = coco.references(_captions(drawn, "test"))
     train = coco.references(_captions(drawn, "train"))
     chance = measure(random_captions(train, list(references)), references).values
-    found = json.loads(receipt.read_text(encoding="utf-8"))["scores"]
+    found = Receipt.read(receipt).scores
     table = Table(title=f"{len(references)} scenes that training never saw")
     for heading in ("metric", "captionscale", "random training captions", "ratio"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
@@ -98,7 +98,7 @@ def _run(*words: str | Path) -> str:
     """Run a captionscale command where the user sees it, and return what it printed."""
     command = ["captionscale", *map(str, words)]
     console().print(f"\n$ {for_shell(*command)}", style="bold", soft_wrap=True)
-    done = subprocess.run([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, check=False)
+    done = children.run([sys.executable, "-m", *command])
     print(done.stdout, end="")
     if done.returncode:
         raise SystemExit(done.returncode)

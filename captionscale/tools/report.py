@@ -19,7 +19,6 @@ from captionscale.tools.findings import Findings
 from captionscale.tools.markup import notice, table
 from captionscale.train.checkpoint import open_run
 from captionscale.train.layout import steps
-from captionscale.train.logs import figures
 from captionscale.version import __version__
 
 
@@ -90,7 +89,7 @@ def _sentence(run: Findings) -> str:
 
 
 def _cards(run: Findings) -> str:
-    epochs, losses = figures(run.folder, "epoch"), figures(run.folder, "loss")
+    epochs, losses = run.figures("epoch"), run.figures("loss")
     cards = []
     if epochs:
         step = max(epochs)

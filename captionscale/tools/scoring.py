@@ -15,7 +15,7 @@ from captionscale.data.loader import Loader
 from captionscale.data.places import Folder, open_place
 from captionscale.data.shards import Split
 from captionscale.errors import PreemptedError, UserError
-from captionscale.files import prove_writable
+from captionscale.files import append_lines, prove_writable
 from captionscale.progress import progress, say, working
 from captionscale.ranks import Ranks
 from captionscale.score import clipscore, spice
@@ -198,8 +198,7 @@ def _remember(run: Path, members: Members, split: Split, **result: object) -> No
     }
     try:
         history.parent.mkdir(exist_ok=True)
-        with history.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_lines(history, json.dumps(line).encode())
     except OSError as error:
         # What was asked for is there.
         say(f"{history}: cannot be written ({error.strerror}), so this is not in it; make it writable")

@@ -1,28 +1,30 @@
 """`captionscale watch`: follow a run by what it writes, from any machine that sees its folder."""
 
-import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import msgspec
 from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from captionscale import toml
+from captionscale import parsing, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.files import LOCK
+from captionscale.files import LOCK, holder_of
 from captionscale.progress import SafeConsole, duration
+from captionscale.train import log_reader
 from captionscale.train.layout import LOG, SETTINGS, STALLS, checkpoint_of, need_run, steps
+from captionscale.train.log_reader import Reader
 
 _RECENT = 20
 _LATE = 5
@@ -37,36 +39,19 @@ _MARKS = {
 }
 
 
-@dataclass
-class Reader:
-    """Reads a file of JSON lines again and again: only what is new, or all, if it was written anew."""
+class _Stalled(msgspec.Struct):
+    rank: int = -1
+    host: str = ""
 
-    path: Path
-    lines: list[dict[str, Any]] = field(default_factory=list)
-    _inode: int = 0
-    _offset: int = 0
 
-    def read(self) -> None:
-        """Take in what has come. A torn last line is left for the next time; others are passed over."""
-        try:
-            # Opened each time: over NFS that is what brings in another machine's changes.
-            with self.path.open("rb") as file:
-                facts = os.fstat(file.fileno())
-                # A run that goes on writes the log anew, without what it will do again.
-                if facts.st_ino != self._inode or facts.st_size < self._offset:
-                    self.lines, self._offset, self._inode = [], 0, facts.st_ino
-                file.seek(self._offset)
-                data = file.read()
-        except FileNotFoundError:
-            self.lines, self._offset, self._inode = [], 0, 0
-            return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        for line in whole.splitlines():
-            with suppress(ValueError):
-                values = json.loads(line)
-                if isinstance(values, dict) and isinstance(values.get("step", 0), int):
-                    self.lines.append(values)
+class _Stall(msgspec.Struct):
+    """A line of stalls.jsonl."""
+
+    time: float = 0.0
+    stalled: list[_Stalled] = []
+
+
+_STALL = msgspec.json.Decoder(_Stall)
 
 
 @dataclass(frozen=True)
@@ -106,7 +91,8 @@ class Watch:
                 " the path"
             )
         self._run = run
-        self._log, self._stalls = Reader(run / LOG), Reader(run / STALLS)
+        self._log = Reader(run / LOG, log_reader.read_line)
+        self._stalls = Reader(run / STALLS, lambda line: parsing.decode(line, _STALL))
 
     def look(self) -> Glance:
         """Return how the run stands now.
@@ -136,6 +122,8 @@ class Watch:
         facts |= _scores(config, self._log.lines)
         saved = steps(self._run)
         facts["checkpoints"] = ", ".join(f"{each:,}" for each in saved) or "none yet"
+        if damaged := [f"{it.path.name} {it.damaged:,}" for it in (self._log, self._stalls) if it.damaged]:
+            facts["damaged lines"] = f"{', '.join(damaged)} (passed over)"
         state, why = self._state(step, total, rhythm_s)
         return Glance(state, why, facts, min(1.0, step / total) if total else 0.0, state == "ended")
 
@@ -169,9 +157,9 @@ class Watch:
             )
             return "not running", f"{died}; {silent}"
         late = age_s is not None and age_s > max(_LEAST_S, _LATE * rhythm_s)
-        stall = self._stalls.lines[-1] if self._stalls.lines else {}
-        if stall and (age_s is None or stall.get("time", 0) > time.time() - age_s):
-            who = ", ".join(f"rank {it.get('rank')} on {it.get('host')}" for it in stall.get("stalled", []))
+        stall = self._stalls.lines[-1] if self._stalls.lines else None
+        if stall and (age_s is None or stall.time > time.time() - age_s):
+            who = ", ".join(f"rank {it.rank} on {it.host}" for it in stall.stalled)
             return "stalled", f"{who or 'a rank'} keeps the others waiting (stalls.jsonl); {silent}"
         if late:
             return "silent", f"{silent}; it may score or save, or have died: look at the job's log"
@@ -292,7 +280,7 @@ def _age(path: Path) -> float | None:
 def _holder(run: Path) -> tuple[str, bool | None]:
     """Return who says to be at work in a run's folder, and whether that is so; none: unknown, elsewhere."""
     try:
-        holder = (run / LOCK).read_text(encoding="utf-8").strip()
+        holder = holder_of(run)
     except OSError:
         return "", False
     if not holder:

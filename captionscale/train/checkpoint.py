@@ -32,9 +32,10 @@ from captionscale.train.layout import (
     STATE,
     VOCAB,
     checkpoint_of,
-    checkpoints,
     need_run,
+    partial_checkpoints,
     steps,
+    warnings,
 )
 from captionscale.train.saved import FORMAT, Checkpoint, OtherVersionError
 from captionscale.train.standing import Standing
@@ -129,7 +130,7 @@ def seal(
 
 def sweep(run: Path) -> None:
     """Remove what a killed process was writing, and what is no longer kept."""
-    for path in checkpoints(run).glob("*.tmp"):
+    for path in partial_checkpoints(run):
         whole = path.with_name(path.name.removesuffix(_OLD))
         if path.name.endswith(_OLD) and not whole.exists():
             # The one that was to take its place has not come.
@@ -145,14 +146,16 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
     Args:
         run: The run's folder.
-        warn: Told of each damaged one that is passed over.
+        warn: Told of each damaged one that is passed over, and of what training did not write.
 
     Raises:
         UserError: There are some, all of them damaged; or the newest whole one is of another version.
     """
+    for warning in warnings(run):
+        warn(f"warning: {warning}")
     for step in reversed(steps(run)):
         try:
-            return Checkpoint(checkpoint_of(run, step))
+            return _checkpoint(run, step)
         except OtherVersionError:
             # To go on from an older one would throw this one away.
             raise
@@ -207,7 +210,7 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
         return last
     if which == "best":
         step = last.standing.best_step
-    elif which.isdecimal():
+    elif which.isdecimal() and len(which) <= 12:
         step = int(which)
     else:
         raise UserError(f"--checkpoint {which}: wanted best, last, or a step: {steps(run)}")
@@ -216,7 +219,17 @@ def open_run(run: Path, which: str = "best") -> Checkpoint:
             f"{run}: no checkpoint of step {step}; there are {steps(run)}; take one of these, or"
             " --checkpoint last"
         )
-    return Checkpoint(checkpoint_of(run, step))
+    return _checkpoint(run, step)
+
+
+def _checkpoint(run: Path, step: int) -> Checkpoint:
+    saved = Checkpoint(checkpoint_of(run, step))
+    if saved.standing.step != step:
+        raise UserError(
+            f"{saved.folder}: holds step {saved.standing.step:,}, expected step {step:,} as its name says;"
+            " rename it"
+        )
+    return saved
 
 
 def _passing(folder: Path) -> Path:

@@ -143,7 +143,7 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     if settings.compile_encoder:
         captioner.encoder.compile_training()
     if saved is not None:
-        captioner.load_state_dict(saved.weights())
+        captioner.load_state_dict(saved.weights(captioner))
     saver = Saver(run, config, vocabulary, fingerprint)
     stack.callback(saver.close)
     # While all parts of the encoder count as learning: it is to have room for them.
@@ -170,10 +170,10 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
     standing = Standing()
     if saved is not None:
         standing = saved.standing
-        engine.load_memory(saved.memory())
+        engine.load_memory(saved.memory(captioner))
         engine.load_scaler_state(standing.scaler)
         if average:
-            average.load(saved.average())
+            average.load(saved.average(captioner))
     return Job(
         config,
         run,

@@ -1,5 +1,7 @@
 """Where things lie in a run's folder; who looks for them needs no torch."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from captionscale.errors import UserError
@@ -16,7 +18,12 @@ MODEL, OPTIMIZER, AVERAGE, STATE, VOCAB = (
     "vocab.json",
 )
 """What else is in each checkpoint's folder."""
-_CHECKPOINTS, _STEP = "checkpoints", "step-"
+_CHECKPOINTS, _VALIDATION, _STEP = "checkpoints", "validation", "step-"
+# Never more zeros than it needs: a step has one name.
+_NUMBER = r"(?P<step>[0-9]{8}|[1-9][0-9]{8,11})"
+_CHECKPOINT_NAME = re.compile(_STEP + _NUMBER)
+_PARTIAL_NAME = re.compile(rf"{_STEP}{_NUMBER}(\.old)?\.tmp")
+_CAPTIONS_NAME = re.compile(rf"{_STEP}{_NUMBER}\.json")
 
 
 def checkpoints(run: Path) -> Path:
@@ -29,11 +36,46 @@ def checkpoint_of(run: Path, step: int) -> Path:
     return run / _CHECKPOINTS / f"{_STEP}{step:08d}"
 
 
+def captions_of(run: Path, step: int) -> Path:
+    """Return the file of the captions that a validation wrote."""
+    return run / _VALIDATION / f"{_STEP}{step:08d}.json"
+
+
 def steps(run: Path) -> list[int]:
     """Return the steps of which a run has checkpoints, in their order."""
-    names = (path.name.removeprefix(_STEP) for path in checkpoints(run).glob(f"{_STEP}*"))
-    # A user may keep a copy of one under a name of his own.
-    return sorted(int(name) for name in names if name.isdecimal())
+    return [*_own(checkpoints(run), _CHECKPOINT_NAME)]
+
+
+def validations(run: Path) -> dict[int, Path]:
+    """Return the captions of each step that was validated, in the order of the steps."""
+    return _own(run / _VALIDATION, _CAPTIONS_NAME)
+
+
+def partial_checkpoints(run: Path) -> list[Path]:
+    """Return checkpoints that are being written or on their way out; a user's folder has another name."""
+    return [path for path in _entries(checkpoints(run)) if _PARTIAL_NAME.fullmatch(path.name)]
+
+
+def warnings(run: Path) -> Iterator[str]:
+    """Yield what is passed over in a run's folders as training did not write it: a line for a folder."""
+    own = {
+        checkpoints(run): {*_own(checkpoints(run), _CHECKPOINT_NAME).values(), *partial_checkpoints(run)},
+        run / _VALIDATION: {*validations(run).values()},
+    }
+    for folder, known in own.items():
+        if others := sorted(path.name for path in set(_entries(folder)) - known):
+            more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
+            yield f"{folder}: passed over {others[0]!r:.80}{more}, which training did not write"
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [*folder.iterdir()] if folder.is_dir() else []
+
+
+def _own(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    """Return by their steps the entries of a folder whose names training gives; a user may keep copies."""
+    found = {int(name["step"]): path for path in _entries(folder) if (name := pattern.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def need_run(run: Path) -> None:

@@ -10,15 +10,33 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+import msgspec
+
+from captionscale import parsing
 from captionscale.data.order import Order
+from captionscale.errors import UserError
+from captionscale.files import MB, read_file
+from captionscale.progress import say
 from captionscale.ranks import Ranks
+from captionscale.train.standing import Step
 
-_NAME = re.compile(r"attempt-(\d+)\.rank-\d+\.jsonl")
+_NAME = re.compile(r"attempt-([0-9]{5,9})\.rank-[0-9]{5,9}\.jsonl")
+_MAX_BYTES = 512 * MB
 
 History = dict[tuple[int, int], list[list[int]]]
 """By step and number of the micro-batch: the image ids that each rank which did it has written down."""
+
+
+class _Line(msgspec.Struct, frozen=True, gc=False):
+    """A micro-batch that was done."""
+
+    step: Step
+    number: int
+    image_ids: list[int]
+
+
+_LINE = msgspec.json.Decoder(_Line)
 
 
 class Ledger:
@@ -29,7 +47,7 @@ class Ledger:
         attempt = ranks.on_first(_next_attempt, run)
         path = run / "ledger" / f"attempt-{attempt:05d}.rank-{ranks.rank:05d}.jsonl"
         # A line leaves the process at once, so that a killed one has written all it did.
-        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._file = path.open("x", encoding="utf-8", buffering=1)
 
     def write(self, step: int, number: int, image_ids: list[int]) -> None:
         """Add a micro-batch that has gone forward and backward, before the step is taken."""
@@ -41,15 +59,19 @@ class Ledger:
 
 
 def read(run: Path) -> History:
-    """Return what led to a run's weights; what a killed start of it did in vain is left out."""
+    """Return what led to a run's weights; what a killed start of it did in vain is left out.
+
+    Raises:
+        UserError: A file cannot be read.
+    """
     lines = [*_lines(run)]
     latest: dict[int, int] = {}
     for attempt, line in lines:
-        latest[line["step"]] = max(attempt, latest.get(line["step"], 0))
+        latest[line.step] = max(attempt, latest.get(line.step, 0))
     history: History = {}
     for attempt, line in lines:
-        if attempt == latest[line["step"]]:
-            history.setdefault((line["step"], line["number"]), []).append(line["image_ids"])
+        if attempt == latest[line.step]:
+            history.setdefault((line.step, line.number), []).append(line.image_ids)
     return history
 
 
@@ -88,11 +110,20 @@ def _next_attempt(run: Path) -> int:
     return max((int(name[1]) for name in names if name), default=0) + 1
 
 
-def _lines(run: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield all lines, each with its attempt."""
+def _lines(run: Path) -> Iterator[tuple[int, _Line]]:
+    """Yield all lines, each with its attempt; damaged ones are named."""
     for path in sorted((run / "ledger").iterdir()):
         if name := _NAME.fullmatch(path.name):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                # The last line of a killed process may be torn; its step was not saved.
-                if line.endswith("]}"):
-                    yield int(name[1]), json.loads(line)
+            try:
+                data = read_file(path, _MAX_BYTES)
+            except OSError as error:
+                raise UserError(
+                    f"{path}: cannot be read ({error.strerror}), expected what a rank has done; correct its"
+                    " rights, or move it away"
+                ) from None
+            # The last line of a killed process may be torn; its step was not saved.
+            found = parsing.read_lines(data, lambda line: parsing.decode(line, _LINE))
+            if warning := found.warning(path):
+                say(f"warning: {warning}")
+            for _, line in found.whole:
+                yield int(name[1]), line

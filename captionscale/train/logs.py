@@ -2,32 +2,40 @@
 
 import json
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from captionscale.data.loader import Batch
-from captionscale.files import atomic
+from captionscale.errors import UserError
+from captionscale.files import append_lines, atomic
+from captionscale.progress import say
 from captionscale.ranks import Ranks
+from captionscale.train.events import Events
 from captionscale.train.layout import LOG
-from captionscale.train.tracking import Trackers
+from captionscale.train.log_reader import RunLog
+from captionscale.train.tracking import points_of
 
 
 class Log:
     """The log of a run, continued from the step that a resumed run starts at.
 
     What the resumed run will do again is taken out: lines of later steps, and scores that do not count yet.
+    Damaged lines are moved to `log.jsonl.damaged`, and named.
     """
 
-    def __init__(self, run: Path, step: int, judged: int, trackers: Trackers | None = None):
-        self._path, self._trackers = run / LOG, trackers
-        lines = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= (judged if '"scores"' in line else step)]
+    def __init__(self, run: Path, step: int, judged: int):
+        self._path = run / LOG
+        found = RunLog(run)
+        if found.warning:
+            copy = self._path.with_name(LOG + ".damaged")
+            append_lines(copy, *(line for _, line in found.lines.damaged))
+            say(f"warning: {found.warning}; moved to {copy}")
+        kept = [
+            raw for raw, line in found.lines.whole if line["step"] <= (judged if "scores" in line else step)
+        ]
         with atomic(self._path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            file.writelines(raw + b"\n" for raw in kept)
+        self._board = Events(run / "tensorboard", step + 1)
 
     def write(self, step: int, **values: Any) -> None:
         """Add a line, and a point to each curve.
@@ -35,25 +43,23 @@ class Log:
         Args:
             step: Steps done.
             values: Numbers make curves; a dictionary of numbers, one for each of its keys.
+
+        Raises:
+            UserError: The disk is full: without its log a run could not be resumed as one that never stopped.
         """
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        points = {
-            f"{key}/{name}" if name else key: number
-            for key, value in values.items()
-            for name, number in (value if isinstance(value, dict) else {"": value}).items()
-            if isinstance(number, int | float)
-        }
-        for curve, number in points.items():
-            self._board.add_scalar(curve, number, step)
-        if self._trackers is not None and points:
-            self._trackers.log(step, points)
+        try:
+            append_lines(self._path, json.dumps({"step": step, **values}).encode())
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written ({error.strerror}), expected free space for each line of"
+                " the log; free the disk, and give the same command again"
+            ) from error
+        if points := points_of(values):
+            self._board.write(step, points)
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is left."""
         self._board.close()
-        if self._trackers is not None:
-            self._trackers.close()
 
 
 class Rate:
@@ -77,33 +83,3 @@ class Rate:
     def restart(self) -> None:
         """Count from now on, leaving out what was done since the last reading."""
         self._began, self._images, self._captions = time.monotonic(), 0, 0
-
-
-def figures(run: Path, key: str, since: float = 0) -> dict[int, Any]:
-    """Return one figure of a run's log by step; the run may be at work, and its last line torn.
-
-    Args:
-        run: The run's folder.
-        key: As `Log.write` was given it.
-        since: A time of `time.time`: nothing is told of a log that was not written after it. A run that goes
-            on first takes out what the one before did in vain.
-    """
-    found: dict[int, Any] = {}
-    path = run / LOG
-    with suppress(FileNotFoundError, NotADirectoryError):
-        if path.stat().st_mtime < since:
-            return found
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                values = json.loads(line)
-                if key in values:
-                    found[values["step"]] = values[key]
-    return found
-
-
-def _step_of(line: str) -> float:
-    """Return the step of a line; a torn last line, of a killed run, belongs to no step that was saved."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")

@@ -68,7 +68,9 @@ def learn(job: Job, profiled: int = 0) -> Standing:
     standing, before = job.standing, copy.copy(job.standing)
     start = standing.step
     with ExitStack() as stack:
-        log = stack.enter_context(closing(_open_log(job))) if ranks.first else None
+        log = stack.enter_context(closing(Log(run, start, standing.judged))) if ranks.first else None
+        if ranks.first and settings.trackers:
+            stack.enter_context(closing(Trackers(run, job.config)))
         bar = stack.enter_context(progress("training", job.steps, start, quiet=not ranks.first))
         ledger = stack.enter_context(closing(Ledger(run, ranks))) if settings.ledger else None
         score_every = settings.score_every or job.order.steps_per_epoch
@@ -200,11 +202,6 @@ def _log(job: Job, log: Log | None, bar: Bar, loss: Tensor, norm: Tensor, rate: 
         log.write(step, epoch=step / job.order.steps_per_epoch, **values)
     if isinstance(job.objective, SelfCritical):
         job.ranks.on_first(refuse_collapse, job.standing, sampled, job.config.scst)
-
-
-def _open_log(job: Job) -> Log:
-    trackers = Trackers(job.run, job.config) if job.config.train.trackers else None
-    return Log(job.run, job.standing.step, job.standing.judged, trackers)
 
 
 def _log_saves(job: Job, log: Log | None) -> None:

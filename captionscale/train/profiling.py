@@ -14,14 +14,14 @@ _ROWS = 10
 
 
 @contextmanager
-def profiling(run: Path, steps: int, start: int, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+def profiling(run: Path, steps: int, start: int, say: Callable[..., None]) -> Iterator[Callable[[], None]]:
     """Write what some steps spent their time on into a run's folder, and tell of the costliest operations.
 
     Args:
         run: Its folder.
         steps: How many, after a warm-up; with 0, none.
         start: Steps that were taken before.
-        say: Tells people a line.
+        say: Tells people lines.
 
     Yields:
         What is to be called after each step.

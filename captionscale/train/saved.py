@@ -1,17 +1,19 @@
 """A checkpoint on disk, proven whole, as others read it."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors.torch import load_file
+import msgspec
+import torch
 from torch import Tensor
 
-from captionscale import toml, vocab
+from captionscale import parsing, tensors, toml, vocab
 from captionscale.config import Config
+from captionscale.engine import MOMENTS
 from captionscale.errors import UserError
-from captionscale.files import sha256_of
+from captionscale.files import UnfitFileError, read_file, sha256_of
 from captionscale.model.captioner import Captioner
 from captionscale.train.layout import AVERAGE, MODEL, OPTIMIZER, SETTINGS, STATE, VOCAB
 from captionscale.train.standing import Standing
@@ -19,6 +21,29 @@ from captionscale.version import __version__
 from captionscale.vocab import Vocabulary
 
 FORMAT = 1
+_NEEDED = {MODEL, SETTINGS, VOCAB}
+_KNOWN = _NEEDED | {OPTIMIZER, AVERAGE}
+
+_Plain = str | int | float | bool | None
+_Text = Annotated[str, msgspec.Meta(pattern=r"^[\w.+-]{1,40}$")]
+
+
+class _Version(msgspec.Struct):
+    format: int
+    captionscale: _Text = "of another version"
+
+
+class _State(msgspec.Struct):
+    """What `state.json` holds besides a `Standing`."""
+
+    captionscale: _Text
+    fingerprint: dict[str, _Plain | list[_Plain]]
+    sha256: dict[str, Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]]
+
+
+_VERSION = msgspec.json.Decoder(_Version)
+_STATE = msgspec.json.Decoder(_State)
+_STANDING = msgspec.json.Decoder(Standing)
 
 
 class OtherVersionError(UserError):
@@ -38,27 +63,31 @@ class Checkpoint:
         """
         self.folder = folder
         try:
-            self._state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            if self._state["format"] != FORMAT:
+            data = read_file(folder / STATE)
+            version = parsing.decode(data, _VERSION)
+            if version.format != FORMAT:
                 raise OtherVersionError(
-                    f"{folder}: a checkpoint of format {self._state['format']}, written by captionscale"
-                    f" {self._state.get('captionscale', 'of another version')}; wanted format {FORMAT}, which"
+                    f"{folder}: a checkpoint of format {version.format}, written by captionscale"
+                    f" {version.captionscale}; wanted format {FORMAT}, which"
                     f" captionscale {__version__} reads; take the version that wrote it, or another run"
                 )
-            for name, sha256 in self._state["sha256"].items():
+            self._state = parsing.decode(data, _STATE)
+            self.standing = parsing.decode(data, _STANDING)
+            """How far the run was."""
+            _refuse_other_files(self._state.sha256.keys())
+            done = self.standing
+            if max(done.best_step, done.captioned, done.judged) > done.step:
+                raise ValueError(f"{STATE}: speaks of steps after its own step {done.step:,}")
+            for name, sha256 in self._state.sha256.items():
                 if sha256_of(folder / name) != sha256:
                     raise ValueError(f"sha256 of {name} is not the one that was saved")
         # Another OSError may pass, and is no reason to do without the checkpoint.
-        except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder}: damaged checkpoint ({error}), wanted it as it was saved; take another one"
-            ) from None
+        except (FileNotFoundError, NotADirectoryError, UnfitFileError, ValueError) as error:
+            raise self._damaged(error) from None
 
-    @property
-    def standing(self) -> Standing:
-        """How far the run was."""
-        return Standing(
-            **{name: self._state[name] for name in Standing.__dataclass_fields__ if name in self._state}
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.folder}: damaged checkpoint ({error}), wanted it as it was saved; take another one"
         )
 
     def config(self) -> Config:
@@ -70,7 +99,7 @@ class Checkpoint:
         try:
             return toml.load(self.folder / SETTINGS)
         except UserError as error:
-            writer = self._state.get("captionscale", __version__)
+            writer = self._state.captionscale
             if writer == __version__:
                 raise
             raise UserError(
@@ -79,30 +108,34 @@ class Checkpoint:
             ) from None
 
     def vocabulary(self) -> Vocabulary:
-        """Return the run's words."""
+        """Return the run's words.
+
+        Raises:
+            UserError: They are damaged.
+        """
         return vocab.load(self.folder / VOCAB)
 
     @property
     def sha256(self) -> str:
         """Hash of the weights that the captioner has."""
-        hashes: dict[str, str] = self._state["sha256"]
-        return hashes.get(AVERAGE, hashes[MODEL])
+        return self._state.sha256.get(AVERAGE, self._state.sha256[MODEL])
 
     def captioner(self) -> Captioner:
         """Return the captioner as it was saved, or the average of what it was, in evaluation mode.
 
         Raises:
-            UserError: A weight is no number, and so is all that would come of it.
+            UserError: The weights are not the config's, or a weight is no number, and so is all that would
+                come of it.
         """
-        tensors = self.weights() | self.average()
-        for name, tensor in tensors.items():
+        weights = self.weights() | self.average()
+        for name, tensor in weights.items():
             if not bool(tensor.isfinite().all()):
                 raise UserError(
                     f"{self.folder}: weights of {name} are no numbers (NaN or infinite), wanted those of a"
                     " run that learned; take another step by --checkpoint, or train with a lower train.lr"
                 )
         captioner = Captioner(self.config().model, len(self.vocabulary()))
-        captioner.load_state_dict(tensors)
+        captioner.load_state_dict(weights)
         return captioner.eval()
 
     def refuse_another(self, fingerprint: Mapping[str, Any]) -> None:
@@ -114,7 +147,7 @@ class Checkpoint:
         Raises:
             UserError: It would not be the same run; names what differs.
         """
-        saved = self._state["fingerprint"]
+        saved = self._state.fingerprint
         differing = [key for key in {**saved, **fingerprint} if saved.get(key) != fingerprint.get(key)]
         if differing:
             changes = "; ".join(
@@ -125,17 +158,61 @@ class Checkpoint:
                 " set these back, or take another --out"
             )
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the captioner's weights."""
-        return load_file(self.folder / MODEL)
+    def weights(self, captioner: Captioner | None = None) -> dict[str, Tensor]:
+        """Return the captioner's weights.
 
-    def average(self) -> dict[str, Tensor]:
-        """Return the weights' moving average; nothing if the run has none."""
-        return load_file(self.folder / AVERAGE) if AVERAGE in self._state["sha256"] else {}
+        Args:
+            captioner: That they are for; without it, that of the checkpoint's own config.
 
-    def memory(self) -> dict[str, Tensor]:
-        """Return the optimiser's memory, as `Engine.load_memory` takes it."""
-        return load_file(self.folder / OPTIMIZER)
+        Raises:
+            UserError: They are another captioner's.
+        """
+        return self._load(MODEL, (captioner or self._own).state_dict())
+
+    def average(self, captioner: Captioner | None = None) -> dict[str, Tensor]:
+        """Return the weights' moving average; nothing if the run has none. Otherwise as `weights`."""
+        if AVERAGE not in self._state.sha256:
+            return {}
+        weights = (captioner or self._own).state_dict()
+        return self._load(AVERAGE, {name: each for name, each in weights.items() if each.is_floating_point()})
+
+    def memory(self, captioner: Captioner) -> dict[str, Tensor]:
+        """Return the optimiser's memory of a captioner, as `Engine.load_memory` takes it.
+
+        Raises:
+            UserError: It is that of another captioner.
+        """
+        try:
+            found = tensors.read_header(self.folder / OPTIMIZER)
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from None
+        expected: dict[str, Tensor] = {}
+        for name, parameter in captioner.named_parameters():
+            # There is none of what has not learned yet.
+            if f"{name}/step" in found:
+                expected |= {f"{name}/{key}": parameter for key in MOMENTS}
+                expected[f"{name}/step"] = torch.empty((), device="meta")
+        return self._load(OPTIMIZER, expected)
+
+    def _load(self, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return tensors.load(self.folder / name, expected)
+        except (OSError, ValueError) as error:
+            raise self._damaged(ValueError(f"{name}: {error}")) from None
+
+    @cached_property
+    def _own(self) -> Captioner:
+        """The captioner that the config says, which takes no memory."""
+        with torch.device("meta"):
+            return Captioner(self.config().model, len(self.vocabulary()))
+
+
+def _refuse_other_files(names: Iterable[str]) -> None:
+    """Refuse checksums of anything but a checkpoint's own files: no other path is ever opened."""
+    if odd := sorted(set(names) - _KNOWN):
+        raise ValueError(f"{STATE}: sha256 of {odd[0]!r:.80}, which no checkpoint holds")
+    if missing := sorted(_NEEDED - set(names)):
+        raise ValueError(f"{STATE}: no sha256 of {missing[0]}")
 
 
 def _short(value: Any) -> str:

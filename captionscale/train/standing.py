@@ -1,24 +1,29 @@
 """How far a run is."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, TypeAlias
+
+import msgspec
+
+Step: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=10**12)]
+"""Optimiser steps: as many as the names of files have room for."""
 
 
 @dataclass
 class Standing:
     """How far a run is: all that is carried from step to step beside weights and optimiser."""
 
-    step: int = 0
+    step: Step = 0
     """Optimiser steps done."""
     best_score: float = -1.0
     """Of the validation split, in `train.score_metric`; negative before the first scoring."""
-    best_step: int = 0
-    scores_since_best: int = 0
-    captioned: int = 0
+    best_step: Step = 0
+    scores_since_best: Step = 0
+    captioned: Step = 0
     """Step of the last validation."""
-    judged: int = 0
+    judged: Step = 0
     """Step of the last one whose scores count; they come later than its captions."""
-    scaler: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, int | float] = field(default_factory=dict)
     """The fp16 loss scaler's state."""
     began: dict[str, float] = field(default_factory=dict)
     """Figures of the first captions that self-critical training sampled."""

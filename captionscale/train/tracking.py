@@ -1,24 +1,23 @@
-"""Trackers besides TensorBoard: Weights & Biases and MLflow, which never hold a run up and never end it.
+"""Trackers next to TensorBoard: Weights & Biases and MLflow, which never hold a run up and never end it.
 
-One thread does all that has to do with them, since MLflow knows its run only in the thread that began it,
-and either may wait for a network for minutes. What a tracker does not take is told of; `log.jsonl` has it.
+They run in a process of their own, which reads what `log.jsonl` gets. Either package may wait for a network
+for minutes, in threads and in hooks at Python's exit, and may start processes: all of that can be ended.
 """
 
 import json
-import queue
+import subprocess
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from captionscale import credentials, toml
+from captionscale import children, credentials, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.files import atomic
 from captionscale.progress import say
-from captionscale.ranks import Tracker, open_tracker
+from captionscale.train.layout import LOG
 
 TRACKERS = "trackers.json"
 _PARTING_S = 15.0
@@ -39,95 +38,71 @@ def refuse_missing(names: tuple[str, ...]) -> None:
             )
 
 
-@dataclass
-class _Taken:
-    """What has become of what a tracker was given."""
-
-    tracker: Tracker
-    points: int = 0
-    lost: int = 0
+def points_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers among a log line's values by the names of their curves, such as `scores/CIDEr-D`."""
+    return {
+        f"{key}/{name}" if name else key: number
+        for key, value in values.items()
+        for name, number in (value if isinstance(value, dict) else {"": value}).items()
+        if isinstance(number, int | float)
+    }
 
 
 class Trackers:
-    """Where a run's metrics also go. Calls return at once."""
+    """Where a run's metrics also go: each number of `log.jsonl` from now on, at its step."""
 
     def __init__(self, run: Path, config: Config):
-        """Begin to open them, or to go on where an earlier process of the run has been.
+        """Begin to open them, or to continue where an earlier process of the run has been.
 
         Args:
-            run: The run's folder, which keeps their ids for the processes that go on.
+            run: The run's folder, whose log is open; it keeps their ids for when the run is resumed.
             config: Its settings, which they are told.
         """
-        self._run, self._config = run, config
-        self._queue: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="trackers", daemon=True)
+        self._log, self._closing = run / LOG, False
+        self._process: subprocess.Popen[str] | None = None
+        task = {
+            "run": str(run),
+            "names": config.train.trackers,
+            "settings": toml.flatten(config.model_dump(mode="json", exclude_none=True)),
+            "start": self._log.stat().st_size,
+        }
+        try:
+            process = children.start_module(
+                "captionscale.train.tracker_process", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        except OSError as error:
+            self._warn(f"their process does not start ({error})")
+            return
+        self._process = process
+        self._thread = threading.Thread(target=self._listen, args=(process,), name="trackers", daemon=True)
         self._thread.start()
-
-    def log(self, step: int, points: Mapping[str, float]) -> None:
-        """Hand over numbers.
-
-        Args:
-            step: To which they belong; it may be an earlier one than before, as scores come late.
-            points: By the names of their curves.
-        """
-        self._queue.put((step, dict(points)))
+        with suppress(BrokenPipeError):
+            print(json.dumps(task), file=process.stdin, flush=True)
 
     def close(self) -> None:
-        """Let them take what they can in a few seconds."""
-        self._queue.put(None)
-        self._thread.join(_PARTING_S)
-        if self._thread.is_alive():
-            say(
-                f"warning: trackers: about {self._queue.qsize():,} lines have not reached them after"
-                f" {_PARTING_S:g} s; {self._run / 'log.jsonl'} has all"
-            )
-
-    def _work(self) -> None:
-        opened = {
-            name: _Taken(tracker) for name in self._config.train.trackers if (tracker := self._open(name))
-        }
-        while (item := self._queue.get()) is not None:
-            step, points = item
-            for name, taken in opened.items():
-                try:
-                    taken.points += 1
-                    taken.tracker.log(step, points)
-                # Whatever a network, a server or a package brings.
-                except Exception as error:
-                    taken.lost += 1
-                    if taken.lost == 1:
-                        self._warn(name, f"does not take step {step:,}", error)
-        for name, taken in opened.items():
-            try:
-                taken.tracker.finish()
-            except Exception as error:
-                self._warn(name, "cannot end", error)
-            if taken.lost:
-                say(f"warning: {name}: {taken.lost:,} of {taken.points:,} lines are not there")
-
-    def _open(self, name: str) -> Tracker | None:
+        """Let them take what they can in a few seconds, and end their process with all that it started."""
+        process, self._closing = self._process, True
+        if process is None:
+            return
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.close()
         try:
-            ids = self._ids()
-            settings = toml.flatten(self._config.model_dump(mode="json", exclude_none=True))
-            tracker = open_tracker(name, self._run, settings, ids.get(name))
-            if tracker.id != ids.get(name):
-                with atomic(self._run / TRACKERS) as file:
-                    file.write(json.dumps({**ids, name: tracker.id}, indent=1).encode())
-        # `wandb` ends by SystemExit where it may not ask for a key.
-        except (Exception, SystemExit) as error:
-            self._warn(name, "cannot be reached", error)
-            return None
-        if tracker.place:
-            say(f"{name}: {credentials.strip(tracker.place)}")
-        return tracker
+            process.wait(_PARTING_S)
+        except subprocess.TimeoutExpired:
+            self._warn(f"have not taken all within {_PARTING_S:g} s and are ended")
+            children.kill_tree(process)
+        # What it said last.
+        self._thread.join(1)
 
-    def _ids(self) -> dict[str, str]:
-        """Return the trackers' own names of this run, as far as it has been there."""
-        with suppress(FileNotFoundError, ValueError):
-            ids = json.loads((self._run / TRACKERS).read_text(encoding="utf-8"))
-            return ids if isinstance(ids, dict) else {}
-        return {}
+    def _listen(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stdout is not None
+        with process.stdout as answers:
+            for line in answers:
+                say(credentials.strip(line.rstrip("\n")))
+        code = process.wait()
+        if code and not self._closing:
+            self._warn(f"their process ended with exit code {code}")
 
-    def _warn(self, name: str, what: str, error: BaseException) -> None:
-        found = credentials.strip(" ".join(f"{type(error).__name__}: {error}".split()))[:300]
-        say(f"warning: {name} {what} ({found}); training goes on, and {self._run / 'log.jsonl'} has all")
+    def _warn(self, what: str) -> None:
+        say(f"warning: trackers: {what}; {self._log} has all")

@@ -14,7 +14,8 @@ import pytest
 
 from captionscale import cli
 from captionscale.data import download, manifest
-from captionscale.data.shards import INDEX_ROW, Split
+from captionscale.data.index import INDEX_ROW
+from captionscale.data.shards import Split
 from captionscale.errors import UserError
 
 MB = 10**6

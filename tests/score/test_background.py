@@ -46,9 +46,7 @@ def test_each_set_of_captions_gets_its_own_scores(scorer: BackgroundScorer) -> N
         result(scorer)
 
 
-def test_signals_are_for_training_and_a_killed_process_is_an_error_and_then_another_one(
-    scorer: BackgroundScorer,
-) -> None:
+def test_signals_are_for_training(scorer: BackgroundScorer) -> None:
     before = children(os.getpid())
     scorer.begin({3: "a cat", 7: "a dog"})
     first = result(scorer)
@@ -58,13 +56,6 @@ def test_signals_are_for_training_and_a_killed_process_is_an_error_and_then_anot
     scorer.begin({3: "a cat", 7: "a dog"})
     assert result(scorer) == first
     assert process in children(os.getpid())
-    os.kill(process, signal.SIGSTOP)
-    scorer.begin({3: "a cat", 7: "a dog"})
-    os.kill(process, signal.SIGKILL)
-    with pytest.raises(UserError, match="its process ended with exit code -9"):
-        result(scorer)
-    scorer.begin({3: "a cat", 7: "a dog"})
-    assert result(scorer) == first
 
 
 def test_it_ends_with_the_process_that_it_works_for() -> None:

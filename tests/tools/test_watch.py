@@ -9,7 +9,8 @@ import pytest
 
 from captionscale import toml
 from captionscale.errors import UserError
-from captionscale.tools.watch import Reader, Watch, watch
+from captionscale.tools.watch import Watch, watch
+from captionscale.train.log_reader import Reader, read_line
 from captionscale.train.logs import Log
 
 STEPS_PER_EPOCH = 50
@@ -134,7 +135,7 @@ def test_a_run_that_goes_on_takes_back_what_it_will_do_again(run) -> None:
 
 def test_only_what_is_new_is_read(tmp_path) -> None:
     path = tmp_path / "log.jsonl"
-    reader = Reader(path)
+    reader = Reader(path, read_line)
     reader.read()
     assert reader.lines == []
     path.write_text('{"step": 1}\nrubbish\n[3]\n{"step": "x"}\n{"st')

@@ -134,7 +134,7 @@ def test_what_a_killed_process_began_is_gone_on_with_and_what_is_torn_is_begun_a
     assert "computing features of 4 images" in capsys.readouterr().err
     assert path.read_bytes() == whole
     path.rename(partial).write_bytes(whole[:700])
-    (shards / "features" / "train-of-another-run.npy.tmp").write_bytes(b"begun")
+    (shards / "features" / "train-0123456789abcdef.npy.tmp").write_bytes(b"begun")
     assert cache(build(), loaders(shards, "val")) == [path]
     assert path.read_bytes() == whole
     assert not list((shards / "features").glob("*.tmp"))

@@ -19,7 +19,7 @@ from captionscale.ranks import Ranks
 from captionscale.score.ciderd import cider_d
 from captionscale.train import checkpoint
 from captionscale.train.gate import open_gate, refuse_collapse
-from captionscale.train.logs import figures
+from captionscale.train.log_reader import figures
 from captionscale.train.loop import train
 from captionscale.train.losses import cross_entropy, say_what_may_be_said
 from captionscale.train.selfcritical import SelfCritical

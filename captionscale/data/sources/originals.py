@@ -2,7 +2,6 @@
 
 import os
 import posixpath
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from captionscale import errors
+from captionscale import errors, parsing
 from captionscale.data.sources.record import Record, in_order
 from captionscale.errors import UserError
+from captionscale.files import MB, read_file
 
 # Shards and their indexes hold an id in 64 bits.
 ImageId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -24,8 +24,8 @@ IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 
 # Of what an error shows of a file, in letters: damaged files have names of megabytes.
 _LONGEST = 120
-_BOM = b"\xef\xbb\xbf"
-_FAULT = re.compile(r"(?P<fault>.+?)(?: - at `\$\.?(?P<where>.+)`)?", re.DOTALL)
+# COCO's and Karpathy's lists have 150 MB; others name millions of images.
+_MAX_BYTES = 4096 * MB
 
 _T = TypeVar("_T")
 
@@ -66,7 +66,7 @@ def text(path: Path) -> str:
         UserError: It cannot be read, is not UTF-8, or is empty.
     """
     with reading(path):
-        content = decoded(path.read_bytes(), str(path))
+        content = decoded(read_file(path, _MAX_BYTES), str(path))
     if not content.strip():
         raise UserError(f"{path}: the file is empty; wanted text; write or download it again")
     return content
@@ -84,27 +84,16 @@ def document(path: Path, kind: type[_T], wanted: str) -> _T:
         UserError: It cannot be read, is not JSON, or is of another layout.
     """
     with reading(path):
-        data = path.read_bytes()
+        data = read_file(path, _MAX_BYTES)
     return parsed(data, msgspec.json.Decoder(kind), str(path), wanted)
 
 
 def parsed(data: bytes, decoder: msgspec.json.Decoder[_T], place: str, wanted: str) -> _T:
     """Return JSON as the decoder's type; `wanted` and the errors are those of `document`."""
     try:
-        # A view: a copy of a large file would take its size again.
-        return decoder.decode(memoryview(data)[len(_BOM) :] if data.startswith(_BOM) else data)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{place}: {fault_of(error)}; {wanted}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON: {error}; {wanted}") from error
-
-
-def fault_of(error: msgspec.ValidationError) -> str:
-    """Return where in its JSON a value is not what was wanted, and why, in one line."""
-    found = _FAULT.fullmatch(str(error))
-    assert found
-    fault = " ".join(found["fault"].split())[:_LONGEST]
-    return f"{found['where']}: {fault}" if found["where"] else fault
+        return parsing.decode(data, decoder)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}; {wanted}") from error
 
 
 def below(path: str, place: str) -> str:

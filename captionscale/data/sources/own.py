@@ -11,6 +11,8 @@ from captionscale.data.manifest import SPLIT_NAME
 from captionscale.data.sources import originals
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
+from captionscale.files import open_file
+from captionscale.parsing import fault_of
 from captionscale.progress import say
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -173,9 +175,7 @@ def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
                 cells = {column: field for column, field in zip(header, fields, strict=True) if field}
                 yield place, msgspec.convert(cells, _Row, strict=False)
     except msgspec.ValidationError as error:
-        raise UserError(
-            f"{path}: line {reader.line_num}: {originals.fault_of(error)}; {_WANTED_COLUMNS}"
-        ) from error
+        raise UserError(f"{path}: line {reader.line_num}: {fault_of(error)}; {_WANTED_COLUMNS}") from error
     except csv.Error as error:
         raise UserError(
             f"{path}: line {reader.line_num}: {error}; wanted a field with quotes in quotes, and each quote"
@@ -184,7 +184,7 @@ def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    with originals.reading(path), path.open("rb") as file:
+    with originals.reading(path), open_file(path) as file:
         for number, line in enumerate(file, start=1):
             yield f"{path}: line {number}", line
 

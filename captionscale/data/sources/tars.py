@@ -1,6 +1,5 @@
 """Read tars that are there already: a WebDataset, such as img2dataset writes, or our own shards."""
 
-import json
 import os
 import re
 import tarfile
@@ -10,10 +9,12 @@ from pathlib import Path
 import msgspec
 import xxhash
 
+from captionscale import parsing
 from captionscale.data.manifest import MANIFEST
 from captionscale.data.sources import originals
 from captionscale.data.sources.record import Record, in_order
 from captionscale.errors import UserError
+from captionscale.files import open_file
 
 # As webdataset groups: a key ends at the first dot of the base name, and names such as __meta__ are none.
 _MEMBER = re.compile(r"(?P<key>(?:.*/|)[^.]+)\.(?P<ending>[^/]*)")
@@ -76,7 +77,7 @@ def read(tars: Sequence[Path], split: str, first_id: originals.FirstId) -> list[
     found: dict[_Identity, _Image] = {}
     for path in files(tars):
         samples = _samples(path)
-        with originals.reading(path), path.open("rb") as file:
+        with originals.reading(path), open_file(path) as file:
             for parts in samples:
                 name, offset, size = parts["image"]
                 facts = _facts(path, file.fileno(), parts)
@@ -163,7 +164,7 @@ def _samples(path: Path) -> list[dict[str, _Part]]:
 
 def _members(path: Path) -> Iterator[_Part]:
     """Yield the name, offset and size of each file in a tar, which is whole."""
-    with originals.reading(path), path.open("rb") as file:
+    with originals.reading(path), open_file(path) as file:
         if unpacker := _UNPACKERS.get(file.read(2)):
             raise UserError(
                 f"{path}: compressed; wanted a plain tar, to read by offset; unpack it with {unpacker}"
@@ -204,10 +205,10 @@ def _facts(path: Path, descriptor: int, parts: dict[str, _Part]) -> _Facts:
     place = f"{path}: {originals.shown(name)}"
     try:
         # Not msgspec's reader: img2dataset writes NaN.
-        return msgspec.convert(json.loads(os.pread(descriptor, size, offset)), _Facts)
+        return msgspec.convert(parsing.loads(os.pread(descriptor, size, offset)), _Facts)
     except msgspec.ValidationError as error:
-        raise UserError(f"{place}: {originals.fault_of(error)}; {_WANTED_FACTS}") from error
-    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: {parsing.fault_of(error)}; {_WANTED_FACTS}") from error
+    except ValueError as error:
         raise UserError(f"{place}: not JSON: {error}; {_WANTED_FACTS}") from error
 
 

@@ -1,17 +1,16 @@
 """`captionscale bench --quick`: every benchmark at a small size, and whether one of its ratios has fallen."""
 
 import json
-import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
+from captionscale import children, parsing
 from captionscale.errors import UserError
-from captionscale.files import atomic
+from captionscale.files import atomic, read_file
 from captionscale.progress import SafeConsole, console, say
 from captionscale.tools.bench.race import Sheet
 
@@ -46,11 +45,11 @@ def quick(benches: Mapping[str, Sequence[str]], *, check: bool, write: bool, as_
     for name, arguments in benches.items():
         say(f"bench {name} ...")
         command = [sys.executable, "-m", "captionscale", "bench", name, *arguments, "--json"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        done = children.run(command)
         if done.returncode:
             failed.append(name)
             continue
-        found = json.loads(done.stdout)
+        found = parsing.loads(done.stdout)
         machine, tables = found["machine"], tables + found["tables"]
         for table in () if as_json else found["tables"]:
             Sheet(table["title"], table["columns"], table["rows"], table["notes"]).print(out)
@@ -110,8 +109,8 @@ def _refuse_fallen(measured: Ratios, committed: Ratios) -> None:
 
 def _committed() -> Ratios:
     try:
-        return tomllib.loads(RATIOS.read_text(encoding="utf-8")) if RATIOS.exists() else {}
-    except tomllib.TOMLDecodeError as error:
+        return parsing.toml(read_file(RATIOS).decode()) if RATIOS.exists() else {}
+    except ValueError as error:
         raise UserError(f"{RATIOS}: {error}, wanted TOML; take it from the repository again") from None
 
 

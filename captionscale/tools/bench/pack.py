@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
+from captionscale import children
 from captionscale.data import images, packing, resize, scenes
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
@@ -89,7 +89,7 @@ def _originals(records: list[Record], folder: Path, rounds: int) -> Heat:
 
     def gnu_tar() -> None:
         with _fresh(folder) as out:
-            subprocess.run(["tar", "-cf", out / "all.tar", "-C", records[0].source, "."], check=True)
+            children.run(["tar", "-cf", out / "all.tar", "-C", records[0].source, "."]).check_returncode()
 
     def copy() -> None:
         with _fresh(folder) as out, (out / "all").open("wb") as file:

@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 
-from captionscale import toml
+from captionscale import children, toml
 from captionscale.config import Config
 from captionscale.data.loader import Batch
 from captionscale.errors import UserError
@@ -206,6 +206,7 @@ def _answer(end: Connection) -> float:
 
 def _work(rank: int, size: int, port: int, config: Config, run: Path, orders: Connection) -> None:
     """Be a process of a run."""
+    children.end_with_pool()
     # A Ctrl-C is for the process that asks; what a run says is of no interest.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     console().quiet = True

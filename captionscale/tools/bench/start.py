@@ -13,6 +13,7 @@ from statistics import median
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from captionscale import children
 from captionscale.config import Data
 from captionscale.data import packing, scenes
 from captionscale.data.loader import Batch, Loader
@@ -144,7 +145,8 @@ def _verbs(rounds: int) -> Sheet:
 
 
 def _python(*arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    done = children.run([sys.executable, *arguments])
+    done.check_returncode()
     return done.stdout
 
 
@@ -243,7 +245,7 @@ def _two_processes(rounds: int) -> Heat:
 def _worker(settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     environment |= settings
-    with subprocess.Popen(
+    with children.start(
         [sys.executable, "-c", _STEPS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from captionscale import toml
+from captionscale import children, toml
 from captionscale.config import Config
 from captionscale.data import packing, scenes
 from captionscale.data.loader import Batch
@@ -31,7 +31,7 @@ from captionscale.tools.bench import tutorial
 from captionscale.tools.bench.race import Heat, Sheet
 from captionscale.train import layout
 from captionscale.train.job import Job, prepare
-from captionscale.train.logs import figures
+from captionscale.train.log_reader import figures
 from captionscale.train.loop import learn
 from captionscale.vocab import PAD
 
@@ -186,7 +186,7 @@ def _start(path: Path, run: Path) -> float:
     saved = max(layout.steps(run), default=0)
     began = time.time()
     command = [sys.executable, "-m", "captionscale", "train", str(path), "--out", str(run)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with children.start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and max(figures(run, "loss", began), default=0) <= saved:
             time.sleep(_LOOK_S)
         seconds = time.time() - began

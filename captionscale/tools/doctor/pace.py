@@ -16,7 +16,7 @@ from captionscale.progress import duration
 from captionscale.tools.doctor.findings import Line, ok, refusal, unmeasured, warning
 from captionscale.tools.doctor.plan import Plan
 from captionscale.train.layout import steps
-from captionscale.train.logs import figures
+from captionscale.train.log_reader import figures
 from captionscale.train.losses import cross_entropy
 from captionscale.train.optimizer import make_optimizer
 

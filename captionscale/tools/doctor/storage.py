@@ -21,7 +21,7 @@ from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.profiles import count_of, refuse_unfit
 from captionscale.train import checkpoint
 from captionscale.train.layout import steps
-from captionscale.train.logs import figures
+from captionscale.train.log_reader import figures
 from captionscale.train.saving import checkpoint_bytes, refuse_full_disk
 
 _SAMPLES, _QUICK_SAMPLES = 200, 20

@@ -103,7 +103,8 @@ def _new(out: Path) -> Iterator[Path]:
     """Give a folder that takes its name when it is complete."""
     if out.exists():
         raise UserError(f"{out}: is there already, wanted a new folder; remove it, or take another --out")
-    partial = out.with_name(out.name + ".tmp")
+    # A name that nobody else gives: what a killed export left is removed.
+    partial = out.with_name(f".{out.name}.captionscale-export")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)

@@ -118,7 +118,7 @@ FAULTS = {
     "a name with a zero byte": (document({1: "a\0/1.jpg"}, [(1, "a")]), "image 'a\\x00/1.jpg'; wanted"),
     "a file cut short": ('{"images": [{"id": 1,', "c.json: not JSON: Input data was truncated; wanted"),
     "a file that is broken": ('{"images": [{"id": 1,}', "not JSON: JSON is malformed"),
-    "brackets without end": ('{"info": ' + "[" * 100_000, "c.json: not JSON: maximum recursion depth"),
+    "brackets without end": ('{"info": ' + "[" * 100_000, "c.json: not JSON: nested too deeply"),
     "an empty file": (" \n", "c.json: not JSON: Input data was truncated; wanted"),
     "a zip": (b"PK\x03\x04\xff", "c.json: not JSON: JSON is malformed: invalid character (byte 0); wanted"),
     "a caption that is not UTF-8": (

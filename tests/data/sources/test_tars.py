@@ -220,7 +220,7 @@ FAULTS = {
     ),
     "brackets without end": (
         {"1.jpg": b"1", "1.json": b"[" * 100_000},
-        "a.tar: 1.json: not JSON: maximum recursion",
+        "a.tar: 1.json: not JSON: nested too deeply",
     ),
     "a text that is not UTF-8": (
         {"1.jpg": b"1", "1.txt": b"caf\xe9"},

@@ -1,0 +1,125 @@
+"""The index of a split: a row for each sample says where it is; checked before anything relies on it."""
+
+import hashlib
+import io
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool, Shaped
+
+from captionscale.data.manifest import CURE, MAX_INDEX_BYTES, SplitFacts, shard_name
+from captionscale.data.places import Place
+from captionscale.errors import UserError
+
+INDEX_ROW = np.dtype(
+    [
+        ("shard", "<i8"),
+        ("image_offset", "<i8"),
+        ("image_size", "<i8"),
+        ("json_offset", "<i8"),
+        ("json_size", "<i8"),
+        ("image_id", "<i8"),
+        ("captions", "<i8"),
+        ("width", "<i8"),
+        ("height", "<i8"),
+        ("image_hash", "<u8"),
+        ("json_hash", "<u8"),
+    ]
+)
+_MAX_HEADER_BYTES = 4096
+"""NumPy's own: a tenth of it is used."""
+_MAX_CAPTIONS = 10**6
+_MAX_SIDE = 10**8
+_NAMED = 5
+
+
+def index_name(split: str) -> str:
+    """Return the file name of a split's index."""
+    return f"{split}.index.npy"
+
+
+def read(place: Place, split: str, facts: SplitFacts) -> Shaped[np.ndarray, "sample"]:
+    """Return the rows of a split's index, none of which points out of the split's shards.
+
+    Args:
+        place: Where the index is.
+        split: Such as `train`.
+        facts: What the manifest says of the split.
+
+    Raises:
+        UserError: It is missing, damaged, or speaks of what the manifest does not know.
+    """
+    path = f"{place}/{index_name(split)}"
+    try:
+        # The manifest says how many rows it has.
+        expected_bytes = facts.images * INDEX_ROW.itemsize + _MAX_HEADER_BYTES
+        data = place.fetch(index_name(split), min(expected_bytes, MAX_INDEX_BYTES))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}, wanted the split's index; {CURE}") from None
+    # It pairs images with captions: a damaged one would do so wrongly without a word.
+    if hashlib.sha256(data).hexdigest() != facts.index_sha256:
+        raise UserError(f"{path}: sha256 differs from the manifest's; {CURE}")
+    index = _parse(data, path)
+    if len(index) == 0 or len(index) != facts.images:
+        raise UserError(
+            f"{path}: {len(index):,} images, manifest says {facts.images:,}; wanted at least one and the same"
+            f" number; {CURE}"
+        )
+    for fault, rows in _faults(index, facts):
+        if len(found := np.flatnonzero(rows)):
+            values = dict(zip(INDEX_ROW.names or (), index[found[0]].tolist(), strict=True))
+            values["tar"] = shard_name(split, values["shard"])
+            ids = ", ".join(map(str, index["image_id"][found[:_NAMED]]))
+            raise UserError(
+                f"{path}: {fault.format_map(values)}; {len(found):,} such rows, of images {ids}"
+                f"{', ...' * (len(found) > _NAMED)}; {CURE}"
+            )
+    return index
+
+
+def _parse(data: bytes, path: str) -> Shaped[np.ndarray, "sample"]:
+    """Return the rows without a copy; nothing that the header promises is believed before it is there."""
+    file = io.BytesIO(data)
+    try:
+        if (version := np.lib.format.read_magic(file)) != (1, 0):
+            raise ValueError(f"version {version} of NumPy's format, expected (1, 0)")
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    # NumPy lets out what its parsers raise on a damaged header: SyntaxError, TokenError and others.
+    except Exception as error:
+        raise UserError(f"{path}: not an index ({' '.join(str(error).split()):.200}); {CURE}") from None
+    if dtype != INDEX_ROW:
+        raise UserError(f"{path}: columns {dtype.names!s:.200}, wanted {INDEX_ROW.names}; {CURE}")
+    there = (len(data) - file.tell()) / INDEX_ROW.itemsize
+    if fortran_order or len(shape) != 1 or shape[0] != there:
+        raise UserError(
+            f"{path}: rows of shape {shape!s:.80} in {'Fortran' if fortran_order else 'C'} order,"
+            f" expected ({there:g},) in C order; {CURE}"
+        )
+    return np.frombuffer(data, INDEX_ROW, offset=file.tell())
+
+
+def _faults(
+    index: Shaped[np.ndarray, "sample"], facts: SplitFacts
+) -> Iterator[tuple[str, Bool[np.ndarray, "sample"]]]:
+    """Yield what a row may not have, and the rows that have it; later ones rely on the earlier ones."""
+    shards = index["shard"]
+    last = len(facts.shards) - 1
+    yield f"speaks of {{tar}}, but the manifest has {last + 1:,} shards", (shards < 0) | (shards > last)
+    sizes = np.array([shard.size_bytes for shard in facts.shards], np.int64)[shards]
+    for part in ("image", "json"):
+        offset, size = index[f"{part}_offset"], index[f"{part}_size"]
+        # No sum of two that may overflow.
+        outside = (offset < 0) | (size < 1) | (size > sizes) | (offset > sizes - size)
+        yield (
+            f"{part} of {{{part}_size}} bytes at byte {{{part}_offset}}, expected it within {{tar}}",
+            outside,
+        )
+    yield "image id {image_id}, expected at least 0", index["image_id"] < 0
+    again = np.ones(len(index), np.bool_)
+    again[np.unique(index["image_id"], return_index=True)[1]] = False
+    yield "image {image_id} is there again, expected each once", again
+    captions = index["captions"]
+    yield "{captions} captions, expected 0 to a million", (captions < 0) | (captions > _MAX_CAPTIONS)
+    sides = [(index[side] < 1) | (index[side] > _MAX_SIDE) for side in ("width", "height")]
+    yield "an image of {width} x {height} pixels, expected at least 1 x 1", sides[0] | sides[1]
+    yield "{tar} after a later one, expected them in order", np.r_[False, np.diff(shards) < 0]

@@ -1,0 +1,78 @@
+"""TensorBoard's event files, written without a thread: a full disk delays points and never ends a run."""
+
+import io
+import itertools
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from captionscale.progress import say
+
+_numbers = itertools.count()
+
+
+class Events:
+    """One event file, which each call of `write` appends to."""
+
+    def __init__(self, folder: Path, step: int):
+        """Begin a file.
+
+        Args:
+            folder: Where TensorBoard looks for it.
+            step: What earlier files say of this step and later ones is hidden.
+        """
+        place = f"{os.uname().nodename}.{os.getpid()}.{next(_numbers)}"
+        self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{place}"
+        self._size, self._warned = 0, False
+        self._waiting = bytearray()
+        """Records that are not in the file yet."""
+        self._append(Event(step=step, file_version="brain.Event:2"))
+        self._append(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, points: Mapping[str, float]) -> None:
+        """Add a point to each of these curves; what the disk does not take is tried again the next time.
+
+        Args:
+            step: The points' place on the horizontal axis.
+            points: By the names of their curves.
+        """
+        values = [Summary.Value(tag=tag, simple_value=number) for tag, number in points.items()]
+        self._append(Event(step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """Try for the last time to write what the disk has not taken."""
+        self._flush()
+        if self._waiting:
+            say(f"warning: {self._path}: the last points are not there; log.jsonl beside it has all")
+
+    def _append(self, event: Event) -> None:
+        event.wall_time = time.time()
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._waiting += record.getvalue()
+        self._flush()
+
+    def _flush(self) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(self._waiting)
+        except OSError as error:
+            # Readers stop at a torn record.
+            with suppress(OSError):
+                os.truncate(self._path, self._size)
+            if not self._warned:
+                self._warned = True
+                say(
+                    f"warning: {self._path}: cannot be written ({error.strerror}); TensorBoard misses points"
+                    " until there is room, training continues, and log.jsonl has all; free the disk"
+                )
+        else:
+            self._size += len(self._waiting)
+            self._waiting.clear()
