@@ -95,6 +95,8 @@ def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -
                     label="All captions that were found, the best first",
                     info="Each with how often the model would say just these words if it drew them. The more"
                     " words, the rarer, for which a search makes up by their number (length power).",
+                    # Otherwise gradio does not let it be used, as no event takes its value.
+                    interactive=True,
                     elem_id="captions",
                 )
         with gr.Tab("Many pictures"):
