@@ -72,6 +72,8 @@ def test_a_picture_is_dropped_and_a_clicked_word_shows_where_the_model_looked(
         best = page.locator("#words").inner_text()
         page.locator("#captions label").nth(1).click()
         page.wait_for_function("old => document.querySelector('#words').innerText != old", arg=best)
+        page.locator("#captions label").nth(0).click()
+        page.wait_for_function("old => document.querySelector('#words').innerText == old", arg=best)
         first, second = words.nth(0).inner_text().split()[0], words.nth(1).inner_text().split()[0]
         words.nth(1).click()
         page.wait_for_function("old => document.querySelector('#looked img').src != old", arg=plain)
