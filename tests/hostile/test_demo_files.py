@@ -180,8 +180,9 @@ def test_no_input_of_any_event_of_the_page_opens_what_a_request_names(
     before = set(cache.rglob("*"))
     refused, ran = attack(page, canary)
     canary.assert_untouched(cache, before)
-    # Text is passed on, and nothing else.
-    assert refused > 10 * ran > 0
+    # No input of the page takes text.
+    assert refused > 1000
+    assert ran == 0
 
 
 def test_no_input_of_any_component_that_a_page_may_have_opens_what_a_request_names(
