@@ -15,7 +15,9 @@ _URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.:-]{0,63}://[^\s"'<>]+""")
 _AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?")
 _SECRET = re.compile(r"token|sig|secret|pass|pwd|key|auth|cred|session|jwt|sas|access", re.IGNORECASE)
 _KEY_LENGTH = 16
-"""Characters of a parameter's value from which on it may be a key, whatever it is called."""
+"""Characters of a parameter's value from which on it may be a key, unless it says what is read."""
+_WHAT = re.compile(r"(version|generation)(id)?|revision|commit|ref|branch|path|prefix", re.IGNORECASE)
+_AZURE = re.compile(r"(.*::)?(az|abfss?|wasbs?)")
 
 
 def strip(text: str) -> str:
@@ -26,6 +28,8 @@ def strip(text: str) -> str:
         'data.shards=https://host:8000/coco?version=2'
         >>> strip("s3://KEY:SECRET@bucket/coco"), strip("me@host: no URL")
         ('s3://bucket/coco', 'me@host: no URL')
+        >>> strip("https://host/coco?revision=2c1d7f3a9b8e6054"), strip("abfss://container@account/coco")
+        ('https://host/coco?revision=2c1d7f3a9b8e6054', 'abfss://container@account/coco')
     """
     return _URL.sub(lambda found: _strip(found[0]), text)
 
@@ -70,8 +74,11 @@ def _keep(stripped: str, url: str) -> None:
 def _strip(url: str) -> str:
     scheme, _, rest = url.partition("://")
     authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
-    if "@" in authority:
-        rest = rest[authority.rindex("@") + 1 :]
+    user, at, _ = authority.rpartition("@")
+    if at:
+        # In Azure's URLs it is a container, unless there is a password.
+        if ":" in user or not _AZURE.fullmatch(scheme):
+            rest = rest[len(user) + 1 :]
     elif not _AUTHORITY.fullmatch(authority):
         # A password that holds a slash or the like, which should have been escaped.
         rest = rest.rpartition("@")[2]
@@ -82,4 +89,4 @@ def _strip(url: str) -> str:
 
 def _is_secret(parameter: str) -> bool:
     name, _, value = parameter.partition("=")
-    return bool(_SECRET.search(name)) or len(value) >= _KEY_LENGTH
+    return bool(_SECRET.search(name)) or (len(value) >= _KEY_LENGTH and not _WHAT.fullmatch(name))

@@ -9,7 +9,16 @@ from typing import BinaryIO
 import pytest
 
 from captionscale.errors import UserError
-from captionscale.files import LOCK, atomic, lock, prove_writable, scratch, sha256_of
+from captionscale.files import (
+    LOCK,
+    UnfitFileError,
+    atomic,
+    lock,
+    prove_writable,
+    read_file,
+    scratch,
+    sha256_of,
+)
 
 HOLD = """
 import sys
@@ -66,6 +75,22 @@ def test_the_hash_is_that_of_the_bytes(tmp_path: Path) -> None:
     for data in (b"", b"abc", bytes(range(256)) * 5000):
         (tmp_path / "a").write_bytes(data)
         assert sha256_of(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("folder", ["/dev/fd", "/proc/self/fd"])
+def test_what_a_shell_pipes_in_is_read_to_its_end_and_its_bound(folder: str) -> None:
+    for size, max_bytes in ((1000, 1000), (1001, 1000)):
+        reader, writer = os.pipe()
+        os.write(writer, bytes(size))
+        os.close(writer)
+        try:
+            if size <= max_bytes:
+                assert read_file(Path(folder, str(reader)), max_bytes) == bytes(size)
+            else:
+                with pytest.raises(UnfitFileError, match="at most 1,000"):
+                    read_file(Path(folder, str(reader)), max_bytes)
+        finally:
+            os.close(reader)
 
 
 def test_one_writer_at_a_time_has_a_folder(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 # What libjpeg says of missing or broken pixels; all else that it warns of (bytes too many between segments,
 # an unknown revision of JFIF, an odd ICC profile) harms no picture.
 _DAMAGE = re.compile(r"premature end|bad \w+ code|instead of RST", re.IGNORECASE)
-_BAND_PIXELS = 1 << 20
+_TILE_PIXELS = 1 << 20
 # A JPEG segment before the pixels other than APP1, which holds EXIF and XMP and so the orientation.
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xe0\xe2-\xfe]")
 
@@ -107,11 +107,14 @@ def _uprighted(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     picture.load()
     width, height = picture.size
     image = np.empty((height, width, 3), np.uint8)
-    # By bands, as the steps to RGB need up to twenty bytes for each pixel.
-    rows = max(1, _BAND_PIXELS // width)
+    # By tiles, as the steps to RGB need up to twenty bytes for each pixel.
+    columns = min(width, _TILE_PIXELS)
+    rows = max(1, _TILE_PIXELS // columns)
     for top in range(0, height, rows):
-        band = picture.crop((0, top, width, min(height, top + rows)))
-        image[top : top + rows] = np.asarray(_rgb(band))
+        for left in range(0, width, columns):
+            bottom, right = min(height, top + rows), min(width, left + columns)
+            tile = picture.crop((left, top, right, bottom))
+            image[top:bottom, left:right] = np.asarray(_rgb(tile))
     return _upright(image, _orientation(picture))
 
 
@@ -141,6 +144,18 @@ def look(data: bytes, place: str, *, whole: bool) -> Look:
             # MPO, of phones with two lenses, is a JPEG with more behind it.
             extension = "jpg" if kind in ("JPEG", "MPO") else kind.lower()
         return Look(height, width, extension) if orientation >= 5 else Look(width, height, extension)
+
+
+def count_pixels(data: bytes, place: str) -> int:
+    """Return the number of pixels that an image file's header states. Nothing is decoded.
+
+    Unlike `look`, which decodes a PNG to find an orientation after its pixels.
+
+    Raises:
+        UserError: As `pixels` does, for what its header and the limits tell.
+    """
+    with _refusing(data, place), _open(data) as picture:
+        return picture.width * picture.height
 
 
 @contextmanager

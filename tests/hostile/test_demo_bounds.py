@@ -20,9 +20,11 @@ from demo_server import serving
 from experiment import opinionated_run
 from fastapi import FastAPI
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 import captionscale
 from captionscale.data import images
+from captionscale.errors import UserError
 from captionscale.tools.demo.connections import Bounds
 from captionscale.tools.demo.endpoint import endpoint
 from captionscale.tools.demo.receiving import BusyError, Memory, Pace, TooSlowError, chunks
@@ -112,6 +114,31 @@ def test_no_decoded_image_leaves_the_threads_that_decode(
     views = [future.result(60) for future in futures]
     assert {view.shape for view in views} == {(64, 64, 3)}
     assert len(alive) < most <= service.limits.decoders + 1
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16"])
+def test_only_the_threads_for_it_decode_a_large_png(
+    service: Service, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Pillow decodes a whole PNG to learn its orientation.
+    loads, real = list[str](), PngImageFile.load
+
+    def load(image: PngImageFile) -> object:
+        loads.append(threading.current_thread().name)
+        return real(image)
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    out = io.BytesIO()
+    Image.new(mode, (900, 900)).save(out, "PNG")
+    service.reduce(out.getvalue(), "x", service.writer.centre).result(60)
+    assert loads
+    assert all(name.startswith("decode-large") for name in loads)
+    loads.clear()
+    out = io.BytesIO()
+    Image.new(mode, (2000, 900)).save(out, "PNG")
+    with pytest.raises(UserError, match="1,800,000 pixels"):
+        service.reduce(out.getvalue(), "x", service.writer.centre).result(60)
+    assert loads == []
 
 
 def test_a_large_image_does_not_delay_small_ones(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +261,7 @@ def test_what_its_client_left_is_not_decoded(
 STUCK = """
 import sys, threading
 from captionscale.data import images
+from captionscale.errors import UserError
 from captionscale.cli import main
 real = images.pixels
 def pixels(data, place):

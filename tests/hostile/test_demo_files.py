@@ -312,3 +312,52 @@ def test_an_upload_is_found_by_its_name_and_never_as_a_file(
     for guess in (first[:-5] + ".jpg", f"./{first}", f"x/../{first}", first.upper(), ""):
         assert httpx.get(f"{page}/gradio_api/file={guess}").status_code == 404
     assert set(cache.rglob("*")) == before
+
+
+def test_a_value_that_the_page_does_not_offer_is_refused_without_a_traceback(
+    page: str, scenes: Path, upload: Callable[[bytes], str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    photo = next((scenes / "test2017").iterdir()).read_bytes()
+    with httpx.Client(base_url=page, timeout=60) as client:
+        config = client.get("/config").json()
+        parts = {part["id"]: part for part in config["components"]}
+        statuses = []
+        for event in config["dependencies"]:
+            kinds = [parts[each]["type"] for each in event["inputs"]]
+            honest: list[Any] = [
+                {"path": upload(photo)} if kind == "image" else parts[each]["props"].get("value")
+                for each, kind in zip(event["inputs"], kinds, strict=True)
+            ]
+            for index in (None, -1, 10**9, 0):
+                clicked = None if index is None else {"index": index}
+                trials = [honest]
+                for place, kind in enumerate(kinds):
+                    bad = {"image": 1, "file": [1], "state": 1}.get(kind, "bad")
+                    trials += [[*honest[:place], each, *honest[place + 1 :]] for each in (bad, 10**12, True)]
+                for data in trials:
+                    body = {
+                        "data": data,
+                        "fn_index": event["id"],
+                        "session_hash": "odd",
+                        "event_data": clicked,
+                    }
+                    answer = client.post("/gradio_api/queue/join", json=body)
+                    statuses.append(answer.status_code)
+                    if answer.status_code == 200:
+                        said = client.get("/gradio_api/queue/data", params={"session_hash": "odd"}).text
+                        assert "process_completed" in said
+                        assert '"error": null' not in said
+                    else:
+                        assert "expected" in answer.json()["detail"]
+    assert set(statuses) == {200, 400}
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("body", [b"no form", b"--X\r\n\r\n\r\n" * 200])
+def test_a_bad_form_that_is_received_is_answered_at_once(page: str, body: bytes) -> None:
+    headers = {"Content-Type": "multipart/form-data; boundary=X"}
+    # Less than the server reads on for.
+    answer = httpx.post(
+        f"{page}/gradio_api/upload", content=body, headers=headers, timeout=Limits().pace.grace_s / 2
+    )
+    assert answer.status_code in (400, 413)

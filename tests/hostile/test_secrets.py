@@ -88,6 +88,10 @@ def url(packed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         ("https://[::1]:80/a@b", "https://[::1]:80/a@b"),
         ("me@host: text?token=1", "me@host: text?token=1"),
         ("/folder/with:colon@sign", "/folder/with:colon@sign"),
+        (f"https://host/c?revision={'2c1d7f3a' * 5}", f"https://host/c?revision={'2c1d7f3a' * 5}"),
+        ("https://host/c?versionId=3HL4kqtJlcpXroDTDmJ", "https://host/c?versionId=3HL4kqtJlcpXroDTDmJ"),
+        ("abfss://container@account.host/coco", "abfss://container@account.host/coco"),
+        ("az://me:secret@account/coco", "az://account/coco"),
     ],
 )
 def test_a_url_is_stripped_of_what_may_be_a_key(

@@ -4,8 +4,11 @@ Many of gradio's routes, and any object in an event, name files and URLs that gr
 a page sends, only numbers, short text and names of uploads are passed on: never an object.
 """
 
+import asyncio
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,10 +100,11 @@ def front(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look: Any) -> F
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
+        body = chunks(request.receive, limits.pace)
         try:
-            return JSONResponse(await uploads.receive(request))
+            return JSONResponse(await uploads.receive(request.headers.get("content-type"), body))
         except UserError as error:
-            await _drain(request, limits)
+            await _drain(body, limits.pace.grace_s)
             return PlainTextResponse(str(error), _status(error))
 
     @app.get("/gradio_api/upload_progress")
@@ -148,6 +152,14 @@ async def _event(request: Request, blocks: gr.Blocks, uploads: Uploads, limits: 
     known = blocks.fns.get(event.fn_index)
     if known is None or len(known.inputs) != len(event.data):
         raise UserError(f"the event: fn_index {event.fn_index}, expected one of the page: reload the page")
+    if event.event_data is None and any(name == "select" for _, name in known.targets):
+        raise UserError("the event: no event_data, expected what was clicked: reload the page")
+    for part, value in zip(known.inputs, event.data, strict=True):
+        if not _fits(part, value):
+            found = "a list or file" if isinstance(value, list | _File) else repr(value)
+            raise UserError(
+                f"{part.label or 'the event'}: found {found}, expected what the page offers: reload the page"
+            )
     return {
         "data": [_plain(value, uploads) for value in event.data],
         "fn_index": event.fn_index,
@@ -155,6 +167,22 @@ async def _event(request: Request, blocks: gr.Blocks, uploads: Uploads, limits: 
         "event_data": event.event_data and {"index": event.event_data.index, "value": None},
         "trigger_id": event.trigger_id,
     }
+
+
+def _fits(part: Any, value: Any) -> bool:
+    """Return whether an input can have a value: gradio prints a traceback of one that it cannot have."""
+    if isinstance(part, gr.Slider | gr.Number):
+        least = -math.inf if part.minimum is None else part.minimum
+        most = math.inf if part.maximum is None else part.maximum
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return least <= value <= most if number else value is None and isinstance(part, gr.Number)
+    if isinstance(part, gr.Radio):
+        return value in [choice for _, choice in part.choices]
+    if isinstance(part, gr.Image):
+        return value is None or isinstance(value, _File)
+    if isinstance(part, gr.File):
+        return value is None or (isinstance(value, list) and all(isinstance(each, _File) for each in value))
+    return value is None or not isinstance(part, gr.State)
 
 
 def _plain(value: Any, uploads: Uploads) -> Any:
@@ -198,13 +226,12 @@ def _forget_unread(queue: Any, session: str, most: int) -> None:
         del queue.pending_event_ids_session[each]
 
 
-async def _drain(request: Request, limits: Limits) -> None:
-    """Read on for a while: browsers show no answer to what they are still sending."""
-    try:
-        async for _ in chunks(request.receive, limits.pace, limits.pace.grace_s):
-            pass
-    except UserError:
-        pass
+async def _drain(body: AsyncIterator[bytes], longest_s: float) -> None:
+    """Read what is left for a while: browsers show no answer to what they are still sending."""
+    with suppress(TooSlowError, TimeoutError):
+        async with asyncio.timeout(longest_s):
+            async for _ in body:
+                pass
 
 
 def _status(error: UserError) -> int:

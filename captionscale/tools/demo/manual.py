@@ -1,8 +1,9 @@
 """What an HTTP endpoint takes and gives, as a page that needs no network and no scripts."""
 
 from collections.abc import Iterator
-from html import escape
 from typing import Any
+
+from captionscale.escape import for_html
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 52rem; margin: 2rem auto; padding: 0 1rem }
@@ -20,16 +21,16 @@ def manual(openapi: dict[str, Any], base: str) -> str:
         openapi: The description that FastAPI makes.
         base: Where the endpoint is, for the examples.
     """
-    info, described = openapi["info"], escape(f"{base}/openapi.json")
+    info, described = openapi["info"], for_html(f"{base}/openapi.json")
     parts = [
-        f"<h1>{escape(info['title'])}</h1><p>{escape(info['description'])}</p>",
+        f"<h1>{for_html(info['title'])}</h1><p>{for_html(info['description'])}</p>",
         f'<p>For programs: <a href="{described}">openapi.json</a>, OpenAPI {openapi["openapi"]}.</p>',
     ]
     for path, operations in openapi["paths"].items():
         for method, operation in operations.items():
             parts += _operation(method.upper(), path, operation, openapi, base)
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(info["title"])}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{for_html(info["title"])}</title>'
         f"<style>{_STYLE}</style><body>{''.join(parts)}</body></html>"
     )
 
@@ -37,8 +38,8 @@ def manual(openapi: dict[str, Any], base: str) -> str:
 def _operation(
     method: str, path: str, operation: dict[str, Any], openapi: dict[str, Any], base: str
 ) -> Iterator[str]:
-    yield f"<h2>{method} {escape(path)}</h2>"
-    yield f"<p>{escape(operation['summary'])}. {escape(operation.get('description', ''))}</p>"
+    yield f"<h2>{method} {for_html(path)}</h2>"
+    yield f"<p>{for_html(operation['summary'])}. {for_html(operation.get('description', ''))}</p>"
     curl = f"curl --data-binary @photo.jpg -H 'Content-Type: image/jpeg' '{base}{path}?beam=3'"
     python = (
         "import httpx\n\n"
@@ -46,18 +47,18 @@ def _operation(
         '                    headers={"Content-Type": "image/jpeg"}, params={"beam": 3})\n'
         'print(answer.json()["caption"])'
     )
-    yield f"<pre>{escape(curl)}</pre><pre>{escape(python)}</pre>"
+    yield f"<pre>{for_html(curl)}</pre><pre>{for_html(python)}</pre>"
     yield "<h3>Options, in the query</h3><table><tr><th>name</th><th>values</th><th>meaning</th></tr>"
     for option in operation.get("parameters", []):
         meaning = option.get("description") or option["schema"].get("description", "")
-        yield _row(f"<code>{escape(option['name'])}</code>", _values(option["schema"]), _text(meaning))
+        yield _row(f"<code>{for_html(option['name'])}</code>", _values(option["schema"]), _text(meaning))
     yield "</table><h3>Body</h3><p>"
-    yield ", ".join(f"<code>{escape(kind)}</code>" for kind in operation["requestBody"]["content"])
+    yield ", ".join(f"<code>{for_html(kind)}</code>" for kind in operation["requestBody"]["content"])
     yield "</p><h3>Answers</h3><table><tr><th>status</th><th>when</th><th>JSON</th></tr>"
     for status, answer in operation["responses"].items():
         schema = answer.get("content", {}).get("application/json", {}).get("schema", {})
-        shown = f"<code>{escape(_shape(schema, openapi))}</code>"
-        yield _row(escape(status), escape(answer["description"]), shown)
+        shown = f"<code>{for_html(_shape(schema, openapi))}</code>"
+        yield _row(for_html(status), for_html(answer["description"]), shown)
     yield "</table>"
 
 
@@ -68,7 +69,7 @@ def _row(*cells: str) -> str:
 def _text(description: str) -> str:
     """Return a config's description, whose code stands between backticks."""
     return "".join(
-        f"<code>{escape(part)}</code>" if number % 2 else escape(part)
+        f"<code>{for_html(part)}</code>" if number % 2 else for_html(part)
         for number, part in enumerate(description.split("`"))
     )
 
@@ -77,10 +78,10 @@ def _values(schema: dict[str, Any]) -> str:
     """Say which values an option takes."""
     schema = next((each for each in schema.get("anyOf", []) if each.get("type") != "null"), schema)
     if "enum" in schema:
-        return " or ".join(f"<code>{escape(str(each))}</code>" for each in schema["enum"])
+        return " or ".join(f"<code>{for_html(str(each))}</code>" for each in schema["enum"])
     bounds = {"minimum": "from ", "exclusiveMinimum": "above ", "maximum": "to "}
     limits = "".join(f", {word}{schema[key]:g}" for key, word in bounds.items() if key in schema)
-    return escape(str(schema.get("type", "")) + limits)
+    return for_html(str(schema.get("type", "")) + limits)
 
 
 def _shape(schema: dict[str, Any], openapi: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
 """How the page looks on which people try a run."""
 
-from html import escape
 from typing import Any
 
 import gradio as gr
 
 from captionscale.data.shards import Split
+from captionscale.escape import for_markdown, for_markdown_code
 from captionscale.tools.demo.service import Service
 from captionscale.tools.demo.uploads import Uploads
 from captionscale.tools.demo.visits import COLUMNS, HOWS, Visits, percent
@@ -54,8 +54,8 @@ def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -
     # Files that gradio writes are removed soon, and nobody is told that this page was opened.
     with gr.Blocks(title=f"captionscale: {name}", analytics_enabled=False, delete_cache=(60, 300)) as blocks:
         gr.Markdown(
-            f"# What does `{escape(name)}` say of a picture, and where does it look?\nWhat you drop is"
-            " forgotten when you leave. Programs ask [POST /caption](/docs)."
+            f"# What does {for_markdown_code(name)} say of a picture, and where does it look?\nWhat you drop"
+            " is forgotten when you leave. Programs ask [POST /caption](/docs)."
         )
         seen = gr.State(None, time_to_live=_KEPT_S)
         with gr.Tab("One picture"), gr.Row():
@@ -70,7 +70,7 @@ def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -
                     )
                 )
                 if samples:
-                    gr.Markdown(f"or take one of the split '{escape(samples.name)}':")
+                    gr.Markdown(f"or take one of the split '{for_markdown(samples.name)}':")
                 gallery = gr.Gallery(
                     visits.thumbnails() or None,
                     show_label=False,
@@ -95,6 +95,8 @@ def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -
                     label="All captions that were found, the best first",
                     info="Each with how often the model would say just these words if it drew them. The more"
                     " words, the rarer, for which a search makes up by their number (length power).",
+                    # Otherwise gradio does not let it be used, as no event takes its value.
+                    interactive=True,
                     elem_id="captions",
                 )
         with gr.Tab("Many pictures"):
@@ -117,7 +119,7 @@ def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -
         again.click(visits.caption, [seen, *settings], outcome, **slow)
         settings[0].change(visits.caption, [seen, *settings], outcome, **slow)
         files.upload(visits.many, [files, *settings], [table, download], **slow)
-        captions.input(visits.choose, [seen, captions], [seen, words, looked], **private)
+        captions.select(visits.choose, seen, [seen, words, looked], **private)
         words.select(visits.click, seen, looked, **private)
         blocks.queue(default_concurrency_limit=8, max_size=service.limits.waiting)
     return blocks

@@ -143,12 +143,11 @@ class Service:
                 return
             with _telling(answer):
                 self.refuse_bytes(len(data), place)
-                head = images.look(data, place, whole=False)
-                pixels = head.width * head.height
+                pixels = images.count_pixels(data, place)
                 if pixels > self.limits.pixels:
                     raise UserError(
-                        f"{place}: {head.width:,} x {head.height:,} pixels, wanted at most"
-                        f" {self.limits.pixels:,}; send a smaller copy of the image"
+                        f"{place}: {pixels:,} pixels, wanted at most {self.limits.pixels:,};"
+                        " send a smaller copy of the image"
                     )
                 if pixels > self.limits.large_pixels:
                     self._large.submit(decode)

@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,11 +13,10 @@ import simplejpeg
 from jaxtyping import UInt8
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.requests import Request
 
 from captionscale.data.resize import scaled, shrunk_size
 from captionscale.errors import UserError
-from captionscale.tools.demo.receiving import Body, TooLargeError, chunks
+from captionscale.tools.demo.receiving import Body, TooLargeError
 from captionscale.tools.demo.service import Service
 from captionscale.tools.gaze import View
 
@@ -76,8 +75,12 @@ class Uploads:
             raise UserError("the upload: not there, wanted what was dropped on this page; drop it again")
         return found
 
-    async def receive(self, request: Request) -> list[str]:
+    async def receive(self, content_type: str | None, body: AsyncIterator[bytes]) -> list[str]:
         """Receive the files of a form, and return a name for each, in their order.
+
+        Args:
+            content_type: Of the form.
+            body: Of `chunks`.
 
         Raises:
             TooLargeError: A file of too many bytes, or too many files.
@@ -85,10 +88,10 @@ class Uploads:
             BusyError: There is no memory for another file.
             TooSlowError: The form arrives too slowly.
         """
-        limits, form, tokens = self._service.limits, _Form(request), list[str]()
+        limits, form, tokens = self._service.limits, _Form(content_type), list[str]()
         with ExitStack() as held:
-            name, body = "", None
-            async for chunk in chunks(request.receive, limits.pace):
+            name, part = "", None
+            async for chunk in body:
                 for event, data in form.parse(chunk):
                     if event == "begin":
                         if len(tokens) == limits.files:
@@ -96,16 +99,16 @@ class Uploads:
                                 f"the upload: more than {limits.files} files, wanted at most {limits.files};"
                                 " drop fewer, or see captionscale caption"
                             )
-                        body = held.enter_context(self._service.memory.body())
+                        part = held.enter_context(self._service.memory.body())
                     elif event == "name":
                         name = _base_name(data)
-                    elif body is not None and event == "data":
-                        self._service.refuse_bytes(body.size + len(data), name)
-                        body.add(data)
-                    elif body is not None:
-                        tokens.append(await self._put(name, body))
+                    elif part is not None and event == "data":
+                        self._service.refuse_bytes(part.size + len(data), name)
+                        part.add(data)
+                    elif part is not None:
+                        tokens.append(await self._put(name, part))
                         held.close()
-                        name, body = "", None
+                        name, part = "", None
         return tokens
 
     async def _put(self, name: str, body: Body) -> str:
@@ -132,8 +135,8 @@ class Uploads:
 class _Form:
     """Parses a form of files."""
 
-    def __init__(self, request: Request):
-        kind, options = parse_options_header(request.headers.get("content-type"))
+    def __init__(self, content_type: str | None):
+        kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or b"boundary" not in options:
             raise UserError("the upload: not a form of files, expected one; use the page")
         self._found: list[tuple[str, bytes]] = []

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -18,6 +17,7 @@ from captionscale.data import images
 from captionscale.data.shards import Split
 from captionscale.data.views import centre_view
 from captionscale.errors import UserError
+from captionscale.escape import for_html
 from captionscale.tools.demo.service import Service
 from captionscale.tools.demo.uploads import SIDE, Picture, Uploads, picture
 from captionscale.tools.gaze import Gaze, overlay
@@ -92,11 +92,7 @@ class Visits:
     def pick(self, event: gr.SelectData, *settings: Any) -> tuple[Any, ...]:
         """Caption one of the samples."""
         with _telling():
-            if not 0 <= event.index < len(self._items):
-                raise UserError(
-                    f"sample {event.index}: not there, expected one of {len(self._items)}; reload"
-                )
-            seen = self._sample(self._items[event.index])
+            seen = self._sample(self._items[_within(event.index, len(self._items), "sample")])
         return self.caption(seen, *settings)
 
     def caption(self, seen: Seen | None, *settings: Any) -> tuple[Any, ...]:
@@ -117,18 +113,18 @@ class Visits:
         labels = [(_label(caption), number) for number, caption in enumerate(captions)]
         return seen, gr.Radio(choices=labels, value=0), *_shown(seen)
 
-    def choose(self, seen: Seen | None, number: int | None) -> tuple[Any, ...]:
+    def choose(self, event: gr.SelectData, seen: Seen | None) -> tuple[Any, ...]:
         """Show another caption's words."""
-        if seen is None or number is None:
-            return seen, gr.skip(), gr.skip()
-        seen = replace(seen, chosen=number)
+        with _telling():
+            seen = _in_memory(seen)
+            seen = replace(seen, chosen=_within(event.index, len(seen.captions), "caption"))
         return seen, *_shown(seen)
 
     def click(self, event: gr.SelectData, seen: Seen | None) -> str:
         """Show where the model looked for a word."""
-        if seen is None:
-            raise gr.Error("This page was idle for too long; drop the picture again.", print_exception=False)
-        return _picture(seen, int(event.index))
+        with _telling():
+            seen = _in_memory(seen)
+            return _picture(seen, _within(event.index, len(seen.caption.words), "word"))
 
     def many(self, tokens: Sequence[str] | None, *settings: Any) -> tuple[Any, ...]:
         """Caption files, each of which may be bad, and offer a table of them."""
@@ -161,6 +157,18 @@ class Visits:
         return Seen(found.result(), sample.captions)
 
 
+def _within(index: int, count: int, what: str) -> int:
+    if not 0 <= index < count:
+        raise UserError(f"{what} {index}: not there, expected one of {count}; reload the page")
+    return index
+
+
+def _in_memory(seen: Seen | None) -> Seen:
+    if seen is None:
+        raise UserError("This page was idle for too long; drop the picture again.")
+    return seen
+
+
 def _row(name: str, answer: Future[list[Gaze]] | UserError) -> list[str]:
     if isinstance(answer, UserError):
         return [name, "", "", str(answer)]
@@ -174,7 +182,7 @@ def _telling() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(escape(str(error)), print_exception=False, duration=None) from None
+        raise gr.Error(for_html(str(error)), print_exception=False, duration=None) from None
 
 
 def _square(picture: Picture, side: int) -> Image.Image:
@@ -218,7 +226,7 @@ def _picture(seen: Seen, word: int | None) -> str:
         weights = caption.maps[word]
         picture = overlay(picture, weights, caption.most)
         said = (
-            f"For <b>{escape(caption.words[word])}</b> (probability"
+            f"For <b>{for_html(caption.words[word])}</b> (probability"
             f" {percent(round(100 * caption.probabilities[word]))}) the model looked where it is bright. It"
             f" divides the picture into {len(weights)} x {weights.shape[1]} cells."
         )
@@ -228,7 +236,7 @@ def _picture(seen: Seen, word: int | None) -> str:
     lines = [f"<p>{said}</p>", f'<img alt="the picture" src="data:image/jpeg;base64,{source}">']
     if seen.references:
         lines.append("<p>People wrote:</p><ul>")
-        lines += [f"<li>{escape(reference)}</li>" for reference in seen.references]
+        lines += [f"<li>{for_html(reference)}</li>" for reference in seen.references]
         lines.append("</ul>")
     return "".join(lines)
 

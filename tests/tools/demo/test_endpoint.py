@@ -74,7 +74,7 @@ def test_fifty_at_once_with_bad_ones_among_them_each_have_their_own_answer(
             huge.getvalue(),
             {"Content-Type": "image/png"},
             422,
-            "1,001 x 1,000 pixels, wanted at most 1,000,000",
+            "1,001,000 pixels, wanted at most 1,000,000",
         ),
         (bytes(200_001), JPEG, 413, "wanted at most 200,000"),
     ]

@@ -69,6 +69,11 @@ def test_a_picture_is_dropped_and_a_clicked_word_shows_where_the_model_looked(
         plain = page.locator("#looked img").get_attribute("src") or ""
         words = page.locator("#words [role=button]")
         assert page.locator("#captions input[type=radio]").count() > 1
+        best = page.locator("#words").inner_text()
+        page.locator("#captions label").nth(1).click()
+        page.wait_for_function("old => document.querySelector('#words').innerText != old", arg=best)
+        page.locator("#captions label").nth(0).click()
+        page.wait_for_function("old => document.querySelector('#words').innerText == old", arg=best)
         first, second = words.nth(0).inner_text().split()[0], words.nth(1).inner_text().split()[0]
         words.nth(1).click()
         page.wait_for_function("old => document.querySelector('#looked img').src != old", arg=plain)

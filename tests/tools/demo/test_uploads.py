@@ -13,7 +13,7 @@ from PIL import Image
 import captionscale
 from captionscale.data import images
 from captionscale.errors import UserError
-from captionscale.tools.demo.receiving import TooLargeError
+from captionscale.tools.demo.receiving import TooLargeError, chunks
 from captionscale.tools.demo.service import Limits, Service
 from captionscale.tools.demo.uploads import Picture, Uploads
 
@@ -39,7 +39,8 @@ def send(uploads: Uploads, *files: tuple[str, bytes]) -> list[str]:
     @app.post("/upload")
     async def upload(request: Request):
         try:
-            return JSONResponse(await uploads.receive(request))
+            body = chunks(request.receive, Limits().pace)
+            return JSONResponse(await uploads.receive(request.headers["content-type"], body))
         except TooLargeError as error:
             return PlainTextResponse(str(error), 413)
 
