@@ -10,7 +10,8 @@ import re
 
 _GIVEN = "CAPTIONSCALE_URLS"
 """Environment variable with each stripped URL and the given one, as JSON: launched ranks inherit it."""
-_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.:-]*://[^\s"'<>]+""")
+# Bounded: a long text without a URL would take the square of its length.
+_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.:-]{0,63}://[^\s"'<>]+""")
 _AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?")
 _SECRET = re.compile(r"token|sig|secret|pass|pwd|key|auth|cred|session|jwt|sas|access", re.IGNORECASE)
 _KEY_LENGTH = 16

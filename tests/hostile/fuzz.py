@@ -345,9 +345,12 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         (root / "files").mkdir()
-        # By another process, as it takes PyTorch.
-        _in_fork(build, root / "files")
         _import(options.light)
+        # It imports PyTorch, and warms up what draws.
+        if options.light:
+            _in_fork(build, root / "files")
+        else:
+            build(root / "files")
         gc.freeze()
         (root / "secret").write_text("secret\n")
         good = fuzz(root, options)

@@ -15,6 +15,7 @@ import pytest
 from blake3 import blake3
 from experiment import tiny
 
+from captionscale import credentials
 from captionscale.cli import main
 from captionscale.data import images
 from captionscale.data.manifest import MANIFEST
@@ -101,6 +102,13 @@ def test_links_in_a_circle_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit, match="1"):
         main(["pack", "webdataset", "--tars", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "Too many levels of symbolic links" in capsys.readouterr().err
+
+
+def test_a_long_text_is_searched_for_urls_in_linear_time() -> None:
+    # With an unbounded scheme this takes minutes.
+    text = "x" * 1_000_000
+    assert credentials.strip(text) == text
+    assert credentials.strip(f"{text}://me:secret@host/a") == f"{text}://host/a"
 
 
 def test_an_image_larger_than_any_is_not_read(tmp_path: Path) -> None:
