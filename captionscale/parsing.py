@@ -73,6 +73,18 @@ def toml(text: str) -> dict[str, Any]:
         raise ValueError(_TOO_DEEP) from None
 
 
+def convert(tree: Any, kind: type[T]) -> T:
+    """Return parsed JSON as a type.
+
+    Raises:
+        ValueError: It has another layout.
+    """
+    try:
+        return msgspec.convert(tree, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(fault_of(error)) from None
+
+
 def fault_of(error: msgspec.ValidationError) -> str:
     """Return where in its JSON a value is not what was expected, and why, in one line."""
     fault, _, where = str(error).rpartition(" - at `$")

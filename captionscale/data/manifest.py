@@ -155,10 +155,10 @@ def _manifest(document: dict[str, Any]) -> Manifest:
         for number, shard in enumerate(facts["shards"]):
             name = shard_name(split, number)
             try:
-                found = msgspec.convert(shard, Shard).name
-            except msgspec.ValidationError as error:
+                found = parsing.convert(shard, Shard).name
+            except ValueError as error:
                 # msgspec tells the place by numbers; people look for a file.
                 raise ValueError(f"shard {name}: {error}") from None
             if found != name:
                 raise ValueError(f"shard {name} is called {found!r:.60}")
-    return msgspec.convert(document, Manifest)
+    return parsing.convert(document, Manifest)

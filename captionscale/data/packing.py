@@ -135,7 +135,9 @@ def first_id(out: Path, splits: Iterable[str]) -> int:
     for image in _read_rejected(out):
         ids.setdefault(image.split, []).append(image.image_id)
     known = [image_id for split in splits for image_id in ids.get(split, [])]
-    return min(known) if known else 1 + max(image_id for each in ids.values() for image_id in each)
+    # A damaged manifest may have no splits.
+    last = max((image_id for each in ids.values() for image_id in each), default=0)
+    return min(known) if known else 1 + last
 
 
 def _hashes(sources: Iterable[Path]) -> dict[str, str]:

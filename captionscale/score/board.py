@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from os.path import commonpath
+from os.path import commonpath, realpath
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -187,7 +187,7 @@ def _read(places: Sequence[Path], out: Path) -> list[Entry]:
                     " score a run first, or give another folder"
                 )
             )
-        found |= dict.fromkeys(file.resolve() for file in files)
+        found |= dict.fromkeys(Path(realpath(file)) for file in files)
     if out.exists() and out.resolve() in found:
         raise UserError(f"{out}: is a receipt, wanted a place for the page; take another --out")
     whole: dict[Path, Receipt] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from captionscale import parsing
 from captionscale.score.metrics import METRICS, family
 from captionscale.score.panel import Panel
 
@@ -55,7 +56,7 @@ def check(tree: dict[str, Any]) -> None:
     Raises:
         ValueError: What is wrong, and where.
     """
-    found = msgspec.convert(tree, _Tree)
+    found = parsing.convert(tree, _Tree)
     images, metrics = found.images, found.scores.keys()
     count = len(images.ids)
     if {type(image_id) for image_id in images.ids} not in ({int}, {str}):

@@ -26,7 +26,7 @@ def score_file(
     Raises:
         UserError: Files of another layout, other images in both, or a metric that failed.
     """
-    if out and out.resolve() in (captions.resolve(), references.resolve()):
+    if out and out.exists() and any(each.exists() and out.samefile(each) for each in (captions, references)):
         raise UserError(f"{out}: is what is to be scored, wanted a place for the receipt; take another --out")
     if out:
         prove_writable(out)

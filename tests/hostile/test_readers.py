@@ -18,8 +18,9 @@ from experiment import tiny
 from captionscale import credentials
 from captionscale.cli import main
 from captionscale.data import images
-from captionscale.data.manifest import MANIFEST
-from captionscale.data.sources import tars
+from captionscale.data.manifest import MANIFEST, read
+from captionscale.data.packing import first_id
+from captionscale.data.sources import own, tars
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.files import LOCK, UnfitFileError, atomic, lock, read_file
@@ -102,6 +103,52 @@ def test_links_in_a_circle_are_refused(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit, match="1"):
         main(["pack", "webdataset", "--tars", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "Too many levels of symbolic links" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["score", "--captions", "a.json", "--references", "loop.json", "--out", "receipt.json"],
+        ["score", "--captions", "loop.json", "--references", "a.json", "--out", "receipt.json"],
+        ["board", "loop.json", "--out", "board.html"],
+        ["compare", "loop.json", "a.json"],
+    ],
+    ids=" ".join,
+)
+def test_a_link_to_itself_is_refused(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop.json").symlink_to("loop.json")
+    Path("a.json").write_text("[]")
+    Path("receipt.json").write_text("[]")
+    with pytest.raises(SystemExit, match="1"):
+        main(arguments)
+    [line] = capsys.readouterr().err.splitlines()
+    assert "json: " in line
+    assert Path("receipt.json").read_text() == "[]"
+
+
+def test_a_line_of_a_table_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "_MAX_LINE_BYTES", 100)
+    table = tmp_path / "table.jsonl"
+    with table.open("wb") as file:
+        file.write(b'{"image": "a.jpg", "caption": "a"}\n')
+        file.truncate(1 << 42)
+    with pytest.raises(UserError, match=r"table.jsonl: line 2: 100 bytes or more, expected the row of one"):
+        own.table(table, tmp_path, "train", lambda _: 1)
+
+
+def test_an_error_of_a_manifest_is_short_and_one_without_splits_is_no_traceback(
+    packed: Path, tmp_path: Path
+) -> None:
+    tree = json.loads((packed / MANIFEST).read_bytes())
+    (tmp_path / MANIFEST).write_text(json.dumps(tree | {"[" * 100_000: 1}))
+    with pytest.raises(UserError) as caught:
+        read(tmp_path)
+    assert len(str(caught.value)) < 1000
+    (tmp_path / MANIFEST).write_text(json.dumps(tree | {"splits": {}}))
+    assert first_id(tmp_path, ["test"]) == 1
 
 
 def test_a_long_text_is_searched_for_urls_in_linear_time() -> None:

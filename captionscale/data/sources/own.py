@@ -3,6 +3,7 @@
 import csv
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,7 @@ from captionscale.data.manifest import SPLIT_NAME
 from captionscale.data.sources import originals
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.files import open_file
+from captionscale.files import MB, open_file
 from captionscale.parsing import fault_of
 from captionscale.progress import say
 
@@ -22,6 +23,8 @@ _WANTED_OBJECTS = (
     "wanted one object a line with image, caption or captions and, if need be, split and image_id; correct it"
 )
 _NEEDED, _OPTIONAL = {"image", "caption"}, {"split", "image_id"}
+
+_MAX_LINE_BYTES = 64 * MB
 
 
 class _Row(msgspec.Struct, gc=False, forbid_unknown_fields=True):
@@ -185,8 +188,16 @@ def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
     with originals.reading(path), open_file(path) as file:
-        for number, line in enumerate(file, start=1):
-            yield f"{path}: line {number}", line
+        for number in count(1):
+            line = file.readline(_MAX_LINE_BYTES)
+            place = f"{path}: line {number}"
+            if len(line) == _MAX_LINE_BYTES:
+                raise UserError(
+                    f"{place}: {_MAX_LINE_BYTES:,} bytes or more, expected the row of one image; correct it"
+                )
+            if not line:
+                return
+            yield place, line
 
 
 def _pairs(images: Path, others: list[str]) -> Iterator[tuple[str, str]]:
