@@ -33,7 +33,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     profile: dict[str, Any] = facts
     if (kind := profile.get("distributed_type")) not in ("MULTI_GPU", _ZERO):
         # A list of aliases may be longer than memory once it is written out.
-        found = kind if isinstance(kind, str | None) else f"a {type(kind).__name__}"
+        found = kind if isinstance(kind, str | bool | None) else f"a {type(kind).__name__}"
         raise UserError(
             f"{path}: distributed_type is {found!s:.80}, wanted MULTI_GPU, on CPUs too, or {_ZERO};"
             " set it, as launch/cpu.yaml and launch/zero2.yaml do"

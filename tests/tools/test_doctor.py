@@ -190,7 +190,7 @@ def test_a_byte_that_rotted_is_found_among_the_samples(copy: Path, capsys) -> No
         (["data.train_split=trian"], {}, "shards", "did you mean 'train'?"),
         (["data.val_split=train"], {}, "shards", "what is scored was learned"),
         (["train.global_batch=47", "train.micro_batch=1"], {}, "batches", "cannot give each of"),
-        (["data.workers=4000"], {}, "workers", "wanted one for each thread that decodes"),
+        (["data.workers=1000"], {}, "workers", "wanted one for each thread that decodes"),
         (["model.encoder.weights=gone.pth"], {}, "weights", "no such file"),
         (["train.start_from=gone"], {}, "weights", "gone: no such folder, wanted the --out"),
         (["train.grace_s=0.0001"], {}, "disk", "a job whose time ends would lose its work"),
