@@ -12,7 +12,7 @@ from experiment import greatest_difference, losses, tiny, weights
 
 from captionscale.errors import UserError
 from captionscale.files import lock
-from captionscale.score import evaluate
+from captionscale.score import background, evaluate
 from captionscale.train import checkpoint, loop, validation
 from captionscale.train.loop import train
 
@@ -95,6 +95,7 @@ def test_scores_that_cannot_be_had_are_a_warning_unless_they_are_the_first(
         return real(*arguments)
 
     monkeypatch.setattr(evaluate, "write_captions", captions)
+    monkeypatch.setattr(background, "_TRIES", 1)
     standing = train(settings, run)
     assert (standing.step, standing.captioned, standing.judged, standing.best_step) == (6, 6, 6, 3)
     assert "warning: step 6 has no scores: scoring: its process ended" in capfd.readouterr().err
