@@ -1,6 +1,6 @@
 """No request makes the demo open a file or a URL, on any route, for any input of any event."""
 
-import gc
+import asyncio
 import http.server
 import json
 import re
@@ -20,7 +20,7 @@ import captionscale
 from captionscale.data.shards import Split
 from captionscale.tools.demo.service import Limits, Service
 
-# gradio leaves event loops unclosed.
+# gradio warns of its own calls and defaults.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 MARK = f"private-{uuid.uuid4().hex}"
@@ -85,7 +85,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         use_cache(patch, folder)
         yield folder
-    gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def event_loops() -> Iterator[None]:
+    """Close the event loops that gradio makes and never closes: collected later, they fail another test."""
+    made, make = [], asyncio.new_event_loop
+
+    def recorded() -> asyncio.AbstractEventLoop:
+        made.append(make())
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncio, "new_event_loop", recorded)
+        yield
+    asyncio.set_event_loop(None)
+    for loop in made:
+        loop.close()
 
 
 @pytest.fixture(scope="module")
