@@ -1,6 +1,7 @@
 """The processes of a run and what they agree on."""
 
 import os
+import platform
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -20,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from captionscale.errors import UserError
+from captionscale.progress import say
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -73,6 +75,15 @@ class Ranks:
         self.size: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
+        # Others compute it by converting each number.
+        has_bf16 = (
+            torch.backends.cpu.get_cpu_capability().startswith("AVX512") or platform.machine() == "aarch64"
+        )
+        if precision == "bf16" and self.device.type == "cpu" and self.rank == 0 and not has_bf16:
+            say(
+                "warning: this CPU has no bf16 instructions, so train.precision = bf16 is many times slower"
+                " than fp32; set train.precision to fp32"
+            )
         self._fail_alike = False
 
     def __enter__(self) -> "Ranks":

@@ -64,6 +64,14 @@ def test_a_process_may_work_in_one_precision_after_another() -> None:
             assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == kind
 
 
+@pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("fp32", False)])
+def test_bf16_on_a_cpu_without_its_instructions_is_warned_of(precision, warned, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with Ranks(precision):
+        assert ("set train.precision to fp32" in capsys.readouterr().err) == warned
+
+
 @pytest.mark.parametrize(
     ("stage", "precision", "message"),
     [
