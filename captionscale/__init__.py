@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from captionscale.tools.writer import Writer
+    from captionscale.tools.captioner_api import Writer
 
 __all__ = ["load"]
 
@@ -27,8 +27,8 @@ def load(run: Path | str, *, checkpoint: str = "best", others: Sequence[Path | s
     Raises:
         UserError: No run or checkpoint, a damaged one, or runs that cannot write together.
     """
-    from captionscale.tools.members import open_members
-    from captionscale.tools.writer import Writer
+    from captionscale.tools.captioner_api import Writer
+    from captionscale.tools.ensemble import open_members
 
     paths = [Path(other) for other in others]
     return Writer(open_members(Path(run), paths, checkpoint=checkpoint, changes=[]))

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from captionscale import credentials
-from captionscale.children import end_with_launcher
+from captionscale.commands.parser import parser
 from captionscale.errors import PreemptedError, UserError
 from captionscale.escape import for_terminal
+from captionscale.subprocesses import end_with_launcher
 from captionscale.terminal import make_safe
-from captionscale.verbs.line import parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from captionscale import credentials
-from captionscale.contradictions import contradictions
+from captionscale.config_checks import contradictions
 
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 

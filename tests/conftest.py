@@ -30,7 +30,7 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in COCO 2017 layout: 48 train, 8 val and 8 test pictures of 64 pixels. Not to be changed."""
-    from captionscale.data.scenes import draw
+    from captionscale.data.synthetic import draw
 
     out = tmp_path_factory.mktemp("scenes")
     draw(out, counts=COUNTS, size=64)

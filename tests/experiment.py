@@ -18,8 +18,8 @@ from captionscale import config, toml
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
 from captionscale.model.captioner import Captioner
-from captionscale.train import checkpoint
-from captionscale.train.standing import Standing
+from captionscale.train import checkpoints
+from captionscale.train.state import Standing
 from captionscale.vocab import build
 
 CHANGES = (
@@ -72,7 +72,7 @@ def opinionated_run(folder: Path, packed: Path) -> Path:
         regions.weight /= features.std() * features.shape[1] ** 0.5 / 4
         regions.bias.copy_(-(regions.weight @ features.mean(0)))
     run = folder / "run"
-    checkpoint.save(run, Standing(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
+    checkpoints.save(run, Standing(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
     return run
 
 
@@ -128,7 +128,7 @@ def _train(toml: str, run: Path) -> None:
 
 def weights(run: Path, step: int | None = None) -> dict[str, Tensor]:
     """Return the weights of a run's checkpoint; the newest, if no step is named."""
-    step = step or checkpoint.steps(run)[-1]
+    step = step or checkpoints.steps(run)[-1]
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 

@@ -16,7 +16,7 @@ from experiment import CHANGES
 
 from captionscale import toml
 from captionscale.cli import main
-from captionscale.model.encoder import Encoder
+from captionscale.model.encoders.cnn import Encoder
 
 ROOT = Path(__file__).parents[1]
 SHOWN = 391895
@@ -43,7 +43,7 @@ PROGRAMS = {
     # Its own arguments are known, the script is there, and what the script makes of the others can be said.
     "sbatch": """#!{python}
 import argparse, pathlib, subprocess, sys
-from captionscale.verbs.line import parser
+from captionscale.commands.parser import parser
 sbatch = argparse.ArgumentParser("sbatch", allow_abbrev=False)
 for option in ("--nodes", "--gpus-per-node", "--time", "--dependency", "--cpus-per-task"):
     sbatch.add_argument(option)

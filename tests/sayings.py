@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from captionscale.config import Decoder
-from captionscale.model.decoders import DECODERS
-from captionscale.model.rules import Rules
-from captionscale.model.sampling import sample
-from captionscale.model.search import search
+from captionscale.model.decoders.registry import DECODERS
+from captionscale.model.search.constraints import Rules
+from captionscale.model.search.generate import search
+from captionscale.model.search.sampling import sample
 from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN
 
 FEATURE, REGIONS, IMAGES = 6, 4, 5

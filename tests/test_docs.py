@@ -22,7 +22,7 @@ import readers_folder
 
 from captionscale import toml
 from captionscale.cli import main
-from captionscale.verbs.line import parser
+from captionscale.commands.parser import parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -107,9 +107,8 @@ def reader(
     furnished: Path, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator["Reader"]:
     """Someone who types what a page says."""
-    from captionscale.score import leaderboard
-    from captionscale.tools import launcher
-    from captionscale.tools.doctor import findings
+    from captionscale.tools import launcher, leaderboard
+    from captionscale.tools.doctor import report
 
     folder = copytree(furnished, tmp_path / "reader", symlinks=True)
     for file in (folder / "data" / "coco").iterdir():
@@ -131,7 +130,7 @@ def reader(
     # Processes are launched by tests/test_journey.py and others.
     monkeypatch.setattr(launcher, "_run", launched)
     # It would end pytest too, if a check hung.
-    monkeypatch.setattr(findings, "leave", expect_nothing_refused)
+    monkeypatch.setattr(report, "leave", expect_nothing_refused)
     for name, board in leaderboard.BOARDS.items():
         monkeypatch.setitem(leaderboard.BOARDS, name, replace(board, images=8))
     someone = Reader()

@@ -9,8 +9,8 @@ from experiment import finish, greatest_difference, losses, start, tiny, weights
 
 from captionscale.config import Config
 from captionscale.data.shards import Split
-from captionscale.train import checkpoint, ledger
-from captionscale.train.job import order_of
+from captionscale.train import checkpoints, sample_log
+from captionscale.train.setup import order_of
 
 # A processor computes bf16 slowly.
 STEPS = {"fp32": 10, "bf16": 4}
@@ -49,13 +49,13 @@ def assert_one_result(run: Path, other: Path, precision: str = "fp32") -> None:
     of_weights, of_losses = TOLERANCE[precision]
     assert greatest_difference(weights(run), weights(other)) <= of_weights
     assert losses(run) == [(step, pytest.approx(loss, abs=of_losses)) for step, loss in losses(other)]
-    assert ledger.read(run) == ledger.read(other)
+    assert sample_log.read(run) == sample_log.read(other)
 
 
 def ledger_faults(run: Path, settings: Config, packed: Path) -> list[str]:
     split = Split(packed, "train")
     ids = split.index["image_id"].tolist()
-    return ledger.faults(ledger.read(run), order_of(split, settings), ids, STEPS["fp32"])
+    return sample_log.faults(sample_log.read(run), order_of(split, settings), ids, STEPS["fp32"])
 
 
 def test_two_three_five_and_eight_processes_end_with_the_weights_losses_and_samples_of_one(
@@ -92,7 +92,7 @@ def test_a_run_killed_at_random_and_resumed_on_other_ranks_ends_as_if_nothing_ha
             finish(processes)
             break
         deadline = time.monotonic() + 120
-        while max(checkpoint.steps(run), default=0) < target and processes[0].is_alive():
+        while max(checkpoints.steps(run), default=0) < target and processes[0].is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(chance.random() / 5)

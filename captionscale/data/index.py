@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Shaped
 
 from captionscale.data.manifest import CURE, MAX_INDEX_BYTES, SplitFacts, shard_name
-from captionscale.data.places import Place
+from captionscale.data.storage import Place
 from captionscale.errors import UserError
 
 INDEX_ROW = np.dtype(

@@ -14,8 +14,8 @@ from jaxtyping import Float16, Int, UInt8
 from torch import Tensor
 
 from captionscale.config import Data
-from captionscale.data import images, views
-from captionscale.data.features import Cache
+from captionscale.data import decode, transforms
+from captionscale.data.feature_cache import Cache
 from captionscale.data.shards import Split
 from captionscale.vocab import PAD, Vocabulary
 
@@ -135,10 +135,10 @@ class Loader:
             return self.features[item]
         data = self.data
         place = f"{self.split.place}: image {self.split.index[item]['image_id']}"
-        picture = images.pixels(self.split.image(item), place)
+        picture = decode.pixels(self.split.image(item), place)
         if epoch is None:
-            return views.centre_view(picture, data.image_size)
-        return views.random_view(
+            return transforms.centre_view(picture, data.image_size)
+        return transforms.random_view(
             picture,
             data.image_size,
             crop_scale=data.crop_scale,

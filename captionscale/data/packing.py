@@ -18,9 +18,9 @@ from captionscale import parsing, version
 from captionscale.data import manifest, shards
 from captionscale.data.index import index_name
 from captionscale.data.manifest import MAX_REJECTED_BYTES, Images, Manifest, Shard, SplitFacts
+from captionscale.data.pack_workers import write_all
 from captionscale.data.shard_writer import Job, Rejected, Written, read_rejected
 from captionscale.data.sources.record import Record, in_order
-from captionscale.data.workers import write_all
 from captionscale.errors import UserError
 from captionscale.files import atomic, cores, lock, read_file, sha256_of
 from captionscale.progress import working

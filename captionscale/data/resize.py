@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 
-from captionscale.data import images
+from captionscale.data import decode
 
 # libjpeg's JPEG_MAX_DIMENSION.
 _LONGEST = 65_500
@@ -29,7 +29,7 @@ def resized(data: bytes, place: str, *, side: int, quality: int) -> bytes:
     Raises:
         UserError: As `images.pixels` does.
     """
-    image = images.pixels(data, place)
+    image = decode.pixels(data, place)
     height, width = shrunk_size(image.shape[0], image.shape[1], side)
     if min(image.shape[:2]) <= side or max(height, width) > _LONGEST:
         return data

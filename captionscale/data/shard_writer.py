@@ -17,7 +17,7 @@ from blake3 import blake3
 from jaxtyping import Shaped
 
 from captionscale import parsing
-from captionscale.data import images, ustar
+from captionscale.data import decode, ustar
 from captionscale.data.index import INDEX_ROW
 from captionscale.data.shards import Sample
 from captionscale.data.sources.record import Record
@@ -183,7 +183,7 @@ def finished(job: Job) -> Written | None:
     return Written(rows, facts.size_bytes, facts.blake3, []) if whole else None
 
 
-def _image(record: Record, job: Job) -> tuple[bytes, images.Look]:
+def _image(record: Record, job: Job) -> tuple[bytes, decode.Look]:
     place = record.place
     try:
         data = record.read()
@@ -199,12 +199,12 @@ def _image(record: Record, job: Job) -> tuple[bytes, images.Look]:
         ) from None
     try:
         if job.short_side is None:
-            return data, images.look(data, place, whole=job.whole)
+            return data, decode.look(data, place, whole=job.whole)
         # Torch is slow to import: only who makes images smaller waits for it.
         from captionscale.data.resize import resized
 
         data = resized(data, place, side=job.short_side, quality=job.quality)
-        return data, images.look(data, place, whole=False)
+        return data, decode.look(data, place, whole=False)
     except UserError as error:
         raise _Unreadable(str(error)) from None
 

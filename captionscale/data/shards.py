@@ -16,7 +16,7 @@ from jaxtyping import Int, Shaped
 from captionscale import parsing
 from captionscale.data import index
 from captionscale.data.manifest import CURE
-from captionscale.data.places import Place, as_place, manifest_of
+from captionscale.data.storage import Place, as_place, manifest_of
 from captionscale.errors import UserError, did_you_mean
 
 

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from captionscale.data import images
+from captionscale.data import decode
 from captionscale.data.index import index_name
 from captionscale.data.manifest import CURE, MAX_REJECTED_BYTES, Manifest
 from captionscale.data.packing import REJECTED, WORK
-from captionscale.data.places import Place, Remote, as_place, manifest_of
 from captionscale.data.shard_writer import read_rejected
 from captionscale.data.shards import Split
 from captionscale.data.sources.tars import members
+from captionscale.data.storage import Place, Remote, as_place, manifest_of
 from captionscale.errors import UserError
 from captionscale.files import blake3_of
 
@@ -156,7 +156,7 @@ def check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
         )
     if deep:
         try:
-            look = images.look(data, place, whole=True)
+            look = decode.look(data, place, whole=True)
         except UserError as error:
             yield str(error)
             return

@@ -4,10 +4,10 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from captionscale import config
-from captionscale.model import weights
-from captionscale.model.decoders import DECODERS
-from captionscale.model.encoder import Encoder
-from captionscale.model.rehearsal import rehearse
+from captionscale.model.decoders.registry import DECODERS
+from captionscale.model.decoders.scheduled_sampling import rehearse
+from captionscale.model.encoders import weights
+from captionscale.model.encoders.cnn import Encoder
 
 
 class Captioner(nn.Module):

@@ -15,12 +15,12 @@ from jaxtyping import Float, Float32, Float64, Int
 from PIL import Image
 from torch import Tensor
 
-from captionscale.data.images import decode
+from captionscale.data.decode import decode
 from captionscale.data.shards import Split
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import cores, sha256_of
 from captionscale.progress import Bar, progress
-from captionscale.score.extras import Extra
+from captionscale.score.optional_metrics import Extra
 
 PROMPT = "A photo depicts "
 WEIGHT = 2.5

@@ -11,7 +11,7 @@ from captionscale.errors import UserError
 from captionscale.progress import working
 from captionscale.score.intervals import interval, resampled
 from captionscale.score.receipt import Receipt
-from captionscale.score.tokeniser import UNSEEN
+from captionscale.score.tokenizer import UNSEEN
 
 RESAMPLES = 10_000
 _SEED = 0

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from threading import Event, Thread, Timer
 
-from captionscale import children
+from captionscale import subprocesses
 from captionscale.errors import UserError
 from captionscale.files import scratch
 
@@ -163,7 +163,7 @@ def start(
         stderr = folder / "stderr.txt"
         try:
             with stderr.open("wb") as file:
-                process = children.start(
+                process = subprocesses.start(
                     [java, *FLAGS, f"-Djava.io.tmpdir={folder}", *arguments],
                     cwd=folder,
                     env={key: value for key, value in os.environ.items() if key not in HIJACKERS}

@@ -19,7 +19,7 @@ from jaxtyping import Float, Float64
 from captionscale.errors import UserError, did_you_mean, some
 from captionscale.files import cores
 from captionscale.score import bleu, ciderd, meteor, rouge
-from captionscale.score.tokeniser import tokenise
+from captionscale.score.tokenizer import tokenise
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
 

@@ -15,10 +15,10 @@ from jaxtyping import Float64
 from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import MB, atomic, cores, read_file
-from captionscale.score import intervals, layout
-from captionscale.score.extras import Extra
+from captionscale.score import intervals, receipt_schema
+from captionscale.score.diagnostics import Panel, panel
 from captionscale.score.metrics import METRICS, Scores, measure
-from captionscale.score.panel import Panel, panel
+from captionscale.score.optional_metrics import Extra
 from captionscale.score.signature import signature, yardstick
 from captionscale.vocab import split_words
 
@@ -128,7 +128,7 @@ class Receipt:
                     f"{path}: was changed after it was written: its own sha256 {str(written)[:12]}... does"
                     " not fit; wanted it as it was; take the original, or score the captions again"
                 )
-            layout.check({**tree, "at": at})
+            receipt_schema.check({**tree, "at": at})
             images = tree.pop("images")
             bounds = {metric: (low, high) for metric, (low, high) in tree.pop("intervals").items()}
             return Receipt(

@@ -10,8 +10,8 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 
 from captionscale.config import Search
 from captionscale.files import sha256_of
-from captionscale.score.extras import Extra
 from captionscale.score.metrics import family
+from captionscale.score.optional_metrics import Extra
 from captionscale.version import __version__
 
 _SEARCH = {key: each.default for key, each in Search.model_fields.items() if key != "batch"}

@@ -16,8 +16,8 @@ from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import scratch, sha256_of
 from captionscale.score import java
-from captionscale.score.extras import Extra
-from captionscale.score.tokeniser import tokenise
+from captionscale.score.optional_metrics import Extra
+from captionscale.score.tokenizer import tokenise
 
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 ARCHIVE = "nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"

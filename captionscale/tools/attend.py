@@ -9,17 +9,17 @@ import numpy as np
 from PIL import Image
 
 from captionscale import config
-from captionscale.data.images import pixels
-from captionscale.data.places import open_place
+from captionscale.data.decode import pixels
 from captionscale.data.shards import Split
-from captionscale.data.views import centre_view
+from captionscale.data.storage import open_place
+from captionscale.data.transforms import centre_view
 from captionscale.errors import UserError
 from captionscale.escape import for_file_name, for_terminal
 from captionscale.files import atomic, prove_writable
 from captionscale.progress import progress, say, working
-from captionscale.tools.gaze import Gaze, View, overlay
-from captionscale.tools.members import open_members
-from captionscale.tools.writer import Writer
+from captionscale.tools.caption_result import Gaze, View, overlay
+from captionscale.tools.captioner_api import Writer
+from captionscale.tools.ensemble import open_members
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

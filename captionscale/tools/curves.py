@@ -10,7 +10,7 @@ from captionscale.progress import progress
 from captionscale.score import intervals
 from captionscale.score.metrics import Evaluator
 from captionscale.score.results import read_results
-from captionscale.tools.findings import Findings
+from captionscale.tools.run_artifacts import Findings
 
 _INK = "#010203"
 """What is drawn in it has the page's own colour of letters in the end."""

@@ -15,16 +15,16 @@ import psutil
 from rich.table import Table
 from torch import Tensor
 
-from captionscale import children, toml
+from captionscale import subprocesses, toml
 from captionscale.config import Config
-from captionscale.data.order import Order
-from captionscale.data.places import open_place
+from captionscale.data.sampler import Order
 from captionscale.data.shards import Split
+from captionscale.data.storage import open_place
 from captionscale.errors import UserError
 from captionscale.progress import SafeConsole, progress
-from captionscale.train import checkpoint, layout, ledger
-from captionscale.train.job import order_of
+from captionscale.train import checkpoints, run_folder, sample_log
 from captionscale.train.log_reader import figures
+from captionscale.train.setup import order_of
 
 # Of weights and of losses: ten times what rounding was seen to do in 20 steps, and at most half of what one
 # wrong dropout mask for each step does (docs/performance.md).
@@ -146,7 +146,7 @@ def _launched(run: Path, profile: str, ranks: int, save_every: int) -> Iterator[
     verb = ["train", str(run.with_name(_EXPERIMENT)), "--out", str(run)]
     verb += ["--set", f"train.save_every={save_every}"]
     with _screen(run).open("ab") as screen:
-        process = children.start(
+        process = subprocesses.start(
             [sys.executable, "-m", "captionscale", *launch, *verb], stdout=screen, stderr=screen
         )
     try:
@@ -206,12 +206,12 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _kill_all(process: subprocess.Popen[bytes]) -> None:
-    children.kill_tree(process)
+    subprocesses.kill_tree(process)
     process.wait()
 
 
 def _newest(run: Path) -> int:
-    return max(layout.steps(run), default=0)
+    return max(run_folder.steps(run), default=0)
 
 
 def _step(run: Path) -> int:
@@ -228,12 +228,12 @@ def _judge(
     """Print what both runs came to, and return whether it is one result."""
     steps = settings.train.steps or 0
     of_weights, of_losses = _TOLERANCE[settings.train.precision]
-    weights = _distance(*(checkpoint.open_run(run, "last").weights() for run in (killed, alone)))
+    weights = _distance(*(checkpoints.open_run(run, "last").weights() for run in (killed, alone)))
     losses = [figures(run, "loss") for run in (killed, alone)]
     apart = max(abs(losses[0].get(step, math.inf) - loss) for step, loss in losses[1].items())
-    histories = [ledger.read(run) for run in (killed, alone)]
+    histories = [sample_log.read(run) for run in (killed, alone)]
     ids = split.index["image_id"].tolist()
-    faults = [fault for history in histories for fault in ledger.faults(history, order, ids, steps)]
+    faults = [fault for history in histories for fault in sample_log.faults(history, order, ids, steps)]
     samples = sum(len(ids) for dones in histories[0].values() for ids in dones)
     proof = f"{len(faults)} faults: {faults[0]}" if faults else "each sample of each epoch exactly once"
     findings = {

@@ -12,12 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from captionscale import assets
-from captionscale.children import LAUNCHER
 from captionscale.config import Config
 from captionscale.errors import PreemptedError, UserError
 from captionscale.escape import for_shell
 from captionscale.files import cores
 from captionscale.progress import say
+from captionscale.subprocesses import LAUNCHER
 from captionscale.tools.profiles import (
     count_of,
     crowding,

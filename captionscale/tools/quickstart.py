@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from captionscale import children
-from captionscale.data import manifest, scenes
+from captionscale import subprocesses
+from captionscale.data import manifest, synthetic
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.escape import for_shell
@@ -36,7 +36,7 @@ def quickstart(out: Path) -> None:
     drawn, packed, run = out / "coco", out / "shards", out / "run"
     if not (packed / manifest.MANIFEST).exists() or manifest.read(packed).splits.keys() != COUNTS.keys():
         say(f"drawing {sum(COUNTS.values()):,} pictures into {drawn}, in the layout of COCO 2017")
-        scenes.draw(drawn, counts=COUNTS, size=SIZE)
+        synthetic.draw(drawn, counts=COUNTS, size=SIZE)
         for split in COUNTS:
             images, captions = drawn / f"{split}2017", _captions(drawn, split)
             _run(
@@ -98,7 +98,7 @@ def _run(*words: str | Path) -> str:
     """Run a captionscale command where the user sees it, and return what it printed."""
     command = ["captionscale", *map(str, words)]
     console().print(f"\n$ {for_shell(*command)}", style="bold", soft_wrap=True)
-    done = children.run([sys.executable, "-m", *command])
+    done = subprocesses.run([sys.executable, "-m", *command])
     print(done.stdout, end="")
     if done.returncode:
         raise SystemExit(done.returncode)

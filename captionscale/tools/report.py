@@ -6,19 +6,19 @@ from pathlib import Path
 from string import Template
 
 from captionscale import toml
-from captionscale.data.places import manifest_of, open_place
+from captionscale.data.storage import manifest_of, open_place
 from captionscale.errors import UserError
 from captionscale.escape import for_html, for_shell
 from captionscale.files import atomic, prove_writable
-from captionscale.score import board, panel
+from captionscale.score import diagnostics
 from captionscale.score.results import read_results
-from captionscale.tools import examples
+from captionscale.tools import board, example_captions
 from captionscale.tools.curves import curves
-from captionscale.tools.differences import differences
-from captionscale.tools.findings import Findings
 from captionscale.tools.markup import notice, table
-from captionscale.train.checkpoint import open_run
-from captionscale.train.layout import steps
+from captionscale.tools.run_artifacts import Findings
+from captionscale.tools.run_diff import differences
+from captionscale.train.checkpoints import open_run
+from captionscale.train.run_folder import steps
 from captionscale.version import __version__
 
 
@@ -156,7 +156,7 @@ def _panels(run: Findings) -> str:
         return ""
     receipt = run.receipts[-1]
     flags = "".join(map(notice, board.warnings(receipt)))
-    rows = [("", "the model", "people"), *panel.rows(receipt.panel)]
+    rows = [("", "the model", "people"), *diagnostics.rows(receipt.panel)]
     return (
         "<p>A model can win a score without writing good captions: by endings such as <i>with a</i>, by"
         " saying words twice, by the same caption for many images. The model's captions of split"
@@ -175,7 +175,7 @@ def _captions(run: Findings) -> str:
         step = receipt.made_by.get("step")
         saved = run.attempt(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
         same = saved is not None and saved.sha256 == receipt.hashes.get("model")
-        groups, which = examples.chosen(receipt), f"split {receipt.made_by.get('split')}"
+        groups, which = example_captions.chosen(receipt), f"split {receipt.made_by.get('split')}"
     elif run.validations:
         step, path = max(run.validations.items())
         captions = run.attempt(lambda: read_results(path))
@@ -184,7 +184,7 @@ def _captions(run: Findings) -> str:
         split = run.split(run.config.data.val_split)
         saved = run.attempt(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
         same = saved is not None
-        groups, which = examples.drawn(captions), "the validation split, by greedy search"
+        groups, which = example_captions.drawn(captions), "the validation split, by greedy search"
     else:
         return ""
     about = f"Captions of {for_html(which)}, at step {step}."
@@ -203,7 +203,7 @@ def _captions(run: Findings) -> str:
             else " The yellower a place, the more the model looked there for that word; the bluer, the less."
             " Words such as 'is' follow from those before, wherever it looked meanwhile."
         )
-    body = run.attempt(lambda: examples.gallery(groups, run.config, split, saved if same else None))
+    body = run.attempt(lambda: example_captions.gallery(groups, run.config, split, saved if same else None))
     return f"<p>{about}</p>{body or ''}"
 
 

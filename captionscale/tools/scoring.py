@@ -12,19 +12,19 @@ import torch
 from captionscale import toml
 from captionscale.config import Config
 from captionscale.data.loader import Loader
-from captionscale.data.places import Folder, open_place
 from captionscale.data.shards import Split
+from captionscale.data.storage import Folder, open_place
+from captionscale.distributed.ranks import Ranks
 from captionscale.errors import PreemptedError, UserError
 from captionscale.files import append_lines, prove_writable
 from captionscale.progress import progress, say, working
-from captionscale.ranks import Ranks
 from captionscale.score import clipscore, spice
-from captionscale.score.evaluate import caption_split
 from captionscale.score.receipt import Measure, Receipt, score
 from captionscale.score.results import Result, write_results
-from captionscale.tools.members import Members, open_members
-from captionscale.tools.rating import absent
-from captionscale.train import preempt
+from captionscale.tools.ensemble import Members, open_members
+from captionscale.tools.score_file import absent
+from captionscale.train import preemption
+from captionscale.train.generation import caption_split
 from captionscale.vocab import SPECIALS
 
 HISTORY = "history.jsonl"
@@ -214,7 +214,7 @@ def _caption(
     """
     saved, config = members.saved[0], members.config
     loader = Loader(split, saved.vocabulary(), config.data, config.seed)
-    with preempt.listening(), Ranks() as ranks:
+    with preemption.listening(), Ranks() as ranks:
         results = caption_split(
             members.captioner().to(ranks.device),
             loader,
@@ -223,7 +223,7 @@ def _caption(
             f"captioning {split.name}",
             prefix=prefix,
             require=require,
-            asked_to_leave=preempt.asked,
+            asked_to_leave=preemption.asked,
         )
         loader.close()
         first = ranks.first

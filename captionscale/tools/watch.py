@@ -23,8 +23,8 @@ from captionscale.errors import UserError
 from captionscale.files import LOCK, holder_of
 from captionscale.progress import SafeConsole, duration
 from captionscale.train import log_reader
-from captionscale.train.layout import LOG, SETTINGS, STALLS, checkpoint_of, need_run, steps
 from captionscale.train.log_reader import Reader
+from captionscale.train.run_folder import LOG, SETTINGS, STALLS, checkpoint_of, need_run, steps
 
 _RECENT = 20
 _LATE = 5

@@ -1,249 +1,220 @@
-"""Checkpoints: one format for every engine and any number of ranks, whole or not there.
+"""A checkpoint on disk, proven whole, as others read it."""
 
-A run keeps them in `checkpoints/step-00012000/`: `model.safetensors`, `optimizer.safetensors`, with
-`train.average` also `average.safetensors`, `state.json` (step, fingerprint, best score, checksums),
-`config.toml` and `vocab.json`. Nothing is pickled.
-What is being written, or on its way out, ends in `.tmp`.
-"""
-
-import errno
-import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from safetensors.torch import save_file
+import msgspec
+import torch
 from torch import Tensor
 
-from captionscale import toml
+from captionscale import parsing, safetensors_file, toml, vocab
 from captionscale.config import Config
+from captionscale.distributed.engine import MOMENTS
 from captionscale.errors import UserError
-from captionscale.files import sha256_of
-from captionscale.progress import say
-from captionscale.train.layout import (
-    AVERAGE,
-    MODEL,
-    OPTIMIZER,
-    SETTINGS,
-    STATE,
-    VOCAB,
-    checkpoint_of,
-    need_run,
-    partial_checkpoints,
-    steps,
-    warnings,
-)
-from captionscale.train.saved import FORMAT, Checkpoint, OtherVersionError
-from captionscale.train.standing import Standing
+from captionscale.files import UnfitFileError, read_file, sha256_of
+from captionscale.model.captioner import Captioner
+from captionscale.train.run_folder import AVERAGE, MODEL, OPTIMIZER, SETTINGS, STATE, VOCAB
+from captionscale.train.state import Standing
 from captionscale.version import __version__
 from captionscale.vocab import Vocabulary
 
-_OLD = ".old.tmp"
-"""Ends the name of a checkpoint while another of the same step takes its place."""
+FORMAT = 1
+_NEEDED = {MODEL, SETTINGS, VOCAB}
+_KNOWN = _NEEDED | {OPTIMIZER, AVERAGE}
+
+_Plain = str | int | float | bool | None
+_Text = Annotated[str, msgspec.Meta(pattern=r"^[\w.+-]{1,40}$")]
 
 
-def save(
-    run: Path,
-    standing: Standing,
-    fingerprint: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    memory: Mapping[str, Tensor],
-    config: Config,
-    vocabulary: Vocabulary,
-    average: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a checkpoint, then remove those that `train.keep` does not keep.
-
-    It is on the disk before it takes its name, so that a kill, a full disk or a power cut leaves the others
-    whole and never a torn one among them.
-
-    Args:
-        run: The run's folder.
-        standing: How far it is.
-        fingerprint: What may not change within a run.
-        weights: The captioner's.
-        memory: The optimiser's, as `Engine.memory` gives it.
-        config: The experiment.
-        vocabulary: Its words.
-        average: The weights' moving average, if the run has one.
-
-    Raises:
-        UserError: The disk refuses.
-    """
-    folder = checkpoint_of(run, standing.step)
-    partial = _passing(folder)
-    try:
-        sweep(run)
-        partial.mkdir(parents=True)
-        for tensors, name in ((weights, MODEL), (memory, OPTIMIZER), (average, AVERAGE)):
-            if tensors is not None:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
-        seal(partial, standing, fingerprint, config, vocabulary)
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
-        if folder.exists():
-            folder.rename(folder.with_name(folder.name + _OLD))
-        partial.rename(folder)
-        for path in (folder.parent, run):
-            _flush(path)
-        # A later one can only be a damaged one that this run was resumed before.
-        earlier = [step for step in steps(run) if step <= standing.step]
-        kept = {*earlier[-config.train.keep :], standing.best_step}
-        if standing.judged < standing.captioned:
-            kept.add(standing.captioned)  # It may turn out to be the best.
-        for step in steps(run):
-            if step not in kept:
-                checkpoint_of(run, step).rename(_passing(checkpoint_of(run, step)))
-        sweep(run)
-    # Neither a full disk's OSError nor safetensors' own error about it may cost the checkpoints before.
-    except Exception as error:
-        sweep(run)
-        raise UserError(
-            f"{folder}: cannot be written ({error}); the checkpoints before it are whole;"
-            " free the disk and train again with the same --out"
-        ) from None
+class _Version(msgspec.Struct):
+    format: int
+    captionscale: _Text = "of another version"
 
 
-def seal(
-    folder: Path,
-    standing: Standing,
-    fingerprint: Mapping[str, Any],
-    config: Config,
-    vocabulary: Vocabulary,
-) -> None:
-    """Write what a checkpoint has besides what is in its folder already, and the checksums of all."""
-    (folder / SETTINGS).write_text(toml.dumps(config), encoding="utf-8")
-    vocabulary.save(folder / VOCAB)
-    state = {
-        "format": FORMAT,
-        "captionscale": __version__,
-        **asdict(standing),
-        "fingerprint": dict(fingerprint),
-        "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
-    }
-    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+class _State(msgspec.Struct):
+    """What `state.json` holds besides a `Standing`."""
+
+    captionscale: _Text
+    fingerprint: dict[str, _Plain | list[_Plain]]
+    sha256: dict[str, Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]]
 
 
-def sweep(run: Path) -> None:
-    """Remove what a killed process was writing, and what is no longer kept."""
-    for path in partial_checkpoints(run):
-        whole = path.with_name(path.name.removesuffix(_OLD))
-        if path.name.endswith(_OLD) and not whole.exists():
-            # The one that was to take its place has not come.
-            with suppress(OSError):
-                path.rename(whole)
-            continue
-        # On NFS a folder stays while another process reads in it; the next save tries again.
-        shutil.rmtree(path, ignore_errors=True)
+_VERSION = msgspec.json.Decoder(_Version)
+_STATE = msgspec.json.Decoder(_State)
+_STANDING = msgspec.json.Decoder(Standing)
 
 
-def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole; none if there is none at all.
+class OtherVersionError(UserError):
+    """A checkpoint is whole, but written by a version whose format is another one."""
 
-    Args:
-        run: The run's folder.
-        warn: Told of each damaged one that is passed over, and of what training did not write.
 
-    Raises:
-        UserError: There are some, all of them damaged; or the newest whole one is of another version.
-    """
-    for warning in warnings(run):
-        warn(f"warning: {warning}")
-    for step in reversed(steps(run)):
+class Checkpoint:
+    """A checkpoint on disk, proven whole."""
+
+    def __init__(self, folder: Path):
+        """Read a checkpoint's state and compare its files with their checksums.
+
+        Raises:
+            OtherVersionError: It is not of this format.
+            UserError: A file is missing or damaged.
+            OSError: One cannot be read.
+        """
+        self.folder = folder
         try:
-            return _checkpoint(run, step)
-        except OtherVersionError:
-            # To go on from an older one would throw this one away.
-            raise
+            data = read_file(folder / STATE)
+            version = parsing.decode(data, _VERSION)
+            if version.format != FORMAT:
+                raise OtherVersionError(
+                    f"{folder}: a checkpoint of format {version.format}, written by captionscale"
+                    f" {version.captionscale}; wanted format {FORMAT}, which"
+                    f" captionscale {__version__} reads; take the version that wrote it, or another run"
+                )
+            self._state = parsing.decode(data, _STATE)
+            self.standing = parsing.decode(data, _STANDING)
+            """How far the run was."""
+            _refuse_other_files(self._state.sha256.keys())
+            done = self.standing
+            if max(done.best_step, done.captioned, done.judged) > done.step:
+                raise ValueError(f"{STATE}: speaks of steps after its own step {done.step:,}")
+            for name, sha256 in self._state.sha256.items():
+                if sha256_of(folder / name) != sha256:
+                    raise ValueError(f"sha256 of {name} is not the one that was saved")
+        # Another OSError may pass, and is no reason to do without the checkpoint.
+        except (FileNotFoundError, NotADirectoryError, UnfitFileError, ValueError) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.folder}: damaged checkpoint ({error}), wanted it as it was saved; take another one"
+        )
+
+    def config(self) -> Config:
+        """Return the run's settings.
+
+        Raises:
+            UserError: Another version had other keys.
+        """
+        try:
+            return toml.load(self.folder / SETTINGS)
         except UserError as error:
-            warn(f"warning: passed over: {error}")
-    if steps(run):
-        raise UserError(
-            f"{run}: every checkpoint is damaged; copy the run again, or train it into another --out"
-        )
-    return None
+            writer = self._state.captionscale
+            if writer == __version__:
+                raise
+            raise UserError(
+                f"{error}; captionscale {writer} wrote this checkpoint, and this is {__version__}: take the"
+                " version that wrote it"
+            ) from None
+
+    def vocabulary(self) -> Vocabulary:
+        """Return the run's words.
+
+        Raises:
+            UserError: They are damaged.
+        """
+        return vocab.load(self.folder / VOCAB)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights that the captioner has."""
+        return self._state.sha256.get(AVERAGE, self._state.sha256[MODEL])
+
+    def captioner(self) -> Captioner:
+        """Return the captioner as it was saved, or the average of what it was, in evaluation mode.
+
+        Raises:
+            UserError: The weights are not the config's, or a weight is no number, and so is all that would
+                come of it.
+        """
+        weights = self.weights() | self.average()
+        for name, tensor in weights.items():
+            if not bool(tensor.isfinite().all()):
+                raise UserError(
+                    f"{self.folder}: weights of {name} are no numbers (NaN or infinite), wanted those of a"
+                    " run that learned; take another step by --checkpoint, or train with a lower train.lr"
+                )
+        captioner = Captioner(self.config().model, len(self.vocabulary()))
+        captioner.load_state_dict(weights)
+        return captioner.eval()
+
+    def refuse_another(self, fingerprint: Mapping[str, Any]) -> None:
+        """Refuse to go on with another experiment than this checkpoint's.
+
+        Args:
+            fingerprint: What the run that goes on would do.
+
+        Raises:
+            UserError: It would not be the same run; names what differs.
+        """
+        saved = self._state.fingerprint
+        differing = [key for key in {**saved, **fingerprint} if saved.get(key) != fingerprint.get(key)]
+        if differing:
+            changes = "; ".join(
+                f"{key} was {_short(saved.get(key))}, now {_short(fingerprint.get(key))}" for key in differing
+            )
+            raise UserError(
+                f"{self.folder}: cannot go on with another experiment: {changes};"
+                " set these back, or take another --out"
+            )
+
+    def weights(self, captioner: Captioner | None = None) -> dict[str, Tensor]:
+        """Return the captioner's weights.
+
+        Args:
+            captioner: That they are for; without it, that of the checkpoint's own config.
+
+        Raises:
+            UserError: They are another captioner's.
+        """
+        return self._load(MODEL, (captioner or self._own).state_dict())
+
+    def average(self, captioner: Captioner | None = None) -> dict[str, Tensor]:
+        """Return the weights' moving average; nothing if the run has none. Otherwise as `weights`."""
+        if AVERAGE not in self._state.sha256:
+            return {}
+        weights = (captioner or self._own).state_dict()
+        return self._load(AVERAGE, {name: each for name, each in weights.items() if each.is_floating_point()})
+
+    def memory(self, captioner: Captioner) -> dict[str, Tensor]:
+        """Return the optimiser's memory of a captioner, as `Engine.load_memory` takes it.
+
+        Raises:
+            UserError: It is that of another captioner.
+        """
+        try:
+            found = safetensors_file.read_header(self.folder / OPTIMIZER)
+        except (OSError, ValueError) as error:
+            raise self._damaged(error) from None
+        expected: dict[str, Tensor] = {}
+        for name, parameter in captioner.named_parameters():
+            # There is none of what has not learned yet.
+            if f"{name}/step" in found:
+                expected |= {f"{name}/{key}": parameter for key in MOMENTS}
+                expected[f"{name}/step"] = torch.empty((), device="meta")
+        return self._load(OPTIMIZER, expected)
+
+    def _load(self, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return safetensors_file.load(self.folder / name, expected)
+        except (OSError, ValueError) as error:
+            raise self._damaged(ValueError(f"{name}: {error}")) from None
+
+    @cached_property
+    def _own(self) -> Captioner:
+        """The captioner that the config says, which takes no memory."""
+        with torch.device("meta"):
+            return Captioner(self.config().model, len(self.vocabulary()))
 
 
-def resume(run: Path, fingerprint: Mapping[str, Any], tell: Callable[[str], None]) -> Checkpoint | None:
-    """Return the checkpoint that a run goes on from; none if it is to start.
-
-    Args:
-        run: The run's folder.
-        fingerprint: What the run would do now.
-        tell: Told where it goes on, and of damaged checkpoints that are passed over.
-
-    Raises:
-        UserError: The run did something else so far, or all its checkpoints are damaged.
-    """
-    sweep(run)
-    saved = newest(run, tell)
-    if saved is not None:
-        saved.refuse_another(fingerprint)
-        tell(f"{run}: going on from step {saved.standing.step:,}")
-    return saved
+def _refuse_other_files(names: Iterable[str]) -> None:
+    """Refuse checksums of anything but a checkpoint's own files: no other path is ever opened."""
+    if odd := sorted(set(names) - _KNOWN):
+        raise ValueError(f"{STATE}: sha256 of {odd[0]!r:.80}, which no checkpoint holds")
+    if missing := sorted(_NEEDED - set(names)):
+        raise ValueError(f"{STATE}: no sha256 of {missing[0]}")
 
 
-def open_run(run: Path, which: str = "best") -> Checkpoint:
-    """Return a run's checkpoint to caption with.
-
-    Args:
-        run: The run's folder; or one checkpoint's, wherever it is, such as `export --to hub` wrote.
-        which: `best`, `last`, or a step.
-
-    Raises:
-        UserError: No run, no such checkpoint, or a damaged one.
-    """
-    need_run(run)
-    if (run / STATE).is_file():
-        return Checkpoint(run)
-    last = newest(run, say)
-    if last is None:
-        raise UserError(
-            f"{run}: no checkpoint, so no run; wanted the --out of captionscale train; correct the path, or"
-            " wait until it has saved"
-        )
-    if which == "last" or (which == "best" and not last.standing.best_step):
-        return last
-    if which == "best":
-        step = last.standing.best_step
-    elif which.isdecimal() and len(which) <= 12:
-        step = int(which)
-    else:
-        raise UserError(f"--checkpoint {which}: wanted best, last, or a step: {steps(run)}")
-    if step not in steps(run):
-        raise UserError(
-            f"{run}: no checkpoint of step {step}; there are {steps(run)}; take one of these, or"
-            " --checkpoint last"
-        )
-    return _checkpoint(run, step)
-
-
-def _checkpoint(run: Path, step: int) -> Checkpoint:
-    saved = Checkpoint(checkpoint_of(run, step))
-    if saved.standing.step != step:
-        raise UserError(
-            f"{saved.folder}: holds step {saved.standing.step:,}, expected step {step:,} as its name says;"
-            " rename it"
-        )
-    return saved
-
-
-def _passing(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".tmp")
-
-
-def _flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk itself."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot do so for folders.
-        if error.errno != errno.EINVAL:
-            raise
-    finally:
-        os.close(descriptor)
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 24 else text[:12] + "...'"

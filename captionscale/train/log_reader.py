@@ -14,8 +14,8 @@ from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import MB, open_file, read_file
 from captionscale.parsing import Lines
-from captionscale.train.layout import LOG
-from captionscale.train.standing import Step
+from captionscale.train.run_folder import LOG
+from captionscale.train.state import Step
 
 _MAX_BYTES = 512 * MB
 

@@ -10,24 +10,24 @@ from torch import Tensor
 
 from captionscale.config import Config
 from captionscale.data.loader import Batch
+from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.files import lock
 from captionscale.progress import Bar, progress
-from captionscale.ranks import Ranks
-from captionscale.train import preempt
-from captionscale.train.divergence import Divergence
-from captionscale.train.gate import refuse_collapse
-from captionscale.train.job import Job, prepare
-from captionscale.train.ledger import Ledger
-from captionscale.train.logs import Log, Rate
+from captionscale.train import preemption
+from captionscale.train.log_writer import Log, Rate
 from captionscale.train.losses import cross_entropy, say_what_may_be_said, uneven_attention
+from captionscale.train.nan_guard import Divergence
+from captionscale.train.preemption_flag import Vote
 from captionscale.train.profiling import profiling
+from captionscale.train.sample_log import Ledger
 from captionscale.train.schedule import lr_factor
-from captionscale.train.selfcritical import SelfCritical
-from captionscale.train.standing import Standing
+from captionscale.train.scst import SelfCritical
+from captionscale.train.scst_checks import refuse_collapse
+from captionscale.train.setup import Job, prepare
+from captionscale.train.state import Standing
 from captionscale.train.tracking import Trackers
 from captionscale.train.validation import Validation
-from captionscale.train.vote import Vote
 from captionscale.train.watchdog import Watchdog
 
 
@@ -156,7 +156,7 @@ def _learn(
     settings, done = config.train, step / job.steps
     work = job.objective.targets([(number, batch.to(ranks.device)) for number, batch in share], step, ranks)
     counts = torch.stack([target.words for target in work]).sum(0)
-    *words, leaving = ranks.sum(*counts, preempt.asked())
+    *words, leaving = ranks.sum(*counts, preemption.asked())
     vote.count(leaving)
     for group in engine.param_groups:
         group["lr"] = group["peak_lr"] * lr_factor(step, job.steps, settings.warmup)
@@ -213,14 +213,14 @@ def _log_saves(job: Job, log: Log | None) -> None:
 
 def _leave(job: Job, log: Log | None, before: Standing) -> None:
     """Tell what a run that leaves before its end has saved, and how fast."""
-    seconds, reason = max(job.ranks.gather([preempt.notice()]))
+    seconds, reason = max(job.ranks.gather([preemption.notice()]))
     step, run = job.standing.step, job.run
-    if reason == preempt.END_OF_TIME and job.standing == before:
+    if reason == preemption.END_OF_TIME and job.standing == before:
         job.ranks.on_first(_refuse_haste, run, step)
     if log:
         log.write(step, left_for=reason, left_after_s=seconds)
     # All of them: a launcher on another machine would take an end without a code for the end of the work.
-    preempt.leave(f"{run}: {reason}: step {step:,} was saved within {seconds:.1f} s" if log else "")
+    preemption.leave(f"{run}: {reason}: step {step:,} was saved within {seconds:.1f} s" if log else "")
 
 
 def _refuse_haste(run: Path, step: int) -> None:

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from captionscale.data.loader import Batch
-from captionscale.model.recurrence import CACHED
-from captionscale.ranks import Ranks
+from captionscale.distributed.ranks import Ranks
+from captionscale.model.decoders.recurrence import CACHED
 from captionscale.vocab import PAD, START, UNKNOWN
 
 

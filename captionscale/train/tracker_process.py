@@ -12,9 +12,9 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 
 import msgspec
 
-from captionscale import children, parsing
+from captionscale import parsing, subprocesses
 from captionscale.files import atomic, read_file
-from captionscale.train.layout import LOG
+from captionscale.train.run_folder import LOG
 from captionscale.train.tracking import TRACKERS, points_of
 
 _PROJECT, _STEP = "captionscale", "step"
@@ -117,7 +117,7 @@ class _Taken:
 
 def _serve() -> None:
     """Open the trackers that the first line names, and hand them lines until the standard input ends."""
-    answers = children.serve()
+    answers = subprocesses.serve()
     task = json.loads(sys.stdin.readline())
     run = Path(task["run"])
     opened = [

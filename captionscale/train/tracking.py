@@ -13,11 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from captionscale import children, credentials, toml
+from captionscale import credentials, subprocesses, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.progress import say
-from captionscale.train.layout import LOG
+from captionscale.train.run_folder import LOG
 
 TRACKERS = "trackers.json"
 _PARTING_S = 15.0
@@ -67,7 +67,7 @@ class Trackers:
             "start": self._log.stat().st_size,
         }
         try:
-            process = children.start_module(
+            process = subprocesses.start_module(
                 "captionscale.train.tracker_process", stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
         except OSError as error:
@@ -91,7 +91,7 @@ class Trackers:
             process.wait(_PARTING_S)
         except subprocess.TimeoutExpired:
             self._warn(f"have not taken all within {_PARTING_S:g} s and are ended")
-            children.kill_tree(process)
+            subprocesses.kill_tree(process)
         # What it said last.
         self._thread.join(1)
 

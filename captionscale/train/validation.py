@@ -6,13 +6,13 @@ from pathlib import Path
 
 from captionscale.errors import UserError
 from captionscale.progress import Bar
-from captionscale.score.background import BackgroundScorer
-from captionscale.score.evaluate import caption_split
 from captionscale.score.java import find_java
 from captionscale.score.results import Result, read_results, write_results
-from captionscale.train import preempt
-from captionscale.train.job import Job
-from captionscale.train.logs import Log
+from captionscale.score.worker import BackgroundScorer
+from captionscale.train import preemption
+from captionscale.train.generation import caption_split
+from captionscale.train.log_writer import Log
+from captionscale.train.setup import Job
 from captionscale.train.watchdog import Watchdog
 
 _METRICS = ("BLEU-4", "ROUGE-L", "CIDEr-D")
@@ -117,7 +117,7 @@ class Validation:
     def _caption(self) -> bool:
         def asked_to_leave() -> bool:
             self._dog.beat()
-            return preempt.asked()
+            return preemption.asked()
 
         job = self._job
         # Greedy: five times as fast, and the order of checkpoints is the same.
@@ -173,7 +173,7 @@ class Validation:
         assert self._scorer is not None
         try:
             while (scores := self._scorer.result(_LOOK_S)) is None:
-                if preempt.asked():
+                if preemption.asked():
                     return None
         except UserError as error:
             if not self._job.standing.best_step:

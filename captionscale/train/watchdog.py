@@ -21,16 +21,16 @@ from types import FrameType
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from captionscale import engine, ranks
-from captionscale.data import cache, loader
+from captionscale.data import loader, shard_cache
+from captionscale.distributed import engine, ranks
+from captionscale.distributed.ranks import Ranks
 from captionscale.progress import say
-from captionscale.ranks import Ranks
-from captionscale.score.evaluate import caption_split
-from captionscale.train.layout import STALLS
+from captionscale.train.generation import caption_split
+from captionscale.train.run_folder import STALLS
 
 _PACKAGE = str(Path(__file__).parents[1])
 _COLLECTIVE = (str(ranks.__file__), str(engine.__file__))
-_LOADER, _CACHE = str(loader.__file__), str(cache.__file__)
+_LOADER, _CACHE = str(loader.__file__), str(shard_cache.__file__)
 _END_AFTER = 10
 """Times `train.stall_s`: a file system may take some minutes to come back, a dead peer never does."""
 _SILENT_AFTER = 4

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from captionscale.config import Data
-from captionscale.data import images, views
-from captionscale.data.features import Features
+from captionscale.data import decode, transforms
+from captionscale.data.feature_cache import Features
 from captionscale.data.loader import Batch, Loader
 from captionscale.data.packing import Options, pack
 from captionscale.data.shards import Split
@@ -108,8 +108,8 @@ def test_without_an_epoch_each_picture_is_its_centre(loader: Loader) -> None:
     batch = fetch(loader, numbers, None)
     assert batch.images.dtype == torch.uint8
     for view, item in zip(batch.images, numbers.tolist(), strict=True):
-        picture = images.pixels(loader.split.image(item), "here")
-        np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), views.centre_view(picture, SIZE))
+        picture = decode.pixels(loader.split.image(item), "here")
+        np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), transforms.centre_view(picture, SIZE))
 
 
 def test_without_augmentation_an_epoch_shows_the_centres_too(packed: Path, loader: Loader) -> None:

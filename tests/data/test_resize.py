@@ -8,7 +8,7 @@ import simplejpeg
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from captionscale.data.images import FORMATS, decode, pixels
+from captionscale.data.decode import FORMATS, decode, pixels
 from captionscale.data.resize import resized, scaled
 from captionscale.errors import UserError
 

@@ -67,7 +67,7 @@ _STALLED = {
 def build(root: Path) -> None:
     """Write files of every kind into a folder, which becomes the working directory."""
     from captionscale import toml
-    from captionscale.data.scenes import draw
+    from captionscale.data.synthetic import draw
 
     os.chdir(root)
     draw(Path("scenes"), counts={"train": 12, "val": 4, "test": 2}, size=48)

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save, save_file
 from captionscale.cli import main
 from captionscale.data.manifest import MANIFEST
 from captionscale.errors import UserError
-from captionscale.model.weights import load_into
-from captionscale.train.layout import MODEL, SETTINGS, STATE, VOCAB
+from captionscale.model.encoders.weights import load_into
+from captionscale.train.run_folder import MODEL, SETTINGS, STATE, VOCAB
 
 STEP = "step-00000001"
 DEADLINE_S = 120

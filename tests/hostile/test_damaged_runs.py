@@ -13,13 +13,13 @@ from experiment import greatest_difference, losses, tiny, weights
 from captionscale import files
 from captionscale.cli import main
 from captionscale.data import shard_writer
-from captionscale.data.features import Features, begin_all
+from captionscale.data.feature_cache import Features, begin_all
 from captionscale.errors import UserError
 from captionscale.tools.export import bundle
-from captionscale.train import checkpoint, ledger, log_reader
-from captionscale.train.layout import LOG
-from captionscale.train.logs import Log
+from captionscale.train import checkpoints, log_reader, sample_log
+from captionscale.train.log_writer import Log
 from captionscale.train.loop import train
+from captionscale.train.run_folder import LOG
 
 GARBAGE = b"\xff\xfe{" * 10
 ODD_LINES = (
@@ -148,7 +148,7 @@ def test_a_damaged_ledger_is_named_and_the_rest_of_it_read(
     line = b'{"step": 0, "number": 0, "image_ids": [1]}\n'
     path.write_bytes(line + GARBAGE + b"\n" + b'{"step": 1, "num')
     (path.parent / "attempt-00001.rank-00000 (copy).jsonl").write_bytes(line)
-    assert ledger.read(tmp_path) == {(0, 0): [[1]]}
+    assert sample_log.read(tmp_path) == {(0, 0): [[1]]}
     assert f"{path}: passed over 1 damaged line, the first is line 2" in capsys.readouterr().err
 
 
@@ -225,7 +225,7 @@ def test_only_names_that_are_our_own_are_removed(tmp_path: Path, monkeypatch: py
             path.write_bytes(b"begun")
         else:
             path.mkdir()
-    checkpoint.sweep(run)
+    checkpoints.sweep(run)
     begin_all([Features(shards / "features" / "val-0123456789abcdef.npy", (2, 1, 4))])
     with files.scratch("java"), bundle._new(tmp_path / "model"):
         pass

@@ -23,13 +23,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
 import captionscale
-from captionscale.data import images
+from captionscale.data import decode
 from captionscale.errors import UserError
+from captionscale.tools.captioner_api import Writer
 from captionscale.tools.demo.connections import Bounds
 from captionscale.tools.demo.endpoint import endpoint
-from captionscale.tools.demo.receiving import BusyError, Memory, Pace, TooSlowError, chunks
+from captionscale.tools.demo.request_body import BusyError, Memory, Pace, TooSlowError, chunks
 from captionscale.tools.demo.service import Limits, Service
-from captionscale.tools.writer import Writer
 
 JPEG = {"Content-Type": "image/jpeg"}
 PACE = Pace(grace_s=0.3, least_rate=1e6)
@@ -98,7 +98,7 @@ def test_other_hosts_and_origins_are_refused(
 def test_no_decoded_image_leaves_the_threads_that_decode(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive, most, real = set[int](), 0, images.pixels
+    alive, most, real = set[int](), 0, decode.pixels
 
     def pixels(data: bytes, place: str) -> np.ndarray:
         nonlocal most
@@ -108,7 +108,7 @@ def test_no_decoded_image_leaves_the_threads_that_decode(
         most = max(most, len(alive))
         return found
 
-    monkeypatch.setattr(images, "pixels", pixels)
+    monkeypatch.setattr(decode, "pixels", pixels)
     small, large = png(90, 90), png(900, 900)
     futures = [service.reduce(data, "x", service.writer.centre) for data in [small, large] * 15]
     views = [future.result(60) for future in futures]
@@ -142,14 +142,14 @@ def test_only_the_threads_for_it_decode_a_large_png(
 
 
 def test_a_large_image_does_not_delay_small_ones(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, real = threading.Event(), images.pixels
+    release, real = threading.Event(), decode.pixels
 
     def pixels(data: bytes, place: str) -> np.ndarray:
         if place == "large":
             release.wait(60)
         return real(data, place)
 
-    monkeypatch.setattr(images, "pixels", pixels)
+    monkeypatch.setattr(decode, "pixels", pixels)
     large = [service.reduce(png(900, 900), "large", service.writer.centre) for _ in range(5)]
     small = [service.reduce(png(90, 90), "small", service.writer.centre) for _ in range(5)]
     for future in small:
@@ -231,7 +231,7 @@ def test_what_its_client_left_is_not_decoded(
     service: Service, photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, release, decoded = threading.Event(), threading.Event(), []
-    real = images.pixels
+    real = decode.pixels
 
     def pixels(data: bytes, place: str) -> np.ndarray:
         decoded.append(place)
@@ -240,7 +240,7 @@ def test_what_its_client_left_is_not_decoded(
         return real(data, place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(images, "pixels", pixels)
+        patch.setattr(decode, "pixels", pixels)
         busy = [service.reduce(photo, "busy", service.writer.centre) for _ in range(service.limits.decoders)]
         with serving(endpoint(service, "tiny")) as url:
             assert begun.wait(60)

@@ -207,7 +207,7 @@ def test_no_input_of_any_component_that_a_page_may_have_opens_what_a_request_nam
     import gradio as gr
     from fastapi import FastAPI
 
-    from captionscale.tools.demo.front import front
+    from captionscale.tools.demo.request_filter import front
     from captionscale.tools.demo.uploads import Uploads
 
     kinds = {
@@ -296,7 +296,7 @@ def test_gradio_own_check_of_paths_is_on(service: Service) -> None:
     from gradio.exceptions import InvalidPathError
     from gradio.processing_utils import _check_allowed
 
-    from captionscale.tools.demo.front import front
+    from captionscale.tools.demo.request_filter import front
     from captionscale.tools.demo.uploads import Uploads
 
     with gr.Blocks(analytics_enabled=False) as blocks:

@@ -294,7 +294,7 @@ def test_a_folder_is_read_no_further_than_a_server(
 def test_an_s3_object_that_is_larger_than_expected_is_not_downloaded(
     bucket, packed: Path, tmp_path: Path
 ) -> None:
-    from captionscale.data.places import open_place
+    from captionscale.data.storage import open_place
 
     bucket.put_object(Bucket="bucket", Key="large/manifest.json", Body=bytes(manifest.MAX_BYTES + 1))
     place = open_place("s3://bucket/large", tmp_path)

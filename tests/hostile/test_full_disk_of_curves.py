@@ -11,9 +11,9 @@ from experiment import losses, tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from captionscale.errors import UserError
-from captionscale.train.events import Events
-from captionscale.train.logs import Log
+from captionscale.train.log_writer import Log
 from captionscale.train.loop import train
+from captionscale.train.tensorboard_writer import Events
 
 
 @contextmanager

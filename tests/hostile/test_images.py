@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captionscale.data import limits
-from captionscale.data.images import FORMATS, look, pixels, upright
+from captionscale.data import image_limits
+from captionscale.data.decode import FORMATS, look, pixels, upright
 from captionscale.errors import UserError
 
 
@@ -178,7 +178,7 @@ def test_the_scans_of_encoders_pass_in_the_largest_image() -> None:
     whole = encode(noise("CMYK", 64, 48), "JPEG", progressive=True)
     assert whole.count(b"\xff\xda") == 18
     at = whole.index(b"\xff\xc2") + 5
-    limits.check(whole[:at] + struct.pack(">HH", 9450, 9450) + whole[at + 4 :])
+    image_limits.check(whole[:at] + struct.pack(">HH", 9450, 9450) + whole[at + 4 :])
 
 
 def test_what_is_behind_a_jpeg_or_in_its_metadata_is_not_counted_as_scans() -> None:

@@ -12,7 +12,7 @@ import pytest
 from experiment import losses, tiny
 
 from captionscale.errors import UserError
-from captionscale.score.background import BackgroundScorer
+from captionscale.score.worker import BackgroundScorer
 from captionscale.train.loop import train
 
 REFERENCES = {7: ["a dog runs", "a brown dog"], 3: ["two cats sleep on a sofa"]}
@@ -54,7 +54,7 @@ def test_a_killed_scorer_or_a_killed_jvm_changes_no_score_and_no_best_checkpoint
 
     def begin(scorer: BackgroundScorer, captions: Mapping[int, str]) -> None:
         real(scorer, captions)
-        word = ("captionscale.score.background", "PTBTokenizer", "captionscale.score.background")[len(killed)]
+        word = ("captionscale.score.worker", "PTBTokenizer", "captionscale.score.worker")[len(killed)]
         wait_for(lambda: kill(word))
         killed.append(word)
 
@@ -74,7 +74,7 @@ def test_one_that_is_killed_each_time_is_an_error_after_three_and_the_next_one_s
         scorer.begin(CAPTIONS)
 
         def scored_before_it_is_killed() -> dict[str, float] | None:
-            kill("captionscale.score.background")
+            kill("captionscale.score.worker")
             return scorer.result()
 
         with pytest.raises(UserError, match="its process ended with exit code -9"):
@@ -88,6 +88,6 @@ def test_one_that_is_killed_each_time_is_an_error_after_three_and_the_next_one_s
 def test_closing_while_a_killed_one_is_replaced_leaves_no_process() -> None:
     scorer = BackgroundScorer(REFERENCES, ("BLEU-1",))
     scorer.begin(CAPTIONS)
-    wait_for(lambda: kill("captionscale.score.background"))
+    wait_for(lambda: kill("captionscale.score.worker"))
     scorer.close()
-    assert not kill("captionscale.score.background")
+    assert not kill("captionscale.score.worker")

@@ -16,7 +16,7 @@ import pytest
 from experiment import greatest_difference, losses, tiny, weights
 
 import captionscale
-from captionscale import children
+from captionscale import subprocesses
 from captionscale.train import loop
 
 PACKAGE = Path(captionscale.__file__).parent
@@ -106,7 +106,7 @@ def test_a_child_outlives_the_thread_that_asked_for_it() -> None:
         return str(cat.stdout.readline())
 
     def ask() -> None:
-        started.append(children.start(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        started.append(subprocesses.start(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         assert echo("first\n") == "first\n"
 
     thread = Thread(target=ask)
@@ -122,27 +122,27 @@ def test_a_child_whose_parent_has_died_before_it_asked_ends_at_once() -> None:
     gone.wait()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "getpid", lambda: gone.pid)
-        assert children.start(["sleep", "1000"]).wait(DEADLINE_S) == 128 + signal.SIGKILL
-    environment = {**os.environ, children.LAUNCHER: str(gone.pid)}
+        assert subprocesses.start(["sleep", "1000"]).wait(DEADLINE_S) == 128 + signal.SIGKILL
+    environment = {**os.environ, subprocesses.LAUNCHER: str(gone.pid)}
     command = [sys.executable, "-m", "captionscale", "config"]
     assert subprocess.run(command, env=environment, check=False).returncode == 128 + signal.SIGKILL
-    environment[children.LAUNCHER] = str(os.getpid())
+    environment[subprocesses.LAUNCHER] = str(os.getpid())
     assert subprocess.run(command, env=environment, check=False, capture_output=True).returncode == 0
 
 
 def test_a_program_that_is_not_there_or_cannot_run_is_told(tmp_path, capfd) -> None:
     with pytest.raises(FileNotFoundError, match="no-such-program"):
-        children.start([tmp_path / "no-such-program"])
+        subprocesses.start([tmp_path / "no-such-program"])
     broken = tmp_path / "broken"
     broken.write_bytes(b"\x7fELF")
     broken.chmod(0o755)
-    assert children.run([broken]).returncode == 1
+    assert subprocesses.run([broken]).returncode == 1
     assert capfd.readouterr().err == f"{broken}: Exec format error\n"
 
 
 RANK = """
 import os, subprocess, sys
-from captionscale.children import LAUNCHER
+from captionscale.subprocesses import LAUNCHER
 os.environ[LAUNCHER] = str(os.getpid())
 os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
 os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
@@ -184,7 +184,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_no_scorer_and_the_run_can_
 POOL = """
 import multiprocessing, signal, sys
 from concurrent.futures import ProcessPoolExecutor
-from captionscale.data.workers import _start
+from captionscale.data.pack_workers import _start
 if __name__ == "__main__":
     pool = ProcessPoolExecutor(2, multiprocessing.get_context("forkserver"), _start, (False,))
     for _ in range(2):

@@ -17,18 +17,18 @@ from experiment import tiny
 
 from captionscale import credentials
 from captionscale.cli import main
-from captionscale.data import images
+from captionscale.data import decode
 from captionscale.data.manifest import MANIFEST, read
 from captionscale.data.packing import first_id
-from captionscale.data.sources import own, tars
+from captionscale.data.sources import custom, tars
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.files import LOCK, UnfitFileError, atomic, lock, read_file
 from captionscale.progress import Bar
 from captionscale.tools.profiles import read_profile
 from captionscale.train import validation
-from captionscale.train.job import Job
-from captionscale.train.standing import Standing
+from captionscale.train.setup import Job
+from captionscale.train.state import Standing
 from captionscale.train.watchdog import Watchdog
 
 BOMB = "a: &a [x]\n" + "".join(
@@ -130,13 +130,13 @@ def test_a_link_to_itself_is_refused(
 
 
 def test_a_line_of_a_table_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own, "_MAX_LINE_BYTES", 100)
+    monkeypatch.setattr(custom, "_MAX_LINE_BYTES", 100)
     table = tmp_path / "table.jsonl"
     with table.open("wb") as file:
         file.write(b'{"image": "a.jpg", "caption": "a"}\n')
         file.truncate(1 << 42)
     with pytest.raises(UserError, match=r"table.jsonl: line 2: 100 bytes or more, expected the row of one"):
-        own.table(table, tmp_path, "train", lambda _: 1)
+        custom.table(table, tmp_path, "train", lambda _: 1)
 
 
 def test_an_error_of_a_manifest_is_short_and_one_without_splits_is_no_traceback(
@@ -163,7 +163,7 @@ def test_an_image_larger_than_any_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 42)
     with pytest.raises(UserError, match=r"1\.jpg: at least 4,398,046,511,104 bytes, expected at most"):
-        images.read(path)
+        decode.read(path)
     for size in (None, 1 << 42):
         source = str(tmp_path if size is None else path)
         with pytest.raises(EOFError, match="4,398,046,511,104 bytes, expected at most"):

@@ -14,8 +14,8 @@ from experiment import losses, tiny
 from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import PreemptedError
-from captionscale.train import loop, preempt, tracking
-from captionscale.train.logs import Log
+from captionscale.train import loop, preemption, tracking
+from captionscale.train.log_writer import Log
 from captionscale.train.tracking import Trackers
 
 FAKE = """
@@ -159,13 +159,13 @@ def test_a_run_that_is_asked_to_leave_saves_first_and_leaves_a_tracker_that_hang
     real = loop.lr_factor
 
     def rate(step: int, steps: int, warmup: float) -> float:
-        if (package / "reached").exists() and not preempt.asked():
+        if (package / "reached").exists() and not preemption.asked():
             os.kill(os.getpid(), signal.SIGTERM)
         return real(step, steps, warmup)
 
     monkeypatch.setattr(loop, "lr_factor", rate)
     before = set(family())
-    with pytest.raises(PreemptedError, match=r"SIGTERM: step .* was saved"), preempt.listening():
+    with pytest.raises(PreemptedError, match=r"SIGTERM: step .* was saved"), preemption.listening():
         loop.train(config, tmp_path / "run")
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["left_for"] == "SIGTERM"

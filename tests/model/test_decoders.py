@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from captionscale import toml
 from captionscale.config import Decoder
 from captionscale.errors import UserError
-from captionscale.model.decoders import DECODERS
-from captionscale.model.decoders import Decoder as AnyDecoder
-from captionscale.model.state import select
+from captionscale.model.decoders.registry import DECODERS
+from captionscale.model.decoders.registry import Decoder as AnyDecoder
+from captionscale.model.decoders.state import select
 
 WORDS, FEATURE, REGIONS, IMAGES, TIMES = 11, 6, 4, 3, 5
 OWNERS = torch.tensor([2, 0, 0, 1, 2, 0])

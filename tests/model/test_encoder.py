@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from captionscale.config import Encoder as Settings
 from captionscale.errors import UserError
-from captionscale.model.encoder import MEAN, STD, Encoder
+from captionscale.model.encoders.cnn import MEAN, STD, Encoder
 
 
 def build(name: str = "resnet18", **settings: object) -> Encoder:

@@ -4,9 +4,9 @@ from sayings import FIRST, IMAGES, STRATEGIES, opinionated
 from torch import nn
 
 from captionscale.errors import UserError
-from captionscale.model.ensemble import Ensemble, MeanDecoder
-from captionscale.model.rules import Rules
-from captionscale.model.search import search
+from captionscale.model.search.constraints import Rules
+from captionscale.model.search.ensemble import Ensemble, MeanDecoder
+from captionscale.model.search.generate import search
 from captionscale.vocab import START
 
 RULES = Rules(block_ngrams=2, prefix=(FIRST + 1,))

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from captionscale.config import Decoder
-from captionscale.model.attention import AdditiveAttention
-from captionscale.model.decoders import DECODERS
+from captionscale.model.decoders.additive_attention import AdditiveAttention
+from captionscale.model.decoders.registry import DECODERS
 
 WORDS, FEATURE, REGIONS = 6, 3, 2
 SIZES = {"embed": 2, "hidden": 3, "attend": 4, "dropout": 0.5}

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from captionscale.config import Decoder
-from captionscale.model import output, recurrence
-from captionscale.model.reading import read_captions
-from captionscale.model.soft_attention import AttentionDecoder
-from captionscale.model.state import select
+from captionscale.model.decoders import recurrence, word_head
+from captionscale.model.decoders.attention import AttentionDecoder
+from captionscale.model.decoders.state import select
+from captionscale.model.decoders.teacher_forcing import read_captions
 from captionscale.vocab import PAD
 
 WORDS, FEATURE, REGIONS, IMAGES = 11, 6, 4, 3
@@ -107,7 +107,7 @@ def test_the_gradient_is_that_of_small_differences(layers, gate) -> None:
     weights = [*decoder.attention.query.parameters(), *decoder.attention.energy.parameters()]
     weights += [*decoder.cells.parameters(), *(decoder.gate.parameters() if decoder.gate else ())]
     start = [part.detach().requires_grad_() for part in decoder.start(picture_of(2))[:4]]
-    words = output.embed(decoder, tokens, ()).detach().requires_grad_()
+    words = word_head.embed(decoder, tokens, ()).detach().requires_grad_()
 
     def read(words: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         state = recurrence.AttentionState(*tensors[:4])

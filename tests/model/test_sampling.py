@@ -4,10 +4,10 @@ import pytest
 import torch
 from sayings import FIRST, IMAGES, never_special, opinionated
 
-from captionscale.model.decoders import DECODERS
-from captionscale.model.rules import Rules
-from captionscale.model.sampling import sample
-from captionscale.model.search import search
+from captionscale.model.decoders.registry import DECODERS
+from captionscale.model.search.constraints import Rules
+from captionscale.model.search.generate import search
+from captionscale.model.search.sampling import sample
 from captionscale.vocab import END, PAD, START
 
 MAX_WORDS = 3

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from captionscale.config import Encoder as Settings
 from captionscale.errors import UserError
-from captionscale.model import weights
-from captionscale.model.encoder import Encoder
+from captionscale.model.encoders import weights
+from captionscale.model.encoders.cnn import Encoder
 
 REAL = Path(__file__).parents[2].parent / "shared/data/weights/mobilenet_v2_features.safetensors"
 

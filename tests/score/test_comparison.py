@@ -9,9 +9,9 @@ from captionscale.cli import main
 from captionscale.errors import UserError
 from captionscale.score import Receipt, bleu
 from captionscale.score.comparison import compare, find, p_value
+from captionscale.score.diagnostics import panel
 from captionscale.score.intervals import interval, resampled
 from captionscale.score.metrics import corpus, family
-from captionscale.score.panel import panel
 from captionscale.score.receipt import Images
 
 WORDS = np.array(["a", "dog", "cat", "runs", "sits", "on", "the", "grass", "red", "ball"])

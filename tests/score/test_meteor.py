@@ -16,7 +16,7 @@ import pytest
 from captionscale.errors import UserError
 from captionscale.score import bleu, ciderd, java, meteor, paraphrases, rouge
 from captionscale.score.metrics import Evaluator, measure
-from captionscale.score.tokeniser import tokenise
+from captionscale.score.tokenizer import tokenise
 
 # Words and phrases that METEOR's table pairs, that it splits its own way, and that no table holds.
 PIECES = [

@@ -18,7 +18,7 @@ from captionscale.errors import UserError
 from captionscale.score import java
 from captionscale.score import metrics as metrics_room
 from captionscale.score.metrics import METRICS, Evaluator, corpus, family, measure
-from captionscale.score.tokeniser import tokenise
+from captionscale.score.tokenizer import tokenise
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 N_GRAMS = [metric for metric in METRICS if metric != "METEOR"]

@@ -14,11 +14,11 @@ import pytest
 from captionscale.cli import main
 from captionscale.errors import UserError
 from captionscale.score import Receipt, score
-from captionscale.score.extras import Extra
 from captionscale.score.metrics import METRICS, measure
+from captionscale.score.optional_metrics import Extra
 from captionscale.score.receipt import FORMAT, Images, _hash, references_sha256
 from captionscale.score.results import read_results
-from captionscale.tools.rating import score_file
+from captionscale.tools.score_file import score_file
 
 N_GRAMS = ["BLEU-1", "BLEU-4", "ROUGE-L", "CIDEr-D"]
 CAPTIONS = {

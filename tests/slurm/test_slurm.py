@@ -18,7 +18,7 @@ from experiment import greatest_difference, losses, tiny, weights
 
 from captionscale.data.packing import Options, pack
 from captionscale.data.sources import coco
-from captionscale.train import checkpoint
+from captionscale.train import checkpoints
 from captionscale.train.loop import train
 
 CHECKOUT = Path(__file__).parents[2]
@@ -126,11 +126,11 @@ def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
     # To the job's script as well, which is to stay.
     slurm("scancel", "--full", "--signal=USR1", job)
     _until(lambda: _restarted(slurm, job, 1), "the restart after USR1")
-    first = checkpoint.steps(run)[-1]
+    first = checkpoints.steps(run)[-1]
     _until(lambda: _trained(run, first + 1), "steps after the restart")
     slurm("scontrol", "requeue", job)
     _until(lambda: _restarted(slurm, job, 2), "the restart after requeue")
-    second = checkpoint.steps(run)[-1]
+    second = checkpoints.steps(run)[-1]
     _until(lambda: _trained(run, second + 1), "steps after the second restart")
     [process] = [path.name for path in Path("/proc").glob("[0-9]*") if _is_rank(path, "1", run)]
     os.kill(int(process), signal.SIGKILL)
@@ -165,7 +165,7 @@ def _until(holds: Callable[[], bool], what: str) -> None:
 
 def _trained(run: Path, least: int) -> bool:
     """Whether a run has a checkpoint of this step or a later one."""
-    return bool(steps := checkpoint.steps(run)) and steps[-1] >= least
+    return bool(steps := checkpoints.steps(run)) and steps[-1] >= least
 
 
 def _is_rank(process: Path, rank: str, run: Path) -> bool:

@@ -75,8 +75,8 @@ def test_a_split_becomes_pages_of_ten_images_and_of_the_first_alone_if_asked(run
 
 
 def test_the_maps_of_each_word_add_up_to_one_and_are_the_grid_s(run, photos) -> None:
-    from captionscale.tools.members import open_members
-    from captionscale.tools.writer import Writer
+    from captionscale.tools.captioner_api import Writer
+    from captionscale.tools.ensemble import open_members
 
     for stride in (32, 16):
         writer = Writer(open_members(run, (), checkpoint="best", changes=["search.beam=2"]))
@@ -98,7 +98,7 @@ def test_the_maps_of_each_word_add_up_to_one_and_are_the_grid_s(run, photos) -> 
 
 
 def test_the_map_lies_over_the_picture_the_right_way_up() -> None:
-    from captionscale.tools.gaze import overlay
+    from captionscale.tools.caption_result import overlay
 
     weights = np.zeros((2, 3), np.float32)
     weights[0, 2] = 1

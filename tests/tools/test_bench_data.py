@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from captionscale.data import views
+from captionscale.data import transforms
 from captionscale.errors import UserError
 from captionscale.files import cores
 from captionscale.tools.bench import data, start
@@ -42,8 +42,8 @@ def test_loading_is_measured_beside_others_that_show_the_same_pictures(
     stored = data._store(records, tmp_path / "few", data.packing.Options())
     assert "steps of 256 apart" in data._compare(stored)
     # Another crop is another picture.
-    really = views.centre_view
-    monkeypatch.setattr(views, "centre_view", lambda image, size: really(image[8:], size))
+    really = transforms.centre_view
+    monkeypatch.setattr(transforms, "centre_view", lambda image, size: really(image[8:], size))
     with pytest.raises(UserError, match="the ways show other pictures"):
         data._compare(stored)
 

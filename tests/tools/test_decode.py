@@ -5,7 +5,7 @@ from sayings import opinionated
 
 from captionscale.config import Decoder
 from captionscale.errors import UserError
-from captionscale.model.search import search
+from captionscale.model.search.generate import search
 from captionscale.tools.bench import decode
 
 

@@ -13,18 +13,18 @@ import torch
 from experiment import CHANGES, meet, tiny
 
 from captionscale import toml
+from captionscale.commands.parser import parser
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.model.encoder import Encoder
+from captionscale.model.encoders.cnn import Encoder
 from captionscale.score.metrics import METRICS, measure
-from captionscale.tools.doctor import machine, network, pace, storage
+from captionscale.tools.doctor import machine, network, storage, throughput
 from captionscale.tools.doctor.doctor import doctor
-from captionscale.tools.doctor.findings import Check, Line, examine, ok, verdict
 from captionscale.tools.doctor.network import _rounds, tell
 from captionscale.tools.doctor.plan import Plan
-from captionscale.train import checkpoint
-from captionscale.train.standing import Standing
-from captionscale.verbs.line import parser
+from captionscale.tools.doctor.report import Check, Line, examine, ok, verdict
+from captionscale.train import checkpoints
+from captionscale.train.state import Standing
 from captionscale.vocab import SPECIALS, Vocabulary
 
 HOST = os.uname().nodename
@@ -230,7 +230,7 @@ def test_a_step_on_cached_features_is_timed_without_the_encoder(packed, tmp_path
     plain = ("data.crop_scale=[1.0, 1.0]", "data.flip=false", "data.colour_jitter=0")
     frozen = ("model.encoder.trainable=none", *plain)
     settings = tiny(tmp_path, packed, *frozen, "train.cache_features=true")
-    rate, how = pace._learned(Plan(settings, None, {"use_cpu": True}, 1, 1, None, True, False))
+    rate, how = throughput._learned(Plan(settings, None, {"use_cpu": True}, 1, 1, None, True, False))
     assert rate > 0
     assert "features on cpu" in how
     assert len(calls) == 1
@@ -247,7 +247,7 @@ def test_a_run_of_another_experiment_is_refused_by_the_keys_that_differ(packed, 
     settings = tiny(tmp_path, packed)
     run, small = tmp_path / "run", {"a": torch.rand(3)}
     words = Vocabulary((*SPECIALS, "dog"))
-    checkpoint.save(run, Standing(step=1), {}, small, small, settings, words)
+    checkpoints.save(run, Standing(step=1), {}, small, small, settings, words)
     other = toml.load(tmp_path / "experiment.toml", ["model.decoder.hidden=99", "train.lr=1e-9"])
     (line,) = storage.run(Plan(other, run, {}, 1, 1, None, True, False))
     assert line.state == "refusal"
@@ -352,7 +352,7 @@ def test_a_step_that_a_gpu_has_no_room_for_is_refused(packed, capsys, monkeypatc
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 
-    monkeypatch.setattr(pace, "_loss", full)
+    monkeypatch.setattr(throughput, "_loss", full)
     fine, lines = look(packed, capsys, quick=False)
     assert not fine
     assert "does not fit into the GPU's memory (CUDA out of memory" in refusals(lines)["finish"]

@@ -11,7 +11,7 @@ from captionscale import toml
 from captionscale.errors import UserError
 from captionscale.tools.watch import Watch, watch
 from captionscale.train.log_reader import Reader, read_line
-from captionscale.train.logs import Log
+from captionscale.train.log_writer import Log
 
 STEPS_PER_EPOCH = 50
 

@@ -17,16 +17,16 @@ from safetensors.torch import load_file
 from torch.optim import AdamW
 
 from captionscale.config import Config
-from captionscale.engine import Engine
+from captionscale.distributed.engine import Engine
+from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.files import sha256_of
 from captionscale.model.captioner import Captioner
-from captionscale.ranks import Ranks
-from captionscale.train import checkpoint
-from captionscale.train.layout import MODEL, OPTIMIZER
+from captionscale.train import checkpoints
+from captionscale.train.checkpoint_writer import Saver
 from captionscale.train.loop import train
-from captionscale.train.saving import Saver
-from captionscale.train.standing import Standing
+from captionscale.train.run_folder import MODEL, OPTIMIZER
+from captionscale.train.state import Standing
 from captionscale.version import __version__
 from captionscale.vocab import SPECIALS, Vocabulary
 
@@ -51,15 +51,15 @@ def config(tmp_path: Path) -> Config:
 
 def _save(run: Path, config: Config, step: int, **standing: Any) -> None:
     small = {"a": torch.rand(9)}
-    checkpoint.save(run, Standing(step=step, **standing), {"seed": 0}, small, small, config, VOCABULARY)
+    checkpoints.save(run, Standing(step=step, **standing), {"seed": 0}, small, small, config, VOCABULARY)
 
 
 def test_a_restored_model_and_engine_take_the_same_next_step(tmp_path: Path, config: Config) -> None:
     model, engine = _moved(config)
     tensors = model.state_dict(), engine.memory()
-    checkpoint.save(tmp_path, Standing(step=7), {"seed": 0}, *tensors, config, VOCABULARY)
+    checkpoints.save(tmp_path, Standing(step=7), {"seed": 0}, *tensors, config, VOCABULARY)
     other, other_engine = _moved(config)
-    saved = checkpoint.newest(tmp_path, pytest.fail)
+    saved = checkpoints.newest(tmp_path, pytest.fail)
     assert saved is not None
     assert saved.standing.step == 7
     assert saved.vocabulary() == VOCABULARY
@@ -81,10 +81,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, config: Config) -> Non
     for step in (1, 2, 3, 4, 5):
         _save(tmp_path, config, step, best_step=min(step, 2))
     assert config.train.keep == 2
-    assert checkpoint.steps(tmp_path) == [2, 4, 5]
-    assert checkpoint.open_run(tmp_path).standing.step == 2
-    assert checkpoint.open_run(tmp_path, "last").standing.step == 5
-    assert checkpoint.open_run(tmp_path, "4").standing.step == 4
+    assert checkpoints.steps(tmp_path) == [2, 4, 5]
+    assert checkpoints.open_run(tmp_path).standing.step == 2
+    assert checkpoints.open_run(tmp_path, "last").standing.step == 5
+    assert checkpoints.open_run(tmp_path, "4").standing.step == 4
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "vocab.json", "state.json"])
@@ -96,7 +96,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     damaged = tmp_path / "checkpoints" / "step-00000002" / name
     damaged.write_bytes(damaged.read_bytes()[:-3])
     warnings: list[str] = []
-    saved = checkpoint.newest(tmp_path, warnings.append)
+    saved = checkpoints.newest(tmp_path, warnings.append)
     assert saved is not None
     assert saved.standing.step == 1
     assert "step-00000002: damaged checkpoint" in warnings[0]
@@ -107,7 +107,7 @@ def test_saving_before_a_damaged_checkpoint_keeps_what_is_saved(tmp_path: Path, 
         _save(tmp_path, config, step)
     (tmp_path / "checkpoints" / "step-00000009" / "model.safetensors").write_bytes(b"")
     _save(tmp_path, config, 3)
-    assert checkpoint.steps(tmp_path) == [2, 3]
+    assert checkpoints.steps(tmp_path) == [2, 3]
 
 
 def test_a_step_that_is_saved_again_takes_the_place_of_the_damaged_one(
@@ -117,7 +117,7 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_damaged_one(
     (tmp_path / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"")
     _save(tmp_path, config, 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    assert checkpoint.newest(tmp_path, pytest.fail) is not None
+    assert checkpoints.newest(tmp_path, pytest.fail) is not None
 
 
 def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_captioning(
@@ -126,7 +126,7 @@ def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_captioning(
     _save(tmp_path, config, 1)
     _save(tmp_path, config, 2)
     (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")
-    assert checkpoint.open_run(tmp_path).standing.step == 1
+    assert checkpoints.open_run(tmp_path).standing.step == 1
 
 
 def test_a_checkpoint_of_another_version_is_named_so_and_never_passed_over(
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_version_is_named_so_and_never_passed_over(
     state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
     written = json.loads(state.read_text())
     state.write_text(json.dumps({**written, "format": 9, "captionscale": "7.0"}))
-    for ask in (lambda: checkpoint.newest(tmp_path, pytest.fail), lambda: checkpoint.open_run(tmp_path)):
+    for ask in (lambda: checkpoints.newest(tmp_path, pytest.fail), lambda: checkpoints.open_run(tmp_path)):
         with pytest.raises(UserError, match=r"of format 9, written by captionscale 7\.0; .* take the"):
             ask()
 
@@ -154,23 +154,23 @@ def test_a_key_that_only_another_version_had_is_told_with_that_version(
     for version, told in (("7.0", "captionscale 7.0 wrote this checkpoint"), (__version__, "key 'glow'")):
         state.write_text(json.dumps({**written, "sha256": hashes, "captionscale": version}))
         with pytest.raises(UserError, match=told):
-            checkpoint.open_run(tmp_path).config()
+            checkpoints.open_run(tmp_path).config()
 
 
 def test_weights_that_are_no_numbers_are_refused_before_they_caption(tmp_path: Path, config: Config) -> None:
     weights = Captioner(config.model, len(VOCABULARY)).state_dict()
     last = list(weights)[-1]
     weights[last][0] = torch.nan
-    checkpoint.save(tmp_path, Standing(step=1), {}, weights, {}, config, VOCABULARY)
+    checkpoints.save(tmp_path, Standing(step=1), {}, weights, {}, config, VOCABULARY)
     with pytest.raises(UserError, match=rf"step-00000001: weights of {last} are no numbers"):
-        checkpoint.open_run(tmp_path).captioner()
+        checkpoints.open_run(tmp_path).captioner()
 
 
 def test_a_run_of_damaged_checkpoints_is_not_silently_started_again(tmp_path: Path, config: Config) -> None:
     _save(tmp_path, config, 1)
     (tmp_path / "checkpoints" / "step-00000001" / "state.json").unlink()
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        checkpoint.newest(tmp_path, lambda _: None)
+        checkpoints.newest(tmp_path, lambda _: None)
 
 
 @contextmanager
@@ -209,8 +209,8 @@ def test_a_disk_that_is_full_at_any_write_costs_no_earlier_checkpoint(
     # The disk was freed meanwhile.
     saver.save(Standing(step=3), *tensors)
     saver.wait()
-    assert checkpoint.steps(tmp_path) == [1, 3]
-    assert checkpoint.newest(tmp_path, pytest.fail) is not None
+    assert checkpoints.steps(tmp_path) == [1, 3]
+    assert checkpoints.newest(tmp_path, pytest.fail) is not None
 
 
 def test_what_is_saved_is_what_was_at_that_moment_and_a_save_waits_for_the_one_before(
@@ -237,10 +237,10 @@ def test_what_is_saved_is_what_was_at_that_moment_and_a_save_waits_for_the_one_b
         standing.step, standing.best_score, standing.scaler["scale"] = 99, 0.5, float(step)
         for tensor in (weights | memory).values():
             tensor += 1
-        assert checkpoint.steps(tmp_path) == there, "the one before, not yet this one"
+        assert checkpoints.steps(tmp_path) == there, "the one before, not yet this one"
     saver.wait()
     for before, tensors in expected:
-        saved = checkpoint.open_run(tmp_path, str(before.step))
+        saved = checkpoints.open_run(tmp_path, str(before.step))
         read = load_file(saved.folder / MODEL) | load_file(saved.folder / OPTIMIZER)
         assert saved.standing == before
         assert read.keys() == tensors.keys()
@@ -283,8 +283,8 @@ def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(tmp_pat
         import sys, torch
         from pathlib import Path
         from captionscale import toml
-        from captionscale.train.standing import Standing
-        from captionscale.train.saving import Saver
+        from captionscale.train.state import Standing
+        from captionscale.train.checkpoint_writer import Saver
         from captionscale.vocab import SPECIALS, Vocabulary
         run = Path(sys.argv[1])
         saver = Saver(run, toml.load(run / "experiment.toml"), Vocabulary(SPECIALS), {})
@@ -301,13 +301,13 @@ def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(tmp_pat
     process.kill()
     process.wait()
     assert torn.exists(), "it was killed too late"
-    saved = checkpoint.newest(tmp_path, pytest.fail)
+    saved = checkpoints.newest(tmp_path, pytest.fail)
     assert saved is not None
     assert saved.standing.step == 2
     assert torch.equal(load_file(saved.folder / MODEL)["a"], torch.full([20_000_000], 2))
-    assert checkpoint.resume(tmp_path, {}, lambda _: None) is not None
+    assert checkpoints.resume(tmp_path, {}, lambda _: None) is not None
     assert not torn.exists()
-    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert checkpoints.steps(tmp_path) == [1, 2]
 
 
 def test_a_disk_that_cannot_hold_what_is_kept_is_refused_before_training(
@@ -336,9 +336,9 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path: Path, config: Config
     _save(tmp_path, config, 1)
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step-00000001", folder / "step-00000002.tmp")
-    assert checkpoint.steps(tmp_path) == [1]
+    assert checkpoints.steps(tmp_path) == [1]
     _save(tmp_path, config, 2)
-    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert checkpoints.steps(tmp_path) == [1, 2]
 
 
 def test_a_checkpoint_that_was_to_be_replaced_when_the_run_was_killed_is_still_there(
@@ -348,7 +348,7 @@ def test_a_checkpoint_that_was_to_be_replaced_when_the_run_was_killed_is_still_t
     folder = tmp_path / "checkpoints" / "step-00000001"
     shutil.copytree(folder, folder.with_name("step-00000001.tmp"))
     folder.rename(folder.with_name("step-00000001.old.tmp"))
-    saved = checkpoint.resume(tmp_path, {"seed": 0}, lambda _: None)
+    saved = checkpoints.resume(tmp_path, {"seed": 0}, lambda _: None)
     assert saved is not None
     assert [path.name for path in folder.parent.iterdir()] == ["step-00000001"]
 
@@ -358,17 +358,17 @@ def test_a_copy_that_a_user_keeps_is_no_checkpoint(tmp_path: Path, config: Confi
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step-00000001", folder / "step-00000001-before-lr-2")
     _save(tmp_path, config, 2)
-    assert checkpoint.steps(tmp_path) == [1, 2]
+    assert checkpoints.steps(tmp_path) == [1, 2]
 
 
 def test_a_folder_without_a_run_says_what_was_wanted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint, so no run; wanted the --out of captionscale train"):
-        checkpoint.open_run(tmp_path)
+        checkpoints.open_run(tmp_path)
 
 
 def test_a_step_without_a_checkpoint_names_those_that_are_there(tmp_path: Path, config: Config) -> None:
     _save(tmp_path, config, 3)
     with pytest.raises(UserError, match=r"no checkpoint of step 9; there are \[3\]"):
-        checkpoint.open_run(tmp_path, "9")
+        checkpoints.open_run(tmp_path, "9")
     with pytest.raises(UserError, match="wanted best, last, or a step"):
-        checkpoint.open_run(tmp_path, "newest")
+        checkpoints.open_run(tmp_path, "newest")

@@ -12,8 +12,8 @@ from experiment import greatest_difference, losses, tiny, weights
 
 from captionscale.errors import UserError
 from captionscale.files import lock
-from captionscale.score import background, evaluate
-from captionscale.train import checkpoint, loop, validation
+from captionscale.score import worker
+from captionscale.train import checkpoints, generation, loop, validation
 from captionscale.train.loop import train
 
 
@@ -31,10 +31,10 @@ def test_a_run_logs_every_step_scores_every_epoch_and_keeps_the_best(done: Path)
         "step-00000003.json",
         "step-00000006.json",
     ]
-    saved = checkpoint.newest(done, pytest.fail)
+    saved = checkpoints.newest(done, pytest.fail)
     assert saved is not None
     assert saved.standing.step == 6
-    assert saved.standing.best_step in checkpoint.steps(done)
+    assert saved.standing.best_step in checkpoints.steps(done)
     assert list((done / "tensorboard").iterdir())
 
 
@@ -53,7 +53,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_n
     monkeypatch.setattr(loop, "lr_factor", die)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path / "run")
-    assert checkpoint.steps(tmp_path / "run")[-1] == killed_at
+    assert checkpoints.steps(tmp_path / "run")[-1] == killed_at
     monkeypatch.setattr(loop, "lr_factor", real)
     train(settings, tmp_path / "run")
     assert greatest_difference(weights(tmp_path / "run"), weights(done)) == 0
@@ -75,7 +75,7 @@ def test_a_run_that_goes_on_stops_where_one_that_did_not_stop_would_have(
     monkeypatch.setattr(loop, "lr_factor", die)
     with pytest.raises(KeyboardInterrupt):
         train(settings, run)
-    assert checkpoint.steps(run)[-1] == 6
+    assert checkpoints.steps(run)[-1] == 6
     monkeypatch.setattr(loop, "lr_factor", real)
     # The scores of step 6, no better than those of step 3, count at step 9.
     assert train(settings, run).step == 9
@@ -85,17 +85,17 @@ def test_scores_that_cannot_be_had_are_a_warning_unless_they_are_the_first(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings, run = tiny(tmp_path, packed), tmp_path / "run"
-    real = evaluate.write_captions
+    real = generation.write_captions
 
     def captions(*arguments: Any) -> list[str]:
         for process in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
             for child in process.read_text().split():
-                if "captionscale.score.background" in Path(f"/proc/{child}/cmdline").read_text():
+                if "captionscale.score.worker" in Path(f"/proc/{child}/cmdline").read_text():
                     os.kill(int(child), signal.SIGKILL)
         return real(*arguments)
 
-    monkeypatch.setattr(evaluate, "write_captions", captions)
-    monkeypatch.setattr(background, "_TRIES", 1)
+    monkeypatch.setattr(generation, "write_captions", captions)
+    monkeypatch.setattr(worker, "_TRIES", 1)
     standing = train(settings, run)
     assert (standing.step, standing.captioned, standing.judged, standing.best_step) == (6, 6, 6, 3)
     assert "warning: step 6 has no scores: scoring: its process ended" in capfd.readouterr().err
@@ -180,7 +180,7 @@ def test_a_diverged_run_is_told_before_it_is_saved(packed: Path, tmp_path: Path)
     changes = ("train.lr=1e30", "train.encoder_lr=1e30", "train.log_every=1000", "train.warmup=0")
     with pytest.raises(UserError, match=r"lower train\.lr"):
         train(tiny(tmp_path, packed, *changes), tmp_path / "run")
-    assert checkpoint.steps(tmp_path / "run") == []
+    assert checkpoints.steps(tmp_path / "run") == []
 
 
 def test_a_run_that_cannot_start_leaves_nothing_behind(packed: Path, tmp_path: Path) -> None:

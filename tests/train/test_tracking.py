@@ -13,7 +13,7 @@ from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.train import tracking
-from captionscale.train.logs import Log
+from captionscale.train.log_writer import Log
 from captionscale.train.loop import train
 from captionscale.train.tracking import TRACKERS, Trackers, refuse_missing
 

@@ -19,10 +19,10 @@ from experiment import losses, tiny
 
 from captionscale.config import Data
 from captionscale.data.loader import Loader
-from captionscale.data.places import open_place
 from captionscale.data.shards import Split
-from captionscale.ranks import Ranks
-from captionscale.train.job import order_of
+from captionscale.data.storage import open_place
+from captionscale.distributed.ranks import Ranks
+from captionscale.train.setup import order_of
 from captionscale.train.watchdog import STALLS, State, Watchdog, _blame
 from captionscale.vocab import SPECIALS, Vocabulary
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from captionscale.data.sources import originals
+from captionscale.data.sources import base
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 
@@ -23,12 +23,12 @@ _LIST_LINE = re.compile(r"(?P<path>\S+)[ \t]+(?P<image_id>\d{1,18})")
 
 
 class _Image(msgspec.Struct, gc=False):
-    id: originals.ImageId
+    id: base.ImageId
     file_name: str
 
 
 class _Annotation(msgspec.Struct, gc=False):
-    image_id: originals.ImageId
+    image_id: base.ImageId
     caption: str
 
 
@@ -61,10 +61,10 @@ def official(images: Path, captions: Path, split: str) -> list[Record]:
     source = cache(lambda folder: str(images / folder))
     records = []
     for image_id, path in names.items():
-        folder, _, name = originals.below(path, f"{captions}: image {image_id}").rpartition("/")
-        kept = originals.stripped(texts.pop(image_id)) if texts else ()
+        folder, _, name = base.below(path, f"{captions}: image {image_id}").rpartition("/")
+        kept = base.stripped(texts.pop(image_id)) if texts else ()
         records.append(Record(image_id, split, kept, source(folder), name))
-    return originals.proven(records, images, captions, captioned=texts is not None)
+    return base.proven(records, images, captions, captioned=texts is not None)
 
 
 def with_lists(
@@ -112,9 +112,9 @@ def with_lists(
     for image_id, (folder, name) in paths.items():
         split = listed.get(image_id, rest)
         if split and not (split == "train" and folder == "val2014" and restval == "drop"):
-            kept = originals.stripped(texts[image_id])
+            kept = base.stripped(texts[image_id])
             records.append(Record(image_id, split, kept, source[folder], name))
-    return originals.proven(records, images, place)
+    return base.proven(records, images, place)
 
 
 def references(captions: Path) -> dict[int, list[str]]:
@@ -131,7 +131,7 @@ def references(captions: Path) -> dict[int, list[str]]:
 
 def _read(captions: Path) -> tuple[dict[int, str], dict[int, list[str]] | None]:
     """Return the file name and, unless the file has no annotations, the raw captions of each image id."""
-    document = originals.document(captions, _Document, _WANTED)
+    document = base.document(captions, _Document, _WANTED)
     names: dict[int, str] = {}
     for number, image in enumerate(document.images):
         if image.id in names:
@@ -173,13 +173,13 @@ def _path_2014(place: Path, image_id: int, name: str) -> tuple[str, str]:
 def _listed(lists: Path, paths: dict[int, tuple[str, str]]) -> dict[int, str]:
     """Return the split of each listed image id."""
     split_of: dict[int, str] = {}
-    there = originals.listing(lists, "the folder of Karpathy's lists")
+    there = base.listing(lists, "the folder of Karpathy's lists")
     for split in _SPLITS:
         file = lists / f"karpathy_{split}_images.txt"
         # Without this one list the others still say all; without them, training would see what is scored.
         if split == "train" and file.name not in there:
             continue
-        for number, line in enumerate(originals.text(file).split("\n"), start=1):
+        for number, line in enumerate(base.text(file).split("\n"), start=1):
             if not line.strip():
                 continue
             place = f"{file}: line {number}"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from captionscale.data.sources import originals
+from captionscale.data.sources import base
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 
@@ -69,7 +69,7 @@ def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
     split_of = dict.fromkeys(texts, "train") if splits is None else _splits(splits)
     if unknown := [name for name in split_of if name not in texts]:
         raise UserError(
-            f"{splits}: {originals.some(unknown)} listed, but not in {captions}; wanted captions of each"
+            f"{splits}: {base.some(unknown)} listed, but not in {captions}; wanted captions of each"
             " listed image; give lists and captions of one data set"
         )
     names: dict[int, str] = {}
@@ -77,17 +77,17 @@ def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
         number = image_id(name, str(captions))
         if names.setdefault(number, name) != name:
             raise UserError(
-                f"{captions}: image {originals.shown(name)} has the number of"
-                f" {originals.shown(names[number])}; {_WANTED_NUMBER}; rename one"
+                f"{captions}: image {base.shown(name)} has the number of"
+                f" {base.shown(names[number])}; {_WANTED_NUMBER}; rename one"
             )
     source = str(images)
     records = []
     for number, name in names.items():
         # By number alone: those without a number are all 0 and keep the file's order.
         numbered = sorted(texts[name], key=lambda pair: pair[0])
-        kept = originals.stripped(text for _, text in numbered)
+        kept = base.stripped(text for _, text in numbered)
         records.append(Record(number, split_of[name], kept, source, name))
-    return originals.proven(records, images, captions)
+    return base.proven(records, images, captions)
 
 
 def image_id(name: str, place: str) -> int:
@@ -103,7 +103,7 @@ def image_id(name: str, place: str) -> int:
     lead = _NUMBER.match(name)
     if not lead:
         raise UserError(
-            f"{place}: image {originals.shown(name)} has no number; {_WANTED_NUMBER}; rename it here, in"
+            f"{place}: image {base.shown(name)} has no number; {_WANTED_NUMBER}; rename it here, in"
             " the lists and in the folder"
         )
     return int(lead[1])
@@ -111,7 +111,7 @@ def image_id(name: str, place: str) -> int:
 
 def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
     """Yield each caption's image name, number (0 where it has none) and raw text, in the file's order."""
-    lines = originals.text(path).split("\n")
+    lines = base.text(path).split("\n")
     if lines[0].strip() == "image,caption":
         layout, start, wanted = _CSV_LINE, 1, 'name.jpg,caption or name.jpg,"caption, with commas"'
     elif [field.strip() for field in lines[0].split("|")] == ["image_name", "comment_number", "comment"]:
@@ -125,7 +125,7 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
             found = match.groupdict()
             quoted = found.get("quoted")
             caption = found["caption"] if quoted is None else quoted.replace('""', '"')
-            name = originals.below(found["name"].strip(), f"{path}: line {number}")
+            name = base.below(found["name"].strip(), f"{path}: line {number}")
             yield name, int(found.get("number", 0)), caption
         elif line.strip():
             raise UserError(f"{path}: line {number} is {line!r:.60}; wanted {wanted}; correct or delete it")
@@ -133,12 +133,12 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
 
 def _splits(folder: Path) -> dict[str, str]:
     """Return the split of each listed image."""
-    there = originals.listing(folder, "the folder of the split lists")
+    there = base.listing(folder, "the folder of the split lists")
     if there.isdisjoint(LISTS):
         raise UserError(f"{folder}: no split list; wanted {' or '.join(LISTS)}; check the path")
     split_of: dict[str, str] = {}
     for file, split in LISTS.items():
-        lines = originals.text(folder / file).split("\n") if file in there else []
+        lines = base.text(folder / file).split("\n") if file in there else []
         for line in filter(None, map(str.strip, lines)):
             name = line if line.endswith(".jpg") else f"{line}.jpg"
             if split_of.setdefault(name, split) != split:

@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from captionscale.data.sources import flickr, originals
+from captionscale.data.sources import base, flickr
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 
@@ -26,7 +26,7 @@ class _Image(msgspec.Struct, gc=False):
     split: Literal["train", "val", "test", "restval"]
     sentences: list[_Sentence]
     filepath: str = ""
-    cocoid: originals.ImageId | None = None
+    cocoid: base.ImageId | None = None
 
 
 class _Document(msgspec.Struct, gc=False):
@@ -55,7 +55,7 @@ def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> lis
     Source:
         Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments" (arXiv:1412.2306).
     """
-    document = originals.document(captions, _Document, _WANTED)
+    document = base.document(captions, _Document, _WANTED)
     source = cache(lambda folder: str(images / folder))
     records: dict[int, Record] = {}
     for number, image in enumerate(document.images):
@@ -69,9 +69,9 @@ def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> lis
         if image_id in records:
             raise UserError(f"{place} repeats image id {image_id}; wanted each id once; delete one")
         split = restval if image.split == "restval" else image.split
-        path = originals.below(posixpath.join(image.filepath, image.filename), place)
+        path = base.below(posixpath.join(image.filepath, image.filename), place)
         folder, _, name = path.rpartition("/")
-        texts = originals.stripped(sentence.raw for sentence in image.sentences)
+        texts = base.stripped(sentence.raw for sentence in image.sentences)
         records[image_id] = Record(image_id, split, texts, source(folder), name)
     kept = [record for record in records.values() if record.split != "drop"]
-    return originals.proven(kept, images, captions)
+    return base.proven(kept, images, captions)

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from captionscale.data.limits import MAX_BYTES
+from captionscale.data.image_limits import MAX_BYTES
 
 _SPLIT_ORDER = {"train": 0, "val": 1, "test": 2}
 

@@ -11,7 +11,7 @@ import xxhash
 
 from captionscale import parsing
 from captionscale.data.manifest import MANIFEST
-from captionscale.data.sources import originals
+from captionscale.data.sources import base
 from captionscale.data.sources.record import Record, in_order
 from captionscale.errors import UserError
 from captionscale.files import open_file
@@ -33,7 +33,7 @@ _Identity = int | str | bytes
 class _Facts(msgspec.Struct, gc=False):
     """What a sample's .json may say, whoever wrote it."""
 
-    image_id: originals.ImageId | str | None = None
+    image_id: base.ImageId | str | None = None
     file: str | None = None
     caption: str | list[str] | msgspec.UnsetType | None = msgspec.UNSET
     captions: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ class _Image(msgspec.Struct):
     texts: list[str]
 
 
-def read(tars: Sequence[Path], split: str, first_id: originals.FirstId) -> list[Record]:
+def read(tars: Sequence[Path], split: str, first_id: base.FirstId) -> list[Record]:
     """Read a WebDataset where it lies: the records point into its tars, nothing is unpacked.
 
     A sample is all members of one key: an image (jpg, jpeg, png, webp, bmp or gif) and its captions, the text
@@ -77,7 +77,7 @@ def read(tars: Sequence[Path], split: str, first_id: originals.FirstId) -> list[
     found: dict[_Identity, _Image] = {}
     for path in files(tars):
         samples = _samples(path)
-        with originals.reading(path), open_file(path) as file:
+        with base.reading(path), open_file(path) as file:
             for parts in samples:
                 name, offset, size = parts["image"]
                 facts = _facts(path, file.fileno(), parts)
@@ -100,14 +100,14 @@ def read(tars: Sequence[Path], split: str, first_id: originals.FirstId) -> list[
         )
     first = first_id({split})
     records: list[Record] = []
-    captions = {identity: originals.stripped(image.texts) for identity, image in found.items()}
+    captions = {identity: base.stripped(image.texts) for identity, image in found.items()}
     captioned = any(captions.values())
     for identity, image in found.items():
         if captioned and not captions[identity]:
             if image.texts:
                 continue
             raise UserError(
-                f"{image.tar}: {originals.shown(image.name)} has no captions, others have; wanted a .txt, or"
+                f"{image.tar}: {base.shown(image.name)} has no captions, others have; wanted a .txt, or"
                 " a .json with caption, beside each image or none; write the tar again"
             )
         image_id = identity if isinstance(identity, int) else first + len(records)
@@ -128,7 +128,7 @@ def files(tars: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        names = originals.listing(path, "a tar or a folder of tars")
+        names = base.listing(path, "a tar or a folder of tars")
         chosen = sorted(name for name in names if name.endswith(_ENDINGS) and not name.startswith("."))
         if not chosen:
             raise UserError(f"{path}: no tars; wanted files .tar; check the path")
@@ -149,18 +149,18 @@ def _samples(path: Path) -> list[dict[str, _Part]]:
     for member in members(path):
         if member.issparse():
             raise UserError(
-                f"{path}: {originals.shown(member.name)} is sparse; wanted whole members, to read"
+                f"{path}: {base.shown(member.name)} is sparse; wanted whole members, to read"
                 " by offset; write the tar again without --sparse"
             )
         found = _MEMBER.fullmatch(member.name) if member.isreg() else None
         if not found or _META.match(member.name):
             continue
         ending = found["ending"].lower()
-        part = "image" if ending in originals.IMAGE_ENDINGS else ending
+        part = "image" if ending in base.IMAGE_ENDINGS else ending
         if part in ("image", "txt", "json"):
             parts = samples.setdefault(found["key"], {})
             if part in parts:
-                both = f"{originals.shown(parts[part][0])} and {originals.shown(member.name)}"
+                both = f"{base.shown(parts[part][0])} and {base.shown(member.name)}"
                 raise UserError(
                     f"{path}: {both} are of one sample; wanted one {part} in each; write the tar again"
                 )
@@ -174,7 +174,7 @@ def members(path: Path) -> Iterator[tarfile.TarInfo]:
     Raises:
         UserError: It cannot be read, or is compressed, damaged or cut short.
     """
-    with originals.reading(path), open_file(path) as file:
+    with base.reading(path), open_file(path) as file:
         if unpacker := _UNPACKERS.get(file.read(2)):
             raise UserError(
                 f"{path}: compressed; wanted a plain tar, to read by offset; unpack it with {unpacker}"
@@ -207,7 +207,7 @@ def _facts(path: Path, descriptor: int, parts: dict[str, _Part]) -> _Facts:
     if "json" not in parts:
         return _Facts()
     name, offset, size = parts["json"]
-    place = f"{path}: {originals.shown(name)}"
+    place = f"{path}: {base.shown(name)}"
     try:
         # Not msgspec's reader: img2dataset writes NaN.
         return msgspec.convert(parsing.loads(os.pread(descriptor, size, offset)), _Facts)
@@ -226,9 +226,7 @@ def _texts(path: Path, descriptor: int, parts: dict[str, _Part], facts: _Facts) 
         texts.append(facts.caption or "")
     if "txt" in parts:
         name, offset, size = parts["txt"]
-        text = originals.decoded(
-            os.pread(descriptor, size, offset), f"{path}: {originals.shown(name)}"
-        ).strip()
+        text = base.decoded(os.pread(descriptor, size, offset), f"{path}: {base.shown(name)}").strip()
         if text not in map(str.strip, texts):
             texts.append(text)
     return [_utf8(text) for text in texts]

@@ -8,7 +8,7 @@ from typing import Any
 
 import tomli_w
 
-from captionscale import children, parsing
+from captionscale import parsing, subprocesses
 from captionscale.errors import UserError
 from captionscale.files import atomic, read_file
 from captionscale.progress import SafeConsole, console, say
@@ -45,7 +45,7 @@ def quick(benches: Mapping[str, Sequence[str]], *, check: bool, write: bool, as_
     for name, arguments in benches.items():
         say(f"bench {name} ...")
         command = [sys.executable, "-m", "captionscale", "bench", name, *arguments, "--json"]
-        done = children.run(command)
+        done = subprocesses.run(command)
         if done.returncode:
             failed.append(name)
             continue

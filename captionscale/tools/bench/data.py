@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import functional
 
 from captionscale import vocab
 from captionscale.config import Data
-from captionscale.data import packing, scenes
+from captionscale.data import packing, synthetic
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
 from captionscale.data.sources.record import Record
@@ -90,7 +90,7 @@ def _records(pictures: Path | None, folder: Path, count: int) -> list[Record]:
     if pictures is None:
         say("note: drawn pictures, which are simpler than photographs; give --images for yours")
         pictures = folder / "drawn"
-        scenes.draw(pictures, counts={"train": min(count, 100)}, size=560)
+        synthetic.draw(pictures, counts={"train": min(count, 100)}, size=560)
     files = sorted(path for path in pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
         raise UserError(f"{pictures}: no .jpg files; wanted a folder of photographs, such as COCO's val2017")

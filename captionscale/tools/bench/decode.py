@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from captionscale.config import Decoder
 from captionscale.data.loader import Loader
-from captionscale.data.places import open_place
 from captionscale.data.shards import Split
+from captionscale.data.storage import open_place
 from captionscale.errors import UserError
-from captionscale.model.search import Found, search
-from captionscale.model.soft_attention import AttentionDecoder
+from captionscale.model.decoders.attention import AttentionDecoder
+from captionscale.model.search.generate import Found, search
 from captionscale.tools.bench.race import Heat, Way, limit, race
-from captionscale.train.checkpoint import open_run
+from captionscale.train.checkpoints import open_run
 from captionscale.vocab import END, PAD, START, UNKNOWN
 
 _GRIDS, _FEATURE, _WORDS = (7, 14), 2048, 9490

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from captionscale.data.order import Order
-from captionscale.data.places import open_place
+from captionscale.data.sampler import Order
 from captionscale.data.shards import Split
+from captionscale.data.storage import open_place
 from captionscale.progress import progress
 from captionscale.tools.bench.race import Sheet
 

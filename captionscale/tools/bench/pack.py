@@ -16,8 +16,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from captionscale import children
-from captionscale.data import images, packing, resize, scenes
+from captionscale import subprocesses
+from captionscale.data import decode, packing, resize, synthetic
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.files import cores
@@ -54,7 +54,7 @@ def _copies(pictures: Path | None, folder: Path, count: int) -> list[Record]:
     if pictures is None:
         say("note: drawn pictures, which are simpler than photographs; give --images for yours")
         pictures = folder / "drawn"
-        scenes.draw(pictures, counts={"train": 100}, size=560)
+        synthetic.draw(pictures, counts={"train": 100}, size=560)
     files = sorted(path for path in pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
         raise UserError(f"{pictures}: no .jpg files; wanted a folder of photographs, such as COCO's val2017")
@@ -64,7 +64,7 @@ def _copies(pictures: Path | None, folder: Path, count: int) -> list[Record]:
     for image_id in range(count):
         record = Record(image_id, "train", _CAPTIONS, str(source), f"{image_id:012d}.jpg")
         file = files[image_id % len(files)]
-        images.look(file.read_bytes(), str(file), whole=True)
+        decode.look(file.read_bytes(), str(file), whole=True)
         shutil.copyfile(file, source / record.name)
         (source / record.name).with_suffix(".json").write_text(json.dumps(_facts(record)))
         records.append(record)
@@ -89,7 +89,7 @@ def _originals(records: list[Record], folder: Path, rounds: int) -> Heat:
 
     def gnu_tar() -> None:
         with _fresh(folder) as out:
-            children.run(["tar", "-cf", out / "all.tar", "-C", records[0].source, "."]).check_returncode()
+            subprocesses.run(["tar", "-cf", out / "all.tar", "-C", records[0].source, "."]).check_returncode()
 
     def copy() -> None:
         with _fresh(folder) as out, (out / "all").open("wb") as file:
@@ -157,7 +157,7 @@ def _shrinking(records: list[Record], rounds: int) -> Heat:
 
 
 def _closeness_db(data: bytes) -> float:
-    picture = images.pixels(data, "")
+    picture = decode.pixels(data, "")
     height, width = resize.shrunk_size(picture.shape[0], picture.shape[1], _SIDE)
     theirs = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), float)
     squares = (resize.scaled(picture, height, width) - theirs) ** 2

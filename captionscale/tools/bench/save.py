@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 from torch.optim import AdamW
 
 from captionscale.config import Config
-from captionscale.engine import Engine
+from captionscale.distributed.engine import Engine
+from captionscale.distributed.ranks import Ranks
 from captionscale.model.captioner import Captioner
-from captionscale.ranks import Ranks
 from captionscale.tools.bench.race import Heat, Way, race
-from captionscale.train import checkpoint
-from captionscale.train.saving import Saver
-from captionscale.train.standing import Standing
+from captionscale.train import checkpoints
+from captionscale.train.checkpoint_writer import Saver
+from captionscale.train.state import Standing
 from captionscale.vocab import SPECIALS, Vocabulary
 
 # So many words occur five times in the captions of COCO's train images, in Karpathy's split.
@@ -60,7 +60,7 @@ def _saving(config: Config, folder: Path, ranks: Ranks, rounds: int) -> Heat:
     def at_once() -> None:
         standing.step += 1
         tensors = captioner.state_dict(), engine.memory()
-        checkpoint.save(folder, standing, {}, *tensors, config, vocabulary)
+        checkpoints.save(folder, standing, {}, *tensors, config, vocabulary)
 
     def safetensors() -> None:
         for tensors, path in (

@@ -18,19 +18,19 @@ from statistics import median
 
 import torch
 
-from captionscale import children, toml
+from captionscale import subprocesses, toml
 from captionscale.config import Config
 from captionscale.data.loader import Batch
+from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.progress import console
-from captionscale.ranks import Ranks
 from captionscale.tools.bench.cluster import Work, predict
 from captionscale.tools.bench.race import Heat, Sheet, Way, race
 from captionscale.tools.bench.save import WORDS
 from captionscale.tools.bench.step import drawn
-from captionscale.train.job import Job, prepare
 from captionscale.train.loop import learn
+from captionscale.train.setup import Job, prepare
 
 _STEPS, _BATCHES = 4, 4
 
@@ -206,7 +206,7 @@ def _answer(end: Connection) -> float:
 
 def _work(rank: int, size: int, port: int, config: Config, run: Path, orders: Connection) -> None:
     """Be a process of a run."""
-    children.end_with_pool()
+    subprocesses.end_with_pool()
     # A Ctrl-C is for the process that asks; what a run says is of no interest.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     console().quiet = True

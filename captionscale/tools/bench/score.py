@@ -16,7 +16,7 @@ import numpy as np
 from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from captionscale.data import scenes
+from captionscale.data import synthetic
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.files import cores
@@ -24,7 +24,7 @@ from captionscale.progress import say
 from captionscale.score import bleu, ciderd, java, rouge
 from captionscale.score.metrics import METRICS, Evaluator, Figures, Scores, measure, their_n_grams
 from captionscale.score.results import read_results
-from captionscale.score.tokeniser import BREAKS
+from captionscale.score.tokenizer import BREAKS
 from captionscale.tools.bench.race import Heat, Sheet, Way, race
 
 _LOOK_S = 0.02
@@ -67,9 +67,11 @@ def bench(results: Path | None, references: Path | None, *, count: int, rounds: 
 
 def _drawn(images: int) -> tuple[dict[int, str], Texts]:
     chance = Random(0)
-    alone, pairs = scenes.world()
+    alone, pairs = synthetic.world()
     shown = islice(cycle(chance.sample(alone + pairs, len(alone + pairs))), images)
-    written = {image: [scenes.captions(scene, chance) for _ in range(2)] for image, scene in enumerate(shown)}
+    written = {
+        image: [synthetic.captions(scene, chance) for _ in range(2)] for image, scene in enumerate(shown)
+    }
     return {image: other[0] for image, (_, other) in written.items()}, {
         image: texts for image, (texts, _) in written.items()
     }

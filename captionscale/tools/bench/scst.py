@@ -11,11 +11,11 @@ import torch
 
 from captionscale.config import Config
 from captionscale.data.loader import Batch
-from captionscale.ranks import Ranks
+from captionscale.distributed.ranks import Ranks
 from captionscale.tools.bench.race import Sheet
-from captionscale.train.checkpoint import open_run
-from captionscale.train.job import Job, prepare
+from captionscale.train.checkpoints import open_run
 from captionscale.train.losses import cross_entropy
+from captionscale.train.setup import Job, prepare
 
 _PARTS = ("sampling", "reward", "update")
 

@@ -13,11 +13,11 @@ from statistics import median
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from captionscale import children
+from captionscale import subprocesses
 from captionscale.config import Data
-from captionscale.data import packing, scenes
+from captionscale.data import packing, synthetic
 from captionscale.data.loader import Batch, Loader
-from captionscale.data.order import Order
+from captionscale.data.sampler import Order
 from captionscale.data.shards import Split
 from captionscale.data.sources import coco
 from captionscale.files import cores
@@ -32,7 +32,7 @@ _SHARDS = 118
 # What a handler imports, and the functions of its floor that it calls; `pack` asks its first kind.
 _VERB = """
 import ast, inspect, sys, textwrap, time
-from captionscale.verbs.line import parser
+from captionscale.commands.parser import parser
 
 def below(parsers):
     return next((action.choices for action in parsers._actions if isinstance(action.choices, dict)), {})
@@ -44,7 +44,7 @@ def imports(function, seen):
             yield ast.unparse(node)
     for name in function.__code__.co_names:
         other = function.__globals__.get(name)
-        if inspect.isfunction(other) and "captionscale.verbs" in other.__module__ and other not in seen:
+        if inspect.isfunction(other) and "captionscale.commands" in other.__module__ and other not in seen:
             yield from imports(other, seen)
 
 verbs = below(parser())
@@ -102,7 +102,7 @@ def bench(*, rounds: int) -> list[Heat | Sheet]:
 
 
 def _drawn(folder: Path) -> Split:
-    scenes.draw(folder / "coco", counts={"train": _IMAGES}, size=256)
+    synthetic.draw(folder / "coco", counts={"train": _IMAGES}, size=256)
     captions = folder / "coco" / "annotations" / "captions_train2017.json"
     records = coco.official(folder / "coco" / "train2017", captions, "train")
     packing.pack(records, folder / "shards", sources=[captions], options=packing.Options())
@@ -145,7 +145,7 @@ def _verbs(rounds: int) -> Sheet:
 
 
 def _python(*arguments: str) -> str:
-    done = children.run([sys.executable, *arguments])
+    done = subprocesses.run([sys.executable, *arguments])
     done.check_returncode()
     return done.stdout
 
@@ -245,7 +245,7 @@ def _two_processes(rounds: int) -> Heat:
 def _worker(settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
     environment |= settings
-    with children.start(
+    with subprocesses.start(
         [sys.executable, "-c", _STEPS],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -18,21 +18,21 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from captionscale import children, toml
+from captionscale import subprocesses, toml
 from captionscale.config import Config
-from captionscale.data import packing, scenes
+from captionscale.data import packing, synthetic
 from captionscale.data.loader import Batch
 from captionscale.data.sources import coco
+from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.escape import for_shell
 from captionscale.progress import progress, say
-from captionscale.ranks import Ranks
 from captionscale.tools.bench import tutorial
 from captionscale.tools.bench.race import Heat, Sheet
-from captionscale.train import layout
-from captionscale.train.job import Job, prepare
+from captionscale.train import run_folder
 from captionscale.train.log_reader import figures
 from captionscale.train.loop import learn
+from captionscale.train.setup import Job, prepare
 from captionscale.vocab import PAD
 
 Share = list[tuple[int, Batch]]
@@ -91,7 +91,7 @@ def bench(config: Config | None, *, images: int, rounds: int) -> list[Heat | She
 def drawn(folder: Path) -> Config:
     """Return quickstart's experiment on a few pictures of its kind."""
     say("note: quickstart's model, on drawn pictures; name a config for yours")
-    scenes.draw(folder / "coco", counts=_COUNTS, size=96)
+    synthetic.draw(folder / "coco", counts=_COUNTS, size=96)
     for split in _COUNTS:
         captions = folder / "coco" / "annotations" / f"captions_{split}2017.json"
         records = coco.official(folder / "coco" / f"{split}2017", captions, split)
@@ -183,14 +183,14 @@ def _starts(config: Config, folder: Path, rounds: int) -> Sheet:
 
 def _start(path: Path, run: Path) -> float:
     """Return the seconds that a run takes to log a step of its own; end it when it has saved one."""
-    saved = max(layout.steps(run), default=0)
+    saved = max(run_folder.steps(run), default=0)
     began = time.time()
     command = [sys.executable, "-m", "captionscale", "train", str(path), "--out", str(run)]
-    with children.start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocesses.start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and max(figures(run, "loss", began), default=0) <= saved:
             time.sleep(_LOOK_S)
         seconds = time.time() - began
-        while process.poll() is None and max(layout.steps(run), default=0) <= saved:
+        while process.poll() is None and max(run_folder.steps(run), default=0) <= saved:
             time.sleep(_LOOK_S)
         process.kill()
         said = process.stderr.read() if process.stderr else ""

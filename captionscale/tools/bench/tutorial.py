@@ -15,8 +15,8 @@ from torch.optim import AdamW
 from captionscale import config
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
-from captionscale.model.encoder import Encoder
-from captionscale.model.soft_attention import AttentionDecoder
+from captionscale.model.decoders.attention import AttentionDecoder
+from captionscale.model.encoders.cnn import Encoder
 from captionscale.tools.bench.race import Heat, Way, limit, race
 from captionscale.train.losses import Target, cross_entropy, uneven_attention
 from captionscale.vocab import END, PAD, START, UNKNOWN

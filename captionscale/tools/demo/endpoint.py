@@ -13,8 +13,8 @@ from starlette.types import Receive
 
 from captionscale.config import Search
 from captionscale.errors import UserError
-from captionscale.tools.demo.manual import manual
-from captionscale.tools.demo.receiving import Body, BusyError, TooLargeError, TooSlowError, chunks
+from captionscale.tools.demo.api_page import manual
+from captionscale.tools.demo.request_body import Body, BusyError, TooLargeError, TooSlowError, chunks
 from captionscale.tools.demo.service import Service
 from captionscale.version import __version__
 

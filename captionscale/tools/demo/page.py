@@ -7,8 +7,8 @@ import gradio as gr
 from captionscale.data.shards import Split
 from captionscale.escape import for_markdown, for_markdown_code
 from captionscale.tools.demo.service import Service
+from captionscale.tools.demo.sessions import COLUMNS, HOWS, Visits, percent
 from captionscale.tools.demo.uploads import Uploads
-from captionscale.tools.demo.visits import COLUMNS, HOWS, Visits, percent
 
 SAMPLES = 8
 _MOST_BEAMS = 10

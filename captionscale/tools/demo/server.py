@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from captionscale.data.shards import Split
     from captionscale.tools.demo.service import Service
-    from captionscale.tools.members import Members
+    from captionscale.tools.ensemble import Members
 
 # Of malloc.h.
 _M_MMAP_THRESHOLD = -3
@@ -67,10 +67,10 @@ def serve(
         # Read when gradio is imported. All that it writes goes with this folder, also after a kill.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
         with working("making the page ready"):
+            from captionscale.tools.captioner_api import Writer
             from captionscale.tools.demo.origins import Origins, own_names
             from captionscale.tools.demo.service import Service
-            from captionscale.tools.members import open_members
-            from captionscale.tools.writer import Writer
+            from captionscale.tools.ensemble import open_members
 
             members = open_members(run, others, checkpoint=checkpoint, changes=[])
             service = Service(Writer(members))
@@ -90,8 +90,8 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
         samples: A split of which some pictures are offered.
     """
     from captionscale.tools.demo.endpoint import endpoint
-    from captionscale.tools.demo.front import front
     from captionscale.tools.demo.page import CSS, page
+    from captionscale.tools.demo.request_filter import front
     from captionscale.tools.demo.uploads import Uploads
 
     served, uploads = endpoint(service, name), Uploads(service)
@@ -127,8 +127,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 def _samples(members: "Members", shards: str | None) -> "Split | None":
     """Return the split whose pictures are offered; none, and a note, if it is not at hand."""
-    from captionscale.data.places import Folder, open_place
     from captionscale.data.shards import Split
+    from captionscale.data.storage import Folder, open_place
 
     data = members.config.data
     try:

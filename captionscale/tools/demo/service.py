@@ -12,11 +12,11 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import UInt8
 
-from captionscale.data import images
+from captionscale.data import decode
 from captionscale.errors import UserError
-from captionscale.tools.demo.receiving import BusyError, Memory, Pace, TooLargeError
-from captionscale.tools.gaze import Gaze, View
-from captionscale.tools.writer import Wish, Writer
+from captionscale.tools.caption_result import Gaze, View
+from captionscale.tools.captioner_api import Wish, Writer
+from captionscale.tools.demo.request_body import BusyError, Memory, Pace, TooLargeError
 
 _Pixels = UInt8[np.ndarray, "height width 3"]
 _Reduced = TypeVar("_Reduced")
@@ -143,20 +143,20 @@ class Service:
                 return
             with _telling(answer):
                 self.refuse_bytes(len(data), place)
-                pixels = images.count_pixels(data, place)
+                pixels = decode.count_pixels(data, place)
                 if pixels > self.limits.pixels:
                     raise UserError(
                         f"{place}: {pixels:,} pixels, wanted at most {self.limits.pixels:,};"
                         " send a smaller copy of the image"
                     )
                 if pixels > self.limits.large_pixels:
-                    self._large.submit(decode)
+                    self._large.submit(run)
                 else:
-                    decode()
+                    run()
 
-        def decode() -> None:
+        def run() -> None:
             with _telling(answer):
-                answer.set_result(reduced(images.pixels(data, place)))
+                answer.set_result(reduced(decode.pixels(data, place)))
 
         self._small.submit(look)
         return answer

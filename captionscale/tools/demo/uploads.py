@@ -16,9 +16,9 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from captionscale.data.resize import scaled, shrunk_size
 from captionscale.errors import UserError
-from captionscale.tools.demo.receiving import Body, TooLargeError
+from captionscale.tools.caption_result import View
+from captionscale.tools.demo.request_body import Body, TooLargeError
 from captionscale.tools.demo.service import Service
-from captionscale.tools.gaze import View
 
 SIDE = 448
 """Of a preview's shorter side, at most, in pixels."""

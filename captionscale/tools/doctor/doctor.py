@@ -17,10 +17,10 @@ from captionscale import assets
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.progress import SafeConsole, working
-from captionscale.tools.doctor import machine, network, pace, storage
-from captionscale.tools.doctor.findings import Check, Line, document, examine, refused, verdict
+from captionscale.tools.doctor import machine, network, storage, throughput
 from captionscale.tools.doctor.network import Meeting
 from captionscale.tools.doctor.plan import Plan, seconds
+from captionscale.tools.doctor.report import Check, Line, document, examine, refused, verdict
 from captionscale.tools.launcher import surroundings
 from captionscale.tools.profiles import count_of, read_profile
 
@@ -140,8 +140,8 @@ def _checks(plan: Plan | None, meeting: Meeting | None, quick: bool) -> list[Che
         if plan.run is not None and not quick:
             checks.append(Check("run", lambda: storage.run(plan), slow))
         if not quick:
-            checks.append(Check("loading", lambda: pace.loading(plan), slow))
-        checks.append(Check("finish", lambda: pace.finish(plan), slow))
+            checks.append(Check("loading", lambda: throughput.loading(plan), slow))
+        checks.append(Check("finish", lambda: throughput.finish(plan), slow))
     if not quick:
         checks.append(Check("evaluator", lambda: machine.evaluator(plan), slow))
     return checks

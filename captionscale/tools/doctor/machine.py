@@ -15,8 +15,8 @@ from captionscale.errors import UserError
 from captionscale.files import cores
 from captionscale.score.java import find_java
 from captionscale.score.metrics import measure
-from captionscale.tools.doctor.findings import Line, ok, refusal, unmeasured, warning
 from captionscale.tools.doctor.plan import Plan
+from captionscale.tools.doctor.report import Line, ok, refusal, unmeasured, warning
 from captionscale.tools.profiles import count_of, crowding, is_zero, refuse_too_few_cores
 from captionscale.version import __version__
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from captionscale.tools.doctor.findings import Line, ok, refusal, warning
+from captionscale.tools.doctor.report import Line, ok, refusal, warning
 
 _MEET_S, _PAIR_S, _ALL_S = 20.0, 5.0, 20.0
 _NUMBERS, _TIMES = 1 << 20, 3

@@ -12,13 +12,13 @@ import torch
 
 from captionscale import vocab
 from captionscale.config import Config
-from captionscale.data.order import Order
-from captionscale.data.places import Place, open_place
+from captionscale.data.sampler import Order
 from captionscale.data.shards import Split
+from captionscale.data.storage import Place, open_place
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
-from captionscale.train.job import order_of
-from captionscale.train.layout import checkpoint_of, steps
+from captionscale.train.run_folder import checkpoint_of, steps
+from captionscale.train.setup import order_of
 from captionscale.vocab import Vocabulary
 
 _SAMPLED = 2000

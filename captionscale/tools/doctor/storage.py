@@ -11,18 +11,18 @@ import torch
 import torchvision
 
 from captionscale import toml
-from captionscale.data.places import Remote, manifest_of
 from captionscale.data.shards import Split
+from captionscale.data.storage import Remote, manifest_of
 from captionscale.data.verification import check_sample
 from captionscale.errors import UserError
 from captionscale.progress import duration
-from captionscale.tools.doctor.findings import Line, ok, refusal, refused, unmeasured, warning
 from captionscale.tools.doctor.plan import Plan
+from captionscale.tools.doctor.report import Line, ok, refusal, refused, unmeasured, warning
 from captionscale.tools.profiles import count_of, refuse_unfit
-from captionscale.train import checkpoint
-from captionscale.train.layout import steps
+from captionscale.train import checkpoints
+from captionscale.train.checkpoint_writer import checkpoint_bytes, refuse_full_disk
 from captionscale.train.log_reader import figures
-from captionscale.train.saving import checkpoint_bytes, refuse_full_disk
+from captionscale.train.run_folder import steps
 
 _SAMPLES, _QUICK_SAMPLES = 200, 20
 _PROBE_BYTES, _QUICK_PROBE_BYTES = 256 << 20, 32 << 20
@@ -102,7 +102,7 @@ def weights(plan: Plan) -> Iterator[Line]:
     if plan.run and steps(plan.run):
         yield ok(f"{plan.run}: goes on from step {steps(plan.run)[-1]:,}")
     elif start is not None:
-        saved = checkpoint.open_run(start)
+        saved = checkpoints.open_run(start)
         yield ok(f"train.start_from = {start}: step {saved.standing.step:,} is whole")
     elif encoder.weights == "imagenet":
         name = Path(torchvision.models.get_model_weights(encoder.name).IMAGENET1K_V1.url).name
@@ -133,7 +133,7 @@ def run(plan: Plan) -> Iterator[Line]:
         yield ok(f"{plan.run}: not there yet")
         return
     passed: list[str] = []
-    saved = checkpoint.newest(plan.run, passed.append)
+    saved = checkpoints.newest(plan.run, passed.append)
     for told in passed:
         yield warning(
             told.removeprefix("warning: "), "remove it, or leave it: the run goes on from an older one"

@@ -15,10 +15,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from captionscale.config import Config
-from captionscale.data.images import pixels
-from captionscale.data.places import open_place
+from captionscale.data.decode import pixels
 from captionscale.data.shards import Split
-from captionscale.data.views import centre_view
+from captionscale.data.storage import open_place
+from captionscale.data.transforms import centre_view
 from captionscale.errors import UserError
 from captionscale.files import unwritable
 from captionscale.progress import working
@@ -27,8 +27,8 @@ from captionscale.tools.export.card import card
 from captionscale.tools.export.check import Check, check
 from captionscale.tools.export.parts import Exported, Part, Run, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
-from captionscale.train.checkpoint import open_run, seal
-from captionscale.train.saved import Checkpoint
+from captionscale.train.checkpoint import Checkpoint
+from captionscale.train.checkpoints import open_run, seal
 from captionscale.version import __version__
 
 Kind = Literal["onnx", "torch", "hub"]

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from captionscale.data.places import manifest_of, open_place
+from captionscale.data.storage import manifest_of, open_place
 from captionscale.errors import UserError
 from captionscale.escape import for_markdown, for_markdown_code
 from captionscale.progress import say
 from captionscale.score.receipt import Receipt
 from captionscale.tools.export.check import Check
-from captionscale.train.saved import Checkpoint
+from captionscale.train.checkpoint import Checkpoint
 from captionscale.vocab import SPECIALS
 
 _HEAD = """---

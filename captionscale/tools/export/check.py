@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
-from captionscale.model.search import search
+from captionscale.model.search.generate import search
 from captionscale.progress import progress
 from captionscale.tools.export.parts import Exported
 from captionscale.vocab import START

@@ -14,9 +14,9 @@ from experiment import opinionated_run
 from PIL import Image
 
 import captionscale
+from captionscale.tools.captioner_api import Writer
 from captionscale.tools.demo.endpoint import endpoint
 from captionscale.tools.demo.service import BusyError, Limits, Service
-from captionscale.tools.writer import Writer
 
 LIMITS = Limits(size_bytes=200_000, pixels=1_000_000, batch=8, window_s=0.05)
 JPEG = {"Content-Type": "image/jpeg"}

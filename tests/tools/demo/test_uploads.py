@@ -11,9 +11,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
 
 import captionscale
-from captionscale.data import images
+from captionscale.data import decode
 from captionscale.errors import UserError
-from captionscale.tools.demo.receiving import TooLargeError, chunks
+from captionscale.tools.demo.request_body import TooLargeError, chunks
 from captionscale.tools.demo.service import Limits, Service
 from captionscale.tools.demo.uploads import Picture, Uploads
 
@@ -67,10 +67,10 @@ def test_an_upload_is_remembered_as_what_the_model_sees_and_a_preview(
     assert upload.name == file.name
     assert isinstance(upload.picture, Picture)
     assert (upload.picture.view == service.writer.view(file)).all()
-    assert images.pixels(upload.picture.preview, "").shape == images.read(file).shape
+    assert decode.pixels(upload.picture.preview, "").shape == decode.read(file).shape
     thin = uploads.get(second).picture
     assert isinstance(thin, Picture)
-    assert images.pixels(thin.preview, "").shape == (10, 40, 3)
+    assert decode.pixels(thin.preview, "").shape == (10, 40, 3)
     bad = uploads.get(third).picture
     assert isinstance(bad, UserError)
     assert "no.txt: not a readable image" in str(bad)

@@ -15,13 +15,13 @@ from captionscale.cli import main
 from captionscale.config import Decoder, Encoder, Model
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
-from captionscale.model.search import search
+from captionscale.model.search.generate import search
 from captionscale.score import score
 from captionscale.tools.export import bundle
 from captionscale.tools.export.check import check
 from captionscale.tools.export.parts import Exported, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
-from captionscale.train.checkpoint import open_run
+from captionscale.train.checkpoints import open_run
 
 SIZE = 32
 OPTIONS: dict[str, dict[str, Any]] = {

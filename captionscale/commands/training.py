@@ -1,0 +1,161 @@
+"""The verbs that train."""
+
+import argparse
+from pathlib import Path
+
+from captionscale.commands.arguments import Verbs, add_config, positive, settings
+
+
+def add(verbs: Verbs) -> None:
+    """Add them to the command line."""
+    train = verbs.add_parser("train", help="train a captioner, or go on with one")
+    add_config(train)
+    train.add_argument(
+        "--out", type=Path, required=True, metavar="RUN", help="folder of the run; if it exists, resume"
+    )
+    train.add_argument(
+        "--profile",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="also write where the time of N steps goes, into RUN/profile/",
+    )
+    train.set_defaults(verb="train", handler=_train)
+
+    launch = verbs.add_parser(
+        "launch", help="run a verb on several processes", description="Run a verb in several processes."
+    )
+    launch.add_argument(
+        "--profile", default="cpu", help="a file, or a name in launch/ (default: %(default)s)"
+    )
+    launch.add_argument(
+        "--processes", type=positive, help="how many, over all machines (default: the profile's)"
+    )
+    launch.add_argument(
+        "--logs", type=Path, metavar="DIR", help="also keep what each process says, in files there"
+    )
+    launch.add_argument("--dry-run", action="store_true", help="print the command and stop")
+    launch.add_argument("command", nargs=argparse.REMAINDER, metavar="-- VERB ...")
+    launch.set_defaults(verb="launch", handler=_launch)
+
+    submit = verbs.add_parser(
+        "submit", help="train as a SLURM job", description="Write a SLURM job that trains, and submit it."
+    )
+    add_config(submit)
+    submit.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/CONFIG)")
+    submit.add_argument("--nodes", type=positive, default=1, help="machines (default: %(default)s)")
+    submit.add_argument("--gpus", type=positive, help="of each node (default: none is asked for)")
+    submit.add_argument("--time", help="longest, such as 4:00:00; then it goes on as the next job")
+    submit.add_argument(
+        "--profile", default="gpu", help="a file, or a name in launch/ (default: %(default)s)"
+    )
+    submit.add_argument("--dry-run", action="store_true", help="print the job and stop")
+    submit.set_defaults(verb="submit", handler=_submit)
+
+    drill = verbs.add_parser("drill", help="kill a run at random, resume it on other ranks, prove the result")
+    add_config(drill)
+    drill.add_argument("--kills", type=positive, default=6, metavar="N", help="(default: %(default)s)")
+    drill.add_argument(
+        "--ranks", type=_ranks, default=(1, 2, 3), metavar="N,...", help="to choose from (default: 1,2,3)"
+    )
+    drill.add_argument(
+        "--steps", type=positive, default=20, metavar="N", help="of the run (default: %(default)s)"
+    )
+    drill.add_argument("--seed", type=int, default=0, help="of the accidents (default: %(default)s)")
+    drill.add_argument("--profile", default="cpu", help="as of launch (default: %(default)s)")
+    drill.add_argument(
+        "--out", type=Path, default=Path("drill"), help="folder for both runs (default: %(default)s)"
+    )
+    drill.set_defaults(verb="drill", handler=_drill)
+
+    config = verbs.add_parser(
+        "config", help="print a config with all its defaults; without a name, list them"
+    )
+    add_config(config, required=False)
+    config.set_defaults(verb="config", handler=_config)
+
+    quickstart = verbs.add_parser(
+        "quickstart", help="everything once, on drawn pictures: draw, pack, train, score, caption, report"
+    )
+    quickstart.add_argument(
+        "--out", type=Path, default=Path("quickstart"), help="folder for it all (default: %(default)s)"
+    )
+    quickstart.set_defaults(verb="quickstart", handler=_quickstart)
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    return tuple(positive(number) for number in text.split(","))
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = settings(options)
+
+    from captionscale.train import preemption
+
+    # From here on: it takes seconds to import what trains.
+    with preemption.listening(config.train.grace_s):
+        from captionscale.train.loop import train
+
+        train(config, options.out, options.profile)
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from captionscale.commands.parser import parser
+    from captionscale.tools.launcher import launch
+
+    command = options.command[options.command[:1] == ["--"] :]
+    # What no process can do is refused here, once, and not by each of them.
+    inner = parser().parse_args(command)
+    launch(
+        command,
+        profile=options.profile,
+        processes=options.processes,
+        dry_run=options.dry_run,
+        logs=options.logs,
+        settings=settings(inner) if inner.verb == "train" else None,
+    )
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from captionscale.tools.submit import submit
+
+    submit(
+        settings(options),
+        options.out or Path("runs", Path(options.config).stem),
+        nodes=options.nodes,
+        gpus=options.gpus,
+        time=options.time,
+        profile=options.profile,
+        dry_run=options.dry_run,
+    )
+
+
+def _drill(options: argparse.Namespace) -> None:
+    from captionscale.tools.drill import drill
+
+    same = drill(
+        settings(options),
+        options.out,
+        profile=options.profile,
+        ranks=options.ranks,
+        kills=options.kills,
+        steps=options.steps,
+        seed=options.seed,
+    )
+    if not same:
+        raise SystemExit(1)
+
+
+def _config(options: argparse.Namespace) -> None:
+    from captionscale import assets, toml
+
+    if options.config is None:
+        print("\n".join(assets.names("configs", ".toml")))
+    else:
+        print(toml.dumps(settings(options)), end="")
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    from captionscale.tools.quickstart import quickstart
+
+    quickstart(options.out)

@@ -1,0 +1,243 @@
+"""Read a data set of one's own: a table of images and captions, or a folder of images and texts."""
+
+import csv
+import os
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import msgspec
+
+from captionscale.data.manifest import SPLIT_NAME
+from captionscale.data.sources import base
+from captionscale.data.sources.record import Record
+from captionscale.errors import UserError
+from captionscale.files import MB, open_file
+from captionscale.parsing import fault_of
+from captionscale.progress import say
+
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_JSON_LINES = (".jsonl", ".ndjson")
+_WANTED_COLUMNS = "wanted the columns image, caption and, if need be, split and image_id; correct it"
+_WANTED_OBJECTS = (
+    "wanted one object a line with image, caption or captions and, if need be, split and image_id; correct it"
+)
+_NEEDED, _OPTIONAL = {"image", "caption"}, {"split", "image_id"}
+
+_MAX_LINE_BYTES = 64 * MB
+
+
+class _Row(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    image: str
+    caption: str | list[str] = ""
+    captions: tuple[str, ...] = ()
+    split: str = ""
+    image_id: base.ImageId | None = None
+
+
+def table(captions: Path, images: Path, split: str, first_id: base.FirstId) -> list[Record]:
+    """Read a table with a caption in each row, as CSV, TSV or JSON lines, told apart by the file's ending.
+
+    A `.csv` or `.tsv` starts with the names of its columns: `image`, `caption` and, if need be, `split` and
+    `image_id`; fields with commas, quotes or line ends stand in quotes. A line of a `.jsonl` or `.ndjson` is
+    an object with the same keys; `caption` may be a list there, and `captions` is one. Rows of one image are
+    joined in their order.
+
+    Args:
+        captions: The table.
+        images: The folder that the paths in `image` start from.
+        split: The split of rows that name none.
+        first_id: Tells the first image id of these splits, if no row has one: ids are counted in
+            the order in which images appear.
+
+    Returns:
+        The records by split (train, val, test, others) and image id. Empty captions are dropped.
+
+    Raises:
+        UserError: If the table is missing, broken or of another layout, an image is missing, leads out of
+            `images`, has no captions, or is in two splits, or image ids are not one for each image.
+    """
+    found: dict[str, tuple[str, int | None, list[str]]] = {}
+    names: dict[int, str] = {}
+    for place, row in _rows(captions):
+        name = base.below(row.image, place)
+        place = f"{place}: {base.shown(name)}"
+        its_split = row.split or split
+        if not SPLIT_NAME.fullmatch(its_split):
+            raise UserError(
+                f"{place} is of split {its_split!r:.60}; wanted letters, digits, '_' and '-', as in train or"
+                " val; rename it"
+            )
+        known_split, known_id, texts = found.setdefault(name, (its_split, row.image_id, []))
+        if its_split != known_split:
+            raise UserError(
+                f"{place} is of split {its_split!r} here, of {known_split!r} in an earlier row; wanted it in"
+                " one split, or training sees what is scored; correct one"
+            )
+        if row.image_id != known_id:
+            raise UserError(
+                f"{place} has image_id {row.image_id} here, {known_id} in an earlier row; wanted one id"
+                " for all rows of an image; correct one"
+            )
+        if row.image_id is not None and names.setdefault(row.image_id, name) != name:
+            raise UserError(
+                f"{place} has image_id {row.image_id}, which is that of"
+                f" {base.shown(names[row.image_id])}; wanted an id of its own; correct one"
+            )
+        texts.extend([row.caption] if isinstance(row.caption, str) else row.caption)
+        texts.extend(row.captions)
+    if names and (without := [name for name, (_, image_id, _) in found.items() if image_id is None]):
+        raise UserError(
+            f"{captions}: {base.some(without)} of {len(found)} without image_id; wanted one for each"
+            " image or for none; add or delete them"
+        )
+    first = first_id({its_split for its_split, _, _ in found.values()})
+    source = str(images)
+    records = []
+    for number, (name, (its_split, image_id, texts)) in enumerate(found.items(), start=first):
+        key = number if image_id is None else image_id
+        records.append(Record(key, its_split, base.stripped(texts), source, name))
+    return base.proven(records, images, captions)
+
+
+def folder(images: Path, split: str, first_id: base.FirstId) -> list[Record]:
+    """Read images anywhere below a folder, each with its captions in a `.txt` of the same name beside it.
+
+    Links to folders are followed. Names that start with a dot are left out.
+
+    Args:
+        images: The folder.
+        split: The split that all its images get.
+        first_id: Tells the first image id of the split; ids are counted in the order of the
+            sorted paths.
+
+    Returns:
+        The records by image id. Each line of a text that is not empty is a caption; where there is no text
+        at all, there are no captions, and the images can be captioned only.
+
+    Raises:
+        UserError: If there is no image, some have a text and others have none, a text is of two images or
+            has no captions, or something cannot be read.
+    """
+    source = str(images)
+    others: list[str] = []
+    pairs = sorted(_pairs(images, others))
+    if others:
+        say(
+            f"note: {images}: {len(others):,} files passed over, such as {others[0]}, which is neither an"
+            " image of a known kind nor a .txt"
+        )
+    if not pairs:
+        raise UserError(
+            f"{images}: no images; wanted .{', .'.join(base.IMAGE_ENDINGS)} here or below; check the path"
+        )
+    without = [path for path, text in pairs if not text]
+    if 0 < len(without) < len(pairs):
+        raise UserError(
+            f"{images}: {base.some(without)} of {len(pairs)} without a .txt beside it; wanted one for"
+            " each image or for none; write them or take the images out"
+        )
+    records = []
+    for image_id, (path, text) in enumerate(pairs, start=first_id({split})):
+        lines = base.text(images / text).split("\n") if text else []
+        records.append(Record(image_id, split, base.stripped(lines), source, path))
+    return base.proven(records, images, images, captioned=not without)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
+    """Yield each row of a table after the words that say where it is."""
+    ending = path.suffix.lower()
+    if ending in _DELIMITERS:
+        yield from _delimited_rows(path, _DELIMITERS[ending])
+    elif ending in _JSON_LINES:
+        decoder = msgspec.json.Decoder(_Row)
+        for place, line in _lines(path):
+            if line.strip():
+                yield place, base.parsed(line, decoder, place, _WANTED_OBJECTS)
+    else:
+        endings = ", ".join((*_DELIMITERS, *_JSON_LINES))
+        raise UserError(f"{path}: a table's ending tells its layout; wanted {endings}; rename it")
+
+
+def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
+    lines = (base.decoded(line, place) for place, line in _lines(path))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if len(header) != len(set(header)) or not _NEEDED <= set(header) <= _NEEDED | _OPTIONAL:
+            raise UserError(f"{path}: line 1 is {delimiter.join(header)!r:.80}; {_WANTED_COLUMNS}")
+        for fields in reader:
+            place = f"{path}: line {reader.line_num}"
+            if fields and len(fields) != len(header):
+                raise UserError(
+                    f"{place} has {len(fields)} fields; wanted {len(header)} as in line 1; put a caption with"
+                    f" {delimiter!r} in quotes"
+                )
+            if fields:
+                cells = {column: field for column, field in zip(header, fields, strict=True) if field}
+                yield place, msgspec.convert(cells, _Row, strict=False)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{path}: line {reader.line_num}: {fault_of(error)}; {_WANTED_COLUMNS}") from error
+    except csv.Error as error:
+        raise UserError(
+            f"{path}: line {reader.line_num}: {error}; wanted a field with quotes in quotes, and each quote"
+            " in it twice; correct it"
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    with base.reading(path), open_file(path) as file:
+        for number in count(1):
+            line = file.readline(_MAX_LINE_BYTES)
+            place = f"{path}: line {number}"
+            if len(line) == _MAX_LINE_BYTES:
+                raise UserError(
+                    f"{place}: {_MAX_LINE_BYTES:,} bytes or more, expected the row of one image; correct it"
+                )
+            if not line:
+                return
+            yield place, line
+
+
+def _pairs(images: Path, others: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the path of each image below a folder, and that of the text beside it or nothing.
+
+    What is neither goes into `others`.
+    """
+    seen: dict[tuple[int, int], str] = {}
+    with base.reading(images):
+        for folder, inner, names in os.walk(images, onerror=_raise, followlinks=True):
+            status = os.stat(folder)  # noqa: PTH116
+            if (known := seen.setdefault((status.st_dev, status.st_ino), folder)) != folder:
+                raise UserError(f"{folder}: leads to {known} again; wanted each folder once; delete the link")
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            start = os.path.relpath(folder, images)
+            texts = {name[: -len(".txt")]: name for name in names if name.lower().endswith(".txt")}
+            of_text: dict[str, str] = {}
+            for name in names:
+                stem, _, ending = name.rpartition(".")
+                if name.startswith("."):
+                    continue
+                if ending.lower() not in base.IMAGE_ENDINGS:
+                    if ending.lower() != "txt":
+                        others.append(base.shown(name))
+                    continue
+                if not _is_utf8(f"{start}/{name}"):
+                    raise UserError(
+                        f"{folder}/{name!r}: the name is not UTF-8; wanted one that is; rename it"
+                    )
+                text = texts.get(stem, "")
+                if text and (other := of_text.setdefault(text, name)) != name:
+                    raise UserError(
+                        f"{folder}/{text}: beside {other} and {name}; wanted a name of its own for each"
+                        " image; rename one"
+                    )
+                yield os.path.normpath(f"{start}/{name}"), text and os.path.normpath(f"{start}/{text}")
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_utf8(path: str) -> bool:
+    return path.encode(errors="replace").decode() == path

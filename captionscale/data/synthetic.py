@@ -1,0 +1,175 @@
+"""The sample world: drawn scenes of one or two toys, five English captions each, on disk as COCO 2017.
+
+It exists so that a first run needs no download, yet walks the very path that COCO walks.
+"""
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+
+from captionscale.data.drawing import COLOURS, FLYING, TOYS, Scene, Toy, paint
+from captionscale.errors import UserError
+from captionscale.progress import progress
+
+CAPTIONS_PER_IMAGE = 5
+JPEG_QUALITY = 90
+# Lone toys teach a small model the single words; pairs, of which there are far more, teach the relations.
+ALONE_SHARE = 0.4
+
+# The ground of each setting, and two phrases for the whole.
+WHERE = {
+    "meadow": ("the grass", "in a meadow", "in a grassy field"),
+    "beach": ("the sand", "at the beach", "by the sea"),
+    "snow": ("the snow", "on a winter day", "in a snowy field"),
+    "night": ("the dark hill", "at night", "under a starry sky"),
+    "room": ("the floor", "in a room", "near a window"),
+    "street": ("the road", "in the city", "in front of tall buildings"),
+}
+NOUNS = {"gift": ("gift", "present"), "boat": ("boat", "sailboat")}
+SIZES = {"small": ("small", "little"), "large": ("large", "big")}
+SIDES = {"left": "on the left", "middle": "in the middle", "right": "on the right"}
+VERBS = {
+    "balloon": ("floats", "is floating"),
+    "car": ("is parked", "sits"),
+    "cat": ("sits", "is sitting"),
+    "kite": ("flies", "is flying"),
+    "tree": ("stands", "grows"),
+}
+STILL = ("sits", "is")
+# a and b are the toys with their colours, bare_a and bare_b without; does_a is a verb of a.
+ALONE = (
+    "{sized} {does_a} {on}.",
+    "{sized} {on}.",
+    "There is {sized} {where}.",
+    "{a} {does_a} {on}.",
+    "{a} {side} of the picture.",
+    "{where}, {a} {does_a} {side}.",
+    "A drawing of {a} {where}.",
+    "{sized_bare} {does_a} {on}.",
+    "{sized} {does_a} {side}.",
+)
+BESIDE = (
+    "{a} {does_a} to the left of {b}.",
+    "{b} {does_b} to the right of {a}.",
+    "{a} to the left of {b} {where}.",
+    "{a} and {b} {where}.",
+    "{a} {does_a} next to {b}.",
+    "{where}, there is {a} on the left and {b} on the right.",
+    "A drawing of {a} beside {b}.",
+    "{bare_a} and {bare_b} {where}.",
+)
+ABOVE = (
+    "{a} {does_a} above {b}.",
+    "{a} {does_a} over {b} {where}.",
+    "{b} {does_b} below {a}.",
+    "{b} {where} with {a} above it.",
+    "{where}, there is {a} above {b}.",
+    "{a} in the air above {b}.",
+    "A drawing of {a} over {b}.",
+    "{bare_a} {does_a} above {bare_b} {where}.",
+)
+
+
+def world() -> tuple[list[Scene], list[Scene]]:
+    """Return every scene there is: those with one toy, and those with two of different kinds."""
+    toys = [Toy(*names) for names in itertools.product(TOYS, COLOURS)]
+    alone = [
+        Scene(setting, (toy,), side, size)
+        for setting, toy, side, size in itertools.product(WHERE, toys, SIDES, SIZES)
+    ]
+    pairs = [
+        Scene(setting, (first, second), relation, "medium")
+        for setting, first, second, relation in itertools.product(WHERE, toys, toys, ("beside", "above"))
+        if first.kind != second.kind
+        and (relation == "beside" or (first.kind in FLYING and second.kind not in FLYING))
+    ]
+    return alone, pairs
+
+
+def captions(scene: Scene, random: Random) -> list[str]:
+    """Return five differing sentences, all true; like people, few of them mention everything.
+
+    Args:
+        scene: What the picture shows.
+        random: Chooses the sentence patterns and the synonyms.
+    """
+    pick = random.choice
+    first, last = scene.toys[0], scene.toys[-1]
+    ground, *phrases = WHERE[scene.setting]
+    on = f"{'over' if first.kind in FLYING else 'on'} {ground}"
+
+    def name(toy: Toy, *adjectives: str) -> str:
+        words = " ".join((*adjectives, pick(NOUNS.get(toy.kind, (toy.kind,)))))
+        return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+    sentences = []
+    patterns = {"beside": BESIDE, "above": ABOVE}.get(scene.relation, ALONE)
+    for pattern in random.sample(patterns, CAPTIONS_PER_IMAGE):
+        size, where = pick(SIZES.get(scene.size, ("",))), pick(phrases)
+        text = pattern.format(
+            a=name(first, first.colour),
+            b=name(last, last.colour),
+            bare_a=name(first),
+            bare_b=name(last),
+            sized=name(first, size, first.colour),
+            sized_bare=name(first, size),
+            does_a=pick(VERBS.get(first.kind, STILL)),
+            does_b=pick(VERBS.get(last.kind, STILL)),
+            where=where,
+            on=pick((where, on)),
+            side=SIDES.get(scene.relation),
+        )
+        sentences.append(text[0].upper() + text[1:])
+    return sentences
+
+
+def draw(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: int = 0) -> None:
+    """Write a sample data set in COCO 2017 layout; the same arguments write the same bytes.
+
+    No scene is shown twice, so no split holds a picture of another.
+
+    Args:
+        out: Folder for `{split}2017/*.jpg` and `annotations/captions_{split}2017.json`.
+        counts: Number of pictures per split, such as `{"train": 2000, "val": 200}`.
+        size: Side of the square pictures in pixels.
+        seed: Chooses the scenes, how they look and what is said about them.
+
+    Raises:
+        UserError: More pictures are asked for than the world holds scenes, or fewer than none.
+    """
+    for split, count in counts.items():
+        if count < 0:
+            raise UserError(f"{out}: {count} pictures asked for in split '{split}'; wanted none or more")
+    alone, pairs = world()
+    total, limit = sum(counts.values()), len(alone) + len(pairs)
+    if total > limit:
+        raise UserError(
+            f"{out}: {total} pictures asked for, the sample world holds {limit} scenes; ask for fewer"
+        )
+    random = Random(seed)
+    lone = min(len(alone), max(round(total * ALONE_SHARE), total - len(pairs)))
+    scenes = random.sample(alone, lone) + random.sample(pairs, total - lone)
+    random.shuffle(scenes)
+    numbered = enumerate(scenes, start=1)
+    (out / "annotations").mkdir(parents=True, exist_ok=True)
+    with progress("drawing", total, passing=True) as bar:
+        for split, count in counts.items():
+            folder = out / f"{split}2017"
+            folder.mkdir(exist_ok=True)
+            images: list[dict[str, object]] = []
+            annotations: list[dict[str, object]] = []
+            for image_id, scene in itertools.islice(numbered, count):
+                # A stream of its own: how many numbers one picture uses does not change the next.
+                own = Random(f"{seed} {image_id}")
+                name = f"{image_id:012}.jpg"
+                paint(scene, size, own).save(folder / name, quality=JPEG_QUALITY)
+                images.append({"id": image_id, "file_name": name, "width": size, "height": size})
+                for number, caption in enumerate(captions(scene, own), start=image_id * CAPTIONS_PER_IMAGE):
+                    annotations.append({"id": number, "image_id": image_id, "caption": caption})
+                bar.advance()
+            info = {"description": "captionscale sample scenes", "version": "1.0"}
+            coco = {"info": info, "licenses": [], "images": images, "annotations": annotations}
+            target = out / "annotations" / f"captions_{split}2017.json"
+            target.write_text(json.dumps(coco), encoding="utf-8")

@@ -1,0 +1,99 @@
+"""What captions may not say, and what they must: kept by every way of finding them."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from captionscale.model.decoders.registry import Decoder
+from captionscale.vocab import END, PAD, START, UNKNOWN
+
+Features: TypeAlias = Float[Tensor, "image region feature"] | tuple[Float[Tensor, "image _ _"], ...]
+"""What a decoder starts from: of an ensemble, what each of its members sees."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a caption may not say, and what it must, as tokens.
+
+    Padding and the start are never said.
+    """
+
+    block_ngrams: int = 0
+    """No so many words in a row come twice, but for those of the prefix; 0: they may."""
+    unknown: bool = False
+    """Whether the token of unknown words may be said."""
+    dangling: tuple[int, ...] = ()
+    """A caption does not end in one of these."""
+    prefix: tuple[int, ...] = ()
+    """Every caption begins with these."""
+    required: tuple[tuple[int, ...], ...] = ()
+    """Of each of these groups every caption says a word; only `search` can have it so."""
+
+    def forbid(
+        self, chances: Float[Tensor, "row word"], said: Int[Tensor, "row time"], max_words: int
+    ) -> None:
+        """Set to minus infinity, in place, what may not come next.
+
+        A caption that is cut at `max_words` ends there, so that it does not say a dangling word last. Where
+        nothing at all may come next, as only a tiny vocabulary knows it, the caption ends after all.
+
+        Args:
+            chances: Logits or logarithms of probabilities.
+            said: The words of each caption so far.
+            max_words: Greatest number of words.
+        """
+        time, end = said.shape[1], chances[:, END].clone()
+        for token in (PAD, START) if self.unknown else (PAD, START, UNKNOWN):
+            chances[:, token] = -torch.inf
+        size = self.block_ngrams
+        if 0 < size <= time:
+            ngrams = said.unfold(1, size, 1)
+            begun = (ngrams[:, :, :-1] == said[:, None, time - size + 1 :]).all(2)
+            chances.scatter_(1, torch.where(begun, ngrams[:, :, -1], PAD), -torch.inf)
+        if self.dangling:
+            dangling = torch.tensor(self.dangling, device=said.device)
+            if time == max_words - 1:
+                chances[:, dangling] = -torch.inf
+            if time:
+                chances[:, END].masked_fill_(torch.isin(said[:, -1], dangling), -torch.inf)
+            mute = chances.amax(1) == -torch.inf
+            chances[:, END] = torch.where(mute, end, chances[:, END])
+
+    def met(self, *tokens: int) -> int:
+        """Return the set of required groups that these tokens have a word of: bit i is group i."""
+        return sum(1 << bit for bit, group in enumerate(self.required) if {*group} & {*tokens})
+
+
+FREE = Rules()
+"""Nothing but the unknown token is forbidden."""
+
+
+class Start(NamedTuple):
+    """Where captions begin, a row for each picture."""
+
+    tokens: Int[Tensor, "image"]
+    """The next to be read: the last of the prefix."""
+    state: tuple[Any, ...]
+    said: Int[Tensor, "image time"]
+    log_probability: Float[Tensor, "image"]
+    """Of the prefix."""
+    looks: tuple[Float[Tensor, "image region"], ...]
+    """Where the decoder looked for each word of the prefix; of one without attention none."""
+
+
+def start(decoder: Decoder, features: Features, prefix: tuple[int, ...]) -> Start:
+    """Let a decoder read the prefix, once for each picture."""
+    first = features if isinstance(features, Tensor) else features[0]
+    state, looks = decoder.start(features), []
+    tokens = torch.full((len(first),), START, device=first.device)
+    total = torch.zeros(len(first), device=first.device)
+    for token in prefix:
+        logits, state, attention = decoder.step(tokens, state)
+        total += logits.float().log_softmax(1)[:, token]
+        tokens = torch.full_like(tokens, token)
+        looks += [] if attention is None else [attention.float()]
+    said = torch.tensor(prefix, dtype=torch.long, device=first.device).expand(len(first), -1)
+    return Start(tokens, state, said, total, tuple(looks))

@@ -1,0 +1,190 @@
+"""Checks of time: loading against the step, an epoch, and the end of the run against that of the job."""
+
+import time
+from collections.abc import Iterator
+from functools import cache
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from captionscale.data.loader import Batch, Loader
+from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
+from captionscale.progress import duration
+from captionscale.tools.doctor.plan import Plan
+from captionscale.tools.doctor.report import Line, ok, refusal, unmeasured, warning
+from captionscale.train.log_reader import figures
+from captionscale.train.losses import cross_entropy
+from captionscale.train.optimizer import make_optimizer
+from captionscale.train.run_folder import steps
+
+_LOAD_S = 4.0
+_STEPS, _STEPS_S = 4, 12.0
+_PICTURES_ON_CPU = 4
+_ENOUGH = 1.1
+"""Times what a step reads: loading is never quite even."""
+_RECENT = 20
+
+
+@cache
+def _loaded(plan: Plan) -> float:
+    """Return the pictures that one process loads in a second, with the config's own settings."""
+    loader = Loader(plan.split, plan.vocabulary, plan.settings.data, plan.settings.seed)
+    size = min(plan.settings.train.micro_batch, 16, len(plan.split))
+    # Over all shards, as training reads; again from the start where there are few.
+    items = np.random.default_rng(0).permutation(len(plan.split))
+    requests = ((np.roll(items, -start)[:size], 0) for start in range(0, 10**9, size))
+    try:
+        batches = loader.ahead(requests)
+        next(batches)  # Opens shards, starts threads.
+        began, count = time.monotonic(), 0
+        while (passed := time.monotonic() - began) < _LOAD_S:
+            count += len(next(batches).images)
+        return count / passed
+    finally:
+        loader.close()
+
+
+@cache
+def _learned(plan: Plan) -> tuple[float, str]:
+    """Return the pictures that one process learns from in a second, read from memory, and how that was found.
+
+    0: that could not be found here.
+
+    Raises:
+        UserError: The GPU's memory is too small.
+    """
+    gpu = torch.cuda.is_available() and not plan.cpu
+    if not gpu and not plan.cpu and plan.profile:
+        return 0.0, "the job has GPUs and this machine has none"
+    device = torch.device("cuda" if gpu else "cpu")
+    loader = Loader(plan.split, plan.vocabulary, plan.settings.data, plan.settings.seed)
+    cached = plan.settings.train.cache_features
+    size = min(plan.settings.train.micro_batch, len(plan.split))
+    # Encoders take long there, and pictures are much alike.
+    size = size if gpu or cached else min(size, _PICTURES_ON_CPU)
+    (batch,) = loader.ahead([(np.arange(size), 0)])
+    loader.close()
+    captioner = Captioner(plan.settings.model, len(plan.vocabulary)).to(device).train()
+    optimizer = make_optimizer(captioner, plan.settings.train)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.settings.train.precision)
+    batch = batch.to(device)
+    with torch.no_grad():
+        pictures = captioner.look(batch.images) if cached else batch.images
+
+    def step() -> None:
+        with torch.autocast(device.type, half, enabled=half is not None):
+            loss = _loss(captioner, pictures, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        if gpu:
+            torch.cuda.synchronize()
+
+    try:
+        step()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"train.micro_batch = {size}: a step does not fit into the GPU's memory"
+            f" ({str(error).splitlines()[0][:200]}); lower it, or see by nvidia-smi who else uses this GPU"
+        ) from None
+    taken: list[float] = []
+    began = time.monotonic()
+    while len(taken) < _STEPS and (not taken or time.monotonic() - began < _STEPS_S):
+        start = time.monotonic()
+        step()
+        taken.append(time.monotonic() - start)
+    what = "pictures' features" if cached else "pictures"
+    return size / median(taken), f"{len(taken)} steps of {size} {what} on {device.type}"
+
+
+def _loss(captioner: Captioner, pictures: Tensor, batch: Batch) -> Tensor:
+    logits, _ = captioner(pictures, batch.tokens[:, :-1], batch.owners)
+    return cross_entropy(logits, batch.tokens[:, 1:], 0.0, None).sum()
+
+
+def _logged(plan: Plan) -> float:
+    """Return the pictures in a second that the run's own log tells, of all its processes; 0: none."""
+    rates = list(figures(plan.run, "images_per_s").values()) if plan.run else []
+    return median(rates[-_RECENT:]) if rates else 0.0
+
+
+def loading(plan: Plan) -> Iterator[Line]:
+    """Compare what a process loads with what it learns from."""
+    if plan.settings.train.cache_features:
+        yield unmeasured("train.cache_features: features are read, and no picture is decoded")
+        return
+    data = plan.settings.data
+    loads = _loaded(plan)
+    told = f"a process loads {loads:,.0f} images/s with data.workers = {data.workers} on this machine"
+    needs, how = _learned(plan)
+    if not needs:
+        yield unmeasured(f"{told}; what a step needs is unknown: {how}")
+        return
+    told += f", a step takes {needs:,.3g} images/s ({how})"
+    if loads < needs:
+        more = max(data.workers + 1, round(data.workers * needs * _ENOUGH / max(loads, 1e-9)))
+        yield warning(
+            f"{told}: {1 - loads / needs:.0%} of the time it would wait for pictures",
+            f"set data.workers to {more} if there are so many cores, or pack with --resize"
+            f" {round(data.image_size * 1.2)}",
+        )
+    elif loads < _ENOUGH * needs:
+        yield warning(f"{told}: that is just enough", "set data.workers higher if there are cores")
+    else:
+        yield ok(told)
+
+
+def finish(plan: Plan) -> Iterator[Line]:
+    """Foretell how long an epoch and the whole run take, and compare that with the job's time."""
+    rate, source = _logged(plan), f"by {plan.run}/log.jsonl"
+    if not rate:
+        if plan.quick:
+            yield from _haste(plan, 0.0)
+            yield unmeasured("the run has no log yet that would tell its pace")
+            return
+        learns, how = _learned(plan)
+        loads = learns if plan.settings.train.cache_features else _loaded(plan)
+        rate, source = min(learns, loads) * plan.processes, f"at best, by {how}"
+        if not rate:
+            yield from _haste(plan, 0.0)
+            yield unmeasured(f"the pace is unknown: {how}, and the run has no log yet")
+            return
+    epoch_s = len(plan.split) / rate
+    step_s = epoch_s / plan.order.steps_per_epoch
+    saved = steps(plan.run) if plan.run else []
+    left = max(0, plan.steps - (saved[-1] if saved else 0)) * step_s
+    if not left:
+        yield ok(f"all {plan.steps:,} steps are done")
+        return
+    told = (
+        f"{rate:,.0f} images/s ({source}): {duration(epoch_s)} an epoch, {duration(left)} to the end, and the"
+        " time of validations"
+    )
+    if (hasty := list(_haste(plan, step_s))) or plan.limit_s is None:
+        yield from hasty
+        yield ok(told)
+        return
+    usable = plan.limit_s - plan.settings.train.grace_s
+    if left > usable:
+        yield warning(
+            f"{told}; the job ends after {duration(plan.limit_s)}: it takes about {-int(-left // usable)}"
+            " such jobs, one after the other",
+            "let it requeue itself, or ask for more --time, nodes or GPUs",
+        )
+    else:
+        yield ok(f"{told}; the job has {duration(plan.limit_s)}")
+
+
+def _haste(plan: Plan, step_s: float) -> Iterator[Line]:
+    """Refuse a job that would end before it has done anything."""
+    grace = plan.settings.train.grace_s
+    if plan.limit_s is not None and plan.limit_s <= grace + step_s:
+        step = f" and a step takes {duration(step_s)}" if step_s else ""
+        yield refusal(
+            f"the job has {duration(plan.limit_s)}, of which train.grace_s = {grace:g} are kept to save"
+            f" in{step}: it would do nothing",
+            "ask for more --time, or lower train.grace_s",
+        )

@@ -1,0 +1,95 @@
+"""The runs whose models write captions: one, or several as an ensemble."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from captionscale import toml
+from captionscale.config import Config
+from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
+from captionscale.model.search.ensemble import Ensemble
+from captionscale.train.checkpoint import Checkpoint
+from captionscale.train.checkpoints import open_run
+
+
+@dataclass(frozen=True)
+class Members:
+    """Checkpoints that caption together, and the settings by which they do."""
+
+    runs: tuple[Path, ...]
+    saved: tuple[Checkpoint, ...]
+    config: Config
+    """The first run's, with another section `search` if one was asked for."""
+
+    def captioner(self) -> Captioner | Ensemble:
+        """Return the captioner as it was saved, or all of them as one, in evaluation mode."""
+        captioners = [saved.captioner() for saved in self.saved]
+        return captioners[0] if len(captioners) == 1 else Ensemble(captioners).eval()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the weights; of several members, of their hashes."""
+        hashes = [saved.sha256 for saved in self.saved]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    @property
+    def variant(self) -> str:
+        """What the name of results says of how they were found: method, width, and a hash of all else."""
+        search = self.config.search
+        how = f"beam{search.beam}" if search.method == "beam" else search.method
+        searches = [
+            config.search.model_dump(mode="json", exclude={"beam"})
+            for config in (self.saved[0].config(), self.config)
+        ]
+        if len(self.saved) == 1 and searches[0] == searches[1]:
+            return how
+        made = json.dumps([searches[1], self.sha256], sort_keys=True)
+        return f"{how}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
+
+    def made_by(self) -> dict[str, Any]:
+        """Return what a receipt says of an ensemble; of one run it says so anyway."""
+        if len(self.saved) == 1:
+            return {}
+        return {
+            "members": [
+                {"run": run.resolve().name, "step": saved.standing.step, "model": saved.sha256}
+                for run, saved in zip(self.runs, self.saved, strict=True)
+            ]
+        }
+
+
+def open_members(run: Path, others: Sequence[Path], *, checkpoint: str, changes: Sequence[str]) -> Members:
+    """Open the runs that caption together.
+
+    Args:
+        run: The --out of captionscale train.
+        others: More of them, for an ensemble.
+        checkpoint: `best`, `last` or a step, of each.
+        changes: `search.key=value` each, instead of the first run's own.
+
+    Raises:
+        UserError: No run or checkpoint, settings that cannot be, or runs that cannot write together.
+    """
+    saved = [open_run(each, checkpoint) for each in (run, *others)]
+    first, *rest = saved
+    words, data = first.vocabulary(), first.config().data
+    for other, member in zip(others, rest, strict=True):
+        theirs = member.vocabulary()
+        if theirs.sha256 != words.sha256:
+            raise UserError(
+                f"--with {other}: its vocabulary has {len(theirs):,} words (sha256 {theirs.sha256[:8]}...),"
+                f" that of {run} {len(words):,} ({words.sha256[:8]}...), wanted the same words; leave it"
+                " out, or train both with the same shards, data.min_count and data.max_vocabulary"
+            )
+        settings = member.config().data
+        for key in ("image_size", "max_words"):
+            if getattr(settings, key) != getattr(data, key):
+                raise UserError(
+                    f"--with {other}: its data.{key} is {getattr(settings, key)}, that of {run}"
+                    f" {getattr(data, key)}, wanted the same; leave it out, or train both alike"
+                )
+    return Members((run, *others), tuple(saved), toml.change(first.config(), changes, "search"))

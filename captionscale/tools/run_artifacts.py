@@ -1,0 +1,72 @@
+"""What there is of a run to tell people of, whatever state it is in."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from captionscale.config import Config
+from captionscale.data.shards import Split
+from captionscale.data.storage import open_place
+from captionscale.errors import UserError
+from captionscale.score.receipt import Receipt
+from captionscale.train import run_folder
+from captionscale.train.checkpoints import open_run
+from captionscale.train.log_reader import RunLog
+from captionscale.train.run_folder import LOG, need_run, steps
+
+T = TypeVar("T")
+
+
+class Findings:
+    """What there is of a run, which may be at work, half-written or of another version."""
+
+    def __init__(self, folder: Path, shards: str | None):
+        """Look at a run.
+
+        Args:
+            folder: The run's.
+            shards: Instead of the run's own.
+
+        Raises:
+            UserError: There is nothing of a run.
+        """
+        need_run(folder)
+        self.folder = folder
+        self.name = folder.resolve().name
+        self.missing: list[str] = []
+        if not (folder / LOG).is_file() and not steps(folder):
+            raise UserError(
+                f"{folder}: no checkpoint and no {LOG}, so no run; wanted the --out of captionscale train;"
+                " correct the path"
+            )
+        self.log = self.attempt(lambda: RunLog(folder))
+        self.validations = run_folder.validations(folder)
+        """The captions of each scored step of the validation split."""
+        self.missing += [*filter(None, [self.log.warning if self.log else ""]), *run_folder.warnings(folder)]
+        self.saved = self.attempt(lambda: open_run(folder))
+        saved = self.saved
+        self.config: Config | None = self.attempt(saved.config) if saved else None
+        found = [self.attempt(partial(Receipt.read, path)) for path in sorted(folder.rglob("receipt.json"))]
+        self.receipts = sorted(filter(None, found), key=lambda receipt: str(receipt.at.get("time")))
+        self.shards = shards
+
+    def attempt(self, work: Callable[[], T]) -> T | None:
+        """Return what can be had; of what cannot, the reason becomes a part of the page."""
+        try:
+            return work()
+        except UserError as error:
+            self.missing.append(str(error))
+            return None
+
+    def split(self, name: str) -> Split | None:
+        """Return a split of the run's shards, if they are at hand."""
+        if self.config is None:
+            return None
+        data = self.config.data
+        shards = self.shards or data.shards
+        return self.attempt(lambda: Split(open_place(shards, data.cache, data.cache_gb), name))
+
+    def figures(self, key: str) -> dict[int, float]:
+        """Return one figure of the log by step."""
+        return self.log.figures(key) if self.log else {}

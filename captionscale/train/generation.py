@@ -1,0 +1,242 @@
+"""Caption a split, over all ranks, and prove that every image has its caption."""
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from captionscale import config
+from captionscale.data.loader import Loader
+from captionscale.distributed.ranks import Ranks
+from captionscale.errors import UserError, did_you_mean
+from captionscale.model.captioner import Captioner
+from captionscale.model.decoders.registry import Decoder
+from captionscale.model.search.constraints import Features, Rules
+from captionscale.model.search.ensemble import Ensemble
+from captionscale.model.search.generate import search
+from captionscale.model.search.sampling import sample
+from captionscale.progress import progress
+from captionscale.score.diagnostics import DANGLING
+from captionscale.score.results import Result
+from captionscale.vocab import PAD, SPECIALS, UNKNOWN, Vocabulary, split_words
+
+MOST_REQUIRED = 4
+"""Words that captions can be made to hold: the search takes twice as long for each."""
+
+
+def make_rules(
+    settings: config.Search,
+    vocabulary: Vocabulary,
+    max_words: int,
+    *,
+    prefix: str = "",
+    require: Sequence[str] = (),
+) -> Rules:
+    """Return what captions may not say, and what they must.
+
+    Args:
+        settings: The config's section `search`.
+        vocabulary: The captioner's.
+        max_words: Of a caption.
+        prefix: What every caption begins with.
+        require: Words that every caption holds.
+
+    Raises:
+        UserError: A word that the captioner cannot say, too many words, or words required of samples.
+    """
+    beginning = [_token(word, vocabulary, "--prefix") for word in split_words(prefix)]
+    required = []
+    for text in dict.fromkeys(require):
+        words = split_words(text)
+        if len(words) != 1:
+            raise UserError(
+                f"--require '{text}': found {len(words)} words, wanted one; give --require for each word"
+            )
+        required.append((_token(words[0], vocabulary, "--require"),))
+    if len(required) > MOST_REQUIRED:
+        raise UserError(
+            f"--require: found {len(required)} words, wanted at most {MOST_REQUIRED}; leave some out"
+        )
+    if required and settings.method == "sample":
+        raise UserError(
+            "--require: a sampled caption cannot be made to hold words, wanted search.method = 'beam'; leave"
+            " out --require, or --set search.method=beam"
+        )
+    if len(beginning) + len(required) >= max_words:
+        raise UserError(
+            f"--prefix and --require: found {len(beginning) + len(required)} words, wanted fewer than the"
+            f" run's data.max_words = {max_words}; leave some out"
+        )
+    known = {token for word in DANGLING for token in vocabulary.encode(word, 1)[1:-1]} - {UNKNOWN}
+    return Rules(
+        block_ngrams=settings.block_ngrams,
+        unknown=settings.unknown,
+        dangling=() if settings.dangling else tuple(sorted(known)),
+        prefix=tuple(beginning),
+        required=tuple(required),
+    )
+
+
+def caption_split(
+    captioner: Captioner | Ensemble,
+    loader: Loader,
+    settings: config.Search,
+    ranks: Ranks,
+    title: str,
+    *,
+    prefix: str = "",
+    require: Sequence[str] = (),
+    asked_to_leave: Callable[[], bool] = lambda: False,
+) -> list[Result] | None:
+    """Caption every image of the loader's split once.
+
+    Rank r of w takes the batches r, r + w, ... and no rank waits for another before all are done. A sampled
+    caption depends on the loader's seed and on the image alone.
+
+    Args:
+        captioner: Not wrapped by an engine.
+        loader: Of the split.
+        settings: The config's section `search`.
+        ranks: Among which the images are divided.
+        title: For the progress bar.
+        prefix: What every caption begins with.
+        require: Words that every caption holds.
+        asked_to_leave: Asked before each batch; one yes, on any rank, and there are no results.
+
+    Returns:
+        COCO results, by image id, the same on every rank; none if a rank left before its last batch.
+
+    Raises:
+        UserError: As `make_rules`, and coverage without attention.
+    """
+    max_words = loader.data.max_words
+    rules = make_rules(settings, loader.vocabulary, max_words, prefix=prefix, require=require)
+    split = loader.split
+    # Cut first, dealt then: the batch in which an image is captioned does not depend on the ranks.
+    items = np.arange(len(split))
+    parts = [items[start : start + settings.batch] for start in range(0, len(split), settings.batch)]
+    mine = [parts[number] for number in ranks.share(len(parts))]
+    results: list[Result] = []
+    title += f" (1 of {ranks.size} shares)" if ranks.size > 1 else ""
+    training, left = captioner.training, False
+    captioner.eval()
+    with progress(title, sum(map(len, mine)), quiet=not ranks.first, passing=True) as bar, ranks.autocast():
+        for batch in loader.ahead((part, None) for part in mine):
+            if left := asked_to_leave():
+                break
+            pictures = batch.images.to(ranks.device)
+            keys = [(loader.seed, image_id) for image_id in batch.image_ids]
+            captions = write_captions(
+                captioner, pictures, loader.vocabulary, settings, max_words, rules, keys
+            )
+            for image_id, caption in zip(batch.image_ids, captions, strict=True):
+                results.append(Result(image_id=image_id, caption=caption))
+            bar.advance(len(captions))
+    captioner.train(training)
+    gathered = ranks.gather([*results, *([None] if left else [])])
+    if None in gathered:
+        return None
+    results = sorted(filter(None, gathered), key=lambda result: result["image_id"])
+    captioned = [result["image_id"] for result in results]
+    assert captioned == sorted(split.index["image_id"].tolist()), "an image was captioned twice or not at all"
+    return results
+
+
+@torch.no_grad()
+def write_captions(
+    captioner: Captioner | Ensemble,
+    pictures: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"],
+    vocabulary: Vocabulary,
+    settings: config.Search,
+    max_words: int,
+    rules: Rules,
+    keys: Sequence[tuple[int, int]],
+) -> list[str]:
+    """Return the best caption of each picture, or a sampled one.
+
+    Args:
+        captioner: In evaluation mode.
+        pictures: On the captioner's device; or their features.
+        vocabulary: The captioner's.
+        settings: The config's section `search`.
+        max_words: Of a caption.
+        rules: What captions may say.
+        keys: Seed and number of each picture, of which its sampled caption is a function.
+
+    Raises:
+        UserError: Coverage is asked of a captioner without attention.
+    """
+    found = find_captions(captioner.decoder, captioner.look(pictures), settings, max_words, rules, keys)
+    return [vocabulary.decode(captions[0]) for captions in found]
+
+
+def find_captions(
+    decoder: Decoder,
+    features: Features,
+    settings: config.Search,
+    max_words: int,
+    rules: Rules,
+    keys: Sequence[tuple[int, int]],
+) -> list[list[list[int]]]:
+    """Return the tokens of the captions that a beam search ends with, best first, or of a sampled one.
+
+    Args:
+        decoder: In evaluation mode.
+        features: Of each picture.
+        settings: The config's section `search`.
+        max_words: Of a caption.
+        rules: What captions may say.
+        keys: As `write_captions` has it.
+
+    Returns:
+        Of each picture its captions: words, then the end token unless it was cut at `max_words`.
+
+    Raises:
+        UserError: Coverage is asked of a captioner without attention.
+    """
+    if settings.method == "sample":
+        numbers = np.stack([_numbers(*key, max_words) for key in keys])
+        first = features if isinstance(features, Tensor) else features[0]
+        sampled, _ = sample(
+            decoder,
+            features,
+            captions=1,
+            max_words=max_words,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            rules=rules,
+            numbers=torch.from_numpy(numbers).to(first.device),
+        )
+        return [[[token for token in tokens if token != PAD]] for tokens in sampled.tolist()]
+    found = search(
+        decoder,
+        features,
+        beam=settings.beam,
+        max_words=max_words,
+        length_power=settings.length_power,
+        groups=settings.groups,
+        diversity=settings.diversity,
+        coverage=settings.coverage,
+        rules=rules,
+    )
+    return [[caption.tokens for caption in captions] for captions in found]
+
+
+def _token(word: str, vocabulary: Vocabulary, place: str) -> int:
+    token = vocabulary.encode(word, 1)[1]
+    if token == UNKNOWN:
+        known = vocabulary.words[len(SPECIALS) :]
+        near = get_close_matches(word, known)
+        cure = did_you_mean(word, near) if near else "take one of its checkpoint's vocab.json"
+        raise UserError(f"{place}: the run has no word '{word}' among its {len(known):,}; {cure}")
+    return token
+
+
+def _numbers(seed: int, image_id: int, count: int) -> Float32[np.ndarray, "time"]:
+    """Return what decides the words of an image's sampled caption."""
+    random = np.random.default_rng([seed, image_id % 2**64])
+    return random.random(count, dtype=np.float32)

@@ -1,0 +1,190 @@
+"""Self-critical training: the decoder's own captions, weighted by how good they turn out to be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from captionscale.config import Config
+from captionscale.data.loader import Batch
+from captionscale.data.shards import Split
+from captionscale.distributed.ranks import Ranks
+from captionscale.model.captioner import Captioner
+from captionscale.model.search.generate import search
+from captionscale.model.search.sampling import sample
+from captionscale.score import bleu
+from captionscale.score.ciderd import Reward
+from captionscale.score.diagnostics import DANGLING
+from captionscale.train.losses import Target
+from captionscale.vocab import END, PAD, START, Vocabulary
+
+_BLEU_4 = 3
+
+
+class SelfCritical:
+    """Samples captions of each picture, and says by how much each is better than the others.
+
+    A sampled caption's weight is its reward less the baseline, which is the mean reward of the picture's
+    other samples or the reward of greedy search; its gradient is then that of weighted cross-entropy.  The
+    reward is CIDEr-D, and BLEU-4 by choice, with the end token as a caption's last word, and with the
+    document frequencies of the very shards that are trained on: there is no file of them that could belong
+    to another vocabulary.  Captions are sampled, and their probability is raised, without dropout.
+
+    Source:
+        Rennie et al. 2017, "Self-critical Sequence Training" (arXiv:1612.00563), with the greedy baseline;
+        Luo 2020, "A Better Variant of Self-Critical Sequence Training" (arXiv:2003.09971), with the other
+        samples'; the end token: Hu et al. 2023 (arXiv:2305.12254).
+    """
+
+    def __init__(self, config: Config, captioner: Captioner, split: Split, vocabulary: Vocabulary):
+        """Read all train captions, and count their n-grams.
+
+        Args:
+            config: The experiment.
+            captioner: Not wrapped by an engine.
+            split: That is trained on.
+            vocabulary: The captioner's.
+        """
+        self._settings, self._max_words, self._seed = config.scst, config.data.max_words, config.seed
+        self.of_people = config.scst.cross_entropy
+        """Share of the loss that is people's captions."""
+        self.label_smoothing = 0.0
+        """No word of a sampled caption but its own has the reward."""
+        self._captioner = captioner
+        # Not by evaluation mode: the update keeps batch statistics, and LSTMs on GPUs want training mode.
+        captioner.decoder.dropout.share = 0.0
+        self._references = [
+            [vocabulary.encode(caption, self._max_words)[1:] for caption in split.captions(item)]
+            for item in range(len(split))
+        ]
+        self._reward = Reward(self._references)
+        self._rows = {int(image_id): row for row, image_id in enumerate(split.index["image_id"])}
+        self._dangling = {token for token, word in enumerate(vocabulary.words) if word in DANGLING}
+        self.figures = Figures()
+        """Of the captions sampled for the last step."""
+
+    def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:
+        """Sample captions of each micro-batch of a step.
+
+        Args:
+            share: This rank's micro-batches on its device, by their numbers.
+            step: Keys the randomness, with the micro-batch's number.
+            ranks: This process among its peers.
+        """
+        self.figures = Figures()
+        training = self._captioner.training
+        self._captioner.eval()
+        with torch.no_grad(), ranks.autocast():
+            targets = [self._target(batch, (self._seed, step, number, 1), ranks) for number, batch in share]
+        self._captioner.train(training)
+        return targets
+
+    @property
+    def scale(self) -> float:
+        """What a caption earns that is good, but no better than people's."""
+        settings = self._settings
+        return settings.cider_d + settings.bleu_4 / 2
+
+    def rewards(
+        self, image_ids: Sequence[int], captions: Sequence[Sequence[int]]
+    ) -> Float64[np.ndarray, "caption"]:
+        """Return the weighted reward of each caption.
+
+        Args:
+            image_ids: The image of each caption.
+            captions: Tokens, from the first word to the end token, if it was reached.
+        """
+        settings, rows = self._settings, [self._rows[image_id] for image_id in image_ids]
+        rewards: Float64[np.ndarray, "caption"] = settings.cider_d * self._reward(rows, captions)
+        if settings.bleu_4:
+            candidates = [_text(caption) for caption in captions]
+            references = [[_text(reference) for reference in self._references[row]] for row in rows]
+            figures = bleu.corpus(bleu.statistics(candidates, references))[:, _BLEU_4]
+            rewards = rewards + settings.bleu_4 * figures
+        return rewards
+
+    def _target(self, batch: Batch, seed: tuple[int, ...], ranks: Ranks) -> Target:
+        settings, decoder = self._settings, self._captioner.decoder
+        features = self._captioner.look(batch.images)
+        ranks.seed(*seed)
+        sampled, _ = sample(decoder, features, captions=settings.samples, max_words=self._max_words)
+        captions = _rows(sampled)
+        greedy: list[list[int]] = []
+        if settings.baseline == "greedy":
+            found = search(decoder, features, beam=1, max_words=self._max_words, length_power=0.0)
+            greedy = [best[0].tokens for best in found]
+        owners = torch.arange(len(batch.image_ids), device=sampled.device).repeat_interleave(settings.samples)
+        starts = torch.full((len(sampled), 1), START, device=sampled.device)
+        tokens, people = torch.cat([starts, sampled], 1), []
+        if self.of_people:
+            people = list(batch.tokens)
+            owners = torch.cat([owners, batch.owners])
+
+        def advantages() -> Float[Tensor, "sample"]:
+            rewards = self._advantages(batch.image_ids, captions, greedy)
+            return torch.from_numpy(rewards).to(sampled.device, torch.float32)
+
+        tokens = pad_sequence([*tokens, *people], batch_first=True, padding_value=PAD)
+        # What does not learn sees the same again.
+        pictures = batch.images if self._captioner.encoder.learns else features
+        return Target(pictures, tokens, owners, len(sampled), advantages)
+
+    def _advantages(
+        self, image_ids: list[int], captions: list[list[int]], greedy: list[list[int]]
+    ) -> Float64[np.ndarray, "sample"]:
+        samples = self._settings.samples
+        rewards = self.rewards(np.repeat(image_ids, samples).tolist(), captions).reshape(-1, samples)
+        if greedy:
+            expected = self.rewards(image_ids, greedy)[:, None]
+        else:
+            expected = (rewards.sum(1, keepdims=True) - rewards) / (samples - 1)
+        self.figures.count(rewards, captions, self._dangling)
+        advantages: Float64[np.ndarray, "sample"] = (rewards - expected).ravel()
+        return advantages
+
+
+@dataclass
+class Figures:
+    """Sums over sampled captions that tell whether only the reward likes them."""
+
+    captions: int = 0
+    reward: float = 0.0
+    dangling: int = 0
+    others: int = 0
+    """Captions of each micro-batch but the first."""
+    distinct: int = 0
+    """Different ones among these, counted within each micro-batch."""
+
+    def count(
+        self, rewards: Float64[np.ndarray, "image sample"], captions: list[list[int]], dangling: set[int]
+    ) -> None:
+        """Take a micro-batch's captions into account."""
+        self.captions += len(captions)
+        self.others += len(captions) - 1
+        self.reward += float(rewards.sum())
+        words = [[token for token in caption if token != END] for caption in captions]
+        self.dangling += sum(bool(caption) and caption[-1] in dangling for caption in words)
+        self.distinct += len(set(map(tuple, captions))) - 1
+
+    def read(self, ranks: Ranks) -> dict[str, float]:
+        """Return means over all ranks; `distinct` is 0 if all captions are one, and 1 if none comes twice."""
+        sums = ranks.sum(self.captions, self.reward, self.dangling, self.others, self.distinct).tolist()
+        captions, reward, dangling, others, distinct = sums
+        return {
+            "reward": reward / max(1, captions),
+            "dangling": dangling / max(1, captions),
+            "distinct": distinct / max(1, others),
+        }
+
+
+def _rows(tokens: Int[Tensor, "caption time"]) -> list[list[int]]:
+    """Return captions as lists without padding."""
+    return [[token for token in caption if token != PAD] for caption in tokens.tolist()]
+
+
+def _text(caption: Sequence[int]) -> str:
+    return " ".join(map(str, caption))

@@ -1,0 +1,137 @@
+"""What self-critical training must show before its first step, and what stops it later."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from captionscale.config import Scst
+from captionscale.data.loader import Batch
+from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
+from captionscale.model.search.generate import search
+from captionscale.progress import say
+from captionscale.score.ciderd import Reward
+from captionscale.score.metrics import measure
+from captionscale.train.scst import SelfCritical
+from captionscale.train.state import Standing
+from captionscale.vocab import END, UNKNOWN, Vocabulary
+
+IMAGES = 256
+"""Train images that it looks at."""
+
+_LEAST_REWARD = 1.0
+_LEAST_AGREEMENT = 0.1
+_TOLERANCE = 0.02
+# A word that tokenisers leave as it is, in place of a token that is none.
+_STAND_INS = {END: "endofcaption", UNKNOWN: "unknownword"}
+
+
+def open_gate(
+    objective: SelfCritical,
+    captioner: Captioner,
+    batch: Batch,
+    vocabulary: Vocabulary,
+    max_words: int,
+) -> None:
+    """Refuse self-critical training that would learn nothing, or something else.
+
+    Args:
+        objective: What gives the rewards.
+        captioner: With the weights that training begins with.
+        batch: Some train images on the captioner's device, with all their captions.
+        vocabulary: The captioner's.
+        max_words: Of a caption.
+
+    Raises:
+        UserError: People's captions that earn next to nothing, as they do with n-grams of another vocabulary;
+            a reward that differs from the evaluator's CIDEr-D.
+    """
+    people = [[token for token in row[1:].tolist() if token] for row in batch.tokens.cpu()]
+    owners = batch.owners.tolist()
+    of_people = float(objective.rewards([batch.image_ids[owner] for owner in owners], people).mean())
+    references: list[list[list[int]]] = [[] for _ in batch.image_ids]
+    for owner, caption in zip(owners, people, strict=True):
+        references[owner].append(caption)
+    greedy = _greedy(captioner, batch, max_words)
+    pairs = [captions for captions in references if len(captions) > 1]
+    agreement = Reward([captions[1:] for captions in pairs])(
+        np.arange(len(pairs)), [captions[0] for captions in pairs]
+    )
+    ours = float(Reward(references)(np.arange(len(greedy)), greedy).mean())
+    theirs = measure(
+        {number: _words(caption, vocabulary) for number, caption in enumerate(greedy)},
+        {
+            number: [_words(each, vocabulary) for each in captions]
+            for number, captions in enumerate(references)
+        },
+        ["CIDEr-D"],
+    ).values["CIDEr-D"]
+    of_greedy = float(objective.rewards(batch.image_ids, greedy).mean())
+    say(
+        f"self-critical training begins: on {len(greedy):,} train images, people's captions have a reward of"
+        f" {of_people:.3f}, those of greedy search {of_greedy:.3f}; CIDEr-D of the latter among these"
+        f" images is {ours:.4f} as a reward, {theirs:.4f} by the evaluator"
+    )
+    if of_people < _LEAST_REWARD * objective.scale:
+        raise UserError(
+            f"self-critical training: people's own captions earn {of_people:.3f}, wanted at least"
+            f" {_LEAST_REWARD * objective.scale:g}; the rewards are not of these captions' words: report this"
+        )
+    if len(pairs) > 1 and agreement.mean() < _LEAST_AGREEMENT:
+        raise UserError(
+            "self-critical training: CIDEr-D of people's captions of one image among themselves is"
+            f" {agreement.mean():.3f}, wanted at least {_LEAST_AGREEMENT:g}, or there is nothing to learn"
+            " from; lower data.min_count, or stay with cross-entropy"
+        )
+    if abs(ours - theirs) > _TOLERANCE * max(theirs, 0.1):
+        raise UserError(
+            f"self-critical training: the reward of greedy captions is {ours:.4f}, the evaluator's CIDEr-D of"
+            f" the same {theirs:.4f}, wanted them equal; the vocabulary's words are not those of the"
+            " evaluator: report this with its vocab.json"
+        )
+
+
+def refuse_collapse(standing: Standing, now: Mapping[str, float], settings: Scst) -> None:
+    """Stop a run whose captions only its reward likes.
+
+    Args:
+        standing: How far it is, and what its first sampled captions were like.
+        now: What the last ones are like, as `Figures.read` has it.
+        settings: The config's section `scst`.
+
+    Raises:
+        UserError: Too many captions end in `with a` or the like, or too few differ.
+    """
+    step, best_step, began = standing.step, standing.best_step, standing.began
+    best = f"step {best_step:,} is the best so far" if best_step else "no captions were scored yet"
+    cure = f"{best}; lower train.lr, or raise scst.cross_entropy"
+    dangling, most = now["dangling"], began["dangling"] + settings.most_dangling
+    if dangling > most:
+        raise UserError(
+            f"step {step:,}: collapsed: {dangling:.2%} of sampled captions end in 'a', 'with' or the like,"
+            f" {began['dangling']:.2%} when it began, wanted at most {most:.2%}; {cure}, or"
+            " scst.most_dangling"
+        )
+    distinct, least = now["distinct"], began["distinct"] * settings.least_distinct
+    if distinct < least:
+        raise UserError(
+            f"step {step:,}: collapsed: {distinct:.2%} of sampled captions differ from each other,"
+            f" {began['distinct']:.2%} when it began, wanted at least {least:.2%}; {cure}, or lower"
+            " scst.least_distinct"
+        )
+
+
+@torch.no_grad()
+def _greedy(captioner: Captioner, batch: Batch, max_words: int) -> list[list[int]]:
+    training = captioner.training
+    captioner.eval()
+    found = search(
+        captioner.decoder, captioner.look(batch.images), beam=1, max_words=max_words, length_power=0.0
+    )
+    captioner.train(training)
+    return [best[0].tokens for best in found]
+
+
+def _words(caption: list[int], vocabulary: Vocabulary) -> str:
+    return " ".join(_STAND_INS.get(token, vocabulary.words[token]) for token in caption)

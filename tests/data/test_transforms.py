@@ -1,0 +1,190 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captionscale.data.decode import pixels
+from captionscale.data.transforms import centre_view, random_view
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+PLAIN = {"crop_scale": (1.0, 1.0), "flip": False, "colour_jitter": 0.0}
+WILD = {"crop_scale": (0.3, 1.0), "flip": True, "colour_jitter": 0.4}
+
+
+def quarters(width: int = 64, height: int = 48) -> Image.Image:
+    """Return red, green, blue and white quarters: top left, top right, bottom left, bottom right."""
+    image = Image.new("RGB", (width, height), WHITE)
+    image.paste(RED, (0, 0, width // 2, height // 2))
+    image.paste(GREEN, (width // 2, 0, width, height // 2))
+    image.paste(BLUE, (0, height // 2, width // 2, height))
+    return image
+
+
+def noise(width: int, height: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+
+
+# ---- crops and colours
+
+
+def test_the_centre_view_is_the_centre_square_upright_and_unmirrored() -> None:
+    for width, height in ((64, 48), (48, 64), (48, 48), (49, 64)):
+        image = Image.new("RGB", (width, height), (255, 0, 255))
+        side = min(width, height)
+        image.paste(quarters(side, side), ((width - side) // 2, (height - side) // 2))
+        view = centre_view(np.array(image), 32)
+        corners = [tuple(view[row, column].tolist()) for row in (2, -3) for column in (2, -3)]
+        assert corners == [RED, GREEN, BLUE, WHITE]
+
+
+def test_the_centre_view_of_a_square_of_the_same_size_is_that_square() -> None:
+    image = noise(40, 40)
+    np.testing.assert_array_equal(centre_view(image, 40), image)
+
+
+def test_a_random_view_is_a_function_of_its_generator_alone() -> None:
+    image = noise(50, 40)
+    views = [
+        random_view(image, 32, **WILD, random=np.random.default_rng(seed)) for seed in (*range(8), *range(8))
+    ]
+    for first, second in zip(views[:8], views[8:], strict=True):
+        np.testing.assert_array_equal(first, second)
+    assert len({view.tobytes() for view in views}) == 8
+
+
+def test_a_random_view_without_crop_flip_and_jitter_is_the_centre_view() -> None:
+    for width, height in ((50, 40), (40, 50), (90, 30)):
+        image = noise(width, height)
+        view = random_view(image, 32, **PLAIN, random=np.random.default_rng(3))
+        np.testing.assert_array_equal(view, centre_view(image, 32))
+
+
+def test_half_of_the_views_are_mirrored() -> None:
+    image = noise(40, 40)
+    straight = centre_view(image, 32)
+    random = np.random.default_rng(0)
+    mirrored = 0
+    for _ in range(200):
+        view = random_view(image, 32, **(PLAIN | {"flip": True}), random=random)
+        if not np.array_equal(view, straight):
+            np.testing.assert_array_equal(view, straight[:, ::-1])
+            mirrored += 1
+    assert 70 < mirrored < 130
+
+
+def test_a_crop_lies_inside_the_picture_and_keeps_the_share_that_was_asked_for() -> None:
+    # Each pixel holds its own place, so that a view tells where it was cut.
+    y, x = np.mgrid[:200, :240].astype(np.uint8)
+    image = np.stack([x, y, x * 0], axis=2)
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        view = random_view(image, 32, **(PLAIN | {"crop_scale": (0.25, 0.5)}), random=random).astype(float)
+        width, height = (np.ptp(view[..., channel]) * 32 / 31 for channel in (0, 1))
+        assert 0.22 < width * height / (240 * 200) < 0.55
+        assert 0.7 < width / height < 1.42
+        assert view[..., 2].max() == 0
+
+
+def test_jitter_changes_colours_only() -> None:
+    image = np.array(quarters(40, 40))
+    view = random_view(image, 32, **(PLAIN | {"colour_jitter": 0.4}), random=np.random.default_rng(1))
+    assert not np.array_equal(view, centre_view(image, 32))
+    red, green, blue, white = (view[row, column].astype(int) for row in (3, -4) for column in (3, -4))
+    assert red.argmax() == 0
+    assert green.argmax() == 1
+    assert blue.argmax() == 2
+    assert np.ptp(white) == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (8, 3), (40, 3000), (2000, 30)])
+def test_a_picture_of_any_shape_has_views_of_the_size_that_was_asked_for(shape: tuple[int, int]) -> None:
+    image = noise(*shape)
+    for seed in range(20):
+        view = random_view(image, 32, **WILD, rotate=9.0, random=np.random.default_rng(seed))
+        assert (view.shape, view.dtype) == ((32, 32, 3), np.uint8)
+    assert centre_view(image, 32).shape == (32, 32, 3)
+
+
+def test_photographs_have_the_views_that_pillow_gives_them(shared: Path) -> None:
+    for file in sorted((shared / "coco_sample").glob("val2017/*.jpg"))[:40]:
+        image = pixels(file.read_bytes(), "here")
+        height, width = image.shape[:2]
+        side = min(height, width)
+        left, top = (width - side) // 2, (height - side) // 2
+        square = Image.fromarray(image[top : top + side, left : left + side])
+        expected = np.asarray(square.resize((224, 224), Image.Resampling.BILINEAR))
+        difference = np.abs(centre_view(image, 224).astype(int) - expected)
+        assert difference.max() <= 1
+        assert difference.mean() < 0.05
+
+
+# ---- turned pictures
+
+
+def test_no_rotation_draws_no_chance() -> None:
+    image = noise(90, 70)
+    views = [
+        random_view(image, 32, **WILD, **more, random=np.random.default_rng(5))
+        for more in ({}, {"rotate": 0.0})
+    ]
+    np.testing.assert_array_equal(*views)
+
+
+def turned(image: np.ndarray, size: int, degrees: float, **changes: Any) -> np.ndarray:
+    """Return a view that is turned by this angle, whatever the chance."""
+
+    class Always(np.random.Generator):
+        def uniform(self, low: float, high: float) -> float:
+            return degrees if low == -high else super().uniform(low, high)
+
+    options = PLAIN | {"rotate": 45.0} | changes
+    return random_view(image, size, **options, random=Always(np.random.PCG64(0)))
+
+
+def test_a_picture_turned_by_nothing_is_the_one_that_is_not_turned() -> None:
+    for image in (np.array(quarters()), np.array(quarters(97, 61))):
+        for size in (16, 48, 61):
+            difference = turned(image, size, 0.0).astype(int) - centre_view(image, size)
+            assert np.abs(difference).mean() < 5
+
+
+def test_a_picture_turns_about_the_middle_counter_clockwise_as_pillow_turns_it() -> None:
+    # Smooth, so that the two ways of sampling agree.
+    rows, columns = np.mgrid[:80, :80]
+    waves = np.stack([rows * 3, columns * 3, (rows + columns) * 1.5], 2).clip(0, 255).astype(np.uint8)
+    for degrees in (-30.0, 12.0, 45.0):
+        expected = np.asarray(Image.fromarray(waves).rotate(degrees, Image.Resampling.BILINEAR))
+        found = turned(waves, 80, degrees)
+        inside = (rows - 39.5) ** 2 + (columns - 39.5) ** 2 < 38**2
+        assert np.abs(found.astype(int) - expected)[inside].max() <= 1
+
+
+def test_a_crop_of_a_turned_picture_shows_what_is_there_and_else_the_mean_colour() -> None:
+    image = np.full((100, 100, 3), (200, 10, 60), np.uint8)
+    # One colour: neither black corners nor seams.
+    assert set(map(tuple, turned(image, 32, 30.0).reshape(-1, 3).tolist())) == {(200, 10, 60)}
+    half = np.zeros((100, 100, 3), np.uint8)
+    half[:50] = 255
+    corner = turned(half, 100, 45.0)[2, 2]
+    assert (np.abs(corner.astype(int) - 127) <= 2).all()
+
+
+def test_a_large_picture_is_averaged_before_it_is_turned() -> None:
+    # Every second row is black: without averaging, a view would be bands of black and white.
+    stripes = np.zeros((400, 400, 3), np.uint8)
+    stripes[::2] = 255
+    view = turned(stripes, 50, 0.5)
+    assert np.ptp(view[2:-2, 2:-2].astype(int)) <= 3
+
+
+def test_angles_lie_to_both_sides_and_within_the_greatest() -> None:
+    image = np.array(quarters(64, 64))
+    views = [random_view(image, 32, **PLAIN, rotate=40.0, random=np.random.default_rng(n)) for n in range(20)]
+    assert len({view.tobytes() for view in views}) == 20
+    # Where green begins, eight rows above the middle: more to the left if the picture turned to the left.
+    ends = [int(np.flatnonzero(view[8, :, 1] < 64).max()) for view in views]
+    assert min(ends) < 12
+    assert max(ends) > 19
+    assert all(abs(end - 15.5) <= 7.5 * np.tan(np.radians(40)) + 1 for end in ends)

@@ -1,0 +1,120 @@
+"""Engines: what each does alone, and that a run ends the same under all of them, in real processes."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from experiment import finish, greatest_difference, losses, start, tiny, weights
+from safetensors.torch import load_file
+from torch import nn
+
+from captionscale.distributed.engine import Engine
+from captionscale.distributed.ranks import Ranks
+from captionscale.train import checkpoints
+from captionscale.train.loop import train
+
+TOLERANCE = 1e-5
+# Gradients of norm 0.7 to 0.8 are clipped at each of the three steps.
+CHANGES = ("train.epochs=1", "train.clip_norm=0.3", "train.save_every=1", "train.keep=3")
+
+
+def test_the_model_computes_in_the_run_s_precision() -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(4, 64)
+    outputs = {}
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(1)
+        layer = nn.Linear(64, 4)
+        with Ranks(precision) as ranks:
+            outputs[precision] = Engine(ranks, layer, torch.optim.AdamW(layer.parameters()), 1.0)(inputs)
+    assert outputs["bf16"].dtype == torch.float32
+    assert 1e-4 < (outputs["bf16"] - outputs["fp32"]).abs().max() < 1e-1
+
+
+def test_the_gradient_is_clipped_to_its_greatest_norm() -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    before = layer.weight.detach().clone()
+    with Ranks() as ranks:
+        engine = Engine(ranks, layer, torch.optim.SGD(layer.parameters(), lr=1.0), 2.0)
+        layer.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
+        assert engine.update().item() == pytest.approx(5)
+    assert (layer.weight - before).norm().item() == pytest.approx(2, rel=1e-4)
+    assert layer.weight.grad is None
+
+
+def test_a_run_whose_steps_fp16_has_left_out_so_far_goes_on_without_memory() -> None:
+    layer = nn.Linear(3, 1)
+    with Ranks() as ranks:
+        engine = Engine(ranks, layer, torch.optim.AdamW(layer.parameters()), 1.0)
+        assert engine.memory() == {}
+        engine.load_memory({})
+        layer(torch.ones(3)).sum().backward()
+        engine.update()
+        assert engine.memory().keys() >= {"weight/step", "bias/exp_avg"}
+
+
+@pytest.fixture(scope="module")
+def alone(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process: dropout, augmentation, four micro-batches in each of three steps."""
+    folder = tmp_path_factory.mktemp("alone")
+    train(tiny(folder, packed, *CHANGES), folder / "run")
+    return folder / "run"
+
+
+def _zero(stage: int) -> dict[str, str]:
+    """Return what `accelerate launch` sets for a profile of DeepSpeed's."""
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+
+
+def _memory(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{checkpoints.steps(run)[-1]:08d}" / "optimizer.safetensors")
+
+
+def _back_to(step: int, run: Path) -> None:
+    for later in checkpoints.steps(run):
+        if later > step:
+            shutil.rmtree(run / "checkpoints" / f"step-{later:08d}")
+
+
+def _expect_the_same(run: Path, alone: Path) -> None:
+    assert greatest_difference(weights(run), weights(alone)) < TOLERANCE
+    assert greatest_difference(_memory(run), _memory(alone)) < TOLERANCE
+    assert losses(run) == [(step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in losses(alone)]
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_ranks_of_zero_end_with_the_weights_losses_and_memory_of_one_process(
+    stage: int, alone: Path, packed: Path, tmp_path: Path
+) -> None:
+    finish(start(2, tiny(tmp_path, packed, *CHANGES), tmp_path / "run", **_zero(stage)))
+    _expect_the_same(tmp_path / "run", alone)
+
+
+def test_a_run_moves_from_zero_2_on_two_ranks_to_one_process_and_back_as_if_nothing_had_been(
+    alone: Path, packed: Path, tmp_path: Path
+) -> None:
+    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    launch = [sys.executable, "-m", "captionscale", "launch", "--profile", "zero2", "--processes", "2", "--"]
+    verb = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *verb], check=True, capture_output=True, text=True, env=environment)
+    assert "deepspeed" not in (done.stdout + done.stderr).lower(), "it is to be quiet"
+    _expect_the_same(run, alone)
+    _back_to(1, run)
+    train(settings, run)
+    _expect_the_same(run, alone)
+    _back_to(2, run)
+    finish(start(2, settings, run, **_zero(2)))
+    _expect_the_same(run, alone)
+
+
+def test_gradients_that_travel_in_bf16_are_nearly_those_that_do_not(
+    alone: Path, packed: Path, tmp_path: Path
+) -> None:
+    settings = tiny(tmp_path, packed, *CHANGES, "train.compress_gradients=true")
+    finish(start(2, settings, tmp_path / "run"))
+    assert TOLERANCE < greatest_difference(weights(tmp_path / "run"), weights(alone)) < 2e-3

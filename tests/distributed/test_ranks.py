@@ -1,0 +1,86 @@
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from experiment import finish, meet
+from torch import nn
+
+from captionscale.distributed.ranks import Ranks
+from captionscale.errors import UserError
+
+
+def test_randomness_is_a_function_of_its_key_alone() -> None:
+    with Ranks() as ranks:
+        ranks.seed(0, 5, 2)
+        first = torch.rand(3)
+        torch.rand(100)
+        ranks.seed(0, 5, 2)
+        assert torch.equal(torch.rand(3), first)
+        for other in ((0, 2, 5), (5, 0, 2), (0, 5, 3), (1, 5, 2)):
+            ranks.seed(*other)
+            assert not torch.equal(torch.rand(3), first)
+
+
+def test_alone_everything_is_this_ranks() -> None:
+    with Ranks() as ranks:
+        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+        assert ranks.sum(1, torch.tensor(2.5)).tolist() == [1, 2.5]
+        assert ranks.gather([1, 2]) == [1, 2]
+        assert list(ranks.share(4)) == [0, 1, 2, 3]
+        assert ranks.on_first(max, 3, 4) == 4
+
+
+def test_an_error_of_the_first_rank_is_raised_as_it_is() -> None:
+    def fail() -> None:
+        raise UserError("place: found; wanted; cure")
+
+    with Ranks() as ranks, pytest.raises(UserError, match="place: found"):
+        ranks.on_first(fail)
+
+
+def _fail_together(folder: Path) -> None:
+    def fail() -> None:
+        raise UserError("place: found; wanted; cure")
+
+    with suppress(UserError, SystemExit), Ranks() as ranks, ExitStack() as stack:
+        if ranks.first:
+            stack.callback(time.sleep, 1)
+        ranks.on_first(fail)
+    (folder / str(ranks.rank)).write_text(str(time.time()))
+
+
+def test_where_all_fail_nobody_leaves_before_the_first_rank_has_let_go(tmp_path: Path) -> None:
+    # A launcher killed the first rank as soon as another had left, before it had saved and said why.
+    finish(meet(2, _fail_together, tmp_path))
+    first, second = (float((tmp_path / str(rank)).read_text()) for rank in range(2))
+    assert second > first - 0.5
+
+
+def test_a_process_may_work_in_one_precision_after_another() -> None:
+    for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        with Ranks(precision) as ranks, ranks.autocast():
+            assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == kind
+
+
+@pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("fp32", False)])
+def test_bf16_on_a_cpu_without_its_instructions_is_warned_of(precision, warned, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with Ranks(precision):
+        assert ("set train.precision to fp32" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "message"),
+    [
+        ("3", "fp32", "zero_stage is 3, wanted 0, 1 or 2, such as in launch/zero2.yaml; set it"),
+        ("2", "fp16", "fp16 .*; set train.precision to "),
+    ],
+)
+def test_what_zero_cannot_do_is_refused(stage, precision, message, monkeypatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    with pytest.raises(UserError, match=message):
+        Ranks(precision)

@@ -1,0 +1,182 @@
+import pytest
+import torch
+from sayings import FIRST, IMAGES, SEARCHES, STRATEGIES, opinionated, words_of
+
+from captionscale.model.decoders.registry import DECODERS
+from captionscale.model.search.constraints import Rules
+from captionscale.model.search.generate import search
+from captionscale.vocab import END, START, UNKNOWN
+
+WORDS, MAX_WORDS = 16, 9
+
+
+@pytest.fixture(params=DECODERS)
+def case(request: pytest.FixtureRequest):
+    """A decoder of sixteen words that likes long captions, and images."""
+    decoder, features = opinionated(request.param, 0, WORDS)
+    with torch.no_grad():
+        decoder.vocabulary.bias[END] -= 2
+    return decoder, features
+
+
+def every(case, strategy: str, rules: Rules, max_words: int = MAX_WORDS) -> list[list[int]]:
+    """Return all captions of all images."""
+    found = STRATEGIES[strategy](*case, rules, max_words)
+    assert len(found) == IMAGES
+    assert all(found)
+    return [caption for captions in found for caption in captions]
+
+
+def repeats(words: list[int], size: int) -> bool:
+    ngrams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+    return len(set(ngrams)) < len(ngrams)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_caption_repeats_a_blocked_n_gram(case, strategy) -> None:
+    loops = 0
+    for size in (1, 2, 3):
+        loops += sum(repeats(words_of(caption), size) for caption in every(case, strategy, Rules()))
+        blocked = every(case, strategy, Rules(block_ngrams=size))
+        assert not any(repeats(words_of(caption), size) for caption in blocked)
+    assert loops
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_no_caption_ends_in_a_dangling_word_finished_or_cut(case, strategy) -> None:
+    dangling = tuple(range(FIRST, FIRST + WORDS // 2))
+
+    def endings(rules: Rules, max_words: int) -> int:
+        captions = [words_of(caption) for caption in every(case, strategy, rules, max_words)]
+        return sum(bool(words) and words[-1] in dangling for words in captions)
+
+    assert sum(endings(Rules(), max_words) for max_words in range(1, 6))
+    assert not sum(endings(Rules(dangling=dangling), max_words) for max_words in range(1, 6))
+    # The word itself may be said.
+    assert any({*dangling} & {*caption} for caption in every(case, strategy, Rules(dangling=dangling), 5))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_unknown_token_is_said_only_if_it_may_be(case, strategy) -> None:
+    with torch.no_grad():
+        case[0].vocabulary.bias[UNKNOWN] += 20
+    assert not any(UNKNOWN in caption for caption in every(case, strategy, Rules()))
+    assert all(UNKNOWN in caption for caption in every(case, strategy, Rules(unknown=True)))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_caption_begins_with_the_prefix_and_goes_on_as_after_it(case, strategy) -> None:
+    prefix = (FIRST + 3, FIRST + 1, FIRST + 3)
+    captions = every(case, strategy, Rules(prefix=prefix))
+    assert all(tuple(caption[:3]) == prefix for caption in captions)
+    assert strategy == "greedy" or len({tuple(caption) for caption in captions}) > 1
+    # What blocks repetitions does not object to the prefix itself, but to what comes after it.
+    blocked = every(case, strategy, Rules(prefix=prefix, block_ngrams=1))
+    assert all(tuple(caption[:3]) == prefix for caption in blocked)
+    assert all(not {*caption[3:]} & {*prefix} and not repeats(caption[3:], 1) for caption in blocked)
+
+
+@torch.no_grad()
+def test_a_prefixs_probability_counts_as_that_of_any_words(case) -> None:
+    decoder, features = case
+    (captions, *_) = search(decoder, features, beam=3, max_words=5, length_power=0.7)
+    tokens = captions[0].tokens
+    rules = Rules(prefix=tuple(tokens[:2]))
+    (forced, *_) = search(decoder, features, beam=3, max_words=5, length_power=0.7, rules=rules)
+    same = next(caption for caption in forced if caption.tokens == tokens)
+    assert same.log_probability == pytest.approx(captions[0].log_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("strategy", SEARCHES)
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_every_caption_holds_the_required_words(case, strategy, count) -> None:
+    required = tuple((FIRST + 2 * number, FIRST + 2 * number + 1) for number in range(count))
+    rules = Rules(required=required, block_ngrams=2, dangling=(FIRST, FIRST + 5))
+    for caption in every(case, strategy, rules):
+        assert all({*group} & {*caption} for group in required)
+        assert not repeats(words_of(caption), 2)
+        assert words_of(caption)[-1] not in rules.dangling
+    # There is no more room than for them and one word.
+    for caption in every(case, strategy, rules, max_words=count + 1):
+        assert all({*group} & {*caption} for group in required)
+
+
+def test_a_word_of_the_prefix_need_not_be_said_again(case) -> None:
+    rules = Rules(prefix=(FIRST + 2,), required=((FIRST + 2,),))
+    plain = every(case, "beam", Rules(prefix=rules.prefix))
+    assert every(case, "beam", rules) == plain
+
+
+@torch.no_grad()
+def test_required_words_are_put_where_they_cost_least() -> None:
+    """Against all captions that hold them, on a model where these can be counted out."""
+    decoder, features = opinionated("attention", 1, words=3)
+    required = ((FIRST,), (FIRST + 1, FIRST + 2))
+    rules = Rules(required=required)
+    free = search(decoder, features, beam=500, max_words=4, length_power=0.0)
+    wide = search(decoder, features, beam=500, max_words=4, length_power=0.0, rules=rules)
+    for captions, held in zip(free, wide, strict=True):
+        expected = [
+            caption for caption in captions if all({*group} & {*caption.tokens} for group in required)
+        ]
+        assert {tuple(caption.tokens) for caption in held} == {tuple(caption.tokens) for caption in expected}
+        assert held[0].tokens == expected[0].tokens
+        assert held[0].log_probability == pytest.approx(expected[0].log_probability, abs=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beam", [1, 2, 4])
+@pytest.mark.parametrize("keen", [0, 6], ids=["", "to end"])
+def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> None:
+    """Section 3.2 of Anderson et al. 2017, written out, without an end before all words are said."""
+    decoder, features = case[0], case[1][:1]
+    decoder.vocabulary.bias[END] += keen
+    required = ((FIRST,), (FIRST + 1, FIRST + 2))
+    found = search(
+        decoder, features, beam=beam, max_words=5, length_power=0.0, rules=Rules(required=required)
+    )
+    for image, captions in zip(features, found, strict=True):
+        beams: dict[frozenset[int], dict[tuple[int, ...], float]] = {frozenset(): {(): 0.0}}
+        for _ in range(5):
+            longer: dict[frozenset[int], dict[tuple[int, ...], float]] = {}
+            for said, kept in beams.items():
+                for tokens, total in kept.items():
+                    if END in tokens:
+                        longer.setdefault(said, {})[tokens] = total
+                        continue
+                    read = torch.tensor([[START, *tokens]])
+                    chances = decoder(image.unsqueeze(0), read, torch.tensor([0]))[0][0, -1].log_softmax(0)
+                    for word in range(FIRST, FIRST + WORDS):
+                        then = said | {number for number, group in enumerate(required) if word in group}
+                        longer.setdefault(then, {})[(*tokens, word)] = total + chances[word].item()
+                    if len(said) == len(required):
+                        longer.setdefault(said, {})[(*tokens, END)] = total + chances[END].item()
+            beams = {
+                said: dict(sorted(each.items(), key=lambda pair: -pair[1])[:beam])
+                for said, each in longer.items()
+            }
+        expected = beams[frozenset(range(len(required)))]
+        assert {tuple(each.tokens): each.log_probability for each in captions} == pytest.approx(
+            expected, abs=1e-4
+        )
+
+
+@pytest.mark.parametrize("strategy", SEARCHES)
+def test_many_images_at_once_get_under_rules_what_each_gets_alone(case, strategy) -> None:
+    decoder, features = case
+    rules = Rules(
+        block_ngrams=2, dangling=(FIRST,), prefix=(FIRST + 1,), required=((FIRST + 2,), (FIRST + 3,))
+    )
+    together = SEARCHES[strategy](decoder, features, rules, MAX_WORDS)
+    for number in range(IMAGES):
+        alone = SEARCHES[strategy](decoder, features[number : number + 1], rules, MAX_WORDS)
+        assert alone == [together[number]]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_caption_ends_where_rules_leave_nothing_to_say(strategy) -> None:
+    words = range(FIRST, FIRST + 3)
+    rules = Rules(block_ngrams=1, dangling=tuple(words))
+    for caption in every(opinionated("attention", 0), strategy, rules, max_words=6):
+        assert caption[-1] == END
+        assert len({*caption}) == len(caption)

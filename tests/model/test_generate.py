@@ -1,0 +1,272 @@
+import math
+from itertools import product
+
+import pytest
+import torch
+from sayings import IMAGES, never_special, opinionated
+from torch import Tensor
+
+from captionscale.errors import UserError
+from captionscale.model.decoders.registry import DECODERS, Decoder
+from captionscale.model.search.beam import _top
+from captionscale.model.search.generate import Found, search
+from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN
+
+
+@pytest.fixture(
+    params=[(name, seed) for name in DECODERS for seed in range(2)], ids=lambda p: f"{p[0]}{p[1]}"
+)
+def case(request: pytest.FixtureRequest) -> tuple[Decoder, Tensor]:
+    """A decoder of three words with strong opinions, and images."""
+    return opinionated(*request.param)
+
+
+def said(decoder, features, beam, max_words=4, length_power=0.7, **settings) -> list[list[Found]]:
+    return search(decoder, features, beam=beam, max_words=max_words, length_power=length_power, **settings)
+
+
+@torch.no_grad()
+def log_probability(decoder: Decoder, image: Tensor, tokens: list[int]) -> float:
+    """Return what teacher-forced reading of a caption says of it."""
+    logits, _ = decoder(image.unsqueeze(0), torch.tensor([[START, *tokens[:-1]]]), torch.tensor([0]))
+    return logits[0].log_softmax(1)[range(len(tokens)), tokens].sum().item()
+
+
+@torch.no_grad()
+def next_words(decoder: Decoder, image: Tensor, tokens: list[int]) -> dict[int, float]:
+    """Return the log-probability of each word that may follow these."""
+    logits, _ = decoder(image.unsqueeze(0), torch.tensor([[START, *tokens]]), torch.tensor([0]))
+    chances = logits[0, -1].log_softmax(0).tolist()
+    return {token: chance for token, chance in enumerate(chances) if token not in (PAD, START, UNKNOWN)}
+
+
+def test_a_beam_of_one_is_greedy(case) -> None:
+    decoder, features = case
+    for image, captions in zip(features, said(decoder, features, beam=1, max_words=6), strict=True):
+        tokens: list[int] = []
+        while len(tokens) < 6 and END not in tokens:
+            follow = next_words(decoder, image, tokens)
+            tokens.append(max(follow, key=follow.__getitem__))
+        assert [caption.tokens for caption in captions] == [tokens]
+
+
+@pytest.mark.parametrize("beam", [2, 3, 7])
+def test_a_beam_keeps_the_likeliest_prefixes_at_each_word(case, beam) -> None:
+    decoder, features = case
+    for image, captions in zip(features, said(decoder, features, beam), strict=True):
+        kept: list[tuple[list[int], float]] = [([], 0.0)]
+        for _ in range(4):
+            longer = [(tokens, total) for tokens, total in kept if END in tokens]
+            for tokens, total in kept:
+                if END not in tokens:
+                    follow = next_words(decoder, image, tokens)
+                    longer += [([*tokens, word], total + chance) for word, chance in follow.items()]
+            kept = sorted(longer, key=lambda caption: -caption[1])[:beam]
+        kept.sort(key=lambda caption: -caption[1] / len(caption[0]) ** 0.7)
+        assert [caption.tokens for caption in captions] == [tokens for tokens, _ in kept]
+
+
+def test_a_beam_wider_than_all_captions_ranks_them_as_brute_force_does(case) -> None:
+    decoder, features = case
+    words, max_words = range(len(SPECIALS), len(SPECIALS) + 3), 3
+    finished = [[*caption, END] for count in range(max_words) for caption in product(words, repeat=count)]
+    every = finished + [list(caption) for caption in product(words, repeat=max_words)]
+    ranked = {power: said(decoder, features, len(every) + 3, max_words, power) for power in (0.0, 0.7, 2.0)}
+    for number, image in enumerate(features):
+        expected = {tuple(tokens): log_probability(decoder, image, tokens) for tokens in every}
+        for power, found in ranked.items():
+            captions = {tuple(caption.tokens): caption.log_probability for caption in found[number]}
+            assert len(captions) == len(found[number]) == len(every)
+            assert captions == pytest.approx(expected, abs=1e-4)
+            scores = {tokens: total / len(tokens) ** power for tokens, total in expected.items()}
+            assert tuple(found[number][0].tokens) == max(scores, key=scores.__getitem__)
+
+
+def test_many_images_at_once_get_the_captions_that_each_gets_alone(case) -> None:
+    decoder, features = case
+    for beam in (1, 3):
+        together = said(decoder, features, beam)
+        for number in range(IMAGES):
+            (alone,) = said(decoder, features[number : number + 1], beam)
+            assert [caption.tokens for caption in alone] == [caption.tokens for caption in together[number]]
+            for one, other in zip(alone, together[number], strict=True):
+                assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("beam", [1, 2, 5])
+def test_what_is_found_is_distinct_sorted_and_says_no_special_token(case, beam) -> None:
+    decoder, features = case
+    for image, captions in zip(features, said(decoder, features, beam), strict=True):
+        assert 1 <= len({tuple(caption.tokens) for caption in captions}) == len(captions) <= beam
+        scores = [caption.score(0.7) for caption in captions]
+        assert scores == sorted(scores, reverse=True)
+        for caption in captions:
+            assert not {PAD, START, UNKNOWN} & set(caption.tokens)
+            assert END not in caption.tokens[:-1]
+            assert caption.tokens[-1] == END or len(caption.tokens) == 4
+            expected = log_probability(decoder, image, caption.tokens)
+            assert caption.log_probability == pytest.approx(expected, abs=1e-4)
+
+
+def test_special_tokens_are_not_said_however_likely_they_are(case) -> None:
+    decoder, features = case
+    with torch.no_grad():
+        decoder.vocabulary.bias[[PAD, START, UNKNOWN]] += 100
+    for captions in said(decoder, features, beam=3):
+        assert all(not {PAD, START, UNKNOWN} & set(caption.tokens) for caption in captions)
+
+
+def test_an_unfinished_caption_is_returned_as_it_stands(case) -> None:
+    decoder, features = case
+    with torch.no_grad():
+        decoder.vocabulary.bias[END] -= 100
+    for captions in said(decoder, features, beam=3):
+        assert [len(caption.tokens) for caption in captions] == [4, 4, 4]
+        assert all(END not in caption.tokens for caption in captions)
+
+
+def test_a_decoder_that_has_nothing_to_say_ends_at_once(case) -> None:
+    decoder, features = case
+    with torch.no_grad():
+        decoder.vocabulary.bias[END] += 100
+    for captions in said(decoder, features, beam=1):
+        assert [caption.tokens for caption in captions] == [[END]]
+
+
+def test_the_found_captions_that_are_all_there_are_have_probability_one_together(case) -> None:
+    decoder, features = case
+    for captions in said(never_special(decoder), features, beam=200, max_words=4):
+        # 1 + 3 + 9 + 27 that end, and 81 that do not.
+        assert len(captions) == 121
+        assert sum(math.exp(caption.log_probability) for caption in captions) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_best_score_rises_with_the_width_to_the_true_best(case) -> None:
+    """It is no theorem for each image, as a wider beam may lose a caption; it holds for the mean here."""
+    decoder, features = case
+    best = torch.tensor(
+        [
+            [captions[0].score(0.0) for captions in said(decoder, features, beam, length_power=0.0)]
+            for beam in (1, 2, 4, 8, 16, 32, 200)
+        ],
+        dtype=torch.float64,
+    )
+    assert (best <= best[-1] + 1e-5).all()
+    assert (best.mean(1).diff() >= -1e-5).all()
+    assert torch.allclose(best[-2], best[-1], atol=1e-5)
+
+
+def test_one_group_is_a_plain_beam_and_groups_without_a_price_find_the_same_captions(case) -> None:
+    decoder, features = case
+    plain, one = (said(decoder, features, 4, **more) for more in ({}, {"groups": 1, "diversity": 9.0}))
+    assert plain == one
+    halves, two = said(decoder, features, 2), said(decoder, features, 4, groups=2, diversity=0.0)
+    for each, both in zip(halves, two, strict=True):
+        assert [caption.tokens for caption in both] == [caption.tokens for caption in each]
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_groups_choose_one_after_another_and_pay_for_words_said_at_the_same_place(case, width) -> None:
+    """Algorithm 1 of Vijayakumar et al. 2016, written out; a finished caption says nothing more."""
+    decoder, features = case
+    price = 1.5
+    found = said(decoder, features, 2 * width, 5, groups=2, diversity=price)
+    for image, captions in zip(features, found, strict=True):
+        groups: list[list[tuple[tuple[int, ...], float]]] = [[((), 0.0)], [((), 0.0)]]
+        for _ in range(5):
+            spoken: list[int] = []
+            for number, group in enumerate(groups):
+                longer = [(total, tokens, total) for tokens, total in group if END in tokens]
+                for tokens, total in group:
+                    if END not in tokens:
+                        follow = next_words(decoder, image, list(tokens))
+                        longer += [
+                            (total + chance - price * spoken.count(word), (*tokens, word), total + chance)
+                            for word, chance in follow.items()
+                        ]
+                kept = sorted(longer, reverse=True)[:width]
+                spoken += [each[-1] for _, each, _ in kept if each not in dict(group)]
+                groups[number] = [(tokens, total) for _, tokens, total in kept]
+        expected = dict(groups[0] + groups[1])
+        assert {tuple(each.tokens): each.log_probability for each in captions} == pytest.approx(
+            expected, abs=1e-4
+        )
+
+
+def test_a_high_price_makes_groups_differ_where_they_would_agree() -> None:
+    decoder, features = opinionated("attention", 3, words=30)
+    for diversity, fewest in ((0.0, 1), (1e4, 6)):
+        for captions in said(decoder, features, 6, groups=6, diversity=diversity):
+            assert len({caption.tokens[0] for caption in captions}) == fewest
+
+
+@pytest.mark.parametrize("beam", [3, 7])
+def test_many_images_at_once_get_in_groups_what_each_gets_alone(case, beam) -> None:
+    decoder, features = case
+    together = said(decoder, features, beam, 6, groups=beam)
+    for number in range(IMAGES):
+        (alone,) = said(decoder, features[number : number + 1], beam, 6, groups=beam)
+        assert [caption.tokens for caption in alone] == [caption.tokens for caption in together[number]]
+
+
+def test_pictures_that_are_done_early_change_nothing_for_the_others() -> None:
+    """They are laid aside, a quarter of them at a time."""
+    decoder, features = opinionated("attention", 0, words=9)
+    features = features.repeat(8, 1, 1) + torch.randn(40, 4, 6)
+    with torch.no_grad():
+        decoder.vocabulary.bias[END] += 1
+    for settings in ({"beam": 1}, {"beam": 3}, {"beam": 4, "groups": 2}):
+        together = said(decoder, features, max_words=16, **settings)
+        lengths = {len(captions[0].tokens) for captions in together}
+        assert len(lengths) > 3
+        for number in range(0, 40, 7):
+            (alone,) = said(decoder, features[number : number + 1], max_words=16, **settings)
+            assert [caption.tokens for caption in alone] == [caption.tokens for caption in together[number]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["attention", "top_down"])
+def test_coverage_ranks_by_how_much_of_all_regions_was_looked_at(name) -> None:
+    """Equation 14 of Wu et al. 2016, over all tokens, the end included."""
+    decoder, features = opinionated(name, 2)
+    weight, moved = 4.0, 0
+    plain = said(decoder, features, 6)
+    for image, captions, before in zip(
+        features, said(decoder, features, 6, coverage=weight), plain, strict=True
+    ):
+        scores = []
+        for caption in captions:
+            read = torch.tensor([[START, *caption.tokens[:-1]]])
+            _, looks = decoder(image.unsqueeze(0), read, torch.tensor([0]))
+            covered = weight * looks[0].sum(0).clamp(max=1).log().sum().item()
+            assert caption.covered == pytest.approx(covered, rel=1e-4, abs=1e-4)
+            scores.append(caption.log_probability / len(caption.tokens) ** 0.7 + covered)
+            assert caption.score(0.7) == pytest.approx(scores[-1], rel=1e-4)
+        assert scores == pytest.approx(sorted(scores, reverse=True))
+        # It ranks, and does not choose.
+        assert {tuple(caption.tokens) for caption in captions} == {
+            tuple(caption.tokens) for caption in before
+        }
+        moved += captions[0].tokens != before[0].tokens
+    assert moved
+
+
+def test_coverage_is_refused_without_attention() -> None:
+    decoder, features = opinionated("plain", 0)
+    with pytest.raises(UserError, match=r"search\.coverage .* no attention"):
+        said(decoder, features, 2, coverage=0.1)
+
+
+def test_the_best_words_of_a_large_vocabulary_are_those_of_all() -> None:
+    """A CPU looks at blocks of words first."""
+    scores = torch.randn(7, 64 * 64 + 5, generator=torch.Generator().manual_seed(0))
+    scores[:3, -3:] += 9
+    scores[3] = -torch.inf
+    scores[3, 100:103] = torch.tensor([1.0, 3.0, 2.0])
+    scores[4:, 640:645] += 9
+    for count in (1, 5, 70):
+        values, words = _top(scores, count)
+        expected, _ = scores.topk(count)
+        assert values.equal(expected)
+        assert scores.gather(1, words).equal(expected)
+        assert all(len(set(row)) == count for row in words.tolist())

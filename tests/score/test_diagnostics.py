@@ -1,0 +1,56 @@
+import pytest
+
+from captionscale.score.diagnostics import LONGEST, panel, table
+
+CAPTIONS = {
+    1: "A man with a",
+    2: "a man with a",
+    3: "",
+    4: "red dog runs red dog runs",
+    5: "the the cat",
+    6: "Two birds sit.",
+    7: "word " * 80,
+    8: "a bus parked on the street",
+}
+REFERENCES = {image_id: ["Two birds sit", f"unused {image_id}"] for image_id in CAPTIONS}
+
+
+def test_what_hacked_captions_have_is_counted_beside_what_people_wrote() -> None:
+    found = panel(CAPTIONS, REFERENCES, train=["Two birds, sit!", "a zebra"], vocabulary=100)
+    ours, human = found["captions"], found["references"]
+    assert ours["captions"] == human["captions"] == 8
+    assert ours["empty"] == 1 / 8
+    assert ours["dangling_endings"] == 2 / 8
+    assert ours["repeated_words"] == 2 / 8  # "the the", "word word"
+    assert ours["repeated_3_grams"] == 2 / 8  # "red dog runs", "word word word"
+    assert ours["distinct"] == 7 / 8
+    assert ours["novel"] == 7 / 8
+    # a man with red dog runs the cat two birds sit word bus parked on street
+    assert ours["vocabulary"] == 16
+    assert ours["of_vocabulary"] == 16 / 100
+    assert ours["length_mean"] == (4 + 4 + 0 + 6 + 3 + 3 + 80 + 6) / 8
+    assert ours["lengths"] == [1, 0, 0, 2, 2, 0, 2, *[0] * (LONGEST - 7), 1]
+    # Of each image the first caption, so that both sides have as many.
+    assert human["vocabulary"] == 3
+    assert (human["distinct"], human["novel"], human["of_vocabulary"]) == (1 / 8, 0.0, None)
+
+
+def test_what_is_not_known_is_neither_counted_nor_shown() -> None:
+    found = panel({1: "a dog"}, {1: ["a cat"]})
+    assert found["captions"]["novel"] is found["captions"]["of_vocabulary"] is None
+    assert not [line for line in table(found) if "novel" in line or "empty" in line]
+    assert [line for line in table(panel({1: ""}, {1: ["a cat"]}, train=[])) if "100.0%" in line]
+
+
+@pytest.mark.parametrize(
+    ("caption", "dangles"),
+    [
+        ("a man holding a.", True),
+        ("A dish from", True),
+        ("a bench to sit", False),
+        ("", False),
+        ("...", False),
+    ],
+)
+def test_a_dangling_ending_is_seen_through_punctuation(caption: str, dangles: bool) -> None:
+    assert panel({1: caption}, {1: ["a"]})["captions"]["dangling_endings"] == float(dangles)

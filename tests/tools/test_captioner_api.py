@@ -1,0 +1,109 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from experiment import opinionated_run
+from PIL import Image
+
+import captionscale
+from captionscale.cli import main
+from captionscale.errors import UserError
+from captionscale.tools.captioner_api import Writer
+
+
+def pictures(scenes: Path) -> list[Path]:
+    return sorted((scenes / "test2017").iterdir())
+
+
+@pytest.fixture(scope="module")
+def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return opinionated_run(tmp_path_factory.mktemp("writer"), packed)
+
+
+@pytest.fixture(scope="module")
+def writer(run: Path) -> Writer:
+    return captionscale.load(run)
+
+
+def test_three_lines_of_python_say_what_the_command_says(
+    writer: Writer, run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = pictures(scenes)
+    main(["caption", str(run), *map(str, files), "--beam", "3"])
+    said = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
+    found = writer.caption(files, beam=3)
+    assert [caption.caption for caption in found] == said
+    assert len(set(said)) > 1
+    for caption in found:
+        assert len(caption.words) == len(caption.probabilities) == len(caption.maps or ())
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import captionscale, sys; captionscale.load; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
+
+
+def test_a_file_and_its_picture_have_one_caption_whichever_batch_they_are_in(
+    writer: Writer, scenes: Path
+) -> None:
+    files = pictures(scenes)
+    together = writer.caption(files, batch=3)
+    opened = [Image.open(file) for file in files]
+    for file, picture, caption in zip(files, opened, together, strict=True):
+        [alone], [other] = writer.caption([str(file)]), writer.caption([picture])
+        assert alone.words == other.words == caption.words
+        assert alone.log_probability == pytest.approx(caption.log_probability, abs=1e-4)
+
+
+def test_a_picture_lies_upright_and_on_white_as_its_file_would(
+    writer: Writer, scenes: Path, tmp_path: Path
+) -> None:
+    picture = Image.open(pictures(scenes)[0]).rotate(90).convert("RGBA")
+    picture.putalpha(120)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.png", exif=exif)
+    by_file = writer.view(tmp_path / "turned.png")
+    assert (by_file == writer.view(Image.open(tmp_path / "turned.png"))).all()
+    assert (by_file != writer.view(picture.convert("RGB"))).any()
+
+
+def test_sampled_captions_are_functions_of_seed_and_place(writer: Writer, scenes: Path) -> None:
+    files = pictures(scenes)[:1] * 5
+    first, again, other = (
+        [caption.words for caption in writer.caption(files, method="sample", seed=seed)] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert len({tuple(words) for words in first}) > 1
+
+
+def test_every_caption_of_a_beam_is_given_best_first(writer: Writer, scenes: Path) -> None:
+    views = [writer.view(file) for file in pictures(scenes)[:2]]
+    wish = writer.wish(beam=4, length_power=0.0)
+    best = writer.write(views, wish, [0, 1])
+    for all_of, [first] in zip(writer.write(views, wish, [0, 1], every=True), best, strict=True):
+        chances = [caption.log_probability for caption in all_of]
+        assert len(all_of) == 4
+        assert all_of[0].words == first.words
+        assert chances == sorted(chances, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("wish", "told"),
+    [
+        ({"baem": 3}, "search.baem=3: unknown key 'baem'; did you mean 'beam'?"),
+        ({"beam": 0}, "search.beam=0: beam = 0: input should be greater than or equal to 1"),
+        ({"prefix": "zebrafish"}, "the run has no word 'zebrafish'"),
+    ],
+)
+def test_wishes_that_cannot_be_are_refused_by_name(writer: Writer, wish, told) -> None:
+    with pytest.raises(UserError) as caught:
+        writer.caption([], **wish)
+    assert str(caught.value).startswith(told) or told in str(caught.value)
+    assert "--set" not in str(caught.value)
+
+
+def test_one_picture_that_is_not_in_a_list_is_not_read_letter_by_letter(writer: Writer) -> None:
+    with pytest.raises(ValueError, match="wanted a list of pictures"):
+        writer.caption("photo.jpg")

@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from captionscale import toml
+from captionscale.config import Config, Data
+from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
+from captionscale.model.search.ensemble import Ensemble
+from captionscale.tools.ensemble import open_members
+from captionscale.train import checkpoints
+from captionscale.train.state import Standing
+from captionscale.vocab import SPECIALS, Vocabulary
+
+SMALL = ("model.encoder.name=resnet18", "model.encoder.weights=none", "model.decoder.hidden=8")
+
+
+def saved(folder: Path, name: str, *changes: str, words: tuple[str, ...] = ("a", "dog", "runs")) -> Path:
+    """Write a run of one checkpoint, with random weights."""
+    path = folder / f"{name}.toml"
+    path.write_text(toml.dumps(Config(data=Data(shards="shards"))), encoding="utf-8")
+    config, vocabulary = toml.load(path, [*SMALL, *changes]), Vocabulary(SPECIALS + words)
+    torch.manual_seed(len(name))
+    weights = Captioner(config.model, len(vocabulary)).state_dict()
+    checkpoints.save(folder / name, Standing(step=1), {}, weights, {}, config, vocabulary)
+    return folder / name
+
+
+def test_members_write_as_one_and_say_who_they_are(tmp_path: Path) -> None:
+    run, other = saved(tmp_path, "run"), saved(tmp_path, "other", "model.decoder.name=plain")
+    alone, both, turned = (
+        open_members(run, others, checkpoint="best", changes=changes)
+        for others, changes in (([], []), ([other], []), ([], ["search.block_ngrams=3"]))
+    )
+    assert isinstance(alone.captioner(), Captioner)
+    assert isinstance(both.captioner(), Ensemble)
+    assert not both.captioner().training
+    assert alone.made_by() == {}
+    assert [member["run"] for member in both.made_by()["members"]] == ["run", "other"]
+    assert [member["model"] for member in both.made_by()["members"]] == [each.sha256 for each in both.saved]
+    assert alone.sha256 == alone.saved[0].sha256 != both.sha256
+    # Results of another search or of other members do not take the place of the run's own.
+    assert alone.variant == "beam5"
+    assert len({alone.variant, both.variant, turned.variant}) == 3
+    assert open_members(run, [], checkpoint="best", changes=["search.beam=3"]).variant == "beam3"
+    assert turned.config.search.block_ngrams == 3
+    assert turned.saved[0].config().search.block_ngrams == 0
+
+
+def test_runs_that_cannot_write_together_are_refused_by_name(tmp_path: Path) -> None:
+    run = saved(tmp_path, "run")
+    for name, other, told in (
+        ("words", saved(tmp_path, "words", words=("a", "cat")), "has 6 words"),
+        ("size", saved(tmp_path, "size", "data.image_size=64"), "its data.image_size is 64, that of"),
+        ("long", saved(tmp_path, "long", "data.max_words=9"), "its data.max_words is 9, that of"),
+    ):
+        with pytest.raises(UserError, match=told) as caught:
+            open_members(run, [other], checkpoint="last", changes=[])
+        assert f"--with {tmp_path / name}" in str(caught.value)
+        assert str(run) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("train.lr=1", "--set train.lr=1: wanted a key of section search"),
+        ("search", "--set search: wanted a key of section search"),
+        ("search.baem=3", "unknown key 'baem'; did you mean 'beam'?"),
+        ("search.groups=2", "search.beam = 5 is no whole number of search.groups = 2"),
+        ("search.top_p=2", "--set search.top_p=2: top_p = 2"),
+    ],
+)
+def test_only_the_search_can_be_changed_and_only_to_what_can_be(tmp_path: Path, change, told) -> None:
+    with pytest.raises(UserError) as caught:
+        open_members(saved(tmp_path, "run"), [], checkpoint="best", changes=[change])
+    assert told in str(caught.value)

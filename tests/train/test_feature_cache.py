@@ -1,0 +1,233 @@
+"""The cache of features: equal to doing without, whole or not there."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from experiment import finish, losses, start, tiny
+
+from captionscale.config import Encoder as Settings
+from captionscale.data import decode, transforms
+from captionscale.data import feature_cache as feature_files
+from captionscale.data.loader import Loader
+from captionscale.data.shards import Split
+from captionscale.data.storage import Remote, open_place
+from captionscale.distributed.ranks import Ranks
+from captionscale.errors import PreemptedError, UserError
+from captionscale.files import lock
+from captionscale.model.encoders.cnn import Encoder
+from captionscale.train import feature_cache
+from captionscale.train.feature_cache import cache_features
+from captionscale.train.loop import train
+from captionscale.vocab import Vocabulary
+
+CHANGES = (
+    'model.encoder.trainable="none"',
+    "data.crop_scale=[1, 1]",
+    "data.flip=false",
+    "data.colour_jitter=0",
+    "train.epochs=1",
+)
+WORDS = Vocabulary(("<pad>", "<start>", "<end>", "<unk>"))
+
+
+@pytest.fixture
+def shards(packed: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(packed, tmp_path / "shards")
+
+
+def build(**changes: object) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(Settings.model_validate({"name": "resnet18", "weights": "none", **changes})).train()
+
+
+def loaders(shards: Path, *names: str, **data: object) -> list[Loader]:
+    settings = tiny(shards.parent, shards, *CHANGES).data.model_copy(update=data)
+    return [Loader(Split(shards, name), WORDS, settings) for name in names or ("train", "val")]
+
+
+def cache(encoder: Encoder, made: list[Loader], precision: str = "fp32") -> list[Path]:
+    """Return where the features are."""
+    with Ranks(precision) as ranks:
+        cache_features(encoder, made, ranks, precision)
+    return [each.features.path for each in made]
+
+
+def test_a_file_holds_the_features_of_each_image_in_the_order_of_the_index(shards: Path) -> None:
+    encoder, (train_split, val) = build(), loaders(shards)
+    paths = cache(encoder, [train_split, val])
+    assert sorted(path.name for path in (shards / "features").iterdir()) == sorted(
+        [".lock", *(path.name for path in paths)]
+    )
+    held = np.load(paths[0], mmap_mode="r")["features"]
+    assert (held.shape, held.dtype) == ((48, 1, 512), np.float16)
+    pictures = [decode.pixels(train_split.split.image(item), "here") for item in range(48)]
+    seen = np.stack([transforms.centre_view(picture, 32) for picture in pictures])
+    with torch.no_grad():
+        expected = encoder(torch.from_numpy(seen).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(held, expected, rtol=1e-3, atol=1e-4)
+    items = np.array([40, 3, 7])
+    (batch,) = train_split.ahead([(items, 5)])
+    assert batch.images.dtype == torch.float16
+    np.testing.assert_array_equal(batch.images.numpy(), held[items])
+    assert batch.image_ids == train_split.split.index["image_id"][items].tolist()
+
+
+def test_no_image_is_decoded_that_is_in_the_cache(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache(build(), loaders(shards))
+    again = loaders(shards)
+    monkeypatch.setattr(decode, "pixels", None)
+    cache(build(), again)
+    assert len(next(iter(again[0].ahead([(np.arange(9), 0)]))).images) == 9
+
+
+def test_all_that_features_depend_on_is_in_their_name(shards: Path) -> None:
+    other = build()
+    with torch.no_grad():
+        other.trunk.layer1[0].bn1.running_mean += 1e-6
+    found = [
+        cache(build(), loaders(shards, "val")),
+        cache(other, loaders(shards, "val")),
+        cache(build(stride=16), loaders(shards, "val")),
+        cache(build(), loaders(shards, "val", image_size=64)),
+        cache(build(), loaders(shards, "val"), "bf16"),
+        cache(build(), loaders(shards, "test")),
+    ]
+    assert len({path.name for paths in found for path in paths}) == 6
+    assert cache(build(), loaders(shards, "val", workers=2, max_words=3)) == found[0]
+
+
+# Measured: fp32 5e-6, as half precision rounds features by 5e-4; bf16 0, as it holds those of bf16 exactly.
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 5e-5), ("bf16", 1e-6)])
+def test_a_run_with_the_cache_has_the_losses_of_one_without_on_two_ranks_too(
+    shards: Path, tmp_path: Path, precision: str, tolerance: float, capfd: pytest.CaptureFixture[str]
+) -> None:
+    changes = (*CHANGES, "data.image_size=64", f"train.precision={precision}")
+    train(tiny(tmp_path, shards, *changes), tmp_path / "without")
+    expected = [(step, pytest.approx(loss, abs=tolerance)) for step, loss in losses(tmp_path / "without")]
+    cached = tiny(tmp_path, shards, *changes, "train.cache_features=true")
+    train(cached, tmp_path / "one")
+    assert losses(tmp_path / "one") == expected
+    told = capfd.readouterr().err
+    assert "computing features of 48 images (4 x 512 numbers each), once: 0.00 GB in" in told
+    shutil.rmtree(shards / "features")
+    finish(start(2, cached, tmp_path / "two"))
+    assert losses(tmp_path / "two") == expected
+    assert len(list((shards / "features").glob("*.npy"))) == 2
+
+
+def test_what_a_killed_process_began_is_gone_on_with_and_what_is_torn_is_begun_anew(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(feature_cache, "_BATCH", 2)
+    (path,) = cache(build(), loaders(shards, "val"))
+    whole, row = path.read_bytes(), 8 + 2 * 512
+    partial = path.rename(path.with_name(path.name + ".tmp"))
+    # Rows 2 to 5 were not written yet.
+    begin = len(whole) - 8 * row
+    partial.write_bytes(whole[: begin + 2 * row] + bytes(4 * row) + whole[begin + 6 * row :])
+    capsys.readouterr()
+    assert cache(build(), loaders(shards, "val")) == [path]
+    assert "computing features of 4 images" in capsys.readouterr().err
+    assert path.read_bytes() == whole
+    path.rename(partial).write_bytes(whole[:700])
+    (shards / "features" / "train-0123456789abcdef.npy.tmp").write_bytes(b"begun")
+    assert cache(build(), loaders(shards, "val")) == [path]
+    assert path.read_bytes() == whole
+    assert not list((shards / "features").glob("*.tmp"))
+
+
+def test_who_is_asked_to_leave_while_features_are_computed_leaves_and_the_next_goes_on(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(feature_cache, "_BATCH", 2)
+    asked = iter([False, False, True])
+    monkeypatch.setattr(feature_cache.preempt, "asked", lambda: next(asked))
+    with pytest.raises(PreemptedError, match="left before the features of all images were computed"):
+        cache(build(), loaders(shards, "val"))
+    monkeypatch.setattr(feature_cache.preempt, "asked", lambda: False)
+    capsys.readouterr()
+    (path,) = cache(build(), loaders(shards, "val"))
+    assert "computing features of 4 images" in capsys.readouterr().err
+    assert len(np.load(path)) == 8
+
+
+def test_a_damaged_row_is_told_when_it_is_read(shards: Path) -> None:
+    (loader,) = made = loaders(shards, "val")
+    (path,) = cache(build(), made)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    cache(build(), made)
+    assert len(next(loader.ahead([(np.array([6]), None)])).images) == 1
+    with pytest.raises(UserError, match=r"row 7 is damaged, wanted .*; delete the file"):
+        next(loader.ahead([(np.array([7]), None)]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (lambda data: data[:-2], r"damaged \(8,446 bytes\)"),
+        (lambda data: data + b"\0", r"damaged \(8,449 bytes\)"),
+        (lambda data: data[:0], r"damaged \(another header\)"),
+        (lambda data: data.replace(b"'<f2'", b"'<f4'"), r"damaged \(another header\)"),
+        (lambda data: data.replace(b"(1, 512)", b"(2, 256)"), r"damaged \(another header\)"),
+    ],
+)
+def test_a_damaged_file_is_refused_and_the_cure_is_to_delete_it(shards: Path, damage, found: str) -> None:
+    (path,) = cache(build(), loaders(shards, "val"))
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=f"{path}: {found}, wanted 8,448 bytes .* delete it"):
+        cache(build(), loaders(shards, "val"))
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match=f"{path}: Is a directory"):
+        cache(build(), loaders(shards, "val"))
+
+
+def test_features_that_half_precision_cannot_hold_are_refused_and_leave_no_file(shards: Path) -> None:
+    encoder = build()
+    with torch.no_grad():
+        encoder.trunk.layer4[1].bn2.bias += 7e4
+    with pytest.raises(UserError, match=r"is 7[\d.]+, wanted at most 65504"):
+        cache(encoder, loaders(shards))
+    assert not list((shards / "features").glob("*.npy"))
+
+
+def test_a_folder_that_another_process_fills_is_refused_unless_all_is_there(shards: Path) -> None:
+    cache(build(), loaders(shards, "val"))
+    with lock(shards / "features", "captionscale train"):
+        cache(build(), loaders(shards, "val"))
+        with pytest.raises(UserError, match=r"features: in use by captionscale train"):
+            cache(build(), loaders(shards))
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_computed(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(shards)._replace(free=30_000)
+    monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"0\.00 GB are free, wanted 0\.00 GB for the features of 56 images"):
+        cache(build(), loaders(shards))
+    assert not (shards / "features").exists()
+
+
+def test_a_folder_in_which_nothing_can_be_written_is_refused_and_a_url_too(shards: Path) -> None:
+    (shards / "features").write_text("a file where the folder is to be")
+    with pytest.raises(UserError, match="features: "):
+        cache(build(), loaders(shards))
+    place = open_place("https://example.org/coco")
+    assert isinstance(place, Remote)
+    with pytest.raises(UserError, match=r"data\.shards = https://example.org/coco: is a URL"):
+        feature_files.folder_of(place)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused(shards: Path) -> None:
+    shards.chmod(0o555)
+    with pytest.raises(UserError, match="permission denied, wanted to keep features there"):
+        cache(build(), loaders(shards))
+    shards.chmod(0o755)

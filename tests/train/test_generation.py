@@ -1,0 +1,139 @@
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+from experiment import tiny
+
+from captionscale.config import Search
+from captionscale.data.loader import Loader
+from captionscale.data.shards import Split
+from captionscale.distributed.ranks import Ranks
+from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
+from captionscale.score.diagnostics import DANGLING
+from captionscale.train.generation import caption_split, make_rules
+from captionscale.vocab import build, split_words
+
+
+class OneOf(Ranks):
+    """A rank of several whose peers' results are handed in, to see one rank's share alone."""
+
+    def __init__(self, rank: int, size: int):
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
+@pytest.fixture
+def captioner_and_loader(packed: Path, tmp_path: Path) -> tuple[Captioner, Loader]:
+    config = tiny(tmp_path, packed)
+    split = Split(packed, "val")
+    vocabulary = build((caption for each in split.references().values() for caption in each), 1, None)
+    return Captioner(config.model, len(vocabulary)), Loader(split, vocabulary, config.data)
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 11])
+def test_ranks_caption_every_image_once_and_as_one_rank_does(
+    captioner_and_loader: tuple[Captioner, Loader], monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    captioner, loader = captioner_and_loader
+    alone = caption_split(captioner, loader, Search(beam=2, batch=3), Ranks(), "alone")
+    shares: list[list[dict[str, object]]] = []
+    monkeypatch.setattr(OneOf, "gather", lambda _, items: shares.append(items) or items)
+    # One share alone is not the whole split, and is refused as such.
+    refused = nullcontext() if size == 1 else pytest.raises(AssertionError, match="twice or not at all")
+    for rank in range(size):
+        with refused:
+            caption_split(captioner, loader, Search(beam=2, batch=3), OneOf(rank, size), "share")
+    together = [result for share in shares for result in share]
+    assert sorted(together, key=lambda result: result["image_id"]) == alone
+    assert max(map(len, shares)) - min(map(len, shares)) <= 3
+
+
+def test_captioning_leaves_the_captioner_in_its_mode(
+    captioner_and_loader: tuple[Captioner, Loader],
+) -> None:
+    captioner, loader = captioner_and_loader
+    for training in (True, False):
+        captioner.train(training)
+        caption_split(captioner, loader, Search(beam=1), Ranks(), "mode")
+        assert captioner.training == training
+
+
+def test_the_beam_batch_does_not_change_captions(captioner_and_loader: tuple[Captioner, Loader]) -> None:
+    captioner, loader = captioner_and_loader
+    captions = [
+        caption_split(captioner, loader, Search(beam=3, batch=batch), Ranks(), "batch") for batch in (1, 8)
+    ]
+    assert captions[0] == captions[1]
+    assert len({result["image_id"] for result in captions[0]}) == len(
+        np.unique(loader.split.index["image_id"])
+    )
+
+
+def test_a_sampled_caption_depends_on_the_seed_and_the_image_not_on_batch_or_ranks(
+    captioner_and_loader: tuple[Captioner, Loader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner, loader = captioner_and_loader
+    drawn = [
+        caption_split(captioner, loader, Search(method="sample", batch=batch), Ranks(), "batch")
+        for batch in (1, 3, 8)
+    ]
+    assert drawn[0] == drawn[1] == drawn[2]
+    shares: list[dict[str, object]] = []
+    monkeypatch.setattr(OneOf, "gather", lambda _, items: shares.extend(items) or items)
+    for rank in range(2):
+        with pytest.raises(AssertionError):
+            caption_split(captioner, loader, Search(method="sample", batch=3), OneOf(rank, 2), "share")
+    assert sorted(shares, key=lambda result: result["image_id"]) == drawn[0]
+    loader.seed = 1
+    other = caption_split(captioner, loader, Search(method="sample"), Ranks(), "seed")
+    assert other != drawn[0]
+    assert len({result["caption"] for result in other}) > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [Search(beam=2), Search(beam=4, groups=2), Search(method="sample", top_k=50)],
+    ids=["beam", "diverse", "sampled"],
+)
+def test_a_splits_captions_keep_the_rules_of_the_settings_and_the_prefix(
+    captioner_and_loader: tuple[Captioner, Loader], settings: Search
+) -> None:
+    captioner, loader = captioner_and_loader
+    first = loader.vocabulary.words[-1]
+    settings = settings.model_copy(update={"block_ngrams": 1, "dangling": False})
+    for result in caption_split(captioner, loader, settings, Ranks(), "rules", prefix=f" {first.upper()}. "):
+        words = split_words(result["caption"])
+        assert words[0] == first
+        assert len(set(words)) == len(words)
+        assert words[-1] not in DANGLING
+        assert "<unknown>" not in result["caption"]
+
+
+def test_required_words_are_in_every_caption(captioner_and_loader: tuple[Captioner, Loader]) -> None:
+    captioner, loader = captioner_and_loader
+    wanted = loader.vocabulary.words[-3:]
+    for result in caption_split(captioner, loader, Search(beam=2), Ranks(), "words", require=wanted):
+        assert set(wanted) <= set(result["caption"].split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "wish", "told"),
+    [
+        ({}, {"prefix": "zebrafish"}, "--prefix: the run has no word 'zebrafish' among its"),
+        ({}, {"require": ["two words"]}, "--require 'two words': found 2 words, wanted one"),
+        ({}, {"require": ["!"]}, "--require '!': found 0 words, wanted one"),
+        ({}, {"require": ["a", "b", "c", "d", "e"]}, "--require: "),
+        ({"method": "sample"}, {"require": ["a"]}, "a sampled caption cannot be made to hold words"),
+        ({}, {"prefix": "a " * 8}, "found 8 words, wanted fewer than the run's data.max_words = 8"),
+    ],
+    ids=str,
+)
+def test_wishes_that_no_caption_can_fulfil_are_refused(
+    captioner_and_loader: tuple[Captioner, Loader], settings, wish, told
+) -> None:
+    loader = captioner_and_loader[1]
+    with pytest.raises(UserError) as caught:
+        make_rules(Search(**settings), loader.vocabulary, 8, **wish)
+    assert told in str(caught.value)

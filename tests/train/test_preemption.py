@@ -1,0 +1,244 @@
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from experiment import greatest_difference, losses, tiny, weights
+
+from captionscale.errors import PreemptedError, UserError
+from captionscale.tools.scoring import caption_run
+from captionscale.train import checkpoints, generation, loop, preemption
+from captionscale.train.loop import train
+
+# Four batches of validation; twelve steps, scored after each sixth.
+CHANGES = ("train.epochs=4", "train.score_every=6", "train.save_every=100", "search.batch=2")
+
+
+@pytest.fixture(scope="module")
+def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nobody interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(tiny(folder, packed, *CHANGES), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(autouse=True)
+def _outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def scores(run: Path) -> list[tuple[int, dict[str, float]]]:
+    return [(line["step"], line["scores"]) for line in lines(run) if "scores" in line]
+
+
+def children(process: int) -> list[int]:
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
+    return sorted(int(child) for task in tasks for child in task.read_text().split())
+
+
+def signal_in_the_first_batch(monkeypatch: pytest.MonkeyPatch, *signals: signal.Signals) -> None:
+    """Have this process get real signals while it captions its next batch."""
+    real, left = generation.write_captions, list(signals)
+
+    def captions(*arguments: Any) -> list[str]:
+        while left:
+            os.kill(os.getpid(), left.pop())
+        return real(*arguments)
+
+    monkeypatch.setattr(generation, "write_captions", captions)
+
+
+def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_goes_on_as_if_nothing_had_been(
+    whole: Path, packed: Path, tmp_path: Path
+) -> None:
+    tiny(tmp_path, packed, *CHANGES, "train.epochs=400")
+    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    verb = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
+    launch = [sys.executable, "-m", "captionscale", "launch", "--processes", "2", "--", *verb]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "log.jsonl").exists() or not losses(run):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(children(process.pid)[1], signal.SIGUSR1)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == PreemptedError.CODE
+    (step,) = checkpoints.steps(run)
+    assert step < 12, "it ended before it was asked to"
+    last = lines(run)[-1]
+    assert (last["step"], last["left_for"]) == (step, "SIGUSR1")
+    assert 0 < last["left_after_s"] < 60
+    assert f"step {step} was saved within" in told
+    assert "Traceback" not in told
+    train(settings, run)
+    assert greatest_difference(weights(run), weights(whole)) < 1e-5
+    assert losses(run) == [(step, pytest.approx(loss, abs=1e-5)) for step, loss in losses(whole)]
+
+
+def test_a_validation_that_is_broken_off_is_done_by_the_run_that_goes_on(
+    whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    for _ in range(2):
+        # The second time, the first thing that the run does is broken off again.
+        signal_in_the_first_batch(monkeypatch, signal.SIGTERM)
+        with pytest.raises(PreemptedError, match="SIGTERM: step 6 was saved"), preemption.listening():
+            train(settings, run)
+        assert checkpoints.steps(run) == [6]
+        assert scores(run) == []
+    train(settings, run)
+    assert losses(run) == losses(whole)
+    assert scores(run) == scores(whole)
+    assert greatest_difference(weights(run), weights(whole)) == 0
+    ours, theirs = checkpoints.newest(run, pytest.fail), checkpoints.newest(whole, pytest.fail)
+    assert ours is not None
+    assert theirs is not None
+    assert ours.standing == theirs.standing
+
+
+def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
+    whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    real, calls = generation.write_captions, itertools.count(1)
+
+    def captions(*arguments: Any) -> list[str]:
+        # In the last batch of the last step's validation.
+        if next(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for child in children(os.getpid()):
+                if "captionscale.score.worker" in Path(f"/proc/{child}/cmdline").read_text():
+                    os.kill(child, signal.SIGSTOP)
+        return real(*arguments)
+
+    monkeypatch.setattr(generation, "write_captions", captions)
+    with pytest.raises(PreemptedError, match="SIGTERM: step 12 was saved"), preemption.listening():
+        train(settings, run)
+    left = checkpoints.newest(run, pytest.fail)
+    assert left is not None
+    assert (left.standing.captioned, left.standing.judged) == (12, 6)
+    monkeypatch.setattr(generation, "write_captions", None)
+    assert train(settings, run) == train(settings, whole)
+    assert scores(run) == scores(whole)
+
+
+def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
+    whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    real = loop.lr_factor
+
+    def rate(step: int, steps: int, warmup: float) -> float:
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return real(step, steps, warmup)
+
+    # Asked in the fifth step, the ranks tell each other in the sixth, which is to be scored.
+    monkeypatch.setattr(loop, "lr_factor", rate)
+    with pytest.raises(PreemptedError, match="SIGUSR1: step 6 was saved"), preemption.listening():
+        train(settings, run)
+    assert not (run / "validation").exists()
+    train(settings, run)
+    assert scores(run) == scores(whole)
+    assert greatest_difference(weights(run), weights(whole)) == 0
+
+
+def test_the_end_of_the_job_s_time_is_a_signal(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 122))
+    settings = tiny(tmp_path, packed, *CHANGES, "train.epochs=10000", "train.score_every=100000")
+    with (
+        pytest.raises(PreemptedError, match="end of the job's time: step"),
+        preemption.listening(settings.train.grace_s),
+    ):
+        assert train(settings, tmp_path / "run").step == checkpoints.steps(tmp_path / "run")[-1]
+    assert time.time() < int(os.environ["SLURM_JOB_END_TIME"])
+
+
+@pytest.mark.parametrize("end", ["0", "", "UNLIMITED"])
+def test_a_job_without_a_limit_has_no_end(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_END_TIME", end)
+    with preemption.listening(1e9):
+        assert not preemption.asked()
+
+
+def test_a_job_too_short_for_any_progress_is_refused_or_it_would_be_requeued_for_ever(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    signal_in_the_first_batch(monkeypatch, signal.SIGTERM)
+    with pytest.raises(PreemptedError), preemption.listening():
+        train(settings, run)
+    end = int(time.time()) + 100
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(end))
+    with (
+        pytest.raises(UserError, match=r"s left in this job.*ask for more --time"),
+        preemption.listening(120.0),
+    ):
+        pass
+    # Time for Python to start, but not for the validation that is owed.
+    with preemption.listening(98.0):
+        time.sleep(max(0, end - 98 - time.time()))
+        with pytest.raises(UserError, match="the job's time ended before step 7"):
+            train(settings, run)
+    assert checkpoints.steps(run) == [6]
+
+
+def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back() -> None:
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    with preemption.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.asked()
+        assert preemption.notice()[1] == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+    assert not preemption.asked()
+    with preemption.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(("left_s", "reason"), [(170, preemption.END_OF_TIME), (600, "SIGUSR1")])
+def test_usr1_shortly_before_the_end_of_the_job_is_its_end(
+    left_s: int, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # SLURM announces the end with it: a job too short for any progress was taken for one that was asked to
+    # leave, and was requeued for ever.
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left_s))
+    with preemption.listening(120.0):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert preemption.notice()[1] == reason
+
+
+def test_captioning_a_split_leaves_and_writes_nothing(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "captions.json"
+    signal_in_the_first_batch(monkeypatch, signal.SIGUSR1)
+    with pytest.raises(PreemptedError, match="before split 'test' was captioned"):
+        caption_run(whole, "test", checkpoint="last", shards=None, out=out)
+    assert not out.exists()
+    # A place that cannot be written is told before, and what was done is remembered.
+    with pytest.raises(UserError, match="is a folder, wanted a place for a file"):
+        caption_run(whole, "test", checkpoint="last", shards=None, out=tmp_path)
+    assert caption_run(whole, "test", checkpoint="last", shards=None, out=out) == 8
+    line = json.loads((whole / "scores" / "history.jsonl").read_text().splitlines()[-1])
+    assert (line["split"], line["captions"]) == ("test", str(out.resolve()))
+    assert line["search"]["beam"] >= 1
+    assert "scores" not in line

@@ -1,0 +1,343 @@
+"""Self-critical training: rewards and gradients against brute force, gate, collapse, ranks, resuming."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from experiment import finish, greatest_difference, start, tiny, weights
+
+from captionscale.config import Config, Scst
+from captionscale.data.loader import Batch, Loader
+from captionscale.data.shards import Split
+from captionscale.distributed.ranks import Ranks
+from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
+from captionscale.model.search.generate import search
+from captionscale.score.ciderd import cider_d
+from captionscale.train import checkpoints
+from captionscale.train.log_reader import figures
+from captionscale.train.loop import train
+from captionscale.train.losses import cross_entropy, say_what_may_be_said
+from captionscale.train.scst import SelfCritical
+from captionscale.train.scst_checks import open_gate, refuse_collapse
+from captionscale.train.state import Standing
+from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN, Vocabulary
+
+SCST = ("train.objective=scst", "train.lr=2e-4", "train.label_smoothing=0.0")
+
+
+@pytest.fixture(scope="module")
+def source(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained by cross-entropy."""
+    folder = tmp_path_factory.mktemp("source")
+    train(tiny(folder, packed, "train.epochs=6", "train.score_every=18", "train.lr=5e-3"), folder / "run")
+    return folder / "run"
+
+
+def settings_of(folder: Path, packed: Path, source: Path, *changes: str) -> Config:
+    return tiny(folder, packed, *SCST, f'train.start_from="{source}"', *changes)
+
+
+@pytest.fixture
+def objective(packed: Path, source: Path, tmp_path: Path) -> SelfCritical:
+    return objective_of(settings_of(tmp_path, packed, source), packed, source)
+
+
+def objective_of(settings: Config, packed: Path, source: Path) -> SelfCritical:
+    saved = checkpoints.open_run(source)
+    return SelfCritical(settings, saved.captioner(), Split(packed, "train"), saved.vocabulary())
+
+
+def test_the_reward_is_cider_d_with_the_end_token_and_the_train_splits_document_frequencies(
+    objective: SelfCritical, packed: Path, source: Path
+) -> None:
+    split, vocabulary = Split(packed, "train"), checkpoints.open_run(source).vocabulary()
+    ids = split.index["image_id"].tolist()
+    texts = [
+        [" ".join(map(str, vocabulary.encode(caption, 8)[1:])) for caption in split.captions(item)]
+        for item in range(len(split))
+    ]
+    captions = [[int(token) for token in texts[(item + 1) % len(ids)][0].split()] for item in range(len(ids))]
+    expected = cider_d([" ".join(map(str, caption)) for caption in captions], texts)
+    assert objective.rewards(ids, captions) == pytest.approx(expected, abs=1e-9)
+    own = [[int(token) for token in each[0].split()] for each in texts]
+    assert own[0][-1] == END
+    unfinished = [caption[:-1] for caption in own]
+    assert (objective.rewards(ids, own) > objective.rewards(ids, unfinished)).mean() > 0.9
+
+
+def test_bleu_4_joins_the_reward_by_its_weight(packed: Path, source: Path, tmp_path: Path) -> None:
+    only = objective_of(
+        settings_of(tmp_path, packed, source, "scst.cider_d=0.0", "scst.bleu_4=2.0"), packed, source
+    )
+    split, vocabulary = Split(packed, "train"), checkpoints.open_run(source).vocabulary()
+    (image_id,) = split.index["image_id"][:1].tolist()
+    said = vocabulary.encode(split.captions(0)[0], 8)[1:]
+    # A caption that people wrote has all its n-grams; half of it is too short.
+    whole, half = only.rewards([image_id, image_id], [said, said[: len(said) // 2]])
+    assert whole == pytest.approx(2.0, abs=1e-6)
+    assert half < 1.0
+
+
+class Reader(torch.nn.Module):
+    """A decoder of three words whose logits depend on the last word alone, so that all can be enumerated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.logits = torch.nn.Parameter(torch.randn(7, 7))
+
+    def start(self, features: torch.Tensor) -> tuple[torch.Tensor]:
+        return (features.mean((1, 2)),)
+
+    def step(
+        self, tokens: torch.Tensor, state: tuple[torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor], None]:
+        return self.logits[tokens], state, None
+
+
+def test_the_gradient_is_that_of_the_expected_reward(
+    packed: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(tmp_path, packed, source, "data.max_words=2")
+    # More than an experiment may ask for: the mean has to be near the expectation.
+    many = settings.scst.model_copy(update={"samples": 20_000})
+    settings = settings.model_copy(update={"scst": many})
+    reader = Reader()
+    captioner = checkpoints.open_run(source).captioner()
+    split = Split(packed, "train")
+    words = Vocabulary((*SPECIALS, "red", "blue", "circle"))
+    objective = SelfCritical(settings, captioner, split, words)
+    captioner.decoder = reader
+    chances = reader.logits.clone()
+    chances[:, [PAD, START, 3]] = -torch.inf
+    surprise = -chances.log_softmax(1)
+
+    def reward(_: list[int], captions: list[list[int]]) -> np.ndarray:
+        return np.array([len(set(caption)) + 2.0 * (caption[0] == 4) for caption in captions])
+
+    monkeypatch.setattr(objective, "rewards", reward)
+    expected = torch.zeros(())
+    spoken = [END, 4, 5, 6]
+    for caption in [[END]] + [[first, second] for first, second in itertools.product(spoken[1:], spoken)]:
+        loss = sum(surprise[read, said] for read, said in itertools.pairwise([START, *caption]))
+        expected = expected + torch.exp(-loss) * float(reward([0], [caption])[0])
+    expected.backward()
+    exact, reader.logits.grad = reader.logits.grad.clone(), None
+
+    batch = Batch(
+        torch.zeros(1, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 1, dtype=torch.long),
+        torch.zeros(1, dtype=torch.long),
+        [int(split.index["image_id"][0])],
+    )
+    with Ranks() as ranks:
+        (target,) = objective.targets([(0, batch)], 0, ranks)
+    assert target.sampled == 20000
+    logits = say_what_may_be_said(reader.logits[target.tokens[:, :-1]], target, None)
+    losses = cross_entropy(logits, target.tokens[:, 1:], 0.0)
+    # The gradient of a mean over captions, not over words.
+    (losses @ target.weights(torch.tensor([20000.0, 0.0]), 0.0)).backward()
+    estimate = -reader.logits.grad
+    assert (estimate - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@pytest.mark.parametrize("baseline", ["samples", "greedy"])
+def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
+    packed: Path, source: Path, tmp_path: Path, baseline: str
+) -> None:
+    settings = settings_of(tmp_path, packed, source, f"scst.baseline={baseline}", "scst.samples=3")
+    objective = objective_of(settings, packed, source)
+    split = Split(packed, "train")
+    pictures = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    batch = Batch(
+        pictures, torch.zeros(2, 1, dtype=torch.long), torch.arange(2), split.index["image_id"][:2].tolist()
+    )
+    with Ranks() as ranks:
+        (one,), (same,), (other,) = (objective.targets([(0, batch)], step, ranks) for step in (4, 4, 5))
+    assert torch.equal(one.tokens, same.tokens)
+    assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
+    assert one.owners.tolist() == [0, 0, 0, 1, 1, 1]
+    assert one.words[0] == int((one.tokens[:, 1:] != PAD).sum())
+    captions = [[token for token in row if token != PAD] for row in one.tokens[:, 1:].tolist()]
+    ids = [batch.image_ids[owner] for owner in one.owners.tolist()]
+    rewards = objective.rewards(ids, captions).reshape(2, 3)
+    advantages = one.advantages().reshape(2, 3).numpy()
+    if baseline == "samples":
+        others = (rewards.sum(1, keepdims=True) - rewards) / 2
+        assert advantages == pytest.approx(rewards - others, abs=1e-6)
+        assert advantages.sum(1) == pytest.approx(np.zeros(2), abs=1e-5)
+    else:
+        captioner = checkpoints.open_run(source).captioner()
+        features = captioner.look(pictures)
+        greedy = search(captioner.decoder, features, beam=1, max_words=8, length_power=0.0)
+        baseline_ = objective.rewards(batch.image_ids, [best[0].tokens for best in greedy])
+        assert advantages == pytest.approx(rewards - baseline_[:, None], abs=1e-6)
+
+
+def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_the_config(
+    packed: Path, source: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(tmp_path, packed, source)
+    assert settings.model.decoder.dropout == 0.5
+    saved, split = checkpoints.open_run(source), Split(packed, "train")
+    captioner = saved.captioner()
+    objective = SelfCritical(settings, captioner, split, saved.vocabulary())
+    pictures, ids = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), split.index["image_id"][:2].tolist()
+    batch = Batch(pictures, torch.zeros(2, 1, dtype=torch.long), torch.arange(2), ids)
+    with Ranks() as ranks:
+        (target,) = objective.targets([(0, batch)], 0, ranks)
+    both = [
+        captioner.train(mode)(target.pictures, target.tokens[:, :-1], target.owners)[0]
+        for mode in (True, False)
+    ]
+    assert torch.equal(*both)
+    rows = target.rows
+    assert rows is not None
+    whole = say_what_may_be_said(both[0], target, None)
+    assert torch.equal(
+        say_what_may_be_said(both[0].flatten(0, 1)[rows], target, rows), whole.flatten(0, 1)[rows]
+    )
+    assert (whole[:, :, [PAD, START, UNKNOWN]] == -torch.inf).all()
+    # Of people's captions, which come behind, the unknown token is a word like others.
+    half = replace(target, sampled=4)
+    assert torch.equal(say_what_may_be_said(both[0], half, None)[4:], both[0][4:])
+
+
+def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tmp_path: Path) -> None:
+    settings = settings_of(tmp_path, packed, source, "model.decoder.dropout=0.0")
+    saved, split = checkpoints.open_run(source), Split(packed, "train")
+    captioner, loader = saved.captioner(), Loader(split, saved.vocabulary(), settings.data)
+    objective = SelfCritical(settings, captioner, split, saved.vocabulary())
+    (batch,) = loader.ahead([(np.arange(48), None)])
+    loader.close()
+    with torch.no_grad():
+        features = replace(batch, images=captioner.look(batch.images).half())
+    adam, rewards = torch.optim.Adam(captioner.decoder.parameters(), lr=5e-3), []
+    with Ranks() as ranks:
+        for step in range(40):
+            (target,) = objective.targets([(0, features)], step, ranks)
+            logits, _ = captioner(target.pictures, target.tokens[:, :-1], target.owners)
+            words = target.words.double()
+            weights_ = target.weights(words, objective.of_people)
+            (cross_entropy(logits, target.tokens[:, 1:], 0.0) @ weights_).backward()
+            adam.step()
+            adam.zero_grad()
+            rewards.append(objective.figures.read(ranks)["reward"])
+    assert np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:5])
+
+
+def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
+    packed: Path, source: Path, tmp_path: Path
+) -> None:
+    changes = (
+        "train.steps=4",
+        "train.score_every=4",
+        "train.save_every=1",
+        "scst.cross_entropy=0.2",
+        "train.average=0.9",
+        "train.log_every=2",
+    )
+    settings = settings_of(tmp_path, packed, source, *changes)
+    runs = [tmp_path / "alone", tmp_path / "three", tmp_path / "resumed"]
+    finish([*start(1, settings, runs[0]), *start(3, settings, runs[1])])
+    # What stood two steps before the end goes on with two ranks.
+    (runs[2] / "checkpoints").mkdir(parents=True)
+    (runs[0] / "checkpoints" / "step-00000003").rename(runs[2] / "checkpoints" / "step-00000003")
+    finish(start(2, settings, runs[2]))
+    first = weights(runs[0])
+    assert greatest_difference(first, weights(source)) > 1e-4
+    for run in runs[1:]:
+        assert greatest_difference(weights(run), first) < 2e-6
+    logged = [figures(run, "distinct")[4] for run in runs]
+    assert logged == pytest.approx([logged[0]] * 3)
+
+
+def gate_of(settings: Config, packed: Path, source: Path, words: Vocabulary | None = None) -> None:
+    saved = checkpoints.open_run(source)
+    split, captioner = Split(packed, "train"), saved.captioner()
+    vocabulary = words or saved.vocabulary()
+    objective = SelfCritical(settings, captioner, split, vocabulary)
+    loader = Loader(split, saved.vocabulary(), settings.data)
+    (batch,) = loader.ahead([(np.arange(48), None)])
+    loader.close()
+    open_gate(objective, captioner, batch, saved.vocabulary(), 8)
+
+
+def test_the_gate_lets_through_what_can_learn_and_says_what_it_saw(
+    packed: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gate_of(settings_of(tmp_path, packed, source), packed, source)
+    assert "on 48 train images, people's captions have a reward of " in capsys.readouterr().err
+
+
+def test_a_high_learning_rate_is_refused_when_the_config_is_read(
+    packed: Path, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"train\.lr = 0\.0005 with train\.objective = 'scst', wanted at most"
+    ):
+        settings_of(tmp_path, packed, source, "train.lr=5e-4")
+
+
+def test_the_gate_refuses_rewards_of_another_vocabulary(packed: Path, source: Path, tmp_path: Path) -> None:
+    words = checkpoints.open_run(source).vocabulary().words
+    shifted = Vocabulary((*SPECIALS, *words[len(SPECIALS) + 1 :], words[len(SPECIALS)]))
+    with pytest.raises(UserError, match="people's own captions earn 0"):
+        gate_of(settings_of(tmp_path, packed, source), packed, source, shifted)
+
+
+COLLAPSES = {
+    (
+        0.31,
+        0.9,
+    ): "step 70: collapsed: 31.00% of sampled captions end in 'a', 'with' or the like, 10.00% when it"
+    " began, wanted at most 30.00%; step 60 is the best so far; lower train.lr",
+    (0.1, 0.08): "step 70: collapsed: 8.00% of sampled captions differ from each other, 90.00% when it began,"
+    " wanted at least 9.00%;",
+}
+
+
+@pytest.mark.parametrize("now", COLLAPSES)
+def test_a_collapse_stops_the_run(now: tuple[float, float]) -> None:
+    standing = Standing(step=70, best_step=60, began={"dangling": 0.1, "distinct": 0.9})
+    refuse_collapse(standing, {"dangling": 0.29, "distinct": 0.1}, Scst())
+    with pytest.raises(UserError) as caught:
+        refuse_collapse(standing, dict(zip(("dangling", "distinct"), now, strict=True)), Scst())
+    assert COLLAPSES[now] in str(caught.value)
+
+
+def test_a_run_that_collapses_stops_and_keeps_its_checkpoints(
+    packed: Path, source: Path, tmp_path: Path
+) -> None:
+    settings = settings_of(
+        tmp_path, packed, source, "scst.least_distinct=1.0", "train.save_every=1", "train.epochs=9"
+    )
+    with pytest.raises(UserError, match=r"collapsed: .* of sampled captions differ from each other"):
+        train(settings, tmp_path / "run")
+    assert checkpoints.newest(tmp_path / "run", pytest.fail) is not None
+
+
+def test_another_vocabulary_or_model_is_refused_to_start_from(
+    packed: Path, source: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"train\.start_from = .*: has .* words, here they are other"):
+        train(settings_of(tmp_path, packed, source, "data.min_count=30"), tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"weights are of another model, the first 'decoder.*take the section model of"
+    ):
+        train(settings_of(tmp_path, packed, source, "model.decoder.hidden=8"), tmp_path / "run")
+
+
+def test_a_run_starts_from_the_averaged_weights_of_another(packed: Path, tmp_path: Path) -> None:
+    train(tiny(tmp_path, packed, "train.average=0.9", "train.lr=5e-3"), tmp_path / "first")
+    nothing = ("train.steps=1", "train.lr=1e-12", "train.encoder_lr=1e-12", "train.weight_decay=0.0")
+    settings = tiny(tmp_path, packed, f'train.start_from="{tmp_path / "first"}"', *nothing)
+    train(settings, tmp_path / "second")
+    first = checkpoints.open_run(tmp_path / "first")
+    assert isinstance(first.captioner(), Captioner)
+    assert greatest_difference(weights(tmp_path / "second"), first.weights() | first.average()) < 1e-9
+    assert greatest_difference(weights(tmp_path / "second"), first.weights()) > 1e-4
