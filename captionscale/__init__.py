@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from captionscale.tools.captioner_api import Writer
+    from captionscale.tools.captioner_api import CaptionPipeline
 
 __all__ = ["load"]
 
 
-def load(run: Path | str, *, checkpoint: str = "best", others: Sequence[Path | str] = ()) -> "Writer":
+def load(
+    run: Path | str, *, checkpoint: str = "best", others: Sequence[Path | str] = ()
+) -> "CaptionPipeline":
     """Return a run's model, ready to caption.
 
     ```python
     import captionscale
     for caption in captionscale.load("runs/attention").caption(["photo.jpg"]):
-        print(caption.caption, caption.log_probability)
+        print(caption.caption, caption.log_prob)
     ```
 
     Args:
@@ -27,8 +29,8 @@ def load(run: Path | str, *, checkpoint: str = "best", others: Sequence[Path | s
     Raises:
         UserError: No run or checkpoint, a damaged one, or runs that cannot write together.
     """
-    from captionscale.tools.captioner_api import Writer
-    from captionscale.tools.ensemble import open_members
+    from captionscale.tools.captioner_api import CaptionPipeline
+    from captionscale.tools.ensemble import open_ensemble
 
     paths = [Path(other) for other in others]
-    return Writer(open_members(Path(run), paths, checkpoint=checkpoint, changes=[]))
+    return CaptionPipeline(open_ensemble(Path(run), paths, checkpoint=checkpoint, changes=[]))

@@ -20,7 +20,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
+def real_data() -> Path:
     """Real data sets, beside the checkout on some machines."""
     if not SHARED.is_dir():
         pytest.skip("needs ../shared/data beside the checkout")
@@ -28,7 +28,7 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def synthetic_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in COCO 2017 layout: 48 train, 8 val and 8 test pictures of 64 pixels. Not to be changed."""
     from captionscale.data.synthetic import draw
 
@@ -38,21 +38,21 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def packed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shards of `scenes`, 16 images in each: three of train, one of val and test. Not to be changed."""
+def packed(synthetic_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of `synthetic_coco`, 16 images in each: three of train, one of val and test. Not to be changed."""
     from captionscale.data.packing import Options, pack
     from captionscale.data.sources import coco
 
     out = tmp_path_factory.mktemp("packed") / "shards"
     for split in COUNTS:
-        captions = scenes / "annotations" / f"captions_{split}2017.json"
-        records = coco.official(scenes / f"{split}2017", captions, split)
+        captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
+        records = coco.official(synthetic_coco / f"{split}2017", captions, split)
         pack(records, out, sources=[captions], options=Options(images_per_shard=IMAGES_PER_SHARD))
     return out
 
 
 @pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def s3_client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A client of a server of S3's protocol, as a user names one: by the environment; it has a `bucket`."""
     moto = pytest.importorskip("moto.server")
     s3fs = pytest.importorskip("s3fs")

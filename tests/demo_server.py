@@ -12,12 +12,12 @@ import pytest
 
 
 @contextmanager
-def serving(app: Any, bounds: Any = None) -> Iterator[str]:
+def serve_app(app: Any, bounds: Any = None) -> Iterator[str]:
     """Serve an application as the demo does; give its address."""
     from captionscale.tools.demo.connections import Server
-    from captionscale.tools.demo.origins import Origins, own_names
+    from captionscale.tools.demo.origins import OriginMiddleware, allowed_hosts
 
-    app.add_middleware(Origins, names=own_names("127.0.0.1", ["proxy.example"]), secure=set())
+    app.add_middleware(OriginMiddleware, names=allowed_hosts("127.0.0.1", ["proxy.example"]), secure=set())
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = Server(app, lambda: None, bounds)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -22,7 +22,7 @@ from captionscale.train import checkpoints
 from captionscale.train.state import Standing
 from captionscale.vocab import build
 
-CHANGES = (
+TINY_OVERRIDES = (
     "data.image_size=32",
     "data.min_count=1",
     "data.max_words=8",
@@ -43,20 +43,20 @@ CHANGES = (
 )
 
 
-def tiny(folder: Path, packed: Path, *changes: str) -> config.Config:
+def tiny_config(folder: Path, packed: Path, *changes: str) -> config.Config:
     """Write a tiny experiment's file, `experiment.toml`, and return its settings."""
     path = folder / "experiment.toml"
     path.write_text(f'[data]\nshards = "{packed}"\n', encoding="utf-8")
-    settings = toml.load(path, [*CHANGES, *changes])
+    settings = toml.load(path, [*TINY_OVERRIDES, *changes])
     path.write_text(toml.dumps(settings), encoding="utf-8")
     return settings
 
 
-def opinionated_run(folder: Path, packed: Path) -> Path:
+def peaked_run(folder: Path, packed: Path) -> Path:
     """Write a run of one checkpoint that sees pictures apart and has strong opinions, but never learned."""
     import torch
 
-    settings = tiny(folder, packed, "data.image_size=64")
+    settings = tiny_config(folder, packed, "data.image_size=64")
     split = Split(packed, "train")
     captions = split.references().values()
     vocabulary = build((caption for each in captions for caption in each), 1, None)
@@ -76,12 +76,14 @@ def opinionated_run(folder: Path, packed: Path) -> Path:
     return run
 
 
-def start(ranks: int, settings: config.Config, run: Path, **environment: str) -> list[BaseProcess]:
+def start_training(ranks: int, settings: config.Config, run: Path, **environment: str) -> list[BaseProcess]:
     """Start a run's processes."""
-    return meet(ranks, _train, toml.dumps(settings), run, **environment)
+    return spawn_ranks(ranks, _train, toml.dumps(settings), run, **environment)
 
 
-def meet(ranks: int, work: Callable[..., None], *arguments: Any, **environment: str) -> list[BaseProcess]:
+def spawn_ranks(
+    ranks: int, work: Callable[..., None], *arguments: Any, **environment: str
+) -> list[BaseProcess]:
     """Start processes that meet over gloo, each of which works with these arguments.
 
     They are forks of a server that has imported torch, as each import of it takes seconds.
@@ -99,7 +101,7 @@ def meet(ranks: int, work: Callable[..., None], *arguments: Any, **environment: 
     return processes
 
 
-def finish(processes: list[BaseProcess]) -> None:
+def join_all(processes: list[BaseProcess]) -> None:
     """Wait for all processes, and expect them to have done well."""
     for process in processes:
         process.join(600)
@@ -126,19 +128,19 @@ def _train(toml: str, run: Path) -> None:
     train(config.Config.model_validate(tomllib.loads(toml)), run)
 
 
-def weights(run: Path, step: int | None = None) -> dict[str, Tensor]:
+def load_weights(run: Path, step: int | None = None) -> dict[str, Tensor]:
     """Return the weights of a run's checkpoint; the newest, if no step is named."""
     step = step or checkpoints.steps(run)[-1]
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 
-def greatest_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+def max_abs_difference(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
     """Return by how much two sets of weights differ, over all numbers in them."""
     assert first.keys() == second.keys()
     return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
 
 
-def losses(run: Path) -> list[tuple[int, Any]]:
+def logged_losses(run: Path) -> list[tuple[int, Any]]:
     """Return the steps and losses of a run's log."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from experiment import CHANGES
+from experiment import TINY_OVERRIDES
 
 from captionscale import toml
 from captionscale.cli import main
 from captionscale.model.encoders.cnn import Encoder
 
 ROOT = Path(__file__).parents[1]
-SHOWN = 391895
+DOCS_IMAGE_ID = 391895
 """The image that the documentation shows, as one of train is called here."""
-TINY = (
-    *CHANGES,
+DOCS_OVERRIDES = (
+    *TINY_OVERRIDES,
     "data.image_size=64",
     "data.colour_jitter=0.0",
     "model.encoder.name=mobilenet_v2",
@@ -67,22 +67,22 @@ print("17" if said.parsable else "Submitted batch job 17")
 }
 
 
-def furnish(folder: Path, scenes: Path) -> None:
+def make_folder(folder: Path, synthetic_coco: Path) -> None:
     """Make the folder: originals and other files under the names that the documentation has for them."""
     _programs(folder / "bin")
     for name in ("configs", "launch", "shards", "slurm"):
         (folder / name).symlink_to(ROOT / name)
     for name in EXPERIMENTS:
-        (folder / name).write_text(toml.dumps(toml.load(name, TINY)), encoding="utf-8")
+        (folder / name).write_text(toml.dumps(toml.load(name, DOCS_OVERRIDES)), encoding="utf-8")
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
-    documents = _coco(folder, scenes)
+    documents = _coco(folder, synthetic_coco)
     _flickr8k(folder, documents)
     _own(folder, documents)
-    _others(folder, scenes, documents)
+    _others(folder, synthetic_coco, documents)
 
 
-def work() -> None:
+def run_setup_commands() -> None:
     """Do, within the folder, what most pages take for done."""
     for split in ("train", "val", "test"):
         captions = f"coco/annotations/captions_{split}2017.json"
@@ -110,23 +110,23 @@ def _programs(folder: Path) -> None:
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-def _coco(folder: Path, scenes: Path) -> dict[str, dict[str, Any]]:
+def _coco(folder: Path, synthetic_coco: Path) -> dict[str, dict[str, Any]]:
     """Write COCO of both years, official and Karpathy's; return its captions files."""
     annotations = folder / "coco" / "annotations"
     annotations.mkdir(parents=True)
     documents = {}
     for split in ("train", "val", "test"):
-        document = json.loads((scenes / "annotations" / f"captions_{split}2017.json").read_text())
+        document = json.loads((synthetic_coco / "annotations" / f"captions_{split}2017.json").read_text())
         if split == "train":
             first = document["images"][0]["id"]
             for each, key in ((document["images"], "id"), (document["annotations"], "image_id")):
                 for line in each:
-                    line[key] = SHOWN if line[key] == first else line[key]
+                    line[key] = DOCS_IMAGE_ID if line[key] == first else line[key]
             # Words that the documentation asks captions for.
             document["annotations"][0]["caption"] = "a photo of a dog"
         documents[split] = document
         for year in (2014, 2017):
-            (folder / "coco" / f"{split}{year}").symlink_to(scenes / f"{split}2017")
+            (folder / "coco" / f"{split}{year}").symlink_to(synthetic_coco / f"{split}2017")
             (annotations / f"captions_{split}{year}.json").write_text(json.dumps(document))
             listed = {"images": document["images"]}
             (annotations / f"image_info_{split}{year}.json").write_text(json.dumps(listed))
@@ -185,9 +185,9 @@ def _own(folder: Path, documents: dict[str, dict[str, Any]]) -> None:
                 table.writerows([names[number], text, split] for text in captions)
 
 
-def _others(folder: Path, scenes: Path, documents: dict[str, dict[str, Any]]) -> None:
+def _others(folder: Path, synthetic_coco: Path, documents: dict[str, dict[str, Any]]) -> None:
     """Write what else is spoken of: photographs, lists of images, references, weights."""
-    photos = sorted((scenes / "test2017").iterdir())
+    photos = sorted((synthetic_coco / "test2017").iterdir())
     shutil.copy(photos[0], folder / "photo.jpg")
     shutil.copy(photos[1], folder / "another.jpg")
     for place in QUICKSTARTS:
@@ -196,10 +196,10 @@ def _others(folder: Path, scenes: Path, documents: dict[str, dict[str, Any]]) ->
         shutil.copy(photos[2], drawing)
     (folder / "nocaps").mkdir()
     for part, split in (("val", "test"), ("test", "val")):
-        (folder / "nocaps" / part).symlink_to(scenes / f"{split}2017")
+        (folder / "nocaps" / part).symlink_to(synthetic_coco / f"{split}2017")
         listed = {"images": documents[split]["images"]}
         (folder / f"nocaps_{part}_image_info.json").write_text(json.dumps(listed))
     (folder / "captions_val2014.json").write_text(json.dumps(documents["test"]))
     torch.manual_seed(0)
-    encoder = Encoder(toml.load("flickr8k", TINY).model.encoder)
+    encoder = Encoder(toml.load("flickr8k", DOCS_OVERRIDES).model.encoder)
     torch.save(encoder.trunk.state_dict(), folder / "WEIGHTS")

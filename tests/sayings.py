@@ -14,22 +14,22 @@ from captionscale.model.search.sampling import sample
 from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN
 
 FEATURE, REGIONS, IMAGES = 6, 4, 5
-FIRST = len(SPECIALS)
+FIRST_WORD = len(SPECIALS)
 """The first word's token."""
 
 
-def opinionated(name: str, seed: int, words: int = 3) -> tuple[Any, Tensor]:
+def peaked_decoder(name: str, seed: int, words: int = 3) -> tuple[Any, Tensor]:
     """Return a decoder of so many words, and features of images."""
     torch.manual_seed(seed)
     layers = {} if name == "top_down" else {"layers": 1}
     settings = Decoder(name=name, embed=5, hidden=7, attend=8, **layers)
-    decoder = DECODERS[name](settings, FEATURE, FIRST + words).eval()
+    decoder = DECODERS[name](settings, FEATURE, FIRST_WORD + words).eval()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
     return decoder, torch.randn(IMAGES, REGIONS, FEATURE)
 
 
-def never_special(decoder: Any) -> Any:
+def mask_special_tokens(decoder: Any) -> Any:
     """Return the decoder, which gives tokens that nothing says no probability."""
     with torch.no_grad():
         decoder.vocabulary.bias[[PAD, START, UNKNOWN]] = -1e9
@@ -67,7 +67,7 @@ STRATEGIES = SEARCHES | {
 """Each gives all captions that it has for each image: tokens without padding."""
 
 
-def words_of(tokens: list[int]) -> list[int]:
+def strip_end(tokens: list[int]) -> list[int]:
     """Return a caption without its end token."""
     assert END not in tokens[:-1]
     return [token for token in tokens if token != END]

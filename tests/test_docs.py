@@ -88,23 +88,23 @@ def written(line: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def furnished(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def furnished(synthetic_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """What each page finds, not to be changed; METEOR is loaded once for all that is typed."""
     from captionscale.score import metrics
 
     folder = tmp_path_factory.mktemp("reader")
-    readers_folder.furnish(folder, scenes)
+    readers_folder.make_folder(folder, synthetic_coco)
     with metrics.Evaluator() as evaluator, pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "measure", evaluator.measure)
         with pytest.MonkeyPatch.context() as within:
             within.chdir(folder)
-            readers_folder.work()
+            readers_folder.run_setup_commands()
         yield folder
 
 
 @pytest.fixture
 def reader(
-    furnished: Path, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    furnished: Path, s3_client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator["Reader"]:
     """Someone who types what a page says."""
     from captionscale.tools import launcher, leaderboard
@@ -112,7 +112,7 @@ def reader(
 
     folder = copytree(furnished, tmp_path / "reader", symlinks=True)
     for file in (folder / "data" / "coco").iterdir():
-        bucket.put_object(Bucket="bucket", Key=f"coco/{file.name}", Body=file.read_bytes())
+        s3_client.put_object(Bucket="bucket", Key=f"coco/{file.name}", Body=file.read_bytes())
     monkeypatch.chdir(folder)
     for name, value in {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
@@ -131,8 +131,8 @@ def reader(
     monkeypatch.setattr(launcher, "_run", launched)
     # It would end pytest too, if a check hung.
     monkeypatch.setattr(report, "leave", expect_nothing_refused)
-    for name, board in leaderboard.BOARDS.items():
-        monkeypatch.setitem(leaderboard.BOARDS, name, replace(board, images=8))
+    for name, board in leaderboard.LEADERBOARDS.items():
+        monkeypatch.setitem(leaderboard.LEADERBOARDS, name, replace(board, images=8))
     someone = Reader()
     yield someone
     someone.leave()

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from experiment import finish, greatest_difference, losses, start, tiny, weights
+from experiment import join_all, load_weights, logged_losses, max_abs_difference, start_training, tiny_config
 
 from captionscale.config import Config
 from captionscale.data.shards import Split
@@ -33,22 +33,24 @@ def alone(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     both = [
         process
         for precision, run in runs.items()
-        for process in start(1, settings_of(precision, run.parent, packed), run)
+        for process in start_training(1, settings_of(precision, run.parent, packed), run)
     ]
-    finish(both)
+    join_all(both)
     return runs
 
 
 def settings_of(precision: str, folder: Path, packed: Path, *changes: str) -> Config:
     keys = ("train.steps", "train.score_every", "train.save_every")
     ends = [f"{key}={STEPS[precision]}" for key in keys]
-    return tiny(folder, packed, *CHANGES, *ends, f"train.precision={precision}", *changes)
+    return tiny_config(folder, packed, *CHANGES, *ends, f"train.precision={precision}", *changes)
 
 
 def assert_one_result(run: Path, other: Path, precision: str = "fp32") -> None:
     of_weights, of_losses = TOLERANCE[precision]
-    assert greatest_difference(weights(run), weights(other)) <= of_weights
-    assert losses(run) == [(step, pytest.approx(loss, abs=of_losses)) for step, loss in losses(other)]
+    assert max_abs_difference(load_weights(run), load_weights(other)) <= of_weights
+    assert logged_losses(run) == [
+        (step, pytest.approx(loss, abs=of_losses)) for step, loss in logged_losses(other)
+    ]
     assert sample_log.read(run) == sample_log.read(other)
 
 
@@ -64,7 +66,7 @@ def test_two_three_five_and_eight_processes_end_with_the_weights_losses_and_samp
     settings = settings_of("fp32", tmp_path, packed)
     for ranks in RANKS:
         run = tmp_path / f"on-{ranks}"
-        finish(start(ranks, settings, run))
+        join_all(start_training(ranks, settings, run))
         assert_one_result(run, alone["fp32"])
         assert ledger_faults(run, settings, packed) == []
 
@@ -73,7 +75,7 @@ def test_in_bf16_three_processes_end_near_the_weights_of_one(
     alone: dict[str, Path], packed: Path, tmp_path: Path
 ) -> None:
     settings = settings_of("bf16", tmp_path, packed)
-    finish(start(3, settings, tmp_path / "run"))
+    join_all(start_training(3, settings, tmp_path / "run"))
     assert_one_result(tmp_path / "run", alone["bf16"], "bf16")
 
 
@@ -87,9 +89,9 @@ def test_a_run_killed_at_random_and_resumed_on_other_ranks_ends_as_if_nothing_ha
     for target in [*kills, None]:
         ranks = chance.choice([each for each in (1, 2, 3) if each != ranks])
         settings = settings_of("fp32", tmp_path, packed, f"train.save_every={chance.randint(1, 3)}")
-        processes = start(ranks, settings, run)
+        processes = start_training(ranks, settings, run)
         if target is None:
-            finish(processes)
+            join_all(processes)
             break
         deadline = time.monotonic() + 120
         while max(checkpoints.steps(run), default=0) < target and processes[0].is_alive():

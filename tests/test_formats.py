@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from experiment import tiny
+from experiment import tiny_config
 
 from captionscale.data import manifest, shard_writer
 from captionscale.score import receipt
@@ -25,7 +25,7 @@ NAMED = {word for code in re.findall(r"`([^`]+)`", PAGE) for word in re.findall(
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
     changes = ("train.steps=2", "train.ledger=true", "train.average=0.9", "data.image_size=32")
-    train(tiny(folder, packed, *changes), folder / "run")
+    train(tiny_config(folder, packed, *changes), folder / "run")
     return folder / "run"
 
 

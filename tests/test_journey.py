@@ -9,7 +9,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from experiment import losses, tiny
+from experiment import logged_losses, tiny_config
 
 from captionscale.cli import main
 
@@ -32,24 +32,24 @@ def _refuse(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run, trained by the command line."""
     folder = tmp_path_factory.mktemp("journey")
-    tiny(folder, packed, "train.epochs=1")
+    tiny_config(folder, packed, "train.epochs=1")
     main(["train", str(folder / "experiment.toml"), "--out", str(folder / "run")])
     return folder / "run"
 
 
 def test_coco_goes_from_raw_files_to_verified_shards(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "shards"
     for split, images in (("train", 48), ("val", 8)):
-        captions = scenes / "annotations" / f"captions_{split}2017.json"
+        captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
         said = _say(
-            capsys, "pack", "coco", "--images", scenes / f"{split}2017", "--captions", captions,
+            capsys, "pack", "coco", "--images", synthetic_coco / f"{split}2017", "--captions", captions,
             "--split", split, "--out", out,
         )  # fmt: skip
         assert said == f"{out}: {split}: {images} images, {5 * images} captions\n"
     assert _say(capsys, "verify", out) == f"{out}: as packed: images: train 48, val 8\n"
-    image = next(iter((scenes / "val2017").iterdir()))
+    image = next(iter((synthetic_coco / "val2017").iterdir()))
     said = _say(capsys, "show", out, str(int(image.stem)), "--save", tmp_path / "saved.jpg")
     assert f"{image.name}  split val" in said
     assert len(said.splitlines()) == 2 + 5
@@ -57,7 +57,7 @@ def test_coco_goes_from_raw_files_to_verified_shards(
 
 
 def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
-    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    run: Path, synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     from captionscale.score import Receipt, metrics
@@ -71,7 +71,7 @@ def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
         # Captions alone, without the run that wrote them, have the same scores.
         by_file = _say(
             capsys, "score", "--captions", folder / "captions.json",
-            "--references", scenes / "annotations" / "captions_test2017.json",
+            "--references", synthetic_coco / "annotations" / "captions_test2017.json",
             "--out", tmp_path / "other.json",
         )  # fmt: skip
     names = [line.split()[0] for line in said.splitlines()[:7]]
@@ -81,15 +81,15 @@ def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
     assert again.sha256 == receipt.sha256
     assert receipt.counts["images"] == len(receipt.images.ids) == 8
     assert receipt.counts["references"] == 40
-    assert receipt.made_by["split"] == "test"
-    assert receipt.made_by["search"]["beam"] == 2
-    assert receipt.panel["captions"]["novel"] is not None
+    assert receipt.provenance["split"] == "test"
+    assert receipt.provenance["search"]["beam"] == 2
+    assert receipt.diagnostics["captions"]["novel"] is not None
     assert "|beam 2|length-power 0.7|end not rewarded" in receipt.signature
     history = [json.loads(line) for line in (run / "scores" / "history.jsonl").read_text().splitlines()]
     assert [(line["split"], line["scores"]) for line in history] == [("test", receipt.scores)] * 2
     other = Receipt.read(tmp_path / "other.json")
     assert (other.scores, other.intervals) == (receipt.scores, receipt.intervals)
-    assert other.yardstick == receipt.yardstick
+    assert other.metric_signature == receipt.metric_signature
     assert "p     won" in _say(capsys, "compare", run, tmp_path / "other.json", "--top", "1")
 
     from pycocotools.coco import COCO
@@ -102,9 +102,9 @@ def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
 
 
 def test_images_are_captioned_one_line_each(
-    run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, synthetic_coco: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    images = sorted((scenes / "test2017").iterdir())[:3]
+    images = sorted((synthetic_coco / "test2017").iterdir())[:3]
     lines = _say(capsys, "caption", run, *images, "--beam", "3").splitlines()
     assert [line.split("\t")[0] for line in lines] == [str(image) for image in images]
 
@@ -121,16 +121,18 @@ def test_ranks_without_work_wait_for_nobody_and_change_nothing(
 
 
 def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on(
-    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards, out = tmp_path / "shards", tmp_path / "results.json"
-    said = _say(capsys, "pack", "folder", "--images", scenes / "test2017", "--split", "test", "--out", shards)
+    said = _say(
+        capsys, "pack", "folder", "--images", synthetic_coco / "test2017", "--split", "test", "--out", shards
+    )
     assert said == f"{shards}: test: 8 images, 0 captions\n"
     said = _say(capsys, "caption", run, "--split", "test", "--shards", shards, "--out", out)
     assert said == f"{out}: 8 captions, in COCO's results format\n"
     # Counted in the order of the names, which are the data set's ids.
     by_number = {line["image_id"]: line["caption"] for line in json.loads(out.read_text())}
-    images = sorted((scenes / "test2017").iterdir())
+    images = sorted((synthetic_coco / "test2017").iterdir())
     lines = _say(capsys, "caption", run, *images).splitlines()
     assert [line.split("\t")[1] for line in lines] == [by_number[number] for number in range(1, 9)]
     # With the captions of the other images, they are what a leaderboard takes.
@@ -145,7 +147,7 @@ def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on
     assert said.endswith(f"upload {tmp_path / 'upload' / 'nocaps_val_tiny_results.json'}\n")
     wanted = "8 of 8 images of split 'test' have no captions; wanted them to score against"
     assert wanted in _refuse(capsys, "score", run, "--split", "test", "--shards", shards)
-    tiny(tmp_path, shards, "data.train_split=test", "data.val_split=test")
+    tiny_config(tmp_path, shards, "data.train_split=test", "data.val_split=test")
     said = _refuse(capsys, "train", tmp_path / "experiment.toml", "--out", tmp_path / "run")
     assert "have no captions; wanted them to train; pack the data set with its captions" in said
     assert "wanted either RUN IMAGE ..." in _refuse(capsys, "caption", run, images[0], "--split", "test")
@@ -178,7 +180,7 @@ def test_shards_behind_a_url_are_verified_shown_and_trained_on_as_in_their_folde
     assert by_url.replace(url, str(packed)) == by_folder
     # Room for two shards of three: what is read comes and goes.
     largest = max(path.stat().st_size for path in packed.glob("*.tar"))
-    tiny(tmp_path, packed, "train.epochs=1")
+    tiny_config(tmp_path, packed, "train.epochs=1")
     changes = (
         f"data.shards={url}",
         f"data.cache={tmp_path / 'small'}",
@@ -186,7 +188,7 @@ def test_shards_behind_a_url_are_verified_shown_and_trained_on_as_in_their_folde
     )
     options = [word for change in changes for word in ("--set", change)]
     main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run"), *options])
-    assert losses(tmp_path / "run") == losses(run)
+    assert logged_losses(tmp_path / "run") == logged_losses(run)
     assert 0 < len(list((tmp_path / "small").glob("*.tar"))) <= 2
 
 

@@ -28,8 +28,8 @@ def assert_packed(out: Path, split: str, files: dict[int, Path], captions: dict[
 
 
 @pytest.mark.parametrize("layout", ["captions.txt", "Flickr8k.token.txt"])
-def test_flickr8k(shared: Path, tmp_path: Path, layout: str) -> None:
-    data = shared / "flickr8k"
+def test_flickr8k(real_data: Path, tmp_path: Path, layout: str) -> None:
+    data = real_data / "flickr8k"
     pack(
         *("flickr8k", "--images", data / "Images", "--captions", data / layout, "--splits", data),
         *("--out", tmp_path, "--expect", "train=6000", "--expect", "val=1000"),
@@ -45,8 +45,8 @@ def test_flickr8k(shared: Path, tmp_path: Path, layout: str) -> None:
         assert_packed(tmp_path, split, files, captions)
 
 
-def test_coco_2017(shared: Path, tmp_path: Path) -> None:
-    data = shared / "coco_sample"
+def test_coco_2017(real_data: Path, tmp_path: Path) -> None:
+    data = real_data / "coco_sample"
     for split in ("train", "val"):
         source = data / "annotations" / f"captions_{split}2017.json"
         pack(
@@ -69,9 +69,9 @@ def test_coco_2017(shared: Path, tmp_path: Path) -> None:
     assert verify(tmp_path, deep=True).problems == []
 
 
-def test_karpathys_layout(shared: Path, tmp_path: Path) -> None:
+def test_karpathys_layout(real_data: Path, tmp_path: Path) -> None:
     # Of these records there are no images here; drawn ones stand in for them.
-    source = shared / "coco_karpathy" / "dataset_coco_format_example.json"
+    source = real_data / "coco_karpathy" / "dataset_coco_format_example.json"
     captions, files = defaultdict(dict), defaultdict(dict)
     for number, image in enumerate(json.loads(source.read_text())["images"]):
         path = tmp_path / "coco" / image["filepath"] / image["filename"]
@@ -87,8 +87,8 @@ def test_karpathys_layout(shared: Path, tmp_path: Path) -> None:
         assert_packed(out, split, files[split], captions[split])
 
 
-def test_a_sample_of_coco_is_not_taken_for_coco(shared: Path, tmp_path: Path, capsys) -> None:
-    data = shared / "coco_sample"
+def test_a_sample_of_coco_is_not_taken_for_coco(real_data: Path, tmp_path: Path, capsys) -> None:
+    data = real_data / "coco_sample"
     captions = data / "annotations" / "captions_val2017.json"
     with pytest.raises(SystemExit):
         pack(

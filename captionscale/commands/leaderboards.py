@@ -60,4 +60,4 @@ def _leaderboard(options: argparse.Namespace) -> None:
     if done.upload:
         print(f"upload {done.upload}")
     else:
-        print(f"not to upload yet: its archive needs {done.waits_for} too, by --set {done.waits_for}")
+        print(f"not to upload yet: its archive needs {done.missing_set} too, by --set {done.missing_set}")

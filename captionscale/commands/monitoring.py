@@ -37,7 +37,7 @@ def add(verbs: Verbs) -> None:
 
 def _doctor(options: argparse.Namespace) -> None:
     from captionscale.tools.doctor.doctor import doctor
-    from captionscale.tools.doctor.report import leave
+    from captionscale.tools.doctor.report import exit_process
 
     healthy = doctor(
         (lambda: settings(options)) if options.config else None,
@@ -50,7 +50,7 @@ def _doctor(options: argparse.Namespace) -> None:
         as_json=options.json,
     )
     sys.stdout.flush()
-    leave(0 if healthy else 1)
+    exit_process(0 if healthy else 1)
 
 
 def _watch(options: argparse.Namespace) -> None:

@@ -81,8 +81,8 @@ def _caption(options: argparse.Namespace) -> None:
             " --out RESULTS"
         )
     need_run(options.run)
-    from captionscale.tools.captioner_api import Writer
-    from captionscale.tools.ensemble import open_members
+    from captionscale.tools.captioner_api import CaptionPipeline
+    from captionscale.tools.ensemble import open_ensemble
     from captionscale.tools.scoring import caption_run
 
     if options.split:
@@ -100,10 +100,12 @@ def _caption(options: argparse.Namespace) -> None:
         if count is not None:
             print(f"{options.out}: {count:,} captions, in COCO's results format")
         return
-    members = open_members(
+    members = open_ensemble(
         options.run, options.others, checkpoint=options.checkpoint, changes=search_changes(options)
     )
-    captions = Writer(members).caption(options.images, prefix=options.prefix, require=options.require)
+    captions = CaptionPipeline(members).caption(
+        options.images, prefix=options.prefix, require=options.require
+    )
     for path, found in zip(options.images, captions, strict=True):
         print(f"{for_terminal(str(path))}\t{for_terminal(found.caption)}")
 
@@ -171,7 +173,7 @@ def _score(options: argparse.Namespace) -> None:
     for name, value in receipt.scores.items():
         low, high = receipt.intervals[name]
         print(f"{name:{width}} {value:.10f}  [{low:.4f}, {high:.4f}]")
-    print("", *table(receipt.panel), "", *receipt.notes, sep="\n")
+    print("", *table(receipt.diagnostics), "", *receipt.notes, sep="\n")
     print(f"{receipt.counts['images']:,} images{f'; receipt: {place}' if place else ''}")
 
 
@@ -188,11 +190,11 @@ def _gigabytes(text: str) -> float:
 
 def _compare(options: argparse.Namespace) -> None:
     from captionscale.score import Receipt
-    from captionscale.score.comparison import compare, find, table
+    from captionscale.score.comparison import compare, find_receipt, table
 
-    first, second = (find(path) for path in (options.first, options.second))
+    first, second = (find_receipt(path) for path in (options.first, options.second))
     found = compare(Receipt.read(first), Receipt.read(second), top=options.top)
     if options.json:
-        print(json.dumps({"first": str(first), "second": str(second), **found.tree()}, indent=1))
+        print(json.dumps({"first": str(first), "second": str(second), **found.to_dict()}, indent=1))
     else:
         print(f"A: {first}", f"B: {second}", "", *table(found), sep="\n")

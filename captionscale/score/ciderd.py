@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Integer, UInt64
 
-from captionscale.score.ngrams import ORDERS, Block, Groups, Texts, blocks, compare
+from captionscale.score.ngrams import MAX_ORDER, Block, Groups, Texts, blocks, encode_corpus
 
 _SIGMA = 6.0
 
@@ -25,17 +25,17 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> F
     rarer than another, and so has each image where no reference has a word.
 
     Args:
-        candidates: Tokenised, one for each image.
-        references: Tokenised, of each image one or more.
+        candidates: Tokenized, one for each image.
+        references: Tokenized, of each image one or more.
 
     Raises:
         ValueError: More images in one than in the other, or one without a reference.
     """
-    pairs = compare(candidates, references)
+    pairs = encode_corpus(candidates, references)
     return _Scorer(pairs.references).score(pairs.candidates, pairs.blocks)
 
 
-class Reward:
+class CiderDReward:
     """CIDEr-D of sampled captions, against references of which all is known beforehand.
 
     Captions and references are the captioner's tokens, the end token with them: without it in both, training
@@ -81,8 +81,8 @@ class _Scorer:
 
     def __init__(self, references: Groups):
         self.references = references
-        self.rarity, squares = _Rarity.of(references)
-        self.norms = np.empty((ORDERS, len(references.texts.lengths)))
+        self.idf, squares = _Idf.of(references)
+        self.norms = np.empty((MAX_ORDER, len(references.texts.lengths)))
         for block in blocks(references.texts, references):
             places = references.texts.places(block.rows, block.masks.shape[1])
             counts, first = block.n_grams()
@@ -90,7 +90,7 @@ class _Scorer:
             self.norms[:, block.rows] = _norms(weights, counts[:, 0], block)
 
     def score(self, captions: Texts, near: Iterable[Block]) -> Float64[np.ndarray, "caption"]:
-        squares = self.rarity.squared(captions)
+        squares = self.idf.squared(captions)
         scores = np.zeros(len(captions.lengths))
         for block in near:
             places = captions.places(block.rows, block.masks.shape[1])
@@ -103,11 +103,11 @@ class _Scorer:
             np.divide(cosines, norms, out=cosines, where=norms != 0)
             away = block.lengths[1:] - block.lengths[0]
             penalties = np.exp(-(away**2) / (2 * _SIGMA**2))
-            scores[block.rows] = 10 / ORDERS * (cosines.sum(axis=0) * penalties).mean(axis=0)
+            scores[block.rows] = 10 / MAX_ORDER * (cosines.sum(axis=0) * penalties).mean(axis=0)
         return scores
 
 
-class _Rarity:
+class _Idf:
     """How rare each n-gram is: log of the number of images by those whose references have it.
 
     An n-gram that no image has counts as if one had it, so those that one image has need not be kept.  Then
@@ -121,26 +121,26 @@ class _Rarity:
         self.levels: list[_Level] = []
 
     @classmethod
-    def of(cls, references: Groups) -> tuple["_Rarity", Float64[np.ndarray, "n word"]]:
+    def of(cls, references: Groups) -> tuple["_Idf", Float64[np.ndarray, "n word"]]:
         """Count n-grams; beside it, what `squared` would say of the same texts."""
         texts, images = references.texts, len(references.starts) - 1
         # One number more than there are, for words that no reference has.
-        rarity = cls(images, int(texts.words.max(initial=-1)) + 2)
+        idf = cls(images, int(texts.words.max(initial=-1)) + 2)
         image_of = np.repeat(np.arange(images, dtype=np.uint64), np.diff(texts.starts[references.starts]))
-        return rarity, rarity._walk(texts, image_of)
+        return idf, idf._walk(texts, image_of)
 
     def squared(self, texts: Texts) -> Float64[np.ndarray, "n word"]:
-        """Return the squared rarity of the n-grams that begin at each word."""
+        """Return the squared idf of the n-grams that begin at each word."""
         return self._walk(texts, None)
 
     def _walk(
         self, texts: Texts, image_of: UInt64[np.ndarray, "word"] | None
     ) -> Float64[np.ndarray, "n word"]:
         most = np.log(max(1, self.images)) ** 2
-        squares = np.full((ORDERS, len(texts.words)), most)
+        squares = np.full((MAX_ORDER, len(texts.words)), most)
         words = np.minimum(texts.words, self.words - 1).astype(np.uint64)
         at, keys = np.arange(len(words)), words
-        for n in range(ORDERS):
+        for n in range(MAX_ORDER):
             if image_of is not None:
                 self.levels.append(_Level(keys, image_of[at], self.images))
             level = self.levels[n]
@@ -166,8 +166,8 @@ class _Level:
         spread = seen[firsts[kept]] * _SPREAD
         order = np.argsort(spread)
         counts = counts[kept[order]]
-        rarity = np.where(counts == images, 0.0, np.log(max(1, images)) - np.log(counts))
-        self.squares = np.append(rarity**2, np.nan)
+        idf = np.where(counts == images, 0.0, np.log(max(1, images)) - np.log(counts))
+        self.squares = np.append(idf**2, np.nan)
         self.spread = np.append(spread[order], np.uint64(2**64 - 1))
         # Where each bucket of equal high bits begins; one holds half an n-gram in the mean.
         self.shift = np.uint64(63 - len(order).bit_length())

@@ -1,4 +1,4 @@
-"""CLIPScore: does a caption fit its picture, as CLIP sees it?"""
+"""CLIPScore: does a caption fit its image, as CLIP sees it?"""
 
 import logging
 import warnings
@@ -20,7 +20,7 @@ from captionscale.data.shards import Split
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import cores, sha256_of
 from captionscale.progress import Bar, progress
-from captionscale.score.optional_metrics import Extra
+from captionscale.score.optional_metrics import OptionalMetrics
 
 PROMPT = "A photo depicts "
 WEIGHT = 2.5
@@ -34,8 +34,8 @@ class Clip(NamedTuple):
     """A CLIP with the functions that prepare what it reads, as open_clip makes them."""
 
     model: Any
-    prepare: Callable[[Image.Image], Tensor]
-    tokenise: Callable[[list[str]], Tensor]
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
     device: torch.device
     signature: str
 
@@ -90,18 +90,18 @@ def measure(
     clip: Clip,
     *,
     batch: int = 64,
-) -> Extra:
+) -> OptionalMetrics:
     """Compute CLIPScore and RefCLIPScore of one caption for each image of a split.
 
     Args:
-        split: Its pictures are read.
+        split: Its images are read.
         captions: The caption of each image, as it was written.
         references: The human captions of each image.
         clip: Which `load` returns.
-        batch: Pictures or texts that CLIP reads at once.
+        batch: Images or texts that CLIP reads at once.
 
     Raises:
-        UserError: A damaged picture.
+        UserError: A damaged image.
 
     Source:
         As `clip_s`.  Everything is fp32, as the authors' code is on a CPU; on a GPU theirs is fp16, which
@@ -118,7 +118,7 @@ def measure(
         images = _images(clip, split, items, batch, bar)
     scores = clip_s(images, candidates)
     counts = np.array([len(group) for group in human])
-    return Extra(
+    return OptionalMetrics(
         {"CLIPScore": scores, "RefCLIPScore": ref_clip_s(scores, candidates, others, counts)}, clip.signature
     )
 
@@ -154,7 +154,7 @@ def load(weights: Path, name: str = MODEL) -> Clip:
         raise UserError(f"--clip-model: unknown '{name}'; {did_you_mean(name, open_clip.list_models())}")
     if configuration["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name"}:
         raise UserError(
-            f"--clip-model: {name} reads its tokeniser from the internet, wanted a model that open_clip"
+            f"--clip-model: {name} reads its tokenizer from the internet, wanted a model that open_clip"
             f" carries whole; take another, such as {MODEL}"
         )
     archive = _is_torchscript(weights)
@@ -167,7 +167,9 @@ def load(weights: Path, name: str = MODEL) -> Clip:
         # By an absolute path: a bare name such as `openai` is a tag, and is downloaded.
         file = None if archive else str(weights.resolve())
         with _quietly():
-            model, _, prepare = open_clip.create_model_and_transforms(name, pretrained=file, precision="fp32")
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                name, pretrained=file, precision="fp32"
+            )
             if archive:
                 model.load_state_dict(_of_archive(weights))
     # What a damaged or foreign file makes PyTorch and pickle raise is of many kinds.
@@ -178,8 +180,8 @@ def load(weights: Path, name: str = MODEL) -> Clip:
         ) from None
     return Clip(
         model=model.eval(),
-        prepare=prepare,
-        tokenise=open_clip.get_tokenizer(name),
+        preprocess=preprocess,
+        tokenizer=open_clip.get_tokenizer(name),
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         signature=f"clipscore open_clip-{open_clip.__version__} {name} sha256={sha256_of(weights)}",
     )
@@ -215,7 +217,7 @@ def _texts(clip: Clip, texts: Sequence[str], batch: int, bar: Bar) -> Rows:
     rows = []
     for start in range(0, len(texts), batch):
         prompted = [PROMPT + text for text in texts[start : start + batch]]
-        rows.append(clip.model.encode_text(clip.tokenise(prompted).to(clip.device)).float().cpu().numpy())
+        rows.append(clip.model.encode_text(clip.tokenizer(prompted).to(clip.device)).float().cpu().numpy())
         bar.advance(len(prompted))
     return np.concatenate(rows)
 
@@ -234,7 +236,7 @@ def _views(
 ) -> Iterator[Float32[Tensor, "image 3 height width"]]:
     def view(item: int) -> Tensor:
         place = f"{split.place}: image {split.index['image_id'][item]}"
-        return clip.prepare(decode(split.image(item), place))
+        return clip.preprocess(decode(split.image(item), place))
 
     with ThreadPoolExecutor(cores()) as threads:
         for start in range(0, len(items), batch):

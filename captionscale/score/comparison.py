@@ -9,9 +9,9 @@ from jaxtyping import Float64
 
 from captionscale.errors import UserError
 from captionscale.progress import working
-from captionscale.score.intervals import interval, resampled
+from captionscale.score.intervals import bootstrap_scores, interval
 from captionscale.score.receipt import Receipt
-from captionscale.score.tokenizer import UNSEEN
+from captionscale.score.tokenizer import INVISIBLE
 
 RESAMPLES = 10_000
 _SEED = 0
@@ -29,7 +29,7 @@ class Difference:
         second: The second one's.
         difference: Second less first.
         interval: Where 95 % of the differences on other sets of images lie.
-        p: How often chance alone would part two equals so far, in either direction.
+        p_value: How often chance alone would part two equals so far, in either direction.
         won: Images at which the second one scores higher.
         lost: At which lower.
         tied: At which both score the same.
@@ -40,7 +40,7 @@ class Difference:
     second: float
     difference: float
     interval: tuple[float, float]
-    p: float
+    p_value: float
     won: int
     lost: int
     tied: int
@@ -68,16 +68,16 @@ class Comparison:
     Attributes:
         images: How many.
         differences: Of each metric that both have.
-        changed_in: The metric by which `changed` is chosen.
-        changed: The images that changed most, the most first.
+        ranked_by: The metric by which `most_changed` is chosen.
+        most_changed: The images that changed most, the most first.
     """
 
     images: int
     differences: list[Difference]
-    changed_in: str
-    changed: list[Change]
+    ranked_by: str
+    most_changed: list[Change]
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
         return asdict(self)
 
@@ -103,7 +103,7 @@ def compare(first: Receipt, second: Receipt, *, top: int = 5) -> Comparison:
     metrics = [metric for metric in first.scores if metric in second.scores]
     with working(f"scoring both on {RESAMPLES:,} sets of {len(first.images.ids):,} images"):
         resamples = [
-            resampled(receipt.images.statistics, metrics, resamples=RESAMPLES, seed=_SEED)
+            bootstrap_scores(receipt.images.statistics, metrics, resamples=RESAMPLES, seed=_SEED)
             for receipt in (first, second)
         ]
     differences = [
@@ -116,8 +116,8 @@ def compare(first: Receipt, second: Receipt, *, top: int = 5) -> Comparison:
     return Comparison(
         images=len(changes),
         differences=differences,
-        changed_in=ranking,
-        changed=[
+        ranked_by=ranking,
+        most_changed=[
             Change(
                 first.images.ids[at],
                 float(changes[at]),
@@ -136,19 +136,19 @@ def table(comparison: Comparison) -> list[str]:
         low, high = each.interval
         lines.append(
             f"{each.metric:{width}}{each.first:9.4f}{each.second:9.4f}{each.difference:+10.4f}"
-            f"  [{low:+.4f}, {high:+.4f}]{each.p:8.4f}{each.won:8,}{each.lost:8,}{each.tied:8,}"
+            f"  [{low:+.4f}, {high:+.4f}]{each.p_value:8.4f}{each.won:8,}{each.lost:8,}{each.tied:8,}"
         )
     lines.append(f"{comparison.images:,} images")
-    if comparison.changed:
-        lines += ["", f"changed most, by {comparison.changed_in}:"]
-    for change in comparison.changed:
+    if comparison.most_changed:
+        lines += ["", f"changed most, by {comparison.ranked_by}:"]
+    for change in comparison.most_changed:
         # A receipt may come from anywhere, and its captions may hold what moves the cursor.
-        one, other = (UNSEEN.sub(" ", caption) for caption in change.captions)
+        one, other = (INVISIBLE.sub(" ", caption) for caption in change.captions)
         lines += [f"  {change.image_id}  {change.difference:+.4f}", f"    A: {one}", f"    B: {other}"]
     return lines
 
 
-def find(path: Path) -> Path:
+def find_receipt(path: Path) -> Path:
     """Return the receipt that a path means: itself, or the one of a run's folder or of one of its scorings.
 
     Raises:
@@ -167,7 +167,7 @@ def find(path: Path) -> Path:
 
 
 def _refuse_unlike(first: Receipt, second: Receipt) -> None:
-    ours, theirs = first.yardstick, second.yardstick
+    ours, theirs = first.metric_signature, second.metric_signature
     for name, part in ours.items():
         if theirs.get(name, part) != part:
             raise UserError(
@@ -199,7 +199,7 @@ def _difference(
         second=other,
         difference=other - one,
         interval=interval(resampled),
-        p=p_value(resampled),
+        p_value=p_value(resampled),
         won=int((by_image > 0).sum()),
         lost=int((by_image < 0).sum()),
         tied=int((by_image == 0).sum()),

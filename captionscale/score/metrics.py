@@ -2,7 +2,7 @@
 
 Source:
     Chen et al. 2015, "Microsoft COCO Captions: Data Collection and Evaluation Server" (arXiv:1504.00325);
-    its code is the package pycocoevalcap.  Its PTB tokeniser and METEOR are Java programs, which we start
+    its code is the package pycocoevalcap.  Its PTB tokenizer and METEOR are Java programs, which we start
     ourselves: its wrappers write into site-packages, hang when Java dies, and move captions to other images
     when one of them holds a line separator.  BLEU, ROUGE-L and CIDEr-D are of our own
     kernels or, on request, of its classes.
@@ -19,14 +19,14 @@ from jaxtyping import Float, Float64
 from captionscale.errors import UserError, did_you_mean, some
 from captionscale.files import cores
 from captionscale.score import bleu, ciderd, meteor, rouge
-from captionscale.score.tokenizer import tokenise
+from captionscale.score.tokenizer import tokenize
 
 METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
 
 _MOST_WORDS = 5000
 
 # Of a metric the corpus figure and those of the images.
-Figures = tuple[float, Sequence[float]]
+MetricScores = tuple[float, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,20 @@ class Scores:
         values: The corpus figure of each metric, 0 to 1 (CIDEr-D: 0 to 10).
         image_ids: The images, in ascending order.
         per_image: The figures of each metric for each image, in the order of `image_ids`.
-        statistics: Of each family of metrics (the four of BLEU are one) a row for each image. `corpus` makes
+        statistics: Of each family of metrics (the four of BLEU are one) a row for each image. `corpus_score` makes
             the figure of any images, repeated ones too, from the sum of their rows.
-        theirs: Whether pycocoevalcap's own classes made the figures.
+        reference_implementation: Whether pycocoevalcap's own classes made the figures.
     """
 
     values: dict[str, float]
     image_ids: list[int]
     per_image: dict[str, list[float]]
     statistics: dict[str, Float64[np.ndarray, "image _"]]
-    theirs: bool = False
+    reference_implementation: bool = False
 
 
 class Evaluator:
-    """Scores captions again and again: METEOR's JVMs stay warm, and each reference is tokenised once."""
+    """Scores captions again and again: METEOR's JVMs stay warm, and each reference is tokenized once."""
 
     def __init__(
         self,
@@ -67,9 +67,9 @@ class Evaluator:
             reference_implementation: Take pycocoevalcap's own classes, and METEOR as one JVM with its whole
                 table of paraphrases: slower, and the same to the last digit.
         """
-        self._theirs = reference_implementation
+        self._reference_implementation = reference_implementation
         self._meteor = meteor.Meteor(workers=workers or cores(), gb=meteor_gb, full=reference_implementation)
-        self._tokenised: dict[str, str] = {}
+        self._tokenized: dict[str, str] = {}
 
     def __enter__(self) -> "Evaluator":
         """Return it as it is."""
@@ -115,7 +115,7 @@ class Evaluator:
         _check(captions, references, metrics)
         # Sorted, because a sum of floats depends on its order.
         image_ids = sorted(references)
-        candidates, targets = self._tokenise(
+        candidates, targets = self._tokenize(
             [captions[image_id] for image_id in image_ids], [references[image_id] for image_id in image_ids]
         )
         _refuse_endless(image_ids, candidates, targets)
@@ -124,7 +124,7 @@ class Evaluator:
                 f"score: found no word in the references of {len(image_ids)} images, wanted sentences;"
                 " give the human captions as references"
             )
-        figures: dict[str, Figures] = {}
+        figures: dict[str, MetricScores] = {}
         statistics: dict[str, Float64[np.ndarray, "image _"]] = {}
         self._meteor.open()
         with ThreadPoolExecutor(1) as beside:
@@ -132,9 +132,9 @@ class Evaluator:
                 waiting = beside.submit(self._meteor.measure, candidates, targets, once=once)
             try:
                 _n_gram_metrics(candidates, targets, metrics, figures, statistics)
-                if self._theirs:
+                if self._reference_implementation:
                     found = {number: [caption] for number, caption in enumerate(candidates)}
-                    figures |= their_n_grams(found, dict(enumerate(targets)), metrics)
+                    figures |= pycocoevalcap_scores(found, dict(enumerate(targets)), metrics)
                 if "METEOR" in metrics:
                     value, per_image, statistics["METEOR"] = waiting.result()
                     figures["METEOR"] = value, per_image.tolist()
@@ -147,17 +147,17 @@ class Evaluator:
             image_ids=image_ids,
             per_image={metric: [float(figure) for figure in figures[metric][1]] for metric in metrics},
             statistics=statistics,
-            theirs=self._theirs,
+            reference_implementation=self._reference_implementation,
         )
 
-    def _tokenise(
+    def _tokenize(
         self, captions: Sequence[str], references: Sequence[Sequence[str]]
     ) -> tuple[list[str], list[list[str]]]:
-        """Return both as words; of the references only new ones have yet to be tokenised."""
-        new = list({text: None for group in references for text in group if text not in self._tokenised})
-        tokenised = tokenise([*captions, *new])
-        self._tokenised.update(zip(new, tokenised[len(captions) :], strict=True))
-        return tokenised[: len(captions)], [[self._tokenised[text] for text in group] for group in references]
+        """Return both as words; of the references only new ones have yet to be tokenized."""
+        new = list({text: None for group in references for text in group if text not in self._tokenized})
+        tokenized = tokenize([*captions, *new])
+        self._tokenized.update(zip(new, tokenized[len(captions) :], strict=True))
+        return tokenized[: len(captions)], [[self._tokenized[text] for text in group] for group in references]
 
 
 def measure(
@@ -181,12 +181,12 @@ def family(metric: str) -> str:
     return "BLEU" if metric.startswith("BLEU") else metric
 
 
-def corpus(metric: str, sums: Float[np.ndarray, "*any _"]) -> Float64[np.ndarray, "*any"]:
+def corpus_score(metric: str, sums: Float[np.ndarray, "*any _"]) -> Float64[np.ndarray, "*any"]:
     """Return a metric's figure of any images, of the sum of their rows of `Scores.statistics`."""
     if metric == "METEOR":
-        return meteor.corpus(sums)
+        return meteor.corpus_score(sums)
     if family(metric) == "BLEU":
-        return np.asarray(bleu.corpus(sums)[..., int(metric[-1]) - 1])
+        return np.asarray(bleu.corpus_score(sums)[..., int(metric[-1]) - 1])
     return np.asarray(sums[..., 0] / sums[..., 1])
 
 
@@ -231,13 +231,13 @@ def _n_gram_metrics(
     candidates: Sequence[str],
     references: Sequence[Sequence[str]],
     metrics: Sequence[str],
-    figures: dict[str, Figures],
+    figures: dict[str, MetricScores],
     statistics: dict[str, Float64[np.ndarray, "image _"]],
 ) -> None:
     """Add our figures, and what they are made of, to what there is."""
     if any(family(metric) == "BLEU" for metric in metrics):
         rows = statistics["BLEU"] = bleu.statistics(candidates, references)
-        table = zip(bleu.corpus(rows.sum(0)), bleu.corpus(rows).T, strict=True)
+        table = zip(bleu.corpus_score(rows.sum(0)), bleu.corpus_score(rows).T, strict=True)
         figures |= {
             f"BLEU-{n}": (float(value), per_image.tolist()) for n, (value, per_image) in enumerate(table, 1)
         }
@@ -248,14 +248,14 @@ def _n_gram_metrics(
             statistics[metric] = np.stack([per_image, np.ones_like(per_image)], axis=1)
 
 
-def their_n_grams(
+def pycocoevalcap_scores(
     captions: dict[int, list[str]], references: dict[int, list[str]], metrics: Sequence[str] = METRICS
-) -> dict[str, Figures]:
+) -> dict[str, MetricScores]:
     """Return BLEU, ROUGE-L and CIDEr-D by pycocoevalcap's own classes.
 
     Args:
-        captions: Tokenised, one for each image.
-        references: Tokenised, of the same images in the same order.
+        captions: Tokenized, one for each image.
+        references: Tokenized, of the same images in the same order.
         metrics: Which of `METRICS`; METEOR is none of these.
     """
     # Imported here: they load the Python debugger.
@@ -263,7 +263,7 @@ def their_n_grams(
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    figures: dict[str, Figures] = {}
+    figures: dict[str, MetricScores] = {}
     if any(family(metric) == "BLEU" for metric in metrics):
         bleus = Bleu(4).compute_score(references, captions, verbose=0)
         figures |= {f"BLEU-{n}": result for n, result in enumerate(zip(*bleus, strict=True), start=1)}

@@ -16,7 +16,7 @@ from itertools import chain, count
 import numpy as np
 from jaxtyping import Bool, Int, Integer, Shaped
 
-ORDERS = 4
+MAX_ORDER = 4
 
 # The bits of masks, from the cheapest on, and what holds longer ones.
 _BITS = np.array([8, 12, 16, 20, 24, 32, 64])
@@ -123,22 +123,22 @@ class Block:
         former says nothing.
         """
         width = self.masks.shape[1]
-        found = np.zeros((ORDERS, *self.masks.shape), self.masks.dtype)
+        found = np.zeros((MAX_ORDER, *self.masks.shape), self.masks.dtype)
         found[0] = self.masks
-        for n in range(1, min(ORDERS, width)):
+        for n in range(1, min(MAX_ORDER, width)):
             np.bitwise_and(found[n - 1, :, :-n], self.masks[:, n:] >> n, out=found[n, :, :-n])
         # Mostly a text has it once or never, and counting bits is slow. Of what is there once, no longer
         # n-gram is there more often.
         counts = (found != 0).astype(np.int64) if found.dtype == object else (found != 0).view(np.uint8)
         several = np.flatnonzero(self.masks & (self.masks - self.masks.dtype.type(1)) != 0)
-        flat = (ORDERS, -1)
+        flat = (MAX_ORDER, -1)
         counts.reshape(flat)[:, several] = np.bitwise_count(found.reshape(flat)[:, several])
-        before = lowest(np.arange(width), found.dtype)[:, None]
-        inside = np.arange(width)[:, None] + np.arange(ORDERS)[:, None, None] < self.lengths[0]
+        before = low_bit_masks(np.arange(width), found.dtype)[:, None]
+        inside = np.arange(width)[:, None] + np.arange(MAX_ORDER)[:, None, None] < self.lengths[0]
         return counts, inside & (found[:, 0] & before == 0)
 
 
-def lowest(bits: Int[np.ndarray, "*any"], dtype: np.dtype) -> Shaped[np.ndarray, "*any"]:
+def low_bit_masks(bits: Int[np.ndarray, "*any"], dtype: np.dtype) -> Shaped[np.ndarray, "*any"]:
     """Return masks of the lowest bits."""
     masks = (1 << np.arange(bits.max(initial=0) + 1, dtype=object)) - 1
     return masks.astype(dtype).take(bits)
@@ -199,12 +199,12 @@ def _block(
             np.add(byte, byte, out=byte)
             np.bitwise_or(byte, equal.view(np.uint8), out=byte)
         masks = byte.astype(dtype) | (masks << 8 if start + 8 < width else 0)
-    masks &= lowest(lengths, masks.dtype)[:, None]
+    masks &= low_bit_masks(lengths, masks.dtype)[:, None]
     return Block(rows, texts, lengths, masks)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EncodedCorpus:
     """Candidates beside the references of their images."""
 
     candidates: Texts
@@ -217,9 +217,9 @@ class Comparison:
         return list(blocks(self.candidates, self.references, images))
 
 
-def compare(
+def encode_corpus(
     candidates: Sequence[str], references: Sequence[Sequence[str]], *, by_spaces: bool = False
-) -> Comparison:
+) -> EncodedCorpus:
     """Return texts as numbers; the last ones are kept, for the metric that asks next.
 
     Args:
@@ -239,7 +239,7 @@ def compare(
 @lru_cache(maxsize=1)
 def _numbered(
     candidates: tuple[str, ...], references: tuple[tuple[str, ...], ...]
-) -> tuple[Comparison, Comparison]:
+) -> tuple[EncodedCorpus, EncodedCorpus]:
     """Return texts as parted by single spaces, and by white space."""
     texts = [*candidates, *chain.from_iterable(references)]
     words = " ".join(texts).split(" ") if texts else []
@@ -260,10 +260,10 @@ def _numbered(
     return spaced, _parted(by_white_space, references)
 
 
-def _parted(texts: Texts, references: tuple[tuple[str, ...], ...]) -> Comparison:
+def _parted(texts: Texts, references: tuple[tuple[str, ...], ...]) -> EncodedCorpus:
     images = len(references)
     own = int(texts.starts[images])
-    return Comparison(
+    return EncodedCorpus(
         Texts(texts.words[:own], texts.starts[: images + 1]),
         Groups(Texts(texts.words[own:], texts.starts[images:] - own), _offsets(references)),
     )

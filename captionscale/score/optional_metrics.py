@@ -7,7 +7,7 @@ from jaxtyping import Float64
 
 
 @dataclass(frozen=True)
-class Extra:
+class OptionalMetrics:
     """Figures of metrics of which the corpus has the mean over its images.
 
     Attributes:

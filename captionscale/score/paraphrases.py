@@ -43,7 +43,7 @@ _THREADS = 3
 _ODD = bytes(letter not in b"abcdefghijklmnopqrstuvwxyz0123456789 \n" for letter in range(256))
 
 
-class Phrases:
+class PhraseIndex:
     """What may be looked up in texts: all n-grams of their runs of letters and digits, and the empty one.
 
     Only their hashes are kept, as millions of phrases would take a gigabyte. Two phrases of one hash are
@@ -59,12 +59,12 @@ class Phrases:
         self._sieve = np.zeros(1 << _SIEVE_BITS, bool)
         self._sieve[_places(self._hashes)] = True
 
-    def may_hold(self, hashes: UInt64[np.ndarray, "phrase"]) -> Bool[np.ndarray, "phrase"]:
+    def may_contain(self, hashes: UInt64[np.ndarray, "phrase"]) -> Bool[np.ndarray, "phrase"]:
         """Tell of millions of phrases whether they are among these, and sometimes say yes for no."""
         held: Bool[np.ndarray, "phrase"] = self._sieve[_places(hashes)]
         return held
 
-    def hold(self, phrases: Sequence[bytes]) -> Bool[np.ndarray, "phrase"]:
+    def contains(self, phrases: Sequence[bytes]) -> Bool[np.ndarray, "phrase"]:
         """Tell whether phrases are among these."""
         _, _, hashes = _lines(b"\n".join([*phrases, b""]) if phrases else b"")
         at = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
@@ -72,8 +72,8 @@ class Phrases:
         return held
 
 
-def pairs(
-    references: Phrases, candidates: Phrases | None, stopped: Callable[[], bool] = lambda: False
+def filter_table(
+    references: PhraseIndex, candidates: PhraseIndex | None, stopped: Callable[[], bool] = lambda: False
 ) -> list[bytes]:
     """Return the entries of METEOR's table that these texts can use, as it stores them and in its order.
 
@@ -90,19 +90,21 @@ def pairs(
         starts, ends, hashes = _lines(block)
         left, right = hashes[1::3], hashes[2::3]
         if candidates is None:
-            hits = references.may_hold(left) | references.may_hold(right)
+            hits = references.may_contain(left) | references.may_contain(right)
         else:
-            hits = candidates.may_hold(left) & references.may_hold(right)
-            hits |= candidates.may_hold(right) & references.may_hold(left)
+            hits = candidates.may_contain(left) & references.may_contain(right)
+            hits |= candidates.may_contain(right) & references.may_contain(left)
         # Looked up by something else than what they are.
         odd = np.searchsorted(ends, np.flatnonzero(np.frombuffer(block.translate(_ODD), bool)))
         hits[odd[odd % 3 > 0] // 3] = True
         entries = np.flatnonzero(hits)
         a, b = ([_key(block[starts[line] : ends[line]]) for line in 3 * entries + side] for side in (1, 2))
         if candidates is None:
-            kept = references.hold(a) | references.hold(b)
+            kept = references.contains(a) | references.contains(b)
         else:
-            kept = candidates.hold(a) & references.hold(b) | candidates.hold(b) & references.hold(a)
+            kept = candidates.contains(a) & references.contains(b) | candidates.contains(
+                b
+            ) & references.contains(a)
         return [block[starts[3 * at] : ends[3 * at + 2] + 1] for at in entries[kept]]
 
     kept: list[bytes] = []

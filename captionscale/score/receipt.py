@@ -16,13 +16,13 @@ from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import MB, atomic, cores, read_file
 from captionscale.score import intervals, receipt_schema
-from captionscale.score.diagnostics import Panel, panel
+from captionscale.score.diagnostics import Diagnostics, diagnose
 from captionscale.score.metrics import METRICS, Scores, measure
-from captionscale.score.optional_metrics import Extra
-from captionscale.score.signature import signature, yardstick
+from captionscale.score.optional_metrics import OptionalMetrics
+from captionscale.score.signature import metric_signature, signature
 from captionscale.vocab import split_words
 
-FORMAT = 2
+FORMAT = 3
 _SEED = 0
 _DIGITS = 10
 
@@ -35,7 +35,7 @@ Measure: TypeAlias = Callable[[Mapping[int, str], Mapping[int, Sequence[str]], S
 
 
 @dataclass(frozen=True, eq=False)
-class Images:
+class ImageResults:
     """What a receipt holds of each image, all in the order of `ids`."""
 
     ids: list[int] | list[str]
@@ -54,40 +54,40 @@ class Receipt:
         scores: The corpus figure of each metric, 0 to 1 (CIDEr-D: 0 to 10; CLIPScore: 0 to 2.5).
         intervals: Of each, where 95 % of the figures of other sets of images lie.
         bootstrap: How these were drawn.
-        panel: What the captions look like, beside people's.
+        diagnostics: What the captions look like, beside people's.
         counts: Images, captions, empty ones among them, their words, references.
         hashes: SHA-256 of captions and references, and of what the captions were made with.
-        signature: What was measured with what, in parts between `|`; see `yardstick`.
-        made_by: What made the captions.
+        signature: What was measured with what, in parts between `|`; see `metric_signature`.
+        provenance: What made the captions.
         notes: What a reader of the figures must know.
-        at: When, where and on what machine; everything else is the same wherever the command is given again.
+        environment: When, where and on what machine; everything else is the same wherever the command is given again.
         images: Each one's caption, scores and statistics.
     """
 
     scores: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     bootstrap: dict[str, Any]
-    panel: Panel
+    diagnostics: Diagnostics
     counts: dict[str, int]
     hashes: dict[str, str]
     signature: str
-    made_by: dict[str, Any]
+    provenance: dict[str, Any]
     notes: list[str]
-    at: dict[str, Any]
-    images: Images
+    environment: dict[str, Any]
+    images: ImageResults
 
     @property
-    def yardstick(self) -> dict[str, str]:
+    def metric_signature(self) -> dict[str, str]:
         """What the figures were measured with: parts of the signature by their first word.
 
         Two receipts may be ranked together if no part that both have differs.
         """
-        return yardstick(self.signature)
+        return metric_signature(self.signature)
 
     @property
     def sha256(self) -> str:
-        """Hash of everything but `at`: two receipts that share it are the same."""
-        return _hash({name: value for name, value in self._tree().items() if name != "at"})
+        """Hash of everything but `environment`: two receipts that share it are the same."""
+        return _hash({name: value for name, value in self._to_dict().items() if name != "environment"})
 
     def write(self, path: Path | str) -> None:
         """Write the receipt as JSON.
@@ -95,7 +95,7 @@ class Receipt:
         Raises:
             UserError: The place cannot be written.
         """
-        tree = self._tree()
+        tree = self._to_dict()
         images = tree.pop("images")
         # A key a line, so that people can read the head.
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
@@ -107,7 +107,7 @@ class Receipt:
 
     @staticmethod
     def read(path: Path) -> "Receipt":
-        """Read what `write` wrote, and prove that nobody has changed it since (but for `at`).
+        """Read what `write` wrote, and prove that nobody has changed it since (but for `environment`).
 
         Raises:
             UserError: No receipt, one that was cut short or edited, or one of another version.
@@ -122,20 +122,20 @@ class Receipt:
                 raise UserError(
                     f"{path}: a receipt of another version, wanted format {FORMAT}; score the captions again"
                 )
-            written, at = tree.pop("sha256"), tree.pop("at")
+            written, environment = tree.pop("sha256"), tree.pop("environment")
             if _hash({"format": FORMAT, **tree}) != written:
                 raise UserError(
                     f"{path}: was changed after it was written: its own sha256 {str(written)[:12]}... does"
                     " not fit; wanted it as it was; take the original, or score the captions again"
                 )
-            receipt_schema.check({**tree, "at": at})
+            receipt_schema.check({**tree, "environment": environment})
             images = tree.pop("images")
             bounds = {metric: (low, high) for metric, (low, high) in tree.pop("intervals").items()}
             return Receipt(
                 **tree,
                 intervals=bounds,
-                at=at,
-                images=Images(
+                environment=environment,
+                images=ImageResults(
                     images["ids"],
                     images["captions"],
                     {metric: np.asarray(figures, float) for metric, figures in images["scores"].items()},
@@ -148,7 +148,7 @@ class Receipt:
                 " captionscale score writes; score the captions again"
             ) from None
 
-    def _tree(self) -> dict[str, Any]:
+    def _to_dict(self) -> dict[str, Any]:
         facts = {"format": FORMAT} | {name: getattr(self, name) for name in self.__dataclass_fields__}
         return facts | {
             "intervals": {metric: list(bounds) for metric, bounds in self.intervals.items()},
@@ -167,10 +167,10 @@ def score(
     metrics: Sequence[str] = METRICS,
     *,
     measure: Measure = measure,
-    extras: Sequence[Extra] = (),
-    train: Sequence[str] | None = None,
-    vocabulary: int | None = None,
-    made_by: Mapping[str, Any] | None = None,
+    optional_metrics: Sequence[OptionalMetrics] = (),
+    train_captions: Sequence[str] | None = None,
+    vocabulary_size: int | None = None,
+    provenance: Mapping[str, Any] | None = None,
     hashes: Mapping[str, str] | None = None,
     hardware: Mapping[str, str] | None = None,
     notes: Sequence[str] = (),
@@ -182,16 +182,16 @@ def score(
         references: The human captions of each image, any number from one up.
         metrics: Which of `metrics.METRICS`.
         measure: How; `metrics.Evaluator.measure` is faster where other captions follow.
-        extras: Figures of other metrics, of the same images by ascending id.
-        train: All captions that the model was trained on, to tell what is novel.
-        vocabulary: How many words the model can say.
-        made_by: What made the captions, for the receipt.
+        optional_metrics: Figures of other metrics, of the same images by ascending id.
+        train_captions: All captions that the model was trained on, to tell what is novel.
+        vocabulary_size: How many words the model can say.
+        provenance: What made the captions, for the receipt.
         hashes: SHA-256 of things in it.
         hardware: What else to say of the machine.
         notes: What a reader of the figures must know.
 
     Returns:
-        The scores with what they are of. The same call gives the same receipt, but for `at`.
+        The scores with what they are of. The same call gives the same receipt, but for `environment`.
 
     Raises:
         UserError: As `metrics.measure`.
@@ -207,16 +207,16 @@ def score(
     found = measure(captions_by_number, references_by_number, metrics)
     figures = {metric: _rounded(values) for metric, values in found.per_image.items()}
     statistics, values = dict(found.statistics), dict(found.values)
-    for extra in extras:
+    for extra in optional_metrics:
         values |= extra.values
         for metric, each in extra.per_image.items():
             figures[metric] = _rounded(each)
             statistics[metric] = np.stack([each, np.ones(len(each))], axis=1)
     statistics = {family: _rounded(rows) for family, rows in statistics.items()}
     values = {metric: round(value, _DIGITS) for metric, value in values.items()}
-    drawn = intervals.resampled(statistics, list(values), seed=_SEED)
-    made_by = dict(made_by or {})
-    look = panel(captions, references, train=train, vocabulary=vocabulary)
+    drawn = intervals.bootstrap_scores(statistics, list(values), seed=_SEED)
+    provenance = dict(provenance or {})
+    look = diagnose(captions, references, train_captions=train_captions, vocabulary_size=vocabulary_size)
     empty = round(look["captions"]["empty"] * len(ids))
     return Receipt(
         scores=values,
@@ -227,7 +227,7 @@ def score(
             "resamples": intervals.RESAMPLES,
             "seed": _SEED,
         },
-        panel=look,
+        diagnostics=look,
         counts={
             "images": len(ids),
             "captions": len(captions),
@@ -240,16 +240,16 @@ def score(
             "references": references_sha256(references),
             **(hashes or {}),
         },
-        signature=signature(metrics, references_sha256(references), len(ids), extras, made_by),
-        made_by=made_by,
+        signature=signature(metrics, references_sha256(references), len(ids), optional_metrics, provenance),
+        provenance=provenance,
         notes=[*notes, *_notes(found, empty)],
-        at={
+        environment={
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": platform.node(),
-            "hardware": {"cpu": processor(), "cores": cores(), **(hardware or {})},
+            "hardware": {"cpu": cpu_name(), "cores": cores(), **(hardware or {})},
             "python": platform.python_version(),
         },
-        images=Images(ids, [captions[image_id] for image_id in ids], figures, statistics),
+        images=ImageResults(ids, [captions[image_id] for image_id in ids], figures, statistics),
     )
 
 
@@ -302,13 +302,13 @@ def _notes(found: Scores, empty: int) -> Iterator[str]:
     images = len(found.image_ids)
     if empty:
         yield f"{empty:,} of {images:,} captions are empty"
-    if found.theirs:
+    if found.reference_implementation:
         yield "measured by pycocoevalcap's own classes"
     if images == 1 and "CIDEr-D" in found.values:
         yield "CIDEr-D of a lone image is 0: no word is rarer than another"
 
 
-def processor() -> str:
+def cpu_name() -> str:
     """Return the name of this machine's processor."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from captionscale import parsing
-from captionscale.score.diagnostics import Panel
+from captionscale.score.diagnostics import Diagnostics
 from captionscale.score.metrics import METRICS, family
 
 _NUMBERS = {"BLEU": 10, "METEOR": 23}
@@ -37,13 +37,13 @@ class _Tree(msgspec.Struct, forbid_unknown_fields=True):
     scores: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     bootstrap: dict[str, Any]
-    panel: Panel
+    diagnostics: Diagnostics
     counts: _Counts
     hashes: _Hashes
     signature: str
-    made_by: dict[str, Any]
+    provenance: dict[str, Any]
     notes: list[str]
-    at: dict[str, Any]
+    environment: dict[str, Any]
     images: _Images
 
 

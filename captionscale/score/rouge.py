@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64, Int
 
-from captionscale.score.ngrams import Block, compare, lowest
+from captionscale.score.ngrams import Block, encode_corpus, low_bit_masks
 
 _BETA = 1.2
 
@@ -23,14 +23,14 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> F
     empty too.
 
     Args:
-        candidates: Tokenised, one for each image.
-        references: Tokenised, of each image one or more.
+        candidates: Tokenized, one for each image.
+        references: Tokenized, of each image one or more.
 
     Raises:
         ValueError: More images in one than in the other, or one without a reference.
     """
     figures = np.zeros(len(candidates))
-    for block in compare(candidates, references, by_spaces=True).blocks:
+    for block in encode_corpus(candidates, references, by_spaces=True).blocks:
         common = _common(block)
         precision = (common / block.lengths[0]).max(axis=0)
         recall = (common / block.lengths[1:]).max(axis=0)
@@ -46,7 +46,7 @@ def rouge_l(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> F
 def _common(block: Block) -> Int[np.ndarray, "reference row"]:
     """Return the length of the longest common subsequence of each candidate and each of its references."""
     masks, lengths = block.masks[1:], block.lengths[1:]
-    inside = lowest(lengths, masks.dtype)
+    inside = low_bit_masks(lengths, masks.dtype)
     # A bit that is 0 at the end is a place where the subsequence has grown.
     row = inside.copy()
     for place in range(masks.shape[1]):

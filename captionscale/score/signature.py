@@ -11,7 +11,7 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 from captionscale.config import Search
 from captionscale.files import sha256_of
 from captionscale.score.metrics import family
-from captionscale.score.optional_metrics import Extra
+from captionscale.score.optional_metrics import OptionalMetrics
 from captionscale.version import __version__
 
 _SEARCH = {key: each.default for key, each in Search.model_fields.items() if key != "batch"}
@@ -23,8 +23,8 @@ def signature(
     metrics: Sequence[str],
     references_sha256: str,
     images: int,
-    extras: Sequence[Extra],
-    made_by: Mapping[str, Any],
+    optional_metrics: Sequence[OptionalMetrics],
+    provenance: Mapping[str, Any],
 ) -> str:
     """Return parts between `|`, each of which begins with a name: first how it was measured, then how made.
 
@@ -32,17 +32,17 @@ def signature(
         metrics: Of `metrics.METRICS`.
         references_sha256: As `receipt.references_sha256` gives it.
         images: How many.
-        extras: Figures of other metrics.
-        made_by: As a receipt has it.
+        optional_metrics: Figures of other metrics.
+        provenance: As a receipt has it.
     """
-    return "|".join([*_measured(metrics, references_sha256, images, extras), *_made(made_by)])
+    return "|".join([*_measured(metrics, references_sha256, images, optional_metrics), *_made(provenance)])
 
 
-def yardstick(signature: str) -> dict[str, str]:
+def metric_signature(signature: str) -> dict[str, str]:
     """Return the parts of a signature that say how it was measured, by their names.
 
     Examples:
-        >>> yardstick("ptb corenlp-3.4.1|bleu coco|beam 5")
+        >>> metric_signature("ptb corenlp-3.4.1|bleu coco|beam 5")
         {'ptb': 'ptb corenlp-3.4.1', 'bleu': 'bleu coco'}
     """
     parts = {part.partition(" ")[0]: part for part in signature.split("|")}
@@ -50,7 +50,7 @@ def yardstick(signature: str) -> dict[str, str]:
 
 
 def _measured(
-    metrics: Sequence[str], references_sha256: str, images: int, extras: Sequence[Extra]
+    metrics: Sequence[str], references_sha256: str, images: int, optional_metrics: Sequence[OptionalMetrics]
 ) -> Iterator[str]:
     yield f"references {references_sha256[:12]} ({images:,} images)"
     yield f"pycocoevalcap {version('pycocoevalcap')}"
@@ -66,20 +66,20 @@ def _measured(
                 yield f"cider-d n4 sigma6 df=references ({images:,} images)"
             case _:
                 yield f"{name.lower()} coco"
-    yield from (extra.signature for extra in extras)
+    yield from (extra.signature for extra in optional_metrics)
 
 
-def _made(made_by: Mapping[str, Any]) -> Iterator[str]:
+def _made(provenance: Mapping[str, Any]) -> Iterator[str]:
     yield f"captionscale {__version__}"
-    search = made_by.get("search")
+    search = provenance.get("search")
     if isinstance(search, Mapping):
         for key, usual in _SEARCH.items():
             if key in search and (search[key] != usual or key in ("beam", "length_power")):
                 yield f"{key.replace('_', '-')} {search[key]}"
-    if isinstance(members := made_by.get("members"), list):
+    if isinstance(members := provenance.get("members"), list):
         yield f"ensemble {len(members)}"
-    if "end_rewarded" in made_by:
-        yield f"end {'rewarded' if made_by['end_rewarded'] else 'not rewarded'}"
+    if "end_token_rewarded" in provenance:
+        yield f"end {'rewarded' if provenance['end_token_rewarded'] else 'not rewarded'}"
 
 
 def _named(jar: Path) -> str:

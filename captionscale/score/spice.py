@@ -16,13 +16,13 @@ from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import scratch, sha256_of
 from captionscale.score import java
-from captionscale.score.optional_metrics import Extra
-from captionscale.score.tokenizer import tokenise
+from captionscale.score.optional_metrics import OptionalMetrics
+from captionscale.score.tokenizer import tokenize
 
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 ARCHIVE = "nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"
-_CURE = "mostly memory is short or --spice holds other jars: give the job 8 GB and look at the jars"
-JAVAS = range(8, 15)
+_HINT = "mostly memory is short or --spice holds other jars: give the job 8 GB and look at the jars"
+JAVA_VERSIONS = range(8, 15)
 """SPICE writes its results by Java's own JavaScript engine, which came with Java 8 and went with Java 15."""
 
 
@@ -33,7 +33,7 @@ def measure(
     *,
     memory_gb: float = 8.0,
     timeout_s: float | None = None,
-) -> Extra:
+) -> OptionalMetrics:
     """Compute the SPICE of one caption for each image.
 
     Args:
@@ -58,15 +58,15 @@ def measure(
     jars, launcher = find_jars(folder), find_java()
     program = Path(spice.__file__).with_name(spice.SPICE_JAR)
     image_ids = sorted(references)
-    tokenised = iter(
-        tokenise([text for image_id in image_ids for text in (captions[image_id], *references[image_id])])
+    tokenized = iter(
+        tokenize([text for image_id in image_ids for text in (captions[image_id], *references[image_id])])
     )
     # As text: its JSON passes through JavaScript, whose numbers are exact to 2**53 only.
     images = [
         {
             "image_id": str(image_id),
-            "test": next(tokenised),
-            "refs": [next(tokenised) for _ in references[image_id]],
+            "test": next(tokenized),
+            "refs": [next(tokenized) for _ in references[image_id]],
         }
         for image_id in image_ids
     ]
@@ -81,12 +81,12 @@ def measure(
             *("edu.anu.spice.SpiceScorer", question, "-out", answer, "-subset", "-silent"),
         ]
         deadline = timeout_s or 600 + 0.5 * texts
-        with java.start("SPICE", *command, cure=_CURE, java=launcher) as jvm:
+        with java.start("SPICE", *command, hint=_HINT, java=launcher) as jvm:
             # One line, which says how long it took.
-            jvm.ask([], 1, timeout_s=deadline, last=True)
+            jvm.query([], 1, timeout_s=deadline, last=True)
         scores = parse(answer.read_text(encoding="utf-8"), image_ids)
     parts = zip(("program", "corenlp", "models"), (program, *jars), strict=True)
-    return Extra(
+    return OptionalMetrics(
         {"SPICE": np.array([scores[image_id] for image_id in image_ids])},
         " ".join(["spice 1.0 corenlp-3.6.0", *(f"{name}={sha256_of(path)}" for name, path in parts)]),
     )
@@ -127,11 +127,11 @@ def find_java() -> str:
     """
     found = {launcher: _version(launcher) for launcher in _launchers()}
     for launcher, version in found.items():
-        if version in JAVAS:
+        if version in JAVA_VERSIONS:
             return launcher
     listed = ", ".join(f"{launcher} ({version or 'does not start'})" for launcher, version in found.items())
     raise UserError(
-        f"SPICE: found Java {listed or 'nowhere'}, wanted version {JAVAS[0]} to {JAVAS[-1]}, as later ones"
+        f"SPICE: found Java {listed or 'nowhere'}, wanted version {JAVA_VERSIONS[0]} to {JAVA_VERSIONS[-1]}, as later ones"
         " cannot write its results; install or load one, such as openjdk-8, and set JAVA_HOME to its folder"
     )
 

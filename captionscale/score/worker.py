@@ -13,7 +13,7 @@ from captionscale import subprocesses
 from captionscale.errors import UserError
 from captionscale.files import scratch
 from captionscale.progress import say
-from captionscale.score.java import DiedError
+from captionscale.score.java import JavaProcessError
 from captionscale.score.metrics import Evaluator
 
 _TRIES = 3
@@ -24,7 +24,7 @@ class BackgroundScorer:
     """Scores one set of captions at a time against the same references.
 
     A process that is killed at it is replaced, and scores the same captions again.
-    The process starts with the first captions and keeps its JVMs and tokenised references for the next ones.
+    The process starts with the first captions and keeps its JVMs and tokenized references for the next ones.
     It ends with this one, however that ends.
     """
 
@@ -44,7 +44,7 @@ class BackgroundScorer:
         self._asked: Future[dict[str, float]] | None = None
         self._closed = False
 
-    def begin(self, captions: Mapping[int, str]) -> None:
+    def submit(self, captions: Mapping[int, str]) -> None:
         """Hand over captions, one for each image, and do not wait."""
         self._asked = self._thread.submit(self._ask, json.dumps(list(captions.items())))
 
@@ -148,7 +148,7 @@ def _serve() -> None:
                 scores = evaluator.measure(dict(json.loads(line)), references, task["metrics"])
                 reply = {"scores": scores.values}
             except UserError as error:
-                reply = {"error": str(error), "died": isinstance(error, DiedError)}
+                reply = {"error": str(error), "died": isinstance(error, JavaProcessError)}
             print(json.dumps(reply), file=answers, flush=True)
 
 

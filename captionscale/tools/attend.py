@@ -17,9 +17,9 @@ from captionscale.errors import UserError
 from captionscale.escape import for_file_name, for_terminal
 from captionscale.files import atomic, prove_writable
 from captionscale.progress import progress, say, working
-from captionscale.tools.caption_result import Gaze, View, overlay
-from captionscale.tools.captioner_api import Writer
-from captionscale.tools.ensemble import open_members
+from captionscale.tools.caption_result import CaptionResult, View, overlay
+from captionscale.tools.captioner_api import CaptionPipeline
+from captionscale.tools.ensemble import open_ensemble
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ class _Tile(NamedTuple):
 
 def attend(
     run: Path, files: Sequence[Path], out: Path, *, checkpoint: str, changes: Sequence[str] = ()
-) -> Iterator[tuple[Path, Gaze]]:
+) -> Iterator[tuple[Path, CaptionResult]]:
     """Draw where a run's model looks for each word of its captions of image files.
 
     Args:
@@ -74,7 +74,7 @@ def attend(
     # All of them first: the tenth may be no image.
     views = [writer.view(file) for file in files]
     with working(f"captioning {len(views):,} images"):
-        gazes = writer.best(views, writer.wish(), range(len(views)))
+        gazes = writer.generate_best(views, writer.generation_request(), range(len(views)))
     for place, view, each in zip(names, views, gazes, strict=True):
         tiles = _tiles(view, each)
         rows = [tiles[start : start + _ACROSS] for start in range(0, len(tiles), _ACROSS)]
@@ -111,7 +111,7 @@ def attend_split(
             written.
     """
     writer = _open(run, checkpoint, changes)
-    wish, data = writer.wish(), writer.members.config.data
+    generation_request, data = writer.generation_request(), writer.ensemble.config.data
     split = Split(open_place(shards or data.shards, data.cache, data.cache_gb), split_name)
     count = min(len(split), limit or len(split))
     pages = -(-count // _ROWS_OF_A_PAGE)
@@ -122,10 +122,10 @@ def attend_split(
     with progress(f"attention of {split_name}", count) as bar:
         for page in range(pages):
             items = range(page * _ROWS_OF_A_PAGE, min((page + 1) * _ROWS_OF_A_PAGE, count))
-            views = [view_of(split, item, data) for item in items]
+            views = [load_view(split, item, data) for item in items]
             ids = [int(split.index[item]["image_id"]) for item in items]
             # As captionscale score has them.
-            gazes = writer.best(views, wish, ids)
+            gazes = writer.generate_best(views, generation_request, ids)
             rows = [_tiles(*each) for each in zip(views, gazes, ids, strict=True)]
             title = f"{run.resolve().name}, split {split_name}, page {page + 1} of {pages}"
             place = out / for_file_name(split_name, f"-{page + 1:0{digits}d}.png")
@@ -134,14 +134,14 @@ def attend_split(
             bar.advance(len(items))
 
 
-def view_of(split: Split, item: int, data: config.Data) -> View:
+def load_view(split: Split, item: int, data: config.Data) -> View:
     """Return an item of a split as the model sees it."""
     place = f"{split.place}: image {split.index[item]['image_id']}"
     return centre_view(pixels(split.image(item), place), data.image_size)
 
 
-def _open(run: Path, checkpoint: str, changes: Sequence[str]) -> Writer:
-    members = open_members(run, (), checkpoint=checkpoint, changes=changes)
+def _open(run: Path, checkpoint: str, changes: Sequence[str]) -> CaptionPipeline:
+    members = open_ensemble(run, (), checkpoint=checkpoint, changes=changes)
     decoder = members.config.model.decoder.name
     if decoder == "plain":
         raise UserError(
@@ -149,7 +149,7 @@ def _open(run: Path, checkpoint: str, changes: Sequence[str]) -> Writer:
             " attention to draw; wanted model.decoder.name = 'attention' or 'top_down'; take such"
             " a run, or captionscale caption for captions alone"
         )
-    return Writer(members)
+    return CaptionPipeline(members)
 
 
 def _names(files: Sequence[Path], out: Path) -> list[Path]:
@@ -163,20 +163,22 @@ def _names(files: Sequence[Path], out: Path) -> list[Path]:
     return names
 
 
-def _tiles(view: View, gaze: Gaze, image_id: int | None = None) -> list[_Tile]:
+def _tiles(view: View, gaze: CaptionResult, image_id: int | None = None) -> list[_Tile]:
     """Return the photograph and a panel for each word."""
     photo = Image.fromarray(view).resize((_TILE_PIXELS, _TILE_PIXELS), Image.Resampling.BICUBIC)
-    said = zip(gaze.words, gaze.probabilities, gaze.maps or (), strict=True)
+    said = zip(gaze.words, gaze.probabilities, gaze.attention_maps or (), strict=True)
     return [
         _Tile(photo, "as the model saw it" if image_id is None else f"image {image_id}"),
         *(
-            _Tile(overlay(photo, each, gaze.most), f"{for_terminal(word)}\n{share:.2f}")
+            _Tile(overlay(photo, each, gaze.max_attention), f"{for_terminal(word)}\n{share:.2f}")
             for word, share, each in said
         ),
     ]
 
 
-def _draw(rows: Sequence[Sequence[_Tile]], size: _Size, heading: str, gazes: Sequence[Gaze]) -> "Figure":
+def _draw(
+    rows: Sequence[Sequence[_Tile]], size: _Size, heading: str, gazes: Sequence[CaptionResult]
+) -> "Figure":
     """Return rows of tiles with their titles, and what their colours mean."""
     # A notebook names its own backend here for all that it starts, and without that one there is no import.
     os.environ.pop("MPLBACKEND", None)
@@ -203,7 +205,7 @@ def _draw(rows: Sequence[Sequence[_Tile]], size: _Size, heading: str, gazes: Seq
             axes.set_axis_off()
             middle = left + size.tile / 2
             write(middle, bottom + size.tile + 0.03, tile.title, size.letters, ha="center", va="bottom")
-    alone = gazes[0].most if len(gazes) == 1 else None
+    alone = gazes[0].max_attention if len(gazes) == 1 else None
     _legend(figure, (width, height), size.letters, alone, gazes[0])
     write(
         _MARGIN,
@@ -216,7 +218,7 @@ def _draw(rows: Sequence[Sequence[_Tile]], size: _Size, heading: str, gazes: Seq
 
 
 def _legend(
-    figure: "Figure", page: tuple[float, float], letters: float, most: float | None, gaze: Gaze
+    figure: "Figure", page: tuple[float, float], letters: float, most: float | None, gaze: CaptionResult
 ) -> None:
     """Show the colours of no attention up to the most, as they lie over a medium grey."""
     width, height = page
@@ -228,7 +230,7 @@ def _legend(
     if most is None:
         text = "attention of a place: none (left) to the most that its caption has anywhere (right)"
     else:
-        cells = gaze.maps[0].size if gaze.maps else 1
+        cells = gaze.attention_maps[0].size if gaze.attention_maps else 1
         even = f"{1 / cells:.2f} where it looks at all {cells} alike"
         text = f"attention of a cell of the grid: 0 (left) to {most:.2f} of the whole (right); {even}"
     left = (_MARGIN + 1.7) / width

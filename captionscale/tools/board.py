@@ -28,7 +28,7 @@ _FLAGGED_ABOVE = {
     "repeated_words": (0.05, "say a word twice in a row"),
     "repeated_3_grams": (0.05, "say three words twice"),
 }
-"""Above which share of the captions the panel's figure is flagged, and how that is said."""
+"""Above which share of the captions the diagnostics' figure is flagged, and how that is said."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Table:
     """Receipts that may be ranked together: of the same references, measured with the same things."""
 
     references_sha256: str
-    yardstick: dict[str, str]
+    metric_signature: dict[str, str]
     entries: list[Entry] = field(default_factory=list)
 
     @property
@@ -74,7 +74,7 @@ def write_board(places: Sequence[Path], out: Path) -> list[Table]:
         UserError: No whole receipt at all, or a place that cannot be written.
     """
     prove_writable(out)
-    tables = tables_of(_read(places, out))
+    tables = group_into_tables(_read(places, out))
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as file:
         # A file's name may hold bytes that are no text.
@@ -82,7 +82,7 @@ def write_board(places: Sequence[Path], out: Path) -> list[Table]:
     return tables
 
 
-def tables_of(entries: Iterable[Entry]) -> list[Table]:
+def group_into_tables(entries: Iterable[Entry]) -> list[Table]:
     """Part receipts by what they may be ranked with, and rank them.
 
     Two receipts share a table if their references are the same, and nothing that their signatures both say
@@ -91,23 +91,24 @@ def tables_of(entries: Iterable[Entry]) -> list[Table]:
     tables: list[Table] = []
     # By name: where one could join two tables, the first takes it, whatever the order of arguments.
     for entry in sorted(entries, key=lambda entry: entry.name):
-        references, yardstick = entry.receipt.hashes["references"], entry.receipt.yardstick
+        references, metric_signature = entry.receipt.hashes["references"], entry.receipt.metric_signature
         for table in tables:
-            shared = table.yardstick.keys() & yardstick.keys()
+            shared = table.metric_signature.keys() & metric_signature.keys()
             if table.references_sha256 == references and all(
-                table.yardstick[part] == yardstick[part] for part in shared
+                table.metric_signature[part] == metric_signature[part] for part in shared
             ):
                 break
         else:
             table = Table(references, {})
             tables.append(table)
-        table.yardstick |= yardstick
+        table.metric_signature |= metric_signature
         table.entries.append(entry)
     for table in tables:
         by = table.ranked_by
         table.entries.sort(key=lambda entry: -entry.receipt.scores.get(by, float("-inf")))
     return sorted(
-        tables, key=lambda table: (-len(table.entries), _title(table), sorted(table.yardstick.values()))
+        tables,
+        key=lambda table: (-len(table.entries), _title(table), sorted(table.metric_signature.values())),
     )
 
 
@@ -134,21 +135,21 @@ def style() -> str:
 
 def section(table: Table) -> str:
     """Return a table and what is to be known of it, as HTML."""
-    split = published().split_of(table.references_sha256)
+    split = published().find_split(table.references_sha256)
     groups = published().groups(split) if split else {}
     published_metrics = {metric for rows in groups.values() for row in rows for metric in row.scores}
     metrics = table.metrics + sorted(published_metrics.difference(table.metrics))
     title, counts = for_html(_title(table)), table.entries[0].receipt.counts
     heads = "".join(_head(metric, _NUMBERS, metric == table.ranked_by) for metric in metrics)
     legend = "; ".join(f"[{mark}] {meaning}" for mark, meaning in EVIDENCE.items())
-    references, yardstick = (
+    references, metric_signature = (
         for_html(table.references_sha256[:12]),
-        for_html(" | ".join(table.yardstick.values())),
+        for_html(" | ".join(table.metric_signature.values())),
     )
     facts = f"{counts['images']:,} images, {counts['references']:,} references (<code>{references}</code>)"
     lines = [
         f"<section>\n<h2>{title}</h2>",
-        f'<p class="facts">{facts}, measured with <code>{yardstick}</code></p>',
+        f'<p class="facts">{facts}, measured with <code>{metric_signature}</code></p>',
         f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table>',
         f'<thead><tr><th scope="col" class="rank">#</th>{_head("model", _NAMES)}{heads}</tr></thead>',
         _ours(table, metrics),
@@ -163,13 +164,15 @@ def section(table: Table) -> str:
 
 def warnings(receipt: Receipt) -> list[str]:
     """Return reasons not to believe a receipt's scores: captions that only a reward likes."""
-    ours, people = receipt.panel["captions"], receipt.panel["references"]
+    ours, people = receipt.diagnostics["captions"], receipt.diagnostics["references"]
     alarms = []
     for key, (threshold, said) in _FLAGGED_ABOVE.items():
         share, usual = float(ours[key]), float(people[key])  # type: ignore[literal-required]
         if share > threshold:
             alarms.append(f"{share:.1%} of captions {said} (people's: {usual:.1%})")
-    if receipt.made_by.get("objective", _PLAIN) != _PLAIN and not receipt.made_by.get("end_rewarded"):
+    if receipt.provenance.get("objective", _PLAIN) != _PLAIN and not receipt.provenance.get(
+        "end_token_rewarded"
+    ):
         alarms.append("the end of a caption was not rewarded")
     return alarms
 
@@ -211,10 +214,10 @@ def _name(file: Path, root: Path) -> str:
 
 def _title(table: Table) -> str:
     """Return the name of what was scored: the published one, or else the receipts' own."""
-    split = published().split_of(table.references_sha256)
+    split = published().find_split(table.references_sha256)
     if split:
         return published().splits[split].title
-    splits = [entry.receipt.made_by.get("split") for entry in table.entries]
+    splits = [entry.receipt.provenance.get("split") for entry in table.entries]
     names = {str(split) for split in splits if split is not None}
     return f"Split {' / '.join(sorted(names))}" if names else "Other references"
 
@@ -236,7 +239,7 @@ def _ours(table: Table, metrics: Sequence[str]) -> str:
     for place, entry in enumerate(table.entries, start=1):
         # What was not asked for is no note on what is here.
         notes = [note for note in entry.receipt.notes if "not computed" not in note]
-        known = (" · ".join(_made(entry.receipt.made_by)), *notes)
+        known = (" · ".join(_made(entry.receipt.provenance)), *notes)
         lesser = "".join(f"<small>{for_html(text)}</small>" for text in known)
         flags = "".join(f'<span class="flag">{for_html(text)}</span>' for text in warnings(entry.receipt))
         lines.append(
@@ -248,10 +251,10 @@ def _ours(table: Table, metrics: Sequence[str]) -> str:
     return "\n".join([*lines, "</tbody>"])
 
 
-def _made(made_by: dict[str, Any]) -> Iterator[str]:
+def _made(provenance: dict[str, Any]) -> Iterator[str]:
     """Yield what made the captions, as far as its receipt says it."""
-    search = made_by.get("search")
-    facts = made_by | (search if isinstance(search, dict) else {})
+    search = provenance.get("search")
+    facts = provenance | (search if isinstance(search, dict) else {})
     for key in ("split", "objective", "seed", "step", "beam", "captions"):
         if key in facts:
             value = facts[key]
@@ -276,7 +279,7 @@ def _theirs(group: str, rows: Sequence[Row], metrics: Sequence[str]) -> str:
     lines = ['<tbody class="published">', f'<tr class="group">{head}</tr>']
     for row in rows:
         source = published().sources[row.source]
-        words = for_html(source.words)
+        words = for_html(source.citation)
         linked = f'<a href="{for_html(source.url)}">{words}</a>' if source.url else words
         made = " · ".join(filter(None, (row.encoder, row.loss, f"beam {row.beam}" if row.beam else "")))
         note = f'<span class="flag">{for_html(row.note)}</span>' if row.note else ""

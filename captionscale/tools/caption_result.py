@@ -18,7 +18,7 @@ from captionscale.model.search.token_scores import retrace
 from captionscale.vocab import END, Vocabulary
 
 View = UInt8[np.ndarray, "size size 3"]
-Map = Float32[np.ndarray, "row column"]
+AttentionMap = Float32[np.ndarray, "row column"]
 
 _COLOURS = "cividis"
 _INK = 0.75
@@ -27,16 +27,16 @@ _DIM = 0.85
 
 
 @dataclass(frozen=True, eq=False)
-class Gaze:
+class CaptionResult:
     """A caption, how sure the model was of each of its words, and where it looked for it."""
 
     words: list[str]
     probabilities: list[float]
     """Of each word among all words, given the picture and the words before it."""
-    maps: list[Map] | None
+    attention_maps: list[AttentionMap] | None
     """For each word, the share of the attention that each cell of the grid had: rows from the top, columns
     from the left. None: the decoder has no attention."""
-    log_probability: float
+    log_prob: float
     """Natural logarithm of the whole caption's probability, with its end."""
 
     @property
@@ -45,21 +45,21 @@ class Gaze:
         return " ".join(self.words)
 
     @property
-    def most(self) -> float:
+    def max_attention(self) -> float:
         """The greatest share that a cell had for any word: what pictures of one caption are scaled by."""
-        return max((float(each.max()) for each in self.maps or ()), default=0.0)
+        return max((float(each.max()) for each in self.attention_maps or ()), default=0.0)
 
 
 @torch.no_grad()
-def features_of(captioner: Captioner | Ensemble, views: Sequence[View]) -> Features:
+def encode_views(captioner: Captioner | Ensemble, views: Sequence[View]) -> Features:
     """Return what a captioner's decoder starts from, on the captioner's device."""
     device = next(captioner.parameters()).device
     return captioner.look(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device))
 
 
-def look_again(
+def build_caption_results(
     decoder: Decoder, features: Features, captions: Sequence[Sequence[int]], vocabulary: Vocabulary
-) -> list[Gaze]:
+) -> list[CaptionResult]:
     """Return where a decoder looked for the words of captions, whichever way these were found.
 
     Args:
@@ -71,36 +71,36 @@ def look_again(
     gazes = []
     for tokens, trace in zip(captions, retrace(decoder, features, captions), strict=True):
         words = [token for token in tokens if token != END]
-        maps = None
+        attention_maps = None
         if trace.attention is not None:
             # Pictures are square, so grids are.
             side = math.isqrt(trace.attention.shape[1])
-            maps = list(trace.attention[: len(words)].view(-1, side, side).cpu().numpy())
+            attention_maps = list(trace.attention[: len(words)].view(-1, side, side).cpu().numpy())
         gazes.append(
-            Gaze(
+            CaptionResult(
                 [vocabulary.words[word] for word in words],
-                trace.log_probabilities[: len(words)].exp().tolist(),
-                maps,
-                float(trace.log_probabilities.sum()),
+                trace.log_probs[: len(words)].exp().tolist(),
+                attention_maps,
+                float(trace.log_probs.sum()),
             )
         )
     return gazes
 
 
-def overlay(picture: Image.Image, weights: Map, most: float) -> Image.Image:
+def overlay(picture: Image.Image, weights: AttentionMap, max_weight: float) -> Image.Image:
     """Lay a map over a picture: the more attention, the more of the colour, and the lighter it is.
 
     Args:
         picture: Of any size; the map is stretched over it, bilinearly between the centres of its cells.
         weights: Of each cell.
-        most: Weight that has the full colour. One for all words of a caption makes their pictures comparable.
+        max_weight: Weight that has the full colour. One for all words of a caption makes their pictures comparable.
 
     Source:
         cividis: Nuñez, Anderton and Renslow 2018, "Optimizing colormaps with consideration for color vision
         deficiency" (arXiv:1712.01662). From dark to light it looks the same with and without colour-vision
         deficiency, equal steps of weight are equal steps to the eye, and in grey print the order stays.
     """
-    smooth = Image.fromarray(weights / max(most, np.finfo(np.float32).tiny))
+    smooth = Image.fromarray(weights / max(max_weight, np.finfo(np.float32).tiny))
     heat = np.asarray(smooth.resize(picture.size, Image.Resampling.BILINEAR)).clip(0, 1)
     colours = _palette()[(255 * heat).round().astype(np.uint8)]
     # The photograph's own colours would be read as the map's.

@@ -10,7 +10,7 @@ from captionscale.progress import progress
 from captionscale.score import intervals
 from captionscale.score.metrics import Evaluator
 from captionscale.score.results import read_results
-from captionscale.tools.run_artifacts import Findings
+from captionscale.tools.run_artifacts import RunArtifacts
 
 _INK = "#010203"
 """What is drawn in it has the page's own colour of letters in the end."""
@@ -99,7 +99,7 @@ def _curve(title: str, unit: str, series: Sequence[_Points], said: str) -> str:
     return f"<figure class=curve><figcaption>{for_html(title)}</figcaption>{svg}</figure>"
 
 
-def curves(run: Findings) -> str:
+def curves(run: RunArtifacts) -> str:
     """Return the curves of a run's log, and its scores with their intervals, as HTML."""
     drawn = []
     for key, (title, unit) in _PLAINLY.items():
@@ -113,7 +113,7 @@ def curves(run: Findings) -> str:
         found = {step: 100 * values[metric] for step, values in scores.items() if metric in values}
         series = [_Points("validation, greedy", found, bounds.get(metric, {}))]
         for receipt in run.receipts:
-            step, split = receipt.made_by.get("step"), receipt.made_by.get("split")
+            step, split = receipt.provenance.get("step"), receipt.provenance.get("split")
             if metric in receipt.scores and isinstance(step, int):
                 low, high = receipt.intervals[metric]
                 name, score = f"split {split}, by its receipt", 100 * receipt.scores[metric]
@@ -140,7 +140,7 @@ def _best_and_last(scores: dict[int, dict[str, float]], metric: str) -> list[int
     return [max(found, key=found.__getitem__), max(found)] if found else []
 
 
-def _verdict(run: Findings, scores: dict[int, dict[str, float]]) -> str:
+def _verdict(run: RunArtifacts, scores: dict[int, dict[str, float]]) -> str:
     """Say whether scores were still rising."""
     if not scores or run.config is None:
         return ""
@@ -159,7 +159,7 @@ def _verdict(run: Findings, scores: dict[int, dict[str, float]]) -> str:
 
 
 def _intervals(
-    run: Findings, scores: dict[int, dict[str, float]]
+    run: RunArtifacts, scores: dict[int, dict[str, float]]
 ) -> dict[str, dict[int, tuple[float, float]]]:
     """Return the 95 % intervals of the best and of the last validation, by the captions that are kept.
 
@@ -180,10 +180,10 @@ def _intervals(
             for step, path in files.items():
                 metrics = [metric for metric in scores[step] if metric != "METEOR"]
                 rows = evaluator.measure(read_results(path), references, metrics).statistics
-                for metric, figures in intervals.resampled(rows, metrics).items():
+                for metric, figures in intervals.bootstrap_scores(rows, metrics).items():
                     low, high = intervals.interval(figures)
                     found.setdefault(metric, {})[step] = (100 * low, 100 * high)
                 bar.advance()
 
-    run.attempt(measure)
+    run.try_load(measure)
     return found

@@ -17,52 +17,54 @@ from captionscale.train.checkpoints import open_run
 
 
 @dataclass(frozen=True)
-class Members:
+class CheckpointEnsemble:
     """Checkpoints that caption together, and the settings by which they do."""
 
     runs: tuple[Path, ...]
-    saved: tuple[Checkpoint, ...]
+    checkpoints: tuple[Checkpoint, ...]
     config: Config
     """The first run's, with another section `search` if one was asked for."""
 
     def captioner(self) -> Captioner | Ensemble:
         """Return the captioner as it was saved, or all of them as one, in evaluation mode."""
-        captioners = [saved.captioner() for saved in self.saved]
+        captioners = [saved.captioner() for saved in self.checkpoints]
         return captioners[0] if len(captioners) == 1 else Ensemble(captioners).eval()
 
     @property
     def sha256(self) -> str:
         """Hash of the weights; of several members, of their hashes."""
-        hashes = [saved.sha256 for saved in self.saved]
+        hashes = [saved.sha256 for saved in self.checkpoints]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     @property
-    def variant(self) -> str:
+    def search_label(self) -> str:
         """What the name of results says of how they were found: method, width, and a hash of all else."""
         search = self.config.search
         how = f"beam{search.beam}" if search.method == "beam" else search.method
         searches = [
             config.search.model_dump(mode="json", exclude={"beam"})
-            for config in (self.saved[0].config(), self.config)
+            for config in (self.checkpoints[0].config(), self.config)
         ]
-        if len(self.saved) == 1 and searches[0] == searches[1]:
+        if len(self.checkpoints) == 1 and searches[0] == searches[1]:
             return how
         made = json.dumps([searches[1], self.sha256], sort_keys=True)
         return f"{how}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
-    def made_by(self) -> dict[str, Any]:
+    def provenance(self) -> dict[str, Any]:
         """Return what a receipt says of an ensemble; of one run it says so anyway."""
-        if len(self.saved) == 1:
+        if len(self.checkpoints) == 1:
             return {}
         return {
             "members": [
                 {"run": run.resolve().name, "step": saved.standing.step, "model": saved.sha256}
-                for run, saved in zip(self.runs, self.saved, strict=True)
+                for run, saved in zip(self.runs, self.checkpoints, strict=True)
             ]
         }
 
 
-def open_members(run: Path, others: Sequence[Path], *, checkpoint: str, changes: Sequence[str]) -> Members:
+def open_ensemble(
+    run: Path, others: Sequence[Path], *, checkpoint: str, changes: Sequence[str]
+) -> CheckpointEnsemble:
     """Open the runs that caption together.
 
     Args:
@@ -92,4 +94,4 @@ def open_members(run: Path, others: Sequence[Path], *, checkpoint: str, changes:
                     f"--with {other}: its data.{key} is {getattr(settings, key)}, that of {run}"
                     f" {getattr(data, key)}, wanted the same; leave it out, or train both alike"
                 )
-    return Members((run, *others), tuple(saved), toml.change(first.config(), changes, "search"))
+    return CheckpointEnsemble((run, *others), tuple(saved), toml.change(first.config(), changes, "search"))

@@ -13,8 +13,14 @@ from captionscale.data.shards import Split
 from captionscale.escape import for_html
 from captionscale.score.metrics import METRICS
 from captionscale.score.receipt import Receipt
-from captionscale.tools.attend import view_of
-from captionscale.tools.caption_result import Gaze, View, features_of, look_again, overlay
+from captionscale.tools.attend import load_view
+from captionscale.tools.caption_result import (
+    CaptionResult,
+    View,
+    build_caption_results,
+    encode_views,
+    overlay,
+)
 from captionscale.train.checkpoint import Checkpoint
 
 _PHOTO_PIXELS, _WORD_PIXELS, _QUALITY = 168, 112, 80
@@ -33,7 +39,7 @@ class Example(NamedTuple):
     remark: str
 
 
-def chosen(receipt: Receipt) -> dict[str, list[Example]]:
+def select_examples(receipt: Receipt) -> dict[str, list[Example]]:
     """Return a few of a receipt's captions: the best, the worst, and some at random, always the same ones."""
     metric = _RANKED_BY if _RANKED_BY in receipt.scores else list(receipt.scores)[-1]
     figures = receipt.images.scores[metric]
@@ -52,7 +58,7 @@ def chosen(receipt: Receipt) -> dict[str, list[Example]]:
     return {f"Best, {by}": named(best), f"Worst, {by}": named(worst), "At random": named(drawn)}
 
 
-def drawn(captions: Mapping[int, str]) -> dict[str, list[Example]]:
+def random_examples(captions: Mapping[int, str]) -> dict[str, list[Example]]:
     """Return a few captions that have no scores, at random, always the same ones."""
     ids = np.random.default_rng(0).permutation(sorted(captions))[: 2 * _EACH].tolist()
     return {"At random": [Example(image_id, captions[image_id], "") for image_id in ids]}
@@ -80,11 +86,11 @@ def gallery(
         rows: dict[Id, int] = {image_id: item for item, image_id in enumerate(ids)}
         for example in examples:
             if (item := rows.get(example.image_id)) is not None:
-                views[example.image_id] = view_of(split, item, config.data)
+                views[example.image_id] = load_view(split, item, config.data)
                 texts[example.image_id] = split.captions(item)
     gazes = _gazes(examples, views, saved) if saved is not None else {}
     lines = []
-    if maps := next((gaze.maps for gaze in gazes.values() if gaze.maps), None):
+    if maps := next((gaze.attention_maps for gaze in gazes.values() if gaze.attention_maps), None):
         side, across = maps[0].shape
         lines.append(
             f"<p>It divides a picture into {side} x {across} cells, and where it looked can be told no finer;"
@@ -99,7 +105,9 @@ def gallery(
     return "\n".join(lines)
 
 
-def _gazes(examples: Sequence[Example], views: Mapping[Id, View], saved: Checkpoint) -> dict[Id, Gaze]:
+def _gazes(
+    examples: Sequence[Example], views: Mapping[Id, View], saved: Checkpoint
+) -> dict[Id, CaptionResult]:
     """Return where the model looked for the words of these very captions."""
     captioner, vocabulary = saved.captioner(), saved.vocabulary()
     longest = saved.config().data.max_words
@@ -107,12 +115,12 @@ def _gazes(examples: Sequence[Example], views: Mapping[Id, View], saved: Checkpo
     if not seen:
         return {}
     tokens = [vocabulary.encode(example.caption, longest)[1:] for example in seen]
-    features = features_of(captioner, [views[example.image_id] for example in seen])
-    gazes = look_again(captioner.decoder, features, tokens, vocabulary)
+    features = encode_views(captioner, [views[example.image_id] for example in seen])
+    gazes = build_caption_results(captioner.decoder, features, tokens, vocabulary)
     return {example.image_id: gaze for example, gaze in zip(seen, gazes, strict=True)}
 
 
-def _article(example: Example, view: View | None, people: Sequence[str], gaze: Gaze | None) -> str:
+def _article(example: Example, view: View | None, people: Sequence[str], gaze: CaptionResult | None) -> str:
     photo = ""
     if view is not None:
         picture = Image.fromarray(view)
@@ -123,9 +131,11 @@ def _article(example: Example, view: View | None, people: Sequence[str], gaze: G
         figures = []
         for number, (word, share) in enumerate(zip(gaze.words, gaze.probabilities, strict=True)):
             shown = ""
-            if gaze.maps:
+            if gaze.attention_maps:
                 alt = f"where the model looked for {word}"
-                shown = _image(overlay(small, gaze.maps[number], gaze.most), _WORD_PIXELS, alt)
+                shown = _image(
+                    overlay(small, gaze.attention_maps[number], gaze.max_attention), _WORD_PIXELS, alt
+                )
             text = f"{for_html(word)} <small>{share:.2f}</small>"
             figures.append(f"<figure><figcaption>{text}</figcaption>{shown}</figure>")
         words = f'<div class="words">{"".join(figures)}</div>'

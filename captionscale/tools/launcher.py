@@ -19,12 +19,12 @@ from captionscale.files import cores
 from captionscale.progress import say
 from captionscale.subprocesses import LAUNCHER
 from captionscale.tools.profiles import (
-    count_of,
-    crowding,
+    check_core_count,
+    check_process_count,
     is_zero,
+    oversubscription_note,
+    pluralize,
     read_profile,
-    refuse_too_few_cores,
-    refuse_unfit,
 )
 
 _PORT = 29_500
@@ -61,7 +61,7 @@ def launch(
     """
     path = assets.find("launch", profile, ".yaml")
     facts = read_profile(path)
-    machines, machine, address, port = surroundings()
+    machines, machine, address, port = detect_nodes()
     count = processes or int(facts["num_processes"]) * machines
     if count % machines:
         raise UserError(
@@ -71,11 +71,11 @@ def launch(
     here = count // machines
     cpu = bool(facts.get("use_cpu")) or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
     if settings:
-        refuse_unfit(settings, count, machines, facts)
+        check_process_count(settings, count, machines, facts)
         # A dry run may be for another machine.
         if not dry_run:
-            refuse_too_few_cores(settings, here)
-        if not cpu and (note := crowding(settings, here)):
+            check_core_count(settings, here)
+        if not cpu and (note := oversubscription_note(settings, here)):
             say(f"note: {note}")
     # Accelerate's own launcher knows several processes on CPUs only by MPI; its launcher for GPUs serves
     # both, and each process reads from this variable that it is to stay on the CPU.
@@ -212,7 +212,7 @@ def _ending(rank: int, code: int, passed: list[signal.Signals]) -> int:
     return 1
 
 
-def surroundings() -> tuple[int, int, str, int]:
+def detect_nodes() -> tuple[int, int, str, int]:
     """Return how many machines there are, which one this is, and the address and port of the first.
 
     Raises:
@@ -233,13 +233,13 @@ def surroundings() -> tuple[int, int, str, int]:
         return 1, 0, "localhost", 0
     if launchers != machines:
         raise UserError(
-            f"SLURM: {count_of(launchers, 'launcher')} on {count_of(machines, 'machine')}, wanted one on"
+            f"SLURM: {pluralize(launchers, 'launcher')} on {pluralize(machines, 'machine')}, wanted one on"
             " each; start it by srun --ntasks-per-node=1"
         )
     for name in ("JOB_ID", "NODEID", "STEP_NODELIST"):
         if name not in facts:
             raise UserError(
-                f"SLURM_{name}: not set, wanted as srun sets it on {count_of(machines, 'machine')};"
+                f"SLURM_{name}: not set, wanted as srun sets it on {pluralize(machines, 'machine')};"
                 " start it by srun --ntasks-per-node=1, and let a container have its environment"
             )
     # The first of `gpu[01-04,07],cpu3`; `scontrol` would tell, but is not inside a container.

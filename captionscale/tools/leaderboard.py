@@ -13,61 +13,61 @@ from captionscale.data.sources import base
 from captionscale.errors import UserError, did_you_mean, some
 from captionscale.files import atomic
 from captionscale.score.results import read_results
-from captionscale.score.tokenizer import UNSEEN
+from captionscale.score.tokenizer import INVISIBLE
 
 # The parts of a file's name are parted by underscores.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 
 
 @dataclass(frozen=True)
-class Board:
+class Leaderboard:
     """A set of images that a leaderboard scores.
 
     Attributes:
         file: Name of the results file; `{name}` is the algorithm's.
         images: How many there are.
-        listed: The file that lists them, and where it is from.
+        image_list: The file that lists them, and where it is from.
         archive: What the results files are uploaded in; empty: the file itself is uploaded.
-        beside: The other set whose file must be in the archive too.
+        archived_with: The other set whose file must be in the archive too.
     """
 
     file: str
     images: int
-    listed: str
+    image_list: str
     archive: str = ""
-    beside: str = ""
+    archived_with: str = ""
 
 
-BOARDS = {
-    "coco2014-val": Board(
+LEADERBOARDS = {
+    "coco2014-val": Leaderboard(
         file="captions_val2014_{name}_results.json",
         images=40_504,
-        listed="captions_val2014.json, in http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+        image_list="captions_val2014.json, in http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
         archive="results.zip",
-        beside="coco2014-test",
+        archived_with="coco2014-test",
     ),
-    "coco2014-test": Board(
+    "coco2014-test": Leaderboard(
         file="captions_test2014_{name}_results.json",
         images=40_775,
-        listed="image_info_test2014.json, in http://images.cocodataset.org/annotations/image_info_test2014.zip",
+        image_list="image_info_test2014.json, in http://images.cocodataset.org/annotations/image_info_test2014.zip",
         archive="results.zip",
-        beside="coco2014-val",
+        archived_with="coco2014-val",
     ),
-    "coco2017-test": Board(
+    "coco2017-test": Leaderboard(
         file="captions_test2017_{name}_results.json",
         images=40_670,
-        listed="image_info_test2017.json, in http://images.cocodataset.org/annotations/image_info_test2017.zip",
+        image_list="image_info_test2017.json, in http://images.cocodataset.org/annotations/image_info_test2017.zip",
         archive="captions_test2017_{name}_results.zip",
     ),
-    "nocaps-val": Board(
+    "nocaps-val": Leaderboard(
         file="nocaps_val_{name}_results.json",
         images=4_500,
-        listed="nocaps_val_image_info.json, from https://s3.amazonaws.com/nocaps/nocaps_val_image_info.json",
+        image_list="nocaps_val_image_info.json, from https://s3.amazonaws.com/nocaps/nocaps_val_image_info.json",
     ),
-    "nocaps-test": Board(
+    "nocaps-test": Leaderboard(
         file="nocaps_test_{name}_results.json",
         images=10_600,
-        listed="nocaps_test_image_info.json, from https://s3.amazonaws.com/nocaps/nocaps_test_image_info.json",
+        image_list="nocaps_test_image_info.json, from https://s3.amazonaws.com/nocaps/nocaps_test_image_info.json",
     ),
 }
 """The sets, by the name that the command line has for them.
@@ -86,15 +86,15 @@ class Submission:
         file: The results of one set.
         captions: How many are in it.
         empty: How many of them have no letter.
-        upload: What to upload; none: it waits for the results of `waits_for`.
-        waits_for: The set whose results are not there yet.
+        upload: What to upload; none: it waits for the results of `missing_set`.
+        missing_set: The set whose results are not there yet.
     """
 
     file: Path
     captions: int
     empty: int
     upload: Path | None
-    waits_for: str = ""
+    missing_set: str = ""
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -113,7 +113,7 @@ def write_submission(
     The same captions make the same bytes.
 
     Args:
-        board_name: One of `BOARDS`.
+        board_name: One of `LEADERBOARDS`.
         captions: COCO results, in one file or in parts.
         images: The official list of the set's images.
         name: Of the algorithm.
@@ -124,9 +124,11 @@ def write_submission(
             doubled, a name that would break the file's, files of another algorithm in the folder, or a folder
             that cannot be written.
     """
-    if board_name not in BOARDS:
-        raise UserError(f"--set {board_name}: no such set of images; {did_you_mean(board_name, BOARDS)}")
-    board = BOARDS[board_name]
+    if board_name not in LEADERBOARDS:
+        raise UserError(
+            f"--set {board_name}: no such set of images; {did_you_mean(board_name, LEADERBOARDS)}"
+        )
+    board = LEADERBOARDS[board_name]
     if not _NAME.fullmatch(name):
         raise UserError(
             f"--name {name!r:.60}: stands in a file's name between two underscores; wanted English letters,"
@@ -135,7 +137,7 @@ def write_submission(
     wanted = _official(board_name, images)
     found = _merged(captions)
     _prove_complete(captions, found, wanted, images)
-    texts = {image_id: UNSEEN.sub(" ", found[image_id]).strip() for image_id in sorted(found)}
+    texts = {image_id: INVISIBLE.sub(" ", found[image_id]).strip() for image_id in sorted(found)}
     _prove_one_algorithm(out, name)
     out.mkdir(parents=True, exist_ok=True)
     file = out / board.file.format(name=name)
@@ -145,11 +147,11 @@ def write_submission(
     if not board.archive:
         return Submission(file, len(texts), empty, upload=file)
     files = [file]
-    if board.beside:
-        other = out / BOARDS[board.beside].file.format(name=name)
+    if board.archived_with:
+        other = out / LEADERBOARDS[board.archived_with].file.format(name=name)
         if not other.exists():
-            return Submission(file, len(texts), empty, upload=None, waits_for=board.beside)
-        _prove_whole(other, board.beside)
+            return Submission(file, len(texts), empty, upload=None, missing_set=board.archived_with)
+        _prove_whole(other, board.archived_with)
         files.append(other)
     archive = out / board.archive.format(name=name)
     _zip(files, archive)
@@ -158,8 +160,8 @@ def write_submission(
 
 def _official(board_name: str, images: Path | None) -> set[int]:
     """Return the ids of a set's images."""
-    board = BOARDS[board_name]
-    cure = f"give {board.listed}"
+    board = LEADERBOARDS[board_name]
+    cure = f"give {board.image_list}"
     if images is None:
         raise UserError(
             f"leaderboard: no --images; wanted the official list of {board_name}, to prove that no image is"
@@ -168,7 +170,7 @@ def _official(board_name: str, images: Path | None) -> set[int]:
     document = base.document(images, _Document, f"wanted the official list of {board_name}; {cure}")
     ids = {image.id for image in document.images}
     if len(ids) != board.images:
-        others = [name for name, other in BOARDS.items() if other.images == len(ids)]
+        others = [name for name, other in LEADERBOARDS.items() if other.images == len(ids)]
         guess = f" (as many as {others[0]} has)" if others else ""
         raise UserError(
             f"{images}: lists {len(ids):,} images{guess}, wanted the {board.images:,} of {board_name}; {cure}"
@@ -204,7 +206,7 @@ def _prove_complete(
 
 def _prove_one_algorithm(out: Path, name: str) -> None:
     """Refuse a folder in which an archive could be of another algorithm than the file beside it."""
-    patterns = [board.file.partition("{name}") for board in BOARDS.values()]
+    patterns = [board.file.partition("{name}") for board in LEADERBOARDS.values()]
     for path in sorted(out.glob("*")) if out.is_dir() else []:
         for start, _, end in patterns:
             other = path.name.removeprefix(start).removesuffix(end)
@@ -216,7 +218,7 @@ def _prove_one_algorithm(out: Path, name: str) -> None:
 
 
 def _prove_whole(file: Path, board_name: str) -> None:
-    count, wanted = len(read_results(file)), BOARDS[board_name].images
+    count, wanted = len(read_results(file)), LEADERBOARDS[board_name].images
     if count != wanted:
         raise UserError(
             f"{file}: {count:,} captions, wanted {wanted:,}; write it again with --set {board_name}"

@@ -41,7 +41,7 @@ def read_profile(path: Path) -> dict[str, Any]:
     return profile
 
 
-def refuse_unfit(settings: Config, count: int, machines: int, profile: Mapping[str, Any]) -> None:
+def check_process_count(settings: Config, count: int, machines: int, profile: Mapping[str, Any]) -> None:
     """Refuse processes that cannot share the micro-batches of a step.
 
     Args:
@@ -58,17 +58,17 @@ def refuse_unfit(settings: Config, count: int, machines: int, profile: Mapping[s
     fitting = [n for n in range(machines, count, machines) if n <= batches and not (zero and batches % n)]
     if count <= batches and not (zero and batches % count):
         return
-    cures = [f"take {count_of(fitting[-1], 'process')}"] if fitting else []
+    cures = [f"take {pluralize(fitting[-1], 'process')}"] if fitting else []
     cures += ["lower train.micro_batch" if count > batches else "take --profile gpu"]
     raise UserError(
-        f"{count_of(count, 'process')}: train.global_batch = {settings.train.global_batch} holds"
-        f" {count_of(batches, 'micro-batch')} of train.micro_batch = {settings.train.micro_batch},"
+        f"{pluralize(count, 'process')}: train.global_batch = {settings.train.global_batch} holds"
+        f" {pluralize(batches, 'micro-batch')} of train.micro_batch = {settings.train.micro_batch},"
         f" wanted {'a multiple of the processes under ZeRO' if zero else 'at least one for each process'};"
         f" {', or '.join(cures)}"
     )
 
 
-def refuse_too_few_cores(settings: Config, here: int) -> None:
+def check_core_count(settings: Config, here: int) -> None:
     """Refuse a machine that has not even the cores for one process's decoding threads.
 
     Args:
@@ -86,7 +86,7 @@ def refuse_too_few_cores(settings: Config, here: int) -> None:
         )
 
 
-def crowding(settings: Config, here: int) -> str:
+def oversubscription_note(settings: Config, here: int) -> str:
     """Return what there is to say of more decoding threads than cores; nothing, if there are enough.
 
     Args:
@@ -97,7 +97,7 @@ def crowding(settings: Config, here: int) -> str:
     if threads <= cores():
         return ""
     return (
-        f"{count_of(here, 'process')} with data.workers = {settings.data.workers} on {cores()} cores;"
+        f"{pluralize(here, 'process')} with data.workers = {settings.data.workers} on {cores()} cores;"
         f" ask SLURM for --cpus-per-task={threads}, or lower data.workers"
     )
 
@@ -107,7 +107,7 @@ def is_zero(profile: Mapping[str, Any]) -> bool:
     return profile.get("distributed_type") == _ZERO
 
 
-def count_of(number: int, word: str) -> str:
+def pluralize(number: int, word: str) -> str:
     """Return a number of things, in words such as `1 process` and `2 processes`."""
     plural = word + ("es" if word.endswith(("s", "ch")) else "s")
     return f"{number} {word if number == 1 else plural}"

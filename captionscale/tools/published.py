@@ -45,7 +45,7 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"grou
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where figures are from: in words, and at which address if they are on the web."""
 
-    words: str
+    citation: str
     url: str = ""
 
 
@@ -64,7 +64,7 @@ class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sources: dict[str, Source]
     rows: tuple[Row, ...]
 
-    def split_of(self, references_sha256: str) -> str | None:
+    def find_split(self, references_sha256: str) -> str | None:
         """Return the key of the split that has these references."""
         keys = {split.references_sha256: key for key, split in self.splits.items()}
         return keys.get(references_sha256)

@@ -15,8 +15,8 @@ from captionscale.score.results import read_results
 from captionscale.tools import board, example_captions
 from captionscale.tools.curves import curves
 from captionscale.tools.markup import notice, table
-from captionscale.tools.run_artifacts import Findings
-from captionscale.tools.run_diff import differences
+from captionscale.tools.run_artifacts import RunArtifacts
+from captionscale.tools.run_diff import compare_runs
 from captionscale.train.checkpoints import open_run
 from captionscale.train.run_folder import steps
 from captionscale.version import __version__
@@ -39,15 +39,15 @@ def report(run: Path, out: Path, *, against: Path | None = None, shards: str | N
     """
     if out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"{out}: ends in '{out.suffix}', wanted .html; name it so")
-    ours = Findings(run, shards)
-    theirs = Findings(against, shards) if against else None
+    ours = RunArtifacts(run, shards)
+    theirs = RunArtifacts(against, shards) if against else None
     prove_writable(out)
     sections = {
         "Curves": curves(ours),
         "Scores": _scores(ours, theirs),
         "Is a score to be believed?": _panels(ours),
         "Captions": _captions(ours),
-        f"Against {theirs.name}" if theirs else "": differences(ours, theirs) if theirs else "",
+        f"Against {theirs.name}" if theirs else "": compare_runs(ours, theirs) if theirs else "",
         "What it is made of": _made(ours),
     }
     shown = {title: body for title, body in sections.items() if body}
@@ -74,7 +74,7 @@ def report(run: Path, out: Path, *, against: Path | None = None, shards: str | N
     return len(page)
 
 
-def _sentence(run: Findings) -> str:
+def _sentence(run: RunArtifacts) -> str:
     """Say in a line what was trained on what."""
     config = run.config
     if config is None:
@@ -88,7 +88,7 @@ def _sentence(run: Findings) -> str:
     )
 
 
-def _cards(run: Findings) -> str:
+def _cards(run: RunArtifacts) -> str:
     epochs, losses = run.figures("epoch"), run.figures("loss")
     cards = []
     if epochs:
@@ -101,8 +101,8 @@ def _cards(run: Findings) -> str:
             cards.append((f"epochs{wanted} done, {step:,} steps", f"{epochs[step]:.3g}"))
     if losses:
         cards.append(("last loss of a step, nats per word", f"{losses[max(losses)]:.3f}"))
-    if run.saved and run.saved.standing.best_step and run.config:
-        standing = run.saved.standing
+    if run.checkpoint and run.checkpoint.standing.best_step and run.config:
+        standing = run.checkpoint.standing
         judge = run.config.train.score_metric
         cards.append(
             (f"best validation {judge}, at step {standing.best_step:,}", f"{100 * standing.best_score:.1f}")
@@ -110,14 +110,14 @@ def _cards(run: Findings) -> str:
     for receipt in run.receipts[-1:]:
         metric = "CIDEr-D" if "CIDEr-D" in receipt.scores else list(receipt.scores)[-1]
         low, high = receipt.intervals[metric]
-        about = f"{metric} of split {receipt.made_by.get('split', '?')}"
+        about = f"{metric} of split {receipt.provenance.get('split', '?')}"
         about += f", 95 % interval {100 * low:.1f} to {100 * high:.1f}"
         cards.append((about, f"{100 * receipt.scores[metric]:.1f}"))
     shown = "".join(f"<div><b>{value}</b>{for_html(name)}</div>" for name, value in cards)
     return f'<div class="cards">{shown}</div>' if cards else ""
 
 
-def _todo(run: Findings) -> str:
+def _todo(run: RunArtifacts) -> str:
     """Say what is not there, and which command makes it."""
     lines = [for_html(text) for text in dict.fromkeys(run.missing)]
     if not run.receipts:
@@ -130,7 +130,7 @@ def _todo(run: Findings) -> str:
     return "".join(f'<p class="todo">{line}</p>' for line in lines)
 
 
-def _scores(ours: Findings, theirs: Findings | None) -> str:
+def _scores(ours: RunArtifacts, theirs: RunArtifacts | None) -> str:
     entries = [
         board.Entry(run.name, receipt)
         for run in (ours, theirs)
@@ -148,19 +148,19 @@ def _scores(ours: Findings, theirs: Findings | None) -> str:
         f" {board.TIE}: the interval overlaps the best one's. What others have published on the same split"
         " stands below ours.</p>"
     )
-    return legend + "\n".join(map(board.section, board.tables_of(entries)))
+    return legend + "\n".join(map(board.section, board.group_into_tables(entries)))
 
 
-def _panels(run: Findings) -> str:
+def _panels(run: RunArtifacts) -> str:
     if not run.receipts:
         return ""
     receipt = run.receipts[-1]
     flags = "".join(map(notice, board.warnings(receipt)))
-    rows = [("", "the model", "people"), *diagnostics.rows(receipt.panel)]
+    rows = [("", "the model", "people"), *diagnostics.rows(receipt.diagnostics)]
     return (
         "<p>A model can win a score without writing good captions: by endings such as <i>with a</i>, by"
         " saying words twice, by the same caption for many images. The model's captions of split"
-        f" <b>{for_html(str(receipt.made_by.get('split', '?')))}</b> beside people's:</p>"
+        f" <b>{for_html(str(receipt.provenance.get('split', '?')))}</b> beside people's:</p>"
         f"{flags or '<p>Nothing suspicious was found.</p>'}{table(rows)}"
         '<p class="legend">Dangling: ending in such a word. 3-grams: three words in a row, said twice.'
         " Distinct: different captions for each caption. Novel, where it could be counted: not among the"
@@ -168,23 +168,23 @@ def _panels(run: Findings) -> str:
     )
 
 
-def _captions(run: Findings) -> str:
+def _captions(run: RunArtifacts) -> str:
     if run.receipts:
         receipt = run.receipts[-1]
-        split = run.split(str(receipt.made_by.get("split")))
-        step = receipt.made_by.get("step")
-        saved = run.attempt(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
+        split = run.split(str(receipt.provenance.get("split")))
+        step = receipt.provenance.get("step")
+        saved = run.try_load(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
         same = saved is not None and saved.sha256 == receipt.hashes.get("model")
-        groups, which = example_captions.chosen(receipt), f"split {receipt.made_by.get('split')}"
+        groups, which = example_captions.select_examples(receipt), f"split {receipt.provenance.get('split')}"
     elif run.validations:
         step, path = max(run.validations.items())
-        captions = run.attempt(lambda: read_results(path))
+        captions = run.try_load(lambda: read_results(path))
         if not captions or run.config is None:
             return ""
         split = run.split(run.config.data.val_split)
-        saved = run.attempt(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
+        saved = run.try_load(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
         same = saved is not None
-        groups, which = example_captions.drawn(captions), "the validation split, by greedy search"
+        groups, which = example_captions.random_examples(captions), "the validation split, by greedy search"
     else:
         return ""
     about = f"Captions of {for_html(which)}, at step {step}."
@@ -203,11 +203,11 @@ def _captions(run: Findings) -> str:
             else " The yellower a place, the more the model looked there for that word; the bluer, the less."
             " Words such as 'is' follow from those before, wherever it looked meanwhile."
         )
-    body = run.attempt(lambda: example_captions.gallery(groups, run.config, split, saved if same else None))
+    body = run.try_load(lambda: example_captions.gallery(groups, run.config, split, saved if same else None))
     return f"<p>{about}</p>{body or ''}"
 
 
-def _made(run: Findings) -> str:
+def _made(run: RunArtifacts) -> str:
     lines = []
     if run.config:
         with suppress(UserError):
@@ -217,10 +217,13 @@ def _made(run: Findings) -> str:
                 rows.append((name, f"{facts.images:,}", f"{facts.captions:,}", f"{facts.rejected:,}"))
             lines.append(f"<h3>Data: {for_html(str(place))}</h3>" + table(rows))
     known: list[tuple[str, str]] = []
-    if run.saved:
-        known += [("checkpoint", run.saved.folder.name), ("sha256 of its weights", run.saved.sha256)]
+    if run.checkpoint:
+        known += [
+            ("checkpoint", run.checkpoint.folder.name),
+            ("sha256 of its weights", run.checkpoint.sha256),
+        ]
     for receipt in run.receipts[-1:]:
-        flat = toml.flatten(receipt.at)
+        flat = toml.flatten(receipt.environment)
         known += [(f"scored: {key}", str(value)) for key, value in flat.items()]
         known.append(("measured with", receipt.signature))
     if known:

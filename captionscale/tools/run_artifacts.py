@@ -18,7 +18,7 @@ from captionscale.train.run_folder import LOG, need_run, steps
 T = TypeVar("T")
 
 
-class Findings:
+class RunArtifacts:
     """What there is of a run, which may be at work, half-written or of another version."""
 
     def __init__(self, folder: Path, shards: str | None):
@@ -40,18 +40,18 @@ class Findings:
                 f"{folder}: no checkpoint and no {LOG}, so no run; wanted the --out of captionscale train;"
                 " correct the path"
             )
-        self.log = self.attempt(lambda: RunLog(folder))
+        self.log = self.try_load(lambda: RunLog(folder))
         self.validations = run_folder.validations(folder)
         """The captions of each scored step of the validation split."""
         self.missing += [*filter(None, [self.log.warning if self.log else ""]), *run_folder.warnings(folder)]
-        self.saved = self.attempt(lambda: open_run(folder))
-        saved = self.saved
-        self.config: Config | None = self.attempt(saved.config) if saved else None
-        found = [self.attempt(partial(Receipt.read, path)) for path in sorted(folder.rglob("receipt.json"))]
-        self.receipts = sorted(filter(None, found), key=lambda receipt: str(receipt.at.get("time")))
+        self.checkpoint = self.try_load(lambda: open_run(folder))
+        saved = self.checkpoint
+        self.config: Config | None = self.try_load(saved.config) if saved else None
+        found = [self.try_load(partial(Receipt.read, path)) for path in sorted(folder.rglob("receipt.json"))]
+        self.receipts = sorted(filter(None, found), key=lambda receipt: str(receipt.environment.get("time")))
         self.shards = shards
 
-    def attempt(self, work: Callable[[], T]) -> T | None:
+    def try_load(self, work: Callable[[], T]) -> T | None:
         """Return what can be had; of what cannot, the reason becomes a part of the page."""
         try:
             return work()
@@ -65,7 +65,7 @@ class Findings:
             return None
         data = self.config.data
         shards = self.shards or data.shards
-        return self.attempt(lambda: Split(open_place(shards, data.cache, data.cache_gb), name))
+        return self.try_load(lambda: Split(open_place(shards, data.cache, data.cache_gb), name))
 
     def figures(self, key: str) -> dict[int, float]:
         """Return one figure of the log by step."""

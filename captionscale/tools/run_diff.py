@@ -9,10 +9,10 @@ from captionscale.escape import for_html, for_shell
 from captionscale.score.comparison import Comparison, compare
 from captionscale.score.receipt import Receipt
 from captionscale.tools.markup import notice, table
-from captionscale.tools.run_artifacts import Findings
+from captionscale.tools.run_artifacts import RunArtifacts
 
 
-def differences(ours: Findings, theirs: Findings) -> str:
+def compare_runs(ours: RunArtifacts, theirs: RunArtifacts) -> str:
     """Return what two runs differ in: settings, scores, captions, as HTML."""
     lines = list(map(notice, theirs.missing))
     if ours.config and theirs.config:
@@ -59,8 +59,8 @@ def differences(ours: Findings, theirs: Findings) -> str:
     return "\n".join(lines)
 
 
-def _compared(found: Comparison, receipt: Receipt, ours: Findings, theirs: Findings) -> Iterator[str]:
-    yield f"<h3>Scores on split {for_html(str(receipt.made_by.get('split', '?')))}, image by image</h3>"
+def _compared(found: Comparison, receipt: Receipt, ours: RunArtifacts, theirs: RunArtifacts) -> Iterator[str]:
+    yield f"<h3>Scores on split {for_html(str(receipt.provenance.get('split', '?')))}, image by image</h3>"
     rows = [
         ("", theirs.name, ours.name, "difference", "its 95 % interval", "p", "images won", "lost", "tied")
     ]
@@ -73,7 +73,7 @@ def _compared(found: Comparison, receipt: Receipt, ours: Findings, theirs: Findi
                 f"{100 * each.second:.1f}",
                 f"{100 * each.difference:+.1f}",
                 f"{100 * low:+.1f} to {100 * high:+.1f}",
-                f"{each.p:.4f}",
+                f"{each.p_value:.4f}",
                 f"{each.won:,}",
                 f"{each.lost:,}",
                 f"{each.tied:,}",
@@ -86,10 +86,11 @@ def _compared(found: Comparison, receipt: Receipt, ours: Findings, theirs: Findi
         " 0, or p below 0.05, says that the difference is not the luck of these images; it says nothing of"
         " another seed.</p>"
     )
-    if found.changed:
-        changes = [("image", f"change of {found.changed_in}", theirs.name, ours.name)]
+    if found.most_changed:
+        changes = [("image", f"change of {found.ranked_by}", theirs.name, ours.name)]
         changes += [
-            (str(each.image_id), f"{100 * each.difference:+.1f}", *each.captions) for each in found.changed
+            (str(each.image_id), f"{100 * each.difference:+.1f}", *each.captions)
+            for each in found.most_changed
         ]
         yield "<h3>What changed most</h3>" + table(changes, text=True)
 
@@ -99,9 +100,9 @@ def _newest(receipts: Sequence[Receipt]) -> list[Receipt]:
     return list({receipt.hashes["references"]: receipt for receipt in receipts}.values())
 
 
-def _splits(run: Findings) -> list[str]:
+def _splits(run: RunArtifacts) -> list[str]:
     """Return the splits that a run is scored on, the last scored one first."""
-    return list(dict.fromkeys(str(each.made_by.get("split", "?")) for each in reversed(run.receipts)))
+    return list(dict.fromkeys(str(each.provenance.get("split", "?")) for each in reversed(run.receipts)))
 
 
 def _short(value: Any) -> str:

@@ -36,16 +36,16 @@ def score_file(
             written,
             human,
             measure=measure,
-            extras=[spice.measure(written, human, spice_jars)] if spice_jars else [],
-            notes=absent(spice_jars, "it sees images: score RUN --clip WEIGHTS"),
-            made_by={"captions": captions.name, "references": references.name},
+            optional_metrics=[spice.measure(written, human, spice_jars)] if spice_jars else [],
+            notes=missing_metrics(spice_jars, "it sees images: score RUN --clip WEIGHTS"),
+            provenance={"captions": captions.name, "references": references.name},
         )
     if out:
         receipt.write(out)
     return receipt
 
 
-def absent(spice_jars: Path | None, no_clip: str | None) -> list[str]:
+def missing_metrics(spice_jars: Path | None, no_clip: str | None) -> list[str]:
     """Return which figures are missing, and for want of what.
 
     Args:

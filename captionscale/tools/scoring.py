@@ -21,8 +21,8 @@ from captionscale.progress import progress, say, working
 from captionscale.score import clipscore, spice
 from captionscale.score.receipt import Measure, Receipt, score
 from captionscale.score.results import Result, write_results
-from captionscale.tools.ensemble import Members, open_members
-from captionscale.tools.score_file import absent
+from captionscale.tools.ensemble import CheckpointEnsemble, open_ensemble
+from captionscale.tools.score_file import missing_metrics
 from captionscale.train import preemption
 from captionscale.train.generation import caption_split
 from captionscale.vocab import SPECIALS
@@ -66,8 +66,8 @@ def score_run(
         UserError: No run or split, one without captions, damaged files, or a metric that failed.
         PreemptedError: A signal asked it to leave while it captioned.
     """
-    members = open_members(run, others, checkpoint=checkpoint, changes=changes)
-    saved, config = members.saved[0], members.config
+    members = open_ensemble(run, others, checkpoint=checkpoint, changes=changes)
+    saved, config = members.checkpoints[0], members.config
     # Whatever these lack is told before an hour of captioning, not after it.
     if spice_jars:
         spice.find_jars(spice_jars)
@@ -78,7 +78,7 @@ def score_run(
     split.need_captions("to score against; captionscale caption --split only captions it")
     step = saved.standing.step
     other = f"-of-{split.sha256[:8]}" if shards else ""
-    folder = run / "scores" / f"{split_name}-step-{step:08d}-{members.variant}{other}"
+    folder = run / "scores" / f"{split_name}-step-{step:08d}-{members.search_label}{other}"
     place = out or folder / "receipt.json"
     _prove_writable(place, folder / "captions.json")
     results = _caption(members, split)
@@ -88,26 +88,26 @@ def score_run(
     train, notes = _train_captions(config)
     vocabulary = saved.vocabulary()
     captions, references = {result["image_id"]: result["caption"] for result in results}, split.references()
-    extras = [spice.measure(captions, references, spice_jars)] if spice_jars else []
-    extras += [clipscore.measure(split, captions, references, eye)] if eye else []
+    optional_metrics = [spice.measure(captions, references, spice_jars)] if spice_jars else []
+    optional_metrics += [clipscore.measure(split, captions, references, eye)] if eye else []
     with working(f"scoring {len(captions):,} captions"):
         receipt = score(
             captions,
             references,
             measure=measure,
-            extras=extras,
-            train=train,
-            vocabulary=len(vocabulary) - len(SPECIALS),
-            made_by={
+            optional_metrics=optional_metrics,
+            train_captions=train,
+            vocabulary_size=len(vocabulary) - len(SPECIALS),
+            provenance={
                 "run": run.resolve().name,
                 "split": split.name,
                 "step": step,
                 "search": config.search.model_dump(mode="json"),
-                **members.made_by(),
+                **members.provenance(),
                 "precision": "fp32",
                 "seed": config.seed,
                 "objective": config.train.objective,
-                "end_rewarded": config.train.objective == "scst",
+                "end_token_rewarded": config.train.objective == "scst",
             },
             hashes={
                 "shards": split.sha256,
@@ -116,7 +116,7 @@ def score_run(
                 "vocabulary": vocabulary.sha256,
             },
             hardware=_hardware(),
-            notes=[*notes, *absent(spice_jars, None if clip else "no --clip WEIGHTS")],
+            notes=[*notes, *missing_metrics(spice_jars, None if clip else "no --clip WEIGHTS")],
         )
     receipt.write(place)
     _remember(run, members, split, scores=receipt.scores, receipt=receipt.sha256)
@@ -157,7 +157,7 @@ def caption_run(
         UserError: No run or split, damaged files, or a place that cannot be written.
         PreemptedError: A signal asked it to leave while it captioned.
     """
-    members = open_members(run, others, checkpoint=checkpoint, changes=changes)
+    members = open_ensemble(run, others, checkpoint=checkpoint, changes=changes)
     split = _open_split(members.config, shards, split_name)
     _prove_writable(out)
     results = _caption(members, split, prefix=prefix, require=require)
@@ -184,16 +184,16 @@ def _prove_writable(*places: Path) -> None:
         prove_writable(place)
 
 
-def _remember(run: Path, members: Members, split: Split, **result: object) -> None:
+def _remember(run: Path, members: CheckpointEnsemble, split: Split, **result: object) -> None:
     """Add a line to the run's history: how often one has looked at a split must be known."""
     history = run / "scores" / HISTORY
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": split.name,
         "shards": split.sha256,
-        "step": members.saved[0].standing.step,
+        "step": members.checkpoints[0].standing.step,
         "search": members.config.search.model_dump(mode="json"),
-        **members.made_by(),
+        **members.provenance(),
         **result,
     }
     try:
@@ -205,14 +205,14 @@ def _remember(run: Path, members: Members, split: Split, **result: object) -> No
 
 
 def _caption(
-    members: Members, split: Split, *, prefix: str = "", require: Sequence[str] = ()
+    members: CheckpointEnsemble, split: Split, *, prefix: str = "", require: Sequence[str] = ()
 ) -> list[Result] | None:
     """Return a split's captions; on ranks other than the first nothing.
 
     Raises:
         PreemptedError: A signal asked this or another rank to leave.
     """
-    saved, config = members.saved[0], members.config
+    saved, config = members.checkpoints[0], members.config
     loader = Loader(split, saved.vocabulary(), config.data, config.seed)
     with preemption.listening(), Ranks() as ranks:
         results = caption_split(
@@ -223,7 +223,7 @@ def _caption(
             f"captioning {split.name}",
             prefix=prefix,
             require=require,
-            asked_to_leave=preemption.asked,
+            should_stop=preemption.asked,
         )
         loader.close()
         first = ranks.first

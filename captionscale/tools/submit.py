@@ -11,7 +11,7 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.escape import for_shell, for_terminal
 from captionscale.files import atomic
-from captionscale.tools.profiles import read_profile, refuse_unfit
+from captionscale.tools.profiles import check_process_count, read_profile
 
 _SOURCE = re.compile(r"^(?:\[\[ -f slurm.*\n)?source slurm/(\S+)\n", re.MULTILINE)
 
@@ -56,7 +56,7 @@ def submit(
         run = run.absolute()
     facts = read_profile(assets.find("launch", profile, ".yaml"))
     here = gpus or int(facts["num_processes"])
-    refuse_unfit(settings, nodes * here, nodes, facts)
+    check_process_count(settings, nodes * here, nodes, facts)
     # In the name of a log file SLURM takes % for the start of a field.
     log = f"{str(run / 'logs').replace('%', '%%')}/%j.log"
     options = [f"--job-name={run.name}", f"--nodes={nodes}", f"--output={log}"]

@@ -55,26 +55,26 @@ _STALL = msgspec.json.Decoder(_Stall)
 
 
 @dataclass(frozen=True)
-class Glance:
+class RunStatus:
     """How a run stands."""
 
     state: str
-    why: str
+    reason: str
     facts: dict[str, str]
     """What else there is to say, by name."""
-    share: float
+    fraction_done: float
     """Of its steps that are done; 0: unknown."""
-    over: bool
+    finished: bool
     """Whether nothing more will come."""
 
     def line(self) -> str:
         """Return it in one line."""
         return "  ".join(
-            [*(f"{name} {value}" for name, value in self.facts.items()), f"{self.state}: {self.why}"]
+            [*(f"{name} {value}" for name, value in self.facts.items()), f"{self.state}: {self.reason}"]
         )
 
 
-class Watch:
+class RunWatcher:
     """Looks at one run."""
 
     def __init__(self, run: Path):
@@ -94,7 +94,7 @@ class Watch:
         self._log = Reader(run / LOG, log_reader.read_line)
         self._stalls = Reader(run / STALLS, lambda line: parsing.decode(line, _STALL))
 
-    def look(self) -> Glance:
+    def status(self) -> RunStatus:
         """Return how the run stands now.
 
         Raises:
@@ -125,7 +125,7 @@ class Watch:
         if damaged := [f"{it.path.name} {it.damaged:,}" for it in (self._log, self._stalls) if it.damaged]:
             facts["damaged lines"] = f"{', '.join(damaged)} (passed over)"
         state, why = self._state(step, total, rhythm_s)
-        return Glance(state, why, facts, min(1.0, step / total) if total else 0.0, state == "ended")
+        return RunStatus(state, why, facts, min(1.0, step / total) if total else 0.0, state == "ended")
 
     def _config(self) -> Config | None:
         saved = steps(self._run)
@@ -177,10 +177,10 @@ def watch(run: Path, *, once: bool, every_s: float) -> None:
     Raises:
         UserError: No run.
     """
-    watched = Watch(run)
+    watched = RunWatcher(run)
     out = SafeConsole()
     if once:
-        out.print(_picture(run, watched.look()))
+        out.print(_picture(run, watched.status()))
         return
     # Ctrl-C is how one leaves.
     with suppress(KeyboardInterrupt):
@@ -198,25 +198,27 @@ def watch(run: Path, *, once: bool, every_s: float) -> None:
     sys.stdout.flush()
 
 
-def _glances(watched: Watch, every_s: float) -> Iterator[Glance]:
+def _glances(watched: RunWatcher, every_s: float) -> Iterator[RunStatus]:
     while True:
-        glance = watched.look()
+        glance = watched.status()
         yield glance
-        if glance.over:
+        if glance.finished:
             return
         time.sleep(every_s)
 
 
-def _picture(run: Path, glance: Glance) -> Group:
+def _picture(run: Path, glance: RunStatus) -> Group:
     table = Table.grid(padding=(0, 2))
-    if glance.share:
-        table.add_row("", ProgressBar(1.0, glance.share, 50, complete_style="cyan", finished_style="cyan"))
+    if glance.fraction_done:
+        table.add_row(
+            "", ProgressBar(1.0, glance.fraction_done, 50, complete_style="cyan", finished_style="cyan")
+        )
     for name, value in glance.facts.items():
         table.add_row(Text(name, "dim"), value)
     title = Text()
     title.append(f"{run}  ", "bold")
     title.append(glance.state, _MARKS[glance.state])
-    title.append(f"  {glance.why}")
+    title.append(f"  {glance.reason}")
     return Group(title, table)
 
 

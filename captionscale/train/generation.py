@@ -23,11 +23,11 @@ from captionscale.score.diagnostics import DANGLING
 from captionscale.score.results import Result
 from captionscale.vocab import PAD, SPECIALS, UNKNOWN, Vocabulary, split_words
 
-MOST_REQUIRED = 4
+MAX_REQUIRED_WORDS = 4
 """Words that captions can be made to hold: the search takes twice as long for each."""
 
 
-def make_rules(
+def make_constraints(
     settings: config.Search,
     vocabulary: Vocabulary,
     max_words: int,
@@ -56,9 +56,9 @@ def make_rules(
                 f"--require '{text}': found {len(words)} words, wanted one; give --require for each word"
             )
         required.append((_token(words[0], vocabulary, "--require"),))
-    if len(required) > MOST_REQUIRED:
+    if len(required) > MAX_REQUIRED_WORDS:
         raise UserError(
-            f"--require: found {len(required)} words, wanted at most {MOST_REQUIRED}; leave some out"
+            f"--require: found {len(required)} words, wanted at most {MAX_REQUIRED_WORDS}; leave some out"
         )
     if required and settings.method == "sample":
         raise UserError(
@@ -89,7 +89,7 @@ def caption_split(
     *,
     prefix: str = "",
     require: Sequence[str] = (),
-    asked_to_leave: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Result] | None:
     """Caption every image of the loader's split once.
 
@@ -104,16 +104,16 @@ def caption_split(
         title: For the progress bar.
         prefix: What every caption begins with.
         require: Words that every caption holds.
-        asked_to_leave: Asked before each batch; one yes, on any rank, and there are no results.
+        should_stop: Asked before each batch; one yes, on any rank, and there are no results.
 
     Returns:
         COCO results, by image id, the same on every rank; none if a rank left before its last batch.
 
     Raises:
-        UserError: As `make_rules`, and coverage without attention.
+        UserError: As `make_constraints`, and coverage without attention.
     """
     max_words = loader.data.max_words
-    rules = make_rules(settings, loader.vocabulary, max_words, prefix=prefix, require=require)
+    rules = make_constraints(settings, loader.vocabulary, max_words, prefix=prefix, require=require)
     split = loader.split
     # Cut first, dealt then: the batch in which an image is captioned does not depend on the ranks.
     items = np.arange(len(split))
@@ -125,12 +125,12 @@ def caption_split(
     captioner.eval()
     with progress(title, sum(map(len, mine)), quiet=not ranks.first, passing=True) as bar, ranks.autocast():
         for batch in loader.ahead((part, None) for part in mine):
-            if left := asked_to_leave():
+            if left := should_stop():
                 break
-            pictures = batch.images.to(ranks.device)
+            images = batch.images.to(ranks.device)
             keys = [(loader.seed, image_id) for image_id in batch.image_ids]
-            captions = write_captions(
-                captioner, pictures, loader.vocabulary, settings, max_words, rules, keys
+            captions = generate_captions(
+                captioner, images, loader.vocabulary, settings, max_words, rules, keys
             )
             for image_id, caption in zip(batch.image_ids, captions, strict=True):
                 results.append(Result(image_id=image_id, caption=caption))
@@ -146,34 +146,34 @@ def caption_split(
 
 
 @torch.no_grad()
-def write_captions(
+def generate_captions(
     captioner: Captioner | Ensemble,
-    pictures: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"],
+    images: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"],
     vocabulary: Vocabulary,
     settings: config.Search,
     max_words: int,
     rules: Rules,
     keys: Sequence[tuple[int, int]],
 ) -> list[str]:
-    """Return the best caption of each picture, or a sampled one.
+    """Return the best caption of each image, or a sampled one.
 
     Args:
         captioner: In evaluation mode.
-        pictures: On the captioner's device; or their features.
+        images: On the captioner's device; or their features.
         vocabulary: The captioner's.
         settings: The config's section `search`.
         max_words: Of a caption.
         rules: What captions may say.
-        keys: Seed and number of each picture, of which its sampled caption is a function.
+        keys: Seed and number of each image, of which its sampled caption is a function.
 
     Raises:
         UserError: Coverage is asked of a captioner without attention.
     """
-    found = find_captions(captioner.decoder, captioner.look(pictures), settings, max_words, rules, keys)
+    found = generate_tokens(captioner.decoder, captioner.look(images), settings, max_words, rules, keys)
     return [vocabulary.decode(captions[0]) for captions in found]
 
 
-def find_captions(
+def generate_tokens(
     decoder: Decoder,
     features: Features,
     settings: config.Search,
@@ -185,14 +185,14 @@ def find_captions(
 
     Args:
         decoder: In evaluation mode.
-        features: Of each picture.
+        features: Of each image.
         settings: The config's section `search`.
         max_words: Of a caption.
         rules: What captions may say.
-        keys: As `write_captions` has it.
+        keys: As `generate_captions` has it.
 
     Returns:
-        Of each picture its captions: words, then the end token unless it was cut at `max_words`.
+        Of each image its captions: words, then the end token unless it was cut at `max_words`.
 
     Raises:
         UserError: Coverage is asked of a captioner without attention.

@@ -17,7 +17,7 @@ from captionscale.model.captioner import Captioner
 from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample
 from captionscale.score import bleu
-from captionscale.score.ciderd import Reward
+from captionscale.score.ciderd import CiderDReward
 from captionscale.score.diagnostics import DANGLING
 from captionscale.train.losses import Target
 from captionscale.vocab import END, PAD, START, Vocabulary
@@ -61,7 +61,7 @@ class SelfCritical:
             [vocabulary.encode(caption, self._max_words)[1:] for caption in split.captions(item)]
             for item in range(len(split))
         ]
-        self._reward = Reward(self._references)
+        self._reward = CiderDReward(self._references)
         self._rows = {int(image_id): row for row, image_id in enumerate(split.index["image_id"])}
         self._dangling = {token for token, word in enumerate(vocabulary.words) if word in DANGLING}
         self.figures = Figures()
@@ -103,7 +103,7 @@ class SelfCritical:
         if settings.bleu_4:
             candidates = [_text(caption) for caption in captions]
             references = [[_text(reference) for reference in self._references[row]] for row in rows]
-            figures = bleu.corpus(bleu.statistics(candidates, references))[:, _BLEU_4]
+            figures = bleu.corpus_score(bleu.statistics(candidates, references))[:, _BLEU_4]
             rewards = rewards + settings.bleu_4 * figures
         return rewards
 

@@ -11,7 +11,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.generate import search
 from captionscale.progress import say
-from captionscale.score.ciderd import Reward
+from captionscale.score.ciderd import CiderDReward
 from captionscale.score.metrics import measure
 from captionscale.train.scst import SelfCritical
 from captionscale.train.state import Standing
@@ -23,7 +23,7 @@ IMAGES = 256
 _LEAST_REWARD = 1.0
 _LEAST_AGREEMENT = 0.1
 _TOLERANCE = 0.02
-# A word that tokenisers leave as it is, in place of a token that is none.
+# A word that tokenizers leave as it is, in place of a token that is none.
 _STAND_INS = {END: "endofcaption", UNKNOWN: "unknownword"}
 
 
@@ -55,10 +55,10 @@ def open_gate(
         references[owner].append(caption)
     greedy = _greedy(captioner, batch, max_words)
     pairs = [captions for captions in references if len(captions) > 1]
-    agreement = Reward([captions[1:] for captions in pairs])(
+    agreement = CiderDReward([captions[1:] for captions in pairs])(
         np.arange(len(pairs)), [captions[0] for captions in pairs]
     )
-    ours = float(Reward(references)(np.arange(len(greedy)), greedy).mean())
+    ours = float(CiderDReward(references)(np.arange(len(greedy)), greedy).mean())
     theirs = measure(
         {number: _words(caption, vocabulary) for number, caption in enumerate(greedy)},
         {

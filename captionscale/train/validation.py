@@ -115,7 +115,7 @@ class Validation:
             self._scorer.close()
 
     def _caption(self) -> bool:
-        def asked_to_leave() -> bool:
+        def should_stop() -> bool:
             self._dog.beat()
             return preemption.asked()
 
@@ -132,7 +132,7 @@ class Validation:
                 settings,
                 job.ranks,
                 "validation",
-                asked_to_leave=asked_to_leave,
+                should_stop=should_stop,
             )
         if results is None:
             return False
@@ -166,7 +166,7 @@ class Validation:
             # METEOR takes more time and memory than all others together, so only on request.
             metrics = dict.fromkeys((*_METRICS, self._job.config.train.score_metric))
             self._scorer = BackgroundScorer(self._job.val_loader.split.references(), list(metrics))
-        self._scorer.begin(captions)
+        self._scorer.submit(captions)
 
     def _wait(self) -> dict[str, float] | None:
         """Return scores; none if this rank is asked to leave, empty ones if there will be none."""

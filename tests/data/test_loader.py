@@ -39,10 +39,10 @@ def loader(packed: Path) -> Iterator[Loader]:
 
 
 @pytest.fixture(scope="module")
-def ragged(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
+def ragged(synthetic_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loader]:
     """Images with one to four captions of very different lengths."""
     words = [word * 3 for word in "abcdefghijkl"]
-    files = sorted((scenes / "val2017").iterdir())
+    files = sorted((synthetic_coco / "val2017").iterdir())
     records = [
         Record(
             90 - 7 * item,
@@ -268,9 +268,9 @@ def test_a_batch_moves_with_all_that_is_in_it(loader: Loader) -> None:
     assert batch.to(torch.device("meta")).images.device.type == "meta"
 
 
-def test_a_damaged_image_is_named_by_its_folder_and_id(scenes: Path, tmp_path: Path) -> None:
+def test_a_damaged_image_is_named_by_its_folder_and_id(synthetic_coco: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
-    whole = min((scenes / "val2017").iterdir()).read_bytes()
+    whole = min((synthetic_coco / "val2017").iterdir()).read_bytes()
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     record = Record(391895, "train", ("a dog",), str(tmp_path), "half.jpg")
     pack([record], out, sources=[], options=Options(whole=False))

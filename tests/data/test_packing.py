@@ -33,12 +33,12 @@ from captionscale.files import LOCK, blake3_of, lock, sha256_of
 SMALL = Options(images_per_shard=16)
 
 
-def captions_of(scenes: Path, split: str) -> Path:
-    return scenes / "annotations" / f"captions_{split}2017.json"
+def captions_of(synthetic_coco: Path, split: str) -> Path:
+    return synthetic_coco / "annotations" / f"captions_{split}2017.json"
 
 
-def records_of(scenes: Path, split: str) -> list[Record]:
-    return coco.official(scenes / f"{split}2017", captions_of(scenes, split), split)
+def records_of(synthetic_coco: Path, split: str) -> list[Record]:
+    return coco.official(synthetic_coco / f"{split}2017", captions_of(synthetic_coco, split), split)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -65,10 +65,12 @@ def stream(tars: list[Path]) -> list[dict[str, Any]]:
 
 @streaming
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_webdataset_reads_back_what_was_packed_in_its_order(scenes: Path, packed: Path, split: str) -> None:
+def test_webdataset_reads_back_what_was_packed_in_its_order(
+    synthetic_coco: Path, packed: Path, split: str
+) -> None:
     tars = sorted(packed.glob(f"{split}-*.tar"))
     samples = stream(tars)
-    records = records_of(scenes, split)
+    records = records_of(synthetic_coco, split)
     assert len(tars) == -(-len(records) // 16)
     for sample, record in zip(samples, records, strict=True):
         assert sample["__key__"] == f"{record.image_id:012d}"
@@ -80,11 +82,11 @@ def test_webdataset_reads_back_what_was_packed_in_its_order(scenes: Path, packed
         }
 
 
-def test_plain_tar_unpacks_the_original_files(scenes: Path, packed: Path, tmp_path: Path) -> None:
+def test_plain_tar_unpacks_the_original_files(synthetic_coco: Path, packed: Path, tmp_path: Path) -> None:
     for shard in packed.glob("train-*.tar"):
         done = subprocess.run(["tar", "-xf", shard], cwd=tmp_path, capture_output=True, text=True, check=True)
         assert done.stderr == ""
-    for record in records_of(scenes, "train"):
+    for record in records_of(synthetic_coco, "train"):
         assert (tmp_path / f"{record.image_id:012d}.jpg").read_bytes() == record.read()
 
 
@@ -130,14 +132,14 @@ def test_webdataset_decodes_every_kind_of_picture_by_its_name(tmp_path: Path) ->
             assert np.shape(sample[extension]) == (20, 30, 3)
 
 
-def test_the_manifest_says_what_was_packed_from_what(scenes: Path, packed: Path) -> None:
+def test_the_manifest_says_what_was_packed_from_what(synthetic_coco: Path, packed: Path) -> None:
     found = manifest.read(packed)
     assert found.format == manifest.FORMAT
     assert str(found.images) == "original"
     assert list(found.splits) == ["train", "val", "test"]
     for split, facts in found.splits.items():
-        records = records_of(scenes, split)
-        source = captions_of(scenes, split)
+        records = records_of(synthetic_coco, split)
+        source = captions_of(synthetic_coco, split)
         assert facts.images == len(records) == sum(shard.images for shard in facts.shards)
         assert facts.captions == sum(len(record.captions) for record in records)
         assert facts.sources == {source.name: sha256_of(source)}
@@ -148,16 +150,20 @@ def test_the_manifest_says_what_was_packed_from_what(scenes: Path, packed: Path)
     assert [shard.images for shard in found.splits["train"].shards] == [16, 16, 16]
 
 
-def test_the_last_shard_holds_the_rest_and_progress_counts_every_image(scenes: Path, tmp_path: Path) -> None:
+def test_the_last_shard_holds_the_rest_and_progress_counts_every_image(
+    synthetic_coco: Path, tmp_path: Path
+) -> None:
     seen: list[int] = []
-    records = records_of(scenes, "train")
+    records = records_of(synthetic_coco, "train")
     pack(records, tmp_path, sources=[], options=Options(images_per_shard=20), progress=seen.append)
     assert Split(tmp_path, "train").shard_sizes.tolist() == [20, 20, 8]
     assert seen == [20, 20, 8]
 
 
-def test_splits_packed_one_by_one_or_together_are_the_same_shards(scenes: Path, tmp_path: Path) -> None:
-    train, val = records_of(scenes, "train")[:12], records_of(scenes, "val")
+def test_splits_packed_one_by_one_or_together_are_the_same_shards(
+    synthetic_coco: Path, tmp_path: Path
+) -> None:
+    train, val = records_of(synthetic_coco, "train")[:12], records_of(synthetic_coco, "val")
     options = Options(images_per_shard=5)
     pack([*val, *train], tmp_path / "together", sources=[], options=options)
     pack(val, tmp_path / "one by one", sources=[], options=options)
@@ -175,16 +181,21 @@ def test_splits_packed_one_by_one_or_together_are_the_same_shards(scenes: Path, 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_any_number_of_workers_writes_the_same_bytes(
-    scenes: Path, packed: Path, tmp_path: Path, workers: int
+    synthetic_coco: Path, packed: Path, tmp_path: Path, workers: int
 ) -> None:
     for split in ("train", "val", "test"):
         options = replace(SMALL, workers=workers)
-        pack(records_of(scenes, split), tmp_path, sources=[captions_of(scenes, split)], options=options)
+        pack(
+            records_of(synthetic_coco, split),
+            tmp_path,
+            sources=[captions_of(synthetic_coco, split)],
+            options=options,
+        )
     assert contents(tmp_path) == contents(packed)
 
 
-def test_shrunk_images_have_the_side_that_was_asked_for(scenes: Path, tmp_path: Path) -> None:
-    records = records_of(scenes, "val")
+def test_shrunk_images_have_the_side_that_was_asked_for(synthetic_coco: Path, tmp_path: Path) -> None:
+    records = records_of(synthetic_coco, "val")
     for workers in (1, 2):
         out = tmp_path / str(workers)
         pack(records, out, sources=[], options=Options(3, short_side=32, workers=workers))
@@ -193,18 +204,18 @@ def test_shrunk_images_have_the_side_that_was_asked_for(scenes: Path, tmp_path: 
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
-def test_a_member_of_a_tar_is_packed_like_a_file(scenes: Path, packed: Path, tmp_path: Path) -> None:
+def test_a_member_of_a_tar_is_packed_like_a_file(synthetic_coco: Path, packed: Path, tmp_path: Path) -> None:
     split = Split(packed, "val")
     records = []
-    for record, row in zip(records_of(scenes, "val"), split.index, strict=True):
+    for record, row in zip(records_of(synthetic_coco, "val"), split.index, strict=True):
         place = {"offset": int(row["image_offset"]), "size": int(row["image_size"])}
         records.append(replace(record, source=str(packed / "val-00000.tar"), **place))
     pack(records, tmp_path, sources=[], options=SMALL)
     assert (tmp_path / "val-00000.tar").read_bytes() == (packed / "val-00000.tar").read_bytes()
 
 
-def test_images_without_captions_are_packed(scenes: Path, tmp_path: Path) -> None:
-    pack([replace(it, captions=()) for it in records_of(scenes, "test")], tmp_path, sources=[])
+def test_images_without_captions_are_packed(synthetic_coco: Path, tmp_path: Path) -> None:
+    pack([replace(it, captions=()) for it in records_of(synthetic_coco, "test")], tmp_path, sources=[])
     assert manifest.read(tmp_path).splits["test"].captions == 0
     assert verify(tmp_path).problems == []
 
@@ -219,9 +230,9 @@ def test_images_without_captions_are_packed(scenes: Path, tmp_path: Path) -> Non
 )
 @pytest.mark.parametrize("number", [0, 20, 47])
 def test_an_unreadable_image_is_left_out_and_written_down(
-    scenes: Path, tmp_path: Path, number: int, damage: Callable[[bytes], bytes]
+    synthetic_coco: Path, tmp_path: Path, number: int, damage: Callable[[bytes], bytes]
 ) -> None:
-    records = records_of(scenes, "train")
+    records = records_of(synthetic_coco, "train")
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(damage(records[number].read()))
     out = tmp_path / "shards"
@@ -239,16 +250,16 @@ def test_an_unreadable_image_is_left_out_and_written_down(
 
 
 def test_more_unreadable_images_than_allowed_are_refused_and_can_be_mended(
-    scenes: Path, packed: Path, tmp_path: Path
+    synthetic_coco: Path, packed: Path, tmp_path: Path
 ) -> None:
-    records = records_of(scenes, "train")
+    records = records_of(synthetic_coco, "train")
     folder, out = tmp_path / "images", tmp_path / "shards"
     folder.mkdir()
     for record in records:
         (folder / record.name).write_bytes(record.read())
     moved = [replace(record, source=str(folder)) for record in records]
     (folder / records[30].name).write_bytes(b"<html>")
-    source = captions_of(scenes, "train")
+    source = captions_of(synthetic_coco, "train")
     wanted = (
         r"not a readable image .*; 1 of the 48 images of split 'train' cannot be read, wanted at most 0.10%"
     )
@@ -265,14 +276,16 @@ def test_more_unreadable_images_than_allowed_are_refused_and_can_be_mended(
         assert (out / name).read_bytes() == (packed / name).read_bytes()
 
 
-def test_a_missing_image_is_named(scenes: Path, tmp_path: Path) -> None:
-    records = spoilt(records_of(scenes, "val"), 5, tmp_path / "gone.jpg")
+def test_a_missing_image_is_named(synthetic_coco: Path, tmp_path: Path) -> None:
+    records = spoilt(records_of(synthetic_coco, "val"), 5, tmp_path / "gone.jpg")
     with pytest.raises(UserError, match=r"gone\.jpg: cannot be read \(No such file"):
         pack(records, tmp_path / "shards", sources=[])
 
 
-def test_headers_alone_show_less_but_the_same_shards(scenes: Path, packed: Path, tmp_path: Path) -> None:
-    records = records_of(scenes, "val")
+def test_headers_alone_show_less_but_the_same_shards(
+    synthetic_coco: Path, packed: Path, tmp_path: Path
+) -> None:
+    records = records_of(synthetic_coco, "val")
     pack(records, tmp_path / "whole", sources=[], options=Options(whole=False))
     assert (tmp_path / "whole" / "val-00000.tar").read_bytes() == (packed / "val-00000.tar").read_bytes()
     bad = tmp_path / "bad.jpg"
@@ -285,9 +298,11 @@ def test_headers_alone_show_less_but_the_same_shards(scenes: Path, packed: Path,
 # ---- what is refused
 
 
-def test_the_same_call_again_changes_nothing_and_another_is_refused(scenes: Path, tmp_path: Path) -> None:
-    val = records_of(scenes, "val")
-    source = captions_of(scenes, "val")
+def test_the_same_call_again_changes_nothing_and_another_is_refused(
+    synthetic_coco: Path, tmp_path: Path
+) -> None:
+    val = records_of(synthetic_coco, "val")
+    source = captions_of(synthetic_coco, "val")
     made = pack(val, tmp_path, sources=[source], options=SMALL)
     before = contents(tmp_path)
     assert pack(val, tmp_path, sources=[source], options=replace(SMALL, workers=2)) == made
@@ -297,17 +312,17 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(scenes: Path
     assert contents(tmp_path) == before
 
 
-def test_an_image_of_another_split_is_refused(scenes: Path, packed: Path) -> None:
+def test_an_image_of_another_split_is_refused(synthetic_coco: Path, packed: Path) -> None:
     before = contents(packed)
-    leak = [replace(record, split="holdout") for record in records_of(scenes, "test")]
+    leak = [replace(record, split="holdout") for record in records_of(synthetic_coco, "test")]
     wanted = f"8 images of split 'holdout', such as image {leak[0].image_id}, are"
     with pytest.raises(UserError, match=wanted):
         pack(leak, packed, sources=[], options=SMALL)
     assert contents(packed) == before
 
 
-def test_an_image_in_two_splits_of_one_call_is_refused(scenes: Path, tmp_path: Path) -> None:
-    val = records_of(scenes, "val")
+def test_an_image_in_two_splits_of_one_call_is_refused(synthetic_coco: Path, tmp_path: Path) -> None:
+    val = records_of(synthetic_coco, "val")
     leak = replace(val[3], split="test")
     with pytest.raises(UserError, match=f"'val', such as image {leak.image_id}, are in split 'test' too"):
         pack([*val, leak], tmp_path / "shards", sources=[])
@@ -317,50 +332,56 @@ def test_an_image_in_two_splits_of_one_call_is_refused(scenes: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("split", ["", "a/b", "../up", ".hidden", "two words"])
-def test_a_split_that_cannot_name_a_file_is_refused(scenes: Path, tmp_path: Path, split: str) -> None:
+def test_a_split_that_cannot_name_a_file_is_refused(synthetic_coco: Path, tmp_path: Path, split: str) -> None:
     with pytest.raises(UserError, match="wanted letters, digits"):
-        pack([replace(it, split=split) for it in records_of(scenes, "val")], tmp_path / "out", sources=[])
+        pack(
+            [replace(it, split=split) for it in records_of(synthetic_coco, "val")],
+            tmp_path / "out",
+            sources=[],
+        )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("image_id", [-1, 1 << 63])
-def test_an_id_that_fits_no_index_is_refused(scenes: Path, tmp_path: Path, image_id: int) -> None:
-    records = records_of(scenes, "val")
+def test_an_id_that_fits_no_index_is_refused(synthetic_coco: Path, tmp_path: Path, image_id: int) -> None:
+    records = records_of(synthetic_coco, "val")
     with pytest.raises(UserError, match="image id is below 0 or above"):
         pack([replace(records[0], image_id=image_id), *records[1:]], tmp_path / "out", sources=[])
 
 
-def test_one_folder_stores_images_in_one_way(scenes: Path, tmp_path: Path) -> None:
-    pack(records_of(scenes, "val"), tmp_path, sources=[])
+def test_one_folder_stores_images_in_one_way(synthetic_coco: Path, tmp_path: Path) -> None:
+    pack(records_of(synthetic_coco, "val"), tmp_path, sources=[])
     with pytest.raises(UserError, match="stored as original, this call wants --resize 32 --quality 95"):
-        pack(records_of(scenes, "test"), tmp_path, sources=[], options=Options(short_side=32))
+        pack(records_of(synthetic_coco, "test"), tmp_path, sources=[], options=Options(short_side=32))
 
 
-def test_shards_that_lost_their_manifest_are_not_written_over(scenes: Path, tmp_path: Path) -> None:
+def test_shards_that_lost_their_manifest_are_not_written_over(synthetic_coco: Path, tmp_path: Path) -> None:
     # Once, packing another split then made a new manifest, and the first split was orphaned.
-    pack(records_of(scenes, "val"), tmp_path, sources=[])
+    pack(records_of(synthetic_coco, "val"), tmp_path, sources=[])
     (tmp_path / manifest.MANIFEST).unlink()
     before = contents(tmp_path)
     for split in ("val", "test"):
         with pytest.raises(UserError, match=r"val-00000\.tar: no manifest names it"):
-            pack(records_of(scenes, split), tmp_path, sources=[])
+            pack(records_of(synthetic_coco, split), tmp_path, sources=[])
     assert contents(tmp_path) == before
 
 
-def test_another_packer_at_work_is_told_and_not_disturbed(scenes: Path, tmp_path: Path) -> None:
+def test_another_packer_at_work_is_told_and_not_disturbed(synthetic_coco: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     with lock(out, "captionscale pack"):
         with pytest.raises(UserError, match=f"in use by captionscale pack, process {os.getpid()} on"):
-            pack(records_of(scenes, "val"), out, sources=[])
+            pack(records_of(synthetic_coco, "val"), out, sources=[])
         assert [path.name for path in out.iterdir()] == [LOCK]
-    pack(records_of(scenes, "val"), out, sources=[])
+    pack(records_of(synthetic_coco, "val"), out, sources=[])
     assert verify(out).problems == []
 
 
-def test_images_without_ids_are_counted_on_from_those_that_are_there(scenes: Path, tmp_path: Path) -> None:
+def test_images_without_ids_are_counted_on_from_those_that_are_there(
+    synthetic_coco: Path, tmp_path: Path
+) -> None:
     def counted(split: str) -> list[Record]:
         start = first_id(tmp_path, [split])
-        return [replace(it, image_id=start + k) for k, it in enumerate(records_of(scenes, split))]
+        return [replace(it, image_id=start + k) for k, it in enumerate(records_of(synthetic_coco, split))]
 
     for _ in range(2):
         for split, start in (("train", 1), ("val", 49), ("test", 57)):
@@ -384,11 +405,21 @@ pack(coco.official(Path(images), Path(captions), "train"), Path(out), sources=[]
 """
 
 
-def test_a_tar_of_which_only_the_last_bytes_do_not_fit_is_an_error(scenes: Path, tmp_path: Path) -> None:
-    source, out = captions_of(scenes, "train"), tmp_path / "shards"
-    pack(records_of(scenes, "train"), tmp_path / "whole", sources=[])
+def test_a_tar_of_which_only_the_last_bytes_do_not_fit_is_an_error(
+    synthetic_coco: Path, tmp_path: Path
+) -> None:
+    source, out = captions_of(synthetic_coco, "train"), tmp_path / "shards"
+    pack(records_of(synthetic_coco, "train"), tmp_path / "whole", sources=[])
     size = (tmp_path / "whole" / "train-00000.tar").stat().st_size
-    command = [sys.executable, "-c", FULL, str(scenes / "train2017"), str(source), str(out), str(size - 1)]
+    command = [
+        sys.executable,
+        "-c",
+        FULL,
+        str(synthetic_coco / "train2017"),
+        str(source),
+        str(out),
+        str(size - 1),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith("captionscale.errors.UserError: ")
     assert "train-00000.tar: cannot be written (File too large)" in done.stderr
@@ -396,9 +427,9 @@ def test_a_tar_of_which_only_the_last_bytes_do_not_fit_is_an_error(scenes: Path,
 
 
 def test_a_disk_that_fails_is_not_taken_for_a_bad_image(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records, read = records_of(scenes, "val"), Record.read
+    records, read = records_of(synthetic_coco, "val"), Record.read
 
     def fail(record: Record) -> bytes:
         if record == records[5]:
@@ -415,11 +446,11 @@ def test_a_disk_that_fails_is_not_taken_for_a_bad_image(
     assert len(Split(tmp_path, "val")) == 8
 
 
-def test_what_changed_since_a_killed_call_is_packed_anew(scenes: Path, tmp_path: Path) -> None:
+def test_what_changed_since_a_killed_call_is_packed_anew(synthetic_coco: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "images", tmp_path / "shards"
     folder.mkdir()
-    records = [replace(record, source=str(folder)) for record in records_of(scenes, "val")]
-    for record, original in zip(records, records_of(scenes, "val"), strict=True):
+    records = [replace(record, source=str(folder)) for record in records_of(synthetic_coco, "val")]
+    for record, original in zip(records, records_of(synthetic_coco, "val"), strict=True):
         (folder / record.name).write_bytes(original.read())
 
     def stop(_: int) -> None:
@@ -432,11 +463,11 @@ def test_what_changed_since_a_killed_call_is_packed_anew(scenes: Path, tmp_path:
     assert Split(out, "val").image(1) == records[6].read()
 
 
-def test_a_finished_tar_that_was_cut_since_is_written_anew(scenes: Path, tmp_path: Path) -> None:
+def test_a_finished_tar_that_was_cut_since_is_written_anew(synthetic_coco: Path, tmp_path: Path) -> None:
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
-    records = records_of(scenes, "val")
+    records = records_of(synthetic_coco, "val")
     with pytest.raises(KeyboardInterrupt):
         pack(records, tmp_path, sources=[], options=Options(4), progress=stop)
     path = tmp_path / "val-00000.tar"
@@ -445,50 +476,52 @@ def test_a_finished_tar_that_was_cut_since_is_written_anew(scenes: Path, tmp_pat
     assert verify(tmp_path).problems == []
 
 
-def test_images_that_were_mounted_elsewhere_are_the_same_call(scenes: Path, tmp_path: Path) -> None:
-    made = pack(records_of(scenes, "val"), tmp_path / "shards", sources=[])
-    shutil.copytree(scenes / "val2017", tmp_path / "elsewhere")
-    moved = [replace(record, source=str(tmp_path / "elsewhere")) for record in records_of(scenes, "val")]
+def test_images_that_were_mounted_elsewhere_are_the_same_call(synthetic_coco: Path, tmp_path: Path) -> None:
+    made = pack(records_of(synthetic_coco, "val"), tmp_path / "shards", sources=[])
+    shutil.copytree(synthetic_coco / "val2017", tmp_path / "elsewhere")
+    moved = [
+        replace(record, source=str(tmp_path / "elsewhere")) for record in records_of(synthetic_coco, "val")
+    ]
     assert pack(moved, tmp_path / "shards", sources=[]) == made
 
 
 def test_a_first_image_that_was_rejected_does_not_shift_the_numbers_of_the_next_call(
-    scenes: Path, tmp_path: Path
+    synthetic_coco: Path, tmp_path: Path
 ) -> None:
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"")
     for _ in range(2):
         start = first_id(tmp_path / "shards", ["val"])
         assert start == 1
-        records = [replace(it, image_id=start + k) for k, it in enumerate(records_of(scenes, "val"))]
+        records = [replace(it, image_id=start + k) for k, it in enumerate(records_of(synthetic_coco, "val"))]
         options = Options(max_rejected=0.5)
         pack(spoilt(records, 0, bad), tmp_path / "shards", sources=[], options=options)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_what_is_no_file_is_left_out_at_once(scenes: Path, tmp_path: Path, kind: str) -> None:
+def test_what_is_no_file_is_left_out_at_once(synthetic_coco: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.jpg"
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
-    records = spoilt(records_of(scenes, "val"), 3, path)
+    records = spoilt(records_of(synthetic_coco, "val"), 3, path)
     made = pack(records, tmp_path / "shards", sources=[], options=Options(max_rejected=0.5))
     assert made.splits["val"].rejected == 1
 
 
-def test_sources_of_one_name_are_told_apart(scenes: Path, tmp_path: Path) -> None:
+def test_sources_of_one_name_are_told_apart(synthetic_coco: Path, tmp_path: Path) -> None:
     for folder in ("a/tars", "b/tars"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "0.tar").write_text(folder)
     sources = [tmp_path / "a/tars/0.tar", tmp_path / "b/tars/0.tar"]
-    made = pack(records_of(scenes, "val"), tmp_path / "shards", sources=sources)
+    made = pack(records_of(synthetic_coco, "val"), tmp_path / "shards", sources=sources)
     assert list(made.splits["val"].sources) == ["a/tars/0.tar", "b/tars/0.tar"]
 
 
 @pytest.mark.parametrize("writes", range(9))
 def test_a_disk_that_is_full_at_any_write_loses_nothing(
-    scenes: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+    synthetic_coco: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
     # The plan, three shards with a file each that says that they are finished, the index, the manifest.
-    out, train = tmp_path / "shards", records_of(scenes, "train")
+    out, train = tmp_path / "shards", records_of(synthetic_coco, "train")
     left = iter(range(writes))
 
     def full(_: int) -> None:
@@ -498,10 +531,15 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"cannot be written \(No space left"):
-            pack(train, out, sources=[captions_of(scenes, "train")], options=SMALL)
+            pack(train, out, sources=[captions_of(synthetic_coco, "train")], options=SMALL)
     assert not list(out.rglob("*.tmp"))
     for split in ("train", "val", "test"):
-        pack(records_of(scenes, split), out, sources=[captions_of(scenes, split)], options=SMALL)
+        pack(
+            records_of(synthetic_coco, split),
+            out,
+            sources=[captions_of(synthetic_coco, split)],
+            options=SMALL,
+        )
     assert contents(out) == contents(packed)
 
 
@@ -519,15 +557,17 @@ if __name__ == "__main__":
 
 
 def test_a_pack_killed_at_ten_random_moments_gives_the_bytes_of_an_unkilled_one(
-    scenes: Path, tmp_path: Path
+    synthetic_coco: Path, tmp_path: Path
 ) -> None:
     script, out, random = tmp_path / "pack.py", tmp_path / "killed", Random(0)
     script.write_text(PACK)
-    source = captions_of(scenes, "train")
-    whole = pack(records_of(scenes, "train"), tmp_path / "whole", sources=[source], options=Options(2))
+    source = captions_of(synthetic_coco, "train")
+    whole = pack(
+        records_of(synthetic_coco, "train"), tmp_path / "whole", sources=[source], options=Options(2)
+    )
 
     def start() -> subprocess.Popen[str]:
-        command = [sys.executable, str(script), str(scenes / "train2017"), str(source), str(out)]
+        command = [sys.executable, str(script), str(synthetic_coco / "train2017"), str(source), str(out)]
         return subprocess.Popen([*command, str(random.choice((1, 2, 3)))], stderr=subprocess.PIPE, text=True)
 
     kills = 0
@@ -553,11 +593,11 @@ def test_a_pack_killed_at_ten_random_moments_gives_the_bytes_of_an_unkilled_one(
     assert manifest.read(out) == whole
 
 
-def test_what_a_killed_call_left_is_finished_by_no_other_call(scenes: Path, tmp_path: Path) -> None:
+def test_what_a_killed_call_left_is_finished_by_no_other_call(synthetic_coco: Path, tmp_path: Path) -> None:
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
-    train, val = records_of(scenes, "train"), records_of(scenes, "val")
+    train, val = records_of(synthetic_coco, "train"), records_of(synthetic_coco, "val")
     with pytest.raises(KeyboardInterrupt):
         pack(train, tmp_path, sources=[], options=SMALL, progress=stop)
     for records, options in ((train[1:], SMALL), (train, Options(images_per_shard=8)), (val, SMALL)):
@@ -568,12 +608,12 @@ def test_what_a_killed_call_left_is_finished_by_no_other_call(scenes: Path, tmp_
     assert verify(tmp_path).problems == []
 
 
-def test_a_killed_worker_is_told_and_the_same_call_goes_on(scenes: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_told_and_the_same_call_goes_on(synthetic_coco: Path, tmp_path: Path) -> None:
     def kill(_: int) -> None:
         for child in multiprocessing.active_children():
             child.kill()
 
-    train = records_of(scenes, "train")
+    train = records_of(synthetic_coco, "train")
     options = Options(images_per_shard=2, workers=2)
     with pytest.raises(
         UserError, match=r"a worker process was killed or could not start, .* run the same command again"

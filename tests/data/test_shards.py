@@ -34,9 +34,11 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 @pytest.mark.parametrize("name", SPLITS)
-def test_a_split_holds_the_images_and_captions_of_the_data_set(scenes: Path, packed: Path, name: str) -> None:
-    captions = scenes / "annotations" / f"captions_{name}2017.json"
-    records = coco.official(scenes / f"{name}2017", captions, name)
+def test_a_split_holds_the_images_and_captions_of_the_data_set(
+    synthetic_coco: Path, packed: Path, name: str
+) -> None:
+    captions = synthetic_coco / "annotations" / f"captions_{name}2017.json"
+    records = coco.official(synthetic_coco / f"{name}2017", captions, name)
     split = Split(packed, name)
     assert len(split) == len(records)
     assert split.index["image_id"].tolist() == [record.image_id for record in records]

@@ -432,11 +432,11 @@ def test_a_full_disk_is_told_and_nothing_is_left(server: Server, tmp_path: Path)
 
 
 @pytest.fixture(scope="module")
-def s3(bucket: Any) -> None:
+def s3(s3_client: Any) -> None:
     """Shards in a bucket, below a folder."""
-    bucket.put_object(Bucket="bucket", Key="data/coco/manifest.json", Body=b"{}")
+    s3_client.put_object(Bucket="bucket", Key="data/coco/manifest.json", Body=b"{}")
     for shard, data in zip(SHARDS, CONTENT, strict=True):
-        bucket.put_object(Bucket="bucket", Key=f"data/coco/{shard.name}", Body=data)
+        s3_client.put_object(Bucket="bucket", Key=f"data/coco/{shard.name}", Body=data)
 
 
 @pytest.mark.usefixtures("s3")

@@ -107,8 +107,8 @@ def test_a_picture_of_any_shape_has_views_of_the_size_that_was_asked_for(shape: 
     assert centre_view(image, 32).shape == (32, 32, 3)
 
 
-def test_photographs_have_the_views_that_pillow_gives_them(shared: Path) -> None:
-    for file in sorted((shared / "coco_sample").glob("val2017/*.jpg"))[:40]:
+def test_photographs_have_the_views_that_pillow_gives_them(real_data: Path) -> None:
+    for file in sorted((real_data / "coco_sample").glob("val2017/*.jpg"))[:40]:
         image = pixels(file.read_bytes(), "here")
         height, width = image.shape[:2]
         side = min(height, width)

@@ -25,9 +25,9 @@ def copy(packed: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(packed, tmp_path / "copy"))
 
 
-def records_of(scenes: Path, split: str) -> list[Record]:
-    captions = scenes / "annotations" / f"captions_{split}2017.json"
-    return coco.official(scenes / f"{split}2017", captions, split)
+def records_of(synthetic_coco: Path, split: str) -> list[Record]:
+    captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
+    return coco.official(synthetic_coco / f"{split}2017", captions, split)
 
 
 def flip(path: Path, byte: int) -> None:
@@ -201,11 +201,16 @@ def test_all_damage_is_told_at_once(copy: Path) -> None:
     assert named == ["stray.tar", *trains, "test-00000.tar"]
 
 
-def test_an_image_of_two_splits_is_a_leak_even_under_another_id(scenes: Path, tmp_path: Path) -> None:
-    train = records_of(scenes, "train")
+def test_an_image_of_two_splits_is_a_leak_even_under_another_id(synthetic_coco: Path, tmp_path: Path) -> None:
+    train = records_of(synthetic_coco, "train")
     pack(train, tmp_path, sources=[], options=Options(images_per_shard=16))
     leak = replace(train[7], image_id=999_999, split="test")
-    pack([*records_of(scenes, "test"), leak], tmp_path, sources=[], options=Options(images_per_shard=16))
+    pack(
+        [*records_of(synthetic_coco, "test"), leak],
+        tmp_path,
+        sources=[],
+        options=Options(images_per_shard=16),
+    )
     problem, verdict = verify(tmp_path).problems
     assert verdict.startswith("1 images are in two splits, so what is scored may have been learned")
     pair = f"image {train[7].image_id} of split 'train' and image 999999 of split 'test' are the same bytes"
@@ -215,8 +220,8 @@ def test_an_image_of_two_splits_is_a_leak_even_under_another_id(scenes: Path, tm
     assert allowed.notes == [pair]
 
 
-def test_an_image_twice_in_one_split_is_a_note(scenes: Path, tmp_path: Path) -> None:
-    val = records_of(scenes, "val")
+def test_an_image_twice_in_one_split_is_a_note(synthetic_coco: Path, tmp_path: Path) -> None:
+    val = records_of(synthetic_coco, "val")
     pack([*val, replace(val[2], image_id=999_999)], tmp_path, sources=[])
     found = verify(tmp_path)
     assert found.problems == []
@@ -225,13 +230,13 @@ def test_an_image_twice_in_one_split_is_a_note(scenes: Path, tmp_path: Path) -> 
     ]
 
 
-def test_an_unfinished_pack_beside_a_split_is_to_be_ended(scenes: Path, tmp_path: Path) -> None:
+def test_an_unfinished_pack_beside_a_split_is_to_be_ended(synthetic_coco: Path, tmp_path: Path) -> None:
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
-    pack(records_of(scenes, "val"), tmp_path, sources=[])
+    pack(records_of(synthetic_coco, "val"), tmp_path, sources=[])
     with pytest.raises(KeyboardInterrupt):
-        pack(records_of(scenes, "train"), tmp_path, sources=[], progress=stop)
+        pack(records_of(synthetic_coco, "train"), tmp_path, sources=[], progress=stop)
     (problem,) = verify(tmp_path).problems
     assert "train-00000.tar: the manifest does not name it; end that pack, or" in problem
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiment import finish, greatest_difference, losses, start, tiny, weights
+from experiment import join_all, load_weights, logged_losses, max_abs_difference, start_training, tiny_config
 from safetensors.torch import load_file
 from torch import nn
 
@@ -61,7 +61,7 @@ def test_a_run_whose_steps_fp16_has_left_out_so_far_goes_on_without_memory() -> 
 def alone(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process: dropout, augmentation, four micro-batches in each of three steps."""
     folder = tmp_path_factory.mktemp("alone")
-    train(tiny(folder, packed, *CHANGES), folder / "run")
+    train(tiny_config(folder, packed, *CHANGES), folder / "run")
     return folder / "run"
 
 
@@ -81,23 +81,25 @@ def _back_to(step: int, run: Path) -> None:
 
 
 def _expect_the_same(run: Path, alone: Path) -> None:
-    assert greatest_difference(weights(run), weights(alone)) < TOLERANCE
-    assert greatest_difference(_memory(run), _memory(alone)) < TOLERANCE
-    assert losses(run) == [(step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in losses(alone)]
+    assert max_abs_difference(load_weights(run), load_weights(alone)) < TOLERANCE
+    assert max_abs_difference(_memory(run), _memory(alone)) < TOLERANCE
+    assert logged_losses(run) == [
+        (step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in logged_losses(alone)
+    ]
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_two_ranks_of_zero_end_with_the_weights_losses_and_memory_of_one_process(
     stage: int, alone: Path, packed: Path, tmp_path: Path
 ) -> None:
-    finish(start(2, tiny(tmp_path, packed, *CHANGES), tmp_path / "run", **_zero(stage)))
+    join_all(start_training(2, tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run", **_zero(stage)))
     _expect_the_same(tmp_path / "run", alone)
 
 
 def test_a_run_moves_from_zero_2_on_two_ranks_to_one_process_and_back_as_if_nothing_had_been(
     alone: Path, packed: Path, tmp_path: Path
 ) -> None:
-    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
     launch = [sys.executable, "-m", "captionscale", "launch", "--profile", "zero2", "--processes", "2", "--"]
     verb = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -108,13 +110,13 @@ def test_a_run_moves_from_zero_2_on_two_ranks_to_one_process_and_back_as_if_noth
     train(settings, run)
     _expect_the_same(run, alone)
     _back_to(2, run)
-    finish(start(2, settings, run, **_zero(2)))
+    join_all(start_training(2, settings, run, **_zero(2)))
     _expect_the_same(run, alone)
 
 
 def test_gradients_that_travel_in_bf16_are_nearly_those_that_do_not(
     alone: Path, packed: Path, tmp_path: Path
 ) -> None:
-    settings = tiny(tmp_path, packed, *CHANGES, "train.compress_gradients=true")
-    finish(start(2, settings, tmp_path / "run"))
-    assert TOLERANCE < greatest_difference(weights(tmp_path / "run"), weights(alone)) < 2e-3
+    settings = tiny_config(tmp_path, packed, *CHANGES, "train.compress_gradients=true")
+    join_all(start_training(2, settings, tmp_path / "run"))
+    assert TOLERANCE < max_abs_difference(load_weights(tmp_path / "run"), load_weights(alone)) < 2e-3

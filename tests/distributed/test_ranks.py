@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiment import finish, meet
+from experiment import join_all, spawn_ranks
 from torch import nn
 
 from captionscale.distributed.ranks import Ranks
@@ -53,7 +53,7 @@ def _fail_together(folder: Path) -> None:
 
 def test_where_all_fail_nobody_leaves_before_the_first_rank_has_let_go(tmp_path: Path) -> None:
     # A launcher killed the first rank as soon as another had left, before it had saved and said why.
-    finish(meet(2, _fail_together, tmp_path))
+    join_all(spawn_ranks(2, _fail_together, tmp_path))
     first, second = (float((tmp_path / str(rank)).read_text()) for rank in range(2))
     assert second > first - 0.5
 

@@ -201,7 +201,7 @@ def seal(path: Path) -> bool:
     folder = path.parent
     if path.name == "receipt.json":
         receipt = json.loads(path.read_bytes())
-        facts = {key: value for key, value in receipt.items() if key not in ("at", "sha256")}
+        facts = {key: value for key, value in receipt.items() if key not in ("environment", "sha256")}
         receipt["sha256"] = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         path.write_text(json.dumps(receipt))
     elif (folder / "state.json").is_file() and path.name != "state.json":

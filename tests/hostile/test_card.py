@@ -4,7 +4,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from experiment import opinionated_run
+from experiment import peaked_run
 from markdown_it import MarkdownIt
 
 from captionscale.cli import main
@@ -35,12 +35,12 @@ class Page(HTMLParser):
 
 def test_a_card_is_the_same_page_whatever_a_run_is_called(packed: Path, tmp_path: Path) -> None:
     name = EVIL.replace("/", "")
-    run = opinionated_run(tmp_path, packed).rename(tmp_path / name)
+    run = peaked_run(tmp_path, packed).rename(tmp_path / name)
     made = score(
         {1: "a dog", 2: "a cat"},
         {1: ["a dog runs"], 2: ["a cat sits"]},
         ["BLEU-1"],
-        made_by={"split": EVIL},
+        provenance={"split": EVIL},
         hashes={"model": open_run(run).sha256},
     )
     made.notes.append(EVIL)

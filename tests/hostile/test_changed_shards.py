@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from experiment import meet, opinionated_run, tiny
+from experiment import peaked_run, spawn_ranks, tiny_config
 
 from captionscale import toml
 from captionscale.cli import main
@@ -57,7 +57,7 @@ def refused(words: Sequence[object], capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_changed_word_or_image_is_not_scored(
     copy: Path, tmp_path: Path, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = opinionated_run(tmp_path, copy)
+    run = peaked_run(tmp_path, copy)
     place = change(copy, "val", part)
     said = refused(["score", run, "--split", "val"], capsys)
     assert said.startswith(f"captionscale: {place}")
@@ -80,8 +80,8 @@ def test_a_changed_word_or_image_is_not_scored(
 def test_every_command_that_reads_shards_refuses_a_changed_one(
     copy: Path, tmp_path: Path, part: str, words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = opinionated_run(tmp_path, copy)
-    tiny(
+    run = peaked_run(tmp_path, copy)
+    tiny_config(
         tmp_path,
         copy,
         'model.encoder.trainable="none"',
@@ -172,9 +172,9 @@ def _train_and_tell(settings: str, folder: Path) -> None:
 def test_of_two_ranks_that_train_the_one_that_reads_it_tells_and_neither_waits(
     copy: Path, tmp_path: Path
 ) -> None:
-    settings = tiny(tmp_path, copy, "train.epochs=50")
+    settings = tiny_config(tmp_path, copy, "train.epochs=50")
     place = change(copy, "train", "image")
-    ranks = meet(2, _train_and_tell, toml.dumps(settings), tmp_path)
+    ranks = spawn_ranks(2, _train_and_tell, toml.dumps(settings), tmp_path)
     for rank in ranks:
         rank.join(300)
     assert [rank.exitcode for rank in ranks] == [1, 1]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from experiment import opinionated_run
+from experiment import peaked_run
 from safetensors.torch import load_file, save, save_file
 
 from captionscale.cli import main
@@ -32,7 +32,7 @@ Change = Callable[[Path, dict[str, Any]], object]
 
 @pytest.fixture(scope="module")
 def original(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return opinionated_run(tmp_path_factory.mktemp("crafted"), packed)
+    return peaked_run(tmp_path_factory.mktemp("crafted"), packed)
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def run(original: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def image(scenes: Path) -> Path:
-    return min((scenes / "val2017").iterdir())
+def image(synthetic_coco: Path) -> Path:
+    return min((synthetic_coco / "val2017").iterdir())
 
 
 @pytest.fixture(autouse=True)
@@ -358,12 +358,17 @@ CONTENTS = {
     ],
 )
 def test_no_reader_hangs_or_stumbles(
-    scenes: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, content: str
+    synthetic_coco: Path,
+    packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    content: str,
 ) -> None:
     name = {"config": "x.toml", "jsonl": "x.jsonl", "csv": "x.csv", "tar": "x.tar", "profile": "x.yaml"}.get(
         command, "x.json"
     )
-    path, images, out = tmp_path / name, scenes / "val2017", tmp_path / "out"
+    path, images, out = tmp_path / name, synthetic_coco / "val2017", tmp_path / "out"
     if command == "stats":
         path = Path(shutil.copytree(packed, tmp_path / "shards")) / MANIFEST
         path.unlink()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiment import greatest_difference, losses, tiny, weights
+from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 from captionscale import files
 from captionscale.cli import main
@@ -44,7 +44,7 @@ ODD_LINES = (
 def done(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of six steps, with checkpoints of steps 3 and 6."""
     folder = tmp_path_factory.mktemp("done")
-    train(tiny(folder, packed), folder / "run")
+    train(tiny_config(folder, packed), folder / "run")
     return folder / "run"
 
 
@@ -79,10 +79,10 @@ def damaged(done: Path, tmp_path: Path) -> Path:
 def test_a_damaged_run_resumes_as_if_nothing_had_been(
     done: Path, damaged: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny(tmp_path, packed)
+    tiny_config(tmp_path, packed)
     main(["train", str(tmp_path / "experiment.toml"), "--out", str(damaged)])
-    assert greatest_difference(weights(damaged), weights(done)) == 0
-    assert losses(damaged) == [pair for pair in losses(done) if pair[0] != 2]
+    assert max_abs_difference(load_weights(damaged), load_weights(done)) == 0
+    assert logged_losses(damaged) == [pair for pair in logged_losses(done) if pair[0] != 2]
     told = capsys.readouterr().err
     count = len(ODD_LINES) + 1
     assert f"{damaged / LOG}: passed over {count} damaged lines, the first is line 2; moved to" in told
@@ -180,12 +180,21 @@ def test_a_lock_of_any_bytes_is_taken_and_told_in_one_line(tmp_path: Path) -> No
 
 
 def test_a_packing_plan_of_other_bytes_is_named(
-    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / ".packing").mkdir()
     (tmp_path / ".packing" / "plan").write_bytes(b'{"tool": "\xff", "splits": {}}')
-    captions = scenes / "annotations" / "captions_val2017.json"
-    arguments = ["--images", scenes / "val2017", "--captions", captions, "--split", "val", "--out", tmp_path]
+    captions = synthetic_coco / "annotations" / "captions_val2017.json"
+    arguments = [
+        "--images",
+        synthetic_coco / "val2017",
+        "--captions",
+        captions,
+        "--split",
+        "val",
+        "--out",
+        tmp_path,
+    ]
     with pytest.raises(SystemExit):
         main(["pack", "coco", *map(str, arguments)])
     assert f"{tmp_path / '.packing' / 'plan'}: damaged;" in capsys.readouterr().err
@@ -197,7 +206,7 @@ def test_settings_that_are_a_folder_are_named(
     run = Path(shutil.copytree(done, tmp_path / "run"))
     (run / "config.toml").unlink()
     (run / "config.toml").mkdir()
-    tiny(tmp_path, packed)
+    tiny_config(tmp_path, packed)
     with pytest.raises(SystemExit):
         main(["train", str(tmp_path / "experiment.toml"), "--out", str(run)])
     assert f"{run / 'config.toml'}: cannot be written" in capsys.readouterr().err

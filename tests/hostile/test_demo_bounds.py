@@ -16,8 +16,8 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from demo_server import serving
-from experiment import opinionated_run
+from demo_server import serve_app
+from experiment import peaked_run
 from fastapi import FastAPI
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
@@ -25,36 +25,36 @@ from PIL.PngImagePlugin import PngImageFile
 import captionscale
 from captionscale.data import decode
 from captionscale.errors import UserError
-from captionscale.tools.captioner_api import Writer
-from captionscale.tools.demo.connections import Bounds
-from captionscale.tools.demo.endpoint import endpoint
-from captionscale.tools.demo.request_body import BusyError, Memory, Pace, TooSlowError, chunks
+from captionscale.tools.captioner_api import CaptionPipeline
+from captionscale.tools.demo.connections import ConnectionLimits
+from captionscale.tools.demo.endpoint import create_api
+from captionscale.tools.demo.request_body import BusyError, MemoryBudget, MinRate, TooSlowError, chunks
 from captionscale.tools.demo.service import Limits, Service
 
 JPEG = {"Content-Type": "image/jpeg"}
-PACE = Pace(grace_s=0.3, least_rate=1e6)
+PACE = MinRate(grace_s=0.3, bytes_per_s=1e6)
 
 
 @pytest.fixture(scope="module")
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return opinionated_run(tmp_path_factory.mktemp("bounds"), packed)
+    return peaked_run(tmp_path_factory.mktemp("bounds"), packed)
 
 
 @pytest.fixture(scope="module")
-def writer(run: Path) -> Writer:
+def writer(run: Path) -> CaptionPipeline:
     return captionscale.load(run)
 
 
 @pytest.fixture
-def service(writer: Writer) -> Iterator[Service]:
-    service = Service(writer, Limits(pace=PACE, pixels=1_000_000, large_pixels=10_000))
+def service(writer: CaptionPipeline) -> Iterator[Service]:
+    service = Service(writer, Limits(min_rate=PACE, max_pixels=1_000_000, large_image_pixels=10_000))
     yield service
     service.close()
 
 
 @pytest.fixture
-def photo(scenes: Path) -> bytes:
-    return next((scenes / "test2017").iterdir()).read_bytes()
+def photo(synthetic_coco: Path) -> bytes:
+    return next((synthetic_coco / "test2017").iterdir()).read_bytes()
 
 
 def png(width: int, height: int) -> bytes:
@@ -87,7 +87,7 @@ def png(width: int, height: int) -> bytes:
 def test_other_hosts_and_origins_are_refused(
     service: Service, photo: bytes, headers: dict[str, str], status: int
 ) -> None:
-    with serving(endpoint(service, "tiny")) as url:
+    with serve_app(create_api(service, "tiny")) as url:
         answer = httpx.post(f"{url}/caption", content=photo, headers=JPEG | headers, timeout=60)
         assert answer.status_code == status
         linked = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
@@ -110,10 +110,10 @@ def test_no_decoded_image_leaves_the_threads_that_decode(
 
     monkeypatch.setattr(decode, "pixels", pixels)
     small, large = png(90, 90), png(900, 900)
-    futures = [service.reduce(data, "x", service.writer.centre) for data in [small, large] * 15]
+    futures = [service.decode(data, "x", service.pipeline.center_crop) for data in [small, large] * 15]
     views = [future.result(60) for future in futures]
     assert {view.shape for view in views} == {(64, 64, 3)}
-    assert len(alive) < most <= service.limits.decoders + 1
+    assert len(alive) < most <= service.limits.decode_threads + 1
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "I;16"])
@@ -130,14 +130,14 @@ def test_only_the_threads_for_it_decode_a_large_png(
     monkeypatch.setattr(PngImageFile, "load", load)
     out = io.BytesIO()
     Image.new(mode, (900, 900)).save(out, "PNG")
-    service.reduce(out.getvalue(), "x", service.writer.centre).result(60)
+    service.decode(out.getvalue(), "x", service.pipeline.center_crop).result(60)
     assert loads
     assert all(name.startswith("decode-large") for name in loads)
     loads.clear()
     out = io.BytesIO()
     Image.new(mode, (2000, 900)).save(out, "PNG")
     with pytest.raises(UserError, match="1,800,000 pixels"):
-        service.reduce(out.getvalue(), "x", service.writer.centre).result(60)
+        service.decode(out.getvalue(), "x", service.pipeline.center_crop).result(60)
     assert loads == []
 
 
@@ -150,8 +150,8 @@ def test_a_large_image_does_not_delay_small_ones(service: Service, monkeypatch: 
         return real(data, place)
 
     monkeypatch.setattr(decode, "pixels", pixels)
-    large = [service.reduce(png(900, 900), "large", service.writer.centre) for _ in range(5)]
-    small = [service.reduce(png(90, 90), "small", service.writer.centre) for _ in range(5)]
+    large = [service.decode(png(900, 900), "large", service.pipeline.center_crop) for _ in range(5)]
+    small = [service.decode(png(90, 90), "small", service.pipeline.center_crop) for _ in range(5)]
     for future in small:
         future.result(60)
     assert not any(future.done() for future in large)
@@ -161,7 +161,7 @@ def test_a_large_image_does_not_delay_small_ones(service: Service, monkeypatch: 
 
 
 def test_the_slowest_body_is_dropped_when_the_memory_for_bodies_is_full() -> None:
-    memory = Memory(100)
+    memory = MemoryBudget(100)
     with memory.body() as slow, memory.body() as done:
         slow.add(bytes(40))
         done.add(bytes(50))
@@ -194,7 +194,9 @@ def test_a_body_must_keep_its_pace() -> None:
 def test_slow_senders_and_half_headers_shut_nobody_out(service: Service, photo: bytes) -> None:
     head = b"POST /caption HTTP/1.1\r\nHost: localhost\r\n"
     body = b"Content-Type: image/jpeg\r\nContent-Length: 1000000\r\n\r\n123"
-    with serving(endpoint(service, "tiny"), Bounds(connections=20, headers_s=1.0)) as url:
+    with serve_app(
+        create_api(service, "tiny"), ConnectionLimits(connections=20, headers_timeout_s=1.0)
+    ) as url:
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
         evil = [socket.create_connection(address) for _ in range(40)]
         for number, each in enumerate(evil):
@@ -214,8 +216,8 @@ def test_slow_senders_and_half_headers_shut_nobody_out(service: Service, photo: 
 def test_an_answer_that_is_never_read_is_given_up() -> None:
     app = FastAPI()
     app.get("/")(lambda: {"much": "x" * 50_000_000})
-    bounds = Bounds(answer_s=0.5)
-    with serving(app, bounds) as url, socket.socket() as lazy:
+    bounds = ConnectionLimits(write_timeout_s=0.5)
+    with serve_app(app, bounds) as url, socket.socket() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.connect(("127.0.0.1", int(url.rpartition(":")[2])))
         lazy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -241,8 +243,11 @@ def test_what_its_client_left_is_not_decoded(
 
     with monkeypatch.context() as patch:
         patch.setattr(decode, "pixels", pixels)
-        busy = [service.reduce(photo, "busy", service.writer.centre) for _ in range(service.limits.decoders)]
-        with serving(endpoint(service, "tiny")) as url:
+        busy = [
+            service.decode(photo, "busy", service.pipeline.center_crop)
+            for _ in range(service.limits.decode_threads)
+        ]
+        with serve_app(create_api(service, "tiny")) as url:
             assert begun.wait(60)
             for _ in range(5):
                 with pytest.raises(httpx.ReadTimeout):
@@ -254,7 +259,7 @@ def test_what_its_client_left_is_not_decoded(
             release.set()
             for future in busy:
                 future.result(60)
-            assert service.reduce(photo, "last", service.writer.centre).result(60).shape == (64, 64, 3)
+            assert service.decode(photo, "last", service.pipeline.center_crop).result(60).shape == (64, 64, 3)
     assert decoded.count("the image") == 0
 
 

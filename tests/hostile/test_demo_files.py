@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
-from demo_server import serving, use_cache
-from experiment import opinionated_run
+from demo_server import serve_app, use_cache
+from experiment import peaked_run
 
 import captionscale
 from captionscale.data.shards import Split
@@ -110,7 +110,7 @@ def service(
     cache: Path,  # noqa: ARG001
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Service]:
-    service = Service(captionscale.load(opinionated_run(tmp_path_factory.mktemp("run"), packed)), Limits())
+    service = Service(captionscale.load(peaked_run(tmp_path_factory.mktemp("run"), packed)), Limits())
     yield service
     service.close()
 
@@ -119,7 +119,7 @@ def service(
 def page(service: Service, packed: Path) -> Iterator[str]:
     from captionscale.tools.demo.server import application
 
-    with serving(application(service, "tiny", Split(packed, "val"))) as url:
+    with serve_app(application(service, "tiny", Split(packed, "val"))) as url:
         yield url
 
 
@@ -207,7 +207,7 @@ def test_no_input_of_any_component_that_a_page_may_have_opens_what_a_request_nam
     import gradio as gr
     from fastapi import FastAPI
 
-    from captionscale.tools.demo.request_filter import front
+    from captionscale.tools.demo.request_filter import restrict_gradio
     from captionscale.tools.demo.uploads import Uploads
 
     kinds = {
@@ -230,11 +230,11 @@ def test_no_input_of_any_component_that_a_page_may_have_opens_what_a_request_nam
             count += 1
     assert count > 25
     app = FastAPI()
-    door = front(blocks, Uploads(service), service.limits)
+    door = restrict_gradio(blocks, Uploads(service), service.limits)
     app.router.lifespan_context = door.router.lifespan_context
     app.mount("/", door)
     before = set(cache.rglob("*"))
-    with serving(app) as url:
+    with serve_app(app) as url:
         refused, ran = attack(url, canary)
     canary.assert_untouched(cache, before)
     assert refused > 10 * ran > 0
@@ -296,12 +296,12 @@ def test_gradio_own_check_of_paths_is_on(service: Service) -> None:
     from gradio.exceptions import InvalidPathError
     from gradio.processing_utils import _check_allowed
 
-    from captionscale.tools.demo.request_filter import front
+    from captionscale.tools.demo.request_filter import restrict_gradio
     from captionscale.tools.demo.uploads import Uploads
 
     with gr.Blocks(analytics_enabled=False) as blocks:
         gr.Textbox()
-    front(blocks, Uploads(service), service.limits)
+    restrict_gradio(blocks, Uploads(service), service.limits)
     token = LocalContext.blocks.set(blocks)
     try:
         with pytest.raises(InvalidPathError):
@@ -320,10 +320,12 @@ def upload(page: str) -> Callable[[bytes], str]:
 
 
 def test_an_upload_is_found_by_its_name_and_never_as_a_file(
-    page: str, scenes: Path, cache: Path, upload: Callable[[bytes], str]
+    page: str, synthetic_coco: Path, cache: Path, upload: Callable[[bytes], str]
 ) -> None:
     before = set(cache.rglob("*"))
-    first, second = (upload(file.read_bytes()) for file in sorted((scenes / "test2017").iterdir())[:2])
+    first, second = (
+        upload(file.read_bytes()) for file in sorted((synthetic_coco / "test2017").iterdir())[:2]
+    )
     assert first != second
     assert httpx.get(f"{page}/gradio_api/file={first}").headers["content-type"] == "image/jpeg"
     for guess in (first[:-5] + ".jpg", f"./{first}", f"x/../{first}", first.upper(), ""):
@@ -332,9 +334,9 @@ def test_an_upload_is_found_by_its_name_and_never_as_a_file(
 
 
 def test_a_value_that_the_page_does_not_offer_is_refused_without_a_traceback(
-    page: str, scenes: Path, upload: Callable[[bytes], str], capfd: pytest.CaptureFixture[str]
+    page: str, synthetic_coco: Path, upload: Callable[[bytes], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    photo = next((scenes / "test2017").iterdir()).read_bytes()
+    photo = next((synthetic_coco / "test2017").iterdir()).read_bytes()
     with httpx.Client(base_url=page, timeout=60) as client:
         config = client.get("/config").json()
         parts = {part["id"]: part for part in config["components"]}

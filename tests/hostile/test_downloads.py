@@ -292,16 +292,16 @@ def test_a_folder_is_read_no_further_than_a_server(
 
 
 def test_an_s3_object_that_is_larger_than_expected_is_not_downloaded(
-    bucket, packed: Path, tmp_path: Path
+    s3_client, packed: Path, tmp_path: Path
 ) -> None:
     from captionscale.data.storage import open_place
 
-    bucket.put_object(Bucket="bucket", Key="large/manifest.json", Body=bytes(manifest.MAX_BYTES + 1))
+    s3_client.put_object(Bucket="bucket", Key="large/manifest.json", Body=bytes(manifest.MAX_BYTES + 1))
     place = open_place("s3://bucket/large", tmp_path)
     with pytest.raises(UserError, match=r"^s3://bucket/large/manifest.json: more than 16,000,000 bytes came"):
         place.fetch("manifest.json")
     shard = Split(packed, "train").facts.shards[0]
-    bucket.put_object(Bucket="bucket", Key=f"large/{shard.name}", Body=bytes(shard.size_bytes + 1))
+    s3_client.put_object(Bucket="bucket", Key=f"large/{shard.name}", Body=bytes(shard.size_bytes + 1))
     with pytest.raises(UserError, match=rf"{shard.name}: more than {shard.size_bytes:,} bytes came"):
         place.pread(shard, 0, 1)
     assert left(tmp_path) == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
-from experiment import opinionated_run
+from experiment import peaked_run
 
 from captionscale.cli import main
 
@@ -16,7 +16,7 @@ FREE_BYTES = 100
 
 @pytest.fixture(scope="module")
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return opinionated_run(tmp_path_factory.mktemp("full"), packed)
+    return peaked_run(tmp_path_factory.mktemp("full"), packed)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from experiment import losses, tiny
+from experiment import logged_losses, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from captionscale.errors import UserError
@@ -74,14 +74,14 @@ def test_a_log_that_cannot_be_written_ends_the_run_and_is_named(tmp_path: Path) 
 def test_a_run_that_cannot_write_curves_trains_and_logs_as_any_other(
     packed: Path, tmp_path: Path, capsys
 ) -> None:
-    settings = tiny(tmp_path, packed, "train.epochs=1")
+    settings = tiny_config(tmp_path, packed, "train.epochs=1")
     train(settings, tmp_path / "alone")
     run = tmp_path / "run"
     run.mkdir()
     (run / "tensorboard").write_text("no folder", encoding="utf-8")
     capsys.readouterr()
     train(settings, run)
-    assert losses(run) == losses(tmp_path / "alone")
+    assert logged_losses(run) == logged_losses(tmp_path / "alone")
     said = capsys.readouterr().err
     assert said.count("TensorBoard misses points") == 1
     assert "Traceback" not in said

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
-from experiment import losses, tiny
+from experiment import logged_losses, tiny_config
 
 from captionscale.errors import UserError
 from captionscale.score.worker import BackgroundScorer
@@ -47,23 +47,23 @@ def scores(run: Path) -> list[tuple[int, dict[str, float]]]:
 def test_a_killed_scorer_or_a_killed_jvm_changes_no_score_and_no_best_checkpoint(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = tiny(tmp_path, packed, "train.epochs=3")
+    settings = tiny_config(tmp_path, packed, "train.epochs=3")
     alone = train(settings, tmp_path / "alone")
     killed: list[str] = []
-    real = BackgroundScorer.begin
+    real = BackgroundScorer.submit
 
-    def begin(scorer: BackgroundScorer, captions: Mapping[int, str]) -> None:
+    def submit(scorer: BackgroundScorer, captions: Mapping[int, str]) -> None:
         real(scorer, captions)
         word = ("captionscale.score.worker", "PTBTokenizer", "captionscale.score.worker")[len(killed)]
         wait_for(lambda: kill(word))
         killed.append(word)
 
-    monkeypatch.setattr(BackgroundScorer, "begin", begin)
+    monkeypatch.setattr(BackgroundScorer, "submit", submit)
     capsys.readouterr()
     assert train(settings, tmp_path / "killed") == alone
     assert len(killed) == 3
     assert scores(tmp_path / "killed") == scores(tmp_path / "alone")
-    assert losses(tmp_path / "killed") == losses(tmp_path / "alone")
+    assert logged_losses(tmp_path / "killed") == logged_losses(tmp_path / "alone")
     said = capsys.readouterr().err
     assert said.count("; scoring the same captions again") == 3
     assert "has no scores" not in said
@@ -71,7 +71,7 @@ def test_a_killed_scorer_or_a_killed_jvm_changes_no_score_and_no_best_checkpoint
 
 def test_one_that_is_killed_each_time_is_an_error_after_three_and_the_next_one_scores() -> None:
     with closing(BackgroundScorer(REFERENCES, ("BLEU-1", "ROUGE-L"))) as scorer:
-        scorer.begin(CAPTIONS)
+        scorer.submit(CAPTIONS)
 
         def scored_before_it_is_killed() -> dict[str, float] | None:
             kill("captionscale.score.worker")
@@ -79,7 +79,7 @@ def test_one_that_is_killed_each_time_is_an_error_after_three_and_the_next_one_s
 
         with pytest.raises(UserError, match="its process ended with exit code -9"):
             wait_for(scored_before_it_is_killed)
-        scorer.begin(CAPTIONS)
+        scorer.submit(CAPTIONS)
         found: list[Any] = []
         wait_for(lambda: found.append(scorer.result()) or found[-1])
         assert found[-1]["BLEU-1"] > 0
@@ -87,7 +87,7 @@ def test_one_that_is_killed_each_time_is_an_error_after_three_and_the_next_one_s
 
 def test_closing_while_a_killed_one_is_replaced_leaves_no_process() -> None:
     scorer = BackgroundScorer(REFERENCES, ("BLEU-1",))
-    scorer.begin(CAPTIONS)
+    scorer.submit(CAPTIONS)
     wait_for(lambda: kill("captionscale.score.worker"))
     scorer.close()
     assert not kill("captionscale.score.worker")

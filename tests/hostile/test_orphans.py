@@ -13,7 +13,7 @@ from threading import Thread
 
 import psutil
 import pytest
-from experiment import greatest_difference, losses, tiny, weights
+from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 import captionscale
 from captionscale import subprocesses
@@ -151,7 +151,7 @@ subprocess.Popen([sys.executable, "-m", "captionscale", *sys.argv[1:]]).wait()
 
 
 def test_a_rank_that_waits_for_its_peers_ends_with_its_launcher(packed, tmp_path, marked) -> None:
-    tiny(tmp_path, packed)
+    tiny_config(tmp_path, packed)
     process = start("-c", RANK, "train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run"))
 
     def waits() -> bool:
@@ -167,7 +167,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_no_scorer_and_the_run_can_
     packed, tmp_path, marked
 ) -> None:
     changes = ("train.epochs=4", "train.save_every=2")
-    settings = tiny(tmp_path, packed, *changes)
+    settings = tiny_config(tmp_path, packed, *changes)
     loop.train(settings, tmp_path / "alone")
     run, experiment = tmp_path / "run", str(tmp_path / "experiment.toml")
     command = ["launch", "--processes", "2", "--", "train", experiment, "--out", str(run)]
@@ -177,8 +177,10 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_no_scorer_and_the_run_can_
     assert len(marked()) >= 3
     expect_no_survivor(process, marked)
     loop.train(settings, run)
-    assert losses(run) == [(step, pytest.approx(loss, abs=1e-5)) for step, loss in losses(tmp_path / "alone")]
-    assert greatest_difference(weights(run), weights(tmp_path / "alone")) < 1e-5
+    assert logged_losses(run) == [
+        (step, pytest.approx(loss, abs=1e-5)) for step, loss in logged_losses(tmp_path / "alone")
+    ]
+    assert max_abs_difference(load_weights(run), load_weights(tmp_path / "alone")) < 1e-5
 
 
 POOL = """

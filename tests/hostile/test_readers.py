@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from blake3 import blake3
-from experiment import tiny
+from experiment import tiny_config
 
 from captionscale import credentials
 from captionscale.cli import main
@@ -216,7 +216,7 @@ def test_a_model_larger_than_memory_is_refused(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ["embed=16384", "hidden=16384", "layers=64", "name=plain"]
-    tiny(tmp_path, packed, *(f"model.decoder.{size}" for size in sizes))
+    tiny_config(tmp_path, packed, *(f"model.decoder.{size}" for size in sizes))
     with pytest.raises(SystemExit, match="1"):
         main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
@@ -263,5 +263,5 @@ def test_captions_that_cannot_be_scored_do_not_end_a_run(
         assert line.endswith("; step 2 will have no scores")
         assert job.standing.captioned == job.standing.judged == 0
     else:
-        scorer.begin.assert_called_once_with({1: "a dog"})
+        scorer.submit.assert_called_once_with({1: "a dog"})
         assert (told, job.standing.captioned) == ([], 2)

@@ -12,7 +12,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from experiment import CHANGES
+from experiment import TINY_OVERRIDES
 
 from captionscale import cli, credentials, toml
 from captionscale.config import Config, Data
@@ -133,7 +133,7 @@ def test_no_byte_that_a_run_leaves_has_the_password(
     experiment = tmp_path / "run.toml"
     experiment.write_text(f'[data]\nshards = "{url}"\n')
     run, export = str(tmp_path / "run"), str(tmp_path / "export")
-    changes = [f"--set={change}" for change in (*CHANGES, "train.steps=2", "search.beam=1")]
+    changes = [f"--set={change}" for change in (*TINY_OVERRIDES, "train.steps=2", "search.beam=1")]
     commands = [
         ["train", str(experiment), "--out", run, *changes],
         # Without the credentials it is told that they are not saved; it takes them from an option.

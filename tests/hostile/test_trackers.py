@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from experiment import losses, tiny
+from experiment import logged_losses, tiny_config
 
 from captionscale import toml
 from captionscale.config import Config
@@ -153,7 +153,7 @@ def test_a_run_that_is_asked_to_leave_saves_first_and_leaves_a_tracker_that_hang
 ) -> None:
     package = fake("log")
     monkeypatch.setattr(tracking, "_PARTING_S", 0.1)
-    config = tiny(
+    config = tiny_config(
         tmp_path, packed, 'train.trackers=["mlflow"]', "train.epochs=10000", "train.score_every=100000"
     )
     real = loop.lr_factor
@@ -169,5 +169,5 @@ def test_a_run_that_is_asked_to_leave_saves_first_and_leaves_a_tracker_that_hang
         loop.train(config, tmp_path / "run")
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert last["left_for"] == "SIGTERM"
-    assert losses(tmp_path / "run")
+    assert logged_losses(tmp_path / "run")
     wait_for(lambda: set(family()) <= before)

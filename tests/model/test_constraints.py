@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sayings import FIRST, IMAGES, SEARCHES, STRATEGIES, opinionated, words_of
+from sayings import FIRST_WORD, IMAGES, SEARCHES, STRATEGIES, peaked_decoder, strip_end
 
 from captionscale.model.decoders.registry import DECODERS
 from captionscale.model.search.constraints import Rules
@@ -13,7 +13,7 @@ WORDS, MAX_WORDS = 16, 9
 @pytest.fixture(params=DECODERS)
 def case(request: pytest.FixtureRequest):
     """A decoder of sixteen words that likes long captions, and images."""
-    decoder, features = opinionated(request.param, 0, WORDS)
+    decoder, features = peaked_decoder(request.param, 0, WORDS)
     with torch.no_grad():
         decoder.vocabulary.bias[END] -= 2
     return decoder, features
@@ -36,18 +36,18 @@ def repeats(words: list[int], size: int) -> bool:
 def test_no_caption_repeats_a_blocked_n_gram(case, strategy) -> None:
     loops = 0
     for size in (1, 2, 3):
-        loops += sum(repeats(words_of(caption), size) for caption in every(case, strategy, Rules()))
+        loops += sum(repeats(strip_end(caption), size) for caption in every(case, strategy, Rules()))
         blocked = every(case, strategy, Rules(block_ngrams=size))
-        assert not any(repeats(words_of(caption), size) for caption in blocked)
+        assert not any(repeats(strip_end(caption), size) for caption in blocked)
     assert loops
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_caption_ends_in_a_dangling_word_finished_or_cut(case, strategy) -> None:
-    dangling = tuple(range(FIRST, FIRST + WORDS // 2))
+    dangling = tuple(range(FIRST_WORD, FIRST_WORD + WORDS // 2))
 
     def endings(rules: Rules, max_words: int) -> int:
-        captions = [words_of(caption) for caption in every(case, strategy, rules, max_words)]
+        captions = [strip_end(caption) for caption in every(case, strategy, rules, max_words)]
         return sum(bool(words) and words[-1] in dangling for words in captions)
 
     assert sum(endings(Rules(), max_words) for max_words in range(1, 6))
@@ -66,7 +66,7 @@ def test_the_unknown_token_is_said_only_if_it_may_be(case, strategy) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_caption_begins_with_the_prefix_and_goes_on_as_after_it(case, strategy) -> None:
-    prefix = (FIRST + 3, FIRST + 1, FIRST + 3)
+    prefix = (FIRST_WORD + 3, FIRST_WORD + 1, FIRST_WORD + 3)
     captions = every(case, strategy, Rules(prefix=prefix))
     assert all(tuple(caption[:3]) == prefix for caption in captions)
     assert strategy == "greedy" or len({tuple(caption) for caption in captions}) > 1
@@ -84,25 +84,25 @@ def test_a_prefixs_probability_counts_as_that_of_any_words(case) -> None:
     rules = Rules(prefix=tuple(tokens[:2]))
     (forced, *_) = search(decoder, features, beam=3, max_words=5, length_power=0.7, rules=rules)
     same = next(caption for caption in forced if caption.tokens == tokens)
-    assert same.log_probability == pytest.approx(captions[0].log_probability, abs=1e-4)
+    assert same.log_prob == pytest.approx(captions[0].log_prob, abs=1e-4)
 
 
 @pytest.mark.parametrize("strategy", SEARCHES)
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_caption_holds_the_required_words(case, strategy, count) -> None:
-    required = tuple((FIRST + 2 * number, FIRST + 2 * number + 1) for number in range(count))
-    rules = Rules(required=required, block_ngrams=2, dangling=(FIRST, FIRST + 5))
+    required = tuple((FIRST_WORD + 2 * number, FIRST_WORD + 2 * number + 1) for number in range(count))
+    rules = Rules(required=required, block_ngrams=2, dangling=(FIRST_WORD, FIRST_WORD + 5))
     for caption in every(case, strategy, rules):
         assert all({*group} & {*caption} for group in required)
-        assert not repeats(words_of(caption), 2)
-        assert words_of(caption)[-1] not in rules.dangling
+        assert not repeats(strip_end(caption), 2)
+        assert strip_end(caption)[-1] not in rules.dangling
     # There is no more room than for them and one word.
     for caption in every(case, strategy, rules, max_words=count + 1):
         assert all({*group} & {*caption} for group in required)
 
 
 def test_a_word_of_the_prefix_need_not_be_said_again(case) -> None:
-    rules = Rules(prefix=(FIRST + 2,), required=((FIRST + 2,),))
+    rules = Rules(prefix=(FIRST_WORD + 2,), required=((FIRST_WORD + 2,),))
     plain = every(case, "beam", Rules(prefix=rules.prefix))
     assert every(case, "beam", rules) == plain
 
@@ -110,8 +110,8 @@ def test_a_word_of_the_prefix_need_not_be_said_again(case) -> None:
 @torch.no_grad()
 def test_required_words_are_put_where_they_cost_least() -> None:
     """Against all captions that hold them, on a model where these can be counted out."""
-    decoder, features = opinionated("attention", 1, words=3)
-    required = ((FIRST,), (FIRST + 1, FIRST + 2))
+    decoder, features = peaked_decoder("attention", 1, words=3)
+    required = ((FIRST_WORD,), (FIRST_WORD + 1, FIRST_WORD + 2))
     rules = Rules(required=required)
     free = search(decoder, features, beam=500, max_words=4, length_power=0.0)
     wide = search(decoder, features, beam=500, max_words=4, length_power=0.0, rules=rules)
@@ -121,7 +121,7 @@ def test_required_words_are_put_where_they_cost_least() -> None:
         ]
         assert {tuple(caption.tokens) for caption in held} == {tuple(caption.tokens) for caption in expected}
         assert held[0].tokens == expected[0].tokens
-        assert held[0].log_probability == pytest.approx(expected[0].log_probability, abs=1e-4)
+        assert held[0].log_prob == pytest.approx(expected[0].log_prob, abs=1e-4)
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> N
     """Section 3.2 of Anderson et al. 2017, written out, without an end before all words are said."""
     decoder, features = case[0], case[1][:1]
     decoder.vocabulary.bias[END] += keen
-    required = ((FIRST,), (FIRST + 1, FIRST + 2))
+    required = ((FIRST_WORD,), (FIRST_WORD + 1, FIRST_WORD + 2))
     found = search(
         decoder, features, beam=beam, max_words=5, length_power=0.0, rules=Rules(required=required)
     )
@@ -146,7 +146,7 @@ def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> N
                         continue
                     read = torch.tensor([[START, *tokens]])
                     chances = decoder(image.unsqueeze(0), read, torch.tensor([0]))[0][0, -1].log_softmax(0)
-                    for word in range(FIRST, FIRST + WORDS):
+                    for word in range(FIRST_WORD, FIRST_WORD + WORDS):
                         then = said | {number for number, group in enumerate(required) if word in group}
                         longer.setdefault(then, {})[(*tokens, word)] = total + chances[word].item()
                     if len(said) == len(required):
@@ -156,16 +156,17 @@ def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> N
                 for said, each in longer.items()
             }
         expected = beams[frozenset(range(len(required)))]
-        assert {tuple(each.tokens): each.log_probability for each in captions} == pytest.approx(
-            expected, abs=1e-4
-        )
+        assert {tuple(each.tokens): each.log_prob for each in captions} == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("strategy", SEARCHES)
 def test_many_images_at_once_get_under_rules_what_each_gets_alone(case, strategy) -> None:
     decoder, features = case
     rules = Rules(
-        block_ngrams=2, dangling=(FIRST,), prefix=(FIRST + 1,), required=((FIRST + 2,), (FIRST + 3,))
+        block_ngrams=2,
+        dangling=(FIRST_WORD,),
+        prefix=(FIRST_WORD + 1,),
+        required=((FIRST_WORD + 2,), (FIRST_WORD + 3,)),
     )
     together = SEARCHES[strategy](decoder, features, rules, MAX_WORDS)
     for number in range(IMAGES):
@@ -175,8 +176,8 @@ def test_many_images_at_once_get_under_rules_what_each_gets_alone(case, strategy
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_caption_ends_where_rules_leave_nothing_to_say(strategy) -> None:
-    words = range(FIRST, FIRST + 3)
+    words = range(FIRST_WORD, FIRST_WORD + 3)
     rules = Rules(block_ngrams=1, dangling=tuple(words))
-    for caption in every(opinionated("attention", 0), strategy, rules, max_words=6):
+    for caption in every(peaked_decoder("attention", 0), strategy, rules, max_words=6):
         assert caption[-1] == END
         assert len({*caption}) == len(caption)

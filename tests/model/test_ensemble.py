@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sayings import FIRST, IMAGES, STRATEGIES, opinionated
+from sayings import FIRST_WORD, IMAGES, STRATEGIES, peaked_decoder
 from torch import nn
 
 from captionscale.errors import UserError
@@ -9,17 +9,17 @@ from captionscale.model.search.ensemble import Ensemble, MeanDecoder
 from captionscale.model.search.generate import search
 from captionscale.vocab import START
 
-RULES = Rules(block_ngrams=2, prefix=(FIRST + 1,))
+RULES = Rules(block_ngrams=2, prefix=(FIRST_WORD + 1,))
 
 
 @torch.no_grad()
 def test_two_say_the_next_word_by_the_mean_of_their_probabilities() -> None:
-    (one, features), (other, _) = opinionated("attention", 0, 9), opinionated("top_down", 1, 9)
+    (one, features), (other, _) = peaked_decoder("attention", 0, 9), peaked_decoder("top_down", 1, 9)
     # Of another encoder: other regions, and more of them.
     theirs = torch.randn(IMAGES, 7, 6)
     both = MeanDecoder([one, other])
     state, apart = both.start((features, theirs)), [one.start(features), other.start(theirs)]
-    for token in (START, FIRST, FIRST + 3):
+    for token in (START, FIRST_WORD, FIRST_WORD + 3):
         tokens = torch.full((IMAGES,), token)
         logits, state, attention = both.step(tokens, state)
         first, apart[0], _ = one.step(tokens, apart[0])
@@ -32,7 +32,7 @@ def test_two_say_the_next_word_by_the_mean_of_their_probabilities() -> None:
 @pytest.mark.parametrize("copies", [1, 2])
 def test_an_ensemble_of_one_or_of_twice_the_same_writes_as_it_does(strategy, copies) -> None:
     for name in ("plain", "attention"):
-        decoder, features = opinionated(name, 0, 9)
+        decoder, features = peaked_decoder(name, 0, 9)
         torch.manual_seed(5)
         alone = STRATEGIES[strategy](decoder, features, RULES, 7)
         torch.manual_seed(5)
@@ -41,8 +41,8 @@ def test_an_ensemble_of_one_or_of_twice_the_same_writes_as_it_does(strategy, cop
 
 
 def test_required_words_and_early_ends_reorder_all_members_states() -> None:
-    (one, features), (other, _) = opinionated("attention", 0, 9), opinionated("plain", 1, 9)
-    both, rules = MeanDecoder([one, other]), Rules(required=((FIRST,), (FIRST + 4,)))
+    (one, features), (other, _) = peaked_decoder("attention", 0, 9), peaked_decoder("plain", 1, 9)
+    both, rules = MeanDecoder([one, other]), Rules(required=((FIRST_WORD,), (FIRST_WORD + 4,)))
     together = STRATEGIES["beam"](both, (features, features), rules, 7)
     for number in range(IMAGES):
         image = features[number : number + 1]
@@ -50,7 +50,7 @@ def test_required_words_and_early_ends_reorder_all_members_states() -> None:
 
 
 def test_an_ensemble_has_no_attention_to_cover_pictures_with() -> None:
-    decoder, features = opinionated("attention", 0)
+    decoder, features = peaked_decoder("attention", 0)
     with pytest.raises(UserError, match="ensemble has none"):
         search(MeanDecoder([decoder]), (features,), beam=1, max_words=3, length_power=0.7, coverage=0.1)
 
@@ -59,7 +59,7 @@ def test_an_ensembles_members_change_their_mode_together() -> None:
     class Looks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.decoder = opinionated("plain", 0)[0]
+            self.decoder = peaked_decoder("plain", 0)[0]
 
         def look(self, pictures: torch.Tensor) -> torch.Tensor:
             return pictures[:, 0].float() + self.training

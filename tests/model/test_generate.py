@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 import torch
-from sayings import IMAGES, never_special, opinionated
+from sayings import IMAGES, mask_special_tokens, peaked_decoder
 from torch import Tensor
 
 from captionscale.errors import UserError
@@ -18,7 +18,7 @@ from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN
 )
 def case(request: pytest.FixtureRequest) -> tuple[Decoder, Tensor]:
     """A decoder of three words with strong opinions, and images."""
-    return opinionated(*request.param)
+    return peaked_decoder(*request.param)
 
 
 def said(decoder, features, beam, max_words=4, length_power=0.7, **settings) -> list[list[Found]]:
@@ -26,7 +26,7 @@ def said(decoder, features, beam, max_words=4, length_power=0.7, **settings) -> 
 
 
 @torch.no_grad()
-def log_probability(decoder: Decoder, image: Tensor, tokens: list[int]) -> float:
+def log_prob(decoder: Decoder, image: Tensor, tokens: list[int]) -> float:
     """Return what teacher-forced reading of a caption says of it."""
     logits, _ = decoder(image.unsqueeze(0), torch.tensor([[START, *tokens[:-1]]]), torch.tensor([0]))
     return logits[0].log_softmax(1)[range(len(tokens)), tokens].sum().item()
@@ -73,9 +73,9 @@ def test_a_beam_wider_than_all_captions_ranks_them_as_brute_force_does(case) -> 
     every = finished + [list(caption) for caption in product(words, repeat=max_words)]
     ranked = {power: said(decoder, features, len(every) + 3, max_words, power) for power in (0.0, 0.7, 2.0)}
     for number, image in enumerate(features):
-        expected = {tuple(tokens): log_probability(decoder, image, tokens) for tokens in every}
+        expected = {tuple(tokens): log_prob(decoder, image, tokens) for tokens in every}
         for power, found in ranked.items():
-            captions = {tuple(caption.tokens): caption.log_probability for caption in found[number]}
+            captions = {tuple(caption.tokens): caption.log_prob for caption in found[number]}
             assert len(captions) == len(found[number]) == len(every)
             assert captions == pytest.approx(expected, abs=1e-4)
             scores = {tokens: total / len(tokens) ** power for tokens, total in expected.items()}
@@ -90,7 +90,7 @@ def test_many_images_at_once_get_the_captions_that_each_gets_alone(case) -> None
             (alone,) = said(decoder, features[number : number + 1], beam)
             assert [caption.tokens for caption in alone] == [caption.tokens for caption in together[number]]
             for one, other in zip(alone, together[number], strict=True):
-                assert one.log_probability == pytest.approx(other.log_probability, abs=1e-4)
+                assert one.log_prob == pytest.approx(other.log_prob, abs=1e-4)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5])
@@ -104,8 +104,8 @@ def test_what_is_found_is_distinct_sorted_and_says_no_special_token(case, beam) 
             assert not {PAD, START, UNKNOWN} & set(caption.tokens)
             assert END not in caption.tokens[:-1]
             assert caption.tokens[-1] == END or len(caption.tokens) == 4
-            expected = log_probability(decoder, image, caption.tokens)
-            assert caption.log_probability == pytest.approx(expected, abs=1e-4)
+            expected = log_prob(decoder, image, caption.tokens)
+            assert caption.log_prob == pytest.approx(expected, abs=1e-4)
 
 
 def test_special_tokens_are_not_said_however_likely_they_are(case) -> None:
@@ -135,10 +135,10 @@ def test_a_decoder_that_has_nothing_to_say_ends_at_once(case) -> None:
 
 def test_the_found_captions_that_are_all_there_are_have_probability_one_together(case) -> None:
     decoder, features = case
-    for captions in said(never_special(decoder), features, beam=200, max_words=4):
+    for captions in said(mask_special_tokens(decoder), features, beam=200, max_words=4):
         # 1 + 3 + 9 + 27 that end, and 81 that do not.
         assert len(captions) == 121
-        assert sum(math.exp(caption.log_probability) for caption in captions) == pytest.approx(1, abs=1e-4)
+        assert sum(math.exp(caption.log_prob) for caption in captions) == pytest.approx(1, abs=1e-4)
 
 
 def test_the_best_score_rises_with_the_width_to_the_true_best(case) -> None:
@@ -188,13 +188,11 @@ def test_groups_choose_one_after_another_and_pay_for_words_said_at_the_same_plac
                 spoken += [each[-1] for _, each, _ in kept if each not in dict(group)]
                 groups[number] = [(tokens, total) for _, tokens, total in kept]
         expected = dict(groups[0] + groups[1])
-        assert {tuple(each.tokens): each.log_probability for each in captions} == pytest.approx(
-            expected, abs=1e-4
-        )
+        assert {tuple(each.tokens): each.log_prob for each in captions} == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_high_price_makes_groups_differ_where_they_would_agree() -> None:
-    decoder, features = opinionated("attention", 3, words=30)
+    decoder, features = peaked_decoder("attention", 3, words=30)
     for diversity, fewest in ((0.0, 1), (1e4, 6)):
         for captions in said(decoder, features, 6, groups=6, diversity=diversity):
             assert len({caption.tokens[0] for caption in captions}) == fewest
@@ -211,7 +209,7 @@ def test_many_images_at_once_get_in_groups_what_each_gets_alone(case, beam) -> N
 
 def test_pictures_that_are_done_early_change_nothing_for_the_others() -> None:
     """They are laid aside, a quarter of them at a time."""
-    decoder, features = opinionated("attention", 0, words=9)
+    decoder, features = peaked_decoder("attention", 0, words=9)
     features = features.repeat(8, 1, 1) + torch.randn(40, 4, 6)
     with torch.no_grad():
         decoder.vocabulary.bias[END] += 1
@@ -228,7 +226,7 @@ def test_pictures_that_are_done_early_change_nothing_for_the_others() -> None:
 @pytest.mark.parametrize("name", ["attention", "top_down"])
 def test_coverage_ranks_by_how_much_of_all_regions_was_looked_at(name) -> None:
     """Equation 14 of Wu et al. 2016, over all tokens, the end included."""
-    decoder, features = opinionated(name, 2)
+    decoder, features = peaked_decoder(name, 2)
     weight, moved = 4.0, 0
     plain = said(decoder, features, 6)
     for image, captions, before in zip(
@@ -240,7 +238,7 @@ def test_coverage_ranks_by_how_much_of_all_regions_was_looked_at(name) -> None:
             _, looks = decoder(image.unsqueeze(0), read, torch.tensor([0]))
             covered = weight * looks[0].sum(0).clamp(max=1).log().sum().item()
             assert caption.covered == pytest.approx(covered, rel=1e-4, abs=1e-4)
-            scores.append(caption.log_probability / len(caption.tokens) ** 0.7 + covered)
+            scores.append(caption.log_prob / len(caption.tokens) ** 0.7 + covered)
             assert caption.score(0.7) == pytest.approx(scores[-1], rel=1e-4)
         assert scores == pytest.approx(sorted(scores, reverse=True))
         # It ranks, and does not choose.
@@ -252,7 +250,7 @@ def test_coverage_ranks_by_how_much_of_all_regions_was_looked_at(name) -> None:
 
 
 def test_coverage_is_refused_without_attention() -> None:
-    decoder, features = opinionated("plain", 0)
+    decoder, features = peaked_decoder("plain", 0)
     with pytest.raises(UserError, match=r"search\.coverage .* no attention"):
         said(decoder, features, 2, coverage=0.1)
 

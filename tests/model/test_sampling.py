@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
-from sayings import FIRST, IMAGES, never_special, opinionated
+from sayings import FIRST_WORD, IMAGES, mask_special_tokens, peaked_decoder
 
 from captionscale.model.decoders.registry import DECODERS
 from captionscale.model.search.constraints import Rules
@@ -16,8 +16,8 @@ MAX_WORDS = 3
 @pytest.fixture(params=DECODERS)
 def case(request: pytest.FixtureRequest):
     """A decoder of three words, and images."""
-    decoder, features = opinionated(request.param, 0)
-    return never_special(decoder), features
+    decoder, features = peaked_decoder(request.param, 0)
+    return mask_special_tokens(decoder), features
 
 
 def drawn(decoder, features, captions, seed=0, max_words=MAX_WORDS, **settings):
@@ -39,10 +39,10 @@ def test_captions_are_drawn_as_often_as_they_are_likely(case) -> None:
     for rows, chances, captions in zip(tokens, totals.exp().tolist(), wide, strict=True):
         counts = Counter(map(without_padding, rows))
         said = dict(zip(map(without_padding, rows), chances, strict=True))
-        expected = {tuple(caption.tokens): caption.log_probability for caption in captions}
+        expected = {tuple(caption.tokens): caption.log_prob for caption in captions}
         assert counts.keys() <= expected.keys()
-        for caption, log_probability in expected.items():
-            chance = torch.tensor(log_probability).exp().item()
+        for caption, log_prob in expected.items():
+            chance = torch.tensor(log_prob).exp().item()
             if caption in said:
                 assert said[caption] == pytest.approx(chance, rel=1e-3)
             spread = (draws * chance * (1 - chance)) ** 0.5
@@ -114,7 +114,7 @@ def test_rows_hold_words_then_the_end_then_padding_and_are_cut_without_an_end(ca
     for row in tokens.view(-1, 5).tolist():
         words = row[: row.index(END)] if END in row else row
         ended += END in row
-        assert all(token >= FIRST for token in words)
+        assert all(token >= FIRST_WORD for token in words)
         assert row[len(words) :] == ([END] + [PAD] * 4)[: 5 - len(words)]
     assert 0 < ended < 1000
     with torch.no_grad():
@@ -125,17 +125,17 @@ def test_rows_hold_words_then_the_end_then_padding_and_are_cut_without_an_end(ca
 
 
 def test_what_may_not_be_said_is_never_drawn_even_at_the_ends_of_the_numbers() -> None:
-    decoder, features = opinionated("plain", 0, words=40)
+    decoder, features = peaked_decoder("plain", 0, words=40)
     numbers = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24]).repeat(IMAGES, 1)
     for settings in ({}, {"top_k": 44}, {"top_p": 0.999}):
         tokens, totals = sample(
             decoder, features, captions=1, max_words=4, numbers=numbers, rules=Rules(), **settings
         )
         assert totals.isfinite().all()
-        assert ((tokens >= FIRST) | (tokens == END) | (tokens == PAD)).all()
+        assert ((tokens >= FIRST_WORD) | (tokens == END) | (tokens == PAD)).all()
 
 
 def test_words_cannot_be_required_of_samples(case) -> None:
     decoder, features = case
     with pytest.raises(ValueError, match="required"):
-        drawn(decoder, features, 1, rules=Rules(required=((FIRST,),)))
+        drawn(decoder, features, 1, rules=Rules(required=((FIRST_WORD,),)))

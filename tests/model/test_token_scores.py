@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sayings import SEARCHES, opinionated
+from sayings import SEARCHES, peaked_decoder
 
 from captionscale.model.decoders.registry import DECODERS
 from captionscale.model.search.constraints import Rules
@@ -13,19 +13,19 @@ from captionscale.vocab import END, START
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("beam", [1, 4])
 def test_the_words_of_a_found_caption_are_as_likely_together_as_the_search_said(name, beam) -> None:
-    decoder, features = opinionated(name, 0)
+    decoder, features = peaked_decoder(name, 0)
     found = search(decoder, features, beam=beam, max_words=6, length_power=0.7)
     for rank in range(beam):
         traces = retrace(decoder, features, [captions[rank].tokens for captions in found])
         for captions, trace in zip(found, traces, strict=True):
-            assert len(trace.log_probabilities) == len(captions[rank].tokens)
-            total = float(trace.log_probabilities.sum())
-            assert total == pytest.approx(captions[rank].log_probability, rel=1e-4)
+            assert len(trace.log_probs) == len(captions[rank].tokens)
+            total = float(trace.log_probs.sum())
+            assert total == pytest.approx(captions[rank].log_prob, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["attention", "top_down"])
 def test_the_decoder_looks_where_it_does_when_it_reads_the_whole_caption_at_once(name) -> None:
-    decoder, features = opinionated(name, 1)
+    decoder, features = peaked_decoder(name, 1)
     captions = [each[0].tokens for each in search(decoder, features, beam=4, max_words=6, length_power=0.7)]
     for row, (tokens, trace) in enumerate(zip(captions, retrace(decoder, features, captions), strict=True)):
         read = torch.tensor([[START, *tokens[:-1]]])
@@ -33,33 +33,33 @@ def test_the_decoder_looks_where_it_does_when_it_reads_the_whole_caption_at_once
             logits, attention = decoder(features[row : row + 1], read, torch.tensor([0]))
         torch.testing.assert_close(trace.attention, attention[0])
         likely = logits[0].log_softmax(1)[range(len(tokens)), tokens]
-        torch.testing.assert_close(trace.log_probabilities, likely)
+        torch.testing.assert_close(trace.log_probs, likely)
         torch.testing.assert_close(trace.attention.sum(1), torch.ones(len(tokens)))
 
 
 def test_captions_of_other_lengths_beside_it_change_nothing() -> None:
-    decoder, features = opinionated("attention", 2)
+    decoder, features = peaked_decoder("attention", 2)
     captions = [[4, END], [5, 4, 6, 5, END], [4, 4, 4], [END], []]
     together = retrace(decoder, features, captions)
     for row, tokens in enumerate(captions):
         [alone] = retrace(decoder, features[row : row + 1], [tokens])
-        torch.testing.assert_close(alone.log_probabilities, together[row].log_probabilities)
+        torch.testing.assert_close(alone.log_probs, together[row].log_probs)
         if tokens:
             torch.testing.assert_close(alone.attention, together[row].attention)
-        assert len(alone.log_probabilities) == len(tokens)
+        assert len(alone.log_probs) == len(tokens)
 
 
 def test_a_plain_decoder_and_an_ensemble_look_nowhere() -> None:
-    plain, features = opinionated("plain", 0)
+    plain, features = peaked_decoder("plain", 0)
     assert retrace(plain, features, [[4, END]] * len(features))[0].attention is None
-    first, _ = opinionated("attention", 0)
+    first, _ = peaked_decoder("attention", 0)
     traces = retrace(MeanDecoder([first, plain]), (features, features), [[4, END]] * len(features))
     assert {trace.attention for trace in traces} == {None}
 
 
 @pytest.mark.parametrize("method", SEARCHES)
 def test_every_search_s_captions_can_be_read_again(method) -> None:
-    decoder, features = opinionated("top_down", 3)
+    decoder, features = peaked_decoder("top_down", 3)
     found = SEARCHES[method](decoder, features, Rules(), 6)
     traces = retrace(decoder, features, [captions[0] for captions in found])
-    assert all(bool((trace.log_probabilities <= 0).all()) for trace in traces)
+    assert all(bool((trace.log_probs <= 0).all()) for trace in traces)

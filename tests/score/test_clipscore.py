@@ -70,11 +70,11 @@ def test_a_split_scores_as_by_hand_whatever_the_batch(weights: Path, packed: Pat
     rows = []
     for image_id in sorted(references):
         item = int(np.flatnonzero(split.index["image_id"] == image_id)[0])
-        picture = clip.prepare(Image.open(io.BytesIO(split.image(item))).convert("RGB"))
+        picture = clip.preprocess(Image.open(io.BytesIO(split.image(item))).convert("RGB"))
         prompts = ["A photo depicts " + text for text in (captions[image_id], *references[image_id])]
         with torch.inference_mode():
             image = clip.model.encode_image(picture[None].to(clip.device)).cpu().double().numpy()[0]
-            texts = clip.model.encode_text(clip.tokenise(prompts).to(clip.device)).cpu().double().numpy()
+            texts = clip.model.encode_text(clip.tokenizer(prompts).to(clip.device)).cpu().double().numpy()
         rows.append(by_hand(image, texts[0], list(texts[1:])))
     expected = dict(zip(("CLIPScore", "RefCLIPScore"), zip(*rows, strict=True), strict=True))
     for metric, figures in expected.items():
@@ -114,7 +114,7 @@ def test_what_cannot_be_loaded_says_why(weights: Path, tmp_path: Path) -> None:
         (tmp_path / "none.pt", "tiny", "no such file, wanted CLIP's weights, which are never downloaded"),
         (tmp_path, "tiny", "a folder, wanted"),
         (weights, "tinny", "unknown 'tinny'; did you mean 'tiny'"),
-        (weights, "xlm-roberta-base-ViT-B-32", "reads its tokeniser from the internet"),
+        (weights, "xlm-roberta-base-ViT-B-32", "reads its tokenizer from the internet"),
         (weights, "ViT-B-32", "no weights of ViT-B-32"),
         (damaged, "tiny", "no weights of tiny"),
     ]:

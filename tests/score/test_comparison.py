@@ -8,11 +8,11 @@ import pytest
 from captionscale.cli import main
 from captionscale.errors import UserError
 from captionscale.score import Receipt, bleu
-from captionscale.score.comparison import compare, find, p_value
-from captionscale.score.diagnostics import panel
-from captionscale.score.intervals import interval, resampled
-from captionscale.score.metrics import corpus, family
-from captionscale.score.receipt import Images
+from captionscale.score.comparison import compare, find_receipt, p_value
+from captionscale.score.diagnostics import diagnose
+from captionscale.score.intervals import bootstrap_scores, interval
+from captionscale.score.metrics import corpus_score, family
+from captionscale.score.receipt import ImageResults
 
 WORDS = np.array(["a", "dog", "cat", "runs", "sits", "on", "the", "grass", "red", "ball"])
 SIGNATURE = "references 91bc (400 images)|ptb corenlp 3f2a|bleu coco|cider-d n4|captionscale 0.1.0|beam 5"
@@ -32,18 +32,18 @@ def receipt(captions: list[str], cider: np.ndarray, signature: str = SIGNATURE) 
         "BLEU": bleu.statistics(captions, REFERENCES),
         "CIDEr-D": np.stack([cider, np.ones(len(cider))], axis=1),
     }
-    per_image = {"BLEU-4": bleu.corpus(statistics["BLEU"])[:, 3], "CIDEr-D": cider}
+    per_image = {"BLEU-4": bleu.corpus_score(statistics["BLEU"])[:, 3], "CIDEr-D": cider}
     scores = {
-        metric: float(corpus(metric, statistics[family(metric)].sum(axis=0, keepdims=True))[0])
+        metric: float(corpus_score(metric, statistics[family(metric)].sum(axis=0, keepdims=True))[0])
         for metric in per_image
     }
-    drawn = resampled(statistics, list(scores))
+    drawn = bootstrap_scores(statistics, list(scores))
     ids = list(range(len(captions)))
     return Receipt(
         scores=scores,
         intervals={metric: interval(figures) for metric, figures in drawn.items()},
         bootstrap={},
-        panel=panel(dict(enumerate(captions)), dict(enumerate(REFERENCES))),
+        diagnostics=diagnose(dict(enumerate(captions)), dict(enumerate(REFERENCES))),
         counts={
             "images": len(ids),
             "captions": len(ids),
@@ -53,10 +53,10 @@ def receipt(captions: list[str], cider: np.ndarray, signature: str = SIGNATURE) 
         },
         hashes={"captions": "ab" * 32, "references": "cd" * 32},
         signature=signature,
-        made_by={},
+        provenance={},
         notes=[],
-        at={},
-        images=Images(ids, captions, per_image, statistics),
+        environment={},
+        images=ImageResults(ids, captions, per_image, statistics),
     )
 
 
@@ -74,9 +74,9 @@ def systems() -> tuple[Receipt, Receipt]:
 
 def test_a_receipt_beside_itself_differs_in_nothing(systems: tuple[Receipt, Receipt]) -> None:
     found = compare(systems[0], systems[0])
-    assert found.changed == []
+    assert found.most_changed == []
     for each in found.differences:
-        assert (each.p, each.difference, each.interval, each.tied) == (1.0, 0.0, (0.0, 0.0), 400)
+        assert (each.p_value, each.difference, each.interval, each.tied) == (1.0, 0.0, (0.0, 0.0), 400)
 
 
 def test_a_better_system_is_better_beyond_chance_and_the_images_that_changed_most_are_shown(
@@ -85,15 +85,15 @@ def test_a_better_system_is_better_beyond_chance_and_the_images_that_changed_mos
     found = compare(*systems, top=3)
     assert [each.metric for each in found.differences] == ["BLEU-4", "CIDEr-D"]
     for each in found.differences:
-        assert each.p < 0.001
+        assert each.p_value < 0.001
         assert each.interval[0] > 0
     cider = found.differences[1]
     assert cider.difference == pytest.approx(0.5)
     assert (cider.won, cider.lost, cider.tied) == (200, 0, 200)
     # Both meet the same images, so only the differences vary: 0 and 1, half and half.
     assert cider.interval == pytest.approx((0.5 - 1.96 * 0.5 / 20, 0.5 + 1.96 * 0.5 / 20), abs=0.003)
-    assert len(found.changed) == 3
-    for change in found.changed:
+    assert len(found.most_changed) == 3
+    for change in found.most_changed:
         at = int(change.image_id)
         assert change.difference == pytest.approx(1.0)
         assert change.captions == (systems[0].images.captions[at], REFERENCES[at][0])
@@ -102,7 +102,7 @@ def test_a_better_system_is_better_beyond_chance_and_the_images_that_changed_mos
 def test_exchanging_both_exchanges_the_signs(systems: tuple[Receipt, Receipt]) -> None:
     there, back = compare(*systems), compare(*reversed(systems))
     for one, other in zip(there.differences, back.differences, strict=True):
-        assert (one.p, one.won, one.difference) == (other.p, other.lost, -other.difference)
+        assert (one.p_value, one.won, one.difference) == (other.p_value, other.lost, -other.difference)
         assert one.interval == pytest.approx((-other.interval[1], -other.interval[0]), abs=2e-6)
 
 
@@ -117,7 +117,7 @@ def test_between_equals_every_p_value_is_as_likely(systems: tuple[Receipt, Recei
             {family: np.where(swap == turned, first[family], second[family]) for family in first}
             for turned in (False, True)
         ]
-        drawn = [resampled(side, list(found), resamples=400, seed=seed) for side in sides]
+        drawn = [bootstrap_scores(side, list(found), resamples=400, seed=seed) for side in sides]
         for metric, p in found.items():
             p.append(p_value(drawn[1][metric] - drawn[0][metric]))
     for p in found.values():
@@ -158,7 +158,11 @@ def test_the_verb_takes_files_and_runs(
     run = tmp_path / "run"
     systems[0].write(run / "scores" / "val-step-1" / "receipt.json")
     systems[1].write(tmp_path / "other.json")
-    assert find(run) == find(run / "scores" / "val-step-1") == run / "scores" / "val-step-1" / "receipt.json"
+    assert (
+        find_receipt(run)
+        == find_receipt(run / "scores" / "val-step-1")
+        == run / "scores" / "val-step-1" / "receipt.json"
+    )
     main(["compare", str(run), str(tmp_path / "other.json"), "--top", "2"])
     said = capsys.readouterr().out
     assert "400 images" in said
@@ -168,6 +172,6 @@ def test_the_verb_takes_files_and_runs(
     assert [each["metric"] for each in found["differences"]] == ["BLEU-4", "CIDEr-D"]
     systems[0].write(run / "scores" / "test-step-1" / "receipt.json")
     with pytest.raises(UserError, match=r"2 receipts, wanted one; name one of scores/test-step-1/receipt"):
-        find(run)
+        find_receipt(run)
     with pytest.raises(UserError, match="no receipt, wanted one; score the run first"):
-        find(tmp_path / "run" / "scores")
+        find_receipt(tmp_path / "run" / "scores")

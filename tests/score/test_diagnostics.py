@@ -1,6 +1,6 @@
 import pytest
 
-from captionscale.score.diagnostics import LONGEST, panel, table
+from captionscale.score.diagnostics import MAX_LENGTH_BIN, diagnose, table
 
 CAPTIONS = {
     1: "A man with a",
@@ -16,7 +16,7 @@ REFERENCES = {image_id: ["Two birds sit", f"unused {image_id}"] for image_id in 
 
 
 def test_what_hacked_captions_have_is_counted_beside_what_people_wrote() -> None:
-    found = panel(CAPTIONS, REFERENCES, train=["Two birds, sit!", "a zebra"], vocabulary=100)
+    found = diagnose(CAPTIONS, REFERENCES, train_captions=["Two birds, sit!", "a zebra"], vocabulary_size=100)
     ours, human = found["captions"], found["references"]
     assert ours["captions"] == human["captions"] == 8
     assert ours["empty"] == 1 / 8
@@ -26,20 +26,20 @@ def test_what_hacked_captions_have_is_counted_beside_what_people_wrote() -> None
     assert ours["distinct"] == 7 / 8
     assert ours["novel"] == 7 / 8
     # a man with red dog runs the cat two birds sit word bus parked on street
-    assert ours["vocabulary"] == 16
-    assert ours["of_vocabulary"] == 16 / 100
+    assert ours["vocabulary_size"] == 16
+    assert ours["vocabulary_coverage"] == 16 / 100
     assert ours["length_mean"] == (4 + 4 + 0 + 6 + 3 + 3 + 80 + 6) / 8
-    assert ours["lengths"] == [1, 0, 0, 2, 2, 0, 2, *[0] * (LONGEST - 7), 1]
+    assert ours["length_histogram"] == [1, 0, 0, 2, 2, 0, 2, *[0] * (MAX_LENGTH_BIN - 7), 1]
     # Of each image the first caption, so that both sides have as many.
-    assert human["vocabulary"] == 3
-    assert (human["distinct"], human["novel"], human["of_vocabulary"]) == (1 / 8, 0.0, None)
+    assert human["vocabulary_size"] == 3
+    assert (human["distinct"], human["novel"], human["vocabulary_coverage"]) == (1 / 8, 0.0, None)
 
 
 def test_what_is_not_known_is_neither_counted_nor_shown() -> None:
-    found = panel({1: "a dog"}, {1: ["a cat"]})
-    assert found["captions"]["novel"] is found["captions"]["of_vocabulary"] is None
+    found = diagnose({1: "a dog"}, {1: ["a cat"]})
+    assert found["captions"]["novel"] is found["captions"]["vocabulary_coverage"] is None
     assert not [line for line in table(found) if "novel" in line or "empty" in line]
-    assert [line for line in table(panel({1: ""}, {1: ["a cat"]}, train=[])) if "100.0%" in line]
+    assert [line for line in table(diagnose({1: ""}, {1: ["a cat"]}, train_captions=[])) if "100.0%" in line]
 
 
 @pytest.mark.parametrize(
@@ -53,4 +53,4 @@ def test_what_is_not_known_is_neither_counted_nor_shown() -> None:
     ],
 )
 def test_a_dangling_ending_is_seen_through_punctuation(caption: str, dangles: bool) -> None:
-    assert panel({1: caption}, {1: ["a"]})["captions"]["dangling_endings"] == float(dangles)
+    assert diagnose({1: caption}, {1: ["a"]})["captions"]["dangling_endings"] == float(dangles)

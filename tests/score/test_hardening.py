@@ -74,9 +74,9 @@ THEIRS = """
 import json, sys
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 captions, references, metrics = json.load(sys.stdin)
-tokenise = PTBTokenizer().tokenize
-found = tokenise({key: [{"caption": text}] for key, text in captions.items()})
-targets = tokenise({key: [{"caption": text} for text in texts] for key, texts in references.items()})
+tokenize = PTBTokenizer().tokenize
+found = tokenize({key: [{"caption": text}] for key, text in captions.items()})
+targets = tokenize({key: [{"caption": text} for text in texts] for key, texts in references.items()})
 if "METEOR" in metrics:
     from pycocoevalcap.meteor.meteor import Meteor
     json.dump(Meteor().compute_score(targets, found), sys.stdout)
@@ -237,7 +237,7 @@ def test_other_countries_break_theirs_while_four_of_ours_agree_from_a_read_only_
     italian = {"LANG": "it_IT.UTF-8", "JAVA_TOOL_OPTIONS": "-Duser.language=it -Duser.country=IT"}
     turkish = {"LANG": "tr_TR.UTF-8", "JAVA_TOOL_OPTIONS": "-Duser.language=tr -Duser.country=TR"}
     theirs = machine.start(THEIRS, CAPTIONS, REFERENCES, ["METEOR"], **italian)
-    # Its tokeniser must write into its package, ours must not.
+    # Its tokenizer must write into its package, ours must not.
     while theirs.poll() is None and JAR not in " ".join(_children(theirs.pid).values()):
         time.sleep(0.02)
     machine.lock()

@@ -5,7 +5,7 @@ import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 
 from captionscale.score import bleu, intervals
-from captionscale.score.intervals import interval, resampled
+from captionscale.score.intervals import bootstrap_scores, interval
 
 WORDS = np.array(["a", "dog", "cat", "runs", "sits", "on", "the", "grass"])
 
@@ -23,7 +23,7 @@ def test_the_figure_of_each_resample_is_pycocoevalcaps_on_these_very_images() ->
     random = np.random.default_rng(0)
     candidates, references = sentences(random, 30), [sentences(random, 3) for _ in range(30)]
     metrics = [f"BLEU-{n}" for n in range(1, 5)]
-    found = resampled({"BLEU": bleu.statistics(candidates, references)}, metrics, resamples=5, seed=7)
+    found = bootstrap_scores({"BLEU": bleu.statistics(candidates, references)}, metrics, resamples=5, seed=7)
     for number, weights in enumerate(np.concatenate(list(intervals._weights(30, 5, 7)))):
         assert weights.sum() == 30
         drawn = dict(enumerate(np.repeat(np.arange(30), weights)))
@@ -39,12 +39,14 @@ def test_resamples_hold_the_same_images_whatever_is_summed_and_however_many_fit_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = np.arange(40.0) ** 2
-    whole = resampled(means(values), ["mean"], resamples=50, seed=3)["mean"]
-    assert resampled(means(values + 1), ["mean"], resamples=50, seed=3)["mean"] == pytest.approx(whole + 1)
-    assert not np.allclose(resampled(means(values), ["mean"], resamples=50, seed=4)["mean"], whole)
+    whole = bootstrap_scores(means(values), ["mean"], resamples=50, seed=3)["mean"]
+    assert bootstrap_scores(means(values + 1), ["mean"], resamples=50, seed=3)["mean"] == pytest.approx(
+        whole + 1
+    )
+    assert not np.allclose(bootstrap_scores(means(values), ["mean"], resamples=50, seed=4)["mean"], whole)
     monkeypatch.setattr(intervals, "_AT_ONCE", 3 * 40 + 1)
     assert max(len(part) for part in intervals._weights(40, 50, 3)) == 3
-    assert resampled(means(values), ["mean"], resamples=50, seed=3)["mean"] == pytest.approx(whole)
+    assert bootstrap_scores(means(values), ["mean"], resamples=50, seed=3)["mean"] == pytest.approx(whole)
 
 
 @pytest.mark.parametrize("draw", [np.random.Generator.standard_normal, np.random.Generator.exponential])
@@ -53,7 +55,7 @@ def test_of_a_hundred_intervals_about_95_hold_the_truth(draw: Callable[..., np.n
     truth = {"standard_normal": 0.0, "exponential": 1.0}[draw.__name__]
     held = 0
     for seed in range(300):
-        figures = resampled(means(draw(random, size=100)), ["mean"], resamples=300, seed=seed)["mean"]
+        figures = bootstrap_scores(means(draw(random, size=100)), ["mean"], resamples=300, seed=seed)["mean"]
         low, high = interval(figures)
         held += low <= truth <= high
     assert 0.90 < held / 300 < 0.98

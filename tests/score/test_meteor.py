@@ -16,7 +16,7 @@ import pytest
 from captionscale.errors import UserError
 from captionscale.score import bleu, ciderd, java, meteor, paraphrases, rouge
 from captionscale.score.metrics import Evaluator, measure
-from captionscale.score.tokenizer import tokenise
+from captionscale.score.tokenizer import tokenize
 
 # Words and phrases that METEOR's table pairs, that it splits its own way, and that no table holds.
 PIECES = [
@@ -136,8 +136,10 @@ def test_a_part_of_the_table_and_many_jvms_give_the_digits_of_the_whole_table_an
     assert (once.statistics["METEOR"] == whole.statistics["METEOR"]).all()
     # Something was at stake: paraphrases did match.
     assert (whole.statistics["METEOR"][:, 16:20] > 0).any(axis=1).sum() > 50
-    assert meteor.corpus(whole.statistics["METEOR"]) == pytest.approx(whole.per_image["METEOR"], abs=1e-12)
-    assert meteor.corpus(whole.statistics["METEOR"].sum(0)) == pytest.approx(
+    assert meteor.corpus_score(whole.statistics["METEOR"]) == pytest.approx(
+        whole.per_image["METEOR"], abs=1e-12
+    )
+    assert meteor.corpus_score(whole.statistics["METEOR"].sum(0)) == pytest.approx(
         whole.values["METEOR"], abs=1e-12
     )
 
@@ -164,15 +166,15 @@ def test_captions_score_alike_in_a_batch_one_by_one_and_in_any_order(random_capt
     for metric in metrics:
         assert [moved.per_image[metric][at[renamed[image]]] for image in captions] == batch.per_image[metric]
     for image in order[:8]:
-        if any(tokenise(references[image])):
+        if any(tokenize(references[image])):
             alone = evaluator.measure({image: captions[image]}, {image: references[image]}, metrics)
             assert alone.per_image == {metric: [batch.per_image[metric][image]] for metric in metrics}
 
 
 @pytest.fixture(scope="module")
 def thousands():
-    """Candidates and their references, tokenised."""
-    texts = tokenise(_random_texts(9000, seed=5))
+    """Candidates and their references, tokenized."""
+    texts = tokenize(_random_texts(9000, seed=5))
     return texts[:3000], [texts[3000 + 2 * place :][: 1 + place % 3] for place in range(3000)]
 
 
@@ -195,7 +197,7 @@ def test_thousands_of_captions_have_the_same_cider_d_alone_and_in_any_order(thou
         return [ids[word] for word in [*text.split(), "END"]]
 
     candidates, references = thousands
-    reward = ciderd.Reward([[ended(text) for text in group] for group in references])
+    reward = ciderd.CiderDReward([[ended(text) for text in group] for group in references])
     texts = [ended(text) for text in candidates]
     batch = reward(range(len(texts)), texts)
     order = random.Random(7).sample(range(len(texts)), len(texts))
@@ -246,17 +248,17 @@ def test_closing_while_it_starts_ends_it_for_good_until_it_is_opened():
 def test_each_text_is_tokenised_alike_in_any_company(random_captions):
     captions, references = random_captions
     texts = [*captions.values(), *(text for group in references.values() for text in group)]
-    together = tokenise(texts)
+    together = tokenize(texts)
     order = random.Random(4).sample(range(len(texts)), len(texts))
-    assert tokenise([texts[place] for place in order]) == [together[place] for place in order]
+    assert tokenize([texts[place] for place in order]) == [together[place] for place in order]
     for place in order[:8]:
-        assert tokenise([texts[place]]) == [together[place]]
+        assert tokenize([texts[place]]) == [together[place]]
 
 
 def test_phrases_are_kept_by_what_the_normaliser_leaves_alone():
-    found = paraphrases.Phrases(["the U.S. t-shirt..cost $1,000", "a dog"])
-    assert found.hold([b"", b"us", b"the us t", b"t shirt", b"shirt cost 1 000", b"a dog"]).all()
-    assert not found.hold([b"shirtcost", b"000 a", b"the us t shirt cost 1 000 a", b"the us "]).any()
+    found = paraphrases.PhraseIndex(["the U.S. t-shirt..cost $1,000", "a dog"])
+    assert found.contains([b"", b"us", b"the us t", b"t shirt", b"shirt cost 1 000", b"a dog"]).all()
+    assert not found.contains([b"shirtcost", b"000 a", b"the us t shirt cost 1 000 a", b"the us "]).any()
 
 
 def test_phrases_of_many_captions_take_little_memory():
@@ -264,10 +266,10 @@ def test_phrases_of_many_captions_take_little_memory():
     draw = random.Random(0)
     texts = [" ".join(f"w{draw.randrange(9000)}" for _ in range(10)) for _ in range(10_000)]
     tracemalloc.start()
-    found = paraphrases.Phrases(texts)
+    found = paraphrases.PhraseIndex(texts)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert found.hold([" ".join(text.split()[2:9]).encode() for text in texts]).all()
+    assert found.contains([" ".join(text.split()[2:9]).encode() for text in texts]).all()
     assert peak < 100e6
 
 
@@ -278,14 +280,14 @@ def test_a_jvm_that_died_is_started_again_once(random_captions, evaluator, monke
         jvm.process.kill()
     assert evaluator.measure(captions, references, ["METEOR"]).per_image == before.per_image
 
-    ask = java.Jvm.ask
+    ask = java.Jvm.query
 
     def kill_and_ask(self, lines, answers, **options):
         if self.name == "METEOR":
             self.process.kill()
         return ask(self, lines, answers, **options)
 
-    monkeypatch.setattr(java.Jvm, "ask", kill_and_ask)
+    monkeypatch.setattr(java.Jvm, "query", kill_and_ask)
     with pytest.raises(
         UserError, match=r"METEOR: its Java process was killed by signal 9 .* raise meteor_gb"
     ):
@@ -339,4 +341,4 @@ def test_a_damaged_table_is_an_error(monkeypatch, tmp_path):
             (tmp_path / "data" / "paraphrase-en.gz").write_bytes(content)
         monkeypatch.setattr(paraphrases.meteor, "__file__", str(tmp_path / "meteor.py"))
         with pytest.raises(UserError, match=found):
-            paraphrases.pairs(paraphrases.Phrases([]), None)
+            paraphrases.filter_table(paraphrases.PhraseIndex([]), None)

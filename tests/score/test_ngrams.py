@@ -12,7 +12,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from captionscale.score import bleu
-from captionscale.score.ciderd import Reward, cider_d
+from captionscale.score.ciderd import CiderDReward, cider_d
 from captionscale.score.rouge import rouge_l
 from captionscale.tools.bench.reward import _Plain
 
@@ -36,8 +36,8 @@ def check(candidates, references):
     found = {image: [text] for image, text in enumerate(candidates)}
     statistics = bleu.statistics(candidates, references)
     corpus, per_image = Bleu(4).compute_score(targets, found, verbose=0)
-    np.testing.assert_allclose(bleu.corpus(statistics.sum(axis=0)), corpus, rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(bleu.corpus(statistics).T, per_image, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(bleu.corpus_score(statistics.sum(axis=0)), corpus, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(bleu.corpus_score(statistics).T, per_image, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(
         rouge_l(candidates, references), Rouge().compute_score(targets, found)[1], 1e-12
     )
@@ -67,10 +67,10 @@ def test_every_figure_equals_that_of_pycocoevalcap(texts):
     check(*texts)
 
 
-def test_figures_of_published_captions_equal_those_of_pycocoevalcap(shared: Path):
-    captions = json.loads((shared / "published_results" / "karpathy_test_results.json").read_text())[:1000]
+def test_figures_of_published_captions_equal_those_of_pycocoevalcap(real_data: Path):
+    captions = json.loads((real_data / "published_results" / "karpathy_test_results.json").read_text())[:1000]
     references: dict[int, list[str]] = {}
-    for note in json.loads((shared / "coco_karpathy" / "captions_test5k.json").read_text())["annotations"]:
+    for note in json.loads((real_data / "coco_karpathy" / "captions_test5k.json").read_text())["annotations"]:
         references.setdefault(note["image_id"], []).append(" ".join(note["caption"].lower().split()))
     check([each["caption"] for each in captions], [references[each["image_id"]] for each in captions])
 
@@ -78,13 +78,13 @@ def test_figures_of_published_captions_equal_those_of_pycocoevalcap(shared: Path
 def test_where_pycocoevalcap_has_no_figure_ours_is_zero():
     assert cider_d(["a dog", ""], [["", " "], [""]]).tolist() == [0, 0]
     assert cider_d([], []).shape == rouge_l([], []).shape == (0,)
-    assert bleu.corpus(bleu.statistics([], []).sum(axis=0)) == pytest.approx(np.zeros(4), abs=1e-15)
+    assert bleu.corpus_score(bleu.statistics([], []).sum(axis=0)) == pytest.approx(np.zeros(4), abs=1e-15)
 
 
 def test_bleu_of_a_bootstrap_sample_needs_the_sums_alone():
     candidates, references = invent(10, 100, 20, range(3, 12))
     drawn = np.random.default_rng(0).integers(0, 100, (3, 100))
-    figures = bleu.corpus(bleu.statistics(candidates, references)[drawn].sum(axis=1))
+    figures = bleu.corpus_score(bleu.statistics(candidates, references)[drawn].sum(axis=1))
     for rows, figure in zip(drawn, figures, strict=True):
         targets = {place: references[row] for place, row in enumerate(rows)}
         found = {place: [candidates[row]] for place, row in enumerate(rows)}
@@ -121,13 +121,13 @@ def sampled(seed, images=200, captions=300):
 
 def test_the_reward_equals_what_dictionaries_give():
     references, images, captions = sampled(0)
-    found = Reward(references)(images, captions)
+    found = CiderDReward(references)(images, captions)
     np.testing.assert_allclose(found, _Plain(references)(np.array(images), captions), rtol=1e-12, atol=1e-14)
 
 
 def test_the_reward_of_a_caption_does_not_depend_on_the_others():
     references, images, captions = sampled(1)
-    reward = Reward(references)
+    reward = CiderDReward(references)
     together = reward(images, captions)
     alone = [reward([image], [caption])[0] for image, caption in zip(images, captions, strict=True)]
     np.testing.assert_allclose(together, alone, rtol=1e-13)
@@ -136,25 +136,25 @@ def test_the_reward_of_a_caption_does_not_depend_on_the_others():
 
 def test_the_end_token_is_rewarded():
     references = [[[5, 6, 7, END]], [[8, 9, END]], [[5, 6, 8, END]]]
-    whole, cut, dangling = Reward(references)([0, 0, 0], [[5, 6, 7, END], [5, 6, 7], [5, 6, 7, 5]])
+    whole, cut, dangling = CiderDReward(references)([0, 0, 0], [[5, 6, 7, END], [5, 6, 7], [5, 6, 7, 5]])
     assert whole == pytest.approx(10 * 4 / 4)
     assert whole > cut > dangling
 
 
 def test_references_without_the_end_token_are_refused():
     with pytest.raises(ValueError, match="references end with different tokens"):
-        Reward([[[5, 6, END]], [[5, 7]]])
+        CiderDReward([[[5, 6, END]], [[5, 7]]])
 
 
 def test_an_image_is_wanted_for_each_caption():
     with pytest.raises(ValueError, match="1 captions of 2 images"):
-        Reward([[[5, END]]])([0, 0], [[5, END]])
+        CiderDReward([[[5, END]]])([0, 0], [[5, END]])
 
 
 # Self-critical training's usual scorer learns each n-gram that it is asked about, for ever.
 def test_rewarding_captions_of_new_words_takes_no_memory():
     references, images, captions = sampled(2, images=20, captions=40)
-    reward = Reward(references)
+    reward = CiderDReward(references)
     dice = np.random.default_rng(0)
     sizes = []
     tracemalloc.start()

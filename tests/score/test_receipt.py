@@ -15,8 +15,8 @@ from captionscale.cli import main
 from captionscale.errors import UserError
 from captionscale.score import Receipt, score
 from captionscale.score.metrics import METRICS, measure
-from captionscale.score.optional_metrics import Extra
-from captionscale.score.receipt import FORMAT, Images, _hash, references_sha256
+from captionscale.score.optional_metrics import OptionalMetrics
+from captionscale.score.receipt import FORMAT, ImageResults, _hash, references_sha256
 from captionscale.score.results import read_results
 from captionscale.tools.score_file import score_file
 
@@ -41,7 +41,7 @@ def receipt() -> Receipt:
         CAPTIONS,
         REFERENCES,
         N_GRAMS,
-        made_by={"search": {"beam": 3, "length_power": 0.7}, "end_rewarded": False},
+        provenance={"search": {"beam": 3, "length_power": 0.7}, "end_token_rewarded": False},
     )
 
 
@@ -54,7 +54,17 @@ def written(receipt: Receipt, tmp_path: Path) -> Path:
 def test_what_is_read_is_what_was_written(receipt: Receipt, written: Path) -> None:
     again = Receipt.read(written)
     assert again.sha256 == receipt.sha256
-    for name in ("scores", "intervals", "panel", "counts", "hashes", "signature", "made_by", "notes", "at"):
+    for name in (
+        "scores",
+        "intervals",
+        "diagnostics",
+        "counts",
+        "hashes",
+        "signature",
+        "provenance",
+        "notes",
+        "environment",
+    ):
         assert getattr(again, name) == getattr(receipt, name)
     assert again.images.ids == [3, 4, 5, 7]
     assert again.images.captions == [CAPTIONS[image_id] for image_id in again.images.ids]
@@ -80,7 +90,7 @@ def test_it_says_what_was_counted_and_measured(receipt: Receipt) -> None:
     assert parts[1] == f"pycocoevalcap {version('pycocoevalcap')}"
     assert parts[2] == "ptb stanford-corenlp-3.4.1 2fcb91bb"
     assert parts[-3:] == ["beam 3", "length-power 0.7", "end not rewarded"]
-    assert list(receipt.yardstick.values()) == parts[:6]
+    assert list(receipt.metric_signature.values()) == parts[:6]
     for metric, (low, high) in receipt.intervals.items():
         assert 0 <= low <= receipt.scores[metric] <= high
 
@@ -106,12 +116,12 @@ def test_the_same_call_gives_the_same_receipt_but_for_when_and_where(
     for name in ("one.json", "other.json"):
         score_file(results, references, tmp_path / name, measure)
         trees.append(json.loads((tmp_path / name).read_text()))
-    first, second = ({key: tree[key] for key in tree if key != "at"} for tree in trees)
+    first, second = ({key: tree[key] for key in tree if key != "environment"} for tree in trees)
     assert first == second
     assert first["scores"] == receipt.scores
     # In another order, and with other white space in the references, it is the same too.
     shuffled = {image_id: [f" {text}\n" for text in REFERENCES[image_id][::-1]] for image_id in (5, 3, 7, 4)}
-    again = score(CAPTIONS, shuffled, N_GRAMS, made_by=receipt.made_by)
+    again = score(CAPTIONS, shuffled, N_GRAMS, provenance=receipt.provenance)
     assert (again.signature, again.hashes) == (receipt.signature, receipt.hashes)
     assert again.scores == pytest.approx(receipt.scores, rel=1e-12)
 
@@ -127,10 +137,10 @@ def test_images_may_be_called_by_their_files_names(receipt: Receipt) -> None:
 
 
 def test_figures_of_other_metrics_stand_beside_the_others() -> None:
-    extra = Extra({"CLIPScore": np.array([0.5, 0.7, 0.0, 0.6])}, "clipscore open_clip-2 ViT")
-    found = score(CAPTIONS, REFERENCES, ["BLEU-1"], extras=[extra])
+    extra = OptionalMetrics({"CLIPScore": np.array([0.5, 0.7, 0.0, 0.6])}, "clipscore open_clip-2 ViT")
+    found = score(CAPTIONS, REFERENCES, ["BLEU-1"], optional_metrics=[extra])
     assert found.scores["CLIPScore"] == pytest.approx(0.45)
-    assert found.yardstick["clipscore"] == "clipscore open_clip-2 ViT"
+    assert found.metric_signature["clipscore"] == "clipscore open_clip-2 ViT"
     low, high = found.intervals["CLIPScore"]
     assert 0 <= low < 0.45 < high <= 0.7
 
@@ -152,9 +162,9 @@ def change(**changes: object) -> Callable[[bytes], bytes]:
         (lambda data: data[:0], "no receipt, or not a whole one"),
         (lambda _: b"\xff\xfe\x00", "no receipt, or not a whole one"),
         (lambda _: b"[1, 2]", "it has no key 'format'"),
-        (lambda _: b'{"format": 2}', "no receipt, or not a whole one"),
+        (lambda _: b'{"format": 3}', "no receipt, or not a whole one"),
         (lambda _: b"[" * 100_000, "no receipt, or not a whole one"),
-        (change(format=1), "a receipt of another version, wanted format 2; score the captions again"),
+        (change(format=1), "a receipt of another version, wanted format 3; score the captions again"),
         (change(scores={"BLEU-1": 0.9}), "was changed after it was written"),
         (change(surplus=1), "was changed after it was written"),
         (lambda data: data.replace(b"over the grass", b"over the Grass"), "was changed after it was written"),
@@ -191,15 +201,15 @@ FIGURES = {"BLEU-1": 0.9, "BLEU-4": 0.9, "ROUGE-L": 0.9, "CIDEr-D": 0.9}
         (lambda _: {"scores": {}, "intervals": {}}, "it has no scores"),
         (lambda _: {"intervals": {metric: [0.1] for metric in FIGURES}}, "Expected `array` of length 2"),
         (
-            lambda tree: {"panel": {"captions": tree["panel"]["captions"]}},
+            lambda tree: {"diagnostics": {"captions": tree["diagnostics"]["captions"]}},
             "missing required field `references`",
         ),
-        (lambda tree: {"panel": tree["panel"] | {"captions": {}}}, "missing required field"),
+        (lambda tree: {"diagnostics": tree["diagnostics"] | {"captions": {}}}, "missing required field"),
         (lambda _: {"hashes": {}}, "missing required field"),
         (lambda _: {"hashes": {"captions": "ab", "references": ["ab"]}}, "Expected `str`, got `array`"),
         (lambda _: {"counts": {"images": 4}}, "missing required field"),
         (lambda _: {"signature": None}, "Expected `str`, got `null`"),
-        (lambda _: {"made_by": []}, "Expected `object`"),
+        (lambda _: {"provenance": []}, "Expected `object`"),
         (lambda _: {"notes": [1]}, "Expected `str`"),
         (lambda _: {"surplus": 1}, "unknown field `surplus`"),
         (lambda _: {"images": []}, "Expected `object`"),
@@ -221,7 +231,9 @@ def test_a_receipt_that_others_wrote_with_odd_parts_is_refused(
     # Its hash fits.  Whatever read it stumbled later: over a list for figures, over an absent interval.
     tree = json.loads(written.read_text())
     tree |= changes(tree)
-    tree["sha256"] = _spoilt_hash({key: tree[key] for key in tree if key not in ("sha256", "at", "format")})
+    tree["sha256"] = _spoilt_hash(
+        {key: tree[key] for key in tree if key not in ("sha256", "environment", "format")}
+    )
     written.write_text(json.dumps(tree))
     with pytest.raises(UserError, match=f"no receipt, or not a whole one .*{found}.*; score the captions"):
         Receipt.read(written)
@@ -236,16 +248,16 @@ def _spoilt_hash(tree: dict[str, Any]) -> str:
 
 def test_a_receipt_says_who_measured_and_takes_any_facts_of_who_wrote() -> None:
     theirs = partial(measure, reference_implementation=True)
-    facts = [{}, {"search": {"beam": 3}}, {"search": None, "end_rewarded": True}, {"search": {}}]
+    facts = [{}, {"search": {"beam": 3}}, {"search": None, "end_token_rewarded": True}, {"search": {}}]
     signed = []
-    for made_by in facts:
-        found = score(CAPTIONS, REFERENCES, ["BLEU-1"], measure=theirs, made_by=made_by)
+    for provenance in facts:
+        found = score(CAPTIONS, REFERENCES, ["BLEU-1"], measure=theirs, provenance=provenance)
         assert "measured by pycocoevalcap's own classes" in found.notes
         signed.append(found.signature.partition("|captionscale ")[2].split("|")[1:])
     assert signed == [[], ["beam 3"], ["end rewarded"], []]
     # The figures are equal, so that they are ranked together.
     ours = score(CAPTIONS, REFERENCES, ["BLEU-1"])
-    assert (ours.yardstick, ours.notes) == (found.yardstick, ["1 of 4 captions are empty"])
+    assert (ours.metric_signature, ours.notes) == (found.metric_signature, ["1 of 4 captions are empty"])
 
 
 @pytest.mark.parametrize(
@@ -275,7 +287,7 @@ def test_what_are_no_results_is_refused_with_the_form_that_is_wanted(
 def test_a_receipt_may_be_laid_out_anew_and_its_time_and_host_left_out(
     receipt: Receipt, written: Path
 ) -> None:
-    tree = json.loads(written.read_text()) | {"at": {}}
+    tree = json.loads(written.read_text()) | {"environment": {}}
     written.write_text(json.dumps(dict(sorted(tree.items())), indent=2, ensure_ascii=True))
     assert Receipt.read(written).sha256 == receipt.sha256
 
@@ -294,7 +306,7 @@ def test_what_is_no_file_is_no_receipt(tmp_path: Path) -> None:
 
 def test_the_receipt_of_5000_images_is_below_3_mb(receipt: Receipt, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    images = Images(
+    images = ImageResults(
         ids=list(range(400_000, 405_000)),
         captions=["a man riding a wave on top of a surfboard in the ocean"] * 5000,
         scores={metric: random.random(5000) for metric in METRICS},

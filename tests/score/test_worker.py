@@ -35,25 +35,25 @@ def result(scorer: BackgroundScorer) -> dict[str, float]:
 
 
 def test_each_set_of_captions_gets_its_own_scores(scorer: BackgroundScorer) -> None:
-    scorer.begin({3: "two cats sleep on a sofa", 7: "a dog runs"})
+    scorer.submit({3: "two cats sleep on a sofa", 7: "a dog runs"})
     assert scorer.result() is None, "it was waited for"
     assert result(scorer) == {"BLEU-1": pytest.approx(1), "ROUGE-L": 1}
-    scorer.begin({3: "a dog runs", 7: "two cats sleep on a sofa"})
+    scorer.submit({3: "a dog runs", 7: "two cats sleep on a sofa"})
     assert result(scorer)["ROUGE-L"] < 0.3
     assert result(scorer)["ROUGE-L"] < 0.3, "asked twice"
-    scorer.begin({3: "a dog runs"})
+    scorer.submit({3: "a dog runs"})
     with pytest.raises(UserError, match=r"1 image \(7\) without a caption"):
         result(scorer)
 
 
 def test_signals_are_for_training(scorer: BackgroundScorer) -> None:
     before = children(os.getpid())
-    scorer.begin({3: "a cat", 7: "a dog"})
+    scorer.submit({3: "a cat", 7: "a dog"})
     first = result(scorer)
     (process,) = children(os.getpid()) - before
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(process, number)
-    scorer.begin({3: "a cat", 7: "a dog"})
+    scorer.submit({3: "a cat", 7: "a dog"})
     assert result(scorer) == first
     assert process in children(os.getpid())
 
@@ -62,7 +62,7 @@ def test_it_ends_with_the_process_that_it_works_for() -> None:
     code = f"""
 from captionscale.score.worker import BackgroundScorer
 scorer = BackgroundScorer({REFERENCES!r}, {METRICS!r})
-scorer.begin({{3: "a cat", 7: "a dog"}})
+scorer.submit({{3: "a cat", 7: "a dog"}})
 while scorer.result(1) is None: pass
 print("done", flush=True)
 import time; time.sleep(60)

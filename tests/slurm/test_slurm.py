@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from experiment import greatest_difference, losses, tiny, weights
+from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 from captionscale.data.packing import Options, pack
 from captionscale.data.sources import coco
@@ -73,14 +73,14 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 
 @pytest.fixture(scope="module")
-def jobs(slurm: Slurm, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def jobs(slurm: Slurm, synthetic_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Four jobs at once: one that is hit by all that hits jobs; a chain of packing, training and scoring."""
     folder = tmp_path_factory.mktemp("jobs")
     for split in ("train", "val"):
-        captions = scenes / "annotations" / f"captions_{split}2017.json"
-        records = coco.official(scenes / f"{split}2017", captions, split)
+        captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
+        records = coco.official(synthetic_coco / f"{split}2017", captions, split)
         pack(records, folder / "shards", sources=[captions], options=Options(images_per_shard=16))
-    settings = tiny(folder, folder / "shards", *CHANGES)
+    settings = tiny_config(folder, folder / "shards", *CHANGES)
     facts = SimpleNamespace(hit=folder / "hit", chain=folder / "chain", alone=folder / "alone", folder=folder)
 
     # What a cluster edits: a container (here a script that only says so) and a node-local disk.
@@ -97,9 +97,9 @@ def jobs(slurm: Slurm, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -
         folder=folder,
     )
 
-    test = scenes / "annotations" / "captions_test2017.json"
+    test = synthetic_coco / "annotations" / "captions_test2017.json"
     facts.pack_job = slurm(
-        *(*sbatch, "--cpus-per-task=1", "slurm/pack.sbatch", "coco", "--images", scenes / "test2017"),
+        *(*sbatch, "--cpus-per-task=1", "slurm/pack.sbatch", "coco", "--images", synthetic_coco / "test2017"),
         *("--captions", test, "--split", "test", "--out", folder / "shards", "--images-per-shard", "16"),
     )
     said = slurm(
@@ -203,8 +203,10 @@ def _log(facts: SimpleNamespace, job: str) -> str:
 
 
 def _ended_as_if_nothing_had_been(run: Path, alone: Path) -> None:
-    assert greatest_difference(weights(run), weights(alone)) < TOLERANCE
-    assert losses(run) == [(step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in losses(alone)]
+    assert max_abs_difference(load_weights(run), load_weights(alone)) < TOLERANCE
+    assert logged_losses(run) == [
+        (step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in logged_losses(alone)
+    ]
 
 
 def test_a_job_hit_by_a_signal_a_requeue_and_a_kill_ends_by_itself_with_the_weights_of_one_process(

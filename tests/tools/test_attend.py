@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiment import tiny
+from experiment import tiny_config
 from PIL import Image
 
 from captionscale.cli import main
@@ -28,14 +28,14 @@ def _refuse(capsys, *words) -> str:
 def run(packed: Path, tmp_path_factory) -> Path:
     """A tiny run."""
     folder = tmp_path_factory.mktemp("attend")
-    tiny(folder, packed, "train.epochs=1")
+    tiny_config(folder, packed, "train.epochs=1")
     main(["train", str(folder / "experiment.toml"), "--out", str(folder / "run")])
     return folder / "run"
 
 
 @pytest.fixture
-def photos(scenes: Path) -> list[Path]:
-    return sorted((scenes / "test2017").iterdir())[:2]
+def photos(synthetic_coco: Path) -> list[Path]:
+    return sorted((synthetic_coco / "test2017").iterdir())[:2]
 
 
 def test_a_picture_shows_the_caption_that_the_command_caption_writes(run, photos, tmp_path, capsys) -> None:
@@ -75,24 +75,24 @@ def test_a_split_becomes_pages_of_ten_images_and_of_the_first_alone_if_asked(run
 
 
 def test_the_maps_of_each_word_add_up_to_one_and_are_the_grid_s(run, photos) -> None:
-    from captionscale.tools.captioner_api import Writer
-    from captionscale.tools.ensemble import open_members
+    from captionscale.tools.captioner_api import CaptionPipeline
+    from captionscale.tools.ensemble import open_ensemble
 
     for stride in (32, 16):
-        writer = Writer(open_members(run, (), checkpoint="best", changes=["search.beam=2"]))
-        size = writer.members.config.data.image_size
+        writer = CaptionPipeline(open_ensemble(run, (), checkpoint="best", changes=["search.beam=2"]))
+        size = writer.ensemble.config.data.image_size
         if stride == 16:
             from captionscale.model.captioner import Captioner
 
-            model = writer.members.config.model
+            model = writer.ensemble.config.model
             finer = model.encoder.model_copy(update={"stride": 16})
             model = model.model_copy(update={"encoder": finer})
             writer.captioner = Captioner(model, len(writer.vocabulary)).eval()
         views = [writer.view(photo) for photo in photos]
-        for each in writer.best(views, writer.wish(), range(len(views))):
-            assert len(each.words) == len(each.probabilities) == len(each.maps or ())
+        for each in writer.generate_best(views, writer.generation_request(), range(len(views))):
+            assert len(each.words) == len(each.probabilities) == len(each.attention_maps or ())
             assert all(0 < probability <= 1 for probability in each.probabilities)
-            for weights in each.maps or ():
+            for weights in each.attention_maps or ():
                 assert weights.shape == (size // stride, size // stride)
                 assert weights.sum() == pytest.approx(1, abs=1e-5)
 
@@ -131,7 +131,7 @@ def test_an_image_of_a_hundred_megapixels_is_refused(run, tmp_path, capsys) -> N
 
 
 def test_a_plain_decoder_says_that_it_has_no_attention(packed, tmp_path, capsys, photos) -> None:
-    tiny(tmp_path, packed, "train.steps=1", "model.decoder.name=plain", "model.decoder.layers=1")
+    tiny_config(tmp_path, packed, "train.steps=1", "model.decoder.name=plain", "model.decoder.layers=1")
     main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run")])
     error = _refuse(capsys, "attend", tmp_path / "run", *photos, "--out", tmp_path / "out")
     assert "its decoder is 'plain'" in error

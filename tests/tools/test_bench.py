@@ -3,7 +3,7 @@ import re
 from pathlib import Path
 
 import pytest
-from experiment import tiny
+from experiment import tiny_config
 
 from captionscale import cli
 from captionscale.errors import UserError
@@ -66,7 +66,7 @@ def ratios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ratios_that_are_written_hold_until_ours_gets_slower(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny(tmp_path, packed)
+    tiny_config(tmp_path, packed)
     small = {"save": [str(tmp_path / "experiment.toml"), "--rounds", "1", "--folder", str(tmp_path)]}
     check.quick(small, check=False, write=True, as_json=True)
     told = json.loads(capsys.readouterr().out)
@@ -107,7 +107,7 @@ def test_what_cannot_be_measured_is_refused(arguments, message, capsys) -> None:
 
 
 def test_two_processes_train_beside_one(packed: Path, tmp_path: Path) -> None:
-    config = tiny(tmp_path, packed, "train.global_batch=8")
+    config = tiny_config(tmp_path, packed, "train.global_batch=8")
     strong, weak, *predicted = scale._measured(config, tmp_path, rounds=1)
     for heat in (strong, weak):
         assert [lane.name for lane in heat.lanes] == ["two processes", "one process"]

@@ -24,10 +24,10 @@ def _open_files() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_open_files")
 def test_loading_is_measured_beside_others_that_show_the_same_pictures(
-    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    synthetic_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = torch.get_num_threads()
-    heats = data.bench(scenes / "train2017", tmp_path, count=32, rounds=1)
+    heats = data.bench(synthetic_coco / "train2017", tmp_path, count=32, rounds=1)
     assert [heat.title for heat in heats] == [
         f"Loading, {kind}, {cores}"
         for kind in ("shorter side 256", "native size")
@@ -38,7 +38,7 @@ def test_loading_is_measured_beside_others_that_show_the_same_pictures(
         assert all(rate > 0 for lane in heat.lanes for rate in lane.per_second)
     assert torch.get_num_threads() == threads
     assert not list(tmp_path.iterdir())
-    records = data._records(scenes / "train2017", tmp_path, 8)
+    records = data._records(synthetic_coco / "train2017", tmp_path, 8)
     stored = data._store(records, tmp_path / "few", data.packing.Options())
     assert "steps of 256 apart" in data._compare(stored)
     # Another crop is another picture.

@@ -11,10 +11,10 @@ import pytest
 from captionscale.cli import main
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
-from captionscale.score.diagnostics import panel
+from captionscale.score.diagnostics import diagnose
 from captionscale.score.metrics import METRICS, family
-from captionscale.score.receipt import Images, Receipt, references_sha256
-from captionscale.tools.board import tables_of, write_board
+from captionscale.score.receipt import ImageResults, Receipt, references_sha256
+from captionscale.tools.board import group_into_tables, write_board
 from captionscale.tools.published import EVIDENCE, published
 
 KARPATHY = published().splits["karpathy-test"].references_sha256
@@ -30,7 +30,7 @@ def receipt(
     width: float = 0.02,
     metrics: Sequence[str] = ("BLEU-4", "CIDEr-D"),
     caption: str = "a dog runs",
-    **made_by: object,
+    **provenance: object,
 ) -> Receipt:
     """A receipt with the given CIDEr-D, and a third of it for every other metric."""
     scores = {metric: cider if metric == "CIDEr-D" else cider / 3 for metric in metrics}
@@ -39,14 +39,16 @@ def receipt(
         scores=scores,
         intervals={metric: (score - width, score + width) for metric, score in scores.items()},
         bootstrap={"resamples": 1000, "seed": 0},
-        panel=panel({1: caption}, {1: ["a dog is running"]}),
+        diagnostics=diagnose({1: caption}, {1: ["a dog is running"]}),
         counts={"images": 1, "captions": 1, "empty_captions": 0, "words": 3, "references": 1},
         hashes={"references": references, "captions": "cd" * 32},
         signature=signature,
-        made_by=dict(made_by),
+        provenance=dict(provenance),
         notes=[],
-        at={"time": "2026-01-01T00:00:00+00:00"},
-        images=Images([1], [caption], {metric: np.array([score]) for metric, score in scores.items()}, sums),
+        environment={"time": "2026-01-01T00:00:00+00:00"},
+        images=ImageResults(
+            [1], [caption], {metric: np.array([score]) for metric, score in scores.items()}, sums
+        ),
     )
 
 
@@ -97,7 +99,7 @@ def test_every_published_row_has_a_source_a_class_and_figures_that_were_checked(
         assert row.split in data.splits
         assert row.group in data.classes
         assert row.evidence in EVIDENCE
-        assert data.sources[row.source].words
+        assert data.sources[row.source].citation
         assert data.sources[row.source].url.startswith("https://") or not data.sources[row.source].url
         assert row.scores.keys() <= {*METRICS, "SPICE"}
         assert all(10 < score < 160 for score in row.scores.values())
@@ -108,9 +110,9 @@ def test_every_published_row_has_a_source_a_class_and_figures_that_were_checked(
 
 
 @pytest.mark.parametrize("part", ["test", "val"])
-def test_karpathys_splits_are_known_by_their_references(part, shared) -> None:
-    references = coco.references(shared / "coco_karpathy" / f"captions_{part}5k.json")
-    assert published().split_of(references_sha256(references)) == f"karpathy-{part}"
+def test_karpathys_splits_are_known_by_their_references(part, real_data) -> None:
+    references = coco.references(real_data / "coco_karpathy" / f"captions_{part}5k.json")
+    assert published().find_split(references_sha256(references)) == f"karpathy-{part}"
 
 
 def test_what_was_not_measured_alike_is_never_ranked_together(tmp_path) -> None:
@@ -127,13 +129,13 @@ def test_what_was_not_measured_alike_is_never_ranked_together(tmp_path) -> None:
     for table in tables:
         for one, other in combinations((entry.receipt for entry in table.entries), 2):
             assert one.hashes["references"] == other.hashes["references"]
-            shared_parts = one.yardstick.keys() & other.yardstick.keys()
-            assert all(one.yardstick[part] == other.yardstick[part] for part in shared_parts)
+            shared_parts = one.metric_signature.keys() & other.metric_signature.keys()
+            assert all(one.metric_signature[part] == other.metric_signature[part] for part in shared_parts)
     # Nor does the order in which receipts are named change the page.
     first = (tmp_path / "board.html").read_bytes()
     write_board([tmp_path / name for name in reversed(receipts)], tmp_path / "board.html")
     assert (tmp_path / "board.html").read_bytes() == first
-    assert tables_of([]) == []
+    assert group_into_tables([]) == []
 
 
 def test_published_rows_stand_beside_receipts_of_their_split_and_have_no_rank(tmp_path) -> None:
@@ -165,8 +167,8 @@ def test_ours_are_ranked_and_what_the_best_does_not_surely_beat_is_marked(tmp_pa
 
 
 def test_captions_that_only_a_reward_likes_are_flagged(tmp_path) -> None:
-    hacked = receipt(1.2, caption="a dog with a dog with a", objective="scst", end_rewarded=False)
-    plain = receipt(0.9, objective="cross-entropy", end_rewarded=False, seed=3, step=12_000)
+    hacked = receipt(1.2, caption="a dog with a dog with a", objective="scst", end_token_rewarded=False)
+    plain = receipt(0.9, objective="cross-entropy", end_token_rewarded=False, seed=3, step=12_000)
     [[(_, [first, second])]] = board(tmp_path, {"hacked": hacked, "plain": plain}).tables
     assert "100.0% of captions end in 'a', 'with' or the like (people's: 0.0%)" in first[1][1]
     assert "say three words twice" in first[1][1]

@@ -3,40 +3,40 @@ import sys
 from pathlib import Path
 
 import pytest
-from experiment import opinionated_run
+from experiment import peaked_run
 from PIL import Image
 
 import captionscale
 from captionscale.cli import main
 from captionscale.errors import UserError
-from captionscale.tools.captioner_api import Writer
+from captionscale.tools.captioner_api import CaptionPipeline
 
 
-def pictures(scenes: Path) -> list[Path]:
-    return sorted((scenes / "test2017").iterdir())
+def pictures(synthetic_coco: Path) -> list[Path]:
+    return sorted((synthetic_coco / "test2017").iterdir())
 
 
 @pytest.fixture(scope="module")
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return opinionated_run(tmp_path_factory.mktemp("writer"), packed)
+    return peaked_run(tmp_path_factory.mktemp("writer"), packed)
 
 
 @pytest.fixture(scope="module")
-def writer(run: Path) -> Writer:
+def writer(run: Path) -> CaptionPipeline:
     return captionscale.load(run)
 
 
 def test_three_lines_of_python_say_what_the_command_says(
-    writer: Writer, run: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+    writer: CaptionPipeline, run: Path, synthetic_coco: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = pictures(scenes)
+    files = pictures(synthetic_coco)
     main(["caption", str(run), *map(str, files), "--beam", "3"])
     said = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
     found = writer.caption(files, beam=3)
     assert [caption.caption for caption in found] == said
     assert len(set(said)) > 1
     for caption in found:
-        assert len(caption.words) == len(caption.probabilities) == len(caption.maps or ())
+        assert len(caption.words) == len(caption.probabilities) == len(caption.attention_maps or ())
 
 
 def test_importing_the_package_imports_no_torch() -> None:
@@ -45,21 +45,21 @@ def test_importing_the_package_imports_no_torch() -> None:
 
 
 def test_a_file_and_its_picture_have_one_caption_whichever_batch_they_are_in(
-    writer: Writer, scenes: Path
+    writer: CaptionPipeline, synthetic_coco: Path
 ) -> None:
-    files = pictures(scenes)
+    files = pictures(synthetic_coco)
     together = writer.caption(files, batch=3)
     opened = [Image.open(file) for file in files]
     for file, picture, caption in zip(files, opened, together, strict=True):
         [alone], [other] = writer.caption([str(file)]), writer.caption([picture])
         assert alone.words == other.words == caption.words
-        assert alone.log_probability == pytest.approx(caption.log_probability, abs=1e-4)
+        assert alone.log_prob == pytest.approx(caption.log_prob, abs=1e-4)
 
 
 def test_a_picture_lies_upright_and_on_white_as_its_file_would(
-    writer: Writer, scenes: Path, tmp_path: Path
+    writer: CaptionPipeline, synthetic_coco: Path, tmp_path: Path
 ) -> None:
-    picture = Image.open(pictures(scenes)[0]).rotate(90).convert("RGBA")
+    picture = Image.open(pictures(synthetic_coco)[0]).rotate(90).convert("RGBA")
     picture.putalpha(120)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -69,8 +69,10 @@ def test_a_picture_lies_upright_and_on_white_as_its_file_would(
     assert (by_file != writer.view(picture.convert("RGB"))).any()
 
 
-def test_sampled_captions_are_functions_of_seed_and_place(writer: Writer, scenes: Path) -> None:
-    files = pictures(scenes)[:1] * 5
+def test_sampled_captions_are_functions_of_seed_and_place(
+    writer: CaptionPipeline, synthetic_coco: Path
+) -> None:
+    files = pictures(synthetic_coco)[:1] * 5
     first, again, other = (
         [caption.words for caption in writer.caption(files, method="sample", seed=seed)] for seed in (1, 1, 2)
     )
@@ -78,12 +80,14 @@ def test_sampled_captions_are_functions_of_seed_and_place(writer: Writer, scenes
     assert len({tuple(words) for words in first}) > 1
 
 
-def test_every_caption_of_a_beam_is_given_best_first(writer: Writer, scenes: Path) -> None:
-    views = [writer.view(file) for file in pictures(scenes)[:2]]
-    wish = writer.wish(beam=4, length_power=0.0)
-    best = writer.write(views, wish, [0, 1])
-    for all_of, [first] in zip(writer.write(views, wish, [0, 1], every=True), best, strict=True):
-        chances = [caption.log_probability for caption in all_of]
+def test_every_caption_of_a_beam_is_given_best_first(writer: CaptionPipeline, synthetic_coco: Path) -> None:
+    views = [writer.view(file) for file in pictures(synthetic_coco)[:2]]
+    generation_request = writer.generation_request(beam=4, length_power=0.0)
+    best = writer.generate(views, generation_request, [0, 1])
+    for all_of, [first] in zip(
+        writer.generate(views, generation_request, [0, 1], return_all=True), best, strict=True
+    ):
+        chances = [caption.log_prob for caption in all_of]
         assert len(all_of) == 4
         assert all_of[0].words == first.words
         assert chances == sorted(chances, reverse=True)
@@ -97,13 +101,13 @@ def test_every_caption_of_a_beam_is_given_best_first(writer: Writer, scenes: Pat
         ({"prefix": "zebrafish"}, "the run has no word 'zebrafish'"),
     ],
 )
-def test_wishes_that_cannot_be_are_refused_by_name(writer: Writer, wish, told) -> None:
+def test_wishes_that_cannot_be_are_refused_by_name(writer: CaptionPipeline, wish, told) -> None:
     with pytest.raises(UserError) as caught:
         writer.caption([], **wish)
     assert str(caught.value).startswith(told) or told in str(caught.value)
     assert "--set" not in str(caught.value)
 
 
-def test_one_picture_that_is_not_in_a_list_is_not_read_letter_by_letter(writer: Writer) -> None:
-    with pytest.raises(ValueError, match="wanted a list of pictures"):
+def test_one_picture_that_is_not_in_a_list_is_not_read_letter_by_letter(writer: CaptionPipeline) -> None:
+    with pytest.raises(ValueError, match="wanted a list of images"):
         writer.caption("photo.jpg")

@@ -116,12 +116,12 @@ def test_columns_stand_under_each_other(small: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_vocabulary_covers_the_captions_it_is_of(
-    packed: Path, scenes: Path, capsys: pytest.CaptureFixture[str]
+    packed: Path, synthetic_coco: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["stats", str(packed), "--min-count", "1"])
     page = capsys.readouterr().out
     assert table(page)["words in the vocabulary"][0] == "100.0%"
-    texts = coco.references(scenes / "annotations" / "captions_train2017.json").values()
+    texts = coco.references(synthetic_coco / "annotations" / "captions_train2017.json").values()
     words = {word for captions in texts for caption in captions for word in split_words(caption)}
     assert f"vocabulary of train: {len(words):,} words, {len(words):,} of them at least 1 times\n" in page
 

@@ -1,7 +1,7 @@
 """The benchmark of decoding: a baseline written anew finds what our search finds."""
 
 import pytest
-from sayings import opinionated
+from sayings import peaked_decoder
 
 from captionscale.config import Decoder
 from captionscale.errors import UserError
@@ -12,12 +12,12 @@ from captionscale.tools.bench import decode
 @pytest.mark.parametrize("beam", [1, 2, 5])
 def test_the_published_form_finds_the_captions_of_our_search(beam) -> None:
     for seed in range(4):
-        decoder, features = opinionated("attention", seed, words=9)
+        decoder, features = peaked_decoder("attention", seed, words=9)
         settings = {"beam": beam, "max_words": 8, "length_power": 0.7}
         for image, (best, *_) in zip(features.split(1), search(decoder, features, **settings), strict=True):
             found = decode.one_after_another(decoder, image, **settings)
             assert found.tokens == best.tokens
-            assert found.log_probability == pytest.approx(best.log_probability, abs=1e-4)
+            assert found.log_prob == pytest.approx(best.log_prob, abs=1e-4)
 
 
 def test_the_benchmark_runs_and_its_random_decoder_says_captions_of_some_length(monkeypatch) -> None:

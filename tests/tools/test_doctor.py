@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiment import CHANGES, meet, tiny
+from experiment import TINY_OVERRIDES, spawn_ranks, tiny_config
 
 from captionscale import toml
 from captionscale.commands.parser import parser
@@ -20,15 +20,15 @@ from captionscale.model.encoders.cnn import Encoder
 from captionscale.score.metrics import METRICS, measure
 from captionscale.tools.doctor import machine, network, storage, throughput
 from captionscale.tools.doctor.doctor import doctor
-from captionscale.tools.doctor.network import _rounds, tell
+from captionscale.tools.doctor.network import _rounds, report_links
 from captionscale.tools.doctor.plan import Plan
-from captionscale.tools.doctor.report import Check, Line, examine, ok, verdict
+from captionscale.tools.doctor.report import Check, CheckResult, ok, run_checks, verdict
 from captionscale.train import checkpoints
 from captionscale.train.state import Standing
 from captionscale.vocab import SPECIALS, Vocabulary
 
 HOST = os.uname().nodename
-STATES = ("ok", "warning", "refusal")
+STATES = ("ok", "warning", "failure")
 
 
 def look(
@@ -40,13 +40,13 @@ def look(
     gpus: int | None = None,
     profile: str | None = None,
     quick: bool = True,
-) -> tuple[bool, dict[str, list[Line]]]:
+) -> tuple[bool, dict[str, list[CheckResult]]]:
     """Return what a look says, and its lines by check."""
 
     def load() -> Config:
         path = packed.parent / "doctor.toml"
         path.write_text(f'[data]\nshards = "{packed}"\n', encoding="utf-8")
-        return toml.load(path, [*CHANGES, *changes])
+        return toml.load(path, [*TINY_OVERRIDES, *changes])
 
     fine = doctor(
         load,
@@ -59,21 +59,21 @@ def look(
         as_json=True,
     )
     said = json.loads(capsys.readouterr().out)
-    lines: dict[str, list[Line]] = {}
-    for line in said["lines"]:
-        lines.setdefault(line["check"], []).append(Line(**line))
+    lines: dict[str, list[CheckResult]] = {}
+    for line in said["results"]:
+        lines.setdefault(line["check"], []).append(CheckResult(**line))
     assert said["verdict"] == verdict([line for each in lines.values() for line in each])
-    assert fine == (said["verdict"] != "refusal")
+    assert fine == (said["verdict"] != "failure")
     return fine, lines
 
 
-def refusals(lines: dict[str, list[Line]]) -> dict[str, str]:
+def refusals(lines: dict[str, list[CheckResult]]) -> dict[str, str]:
     """Return what is refused, by check."""
     return {
         name: f"{line.found}; {line.cure}"
         for name, each in lines.items()
         for line in each
-        if line.state == "refusal"
+        if line.state == "failure"
     }
 
 
@@ -86,16 +86,16 @@ def copy(packed: Path, tmp_path: Path) -> Path:
 def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
     over = threading.Event()
 
-    def fail() -> Iterator[Line]:
+    def fail() -> Iterator[CheckResult]:
         yield ok("so far")
         raise RuntimeError("broken")
 
-    def hang() -> Iterator[Line]:
+    def hang() -> Iterator[CheckResult]:
         yield ok("so far")
         over.wait(60)
         yield ok("too late")
 
-    def refuse() -> Iterator[Line]:
+    def refuse() -> Iterator[CheckResult]:
         raise UserError("place: found, wanted; cure")
         yield
 
@@ -106,7 +106,7 @@ def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
         Check("c", refuse, 9),
         Check("d", lambda: [ok("d")], 9),
     ]
-    lines = list(examine(checks, HOST))
+    lines = list(run_checks(checks, HOST))
     assert time.monotonic() - began < 5
     over.set()
     assert [(line.check, line.state, line.measured) for line in lines] == [
@@ -114,7 +114,7 @@ def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
         ("a", "warning", False),
         ("b", "ok", True),
         ("b", "warning", False),
-        ("c", "refusal", True),
+        ("c", "failure", True),
         ("d", "ok", True),
     ]
     assert "RuntimeError: broken" in lines[1].found
@@ -229,7 +229,7 @@ def test_a_step_on_cached_features_is_timed_without_the_encoder(packed, tmp_path
     monkeypatch.setattr(Encoder, "forward", count)
     plain = ("data.crop_scale=[1.0, 1.0]", "data.flip=false", "data.colour_jitter=0")
     frozen = ("model.encoder.trainable=none", *plain)
-    settings = tiny(tmp_path, packed, *frozen, "train.cache_features=true")
+    settings = tiny_config(tmp_path, packed, *frozen, "train.cache_features=true")
     rate, how = throughput._learned(Plan(settings, None, {"use_cpu": True}, 1, 1, None, True, False))
     assert rate > 0
     assert "features on cpu" in how
@@ -244,13 +244,13 @@ def test_a_folder_that_cannot_be_written_is_refused(packed, tmp_path, capsys) ->
 
 
 def test_a_run_of_another_experiment_is_refused_by_the_keys_that_differ(packed, tmp_path) -> None:
-    settings = tiny(tmp_path, packed)
+    settings = tiny_config(tmp_path, packed)
     run, small = tmp_path / "run", {"a": torch.rand(3)}
     words = Vocabulary((*SPECIALS, "dog"))
     checkpoints.save(run, Standing(step=1), {}, small, small, settings, words)
     other = toml.load(tmp_path / "experiment.toml", ["model.decoder.hidden=99", "train.lr=1e-9"])
     (line,) = storage.run(Plan(other, run, {}, 1, 1, None, True, False))
-    assert line.state == "refusal"
+    assert line.state == "failure"
     hidden = settings.model.decoder.hidden
     assert line.found.endswith(f"is of another experiment: model.decoder.hidden was {hidden}, now 99")
     (line,) = storage.run(Plan(settings, run, {}, 1, 1, None, True, False))
@@ -271,12 +271,12 @@ def test_a_run_whose_time_has_no_room_for_all_steps_comes_in_several_jobs(packed
 def test_a_line_that_came_at_the_last_moment_does_not_hide_that_others_did_not() -> None:
     over = threading.Event()
 
-    def hang() -> Iterator[Line]:
+    def hang() -> Iterator[CheckResult]:
         yield ok("so far")
         over.wait(60)
 
     found = []
-    for line in examine([Check("slow", hang, 0.3)], HOST):
+    for line in run_checks([Check("slow", hang, 0.3)], HOST):
         found.append(line.found)
         # Whoever shows it may take longer than is left.
         time.sleep(0.4)
@@ -332,7 +332,7 @@ def test_gpus_that_torch_does_not_see_are_refused_only_to_a_job_that_wants_them(
     assert fine
     assert (lines["gpus"][0].state, lines["gpus"][0].found[:22]) == ("warning", "nvidia-smi sees 2 GPUs")
     _, lines = look(packed, capsys, profile="gpu")
-    assert [line.state for line in lines["gpus"]] == ["refusal", "refusal"]
+    assert [line.state for line in lines["gpus"]] == ["failure", "failure"]
 
 
 def test_a_gpu_that_is_there_but_does_not_compute_is_named(monkeypatch) -> None:
@@ -344,7 +344,7 @@ def test_a_gpu_that_is_there_but_does_not_compute_is_named(monkeypatch) -> None:
     monkeypatch.setattr(torch, "ones", ones)
     assert list(machine._computes(0)) == []
     (line,) = machine._computes(1)
-    assert line.state == "refusal"
+    assert line.state == "failure"
     assert line.found == "GPU 1 does not compute: CUDA error: uncorrectable ECC error encountered"
 
 
@@ -408,11 +408,11 @@ def test_a_slow_and_a_dead_way_and_a_missing_node_are_named() -> None:
         "1-3": 1e8,
         "2-3": "timed out",
     }
-    lines = list(tell(hosts, 5, paces))
+    lines = list(report_links(hosts, 5, paces))
     assert [(line.state, line.found.split(":")[0]) for line in lines] == [
-        ("refusal", "node 4 of 5 did not come within 20 s"),
+        ("failure", "node 4 of 5 did not come within 20 s"),
         ("warning", "all-reduce between b and d"),
-        ("refusal", "no all-reduce between c and d (timed out)"),
+        ("failure", "no all-reduce between c and d (timed out)"),
         ("ok", "all-reduce between 5 pairs of 4 nodes, over gloo (TCP)"),
     ]
 
@@ -420,14 +420,14 @@ def test_a_slow_and_a_dead_way_and_a_missing_node_are_named() -> None:
 def _visit(count: int, port: str, out: Path) -> None:
     network._MEET_S = 8.0
     node = int(os.environ["RANK"])
-    meeting = network.meet(node, count, "localhost", int(port))
-    lines = [line.found for line in network.pairs(meeting)]
-    refused = meeting.agree(node == 0, 10)
+    meeting = network.rendezvous(node, count, "localhost", int(port))
+    lines = [line.found for line in network.check_links(meeting)]
+    refused = meeting.share_verdict(node == 0, 10)
     (out / f"{node}.json").write_text(json.dumps([lines, refused]))
 
 
 def test_nodes_that_came_are_measured_and_the_one_that_did_not_is_named(tmp_path, unused_port) -> None:
-    for process in meet(2, _visit, 3, str(unused_port), tmp_path):
+    for process in spawn_ranks(2, _visit, 3, str(unused_port), tmp_path):
         process.join(120)
         assert process.exitcode == 0
     (first, refused), (second, heard) = (
@@ -446,7 +446,7 @@ def test_a_node_that_came_too_late_says_so(unused_port) -> None:
     store.set("came", "[0]")
     store.set("here/0", "first")
     with pytest.raises(RuntimeError, match="this node came more than 20 s after the first one"):
-        network.meet(1, 2, "localhost", unused_port)
+        network.rendezvous(1, 2, "localhost", unused_port)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from experiment import tiny
+from experiment import tiny_config
 
 from captionscale.errors import UserError
 from captionscale.tools import drill as room
@@ -12,7 +12,7 @@ from captionscale.tools.drill import drill
 
 
 def run_drill(folder: Path, packed: Path, *changes: str, **options: object) -> bool:
-    settings = tiny(folder, packed, *changes)
+    settings = tiny_config(folder, packed, *changes)
     given = {"profile": "cpu", "ranks": (1, 2), "kills": 1, "steps": 6, "seed": 0, **options}
     return drill(settings, folder / "drill", **given)
 

@@ -8,7 +8,7 @@ from captionscale.config import Config, Data
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.ensemble import Ensemble
-from captionscale.tools.ensemble import open_members
+from captionscale.tools.ensemble import open_ensemble
 from captionscale.train import checkpoints
 from captionscale.train.state import Standing
 from captionscale.vocab import SPECIALS, Vocabulary
@@ -30,22 +30,24 @@ def saved(folder: Path, name: str, *changes: str, words: tuple[str, ...] = ("a",
 def test_members_write_as_one_and_say_who_they_are(tmp_path: Path) -> None:
     run, other = saved(tmp_path, "run"), saved(tmp_path, "other", "model.decoder.name=plain")
     alone, both, turned = (
-        open_members(run, others, checkpoint="best", changes=changes)
+        open_ensemble(run, others, checkpoint="best", changes=changes)
         for others, changes in (([], []), ([other], []), ([], ["search.block_ngrams=3"]))
     )
     assert isinstance(alone.captioner(), Captioner)
     assert isinstance(both.captioner(), Ensemble)
     assert not both.captioner().training
-    assert alone.made_by() == {}
-    assert [member["run"] for member in both.made_by()["members"]] == ["run", "other"]
-    assert [member["model"] for member in both.made_by()["members"]] == [each.sha256 for each in both.saved]
-    assert alone.sha256 == alone.saved[0].sha256 != both.sha256
+    assert alone.provenance() == {}
+    assert [member["run"] for member in both.provenance()["members"]] == ["run", "other"]
+    assert [member["model"] for member in both.provenance()["members"]] == [
+        each.sha256 for each in both.checkpoints
+    ]
+    assert alone.sha256 == alone.checkpoints[0].sha256 != both.sha256
     # Results of another search or of other members do not take the place of the run's own.
-    assert alone.variant == "beam5"
-    assert len({alone.variant, both.variant, turned.variant}) == 3
-    assert open_members(run, [], checkpoint="best", changes=["search.beam=3"]).variant == "beam3"
+    assert alone.search_label == "beam5"
+    assert len({alone.search_label, both.search_label, turned.search_label}) == 3
+    assert open_ensemble(run, [], checkpoint="best", changes=["search.beam=3"]).search_label == "beam3"
     assert turned.config.search.block_ngrams == 3
-    assert turned.saved[0].config().search.block_ngrams == 0
+    assert turned.checkpoints[0].config().search.block_ngrams == 0
 
 
 def test_runs_that_cannot_write_together_are_refused_by_name(tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_runs_that_cannot_write_together_are_refused_by_name(tmp_path: Path) -> 
         ("long", saved(tmp_path, "long", "data.max_words=9"), "its data.max_words is 9, that of"),
     ):
         with pytest.raises(UserError, match=told) as caught:
-            open_members(run, [other], checkpoint="last", changes=[])
+            open_ensemble(run, [other], checkpoint="last", changes=[])
         assert f"--with {tmp_path / name}" in str(caught.value)
         assert str(run) in str(caught.value)
 
@@ -73,5 +75,5 @@ def test_runs_that_cannot_write_together_are_refused_by_name(tmp_path: Path) -> 
 )
 def test_only_the_search_can_be_changed_and_only_to_what_can_be(tmp_path: Path, change, told) -> None:
     with pytest.raises(UserError) as caught:
-        open_members(saved(tmp_path, "run"), [], checkpoint="best", changes=[change])
+        open_ensemble(saved(tmp_path, "run"), [], checkpoint="best", changes=[change])
     assert told in str(caught.value)

@@ -8,7 +8,7 @@ from pycocotools.coco import COCO
 
 from captionscale.cli import main
 from captionscale.errors import UserError
-from captionscale.tools.leaderboard import BOARDS, write_submission
+from captionscale.tools.leaderboard import LEADERBOARDS, write_submission
 
 SET = "nocaps-val"
 
@@ -16,7 +16,7 @@ SET = "nocaps-val"
 def listed(folder: Path, board: str) -> Path:
     """An official list of a set, its ids three apart."""
     path = folder / f"{board}.json"
-    ids = range(0, 3 * BOARDS[board].images, 3)
+    ids = range(0, 3 * LEADERBOARDS[board].images, 3)
     path.write_text(
         json.dumps({"info": {}, "images": [{"id": number, "file_name": "x.jpg"} for number in ids]})
     )
@@ -30,7 +30,7 @@ def results(path: Path, captions: Iterable[tuple[int, str]]) -> Path:
 
 def whole(folder: Path, board: str) -> Path:
     """Captions of a set, in falling order of their ids."""
-    ids = range(3 * BOARDS[board].images - 3, -1, -3)
+    ids = range(3 * LEADERBOARDS[board].images - 3, -1, -3)
     return results(folder / f"{board}-captions.json", ((number, f"a dog {number}") for number in ids))
 
 
@@ -109,12 +109,12 @@ def test_the_other_sets_are_uploaded_by_themselves(board, upload, tmp_path) -> N
     done = write_submission(board, [whole(tmp_path, board)], listed(tmp_path, board), "a", tmp_path / "out")
     assert done.upload == tmp_path / "out" / upload
     assert done.upload.is_file()
-    assert done.captions == BOARDS[board].images
+    assert done.captions == LEADERBOARDS[board].images
 
 
 def test_a_caption_is_one_line_of_text_that_any_reader_takes(tmp_path) -> None:
     odd = ["a\u2028dog\r\nruns", "\x00 \x85tab\there\x9f ", "", "\ud83d", "né 🐕", "שלום"]
-    rest = ((3 * number, "a dog") for number in range(len(odd), BOARDS[SET].images))
+    rest = ((3 * number, "a dog") for number in range(len(odd), LEADERBOARDS[SET].images))
     captions = results(tmp_path / "r.json", [*rest, *((3 * number, text) for number, text in enumerate(odd))])
     done = write_submission(SET, [captions], listed(tmp_path, SET), "a", tmp_path)
     lines = json.loads(done.file.read_text(encoding="utf-8"))

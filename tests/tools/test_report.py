@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from experiment import tiny
+from experiment import tiny_config
 
 from captionscale.cli import main
 
@@ -16,7 +16,7 @@ from captionscale.cli import main
 def run(packed: Path, tmp_path_factory) -> Path:
     """A tiny run of two epochs, not yet scored."""
     folder = tmp_path_factory.mktemp("report")
-    tiny(folder, packed)
+    tiny_config(folder, packed)
     main(["train", str(folder / "experiment.toml"), "--out", str(folder / "run")])
     return folder / "run"
 
@@ -44,7 +44,7 @@ def _receipt(run: Path, packed: Path, caption: str, name: Callable[[int], int | 
         {name(row["image_id"]): f"{caption} {number % 3}" for number, row in enumerate(split.index)},
         {name(image_id): references for image_id, references in split.references().items()},
         ["BLEU-4", "CIDEr-D"],
-        made_by={"split": "test", "step": saved.standing.step},
+        provenance={"split": "test", "step": saved.standing.step},
         hashes={"model": saved.sha256},
     )
     receipt.write(run / "scores" / "test" / "receipt.json")

@@ -9,7 +9,7 @@ import pytest
 
 from captionscale import toml
 from captionscale.errors import UserError
-from captionscale.tools.watch import Watch, watch
+from captionscale.tools.watch import RunWatcher, watch
 from captionscale.train.log_reader import Reader, read_line
 from captionscale.train.log_writer import Log
 
@@ -46,9 +46,9 @@ def shown(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_run_at_work_shows_where_it_is_and_when_it_ends(run, capsys) -> None:
-    glance = Watch(run).look()
+    glance = RunWatcher(run).status()
     assert glance.state == "alive"
-    assert not glance.over
+    assert not glance.finished
     assert glance.facts == {
         "step": "60 of 100",
         "epoch": "1.20 of 2",
@@ -69,7 +69,7 @@ def test_the_best_of_two_equal_scores_is_the_first(run) -> None:
     with (run / "log.jsonl").open("a") as log:
         for step, score in ((60, 0.75), (70, 0.5)):
             log.write(json.dumps({"step": step, "scores": {"CIDEr-D": score}}) + "\n")
-    facts = Watch(run).look().facts
+    facts = RunWatcher(run).status().facts
     assert facts["best"] == "CIDEr-D 0.7500 (step 50)"
     assert facts["scores"] == "CIDEr-D 0.5000 (step 70)"
 
@@ -77,40 +77,40 @@ def test_the_best_of_two_equal_scores_is_the_first(run) -> None:
 def test_a_run_that_is_late_against_its_rhythm_is_called_silent(run) -> None:
     # A line each 5 s; validation may take its time.
     age(run, 50)
-    assert Watch(run).look().state == "alive"
+    assert RunWatcher(run).status().state == "alive"
     age(run, 400)
-    glance = Watch(run).look()
+    glance = RunWatcher(run).status()
     assert glance.state == "silent"
-    assert "came 7 min ago, usually each 5.0 s" in glance.why
+    assert "came 7 min ago, usually each 5.0 s" in glance.reason
 
 
 def test_a_stall_names_the_rank_until_the_run_moves_again(run) -> None:
     stall = {"time": time.time(), "stalled": [{"rank": 3, "host": "node9"}], "waiting": [0, 1]}
     (run / "stalls.jsonl").write_text(json.dumps(stall) + "\n")
     age(run, 60)
-    glance = Watch(run).look()
-    assert (glance.state, "rank 3 on node9" in glance.why) == ("stalled", True)
+    glance = RunWatcher(run).status()
+    assert (glance.state, "rank 3 on node9" in glance.reason) == ("stalled", True)
     stall["time"] = time.time() - 100
     (run / "stalls.jsonl").write_text(json.dumps(stall) + "\n")
     age(run, 1)
-    assert Watch(run).look().state == "alive"
+    assert RunWatcher(run).status().state == "alive"
 
 
 def test_a_run_that_left_says_why_and_that_it_goes_on(run) -> None:
     (run / ".lock").write_text("")
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 60, "left_for": "SIGUSR1", "left_after_s": 0.5}\n')
-    glance = Watch(run).look()
-    assert (glance.state, glance.why) == ("not running", "it left for SIGUSR1; the same command goes on")
+    glance = RunWatcher(run).status()
+    assert (glance.state, glance.reason) == ("not running", "it left for SIGUSR1; the same command goes on")
 
 
 def test_a_process_of_this_machine_that_is_gone_is_told(run) -> None:
     with Path("/proc/sys/kernel/pid_max").open() as file:
         nobody = int(file.read())
     (run / ".lock").write_text(f"captionscale train, process {nobody} on {os.uname().nodename}")
-    assert "is gone without a word" in Watch(run).look().why
+    assert "is gone without a word" in RunWatcher(run).status().reason
     (run / ".lock").write_text(f"captionscale train, process {os.getpid()} on {os.uname().nodename}")
-    assert Watch(run).look().state == "alive"
+    assert RunWatcher(run).status().state == "alive"
 
 
 def test_a_finished_run_ends_the_watch(run, capsys) -> None:
@@ -124,13 +124,13 @@ def test_a_finished_run_ends_the_watch(run, capsys) -> None:
 
 
 def test_a_run_that_goes_on_takes_back_what_it_will_do_again(run) -> None:
-    watched = Watch(run)
-    assert watched.look().facts["step"] == "60 of 100"
+    watched = RunWatcher(run)
+    assert watched.status().facts["step"] == "60 of 100"
     Log(run, 50, 50).close()
-    assert watched.look().facts["step"] == "50 of 100"
+    assert watched.status().facts["step"] == "50 of 100"
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 60, "epoch": 1.2, "loss": 0.5, "images_per_s": 64.0}\n{"step": 70, "ep')
-    assert watched.look().facts["step"] == "60 of 100"
+    assert watched.status().facts["step"] == "60 of 100"
 
 
 def test_only_what_is_new_is_read(tmp_path) -> None:
@@ -170,22 +170,22 @@ def test_ctrl_c_ends_it_quietly(run, monkeypatch, capsys) -> None:
 
 def test_a_run_that_has_only_been_submitted_has_not_started(tmp_path) -> None:
     (tmp_path / "job.sbatch").write_text("")
-    glance = Watch(tmp_path).look()
-    assert (glance.state, glance.why) == ("not running", "it has not started; squeue tells of its job")
+    glance = RunWatcher(tmp_path).status()
+    assert (glance.state, glance.reason) == ("not running", "it has not started; squeue tells of its job")
 
 
 def test_a_log_and_a_lock_of_another_version_only_leave_things_unsaid(run) -> None:
     (run / ".lock").write_text("somebody")
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 70, "loss": 0.5}\n')
-    glance = Watch(run).look()
+    glance = RunWatcher(run).status()
     assert glance.state == "alive"
     assert glance.facts["step"] == "70"
 
 
 def test_settings_of_another_version_only_leave_things_unsaid(run) -> None:
     (run / "config.toml").write_text("[data]\nshards = 'x'\nnew_key = 1\n")
-    facts = Watch(run).look().facts
+    facts = RunWatcher(run).status().facts
     assert facts["step"] == "60"
     assert "left" not in facts
 
@@ -195,8 +195,8 @@ def test_what_is_no_run_is_refused(tmp_path, run) -> None:
     (tmp_path / "empty").mkdir()
     for name, said in (("gone", "no such folder"), ("file", "is a file"), ("empty", "so no run")):
         with pytest.raises(UserError, match=said):
-            Watch(tmp_path / name)
-    watched = Watch(run)
+            RunWatcher(tmp_path / name)
+    watched = RunWatcher(run)
     run.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is gone"):
-        watched.look()
+        watched.status()

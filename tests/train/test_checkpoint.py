@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from experiment import tiny
+from experiment import tiny_config
 from safetensors.torch import load_file
 from torch.optim import AdamW
 
@@ -46,7 +46,7 @@ def _moved(config: Config) -> tuple[Captioner, Engine]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    return tiny(tmp_path, tmp_path / "no shards are read here")
+    return tiny_config(tmp_path, tmp_path / "no shards are read here")
 
 
 def _save(run: Path, config: Config, step: int, **standing: Any) -> None:
@@ -315,7 +315,7 @@ def test_a_disk_that_cannot_hold_what_is_kept_is_refused_before_training(
 ) -> None:
     refusal = r"GB are free, wanted .* GB more for 1,000,000,003 checkpoints of 0\.\d\d GB"
     with pytest.raises(UserError, match=refusal) as caught:
-        train(tiny(tmp_path, packed, "train.keep=1000000000"), tmp_path / "run")
+        train(tiny_config(tmp_path, packed, "train.keep=1000000000"), tmp_path / "run")
     assert "lower train.keep, or take --out elsewhere" in str(caught.value)
     assert not (tmp_path / "run").exists()
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from experiment import greatest_difference, tiny, weights
+from experiment import load_weights, max_abs_difference, tiny_config
 from torch import nn
 
 from captionscale.train import checkpoints
@@ -26,7 +26,7 @@ def test_the_average_is_the_recurrence_that_defines_it() -> None:
 
 
 def test_a_run_saves_resumes_and_captions_with_the_average(packed, tmp_path, monkeypatch) -> None:
-    settings = tiny(tmp_path, packed, "train.average=0.9", "train.save_every=3", "train.lr=5e-3")
+    settings = tiny_config(tmp_path, packed, "train.average=0.9", "train.save_every=3", "train.lr=5e-3")
     half = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": 3})})
     # The schedule must not know that it is to stop.
     monkeypatch.setattr("captionscale.train.loop.lr_factor", lambda step, _, __: 1 / (1 + step))
@@ -35,13 +35,13 @@ def test_a_run_saves_resumes_and_captions_with_the_average(packed, tmp_path, mon
     train(settings, tmp_path / "broken")
     for run in ("unbroken", "broken"):
         assert checkpoints.steps(tmp_path / run)[-1] == 6
-    assert greatest_difference(weights(tmp_path / "unbroken"), weights(tmp_path / "broken")) == 0
+    assert max_abs_difference(load_weights(tmp_path / "unbroken"), load_weights(tmp_path / "broken")) == 0
     both = [checkpoints.open_run(tmp_path / run, "last").average() for run in ("unbroken", "broken")]
-    assert greatest_difference(*both) == 0
+    assert max_abs_difference(*both) == 0
 
     saved = checkpoints.open_run(tmp_path / "unbroken", "last")
     average = saved.average()
     assert average.keys() <= saved.weights().keys()
-    assert greatest_difference(average, {name: saved.weights()[name] for name in average}) > 1e-4
+    assert max_abs_difference(average, {name: saved.weights()[name] for name in average}) > 1e-4
     for name, tensor in saved.captioner().state_dict().items():
         assert torch.equal(tensor, (saved.weights() | average)[name])

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiment import finish, losses, start, tiny
+from experiment import join_all, logged_losses, start_training, tiny_config
 
 from captionscale.config import Encoder as Settings
 from captionscale.data import decode, transforms
@@ -45,7 +45,7 @@ def build(**changes: object) -> Encoder:
 
 
 def loaders(shards: Path, *names: str, **data: object) -> list[Loader]:
-    settings = tiny(shards.parent, shards, *CHANGES).data.model_copy(update=data)
+    settings = tiny_config(shards.parent, shards, *CHANGES).data.model_copy(update=data)
     return [Loader(Split(shards, name), WORDS, settings) for name in names or ("train", "val")]
 
 
@@ -106,16 +106,18 @@ def test_a_run_with_the_cache_has_the_losses_of_one_without_on_two_ranks_too(
     shards: Path, tmp_path: Path, precision: str, tolerance: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
     changes = (*CHANGES, "data.image_size=64", f"train.precision={precision}")
-    train(tiny(tmp_path, shards, *changes), tmp_path / "without")
-    expected = [(step, pytest.approx(loss, abs=tolerance)) for step, loss in losses(tmp_path / "without")]
-    cached = tiny(tmp_path, shards, *changes, "train.cache_features=true")
+    train(tiny_config(tmp_path, shards, *changes), tmp_path / "without")
+    expected = [
+        (step, pytest.approx(loss, abs=tolerance)) for step, loss in logged_losses(tmp_path / "without")
+    ]
+    cached = tiny_config(tmp_path, shards, *changes, "train.cache_features=true")
     train(cached, tmp_path / "one")
-    assert losses(tmp_path / "one") == expected
+    assert logged_losses(tmp_path / "one") == expected
     told = capfd.readouterr().err
     assert "computing features of 48 images (4 x 512 numbers each), once: 0.00 GB in" in told
     shutil.rmtree(shards / "features")
-    finish(start(2, cached, tmp_path / "two"))
-    assert losses(tmp_path / "two") == expected
+    join_all(start_training(2, cached, tmp_path / "two"))
+    assert logged_losses(tmp_path / "two") == expected
     assert len(list((shards / "features").glob("*.npy"))) == 2
 
 

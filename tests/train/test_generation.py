@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiment import tiny
+from experiment import tiny_config
 
 from captionscale.config import Search
 from captionscale.data.loader import Loader
@@ -12,7 +12,7 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.score.diagnostics import DANGLING
-from captionscale.train.generation import caption_split, make_rules
+from captionscale.train.generation import caption_split, make_constraints
 from captionscale.vocab import build, split_words
 
 
@@ -26,7 +26,7 @@ class OneOf(Ranks):
 
 @pytest.fixture
 def captioner_and_loader(packed: Path, tmp_path: Path) -> tuple[Captioner, Loader]:
-    config = tiny(tmp_path, packed)
+    config = tiny_config(tmp_path, packed)
     split = Split(packed, "val")
     vocabulary = build((caption for each in split.references().values() for caption in each), 1, None)
     return Captioner(config.model, len(vocabulary)), Loader(split, vocabulary, config.data)
@@ -135,5 +135,5 @@ def test_wishes_that_no_caption_can_fulfil_are_refused(
 ) -> None:
     loader = captioner_and_loader[1]
     with pytest.raises(UserError) as caught:
-        make_rules(Search(**settings), loader.vocabulary, 8, **wish)
+        make_constraints(Search(**settings), loader.vocabulary, 8, **wish)
     assert told in str(caught.value)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiment import greatest_difference, losses, tiny, weights
+from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 from captionscale.errors import UserError
 from captionscale.files import lock
@@ -21,12 +21,12 @@ from captionscale.train.loop import train
 def done(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of six steps, scored and saved after each third."""
     folder = tmp_path_factory.mktemp("done")
-    train(tiny(folder, packed), folder / "run")
+    train(tiny_config(folder, packed), folder / "run")
     return folder / "run"
 
 
 def test_a_run_logs_every_step_scores_every_epoch_and_keeps_the_best(done: Path) -> None:
-    assert [step for step, _ in losses(done)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in logged_losses(done)] == [1, 2, 3, 4, 5, 6]
     assert [path.name for path in sorted((done / "validation").iterdir())] == [
         "step-00000003.json",
         "step-00000006.json",
@@ -41,7 +41,7 @@ def test_a_run_logs_every_step_scores_every_epoch_and_keeps_the_best(done: Path)
 def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_not(
     done: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = tiny(tmp_path, packed, "train.save_every=1")
+    settings = tiny_config(tmp_path, packed, "train.save_every=1")
     killed_at = 4
     real = loop.lr_factor
 
@@ -56,15 +56,15 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_n
     assert checkpoints.steps(tmp_path / "run")[-1] == killed_at
     monkeypatch.setattr(loop, "lr_factor", real)
     train(settings, tmp_path / "run")
-    assert greatest_difference(weights(tmp_path / "run"), weights(done)) == 0
-    assert losses(tmp_path / "run") == losses(done)
+    assert max_abs_difference(load_weights(tmp_path / "run"), load_weights(done)) == 0
+    assert logged_losses(tmp_path / "run") == logged_losses(done)
 
 
 def test_a_run_that_goes_on_stops_where_one_that_did_not_stop_would_have(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = ("train.lr=1e-12", "train.encoder_lr=1e-12", "train.epochs=6", "train.patience=1")
-    settings, run = tiny(tmp_path, packed, *changes), tmp_path / "run"
+    settings, run = tiny_config(tmp_path, packed, *changes), tmp_path / "run"
     real = loop.lr_factor
 
     def die(step: int, steps: int, warmup: float) -> float:
@@ -84,8 +84,8 @@ def test_a_run_that_goes_on_stops_where_one_that_did_not_stop_would_have(
 def test_scores_that_cannot_be_had_are_a_warning_unless_they_are_the_first(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings, run = tiny(tmp_path, packed), tmp_path / "run"
-    real = generation.write_captions
+    settings, run = tiny_config(tmp_path, packed), tmp_path / "run"
+    real = generation.generate_captions
 
     def captions(*arguments: Any) -> list[str]:
         for process in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
@@ -94,27 +94,27 @@ def test_scores_that_cannot_be_had_are_a_warning_unless_they_are_the_first(
                     os.kill(int(child), signal.SIGKILL)
         return real(*arguments)
 
-    monkeypatch.setattr(generation, "write_captions", captions)
+    monkeypatch.setattr(generation, "generate_captions", captions)
     monkeypatch.setattr(worker, "_TRIES", 1)
     standing = train(settings, run)
     assert (standing.step, standing.captioned, standing.judged, standing.best_step) == (6, 6, 6, 3)
     assert "warning: step 6 has no scores: scoring: its process ended" in capfd.readouterr().err
     monkeypatch.setattr(validation, "_METRICS", ("BLEU-5",))
     with pytest.raises(UserError, match="unknown metric 'BLEU-5'"):
-        train(tiny(tmp_path, packed), tmp_path / "other")
+        train(tiny_config(tmp_path, packed), tmp_path / "other")
 
 
 def test_a_finished_run_has_nothing_left_to_do(done: Path, packed: Path, tmp_path: Path) -> None:
     run = shutil.copytree(done, tmp_path / "run")
     before = (run / "log.jsonl").read_text()
-    assert train(tiny(tmp_path, packed), run).step == 6
+    assert train(tiny_config(tmp_path, packed), run).step == 6
     assert (run / "log.jsonl").read_text() == before
 
 
 def test_training_stops_when_scores_stop_rising(packed: Path, tmp_path: Path) -> None:
     # A learning rate of nearly nothing: every validation has the captions of the first.
     changes = ("train.lr=1e-12", "train.encoder_lr=1e-12", "train.score_every=1", "train.patience=2")
-    settings, run = tiny(tmp_path, packed, *changes), tmp_path / "run"
+    settings, run = tiny_config(tmp_path, packed, *changes), tmp_path / "run"
     for _ in range(2):
         standing = train(settings, run)
         # The third scores, like all, count at the next validation, which then need not be.
@@ -135,7 +135,7 @@ def test_another_experiment_cannot_go_on_in_a_run(
     done: Path, packed: Path, tmp_path: Path, change: str, named: str
 ) -> None:
     with pytest.raises(UserError, match="cannot go on with another experiment") as caught:
-        train(tiny(tmp_path, packed, change), done)
+        train(tiny_config(tmp_path, packed, change), done)
     assert named in str(caught.value)
     assert "take another --out" in str(caught.value)
 
@@ -143,7 +143,7 @@ def test_another_experiment_cannot_go_on_in_a_run(
 def test_workers_and_places_may_change_within_a_run(done: Path, packed: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(packed, tmp_path / "moved")
     run = shutil.copytree(done, tmp_path / "run")
-    train(tiny(tmp_path, moved, "data.workers=2"), run)
+    train(tiny_config(tmp_path, moved, "data.workers=2"), run)
 
 
 def test_a_run_that_another_process_writes_is_refused(packed: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_a_run_that_another_process_writes_is_refused(packed: Path, tmp_path: Pa
     try:
         assert held.wait(30)
         with pytest.raises(UserError, match=rf"in use by captionscale train, process {holder.pid}"):
-            train(tiny(tmp_path, packed), tmp_path / "run")
+            train(tiny_config(tmp_path, packed), tmp_path / "run")
     finally:
         over.set()
         holder.join()
@@ -168,36 +168,36 @@ def test_a_run_that_another_process_writes_is_refused(packed: Path, tmp_path: Pa
 
 def test_an_unknown_split_is_refused(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no split 'dev'; known: test, train, val"):
-        train(tiny(tmp_path, packed, "data.val_split=dev"), tmp_path / "run")
+        train(tiny_config(tmp_path, packed, "data.val_split=dev"), tmp_path / "run")
 
 
 def test_fp16_without_a_gpu_is_refused(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.precision = fp16 needs a GPU"):
-        train(tiny(tmp_path, packed, "train.precision=fp16"), tmp_path / "run")
+        train(tiny_config(tmp_path, packed, "train.precision=fp16"), tmp_path / "run")
 
 
 def test_a_diverged_run_is_told_before_it_is_saved(packed: Path, tmp_path: Path) -> None:
     changes = ("train.lr=1e30", "train.encoder_lr=1e30", "train.log_every=1000", "train.warmup=0")
     with pytest.raises(UserError, match=r"lower train\.lr"):
-        train(tiny(tmp_path, packed, *changes), tmp_path / "run")
+        train(tiny_config(tmp_path, packed, *changes), tmp_path / "run")
     assert checkpoints.steps(tmp_path / "run") == []
 
 
 def test_a_run_that_cannot_start_leaves_nothing_behind(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        train(tiny(tmp_path, packed, "model.encoder.weights=none.pth"), tmp_path / "run")
+        train(tiny_config(tmp_path, packed, "model.encoder.weights=none.pth"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_another_metric_may_not_judge_a_run(done: Path, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.score_metric was 'CIDEr-D', now 'BLEU-4'"):
-        train(tiny(tmp_path, packed, "train.score_metric=BLEU-4"), done)
+        train(tiny_config(tmp_path, packed, "train.score_metric=BLEU-4"), done)
 
 
 def test_a_run_learns_in_bf16(packed: Path, tmp_path: Path) -> None:
     changes = ("train.precision=bf16", "train.epochs=4", "train.lr=1e-2", "train.label_smoothing=0")
-    train(tiny(tmp_path, packed, *changes), tmp_path / "run")
-    found = [loss for _, loss in losses(tmp_path / "run")]
+    train(tiny_config(tmp_path, packed, *changes), tmp_path / "run")
+    found = [loss for _, loss in logged_losses(tmp_path / "run")]
     assert found[-1] < 0.9 * found[0]
 
 
@@ -211,8 +211,8 @@ def test_scheduled_sampling_begins_after_the_first_step_and_uneven_attention_cos
         "even": "train.doubly_stochastic=0.5",
     }
     for name, change in changes.items():
-        train(tiny(tmp_path, packed, "train.steps=2", "train.score_every=2", change), tmp_path / name)
-        logs[name] = [loss for _, loss in losses(tmp_path / name)]
+        train(tiny_config(tmp_path, packed, "train.steps=2", "train.score_every=2", change), tmp_path / name)
+        logs[name] = [loss for _, loss in logged_losses(tmp_path / name)]
     assert logs["own"][0] == logs["plain"][0]
     assert abs(logs["own"][1] - logs["plain"][1]) > 1e-4
     # Each of its regions cannot have been looked at once in a caption.
@@ -222,7 +222,7 @@ def test_scheduled_sampling_begins_after_the_first_step_and_uneven_attention_cos
 def test_a_profile_tells_the_costliest_operations_and_changes_nothing(
     done: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tiny(tmp_path, packed), tmp_path / "run", profiled=2)
+    train(tiny_config(tmp_path, packed), tmp_path / "run", profiled=2)
     # The run has six steps, of which five warm up.
     (trace,) = (tmp_path / "run" / "profile").iterdir()
     with gzip.open(trace, "rt") as file:
@@ -230,4 +230,4 @@ def test_a_profile_tells_the_costliest_operations_and_changes_nothing(
     said = capsys.readouterr().err
     assert str(trace) in said
     assert sum(line.startswith("aten::") for line in said.splitlines()) >= 5
-    assert losses(tmp_path / "run") == losses(done)
+    assert logged_losses(tmp_path / "run") == logged_losses(done)

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiment import tiny
+from experiment import tiny_config
 
 from captionscale.data.loader import Batch
 from captionscale.distributed.ranks import Ranks
@@ -54,5 +54,5 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(packed: Path, tmp_pa
     rates = ("train.lr=1e30", "train.encoder_lr=1e30", "train.warmup=0")
     changes = (*rates, "train.log_every=1000", "train.save_every=1")
     with pytest.raises(UserError, match=r"step 2: loss nan \(first in micro-batch 0: images \d+, \d+"):
-        train(tiny(tmp_path, packed, *changes), tmp_path / "run")
+        train(tiny_config(tmp_path, packed, *changes), tmp_path / "run")
     assert checkpoints.steps(tmp_path / "run") == [1]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiment import greatest_difference, losses, tiny, weights
+from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 from captionscale.errors import PreemptedError, UserError
 from captionscale.tools.scoring import caption_run
@@ -24,7 +24,7 @@ CHANGES = ("train.epochs=4", "train.score_every=6", "train.save_every=100", "sea
 def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nobody interrupted."""
     folder = tmp_path_factory.mktemp("whole")
-    train(tiny(folder, packed, *CHANGES), folder / "run")
+    train(tiny_config(folder, packed, *CHANGES), folder / "run")
     return folder / "run"
 
 
@@ -48,27 +48,27 @@ def children(process: int) -> list[int]:
 
 def signal_in_the_first_batch(monkeypatch: pytest.MonkeyPatch, *signals: signal.Signals) -> None:
     """Have this process get real signals while it captions its next batch."""
-    real, left = generation.write_captions, list(signals)
+    real, left = generation.generate_captions, list(signals)
 
     def captions(*arguments: Any) -> list[str]:
         while left:
             os.kill(os.getpid(), left.pop())
         return real(*arguments)
 
-    monkeypatch.setattr(generation, "write_captions", captions)
+    monkeypatch.setattr(generation, "generate_captions", captions)
 
 
 def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_goes_on_as_if_nothing_had_been(
     whole: Path, packed: Path, tmp_path: Path
 ) -> None:
-    tiny(tmp_path, packed, *CHANGES, "train.epochs=400")
-    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    tiny_config(tmp_path, packed, *CHANGES, "train.epochs=400")
+    settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
     verb = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
     launch = [sys.executable, "-m", "captionscale", "launch", "--processes", "2", "--", *verb]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 120
-        while not (run / "log.jsonl").exists() or not losses(run):
+        while not (run / "log.jsonl").exists() or not logged_losses(run):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -83,14 +83,16 @@ def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_goes_on_as_if_nothi
     assert f"step {step} was saved within" in told
     assert "Traceback" not in told
     train(settings, run)
-    assert greatest_difference(weights(run), weights(whole)) < 1e-5
-    assert losses(run) == [(step, pytest.approx(loss, abs=1e-5)) for step, loss in losses(whole)]
+    assert max_abs_difference(load_weights(run), load_weights(whole)) < 1e-5
+    assert logged_losses(run) == [
+        (step, pytest.approx(loss, abs=1e-5)) for step, loss in logged_losses(whole)
+    ]
 
 
 def test_a_validation_that_is_broken_off_is_done_by_the_run_that_goes_on(
     whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
     for _ in range(2):
         # The second time, the first thing that the run does is broken off again.
         signal_in_the_first_batch(monkeypatch, signal.SIGTERM)
@@ -99,9 +101,9 @@ def test_a_validation_that_is_broken_off_is_done_by_the_run_that_goes_on(
         assert checkpoints.steps(run) == [6]
         assert scores(run) == []
     train(settings, run)
-    assert losses(run) == losses(whole)
+    assert logged_losses(run) == logged_losses(whole)
     assert scores(run) == scores(whole)
-    assert greatest_difference(weights(run), weights(whole)) == 0
+    assert max_abs_difference(load_weights(run), load_weights(whole)) == 0
     ours, theirs = checkpoints.newest(run, pytest.fail), checkpoints.newest(whole, pytest.fail)
     assert ours is not None
     assert theirs is not None
@@ -111,8 +113,8 @@ def test_a_validation_that_is_broken_off_is_done_by_the_run_that_goes_on(
 def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
     whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
-    real, calls = generation.write_captions, itertools.count(1)
+    settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
+    real, calls = generation.generate_captions, itertools.count(1)
 
     def captions(*arguments: Any) -> list[str]:
         # In the last batch of the last step's validation.
@@ -123,13 +125,13 @@ def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
                     os.kill(child, signal.SIGSTOP)
         return real(*arguments)
 
-    monkeypatch.setattr(generation, "write_captions", captions)
+    monkeypatch.setattr(generation, "generate_captions", captions)
     with pytest.raises(PreemptedError, match="SIGTERM: step 12 was saved"), preemption.listening():
         train(settings, run)
     left = checkpoints.newest(run, pytest.fail)
     assert left is not None
     assert (left.standing.captioned, left.standing.judged) == (12, 6)
-    monkeypatch.setattr(generation, "write_captions", None)
+    monkeypatch.setattr(generation, "generate_captions", None)
     assert train(settings, run) == train(settings, whole)
     assert scores(run) == scores(whole)
 
@@ -137,7 +139,7 @@ def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
 def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
     whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
     real = loop.lr_factor
 
     def rate(step: int, steps: int, warmup: float) -> float:
@@ -152,14 +154,14 @@ def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
     assert not (run / "validation").exists()
     train(settings, run)
     assert scores(run) == scores(whole)
-    assert greatest_difference(weights(run), weights(whole)) == 0
+    assert max_abs_difference(load_weights(run), load_weights(whole)) == 0
 
 
 def test_the_end_of_the_job_s_time_is_a_signal(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 122))
-    settings = tiny(tmp_path, packed, *CHANGES, "train.epochs=10000", "train.score_every=100000")
+    settings = tiny_config(tmp_path, packed, *CHANGES, "train.epochs=10000", "train.score_every=100000")
     with (
         pytest.raises(PreemptedError, match="end of the job's time: step"),
         preemption.listening(settings.train.grace_s),
@@ -178,7 +180,7 @@ def test_a_job_without_a_limit_has_no_end(end: str, monkeypatch: pytest.MonkeyPa
 def test_a_job_too_short_for_any_progress_is_refused_or_it_would_be_requeued_for_ever(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings, run = tiny(tmp_path, packed, *CHANGES), tmp_path / "run"
+    settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
     signal_in_the_first_batch(monkeypatch, signal.SIGTERM)
     with pytest.raises(PreemptedError), preemption.listening():
         train(settings, run)

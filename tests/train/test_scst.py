@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from experiment import finish, greatest_difference, start, tiny, weights
+from experiment import join_all, load_weights, max_abs_difference, start_training, tiny_config
 
 from captionscale.config import Config, Scst
 from captionscale.data.loader import Batch, Loader
@@ -33,12 +33,14 @@ SCST = ("train.objective=scst", "train.lr=2e-4", "train.label_smoothing=0.0")
 def source(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained by cross-entropy."""
     folder = tmp_path_factory.mktemp("source")
-    train(tiny(folder, packed, "train.epochs=6", "train.score_every=18", "train.lr=5e-3"), folder / "run")
+    train(
+        tiny_config(folder, packed, "train.epochs=6", "train.score_every=18", "train.lr=5e-3"), folder / "run"
+    )
     return folder / "run"
 
 
 def settings_of(folder: Path, packed: Path, source: Path, *changes: str) -> Config:
-    return tiny(folder, packed, *SCST, f'train.start_from="{source}"', *changes)
+    return tiny_config(folder, packed, *SCST, f'train.start_from="{source}"', *changes)
 
 
 @pytest.fixture
@@ -243,15 +245,15 @@ def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
     )
     settings = settings_of(tmp_path, packed, source, *changes)
     runs = [tmp_path / "alone", tmp_path / "three", tmp_path / "resumed"]
-    finish([*start(1, settings, runs[0]), *start(3, settings, runs[1])])
+    join_all([*start_training(1, settings, runs[0]), *start_training(3, settings, runs[1])])
     # What stood two steps before the end goes on with two ranks.
     (runs[2] / "checkpoints").mkdir(parents=True)
     (runs[0] / "checkpoints" / "step-00000003").rename(runs[2] / "checkpoints" / "step-00000003")
-    finish(start(2, settings, runs[2]))
-    first = weights(runs[0])
-    assert greatest_difference(first, weights(source)) > 1e-4
+    join_all(start_training(2, settings, runs[2]))
+    first = load_weights(runs[0])
+    assert max_abs_difference(first, load_weights(source)) > 1e-4
     for run in runs[1:]:
-        assert greatest_difference(weights(run), first) < 2e-6
+        assert max_abs_difference(load_weights(run), first) < 2e-6
     logged = [figures(run, "distinct")[4] for run in runs]
     assert logged == pytest.approx([logged[0]] * 3)
 
@@ -333,11 +335,11 @@ def test_another_vocabulary_or_model_is_refused_to_start_from(
 
 
 def test_a_run_starts_from_the_averaged_weights_of_another(packed: Path, tmp_path: Path) -> None:
-    train(tiny(tmp_path, packed, "train.average=0.9", "train.lr=5e-3"), tmp_path / "first")
+    train(tiny_config(tmp_path, packed, "train.average=0.9", "train.lr=5e-3"), tmp_path / "first")
     nothing = ("train.steps=1", "train.lr=1e-12", "train.encoder_lr=1e-12", "train.weight_decay=0.0")
-    settings = tiny(tmp_path, packed, f'train.start_from="{tmp_path / "first"}"', *nothing)
+    settings = tiny_config(tmp_path, packed, f'train.start_from="{tmp_path / "first"}"', *nothing)
     train(settings, tmp_path / "second")
     first = checkpoints.open_run(tmp_path / "first")
     assert isinstance(first.captioner(), Captioner)
-    assert greatest_difference(weights(tmp_path / "second"), first.weights() | first.average()) < 1e-9
-    assert greatest_difference(weights(tmp_path / "second"), first.weights()) > 1e-4
+    assert max_abs_difference(load_weights(tmp_path / "second"), first.weights() | first.average()) < 1e-9
+    assert max_abs_difference(load_weights(tmp_path / "second"), first.weights()) > 1e-4

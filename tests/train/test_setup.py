@@ -4,7 +4,7 @@ import os
 import tomllib
 from pathlib import Path
 
-from experiment import meet, tiny
+from experiment import spawn_ranks, tiny_config
 
 from captionscale import config
 from captionscale.data.packing import Options, pack
@@ -23,18 +23,18 @@ def _train(folder: Path) -> None:
 
 
 def test_ranks_that_find_different_shards_at_one_place_are_refused(
-    scenes: Path, packed: Path, tmp_path: Path
+    synthetic_coco: Path, packed: Path, tmp_path: Path
 ) -> None:
     # As two machines do that keep copies of their own: each would learn from what it has.
     other = tmp_path / "other"
     for split in ("train", "val"):
-        captions = scenes / "annotations" / f"captions_{split}2017.json"
-        records = coco.official(scenes / f"{split}2017", captions, split)
+        captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
+        records = coco.official(synthetic_coco / f"{split}2017", captions, split)
         pack(records, other, sources=[captions], options=Options(images_per_shard=8))
     for rank, shards in enumerate((packed, other)):
         (tmp_path / str(rank)).mkdir()
-        tiny(tmp_path / str(rank), shards, "train.steps=1")
-    processes = meet(2, _train, tmp_path)
+        tiny_config(tmp_path / str(rank), shards, "train.steps=1")
+    processes = spawn_ranks(2, _train, tmp_path)
     for process in processes:
         process.join(60)
     assert [process.exitcode for process in processes] == [1, 1]

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from experiment import losses, tiny
+from experiment import logged_losses, tiny_config
 from mlflow.tracking import MlflowClient
 
 from captionscale import toml
@@ -129,11 +129,11 @@ def test_an_unknown_tracker_is_refused() -> None:
 
 
 def test_a_run_is_the_same_with_and_without_trackers(services, packed, tmp_path) -> None:
-    config = tiny(tmp_path, packed, 'train.trackers=["mlflow"]', "train.epochs=1")
+    config = tiny_config(tmp_path, packed, 'train.trackers=["mlflow"]', "train.epochs=1")
     train(config, tmp_path / "tracked")
     alone = config.model_copy(update={"train": config.train.model_copy(update={"trackers": ()})})
     train(alone, tmp_path / "alone")
-    assert losses(tmp_path / "tracked") == losses(tmp_path / "alone")
+    assert logged_losses(tmp_path / "tracked") == logged_losses(tmp_path / "alone")
     run_id = json.loads((tmp_path / "tracked" / TRACKERS).read_text())["mlflow"]
-    assert curve(services, run_id, "loss") == losses(tmp_path / "tracked")
+    assert curve(services, run_id, "loss") == logged_losses(tmp_path / "tracked")
     assert [step for step, _ in curve(services, run_id, "scores/CIDEr-D")] == [3]

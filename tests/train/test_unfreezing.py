@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from experiment import finish, greatest_difference, losses, start, tiny, weights
+from experiment import join_all, load_weights, logged_losses, max_abs_difference, start_training, tiny_config
 from safetensors.torch import load_file
 
 from captionscale.config import Model, Train
@@ -31,7 +31,7 @@ PARTS = {"layer4": 2, "layer3.1": 3}
 def alone(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process that nothing broke off."""
     folder = tmp_path_factory.mktemp("alone")
-    train(tiny(folder, packed, *CHANGES), folder / "run")
+    train(tiny_config(folder, packed, *CHANGES), folder / "run")
     return folder / "run"
 
 
@@ -43,7 +43,7 @@ def test_a_part_stays_as_it_is_until_its_step_and_costs_no_memory_either(alone: 
     for part, begins in PARTS.items():
         name = f"{part}{'.1' * (part == 'layer4')}.conv1.weight"
         for step in range(2, 6):
-            before, after = (weights(alone, each)[f"encoder.trunk.{name}"] for each in (step - 1, step))
+            before, after = (load_weights(alone, each)[f"encoder.trunk.{name}"] for each in (step - 1, step))
             found = memory(alone, step)
             assert torch.equal(before, after) == (step <= begins)
             assert (f"encoder.trunk.{name}/step" in found) == (step > begins)
@@ -59,10 +59,10 @@ def test_a_run_broken_off_before_at_or_after_a_step_at_which_a_part_begins_ends_
     run = shutil.copytree(alone, tmp_path / "run")
     for later in range(step + 1, 6):
         shutil.rmtree(run / "checkpoints" / f"step-{later:08d}")
-    train(tiny(tmp_path, packed, *CHANGES), run)
-    assert greatest_difference(weights(run), weights(alone)) == 0
-    assert greatest_difference(memory(run, 5), memory(alone, 5)) == 0
-    assert losses(run) == losses(alone)
+    train(tiny_config(tmp_path, packed, *CHANGES), run)
+    assert max_abs_difference(load_weights(run), load_weights(alone)) == 0
+    assert max_abs_difference(memory(run, 5), memory(alone, 5)) == 0
+    assert logged_losses(run) == logged_losses(alone)
 
 
 @pytest.mark.parametrize("zero", [None, 0, 2])
@@ -71,11 +71,11 @@ def test_two_ranks_end_as_one_over_the_steps_at_which_parts_begin(
 ) -> None:
     profile = {} if zero is None else {"ACCELERATE_USE_DEEPSPEED": "true"}
     profile |= {} if zero is None else {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(zero)}
-    finish(start(2, tiny(tmp_path, packed, *CHANGES), tmp_path / "run", **profile))
-    assert greatest_difference(weights(tmp_path / "run"), weights(alone)) < TOLERANCE
-    assert greatest_difference(memory(tmp_path / "run", 5), memory(alone, 5)) < TOLERANCE
-    expected = [(step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in losses(alone)]
-    assert losses(tmp_path / "run") == expected
+    join_all(start_training(2, tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run", **profile))
+    assert max_abs_difference(load_weights(tmp_path / "run"), load_weights(alone)) < TOLERANCE
+    assert max_abs_difference(memory(tmp_path / "run", 5), memory(alone, 5)) < TOLERANCE
+    expected = [(step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in logged_losses(alone)]
+    assert logged_losses(tmp_path / "run") == expected
 
 
 def captioner(*trainable: str) -> Captioner:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from experiment import losses, tiny
+from experiment import logged_losses, tiny_config
 
 from captionscale.config import Data
 from captionscale.data.loader import Loader
@@ -152,7 +152,7 @@ def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_wh
 ) -> None:
     stall_s, run = 2.0, tmp_path / "run"
     changes = ("train.epochs=1000", "train.score_every=5000", f"train.stall_s={stall_s}")
-    config = tiny(tmp_path, packed, *changes)
+    config = tiny_config(tmp_path, packed, *changes)
     verb = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
     launch = [sys.executable, "-m", "captionscale", "launch", "--processes", "2", "--", *verb]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -165,7 +165,7 @@ def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_wh
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
 
-        wait_for(lambda: (run / "log.jsonl").exists() and losses(run), 120)
+        wait_for(lambda: (run / "log.jsonl").exists() and logged_losses(run), 120)
         # Until its watchdog has put down a step.
         time.sleep(stall_s / 3)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()

@@ -78,7 +78,7 @@ class Start(NamedTuple):
     """The next to be read: the last of the prefix."""
     state: tuple[Any, ...]
     said: Int[Tensor, "image time"]
-    log_probability: Float[Tensor, "image"]
+    log_prob: Float[Tensor, "image"]
     """Of the prefix."""
     looks: tuple[Float[Tensor, "image region"], ...]
     """Where the decoder looked for each word of the prefix; of one without attention none."""

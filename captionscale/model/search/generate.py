@@ -23,14 +23,14 @@ class Found:
 
     tokens: list[int]
     """Words, then the end token unless the search ended before it."""
-    log_probability: float
+    log_prob: float
     """Natural logarithm of the probability that the decoder gives to these tokens."""
     covered: float = 0.0
     """What a ranking with coverage adds: 0 for having looked at all regions, less for some only."""
 
     def score(self, length_power: float) -> float:
         """Return what captions of one picture are ranked by: log-probability / tokens**length_power."""
-        return self.log_probability / math.pow(max(len(self.tokens), 1), length_power) + self.covered
+        return self.log_prob / math.pow(max(len(self.tokens), 1), length_power) + self.covered
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def _first(begun: Start, places: Places, rules: Rules) -> Beam:
     count, device = len(begun.tokens), begun.tokens.device
     looks = sum(begun.looks, start=torch.zeros(count, 1, device=device))
     finished = torch.zeros(count, dtype=torch.bool, device=device)
-    beam = Beam(begun.tokens, begun.said, begun.log_probability, finished, looks)
+    beam = Beam(begun.tokens, begun.said, begun.log_prob, finished, looks)
     beam = select(beam, torch.arange(count, device=device).repeat_interleave(places.slots))
     # One caption for each group: were there equal ones, they would stay equal.
     alone = torch.full((count, *places), -torch.inf, device=device)

@@ -15,7 +15,7 @@ from captionscale.vocab import PAD
 class Trace(NamedTuple):
     """What a decoder made of the words of one caption."""
 
-    log_probabilities: Float[Tensor, "time"]
+    log_probs: Float[Tensor, "time"]
     """Natural logarithm of each token's probability, given the picture and the tokens before it."""
     attention: Float[Tensor, "time region"] | None
     """Where it looked to say each token; of one without attention none."""

@@ -239,7 +239,7 @@ def _differ(name: str, found: list[Found], expected: list[Found]) -> float:
     """Return the greatest difference of two log-probabilities of a caption."""
     others = sum(one.tokens != other.tokens for one, other in zip(found, expected, strict=True))
     pairs = zip(found, expected, strict=True)
-    difference = max(abs(one.log_probability - other.log_probability) for one, other in pairs)
+    difference = max(abs(one.log_prob - other.log_prob) for one, other in pairs)
     if others or difference > _TOLERANCE:
         raise UserError(
             f"bench decode, {name}: {others} captions of two ways differ, their log-probabilities by"

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from captionscale.files import cores
 from captionscale.progress import SafeConsole, progress
-from captionscale.score.receipt import processor
+from captionscale.score.receipt import cpu_name
 
 _SQUARE = 2048
 """Rows of the product whose pace is taken for the machine's best."""
@@ -206,7 +206,7 @@ def show(bench: str, tables: Sequence[Heat | Sheet], *, as_json: bool) -> None:
     """
     sheets = [table.sheet() if isinstance(table, Heat) else table for table in tables]
     machine = {
-        "processor": processor(),
+        "processor": cpu_name(),
         "cores": cores(),
         "python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},

@@ -12,7 +12,7 @@ from pycocoevalcap.cider.cider_scorer import CiderScorer
 
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
-from captionscale.score.ciderd import Reward
+from captionscale.score.ciderd import CiderDReward
 from captionscale.tools.bench.race import Heat, Way, race
 from captionscale.vocab import END, build
 
@@ -52,7 +52,7 @@ def bench(references: Path | None, *, rounds: int, scored: int = _SCORED) -> lis
     images = np.repeat(random.choice(len(tokens), _IMAGES, replace=len(tokens) < _IMAGES), _SAMPLES)
     words = np.concatenate([caption[:-1] for captions in tokens for caption in captions])
     samples = [_sample(random, tokens[image], words) for image in images]
-    reward, published, plain = Reward(tokens), _Published(tokens), _Plain(tokens)
+    reward, published, plain = CiderDReward(tokens), _Published(tokens), _Plain(tokens)
     expected = published(images, samples)
     difference = max(abs(found(images, samples) - expected).max() for found in (reward, plain))
 

@@ -22,15 +22,15 @@ from captionscale.errors import UserError
 from captionscale.files import cores
 from captionscale.progress import say
 from captionscale.score import bleu, ciderd, java, rouge
-from captionscale.score.metrics import METRICS, Evaluator, Figures, Scores, measure, their_n_grams
+from captionscale.score.metrics import METRICS, Evaluator, MetricScores, Scores, measure, pycocoevalcap_scores
 from captionscale.score.results import read_results
-from captionscale.score.tokenizer import BREAKS
+from captionscale.score.tokenizer import LINE_BREAKS
 from captionscale.tools.bench.race import Heat, Sheet, Way, race
 
 _LOOK_S = 0.02
 
 Texts = dict[int, list[str]]
-Found = dict[str, Figures]
+Found = dict[str, MetricScores]
 
 
 def bench(results: Path | None, references: Path | None, *, count: int, rounds: int) -> list[Heat | Sheet]:
@@ -52,9 +52,9 @@ def bench(results: Path | None, references: Path | None, *, count: int, rounds: 
         captions, human = _drawn(count)
     else:
         captions, human = read_results(results), coco.references(references)
-    # What their tokeniser takes for a line end would move their captions to other images.
-    captions = {image: BREAKS.sub(" ", captions[image]) for image in sorted(captions)}
-    human = {image: [BREAKS.sub(" ", text) for text in human[image]] for image in captions}
+    # What their tokenizer takes for a line end would move their captions to other images.
+    captions = {image: LINE_BREAKS.sub(" ", captions[image]) for image in sorted(captions)}
+    human = {image: [LINE_BREAKS.sub(" ", text) for text in human[image]] for image in captions}
     # Their wrappers take the first Java there is.
     os.environ["PATH"] = os.pathsep.join((str(Path(java.find_java()).parent), os.environ["PATH"]))
     return [
@@ -78,7 +78,7 @@ def _drawn(images: int) -> tuple[dict[int, str], Texts]:
 
 
 def _n_grams(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
-    """BLEU, ROUGE-L and CIDEr-D of tokenised texts, by one thread each."""
+    """BLEU, ROUGE-L and CIDEr-D of tokenized texts, by one thread each."""
     targets, found = _their_tokens(human), _their_tokens({image: [text] for image, text in captions.items()})
     pairs = deque((found[image][0], group) for image, group in targets.items())
     ours: Found = {}
@@ -91,7 +91,7 @@ def _n_grams(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
         turned = next(turns)
         candidates, references = [caption for caption, _ in pairs], [group for _, group in pairs]
         rows = bleu.statistics(candidates, references)
-        table = zip(bleu.corpus(rows.sum(0)), bleu.corpus(rows).T, strict=True)
+        table = zip(bleu.corpus_score(rows.sum(0)), bleu.corpus_score(rows).T, strict=True)
         for n, (value, figures) in enumerate(table, 1):
             ours[f"BLEU-{n}"] = value, np.roll(figures, turned).tolist()
         for metric, figures in (
@@ -102,9 +102,9 @@ def _n_grams(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
 
     ways = [
         Way("captionscale", kernels, len(captions)),
-        Way("pycocoevalcap", lambda: theirs.update(their_n_grams(found, targets)), len(captions)),
+        Way("pycocoevalcap", lambda: theirs.update(pycocoevalcap_scores(found, targets)), len(captions)),
     ]
-    heat = race("BLEU, ROUGE-L and CIDEr-D of tokenised captions", "images", ways, rounds)
+    heat = race("BLEU, ROUGE-L and CIDEr-D of tokenized captions", "images", ways, rounds)
     heat.notes.append(_same(ours, theirs))
     return heat
 
@@ -120,7 +120,7 @@ def _warm(captions: Mapping[int, str], human: Texts, rounds: int) -> Heat:
             Way("captionscale, warm", lambda: ours.append(evaluator.measure(captions, human)), len(captions)),
             Way("pycocoevalcap", lambda: theirs.update(_theirs(captions, human)), len(captions)),
             Way(
-                "pycocoevalcap, METEOR warm and references tokenised",
+                "pycocoevalcap, METEOR warm and references tokenized",
                 lambda: _theirs(captions, human, meteor, targets),
                 len(captions),
             ),
@@ -170,7 +170,7 @@ def _theirs(
     found = _their_tokens({image: [text] for image, text in captions.items()})
     # Before BLEU, beside which it loads its table.
     meteor = meteor or Meteor()
-    figures = their_n_grams(found, targets)
+    figures = pycocoevalcap_scores(found, targets)
     return figures | {"METEOR": meteor.compute_score(targets, found)}
 
 
@@ -184,7 +184,7 @@ def _their_tokens(texts: Texts) -> Texts:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Let nothing be said on stderr, by children either: their tokeniser would, into the progress bar."""
+    """Let nothing be said on stderr, by children either: their tokenizer would, into the progress bar."""
     told = os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -14,7 +14,7 @@ code { padding: .1rem .25rem } pre { padding: .8rem; white-space: pre-wrap; over
 """
 
 
-def manual(openapi: dict[str, Any], base: str) -> str:
+def render_api_docs(openapi: dict[str, Any], base: str) -> str:
     """Return the page.
 
     Args:

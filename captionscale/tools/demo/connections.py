@@ -20,16 +20,16 @@ _END_S = 5.0
 
 
 @dataclass(frozen=True)
-class Bounds:
+class ConnectionLimits:
     """What connections may take, and the connections of one server that take it."""
 
     connections: int = 500
     """Open at once. For one more, the one that has waited longest for a request's headers is closed."""
-    per_address: int = 64
+    max_per_address: int = 64
     """Of these, from one address other than this machine's own."""
-    headers_s: float = 10.0
+    headers_timeout_s: float = 10.0
     """Until a request's headers must be complete."""
-    answer_s: float = 30.0
+    write_timeout_s: float = 30.0
     """That a client may leave an answer unread."""
     waiting: dict["Connection", None] = field(default_factory=dict)
     """Those without complete headers, in the order in which they began to wait."""
@@ -39,7 +39,7 @@ class Bounds:
 class Connection(H11Protocol):
     """A connection whose client has to send headers and read answers in time."""
 
-    def __init__(self, bounds: Bounds, *arguments: Any, **keywords: Any):
+    def __init__(self, bounds: ConnectionLimits, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
         self._bounds = bounds
         self._headers_timer: asyncio.TimerHandle | None = None
@@ -53,7 +53,7 @@ class Connection(H11Protocol):
         self._address = self.client[0] if self.client else ""
         self._bounds.addresses[self._address] += 1
         from_there = self._bounds.addresses[self._address]
-        crowded = from_there > self._bounds.per_address and not _is_loopback(self._address)
+        crowded = from_there > self._bounds.max_per_address and not _is_loopback(self._address)
         if crowded or (len(self.connections) > self._bounds.connections and not self._close_another()):
             transport.abort()
         else:
@@ -89,7 +89,7 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """Give the client some time to read."""
         super().pause_writing()
-        self._answer_timer = self.loop.call_later(self._bounds.answer_s, self.transport.abort)
+        self._answer_timer = self.loop.call_later(self._bounds.write_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
         """Write again."""
@@ -98,7 +98,7 @@ class Connection(H11Protocol):
             self._answer_timer.cancel()
 
     def _start_timer(self) -> None:
-        self._headers_timer = self.loop.call_later(self._bounds.headers_s, self.transport.abort)
+        self._headers_timer = self.loop.call_later(self._bounds.headers_timeout_s, self.transport.abort)
 
     def _stop_waiting(self) -> None:
         self._bounds.waiting.pop(self, None)
@@ -125,7 +125,7 @@ def _is_loopback(address: str) -> bool:
 class Server(uvicorn.Server):
     """A server that a signal ends within seconds, even if a thread never comes back."""
 
-    def __init__(self, app: Any, at_end: Callable[[], None], bounds: Bounds | None = None):
+    def __init__(self, app: Any, at_end: Callable[[], None], bounds: ConnectionLimits | None = None):
         """Prepare.
 
         Args:
@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
             at_end: What is to be done before the process is ended, if it does not end by itself.
             bounds: Of connections.
         """
-        http: Any = partial(Connection, bounds or Bounds())
+        http: Any = partial(Connection, bounds or ConnectionLimits())
         # Pages keep connections open that would never end by themselves.
         super().__init__(
             uvicorn.Config(

@@ -13,12 +13,12 @@ from starlette.types import Receive
 
 from captionscale.config import Search
 from captionscale.errors import UserError
-from captionscale.tools.demo.api_page import manual
+from captionscale.tools.demo.api_page import render_api_docs
 from captionscale.tools.demo.request_body import Body, BusyError, TooLargeError, TooSlowError, chunks
 from captionscale.tools.demo.service import Service
 from captionscale.version import __version__
 
-MOST_BEAMS = 20
+MAX_BEAMS = 20
 _TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif", "application/octet-stream")
 _PLACE = "the image"
 _Answer = TypeVar("_Answer")
@@ -34,7 +34,7 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     method: Literal["beam", "sample"] | None = Field(None, description=_as_in_config("method"))
-    beam: int | None = Field(None, ge=1, le=MOST_BEAMS, description=_as_in_config("beam"))
+    beam: int | None = Field(None, ge=1, le=MAX_BEAMS, description=_as_in_config("beam"))
     length_power: float | None = Field(None, ge=0, le=10, description=_as_in_config("length_power"))
     block_ngrams: int | None = Field(None, ge=0, description=_as_in_config("block_ngrams"))
     temperature: float | None = Field(None, gt=0, description=_as_in_config("temperature"))
@@ -51,15 +51,15 @@ class Word(BaseModel):
     probability: float = Field(description="Given the picture and the words before it.")
 
 
-class Answer(BaseModel):
+class CaptionResponse(BaseModel):
     """A caption."""
 
     caption: str
-    log_probability: float = Field(description="Natural logarithm, of all words and the end.")
+    log_prob: float = Field(description="Natural logarithm, of all words and the end.")
     words: list[Word]
 
 
-class Refusal(BaseModel):
+class ErrorResponse(BaseModel):
     """Why there is no caption."""
 
     error: str = Field(description="Where, what was found, what was wanted, and what to do.")
@@ -77,18 +77,18 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (UserError, 422),
 )
 _REFUSALS: dict[int | str, dict[str, Any]] = {
-    408: {"model": Refusal, "description": "The image did not arrive in time"},
-    413: {"model": Refusal, "description": "An image of too many bytes"},
-    415: {"model": Refusal, "description": "The Content-Type is no image's"},
+    408: {"model": ErrorResponse, "description": "The image did not arrive in time"},
+    413: {"model": ErrorResponse, "description": "An image of too many bytes"},
+    415: {"model": ErrorResponse, "description": "The Content-Type is no image's"},
     422: {
-        "model": Refusal,
+        "model": ErrorResponse,
         "description": "No image, a damaged one or one of too many pixels; or a bad option",
     },
-    503: {"model": Refusal, "description": "Too many are waiting: ask again after Retry-After seconds"},
+    503: {"model": ErrorResponse, "description": "Too many are waiting: ask again after Retry-After seconds"},
 }
 
 
-def endpoint(service: Service, name: str) -> FastAPI:
+def create_api(service: Service, name: str) -> FastAPI:
     """Return the application.
 
     Args:
@@ -99,7 +99,7 @@ def endpoint(service: Service, name: str) -> FastAPI:
     app = FastAPI(
         title=f"captionscale: {name}",
         version=__version__,
-        description=f"Captions of images of at most {limits.size_bytes:,} bytes and {limits.pixels:,} pixels."
+        description=f"Captions of images of at most {limits.max_file_bytes:,} bytes and {limits.max_pixels:,} pixels."
         " Nothing that is sent is kept.",
         # FastAPI's own page loads its scripts from elsewhere and stays empty without a network.
         docs_url=None,
@@ -118,21 +118,23 @@ def endpoint(service: Service, name: str) -> FastAPI:
             }
         },
     )
-    async def caption(request: Request, options: Annotated[Options, Query()]) -> Answer:
+    async def caption(request: Request, options: Annotated[Options, Query()]) -> CaptionResponse:
         _refuse_head(request, service)
         # The memory of the body is counted until it was decoded.
-        with service.memory.body() as body:
+        with service.memory_budget.body() as body:
             await _receive(request, service, body)
-            with service.guest():
-                wish = service.writer.wish(**options.model_dump(exclude_none=True))
-                view = service.reduce(body.complete(), _PLACE, service.writer.centre)
-                answer = service.ask(await _unless_gone(view, request.receive), wish)
+            with service.admit():
+                generation_request = service.pipeline.generation_request(
+                    **options.model_dump(exclude_none=True)
+                )
+                view = service.decode(body.complete(), _PLACE, service.pipeline.center_crop)
+                answer = service.submit(await _unless_gone(view, request.receive), generation_request)
                 [found, *_] = await _unless_gone(answer, request.receive)
         words = [
             Word(word=word, probability=probability)
             for word, probability in zip(found.words, found.probabilities, strict=True)
         ]
-        return Answer(caption=found.caption, log_probability=found.log_probability, words=words)
+        return CaptionResponse(caption=found.caption, log_prob=found.log_prob, words=words)
 
     @app.get("/caption", include_in_schema=False)
     async def get() -> JSONResponse:
@@ -140,7 +142,7 @@ def endpoint(service: Service, name: str) -> FastAPI:
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
-        return HTMLResponse(manual(app.openapi(), str(request.base_url).rstrip("/")))
+        return HTMLResponse(render_api_docs(app.openapi(), str(request.base_url).rstrip("/")))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -163,13 +165,13 @@ def _refuse_head(request: Request, service: Service) -> None:
         )
     declared = request.headers.get("content-length", "")
     if declared.isdecimal():
-        service.refuse_bytes(int(declared), _PLACE)
+        service.check_size(int(declared), _PLACE)
 
 
 async def _receive(request: Request, service: Service, body: Body) -> None:
     limits = service.limits
-    async for chunk in chunks(request.receive, limits.pace, limits.longest_s):
-        service.refuse_bytes(body.size + len(chunk), _PLACE)
+    async for chunk in chunks(request.receive, limits.min_rate, limits.upload_timeout_s):
+        service.check_size(body.size + len(chunk), _PLACE)
         body.add(chunk)
 
 
@@ -195,4 +197,4 @@ def _handler(status: int) -> Any:
 
 def _refuse(status: int, error: str) -> JSONResponse:
     headers = {"Retry-After": "1"} if status == 503 else None
-    return JSONResponse(Refusal(error=error).model_dump(), status, headers)
+    return JSONResponse(ErrorResponse(error=error).model_dump(), status, headers)

@@ -19,7 +19,7 @@ _HEADERS = {
 }
 
 
-def own_names(host: str, others: Iterable[str]) -> set[str]:
+def allowed_hosts(host: str, others: Iterable[str]) -> set[str]:
     """Return the names that the server is reached by, besides IP addresses.
 
     Args:
@@ -30,7 +30,7 @@ def own_names(host: str, others: Iterable[str]) -> set[str]:
     return {"localhost", host.lower(), machine, machine.partition(".")[0], *(each.lower() for each in others)}
 
 
-class Origins:
+class OriginMiddleware:
     """Refuses requests to other hosts, and those that pages of other origins make.
 
     A site whose name leads to this machine (DNS rebinding) names itself as the host; a page elsewhere that a
@@ -43,7 +43,7 @@ class Origins:
 
         Args:
             app: The application.
-            names: Of `own_names`; more may be added later.
+            names: Of `allowed_hosts`; more may be added later.
             secure: Of these, those that are reached by https.
         """
         self._app, self._names, self._secure = app, names, secure

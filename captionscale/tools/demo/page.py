@@ -7,7 +7,7 @@ import gradio as gr
 from captionscale.data.shards import Split
 from captionscale.escape import for_markdown, for_markdown_code
 from captionscale.tools.demo.service import Service
-from captionscale.tools.demo.sessions import COLUMNS, HOWS, Visits, percent
+from captionscale.tools.demo.sessions import COLUMNS, METHODS, PageHandlers, percent
 from captionscale.tools.demo.uploads import Uploads
 
 SAMPLES = 8
@@ -41,7 +41,7 @@ def _by_name(place: Any) -> Any:
     return place
 
 
-def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -> gr.Blocks:
+def build_page(service: Service, name: str, samples: Split | None, uploads: Uploads) -> gr.Blocks:
     """Return the page.
 
     Args:
@@ -50,7 +50,7 @@ def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -
         samples: A split of which some pictures are offered.
         uploads: What the page receives.
     """
-    visits = Visits(service, samples, SAMPLES, uploads)
+    visits = PageHandlers(service, samples, SAMPLES, uploads)
     # Files that gradio writes are removed soon, and nobody is told that this page was opened.
     with gr.Blocks(title=f"captionscale: {name}", analytics_enabled=False, delete_cache=(60, 300)) as blocks:
         gr.Markdown(
@@ -100,7 +100,9 @@ def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -
                     elem_id="captions",
                 )
         with gr.Tab("Many pictures"):
-            gr.Markdown(f"At most {service.limits.files} files, captioned as the first tab's settings say.")
+            gr.Markdown(
+                f"At most {service.limits.max_files} files, captioned as the first tab's settings say."
+            )
             files = _by_name(gr.File(file_count="multiple", label="Drop pictures", elem_id="files"))
             download = gr.HTML(elem_id="download")
             table = gr.Dataframe(
@@ -114,14 +116,14 @@ def page(service: Service, name: str, samples: Split | None, uploads: Uploads) -
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
         # These wait for the model: together they leave threads to all else that is answered.
         slow = {**private, "concurrency_id": "model", "concurrency_limit": 8}
-        drop.input(visits.drop, [drop, *settings], outcome, **slow)
-        gallery.select(visits.pick, settings, outcome, **slow)
+        drop.input(visits.on_upload, [drop, *settings], outcome, **slow)
+        gallery.select(visits.on_sample_select, settings, outcome, **slow)
         again.click(visits.caption, [seen, *settings], outcome, **slow)
         settings[0].change(visits.caption, [seen, *settings], outcome, **slow)
-        files.upload(visits.many, [files, *settings], [table, download], **slow)
-        captions.select(visits.choose, seen, [seen, words, looked], **private)
-        words.select(visits.click, seen, looked, **private)
-        blocks.queue(default_concurrency_limit=8, max_size=service.limits.waiting)
+        files.upload(visits.on_files, [files, *settings], [table, download], **slow)
+        captions.select(visits.on_caption_select, seen, [seen, words, looked], **private)
+        words.select(visits.on_word_select, seen, looked, **private)
+        blocks.queue(default_concurrency_limit=8, max_size=service.limits.max_requests)
     return blocks
 
 
@@ -133,14 +135,14 @@ def _shade(probability: float) -> str:
 
 
 def _settings(service: Service) -> tuple[list[Any], gr.Button]:
-    """Return the controls that say how captions are found, in the order of `Chosen`, and the button."""
-    search = service.writer.members.config.search
+    """Return the controls that say how captions are found, in the order of `SearchControls`, and the button."""
+    search = service.pipeline.ensemble.config.search
     labels = (
         "greedy: the likeliest word each time",
         "beam: the likeliest of many captions",
         "sampling: drawn as likely as the model finds them",
     )
-    how = gr.Radio(list(zip(labels, HOWS, strict=True)), value="beam", label="How", elem_id="how")
+    how = gr.Radio(list(zip(labels, METHODS, strict=True)), value="beam", label="How", elem_id="how")
     with gr.Group() as of_beams:
         width = min(max(search.beam, 2), _MOST_BEAMS)
         beam = gr.Slider(2, _MOST_BEAMS, width, step=1, label="Captions kept at each word")

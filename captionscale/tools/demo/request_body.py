@@ -25,21 +25,21 @@ class TooSlowError(UserError):
 
 
 @dataclass(frozen=True)
-class Pace:
-    """How slowly a body may arrive: after t seconds, at least (t - grace_s) * least_rate bytes."""
+class MinRate:
+    """How slowly a body may arrive: after t seconds, at least (t - grace_s) * bytes_per_s bytes."""
 
     grace_s: float = 10.0
-    least_rate: float = 50_000.0
+    bytes_per_s: float = 50_000.0
     """Bytes per second."""
 
 
-async def chunks(receive: Receive, pace: Pace, longest_s: float | None = None) -> AsyncIterator[bytes]:
+async def chunks(receive: Receive, pace: MinRate, timeout_s: float | None = None) -> AsyncIterator[bytes]:
     """Yield a request's body as it arrives.
 
     Args:
         receive: ASGI's.
         pace: How slowly it may arrive.
-        longest_s: Seconds that the whole body may take; none: no limit but the pace.
+        timeout_s: Seconds that the whole body may take; none: no limit but the pace.
 
     Raises:
         TooSlowError: It arrives too slowly.
@@ -48,7 +48,7 @@ async def chunks(receive: Receive, pace: Pace, longest_s: float | None = None) -
     time = asyncio.get_running_loop().time
     waited_s, received, more = 0.0, 0, True
     while more:
-        allowed_s = min(pace.grace_s + received / pace.least_rate, longest_s or math.inf)
+        allowed_s = min(pace.grace_s + received / pace.bytes_per_s, timeout_s or math.inf)
         begun = time()
         try:
             async with asyncio.timeout(allowed_s - waited_s):
@@ -56,7 +56,7 @@ async def chunks(receive: Receive, pace: Pace, longest_s: float | None = None) -
         except TimeoutError:
             raise TooSlowError(
                 f"the body: {received:,} bytes in {allowed_s:.0f} s, expected at least"
-                f" {pace.least_rate:,.0f} bytes per second; try a faster connection"
+                f" {pace.bytes_per_s:,.0f} bytes per second; try a faster connection"
             ) from None
         # Without the time that its consumer takes.
         waited_s += time() - begun
@@ -68,9 +68,9 @@ async def chunks(receive: Receive, pace: Pace, longest_s: float | None = None) -
 
 
 class Body:
-    """Bytes received so far, counted in a `Memory`."""
+    """Bytes received so far, counted in a `MemoryBudget`."""
 
-    def __init__(self, memory: "Memory"):
+    def __init__(self, memory: "MemoryBudget"):
         self._memory = memory
         self._data = bytearray()
         self.size = 0
@@ -98,7 +98,7 @@ class Body:
         self.dropped = True
 
 
-class Memory:
+class MemoryBudget:
     """Bounds the memory of all bodies that are being received or wait to be decoded.
 
     When it is full, the body that has been arriving for longest is dropped: slow clients cannot keep others

@@ -68,7 +68,7 @@ class _Event(msgspec.Struct):
 _EVENTS = msgspec.json.Decoder(_Event)
 
 
-def front(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look: Any) -> FastAPI:
+def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look: Any) -> FastAPI:
     """Return the application that serves a page.
 
     Args:
@@ -78,7 +78,7 @@ def front(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look: Any) -> F
         look: Passed to gradio.
     """
     # Read when the page is mounted.
-    blocks.state_session_capacity = limits.sessions
+    blocks.state_session_capacity = limits.max_sessions
     mounted = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
         blocks,
@@ -100,11 +100,11 @@ def front(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look: Any) -> F
 
     @app.post("/gradio_api/upload")
     async def upload(request: Request) -> Response:
-        body = chunks(request.receive, limits.pace)
+        body = chunks(request.receive, limits.min_rate)
         try:
             return JSONResponse(await uploads.receive(request.headers.get("content-type"), body))
         except UserError as error:
-            await _drain(body, limits.pace.grace_s)
+            await _drain(body, limits.min_rate.grace_s)
             return PlainTextResponse(str(error), _status(error))
 
     @app.get("/gradio_api/upload_progress")
@@ -117,7 +117,7 @@ def front(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look: Any) -> F
         if name in made:
             return Response(made[name], media_type="image/webp")
         try:
-            found = uploads.get(name).picture
+            found = uploads.get(name).image
         except UserError as error:
             found = error
         if isinstance(found, UserError):
@@ -131,7 +131,7 @@ def front(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look: Any) -> F
         except UserError as error:
             # Under this key gradio's scripts look for what to show.
             return JSONResponse({"detail": str(error)}, _status(error))
-        _forget_unread(blocks._queue, event["session_hash"], limits.unread)
+        _forget_unread(blocks._queue, event["session_hash"], limits.max_unread_messages)
         return _Forwarded(gradio, msgspec.json.encode(event))
 
     app.mount("/", gradio)
@@ -141,7 +141,7 @@ def front(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look: Any) -> F
 async def _event(request: Request, blocks: gr.Blocks, uploads: Uploads, limits: Limits) -> dict[str, Any]:
     """Return an event as gradio may see it."""
     data = bytearray()
-    async for chunk in chunks(request.receive, limits.pace):
+    async for chunk in chunks(request.receive, limits.min_rate):
         data += chunk
         if len(data) > _MOST_JSON:
             raise TooLargeError(f"the event: more than {_MOST_JSON:,} bytes, expected what the page sends")
@@ -226,10 +226,10 @@ def _forget_unread(queue: Any, session: str, most: int) -> None:
         del queue.pending_event_ids_session[each]
 
 
-async def _drain(body: AsyncIterator[bytes], longest_s: float) -> None:
+async def _drain(body: AsyncIterator[bytes], timeout_s: float) -> None:
     """Read what is left for a while: browsers show no answer to what they are still sending."""
     with suppress(TooSlowError, TimeoutError):
-        async with asyncio.timeout(longest_s):
+        async with asyncio.timeout(timeout_s):
             async for _ in body:
                 pass
 
@@ -252,7 +252,7 @@ class _Passed:
             await PlainTextResponse("not found", 404)(scope, receive, send)
         elif not _STREAMS.fullmatch(path):
             await self.forward(scope, receive, send)
-        elif self._streams < self._limits.streams:
+        elif self._streams < self._limits.max_streams:
             self._streams += 1
             try:
                 await self.forward(scope, receive, send)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from captionscale.data.shards import Split
     from captionscale.tools.demo.service import Service
-    from captionscale.tools.ensemble import Members
+    from captionscale.tools.ensemble import CheckpointEnsemble
 
 # Of malloc.h.
 _M_MMAP_THRESHOLD = -3
@@ -67,16 +67,16 @@ def serve(
         # Read when gradio is imported. All that it writes goes with this folder, also after a kill.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
         with working("making the page ready"):
-            from captionscale.tools.captioner_api import Writer
-            from captionscale.tools.demo.origins import Origins, own_names
+            from captionscale.tools.captioner_api import CaptionPipeline
+            from captionscale.tools.demo.origins import OriginMiddleware, allowed_hosts
             from captionscale.tools.demo.service import Service
-            from captionscale.tools.ensemble import open_members
+            from captionscale.tools.ensemble import open_ensemble
 
-            members = open_members(run, others, checkpoint=checkpoint, changes=[])
-            service = Service(Writer(members))
+            members = open_ensemble(run, others, checkpoint=checkpoint, changes=[])
+            service = Service(CaptionPipeline(members))
             app = application(service, run.resolve().name, _samples(members, shards))
         public = _announce(host, listening.getsockname()[1], share)
-        app.add_middleware(Origins, names=own_names(host, [*allowed, *public]), secure=public)
+        app.add_middleware(OriginMiddleware, names=allowed_hosts(host, [*allowed, *public]), secure=public)
         _run(app, listening, folder)
         service.close()
 
@@ -89,13 +89,13 @@ def application(service: "Service", name: str, samples: "Split | None") -> "Fast
         name: Of the run.
         samples: A split of which some pictures are offered.
     """
-    from captionscale.tools.demo.endpoint import endpoint
-    from captionscale.tools.demo.page import CSS, page
-    from captionscale.tools.demo.request_filter import front
+    from captionscale.tools.demo.endpoint import create_api
+    from captionscale.tools.demo.page import CSS, build_page
+    from captionscale.tools.demo.request_filter import restrict_gradio
     from captionscale.tools.demo.uploads import Uploads
 
-    served, uploads = endpoint(service, name), Uploads(service)
-    before = front(page(service, name, samples, uploads), uploads, service.limits, css=CSS)
+    served, uploads = create_api(service, name), Uploads(service)
+    before = restrict_gradio(build_page(service, name, samples, uploads), uploads, service.limits, css=CSS)
     served.router.lifespan_context = before.router.lifespan_context
     served.mount("/", before)
     return served
@@ -125,7 +125,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _samples(members: "Members", shards: str | None) -> "Split | None":
+def _samples(members: "CheckpointEnsemble", shards: str | None) -> "Split | None":
     """Return the split whose pictures are offered; none, and a note, if it is not at hand."""
     from captionscale.data.shards import Split
     from captionscale.data.storage import Folder, open_place

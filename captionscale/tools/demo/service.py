@@ -14,9 +14,9 @@ from jaxtyping import UInt8
 
 from captionscale.data import decode
 from captionscale.errors import UserError
-from captionscale.tools.caption_result import Gaze, View
-from captionscale.tools.captioner_api import Wish, Writer
-from captionscale.tools.demo.request_body import BusyError, Memory, Pace, TooLargeError
+from captionscale.tools.caption_result import CaptionResult, View
+from captionscale.tools.captioner_api import CaptionPipeline, GenerationRequest
+from captionscale.tools.demo.request_body import BusyError, MemoryBudget, MinRate, TooLargeError
 
 _Pixels = UInt8[np.ndarray, "height width 3"]
 _Reduced = TypeVar("_Reduced")
@@ -26,46 +26,46 @@ _Reduced = TypeVar("_Reduced")
 class Limits:
     """What is accepted, and how much of it at once."""
 
-    size_bytes: int = 20_000_000
+    max_file_bytes: int = 20_000_000
     """Of an image file."""
-    pixels: int = 50_000_000
+    max_pixels: int = 50_000_000
     """Of an image, read from its header before anything is decoded."""
-    large_pixels: int = 12_500_000
+    large_image_pixels: int = 12_500_000
     """Images of more are decoded one at a time, and do not delay smaller ones."""
-    decoders: int = 2
+    decode_threads: int = 2
     """Smaller images decoded at once."""
-    incoming_bytes: int = 256_000_000
+    max_incoming_bytes: int = 256_000_000
     """Of all bodies that are being received or wait to be decoded."""
-    pace: Pace = field(default_factory=Pace)
-    longest_s: float = 60
+    min_rate: MinRate = field(default_factory=MinRate)
+    upload_timeout_s: float = 60
     """That an image may take to arrive at the endpoint."""
-    waiting: int = 100
+    max_requests: int = 100
     """Requests that are in work at once, after their body was received."""
-    batch: int = 16
+    max_batch_size: int = 16
     """Images captioned at once."""
-    window_s: float = 0.01
+    max_queue_delay_s: float = 0.01
     """How long the first of a batch waits for others."""
-    files: int = 100
+    max_files: int = 100
     """In one upload to the page."""
-    uploads: int = 300
+    max_uploads: int = 300
     """Of the page that are remembered, each as a view and a preview; the oldest are forgotten first."""
-    uploads_s: float = 300
+    upload_ttl_s: float = 300
     """After which an upload is forgotten."""
-    sessions: int = 200
+    max_sessions: int = 200
     """Of the page that are remembered; the oldest are forgotten first."""
-    streams: int = 200
+    max_streams: int = 200
     """That pages keep open to hear of answers: two for each page."""
-    unread: int = 500
+    max_unread_messages: int = 500
     """Messages to pages that were not fetched; the oldest are dropped first."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Request:
     view: View
-    wish: Wish
+    generation_request: GenerationRequest
     number: int
-    every: bool
-    answer: Future[list[Gaze]]
+    return_all: bool
+    answer: Future[list[CaptionResult]]
 
 
 class Service:
@@ -74,33 +74,33 @@ class Service:
     A caption does not depend on the requests that share its batch.
 
     Attributes:
-        writer: The model.
+        pipeline: The model.
         limits: What is accepted.
-        memory: For bodies that are being received.
+        memory_budget: For bodies that are being received.
     """
 
-    def __init__(self, writer: Writer, limits: Limits = Limits()):
-        self.writer, self.limits = writer, limits
-        self.memory = Memory(limits.incoming_bytes)
+    def __init__(self, pipeline: CaptionPipeline, limits: Limits = Limits()):
+        self.pipeline, self.limits = pipeline, limits
+        self.memory_budget = MemoryBudget(limits.max_incoming_bytes)
         self._requests: SimpleQueue[_Request | None] = SimpleQueue()
         self._guests = 0
         self._counting = threading.Lock()
-        self._small = ThreadPoolExecutor(limits.decoders, "decode")
+        self._small = ThreadPoolExecutor(limits.decode_threads, "decode")
         self._large = ThreadPoolExecutor(1, "decode-large")
         self._thread = threading.Thread(target=self._work, name="captions", daemon=True)
         self._thread.start()
 
     @contextmanager
-    def guest(self) -> Iterator[None]:
+    def admit(self) -> Iterator[None]:
         """Count a request among those in work, from its last byte to its answer.
 
         Raises:
             BusyError: There are as many as may be.
         """
         with self._counting:
-            if self._guests >= self.limits.waiting:
+            if self._guests >= self.limits.max_requests:
                 raise BusyError(
-                    f"{self._guests} requests are waiting, wanted at most {self.limits.waiting}; ask later"
+                    f"{self._guests} requests are waiting, wanted at most {self.limits.max_requests}; ask later"
                 )
             self._guests += 1
         try:
@@ -109,19 +109,19 @@ class Service:
             with self._counting:
                 self._guests -= 1
 
-    def refuse_bytes(self, size: int, place: str) -> None:
+    def check_size(self, size: int, place: str) -> None:
         """Refuse a file of more bytes than are taken.
 
         Raises:
             TooLargeError: It is one.
         """
-        most = self.limits.size_bytes
+        most = self.limits.max_file_bytes
         if size > most:
             raise TooLargeError(
                 f"{place}: {size:,} bytes or more, wanted at most {most:,}; send a smaller copy of the image"
             )
 
-    def reduce(self, data: bytes, place: str, reduced: Callable[[_Pixels], _Reduced]) -> Future[_Reduced]:
+    def decode(self, data: bytes, place: str, reduced: Callable[[_Pixels], _Reduced]) -> Future[_Reduced]:
         """Decode an image file, and keep only what a function makes of its pixels.
 
         Decoded images take up to several hundred megabytes: none leaves the few threads that decode.
@@ -142,14 +142,14 @@ class Service:
             if not answer.set_running_or_notify_cancel():
                 return
             with _telling(answer):
-                self.refuse_bytes(len(data), place)
+                self.check_size(len(data), place)
                 pixels = decode.count_pixels(data, place)
-                if pixels > self.limits.pixels:
+                if pixels > self.limits.max_pixels:
                     raise UserError(
-                        f"{place}: {pixels:,} pixels, wanted at most {self.limits.pixels:,};"
+                        f"{place}: {pixels:,} pixels, wanted at most {self.limits.max_pixels:,};"
                         " send a smaller copy of the image"
                     )
-                if pixels > self.limits.large_pixels:
+                if pixels > self.limits.large_image_pixels:
                     self._large.submit(run)
                 else:
                     run()
@@ -161,17 +161,19 @@ class Service:
         self._small.submit(look)
         return answer
 
-    def ask(self, view: View, wish: Wish, number: int = 0, *, every: bool = False) -> Future[list[Gaze]]:
+    def submit(
+        self, view: View, generation_request: GenerationRequest, number: int = 0, *, return_all: bool = False
+    ) -> Future[list[CaptionResult]]:
         """Have a picture captioned.
 
         Args:
             view: What the model sees of it.
-            wish: How captions are to be found.
+            generation_request: How captions are to be found.
             number: Of which, and of the seed, a sampled caption is a function.
-            every: All captions that a beam search ends with, not the best alone.
+            return_all: All captions that a beam search ends with, not the best alone.
         """
-        answer: Future[list[Gaze]] = Future()
-        self._requests.put(_Request(view, wish, number, every, answer))
+        answer: Future[list[CaptionResult]] = Future()
+        self._requests.put(_Request(view, generation_request, number, return_all, answer))
         return answer
 
     def close(self) -> None:
@@ -184,8 +186,8 @@ class Service:
     def _work(self) -> None:
         while (first := self._requests.get()) is not None:
             batch, more = [first], True
-            until = time.monotonic() + self.limits.window_s
-            while more and len(batch) < self.limits.batch:
+            until = time.monotonic() + self.limits.max_queue_delay_s
+            while more and len(batch) < self.limits.max_batch_size:
                 try:
                     request = self._requests.get(timeout=max(0.0, until - time.monotonic()))
                 except Empty:
@@ -197,15 +199,15 @@ class Service:
                 return
 
     def _answer(self, batch: list[_Request]) -> None:
-        alike: dict[tuple[Wish, bool], list[_Request]] = {}
+        alike: dict[tuple[GenerationRequest, bool], list[_Request]] = {}
         for request in batch:
             # Whose client has gone is not captioned any more.
             if request.answer.set_running_or_notify_cancel():
-                alike.setdefault((request.wish, request.every), []).append(request)
-        for (wish, every), requests in alike.items():
+                alike.setdefault((request.generation_request, request.return_all), []).append(request)
+        for (generation_request, return_all), requests in alike.items():
             views, numbers = [each.view for each in requests], [each.number for each in requests]
             try:
-                answers = self.writer.write(views, wish, numbers, every=every)
+                answers = self.pipeline.generate(views, generation_request, numbers, return_all=return_all)
             # Whatever it is, those who wait must hear of it, and others be served.
             except Exception as error:
                 for request in requests:

@@ -18,32 +18,32 @@ from captionscale.data.shards import Split
 from captionscale.data.transforms import centre_view
 from captionscale.errors import UserError
 from captionscale.escape import for_html
-from captionscale.tools.caption_result import Gaze, overlay
-from captionscale.tools.captioner_api import Wish
+from captionscale.tools.caption_result import CaptionResult, overlay
+from captionscale.tools.captioner_api import GenerationRequest
 from captionscale.tools.demo.service import Service
-from captionscale.tools.demo.uploads import SIDE, Picture, Uploads, picture
+from captionscale.tools.demo.uploads import PREVIEW_SIZE, DecodedImage, Uploads, decode_upload
 
 COLUMNS = ("file", "caption", "log p", "problem")
-HOWS = ("greedy", "beam", "sampling")
+METHODS = ("greedy", "beam", "sampling")
 _THUMBNAIL = 96
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class PageState:
     """What somebody looks at; in memory as long as the page is open, and no longer than an hour."""
 
-    picture: Picture
+    image: DecodedImage
     references: tuple[str, ...] = ()
-    captions: tuple[Gaze, ...] = ()
+    captions: tuple[CaptionResult, ...] = ()
     chosen: int = 0
 
     @property
-    def caption(self) -> Gaze:
+    def caption(self) -> CaptionResult:
         """The one whose words are shown."""
         return self.captions[self.chosen]
 
 
-class Chosen(NamedTuple):
+class SearchControls(NamedTuple):
     """How captions are to be found, as the page's controls say it, in their order."""
 
     how: str
@@ -55,7 +55,7 @@ class Chosen(NamedTuple):
     seed: int | None
 
 
-class Visits:
+class PageHandlers:
     """Answers what people do on the page.
 
     An answer to a picture or to other settings has four parts: what is looked at from now on, the list of
@@ -77,84 +77,89 @@ class Visits:
 
     def thumbnails(self) -> list[Image.Image]:
         """Return what is offered, small."""
-        return [_square(self._sample(item).picture, _THUMBNAIL) for item in self._items]
+        return [_square(self._sample(item).image, _THUMBNAIL) for item in self._items]
 
-    def drop(self, token: str | None, *settings: Any) -> tuple[Any, ...]:
+    def on_upload(self, token: str | None, *settings: Any) -> tuple[Any, ...]:
         """Caption an upload."""
         if token is None:
             return None, gr.Radio(choices=[]), [], ""
         with _telling():
-            found = self._uploads.get(token).picture
+            found = self._uploads.get(token).image
             if isinstance(found, UserError):
                 raise found
-        return self.caption(Seen(found), *settings)
+        return self.caption(PageState(found), *settings)
 
-    def pick(self, event: gr.SelectData, *settings: Any) -> tuple[Any, ...]:
+    def on_sample_select(self, event: gr.SelectData, *settings: Any) -> tuple[Any, ...]:
         """Caption one of the samples."""
         with _telling():
             seen = self._sample(self._items[_within(event.index, len(self._items), "sample")])
         return self.caption(seen, *settings)
 
-    def caption(self, seen: Seen | None, *settings: Any) -> tuple[Any, ...]:
+    def caption(self, seen: PageState | None, *settings: Any) -> tuple[Any, ...]:
         """Caption what is looked at."""
         if seen is None:
             return None, gr.skip(), gr.skip(), gr.skip()
-        chosen = Chosen(*settings)
+        chosen = SearchControls(*settings)
         with _telling():
-            wish = self._wish(chosen)
+            generation_request = self._wish(chosen)
             draws = int(chosen.draws) if chosen.how == "sampling" else 1
-            asked = [self._ask(seen.picture.view, wish, number, every=True) for number in range(draws)]
+            asked = [
+                self._ask(seen.image.view, generation_request, number, return_all=True)
+                for number in range(draws)
+            ]
             found = [caption for each in asked for caption in each.result()]
         if chosen.how == "sampling":
             # Draws have no order of their own, and several may say the same.
-            found.sort(key=lambda caption: -caption.log_probability)
+            found.sort(key=lambda caption: -caption.log_prob)
         captions = tuple({caption.caption: caption for caption in found}.values())
         seen = replace(seen, captions=captions, chosen=0)
         labels = [(_label(caption), number) for number, caption in enumerate(captions)]
         return seen, gr.Radio(choices=labels, value=0), *_shown(seen)
 
-    def choose(self, event: gr.SelectData, seen: Seen | None) -> tuple[Any, ...]:
+    def on_caption_select(self, event: gr.SelectData, seen: PageState | None) -> tuple[Any, ...]:
         """Show another caption's words."""
         with _telling():
             seen = _in_memory(seen)
             seen = replace(seen, chosen=_within(event.index, len(seen.captions), "caption"))
         return seen, *_shown(seen)
 
-    def click(self, event: gr.SelectData, seen: Seen | None) -> str:
+    def on_word_select(self, event: gr.SelectData, seen: PageState | None) -> str:
         """Show where the model looked for a word."""
         with _telling():
             seen = _in_memory(seen)
             return _picture(seen, _within(event.index, len(seen.caption.words), "word"))
 
-    def many(self, tokens: Sequence[str] | None, *settings: Any) -> tuple[Any, ...]:
+    def on_files(self, tokens: Sequence[str] | None, *settings: Any) -> tuple[Any, ...]:
         """Caption files, each of which may be bad, and offer a table of them."""
         with _telling():
-            wish = self._wish(Chosen(*settings))
+            generation_request = self._wish(SearchControls(*settings))
             uploads = [self._uploads.get(token) for token in tokens or ()]
         asked = [
-            found if isinstance(found := upload.picture, UserError) else self._ask(found.view, wish, number)
+            found
+            if isinstance(found := upload.image, UserError)
+            else self._ask(found.view, generation_request, number)
             for number, upload in enumerate(uploads)
         ]
         rows = [_row(upload.name, answer) for upload, answer in zip(uploads, asked, strict=True)]
         return rows, _as_csv(rows)
 
-    def _wish(self, chosen: Chosen) -> Wish:
+    def _wish(self, chosen: SearchControls) -> GenerationRequest:
         search: dict[str, Any] = {"method": "beam", "groups": 1, "length_power": chosen.length_power}
         if chosen.how == "sampling":
             search = {"method": "sample", "temperature": chosen.temperature, "top_p": chosen.top_p}
             search["seed"] = int(chosen.seed or 0)
         else:
             search["beam"] = int(chosen.beam) if chosen.how == "beam" else 1
-        return self._service.writer.wish(**search)
+        return self._service.pipeline.generation_request(**search)
 
-    def _ask(self, *request: Any, **how: Any) -> Future[list[Gaze]]:
-        return self._service.ask(*request, **how)
+    def _ask(self, *request: Any, **how: Any) -> Future[list[CaptionResult]]:
+        return self._service.submit(*request, **how)
 
-    def _sample(self, item: int) -> Seen:
+    def _sample(self, item: int) -> PageState:
         assert self._samples is not None
         sample = self._samples.sample(item)
-        found = picture(self._service, self._samples.image(item), sample.file)
-        return Seen(found.result(), sample.captions)
+        found = decode_upload(self._service, self._samples.image(item), sample.file)
+        return PageState(found.result(), sample.captions)
 
 
 def _within(index: int, count: int, what: str) -> int:
@@ -163,17 +168,17 @@ def _within(index: int, count: int, what: str) -> int:
     return index
 
 
-def _in_memory(seen: Seen | None) -> Seen:
+def _in_memory(seen: PageState | None) -> PageState:
     if seen is None:
         raise UserError("This page was idle for too long; drop the picture again.")
     return seen
 
 
-def _row(name: str, answer: Future[list[Gaze]] | UserError) -> list[str]:
+def _row(name: str, answer: Future[list[CaptionResult]] | UserError) -> list[str]:
     if isinstance(answer, UserError):
         return [name, "", "", str(answer)]
     [caption, *_] = answer.result()
-    return [name, caption.caption, f"{caption.log_probability:.4f}", ""]
+    return [name, caption.caption, f"{caption.log_prob:.4f}", ""]
 
 
 @contextmanager
@@ -185,13 +190,13 @@ def _telling() -> Iterator[None]:
         raise gr.Error(for_html(str(error)), print_exception=False, duration=None) from None
 
 
-def _square(picture: Picture, side: int) -> Image.Image:
+def _square(picture: DecodedImage, side: int) -> Image.Image:
     """Return the centre square, which is what the model sees, as large as a page shows it."""
     return Image.fromarray(centre_view(decode.pixels(picture.preview, "the preview"), side))
 
 
-def _label(caption: Gaze) -> str:
-    chance = float(np.exp(caption.log_probability))
+def _label(caption: CaptionResult) -> str:
+    chance = float(np.exp(caption.log_prob))
     # Per cents of captions are mostly too small to be read.
     odds = (
         percent(round(100 * chance))
@@ -206,25 +211,25 @@ def percent(number: int) -> str:
     return f"{number} %"
 
 
-def _shown(seen: Seen) -> tuple[Any, ...]:
+def _shown(seen: PageState) -> tuple[Any, ...]:
     """Return a caption's words as the page shows them, and the picture."""
     caption = seen.caption
     percents = [percent(round(100 * each)) for each in caption.probabilities]
     return list(zip(caption.words, percents, strict=True)), _picture(seen, None)
 
 
-def _picture(seen: Seen, word: int | None) -> str:
+def _picture(seen: PageState, word: int | None) -> str:
     """Return the picture with what is to be said of it, and over it where the model looked for a word."""
-    caption, picture = seen.caption, _square(seen.picture, SIDE)
+    caption, picture = seen.caption, _square(seen.image, PREVIEW_SIZE)
     said = "The centre square, which is all that the model sees. Click a word above."
-    if caption.maps is None:
+    if caption.attention_maps is None:
         said = (
             "The centre square, which is all that the model sees. It was read once, before the first word: a"
             " decoder without attention, and an ensemble, have no place where they look for a word."
         )
     elif word is not None:
-        weights = caption.maps[word]
-        picture = overlay(picture, weights, caption.most)
+        weights = caption.attention_maps[word]
+        picture = overlay(picture, weights, caption.max_attention)
         said = (
             f"For <b>{for_html(caption.words[word])}</b> (probability"
             f" {percent(round(100 * caption.probabilities[word]))}) the model looked where it is bright. It"

@@ -20,14 +20,14 @@ from captionscale.tools.caption_result import View
 from captionscale.tools.demo.request_body import Body, TooLargeError
 from captionscale.tools.demo.service import Service
 
-SIDE = 448
+PREVIEW_SIZE = 448
 """Of a preview's shorter side, at most, in pixels."""
 _LONGEST = 4
 """Times the shorter side, that a preview's longer one has at most."""
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class DecodedImage:
     """What remains of an image once it is decoded."""
 
     view: View
@@ -42,15 +42,15 @@ class Upload:
 
     name: str
     """As its sender calls it, without folders."""
-    picture: Picture | UserError
+    image: DecodedImage | UserError
     expires: float
     """By `time.monotonic`."""
 
 
-def picture(service: Service, data: bytes, place: str) -> Future[Picture]:
-    """Decode an image; as `Service.reduce`."""
-    return service.reduce(
-        data, place, lambda pixels: Picture(service.writer.centre(pixels), _preview(pixels))
+def decode_upload(service: Service, data: bytes, place: str) -> Future[DecodedImage]:
+    """Decode an image; as `Service.decode`."""
+    return service.decode(
+        data, place, lambda pixels: DecodedImage(service.pipeline.center_crop(pixels), _preview(pixels))
     )
 
 
@@ -94,16 +94,16 @@ class Uploads:
             async for chunk in body:
                 for event, data in form.parse(chunk):
                     if event == "begin":
-                        if len(tokens) == limits.files:
+                        if len(tokens) == limits.max_files:
                             raise TooLargeError(
-                                f"the upload: more than {limits.files} files, wanted at most {limits.files};"
+                                f"the upload: more than {limits.max_files} files, wanted at most {limits.max_files};"
                                 " drop fewer, or see captionscale caption"
                             )
-                        part = held.enter_context(self._service.memory.body())
+                        part = held.enter_context(self._service.memory_budget.body())
                     elif event == "name":
                         name = _base_name(data)
                     elif part is not None and event == "data":
-                        self._service.refuse_bytes(part.size + len(data), name)
+                        self._service.check_size(part.size + len(data), name)
                         part.add(data)
                     elif part is not None:
                         tokens.append(await self._put(name, part))
@@ -112,14 +112,14 @@ class Uploads:
         return tokens
 
     async def _put(self, name: str, body: Body) -> str:
-        found: Picture | UserError
+        found: DecodedImage | UserError
         try:
-            found = await asyncio.wrap_future(picture(self._service, body.complete(), name))
+            found = await asyncio.wrap_future(decode_upload(self._service, body.complete(), name))
         # Told where its caption would be.
         except UserError as error:
             found = error
         token = f"{secrets.token_urlsafe(24)}.jpg"
-        self._uploads[token] = Upload(name, found, time.monotonic() + self._service.limits.uploads_s)
+        self._uploads[token] = Upload(name, found, time.monotonic() + self._service.limits.upload_ttl_s)
         self._forget()
         return token
 
@@ -127,7 +127,7 @@ class Uploads:
         limits, now = self._service.limits, time.monotonic()
         # Any thread may ask.
         for token in list(self._uploads):
-            if len(self._uploads) <= limits.uploads and self._uploads[token].expires > now:
+            if len(self._uploads) <= limits.max_uploads and self._uploads[token].expires > now:
                 break
             self._uploads.pop(token, None)
 
@@ -196,7 +196,7 @@ def _preview(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
     high, wide = min(height, _LONGEST * short), min(width, _LONGEST * short)
     top, left = (height - high) // 2, (width - wide) // 2
     image = np.ascontiguousarray(pixels[top : top + high, left : left + wide])
-    if short > SIDE:
-        image = scaled(image, *shrunk_size(high, wide, SIDE), "bilinear")
+    if short > PREVIEW_SIZE:
+        image = scaled(image, *shrunk_size(high, wide, PREVIEW_SIZE), "bilinear")
     jpeg: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(image), 90, colorsubsampling="444")
     return jpeg

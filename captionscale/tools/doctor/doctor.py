@@ -18,13 +18,13 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.progress import SafeConsole, working
 from captionscale.tools.doctor import machine, network, storage, throughput
-from captionscale.tools.doctor.network import Meeting
-from captionscale.tools.doctor.plan import Plan, seconds
-from captionscale.tools.doctor.report import Check, Line, document, examine, refused, verdict
-from captionscale.tools.launcher import surroundings
-from captionscale.tools.profiles import count_of, read_profile
+from captionscale.tools.doctor.network import Rendezvous
+from captionscale.tools.doctor.plan import Plan, parse_slurm_time
+from captionscale.tools.doctor.report import Check, CheckResult, document, failure_of, run_checks, verdict
+from captionscale.tools.launcher import detect_nodes
+from captionscale.tools.profiles import pluralize, read_profile
 
-_STYLES = {"ok": "green", "warning": "yellow", "refusal": "bold red"}
+_STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 _PORT_AFTER = 1000
 """Beyond the port of the training that follows."""
 _OTHERS_S = 60.0
@@ -63,43 +63,45 @@ def doctor(
     show = _shown(as_json)
     meeting = None
     try:
-        machines, node, address, port = surroundings()
+        machines, node, address, port = detect_nodes()
         if machines > 1:
-            meeting = network.meet(node, machines, address, port + _PORT_AFTER)
+            meeting = network.rendezvous(node, machines, address, port + _PORT_AFTER)
             host = meeting.hosts[node]
     except UserError as error:
-        lines.append(replace(refused(error), check="nodes", host=host))
+        lines.append(replace(failure_of(error), check="nodes", host=host))
     except (RuntimeError, OSError) as error:
         found = f"{address}:{port + _PORT_AFTER}, the first node: {str(error).splitlines()[0]}"
-        lines.append(Line("nodes", "refusal", found, "look at that machine and the network", host=host))
+        lines.append(
+            CheckResult("nodes", "failure", found, "look at that machine and the network", host=host)
+        )
     plan = None
     try:
         facts = read_profile(assets.find("launch", profile, ".yaml")) if profile else {}
-        limit = seconds(time_limit) if time_limit else _time_left()
+        limit = parse_slurm_time(time_limit) if time_limit else _time_left()
         if load is not None:
             plan = _plan(load(), out, nodes or (meeting.count if meeting else 1), gpus, facts, limit, quick)
     except UserError as error:
-        lines.append(replace(refused(error), check="config", host=host))
+        lines.append(replace(failure_of(error), check="config", host=host))
     speaks = meeting is None or meeting.first
     for line in lines:
         show(line)
     for check in _checks(plan, meeting, quick):
         with working(f"doctor: {check.name}", quiet=not speaks):
-            told = list(examine([check], host))
+            told = list(run_checks([check], host))
         for line in told:
             lines.append(line)
             if speaks:
                 show(line)
     if meeting is not None:
-        theirs = meeting.exchange([asdict(line) for line in lines if line.state != "ok"], _OTHERS_S)
+        theirs = meeting.gather([asdict(line) for line in lines if line.state != "ok"], _OTHERS_S)
         for each in theirs:
-            lines.append(Line(**each))  # type: ignore[arg-type]
+            lines.append(CheckResult(**each))  # type: ignore[arg-type]
             show(lines[-1])
     worst = verdict(lines)
     if speaks:
         _conclude(lines, as_json, time.monotonic() - began)
-    refuses = worst == "refusal"
-    return not (meeting.agree(refuses, _OTHERS_S) if meeting else refuses)
+    refuses = worst == "failure"
+    return not (meeting.share_verdict(refuses, _OTHERS_S) if meeting else refuses)
 
 
 def _plan(
@@ -119,7 +121,7 @@ def _plan(
     return Plan(settings, out, facts, nodes, here, limit_s, not elsewhere, quick)
 
 
-def _checks(plan: Plan | None, meeting: Meeting | None, quick: bool) -> list[Check]:
+def _checks(plan: Plan | None, meeting: Rendezvous | None, quick: bool) -> list[Check]:
     """Return what is to be looked at, the fast first, and what measures alone."""
     slow = 90.0
     checks = [
@@ -128,7 +130,7 @@ def _checks(plan: Plan | None, meeting: Meeting | None, quick: bool) -> list[Che
         Check("java", lambda: machine.java(plan), 30),
     ]
     if meeting is not None:
-        checks.append(Check("nodes", lambda: network.pairs(meeting), 60))
+        checks.append(Check("nodes", lambda: network.check_links(meeting), 60))
     if plan is not None:
         checks += [
             Check("workers", lambda: machine.workers(plan), 10),
@@ -152,19 +154,19 @@ def _time_left() -> float | None:
     return float(text) - time.time() if text.isdecimal() and int(text) else None
 
 
-def _shown(as_json: bool) -> Callable[[Line], None]:
+def _shown(as_json: bool) -> Callable[[CheckResult], None]:
     """Return what tells of a line as soon as it is there, where no table and no document is to come."""
     if as_json or sys.stdout.isatty():
         return lambda _: None
     return lambda line: print(_plain(line), flush=True)
 
 
-def _plain(line: Line) -> str:
+def _plain(line: CheckResult) -> str:
     text = f"{line.state:<8} {line.check:<10} {line.found}" + (f"; {line.cure}" if line.cure else "")
     return text if not line.host or line.state == "ok" else f"{text} [{line.host}]"
 
 
-def _conclude(lines: list[Line], as_json: bool, took_s: float) -> None:
+def _conclude(lines: list[CheckResult], as_json: bool, took_s: float) -> None:
     if as_json:
         print(json.dumps(document(lines), indent=1))
         return
@@ -182,16 +184,16 @@ def _conclude(lines: list[Line], as_json: bool, took_s: float) -> None:
     unknown = sum(line.state == "ok" and not line.measured for line in lines)
     counts = {state: sum(line.state == state for line in lines) for state in _STYLES}
     told = f"{counts['ok'] - unknown} ok" + f", {unknown} not measured" * bool(unknown)
-    told += f", {count_of(counts['warning'], 'warning')}, {count_of(counts['refusal'], 'refusal')}"
-    ending = {"ok": "the job can start", "warning": "the job can start", "refusal": "the job would fail"}
+    told += f", {pluralize(counts['warning'], 'warning')}, {pluralize(counts['failure'], 'failure')}"
+    ending = {"ok": "the job can start", "warning": "the job can start", "failure": "the job would fail"}
     print(f"doctor: {told}; {ending[verdict(lines)]} ({took_s:.1f} s)")
 
 
-def _mark(line: Line, style: str) -> Text:
+def _mark(line: CheckResult, style: str) -> Text:
     return Text(line.state if line.measured else "-", style)
 
 
-def _cell(line: Line, several: bool) -> Text:
+def _cell(line: CheckResult, several: bool) -> Text:
     """Return what was found, on which of several machines, and the cure."""
     text = Text(line.found, "" if line.measured else "dim")
     if line.cure:

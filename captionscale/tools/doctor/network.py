@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
-from captionscale.tools.doctor.report import Line, ok, refusal, warning
+from captionscale.tools.doctor.report import CheckResult, failure, ok, warning
 
 _MEET_S, _PAIR_S, _ALL_S = 20.0, 5.0, 20.0
 _NUMBERS, _TIMES = 1 << 20, 3
@@ -26,7 +26,7 @@ _SLOW = 4
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """The nodes of a job that have come together."""
 
     store: TCPStore
@@ -40,22 +40,22 @@ class Meeting:
         """Whether this node speaks for all."""
         return self.node == 0
 
-    def exchange(self, lines: list[dict[str, object]], patience_s: float) -> list[dict[str, object]]:
+    def gather(self, lines: list[dict[str, object]], timeout_s: float) -> list[dict[str, object]]:
         """Give lines to the first node, which returns those of the others that came in time."""
         if not self.first:
             self.store.set(f"lines/{self.node}", json.dumps(lines))
             return []
-        others, deadline = [], time.monotonic() + patience_s
+        others, deadline = [], time.monotonic() + timeout_s
         for node, host in self.hosts.items():
             key = f"lines/{node}"
             if node and _wait(self.store, key, deadline):
                 others += json.loads(self.store.get(key))
             elif node:
-                late = warning(f"{host} has said nothing within {patience_s:g} s", "look at that machine")
+                late = warning(f"{host} has said nothing within {timeout_s:g} s", "look at that machine")
                 others.append({**vars(late), "check": "nodes", "host": host, "measured": False})
         return others
 
-    def agree(self, refused: bool, patience_s: float) -> bool:
+    def share_verdict(self, refused: bool, timeout_s: float) -> bool:
         """Return the first node's verdict on all of them, or this node's own if that one is gone."""
         if self.first:
             self.store.set("verdict", str(int(refused)))
@@ -65,14 +65,14 @@ class Meeting:
                 if node:
                     _wait(self.store, f"heard/{node}", deadline)
             return refused
-        if not _wait(self.store, "verdict", time.monotonic() + patience_s):
+        if not _wait(self.store, "verdict", time.monotonic() + timeout_s):
             return refused
         refused = self.store.get("verdict") == b"1"
         self.store.set(f"heard/{self.node}", "1")
         return refused
 
 
-def meet(node: int, count: int, address: str, port: int) -> Meeting:
+def rendezvous(node: int, count: int, address: str, port: int) -> Rendezvous:
     """Meet the other nodes; whoever has not come within a deadline is left out.
 
     Raises:
@@ -93,12 +93,12 @@ def meet(node: int, count: int, address: str, port: int) -> Meeting:
     names = {each: store.get(f"here/{each}").decode() for each in arrived}
     # On a test's one machine all have the same name.
     same = len(set(names.values())) < len(names)
-    return Meeting(
+    return Rendezvous(
         store, node, count, {each: f"{name}#{each}" if same else name for each, name in names.items()}
     )
 
 
-def pairs(meeting: Meeting) -> Iterator[Line]:
+def check_links(meeting: Rendezvous) -> Iterator[CheckResult]:
     """Sum up numbers between every two nodes, and name the ways that are dead or slow.
 
     All nodes call it; the first one has something to say.
@@ -117,10 +117,10 @@ def pairs(meeting: Meeting) -> Iterator[Line]:
                 for pair, value in json.loads(meeting.store.get(f"pairs/{node}")).items():
                     # What one of them calls dead is dead.
                     found[pair] = value if pair not in found or isinstance(value, str) else found[pair]
-        yield from tell(meeting.hosts, meeting.count, found)
+        yield from report_links(meeting.hosts, meeting.count, found)
 
 
-def tell(hosts: dict[int, str], count: int, found: dict[str, float | str]) -> Iterator[Line]:
+def report_links(hosts: dict[int, str], count: int, found: dict[str, float | str]) -> Iterator[CheckResult]:
     """Say what was found between nodes.
 
     Args:
@@ -133,7 +133,7 @@ def tell(hosts: dict[int, str], count: int, found: dict[str, float | str]) -> It
         " node out"
     )
     for node in sorted(set(range(count)) - hosts.keys()):
-        yield refusal(
+        yield failure(
             f"node {node} of {count} did not come within {_MEET_S:g} s", "look at that machine; --exclude it"
         )
 
@@ -145,7 +145,7 @@ def tell(hosts: dict[int, str], count: int, found: dict[str, float | str]) -> It
     usual = median(paces.values()) if paces else 0.0
     for pair, value in sorted(found.items()):
         if isinstance(value, str):
-            yield refusal(f"no all-reduce between {name(pair)} ({value})", cure)
+            yield failure(f"no all-reduce between {name(pair)} ({value})", cure)
         elif value < usual / _SLOW:
             yield warning(
                 f"all-reduce between {name(pair)}: {value / 1e6:,.0f} MB/s, the usual is {usual / 1e6:,.0f}",
@@ -170,7 +170,7 @@ def _rounds(nodes: list[int], node: int) -> Iterator[tuple[int, int]]:
         ring = [ring[0], ring[-1], *ring[1:-1]]
 
 
-def _sum_up(meeting: Meeting, left: int, right: int) -> float | str:
+def _sum_up(meeting: Rendezvous, left: int, right: int) -> float | str:
     """Return the bytes per second of an all-reduce between this node and another, or why there is none."""
     store = PrefixStore(f"pair/{left}-{right}", meeting.store)
     patience = timedelta(seconds=_PAIR_S)

@@ -35,18 +35,18 @@ class Plan:
     profile: Mapping[str, Any]
     """As `profiles.read_profile` gives it."""
     nodes: int
-    here: int
+    processes_per_node: int
     """Processes on each node."""
-    limit_s: float | None
+    time_limit_s: float | None
     """Of the job's time; none: unknown, or unlimited."""
     in_job: bool
     """Whether this machine is one that the run will have."""
     quick: bool
 
     @property
-    def processes(self) -> int:
+    def world_size(self) -> int:
         """Of all nodes."""
-        return self.nodes * self.here
+        return self.nodes * self.processes_per_node
 
     @property
     def cpu(self) -> bool:
@@ -88,20 +88,20 @@ class Plan:
         return vocab.build(captions, data.min_count, data.max_vocabulary)
 
     @cached_property
-    def sketch(self) -> Captioner:
+    def meta_captioner(self) -> Captioner:
         """The captioner, without any memory for its numbers."""
         with torch.device("meta"):
             return Captioner(self.settings.model, len(self.vocabulary))
 
 
-def seconds(text: str) -> float:
+def parse_slurm_time(text: str) -> float:
     """Read a time as SLURM writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on.
 
     Raises:
         UserError: It is not one.
 
     Examples:
-        >>> seconds("90"), seconds("1:30"), seconds("4:00:00"), seconds("1-0"), seconds("2-03:30")
+        >>> parse_slurm_time("90"), parse_slurm_time("1:30"), parse_slurm_time("4:00:00"), parse_slurm_time("1-0"), parse_slurm_time("2-03:30")
         (5400.0, 90.0, 14400.0, 86400.0, 185400.0)
     """
     found = _TIMES.fullmatch(text.strip())

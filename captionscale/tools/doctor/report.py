@@ -12,8 +12,8 @@ from typing import Any, Literal
 from captionscale.errors import UserError
 from captionscale.version import __version__
 
-State = Literal["ok", "warning", "refusal"]
-_STATES: tuple[State, ...] = ("ok", "warning", "refusal")
+State = Literal["ok", "warning", "failure"]
+_STATES: tuple[State, ...] = ("ok", "warning", "failure")
 
 _THREAD = "doctor-"
 
@@ -22,7 +22,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Line:
+class CheckResult:
     """One thing that was looked at."""
 
     check: str
@@ -44,37 +44,37 @@ class Check:
     """A question, and how long it may take."""
 
     name: str
-    ask: Callable[[], Iterable[Line]]
+    run: Callable[[], Iterable[CheckResult]]
     deadline_s: float | int
 
 
-def ok(found: str) -> Line:
+def ok(found: str) -> CheckResult:
     """Return that something is as it should be."""
-    return Line("", "ok", found)
+    return CheckResult("", "ok", found)
 
 
-def warning(found: str, cure: str) -> Line:
+def warning(found: str, cure: str) -> CheckResult:
     """Return that something may cost time or quality."""
-    return Line("", "warning", found, cure)
+    return CheckResult("", "warning", found, cure)
 
 
-def refusal(found: str, cure: str) -> Line:
+def failure(found: str, cure: str) -> CheckResult:
     """Return that the job would fail."""
-    return Line("", "refusal", found, cure)
+    return CheckResult("", "failure", found, cure)
 
 
-def unmeasured(why: str) -> Line:
+def skipped(why: str) -> CheckResult:
     """Return that something could not be looked at."""
-    return Line("", "ok", f"not measured: {why}", measured=False)
+    return CheckResult("", "ok", f"not measured: {why}", measured=False)
 
 
-def refused(error: UserError) -> Line:
+def failure_of(error: UserError) -> CheckResult:
     """Return an error that the job would end with."""
     found, separator, cure = str(error).rpartition("; ")
-    return refusal(found, cure) if separator else refusal(cure, "see above")
+    return failure(found, cure) if separator else failure(cure, "see above")
 
 
-def examine(checks: Iterable[Check], host: str) -> Iterator[Line]:
+def run_checks(checks: Iterable[Check], host: str) -> Iterator[CheckResult]:
     """Yield what checks find, one after the other, each in a thread that is left behind at its deadline.
 
     Args:
@@ -85,7 +85,7 @@ def examine(checks: Iterable[Check], host: str) -> Iterator[Line]:
     late = replace(warning("", cure), measured=False)
     for check in checks:
         began, over = time.monotonic(), False
-        said: queue.Queue[Line | None] = queue.Queue()
+        said: queue.Queue[CheckResult | None] = queue.Queue()
         threading.Thread(target=_ask, args=(check, said), name=_THREAD + check.name, daemon=True).start()
         while True:
             left = check.deadline_s - (time.monotonic() - began)
@@ -100,12 +100,12 @@ def examine(checks: Iterable[Check], host: str) -> Iterator[Line]:
                 break
 
 
-def _ask(check: Check, said: "queue.Queue[Line | None]") -> None:
+def _ask(check: Check, said: "queue.Queue[CheckResult | None]") -> None:
     try:
-        for line in check.ask():
+        for line in check.run():
             said.put(line)
     except UserError as error:
-        said.put(refused(error))
+        said.put(failure_of(error))
     # Whatever it is, the other checks are to be made.
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -113,22 +113,22 @@ def _ask(check: Check, said: "queue.Queue[Line | None]") -> None:
     said.put(None)
 
 
-def verdict(lines: Iterable[Line]) -> State:
+def verdict(lines: Iterable[CheckResult]) -> State:
     """Return the worst state."""
     return max((line.state for line in lines), key=_STATES.index, default="ok")
 
 
-def document(lines: list[Line]) -> dict[str, Any]:
+def document(lines: list[CheckResult]) -> dict[str, Any]:
     """Return what `--json` prints; `docs/running.md` describes it."""
     return {
         "format": FORMAT,
         "captionscale": __version__,
         "verdict": verdict(lines),
-        "lines": [asdict(line) for line in lines],
+        "results": [asdict(line) for line in lines],
     }
 
 
-def leave(code: int) -> None:
+def exit_process(code: int) -> None:
     """End with an exit code, also if a check still hangs in a thread that others wait for at the end."""
     if any(thread.name.startswith(_THREAD) for thread in threading.enumerate()):
         sys.stdout.flush()

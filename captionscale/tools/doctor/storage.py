@@ -17,8 +17,8 @@ from captionscale.data.verification import check_sample
 from captionscale.errors import UserError
 from captionscale.progress import duration
 from captionscale.tools.doctor.plan import Plan
-from captionscale.tools.doctor.report import Line, ok, refusal, refused, unmeasured, warning
-from captionscale.tools.profiles import count_of, refuse_unfit
+from captionscale.tools.doctor.report import CheckResult, failure, failure_of, ok, skipped, warning
+from captionscale.tools.profiles import check_process_count, pluralize
 from captionscale.train import checkpoints
 from captionscale.train.checkpoint_writer import checkpoint_bytes, refuse_full_disk
 from captionscale.train.log_reader import figures
@@ -31,11 +31,11 @@ _KEPT = ("seed", "model.", "train.global_batch", "train.micro_batch", "train.obj
 """Begins the names of settings that may not change within a run."""
 
 
-def shards(plan: Plan) -> Iterator[Line]:
+def shards(plan: Plan) -> Iterator[CheckResult]:
     """Compare the shards with the config: splits, captions, counts, and some samples' checksums."""
     data, splits = plan.settings.data, manifest_of(plan.place).splits
     if data.train_split == data.val_split:
-        yield refusal(
+        yield failure(
             f"data.train_split and data.val_split are both '{data.train_split}': what is scored was learned",
             f"set data.val_split to another of {', '.join(sorted(splits))}",
         )
@@ -45,13 +45,11 @@ def shards(plan: Plan) -> Iterator[Line]:
             split = Split(plan.place, name)
             split.need_captions("to train; pack the data set with its captions")
         except UserError as error:
-            yield refused(error)
+            yield failure_of(error)
         else:
             opened.append(split)
     if isinstance(plan.place, Remote):
-        yield unmeasured(
-            f"samples of {plan.place}: each shard is compared with its hash when it is downloaded"
-        )
+        yield skipped(f"samples of {plan.place}: each shard is compared with its hash when it is downloaded")
     else:
         for split in opened:
             yield from _sampled(split, plan.quick)
@@ -63,40 +61,38 @@ def shards(plan: Plan) -> Iterator[Line]:
         yield ok(f"{plan.place}: {told}")
 
 
-def _sampled(split: Split, quick: bool) -> Iterator[Line]:
+def _sampled(split: Split, quick: bool) -> Iterator[CheckResult]:
     count = min(len(split), _QUICK_SAMPLES if quick else _SAMPLES)
     # Others each time: what one call does not see, the next may.
     items = np.random.default_rng().choice(len(split), count, replace=False)
     found = [problem for item in items.tolist() for problem in check_sample(split, item, deep=False)]
     if found:
         more = f" (and {len(found) - 1} more of {count} samples)" if len(found) > 1 else ""
-        line = refused(UserError(found[0]))
-        yield refusal(line.found + more, f"{line.cure}; captionscale verify {split.place} names them all")
+        line = failure_of(UserError(found[0]))
+        yield failure(line.found + more, f"{line.cure}; captionscale verify {split.place} names them all")
     else:
         yield ok(f"{split.name}: checksums of {count:,} of {len(split):,} samples hold")
 
 
-def batches(plan: Plan) -> Iterator[Line]:
+def batches(plan: Plan) -> Iterator[CheckResult]:
     """Divide a step's micro-batches among the processes."""
     train = plan.settings.train
-    refuse_unfit(plan.settings, plan.processes, plan.nodes, plan.profile)
+    check_process_count(plan.settings, plan.world_size, plan.nodes, plan.profile)
     count = train.global_batch // train.micro_batch
-    shares = (
-        f"{count_of(count, 'micro-batch')} of {train.micro_batch} for {count_of(plan.processes, 'process')}"
-    )
-    if rest := count % plan.processes:
-        idle = 1 - count / (plan.processes * -(-count // plan.processes))
+    shares = f"{pluralize(count, 'micro-batch')} of {train.micro_batch} for {pluralize(plan.world_size, 'process')}"
+    if rest := count % plan.world_size:
+        idle = 1 - count / (plan.world_size * -(-count // plan.world_size))
         yield warning(
-            f"{shares}: {plan.processes - rest} wait while the others do one more ({idle:.0%} of the time)",
+            f"{shares}: {plan.world_size - rest} wait while the others do one more ({idle:.0%} of the time)",
             "take a number of processes that divides them",
         )
     else:
-        yield ok(f"{shares}: {count // plan.processes} each")
+        yield ok(f"{shares}: {count // plan.world_size} each")
     order = plan.order
     yield ok(f"{order.steps_per_epoch:,} steps in an epoch, {plan.steps:,} in the run")
 
 
-def weights(plan: Plan) -> Iterator[Line]:
+def weights(plan: Plan) -> Iterator[CheckResult]:
     """Look for the weights that the run begins with."""
     encoder, start = plan.settings.model.encoder, plan.settings.train.start_from
     if plan.run and steps(plan.run):
@@ -120,13 +116,13 @@ def weights(plan: Plan) -> Iterator[Line]:
     elif Path(encoder.weights).is_file():
         yield ok(f"{encoder.weights}: there")
     else:
-        yield refusal(
+        yield failure(
             f"model.encoder.weights = '{encoder.weights}': no such file",
             "correct the path (a relative one starts at the folder you are in)",
         )
 
 
-def run(plan: Plan) -> Iterator[Line]:
+def run(plan: Plan) -> Iterator[CheckResult]:
     """Look whether the run's folder holds a run that can go on."""
     assert plan.run is not None
     if not plan.run.exists():
@@ -149,7 +145,7 @@ def run(plan: Plan) -> Iterator[Line]:
         if key.startswith(_KEPT) and old.get(key) != new.get(key)
     ]
     if differing:
-        yield refusal(
+        yield failure(
             f"{saved.folder}: is of another experiment: {', '.join(differing)}",
             "set these back, or take another --out",
         )
@@ -157,20 +153,20 @@ def run(plan: Plan) -> Iterator[Line]:
         yield ok(f"{plan.run}: step {saved.standing.step:,} is whole")
 
 
-def disk(plan: Plan) -> Iterator[Line]:
+def disk(plan: Plan) -> Iterator[CheckResult]:
     """Write into the run's folder, ask for room for checkpoints, compare their time with the grace."""
     folder = _nearest(plan.run or Path())
     probe = _QUICK_PROBE_BYTES if plan.quick else _PROBE_BYTES
     try:
         pace = _write(folder, probe)
     except OSError as error:
-        yield refusal(
+        yield failure(
             f"{folder}: cannot be written ({error.strerror})",
             "correct the path or its rights, free the disk, or take --out elsewhere",
         )
         return
     yield ok(f"{folder}: written to at {pace / 1e6:,.0f} MB/s")
-    size = checkpoint_bytes(plan.sketch, bool(plan.settings.train.average))
+    size = checkpoint_bytes(plan.meta_captioner, bool(plan.settings.train.average))
     keep = plan.settings.train.keep
     refuse_full_disk(plan.run or folder, size, keep, folder)
     yield ok(f"{folder}: has room for {keep + 3} checkpoints of {size / 1e6:,.0f} MB")
@@ -181,7 +177,7 @@ def disk(plan: Plan) -> Iterator[Line]:
     told = f"a checkpoint takes {duration(needed)} ({source}), train.grace_s is {grace:g}"
     cure = f"set train.grace_s to {max(30, round(4 * needed))} or more, and SLURM's --signal likewise"
     if needed > grace:
-        yield refusal(told + ": a job whose time ends would lose its work", cure)
+        yield failure(told + ": a job whose time ends would lose its work", cure)
     elif needed > grace / 2:
         yield warning(told + ": a slow step or disk would cost the last steps", cure)
     else:

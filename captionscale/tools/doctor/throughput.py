@@ -14,7 +14,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.progress import duration
 from captionscale.tools.doctor.plan import Plan
-from captionscale.tools.doctor.report import Line, ok, refusal, unmeasured, warning
+from captionscale.tools.doctor.report import CheckResult, failure, ok, skipped, warning
 from captionscale.train.log_reader import figures
 from captionscale.train.losses import cross_entropy
 from captionscale.train.optimizer import make_optimizer
@@ -111,17 +111,17 @@ def _logged(plan: Plan) -> float:
     return median(rates[-_RECENT:]) if rates else 0.0
 
 
-def loading(plan: Plan) -> Iterator[Line]:
+def loading(plan: Plan) -> Iterator[CheckResult]:
     """Compare what a process loads with what it learns from."""
     if plan.settings.train.cache_features:
-        yield unmeasured("train.cache_features: features are read, and no picture is decoded")
+        yield skipped("train.cache_features: features are read, and no picture is decoded")
         return
     data = plan.settings.data
     loads = _loaded(plan)
     told = f"a process loads {loads:,.0f} images/s with data.workers = {data.workers} on this machine"
     needs, how = _learned(plan)
     if not needs:
-        yield unmeasured(f"{told}; what a step needs is unknown: {how}")
+        yield skipped(f"{told}; what a step needs is unknown: {how}")
         return
     told += f", a step takes {needs:,.3g} images/s ({how})"
     if loads < needs:
@@ -137,20 +137,20 @@ def loading(plan: Plan) -> Iterator[Line]:
         yield ok(told)
 
 
-def finish(plan: Plan) -> Iterator[Line]:
+def finish(plan: Plan) -> Iterator[CheckResult]:
     """Foretell how long an epoch and the whole run take, and compare that with the job's time."""
     rate, source = _logged(plan), f"by {plan.run}/log.jsonl"
     if not rate:
         if plan.quick:
             yield from _haste(plan, 0.0)
-            yield unmeasured("the run has no log yet that would tell its pace")
+            yield skipped("the run has no log yet that would tell its pace")
             return
         learns, how = _learned(plan)
         loads = learns if plan.settings.train.cache_features else _loaded(plan)
-        rate, source = min(learns, loads) * plan.processes, f"at best, by {how}"
+        rate, source = min(learns, loads) * plan.world_size, f"at best, by {how}"
         if not rate:
             yield from _haste(plan, 0.0)
-            yield unmeasured(f"the pace is unknown: {how}, and the run has no log yet")
+            yield skipped(f"the pace is unknown: {how}, and the run has no log yet")
             return
     epoch_s = len(plan.split) / rate
     step_s = epoch_s / plan.order.steps_per_epoch
@@ -163,28 +163,28 @@ def finish(plan: Plan) -> Iterator[Line]:
         f"{rate:,.0f} images/s ({source}): {duration(epoch_s)} an epoch, {duration(left)} to the end, and the"
         " time of validations"
     )
-    if (hasty := list(_haste(plan, step_s))) or plan.limit_s is None:
+    if (hasty := list(_haste(plan, step_s))) or plan.time_limit_s is None:
         yield from hasty
         yield ok(told)
         return
-    usable = plan.limit_s - plan.settings.train.grace_s
+    usable = plan.time_limit_s - plan.settings.train.grace_s
     if left > usable:
         yield warning(
-            f"{told}; the job ends after {duration(plan.limit_s)}: it takes about {-int(-left // usable)}"
+            f"{told}; the job ends after {duration(plan.time_limit_s)}: it takes about {-int(-left // usable)}"
             " such jobs, one after the other",
             "let it requeue itself, or ask for more --time, nodes or GPUs",
         )
     else:
-        yield ok(f"{told}; the job has {duration(plan.limit_s)}")
+        yield ok(f"{told}; the job has {duration(plan.time_limit_s)}")
 
 
-def _haste(plan: Plan, step_s: float) -> Iterator[Line]:
+def _haste(plan: Plan, step_s: float) -> Iterator[CheckResult]:
     """Refuse a job that would end before it has done anything."""
     grace = plan.settings.train.grace_s
-    if plan.limit_s is not None and plan.limit_s <= grace + step_s:
+    if plan.time_limit_s is not None and plan.time_limit_s <= grace + step_s:
         step = f" and a step takes {duration(step_s)}" if step_s else ""
-        yield refusal(
-            f"the job has {duration(plan.limit_s)}, of which train.grace_s = {grace:g} are kept to save"
+        yield failure(
+            f"the job has {duration(plan.time_limit_s)}, of which train.grace_s = {grace:g} are kept to save"
             f" in{step}: it would do nothing",
             "ask for more --time, or lower train.grace_s",
         )

@@ -23,9 +23,9 @@ from captionscale.errors import UserError
 from captionscale.files import unwritable
 from captionscale.progress import working
 from captionscale.tools.export import example
-from captionscale.tools.export.card import card
+from captionscale.tools.export.card import model_card
 from captionscale.tools.export.check import Check, check
-from captionscale.tools.export.parts import Exported, Part, Run, parts
+from captionscale.tools.export.parts import ExportedCaptioner, Part, Run, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
 from captionscale.train.checkpoint import Checkpoint
 from captionscale.train.checkpoints import open_run, seal
@@ -81,14 +81,16 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
             for part in made:
                 with working(f"exporting {part.name}"):
                     programs[part.name] = _WRITERS[to](part, folder, batch)
-            checked = check(captioner, Exported(made, programs, batch), pictures, config.data.max_words)
+            checked = check(
+                captioner, ExportedCaptioner(made, programs, batch), pictures, config.data.max_words
+            )
             saved.vocabulary().save(folder / "vocab.json")
         if to == "onnx":
             shutil.copy(example.__file__, folder / "example.py")
         # The hub knows by this name what a folder is.
         name = "config.json" if to == "hub" else "export.json"
         (folder / name).write_text(json.dumps(_settings(saved, batch, checked), indent=1), encoding="utf-8")
-        text = card(run, saved, to, checked, shards)
+        text = model_card(run, saved, to, checked, shards)
         (folder / "README.md").write_text(text, encoding="utf-8")
     if checked is None:
         return f"{out}: whole; captionscale.load({str(out)!r}) reads it, and README.md is to be gone through"
@@ -145,7 +147,7 @@ def _settings(saved: Checkpoint, batch: int | None, checked: Check | None) -> di
         "length_power": config.search.length_power,
         "batch": batch,
         "weights_sha256": saved.sha256,
-        "checked": checked and checked.tree(),
+        "checked": checked and checked.to_dict(),
     }
 
 

@@ -44,13 +44,13 @@ encoder = torch.export.load("encoder.pt2").module()
 ```python
 import captionscale
 for caption in captionscale.load("model").caption(["photo.jpg"]):
-    print(caption.caption, caption.log_probability)
+    print(caption.caption, caption.log_prob)
 ```
 """,
 }
 
 
-def card(run: Path, saved: Checkpoint, to: str, checked: Check | None, shards: str | None) -> str:
+def model_card(run: Path, saved: Checkpoint, to: str, checked: Check | None, shards: str | None) -> str:
     """Return the card, in Markdown.
 
     Args:
@@ -114,7 +114,7 @@ def _scores(run: Path, saved: Checkpoint) -> Iterator[str]:
         found += 1
         counts = receipt.counts
         yield (
-            f"\nSplit {for_markdown_code(str(receipt.made_by['split']))}: {counts['images']:,} images,"
+            f"\nSplit {for_markdown_code(str(receipt.provenance['split']))}: {counts['images']:,} images,"
             f" {counts['references']:,} references.\n\n| metric | score | 95 % interval |\n|---|---|---|"
         )
         for name, value in receipt.scores.items():

@@ -12,7 +12,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.generate import search
 from captionscale.progress import progress
-from captionscale.tools.export.parts import Exported
+from captionscale.tools.export.parts import ExportedCaptioner
 from captionscale.vocab import START
 
 TOLERANCE = 1e-3
@@ -28,30 +28,33 @@ class Check:
     """Greatest difference of any logit, over all words of all captions."""
     tolerance: float = TOLERANCE
 
-    def tree(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return it as JSON has it."""
         return asdict(self)
 
 
 @torch.no_grad()
 def check(
-    captioner: Captioner, exported: Exported, pictures: UInt8[Tensor, "image 3 height width"], max_words: int
+    captioner: Captioner,
+    exported: ExportedCaptioner,
+    images: UInt8[Tensor, "image 3 height width"],
+    max_words: int,
 ) -> Check:
     """Compare exported programs with the model that they were made from.
 
     Args:
         captioner: In evaluation mode.
         exported: The programs.
-        pictures: To caption by greedy search.
+        images: To caption by greedy search.
         max_words: Of a caption.
 
     Raises:
         UserError: A logit differs by more than `TOLERANCE`, or a caption differs.
     """
     greatest = 0.0
-    with progress("comparing with the model", len(pictures), passing=True) as bar:
-        for first in range(0, len(pictures), _BATCH):
-            batch = pictures[first : first + _BATCH]
+    with progress("comparing with the model", len(images), passing=True) as bar:
+        for first in range(0, len(images), _BATCH):
+            batch = images[first : first + _BATCH]
             features, theirs = captioner.look(batch), exported.look(batch)
             said, others = (
                 [
@@ -69,11 +72,15 @@ def check(
                     " or another version of torch, onnxscript or onnxruntime"
                 )
             bar.advance(len(batch))
-    return Check(len(pictures), greatest)
+    return Check(len(images), greatest)
 
 
 def _difference(
-    captioner: Captioner, exported: Exported, features: Tensor, theirs: Tensor, said: Sequence[Sequence[int]]
+    captioner: Captioner,
+    exported: ExportedCaptioner,
+    features: Tensor,
+    theirs: Tensor,
+    said: Sequence[Sequence[int]],
 ) -> float:
     """Return by how much any logit differs while both read the same captions."""
     ours: Any = captioner.decoder.start(features)

@@ -40,7 +40,7 @@ def run(program: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     return {name: value[:rows] for name, value in zip(names, program.run(names, inputs), strict=True)}
 
 
-def see(path: Path, size: int) -> np.ndarray:
+def load_image(path: Path, size: int) -> np.ndarray:
     """Return an image's centre square as the encoder takes it: bytes, channels first."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     side = min(image.size)
@@ -49,10 +49,10 @@ def see(path: Path, size: int) -> np.ndarray:
     return np.asarray(square).transpose(2, 0, 1)[None]
 
 
-def search(picture: np.ndarray, beam: int, length_power: float, max_words: int) -> tuple[list[int], float]:
+def search(image: np.ndarray, beam: int, length_power: float, max_words: int) -> tuple[list[int], float]:
     """Return the best caption's tokens and log-probability; a beam of one is greedy search."""
     encoder, start, step = (load(name) for name in ("encoder", "start", "step"))
-    state = run(start, features=run(encoder, images=picture)["features"])
+    state = run(start, features=run(encoder, images=image)["features"])
     going: list[tuple[float, list[int]]] = [(0.0, [])]
     done: list[tuple[float, list[int]]] = []
     tokens = np.array([START])
@@ -90,10 +90,10 @@ def main() -> None:
     options = parser.parse_args()
     for path in options.images:
         try:
-            picture = see(path, settings["image_size"])
+            image = load_image(path, settings["image_size"])
         except (OSError, Image.DecompressionBombError) as error:
             raise SystemExit(f"{path}: no readable image ({error}); repair or remove it") from None
-        tokens, _ = search(picture, options.beam, settings["length_power"], settings["max_words"])
+        tokens, _ = search(image, options.beam, settings["length_power"], settings["max_words"])
         print(f"{path}\t{' '.join(words[token] for token in tokens if token != END)}")
 
 

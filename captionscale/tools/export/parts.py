@@ -1,4 +1,4 @@
-"""A captioner as three programs: pictures to features, these to a state, word and state to the next ones."""
+"""A captioner as three programs: images to features, these to a state, word and state to the next ones."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from captionscale.model.captioner import Captioner
 
-NEXT = "next_"
+NEXT_PREFIX = "next_"
 """Begins the name of what a step changes of its state."""
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
@@ -66,11 +66,11 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
 
     Args:
         captioner: In evaluation mode, on the CPU.
-        image_size: Side of the pictures, in pixels.
+        image_size: Side of the images, in pixels.
         batch: Of the examples.
     """
-    pictures = torch.randint(256, (batch, 3, image_size, image_size), dtype=torch.uint8)
-    features = captioner.look(pictures)
+    images = torch.randint(256, (batch, 3, image_size, image_size), dtype=torch.uint8)
+    features = captioner.look(images)
     state: Any = captioner.decoder.start(features)
     tokens = torch.ones(batch, dtype=torch.long)
     _, after, attention = captioner.decoder.step(tokens, state)
@@ -81,18 +81,18 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
     tensors = {name: getattr(state, name).clone() for name in names}
     said = ("logits", *(() if attention is None else ("attention",)))
     return [
-        Part("encoder", _Encoder(captioner), {"images": pictures}, ("features",)),
+        Part("encoder", _Encoder(captioner), {"images": images}, ("features",)),
         Part("start", _Start(captioner, names), {"features": features}, (*names,)),
         Part(
             "step",
             _Step(captioner, type(state), names, changing),
             {"tokens": tokens, **tensors},
-            (*said, *(NEXT + name for name in changing)),
+            (*said, *(NEXT_PREFIX + name for name in changing)),
         ),
     ]
 
 
-class Exported:
+class ExportedCaptioner:
     """Exported programs, as search knows a captioner: `look`, `start` and `step`."""
 
     def __init__(self, parts: Sequence[Part], programs: dict[str, Run], batch: int | None):
@@ -108,9 +108,9 @@ class Exported:
         self._names = [*step.inputs][1:]
         self._outputs = step.outputs
 
-    def look(self, pictures: Tensor) -> Float[Tensor, "image region feature"]:
-        """Return the features of pictures."""
-        return self._run("encoder", [pictures])[0]
+    def look(self, images: Tensor) -> Float[Tensor, "image region feature"]:
+        """Return the features of images."""
+        return self._run("encoder", [images])[0]
 
     def start(self, features: Float[Tensor, "image region feature"]) -> tuple[Tensor, ...]:
         """Return the state before any word."""
@@ -121,7 +121,9 @@ class Exported:
     ) -> tuple[Float[Tensor, "batch word"], tuple[Tensor, ...], None]:
         """Return the logits of the next word and the state after this one."""
         found = dict(zip(self._outputs, self._run("step", [tokens, *state]), strict=True))
-        after = [found.get(NEXT + name, before) for name, before in zip(self._names, state, strict=True)]
+        after = [
+            found.get(NEXT_PREFIX + name, before) for name, before in zip(self._names, state, strict=True)
+        ]
         return found["logits"], tuple(after), None
 
     def _run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:

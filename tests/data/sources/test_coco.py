@@ -292,8 +292,8 @@ def test_a_folder_that_lacks_the_images_is_told_from_the_one_that_has_them(tmp_p
 # ---- the real data
 
 
-def test_the_real_coco_sample_is_read_whole(shared):
-    root = shared / "coco_sample"
+def test_the_real_coco_sample_is_read_whole(real_data):
+    root = real_data / "coco_sample"
     for split, images in [("train", 144), ("val", 60)]:
         records = coco.official(
             root / f"{split}2017", root / "annotations" / f"captions_{split}2017.json", split
@@ -303,8 +303,8 @@ def test_the_real_coco_sample_is_read_whole(shared):
         assert all(record.name == f"{record.image_id:012}.jpg" for record in records)
 
 
-def test_the_real_file_of_coco_2014_gives_25010_captions(shared, touch):
-    captions = shared / "coco_karpathy" / "captions_test5k.json"
+def test_the_real_file_of_coco_2014_gives_25010_captions(real_data, touch):
+    captions = real_data / "coco_karpathy" / "captions_test5k.json"
     references = coco.references(captions)
     images = touch("i", *(name_2014(image_id) for image_id in references))
     records = coco.official(images, captions, "test")
@@ -315,8 +315,8 @@ def test_the_real_file_of_coco_2014_gives_25010_captions(shared, touch):
         coco.official(images, captions.with_name("dataset_coco_format_example.json"), "test")
 
 
-def test_the_real_lists_divide_the_real_captions(shared, touch, write):
-    root = shared / "coco_karpathy"
+def test_the_real_lists_divide_the_real_captions(real_data, touch, write):
+    root = real_data / "coco_karpathy"
     paths = [
         path
         for split in ("val", "test")

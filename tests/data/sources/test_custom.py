@@ -335,8 +335,8 @@ def test_a_name_that_no_file_can_say_in_utf8_is_refused(touch):
         custom.folder(images, "test", lambda _: 1)
 
 
-def test_a_real_folder_of_photographs_is_read(shared):
-    records = custom.folder(shared / "coco_sample", "test", lambda _: 1)
+def test_a_real_folder_of_photographs_is_read(real_data):
+    records = custom.folder(real_data / "coco_sample", "test", lambda _: 1)
     assert len(records) == 204
     assert records[0].name.startswith("train2017/")
     assert all(record.read().startswith(b"\xff\xd8") for record in records[::50])

@@ -176,8 +176,8 @@ def test_a_folder_of_lists_that_is_none_is_refused(tmp_path, touch, write):
         flickr.read(touch("i"), write("t", TOKEN), tmp_path / "lists")
 
 
-def test_both_layouts_of_flickr8k_give_the_same_records(shared):
-    root = shared / "flickr8k"
+def test_both_layouts_of_flickr8k_give_the_same_records(real_data):
+    root = real_data / "flickr8k"
     by_csv = flickr.read(root / "Images", root / "captions.txt", root)
     assert by_csv == flickr.read(root / "Images", root / "Flickr8k.token.txt", root)
     assert Counter(record.split for record in by_csv) == {"train": 6000, "val": 1000}

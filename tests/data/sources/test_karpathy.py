@@ -145,8 +145,8 @@ def test_a_folder_too_deep_or_not_deep_enough_is_told(images, write):
         karpathy.read(images.parent, file, "train")
 
 
-def test_the_true_layout_of_coco_is_read(shared, touch):
-    file = shared / "coco_karpathy" / "dataset_coco_format_example.json"
+def test_the_true_layout_of_coco_is_read(real_data, touch):
+    file = real_data / "coco_karpathy" / "dataset_coco_format_example.json"
     images = touch(
         "coco",
         *(f"val2014/COCO_val2014_{n:012}.jpg" for n in (391895, 522418, 184613)),

@@ -10,36 +10,36 @@ from pathlib import Path
 import httpx
 import pytest
 import uvicorn
-from experiment import opinionated_run
+from experiment import peaked_run
 from PIL import Image
 
 import captionscale
-from captionscale.tools.captioner_api import Writer
-from captionscale.tools.demo.endpoint import endpoint
+from captionscale.tools.captioner_api import CaptionPipeline
+from captionscale.tools.demo.endpoint import create_api
 from captionscale.tools.demo.service import BusyError, Limits, Service
 
-LIMITS = Limits(size_bytes=200_000, pixels=1_000_000, batch=8, window_s=0.05)
+LIMITS = Limits(max_file_bytes=200_000, max_pixels=1_000_000, max_batch_size=8, max_queue_delay_s=0.05)
 JPEG = {"Content-Type": "image/jpeg"}
 
 
 @pytest.fixture(scope="module")
-def writer(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Writer:
-    return captionscale.load(opinionated_run(tmp_path_factory.mktemp("endpoint"), packed))
+def writer(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> CaptionPipeline:
+    return captionscale.load(peaked_run(tmp_path_factory.mktemp("endpoint"), packed))
 
 
-class Counting(Writer):
+class Counting(CaptionPipeline):
     """A writer that knows how large its batches were."""
 
     batches: list[int]
 
-    def write(self, views, *arguments, **keywords):
+    def generate(self, views, *arguments, **keywords):
         self.batches.append(len(views))
-        return super().write(views, *arguments, **keywords)
+        return super().generate(views, *arguments, **keywords)
 
 
 @pytest.fixture
-def counting(writer: Writer) -> Counting:
-    counted = Counting(writer.members)
+def counting(writer: CaptionPipeline) -> Counting:
+    counted = Counting(writer.ensemble)
     counted.batches = []
     return counted
 
@@ -48,7 +48,7 @@ def counting(writer: Writer) -> Counting:
 def url(counting: Counting) -> Iterator[str]:
     service = Service(counting, LIMITS)
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = uvicorn.Server(uvicorn.Config(endpoint(service, "tiny"), log_level="critical"))
+        server = uvicorn.Server(uvicorn.Config(create_api(service, "tiny"), log_level="critical"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -58,9 +58,11 @@ def url(counting: Counting) -> Iterator[str]:
 
 
 def test_fifty_at_once_with_bad_ones_among_them_each_have_their_own_answer(
-    url: str, counting: Counting, scenes: Path
+    url: str, counting: Counting, synthetic_coco: Path
 ) -> None:
-    files = sorted(path for split in ("train", "test") for path in (scenes / f"{split}2017").iterdir())[:40]
+    files = sorted(
+        path for split in ("train", "test") for path in (synthetic_coco / f"{split}2017").iterdir()
+    )[:40]
     alone = [counting.caption([file], beam=3)[0] for file in files]
     counting.batches.clear()
     huge = io.BytesIO()
@@ -96,7 +98,7 @@ def test_fifty_at_once_with_bad_ones_among_them_each_have_their_own_answer(
             caption = next(expected)
             assert answer.json()["caption"] == caption.caption
             assert [word["word"] for word in answer.json()["words"]] == caption.words
-            assert answer.json()["log_probability"] == pytest.approx(caption.log_probability, abs=1e-3)
+            assert answer.json()["log_prob"] == pytest.approx(caption.log_prob, abs=1e-3)
         else:
             assert told in answer.json()["error"]
     assert sum(counting.batches) == 40
@@ -111,8 +113,10 @@ def test_who_asks_by_get_is_told_how_to_ask(url: str) -> None:
     assert "wanted POST" in answer.json()["error"]
 
 
-def test_a_sampled_caption_is_that_of_its_seed_whoever_shares_the_batch(url: str, scenes: Path) -> None:
-    data = sorted((scenes / "test2017").iterdir())[0].read_bytes()
+def test_a_sampled_caption_is_that_of_its_seed_whoever_shares_the_batch(
+    url: str, synthetic_coco: Path
+) -> None:
+    data = sorted((synthetic_coco / "test2017").iterdir())[0].read_bytes()
     seeds = [1, 2, 1, 3, 1]
 
     # Words alone: what shares the batch changes the rounding, and so the last digits of probabilities.
@@ -136,8 +140,10 @@ def test_a_sampled_caption_is_that_of_its_seed_whoever_shares_the_batch(url: str
         ("prefix=zebrafish", "the run has no word 'zebrafish'"),
     ],
 )
-def test_options_that_cannot_be_are_refused_by_name(url: str, scenes: Path, query: str, told: str) -> None:
-    data = next((scenes / "test2017").iterdir()).read_bytes()
+def test_options_that_cannot_be_are_refused_by_name(
+    url: str, synthetic_coco: Path, query: str, told: str
+) -> None:
+    data = next((synthetic_coco / "test2017").iterdir()).read_bytes()
     answer = httpx.post(f"{url}/caption?{query}", content=data, headers=JPEG, timeout=300)
     assert answer.status_code == 422
     assert told in answer.json()["error"]
@@ -148,11 +154,11 @@ def test_a_body_that_does_not_say_how_long_it_is_is_cut_off_at_the_limit(url: st
     assert answer.status_code == 413
 
 
-def test_when_as_many_wait_as_may_the_next_is_told_when_to_come_again(writer: Writer) -> None:
-    service = Service(writer, Limits(waiting=1))
-    app = endpoint(service, "tiny")
-    with service.guest():
-        with pytest.raises(BusyError, match="1 requests are waiting, wanted at most 1"), service.guest():
+def test_when_as_many_wait_as_may_the_next_is_told_when_to_come_again(writer: CaptionPipeline) -> None:
+    service = Service(writer, Limits(max_requests=1))
+    app = create_api(service, "tiny")
+    with service.admit():
+        with pytest.raises(BusyError, match="1 requests are waiting, wanted at most 1"), service.admit():
             pass
 
         async def ask() -> httpx.Response:
@@ -165,30 +171,31 @@ def test_when_as_many_wait_as_may_the_next_is_told_when_to_come_again(writer: Wr
 
         answer = asyncio.run(ask())
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
-    with service.guest():
+    with service.admit():
         pass
     service.close()
 
 
 def test_an_error_in_a_batch_is_told_to_all_in_it_and_the_next_are_served(
-    writer: Writer, scenes: Path, monkeypatch: pytest.MonkeyPatch
+    writer: CaptionPipeline, synthetic_coco: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service, view = Service(writer, LIMITS), writer.view(next((scenes / "test2017").iterdir()))
-    real, calls = writer.write, []
+    service, view = Service(writer, LIMITS), writer.view(next((synthetic_coco / "test2017").iterdir()))
+    real, calls = writer.generate, []
 
-    def write(*arguments, **keywords):
+    def generate(*arguments, **keywords):
         calls.append(time.monotonic())
         if len(calls) == 1:
             raise MemoryError("no room")
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(writer, "write", write)
-    both = [service.ask(view, writer.wish(), 0) for _ in range(2)]
+    monkeypatch.setattr(writer, "generate", generate)
+    both = [service.submit(view, writer.generation_request(), 0) for _ in range(2)]
     for answer in both:
         with pytest.raises(MemoryError, match="no room"):
             answer.result(60)
     assert (
-        service.ask(view, writer.wish()).result(60)[0].words == real([view], writer.wish(), [0])[0][0].words
+        service.submit(view, writer.generation_request()).result(60)[0].words
+        == real([view], writer.generation_request(), [0])[0][0].words
     )
     service.close()
 
@@ -201,7 +208,9 @@ def test_the_manual_says_what_openapi_says_and_loads_nothing_from_elsewhere(url:
         assert f"<code>{option['name']}</code>" in page
     for status in operation["responses"]:
         assert f"<td>{status}</td>" in page
-    assert operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"].endswith("Refusal")
+    assert operation["responses"]["422"]["content"]["application/json"]["schema"]["$ref"].endswith(
+        "ErrorResponse"
+    )
     assert "<script" not in page
     assert not [word for word in page.split('"') if word.startswith("http") and not word.startswith(url)]
     assert json.dumps(described).count("Search") == 0

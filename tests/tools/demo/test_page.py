@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from experiment import opinionated_run
+from experiment import peaked_run
 
 CHROMIUM = Path("/usr/bin/chromium")
 WAIT_MS = 180_000
@@ -32,7 +32,7 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(packed: Path, tmp_path_factory: pytest.TempPathFactory, temporary: Path) -> Iterator[str]:
-    with start(opinionated_run(tmp_path_factory.mktemp("page"), packed), temporary) as process:
+    with start(peaked_run(tmp_path_factory.mktemp("page"), packed), temporary) as process:
         assert process.stdout is not None
         yield process.stdout.readline().split()[0]
         process.send_signal(signal.SIGTERM)
@@ -43,11 +43,11 @@ def url(packed: Path, tmp_path_factory: pytest.TempPathFactory, temporary: Path)
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}")
 def test_a_picture_is_dropped_and_a_clicked_word_shows_where_the_model_looked(
-    url: str, scenes: Path, temporary: Path
+    url: str, synthetic_coco: Path, temporary: Path
 ) -> None:
     from playwright.sync_api import Request, sync_playwright
 
-    picture, text = sorted((scenes / "test2017").iterdir())[0], Path(__file__)
+    picture, text = sorted((synthetic_coco / "test2017").iterdir())[0], Path(__file__)
     foreign: list[str] = []
 
     def note(request: Request) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from experiment import opinionated_run
+from experiment import peaked_run
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
 from PIL import Image
@@ -15,14 +15,14 @@ from captionscale.data import decode
 from captionscale.errors import UserError
 from captionscale.tools.demo.request_body import TooLargeError, chunks
 from captionscale.tools.demo.service import Limits, Service
-from captionscale.tools.demo.uploads import Picture, Uploads
+from captionscale.tools.demo.uploads import DecodedImage, Uploads
 
-LIMITS = Limits(size_bytes=100_000, files=5, uploads=7)
+LIMITS = Limits(max_file_bytes=100_000, max_files=5, max_uploads=7)
 
 
 @pytest.fixture(scope="module")
 def service(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    service = Service(captionscale.load(opinionated_run(tmp_path_factory.mktemp("run"), packed)), LIMITS)
+    service = Service(captionscale.load(peaked_run(tmp_path_factory.mktemp("run"), packed)), LIMITS)
     yield service
     service.close()
 
@@ -55,9 +55,9 @@ def send(uploads: Uploads, *files: tuple[str, bytes]) -> list[str]:
 
 
 def test_an_upload_is_remembered_as_what_the_model_sees_and_a_preview(
-    service: Service, uploads: Uploads, scenes: Path
+    service: Service, uploads: Uploads, synthetic_coco: Path
 ) -> None:
-    file = next((scenes / "test2017").iterdir())
+    file = next((synthetic_coco / "test2017").iterdir())
     wide = io.BytesIO()
     Image.new("RGB", (9000, 10), "red").save(wide, "PNG")
     first, second, third = send(
@@ -65,13 +65,13 @@ def test_an_upload_is_remembered_as_what_the_model_sees_and_a_preview(
     )
     upload = uploads.get(first)
     assert upload.name == file.name
-    assert isinstance(upload.picture, Picture)
-    assert (upload.picture.view == service.writer.view(file)).all()
-    assert decode.pixels(upload.picture.preview, "").shape == decode.read(file).shape
-    thin = uploads.get(second).picture
-    assert isinstance(thin, Picture)
+    assert isinstance(upload.image, DecodedImage)
+    assert (upload.image.view == service.pipeline.view(file)).all()
+    assert decode.pixels(upload.image.preview, "").shape == decode.read(file).shape
+    thin = uploads.get(second).image
+    assert isinstance(thin, DecodedImage)
     assert decode.pixels(thin.preview, "").shape == (10, 40, 3)
-    bad = uploads.get(third).picture
+    bad = uploads.get(third).image
     assert isinstance(bad, UserError)
     assert "no.txt: not a readable image" in str(bad)
     with pytest.raises(UserError, match="not there, wanted what was dropped"):

@@ -8,7 +8,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from experiment import opinionated_run
+from experiment import peaked_run
 
 import captionscale
 from captionscale.cli import main
@@ -19,7 +19,7 @@ from captionscale.model.search.generate import search
 from captionscale.score import score
 from captionscale.tools.export import bundle
 from captionscale.tools.export.check import check
-from captionscale.tools.export.parts import Exported, parts
+from captionscale.tools.export.parts import ExportedCaptioner, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
 from captionscale.train.checkpoints import open_run
 
@@ -41,7 +41,7 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return opinionated_run(tmp_path_factory.mktemp("export"), packed)
+    return peaked_run(tmp_path_factory.mktemp("export"), packed)
 
 
 def captioner(name: str) -> Captioner:
@@ -62,19 +62,19 @@ def export(run: Path, out: Path, to: str, *options: str) -> None:
 def test_programs_caption_as_the_model_does_whatever_the_batch(tmp_path: Path, name, write, batch) -> None:
     model = captioner(name)
     made = parts(model, SIZE, batch or 2)
-    exported = Exported(made, {part.name: write(part, tmp_path, batch) for part in made}, batch)
-    pictures = torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
+    exported = ExportedCaptioner(made, {part.name: write(part, tmp_path, batch) for part in made}, batch)
+    images = torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
     for beam in (1, 4):
         ours, theirs = (
             search(each, features, beam=beam, max_words=8, length_power=0.7)
-            for each, features in ((model.decoder, model.look(pictures)), (exported, exported.look(pictures)))
+            for each, features in ((model.decoder, model.look(images)), (exported, exported.look(images)))
         )
         for mine, other in zip(ours, theirs, strict=True):
             # The others of a beam may be as likely as each other, but for rounding.
             assert mine[0].tokens == other[0].tokens
             for one, two in zip(mine, other, strict=True):
-                assert two.log_probability == pytest.approx(one.log_probability, abs=1e-3)
-    assert check(model, exported, pictures, 8).logits < 1e-4
+                assert two.log_prob == pytest.approx(one.log_prob, abs=1e-3)
+    assert check(model, exported, images, 8).logits < 1e-4
 
 
 def test_programs_that_say_something_else_are_refused(tmp_path: Path) -> None:
@@ -83,14 +83,14 @@ def test_programs_that_say_something_else_are_refused(tmp_path: Path) -> None:
     programs = {part.name: write_torch(part, tmp_path, None) for part in made}
     step = programs["step"]
     programs["step"] = lambda inputs: [step(inputs)[0] + 0.01, *step(inputs)[1:]]
-    pictures = torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    images = torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
     with pytest.raises(UserError, match=r"logits differ by 0\.01.*among images 0 to 1, wanted"):
-        check(model, Exported(made, programs, None), pictures, 8)
+        check(model, ExportedCaptioner(made, programs, None), images, 8)
 
 
 @pytest.mark.parametrize("options", [(), ("--batch", "3")], ids=["any batch", "batches of 3"])
 def test_the_example_says_what_the_command_says_with_neither_this_package_nor_torch(
-    run: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options
+    run: Path, synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options
 ) -> None:
     export(run, tmp_path / "out", "onnx", *options)
     said = capsys.readouterr().out
@@ -99,7 +99,7 @@ def test_the_example_says_what_the_command_says_with_neither_this_package_nor_to
     )
     assert said.endswith("the same captions by greedy search\n")
     # They have the size that the model sees: pillow and torch resize a little differently.
-    files = [str(file) for file in sorted((scenes / "test2017").iterdir())]
+    files = [str(file) for file in sorted((synthetic_coco / "test2017").iterdir())]
     forbidden = "import sys; sys.modules['captionscale'] = sys.modules['torch'] = None; "
     run_it = "import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
     for beam in ("1", "3"):
@@ -111,17 +111,15 @@ def test_the_example_says_what_the_command_says_with_neither_this_package_nor_to
 
 
 def test_the_hubs_folder_is_loaded_and_proven_and_names_no_folder_of_this_machine(
-    run: Path, packed: Path, scenes: Path, tmp_path: Path
+    run: Path, packed: Path, synthetic_coco: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "hub"
     export(run, out, "hub")
     names = {"README.md", "config.json", "config.toml", "model.safetensors", "state.json", "vocab.json"}
     assert {path.name for path in out.iterdir()} == names
-    files = sorted((scenes / "test2017").iterdir())
+    files = sorted((synthetic_coco / "test2017").iterdir())
     ours, theirs = (captionscale.load(folder).caption(files) for folder in (run, out))
-    assert [(it.words, it.log_probability) for it in ours] == [
-        (it.words, it.log_probability) for it in theirs
-    ]
+    assert [(it.words, it.log_prob) for it in ours] == [(it.words, it.log_prob) for it in theirs]
     text = "".join(path.read_text() for path in out.iterdir() if path.suffix != ".safetensors")
     assert str(packed.parent) not in text
     assert str(run.parent) not in text
@@ -134,8 +132,8 @@ def test_the_card_has_the_scores_of_these_very_weights(run: Path, tmp_path: Path
     assert "not scored" in _card(run, tmp_path / "before")
     captions, references = {1: "a dog", 2: "a cat"}, {1: ["a dog runs"], 2: ["a cat sits"]}
     made = {"split": "test"}
-    mine = score(captions, references, ["BLEU-1"], made_by=made, hashes={"model": open_run(run).sha256})
-    other = score(captions, references, ["BLEU-2"], made_by=made, hashes={"model": "of another run"})
+    mine = score(captions, references, ["BLEU-1"], provenance=made, hashes={"model": open_run(run).sha256})
+    other = score(captions, references, ["BLEU-2"], provenance=made, hashes={"model": "of another run"})
     mine.write(run / "receipt.json")
     other.write(run / "scores" / "other" / "receipt.json")
     card = _card(run, tmp_path / "after")
