@@ -67,8 +67,8 @@ def peaked_run(folder: Path, packed: Path) -> Path:
         for parameter in captioner.decoder.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
         # What an encoder that never learned sees of pictures is nearly the same for all.
-        features = captioner.look(batch.images).flatten(0, 1)
-        regions = captioner.decoder.regions
+        features = captioner.encode(batch.images).flatten(0, 1)
+        regions = captioner.decoder.region_projection
         regions.weight /= features.std() * features.shape[1] ** 0.5 / 4
         regions.bias.copy_(-(regions.weight @ features.mean(0)))
     run = folder / "run"

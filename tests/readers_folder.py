@@ -202,4 +202,4 @@ def _others(folder: Path, synthetic_coco: Path, documents: dict[str, dict[str, A
     (folder / "captions_val2014.json").write_text(json.dumps(documents["test"]))
     torch.manual_seed(0)
     encoder = Encoder(toml.load("flickr8k", DOCS_OVERRIDES).model.encoder)
-    torch.save(encoder.trunk.state_dict(), folder / "WEIGHTS")
+    torch.save(encoder.backbone.state_dict(), folder / "WEIGHTS")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from captionscale.config import Decoder
 from captionscale.model.decoders.registry import DECODERS
-from captionscale.model.search.constraints import Rules
+from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample
 from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN
@@ -32,14 +32,18 @@ def peaked_decoder(name: str, seed: int, words: int = 3) -> tuple[Any, Tensor]:
 def mask_special_tokens(decoder: Any) -> Any:
     """Return the decoder, which gives tokens that nothing says no probability."""
     with torch.no_grad():
-        decoder.vocabulary.bias[[PAD, START, UNKNOWN]] = -1e9
+        decoder.output_projection.bias[[PAD, START, UNKNOWN]] = -1e9
     return decoder
 
 
 def _searched(**settings: Any) -> Callable[..., list[list[list[int]]]]:
-    def write(decoder: Any, features: Any, rules: Rules, max_words: int) -> list[list[list[int]]]:
+    def write(decoder: Any, features: Any, constraints: Constraints, max_words: int) -> list[list[list[int]]]:
         found = search(
-            decoder, features, max_words=max_words, rules=rules, **{"length_power": 0.7} | settings
+            decoder,
+            features,
+            max_words=max_words,
+            constraints=constraints,
+            **{"length_power": 0.7} | settings,
         )
         return [[caption.tokens for caption in captions] for captions in found]
 
@@ -47,8 +51,10 @@ def _searched(**settings: Any) -> Callable[..., list[list[list[int]]]]:
 
 
 def _sampled(**settings: Any) -> Callable[..., list[list[list[int]]]]:
-    def write(decoder: Any, features: Any, rules: Rules, max_words: int) -> list[list[list[int]]]:
-        tokens, _ = sample(decoder, features, captions=20, max_words=max_words, rules=rules, **settings)
+    def write(decoder: Any, features: Any, constraints: Constraints, max_words: int) -> list[list[list[int]]]:
+        tokens, _ = sample(
+            decoder, features, samples_per_image=20, max_words=max_words, constraints=constraints, **settings
+        )
         rows = [[token for token in row if token != PAD] for row in tokens.tolist()]
         return [rows[start : start + 20] for start in range(0, len(rows), 20)]
 

@@ -35,7 +35,7 @@ class Batch:
     """As pixels, channels last in memory; or as the features that an encoder has made of them."""
     tokens: Int[Tensor, "caption time"]
     """Start, words, end, then padding."""
-    owners: Int[Tensor, "caption"]
+    image_index: Int[Tensor, "caption"]
     """The row of `images` that each caption belongs to."""
     image_ids: list[int]
     """The data set's."""
@@ -44,7 +44,7 @@ class Batch:
         """Return the batch on a device."""
         # Pinned memory is copied while this thread goes on.
         images = self.images.to(device, non_blocking=self.images.is_pinned())
-        return Batch(images, self.tokens.to(device), self.owners.to(device), self.image_ids)
+        return Batch(images, self.tokens.to(device), self.image_index.to(device), self.image_ids)
 
 
 class Loader:
@@ -154,6 +154,6 @@ class Loader:
         tokens = np.full((len(rows), max(map(len, rows), default=0)), PAD)
         for row, caption in zip(tokens, rows, strict=True):
             row[: len(caption)] = caption
-        owners = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
+        image_index = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
         image_ids = self.split.index["image_id"][items].tolist()
-        return Batch(pictures, torch.from_numpy(tokens), torch.from_numpy(owners), image_ids)
+        return Batch(pictures, torch.from_numpy(tokens), torch.from_numpy(image_index), image_ids)

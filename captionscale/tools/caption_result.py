@@ -14,7 +14,7 @@ from captionscale.model.captioner import Captioner
 from captionscale.model.decoders.registry import Decoder
 from captionscale.model.search.constraints import Features
 from captionscale.model.search.ensemble import Ensemble
-from captionscale.model.search.token_scores import retrace
+from captionscale.model.search.token_scores import score_captions
 from captionscale.vocab import END, Vocabulary
 
 View = UInt8[np.ndarray, "size size 3"]
@@ -54,7 +54,7 @@ class CaptionResult:
 def encode_views(captioner: Captioner | Ensemble, views: Sequence[View]) -> Features:
     """Return what a captioner's decoder starts from, on the captioner's device."""
     device = next(captioner.parameters()).device
-    return captioner.look(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device))
+    return captioner.encode(torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).to(device))
 
 
 def build_caption_results(
@@ -69,7 +69,7 @@ def build_caption_results(
         vocabulary: The decoder's.
     """
     gazes = []
-    for tokens, trace in zip(captions, retrace(decoder, features, captions), strict=True):
+    for tokens, trace in zip(captions, score_captions(decoder, features, captions), strict=True):
         words = [token for token in tokens if token != END]
         attention_maps = None
         if trace.attention is not None:

@@ -14,7 +14,7 @@ from PIL import Image
 from captionscale import config, toml
 from captionscale.data import decode
 from captionscale.data.transforms import centre_view
-from captionscale.model.search.constraints import Rules
+from captionscale.model.search.constraints import Constraints
 from captionscale.tools.caption_result import CaptionResult, View, build_caption_results, encode_views
 from captionscale.tools.ensemble import CheckpointEnsemble
 from captionscale.train.generation import generate_tokens, make_constraints
@@ -25,7 +25,7 @@ class GenerationRequest:
     """How captions are to be found, proven to be possible."""
 
     search: config.Search
-    rules: Rules
+    constraints: Constraints
     seed: int
     """Of sampled captions."""
 
@@ -73,10 +73,10 @@ class CaptionPipeline:
         settings = self.ensemble.config
         changes = [f"search.{key}={json.dumps(value)}" for key, value in search.items() if value is not None]
         settings = toml.change(settings, changes, "search", option="")
-        rules = make_constraints(
+        constraints = make_constraints(
             settings.search, self.vocabulary, settings.data.max_words, prefix=prefix, require=require
         )
-        return GenerationRequest(settings.search, rules, settings.seed if seed is None else seed)
+        return GenerationRequest(settings.search, constraints, settings.seed if seed is None else seed)
 
     def view(self, image: Path | str | Image.Image) -> View:
         """Return what the model sees of an image: its centre square."""
@@ -122,15 +122,17 @@ class CaptionPipeline:
             features,
             generation_request.search,
             self.ensemble.config.data.max_words,
-            generation_request.rules,
+            generation_request.constraints,
             [(generation_request.seed, number) for number in numbers],
         )
         if not return_all:
             found = [captions[:1] for captions in found]
-        owners = [image for image, captions in enumerate(found) for _ in captions]
+        image_index = [image for image, captions in enumerate(found) for _ in captions]
         flat = [tokens for captions in found for tokens in captions]
         seen = (
-            features[owners] if isinstance(features, torch.Tensor) else tuple(it[owners] for it in features)
+            features[image_index]
+            if isinstance(features, torch.Tensor)
+            else tuple(it[image_index] for it in features)
         )
         gazes = iter(build_caption_results(decoder, seen, flat, self.vocabulary))
         return [[next(gazes) for _ in captions] for captions in found]

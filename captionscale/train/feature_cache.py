@@ -17,7 +17,7 @@ from captionscale.model.encoders.cnn import Encoder
 from captionscale.progress import progress
 from captionscale.train import preemption
 
-# Of all that makes features from stored bytes: decoding, the centre view, normalisation, the trunk's forward
+# Of all that makes features from stored bytes: decoding, the centre view, normalisation, the backbone's forward
 # pass. Raise it when one of them changes, or old files will be taken for new ones.
 _VERSION = 4
 # Images in a forward pass: in half precision, the others of its batch can change an image's features.
@@ -63,7 +63,7 @@ def _file_of(encoder: Encoder, loader: Loader, ranks: Ranks, precision: str) -> 
 
 def _hash_of(encoder: Encoder) -> str:
     hasher = hashlib.sha256()
-    for name, tensor in sorted(encoder.trunk.state_dict().items()):
+    for name, tensor in sorted(encoder.backbone.state_dict().items()):
         # A count that changes no feature.
         if not name.endswith("num_batches_tracked"):
             hasher.update(name.encode() + np.ascontiguousarray(tensor.cpu().numpy()).tobytes())

@@ -14,7 +14,7 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError, did_you_mean
 from captionscale.model.captioner import Captioner
 from captionscale.model.decoders.registry import Decoder
-from captionscale.model.search.constraints import Features, Rules
+from captionscale.model.search.constraints import Constraints, Features
 from captionscale.model.search.ensemble import Ensemble
 from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample
@@ -34,7 +34,7 @@ def make_constraints(
     *,
     prefix: str = "",
     require: Sequence[str] = (),
-) -> Rules:
+) -> Constraints:
     """Return what captions may not say, and what they must.
 
     Args:
@@ -71,10 +71,10 @@ def make_constraints(
             f" run's data.max_words = {max_words}; leave some out"
         )
     known = {token for word in DANGLING for token in vocabulary.encode(word, 1)[1:-1]} - {UNKNOWN}
-    return Rules(
+    return Constraints(
         block_ngrams=settings.block_ngrams,
-        unknown=settings.unknown,
-        dangling=() if settings.dangling else tuple(sorted(known)),
+        allow_unknown=settings.unknown,
+        dangling_tokens=() if settings.dangling else tuple(sorted(known)),
         prefix=tuple(beginning),
         required=tuple(required),
     )
@@ -113,7 +113,7 @@ def caption_split(
         UserError: As `make_constraints`, and coverage without attention.
     """
     max_words = loader.data.max_words
-    rules = make_constraints(settings, loader.vocabulary, max_words, prefix=prefix, require=require)
+    constraints = make_constraints(settings, loader.vocabulary, max_words, prefix=prefix, require=require)
     split = loader.split
     # Cut first, dealt then: the batch in which an image is captioned does not depend on the ranks.
     items = np.arange(len(split))
@@ -130,7 +130,7 @@ def caption_split(
             images = batch.images.to(ranks.device)
             keys = [(loader.seed, image_id) for image_id in batch.image_ids]
             captions = generate_captions(
-                captioner, images, loader.vocabulary, settings, max_words, rules, keys
+                captioner, images, loader.vocabulary, settings, max_words, constraints, keys
             )
             for image_id, caption in zip(batch.image_ids, captions, strict=True):
                 results.append(Result(image_id=image_id, caption=caption))
@@ -152,7 +152,7 @@ def generate_captions(
     vocabulary: Vocabulary,
     settings: config.Search,
     max_words: int,
-    rules: Rules,
+    constraints: Constraints,
     keys: Sequence[tuple[int, int]],
 ) -> list[str]:
     """Return the best caption of each image, or a sampled one.
@@ -163,13 +163,15 @@ def generate_captions(
         vocabulary: The captioner's.
         settings: The config's section `search`.
         max_words: Of a caption.
-        rules: What captions may say.
+        constraints: What captions may say.
         keys: Seed and number of each image, of which its sampled caption is a function.
 
     Raises:
         UserError: Coverage is asked of a captioner without attention.
     """
-    found = generate_tokens(captioner.decoder, captioner.look(images), settings, max_words, rules, keys)
+    found = generate_tokens(
+        captioner.decoder, captioner.encode(images), settings, max_words, constraints, keys
+    )
     return [vocabulary.decode(captions[0]) for captions in found]
 
 
@@ -178,7 +180,7 @@ def generate_tokens(
     features: Features,
     settings: config.Search,
     max_words: int,
-    rules: Rules,
+    constraints: Constraints,
     keys: Sequence[tuple[int, int]],
 ) -> list[list[list[int]]]:
     """Return the tokens of the captions that a beam search ends with, best first, or of a sampled one.
@@ -188,7 +190,7 @@ def generate_tokens(
         features: Of each image.
         settings: The config's section `search`.
         max_words: Of a caption.
-        rules: What captions may say.
+        constraints: What captions may say.
         keys: As `generate_captions` has it.
 
     Returns:
@@ -198,18 +200,18 @@ def generate_tokens(
         UserError: Coverage is asked of a captioner without attention.
     """
     if settings.method == "sample":
-        numbers = np.stack([_numbers(*key, max_words) for key in keys])
+        uniforms = np.stack([_uniforms(*key, max_words) for key in keys])
         first = features if isinstance(features, Tensor) else features[0]
         sampled, _ = sample(
             decoder,
             features,
-            captions=1,
+            samples_per_image=1,
             max_words=max_words,
             temperature=settings.temperature,
             top_k=settings.top_k,
             top_p=settings.top_p,
-            rules=rules,
-            numbers=torch.from_numpy(numbers).to(first.device),
+            constraints=constraints,
+            uniforms=torch.from_numpy(uniforms).to(first.device),
         )
         return [[[token for token in tokens if token != PAD]] for tokens in sampled.tolist()]
     found = search(
@@ -221,7 +223,7 @@ def generate_tokens(
         groups=settings.groups,
         diversity=settings.diversity,
         coverage=settings.coverage,
-        rules=rules,
+        constraints=constraints,
     )
     return [[caption.tokens for caption in captions] for captions in found]
 
@@ -236,7 +238,7 @@ def _token(word: str, vocabulary: Vocabulary, place: str) -> int:
     return token
 
 
-def _numbers(seed: int, image_id: int, count: int) -> Float32[np.ndarray, "time"]:
+def _uniforms(seed: int, image_id: int, count: int) -> Float32[np.ndarray, "time"]:
     """Return what decides the words of an image's sampled caption."""
     random = np.random.default_rng([seed, image_id % 2**64])
     return random.random(count, dtype=np.float32)

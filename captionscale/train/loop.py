@@ -163,9 +163,9 @@ def _learn(
     losses = []
     for (number, batch), target in engine.last_one_syncs(zip(share, work, strict=True)):
         ranks.seed(config.seed, step, number)
-        own_share = settings.scheduled_sampling * done
+        sampling_prob = settings.scheduled_sampling * done
         following, rows = target.tokens[:, 1:], target.rows
-        logits, attention = engine(target.pictures, target.read, target.owners, own_share, rows)
+        logits, attention = engine(target.pictures, target.read, target.image_index, sampling_prob, rows)
         logits = say_what_may_be_said(logits, target, rows)
         surprise = cross_entropy(logits, following, job.objective.label_smoothing, rows)
         if settings.doubly_stochastic and attention is not None:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from captionscale.data.loader import Batch
 from captionscale.distributed.ranks import Ranks
-from captionscale.model.decoders.recurrence import CACHED
+from captionscale.model.decoders.recurrence import CACHE_ELEMENTS
 from captionscale.vocab import PAD, START, UNKNOWN
 
 
@@ -23,7 +23,7 @@ class Target:
     pictures: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"]
     tokens: Int[Tensor, "caption time"]
     """Start, words, end, then padding; the captions that the decoder sampled come first, then people's."""
-    owners: Int[Tensor, "caption"]
+    image_index: Int[Tensor, "caption"]
     """The row of `pictures` that each caption belongs to."""
     sampled: int = 0
     """How many of the captions are the decoder's."""
@@ -79,7 +79,7 @@ class CrossEntropy:
 
     def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:  # noqa: ARG002
         """Return what each micro-batch of a step is to make likelier, as `SelfCritical` does."""
-        return [Target(batch.images, batch.tokens, batch.owners) for _, batch in share]
+        return [Target(batch.images, batch.tokens, batch.image_index) for _, batch in share]
 
 
 def say_what_may_be_said(
@@ -176,7 +176,7 @@ class _Surprise(torch.autograd.Function):
 
 def _blocks(logits: Float[Tensor, "row word"]) -> Iterator[slice]:
     """Yield the rows that are worked at a time."""
-    some = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    some = max(1, CACHE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
     return (slice(start, start + some) for start in range(0, max(1, len(logits)), some))
 
 

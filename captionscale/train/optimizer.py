@@ -21,8 +21,8 @@ def make_optimizer(captioner: Captioner, settings: Train) -> AdamW:
         The optimiser; each of its groups holds its `peak_lr`.
     """
     encoder = captioner.encoder
-    rates = _for_each(settings.encoder_lr, len(encoder.parts))
-    parts = [*zip(encoder.parts, rates, strict=True), (list(captioner.decoder.parameters()), settings.lr)]
+    rates = _for_each(settings.encoder_lr, len(encoder.stages))
+    parts = [*zip(encoder.stages, rates, strict=True), (list(captioner.decoder.parameters()), settings.lr)]
     groups = []
     for part, lr in parts:
         learning = [parameter for parameter in part if parameter.requires_grad]
@@ -40,7 +40,7 @@ def unfreeze(captioner: Captioner, settings: Train, step: int) -> bool:
         Whether other parts learn now than before.
     """
     encoder = captioner.encoder
-    return encoder.unfreeze(step, _for_each(settings.unfreeze_at, len(encoder.parts)))
+    return encoder.unfreeze(step, _for_each(settings.unfreeze_at, len(encoder.stages)))
 
 
 def _for_each(value: T | tuple[T, ...], parts: int) -> tuple[T, ...]:

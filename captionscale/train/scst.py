@@ -56,7 +56,7 @@ class SelfCritical:
         """No word of a sampled caption but its own has the reward."""
         self._captioner = captioner
         # Not by evaluation mode: the update keeps batch statistics, and LSTMs on GPUs want training mode.
-        captioner.decoder.dropout.share = 0.0
+        captioner.decoder.dropout.p = 0.0
         self._references = [
             [vocabulary.encode(caption, self._max_words)[1:] for caption in split.captions(item)]
             for item in range(len(split))
@@ -109,20 +109,22 @@ class SelfCritical:
 
     def _target(self, batch: Batch, seed: tuple[int, ...], ranks: Ranks) -> Target:
         settings, decoder = self._settings, self._captioner.decoder
-        features = self._captioner.look(batch.images)
+        features = self._captioner.encode(batch.images)
         ranks.seed(*seed)
-        sampled, _ = sample(decoder, features, captions=settings.samples, max_words=self._max_words)
+        sampled, _ = sample(decoder, features, samples_per_image=settings.samples, max_words=self._max_words)
         captions = _rows(sampled)
         greedy: list[list[int]] = []
         if settings.baseline == "greedy":
             found = search(decoder, features, beam=1, max_words=self._max_words, length_power=0.0)
             greedy = [best[0].tokens for best in found]
-        owners = torch.arange(len(batch.image_ids), device=sampled.device).repeat_interleave(settings.samples)
+        image_index = torch.arange(len(batch.image_ids), device=sampled.device).repeat_interleave(
+            settings.samples
+        )
         starts = torch.full((len(sampled), 1), START, device=sampled.device)
         tokens, people = torch.cat([starts, sampled], 1), []
         if self.of_people:
             people = list(batch.tokens)
-            owners = torch.cat([owners, batch.owners])
+            image_index = torch.cat([image_index, batch.image_index])
 
         def advantages() -> Float[Tensor, "sample"]:
             rewards = self._advantages(batch.image_ids, captions, greedy)
@@ -130,8 +132,8 @@ class SelfCritical:
 
         tokens = pad_sequence([*tokens, *people], batch_first=True, padding_value=PAD)
         # What does not learn sees the same again.
-        pictures = batch.images if self._captioner.encoder.learns else features
-        return Target(pictures, tokens, owners, len(sampled), advantages)
+        pictures = batch.images if self._captioner.encoder.is_trainable else features
+        return Target(pictures, tokens, image_index, len(sampled), advantages)
 
     def _advantages(
         self, image_ids: list[int], captions: list[list[int]], greedy: list[list[int]]

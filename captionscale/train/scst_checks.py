@@ -48,10 +48,10 @@ def open_gate(
             a reward that differs from the evaluator's CIDEr-D.
     """
     people = [[token for token in row[1:].tolist() if token] for row in batch.tokens.cpu()]
-    owners = batch.owners.tolist()
-    of_people = float(objective.rewards([batch.image_ids[owner] for owner in owners], people).mean())
+    image_index = batch.image_index.tolist()
+    of_people = float(objective.rewards([batch.image_ids[owner] for owner in image_index], people).mean())
     references: list[list[list[int]]] = [[] for _ in batch.image_ids]
-    for owner, caption in zip(owners, people, strict=True):
+    for owner, caption in zip(image_index, people, strict=True):
         references[owner].append(caption)
     greedy = _greedy(captioner, batch, max_words)
     pairs = [captions for captions in references if len(captions) > 1]
@@ -127,7 +127,7 @@ def _greedy(captioner: Captioner, batch: Batch, max_words: int) -> list[list[int
     training = captioner.training
     captioner.eval()
     found = search(
-        captioner.decoder, captioner.look(batch.images), beam=1, max_words=max_words, length_power=0.0
+        captioner.decoder, captioner.encode(batch.images), beam=1, max_words=max_words, length_power=0.0
     )
     captioner.train(training)
     return [best[0].tokens for best in found]

@@ -64,7 +64,7 @@ def same(first: Batch, second: Batch) -> bool:
     return (
         torch.equal(first.images, second.images)
         and torch.equal(first.tokens, second.tokens)
-        and torch.equal(first.owners, second.owners)
+        and torch.equal(first.image_index, second.image_index)
         and first.image_ids == second.image_ids
     )
 
@@ -202,7 +202,7 @@ def test_every_image_comes_with_all_its_captions(which: str, request: pytest.Fix
         for caption in split.captions(item)
     ]
     decoded = [vocabulary.decode(row) for row in batch.tokens.tolist()]
-    assert list(zip(batch.owners.tolist(), decoded, strict=True)) == said
+    assert list(zip(batch.image_index.tolist(), decoded, strict=True)) == said
 
 
 def test_tokens_are_start_words_end_and_padding_and_no_longer_than_need_be(ragged: Loader) -> None:
@@ -223,7 +223,7 @@ def test_words_are_all_that_is_to_be_predicted_the_ends_too(loader: Loader, ragg
         captions = [caption for item in numbers.tolist() for caption in each.split.captions(item)]
         wanted = sum(min(len(split_words(caption)), MAX_WORDS) + 1 for caption in captions)
         batch = fetch(each, numbers, 0)
-        assert Target(batch.images, batch.tokens, batch.owners).words.tolist() == [0, wanted]
+        assert Target(batch.images, batch.tokens, batch.image_index).words.tolist() == [0, wanted]
 
 
 def test_a_word_that_the_vocabulary_lacks_is_unknown(loader: Loader) -> None:

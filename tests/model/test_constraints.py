@@ -3,7 +3,7 @@ import torch
 from sayings import FIRST_WORD, IMAGES, SEARCHES, STRATEGIES, peaked_decoder, strip_end
 
 from captionscale.model.decoders.registry import DECODERS
-from captionscale.model.search.constraints import Rules
+from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.generate import search
 from captionscale.vocab import END, START, UNKNOWN
 
@@ -15,13 +15,13 @@ def case(request: pytest.FixtureRequest):
     """A decoder of sixteen words that likes long captions, and images."""
     decoder, features = peaked_decoder(request.param, 0, WORDS)
     with torch.no_grad():
-        decoder.vocabulary.bias[END] -= 2
+        decoder.output_projection.bias[END] -= 2
     return decoder, features
 
 
-def every(case, strategy: str, rules: Rules, max_words: int = MAX_WORDS) -> list[list[int]]:
+def every(case, strategy: str, constraints: Constraints, max_words: int = MAX_WORDS) -> list[list[int]]:
     """Return all captions of all images."""
-    found = STRATEGIES[strategy](*case, rules, max_words)
+    found = STRATEGIES[strategy](*case, constraints, max_words)
     assert len(found) == IMAGES
     assert all(found)
     return [caption for captions in found for caption in captions]
@@ -36,8 +36,8 @@ def repeats(words: list[int], size: int) -> bool:
 def test_no_caption_repeats_a_blocked_n_gram(case, strategy) -> None:
     loops = 0
     for size in (1, 2, 3):
-        loops += sum(repeats(strip_end(caption), size) for caption in every(case, strategy, Rules()))
-        blocked = every(case, strategy, Rules(block_ngrams=size))
+        loops += sum(repeats(strip_end(caption), size) for caption in every(case, strategy, Constraints()))
+        blocked = every(case, strategy, Constraints(block_ngrams=size))
         assert not any(repeats(strip_end(caption), size) for caption in blocked)
     assert loops
 
@@ -46,32 +46,35 @@ def test_no_caption_repeats_a_blocked_n_gram(case, strategy) -> None:
 def test_no_caption_ends_in_a_dangling_word_finished_or_cut(case, strategy) -> None:
     dangling = tuple(range(FIRST_WORD, FIRST_WORD + WORDS // 2))
 
-    def endings(rules: Rules, max_words: int) -> int:
-        captions = [strip_end(caption) for caption in every(case, strategy, rules, max_words)]
+    def endings(constraints: Constraints, max_words: int) -> int:
+        captions = [strip_end(caption) for caption in every(case, strategy, constraints, max_words)]
         return sum(bool(words) and words[-1] in dangling for words in captions)
 
-    assert sum(endings(Rules(), max_words) for max_words in range(1, 6))
-    assert not sum(endings(Rules(dangling=dangling), max_words) for max_words in range(1, 6))
+    assert sum(endings(Constraints(), max_words) for max_words in range(1, 6))
+    assert not sum(endings(Constraints(dangling_tokens=dangling), max_words) for max_words in range(1, 6))
     # The word itself may be said.
-    assert any({*dangling} & {*caption} for caption in every(case, strategy, Rules(dangling=dangling), 5))
+    assert any(
+        {*dangling} & {*caption}
+        for caption in every(case, strategy, Constraints(dangling_tokens=dangling), 5)
+    )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_unknown_token_is_said_only_if_it_may_be(case, strategy) -> None:
     with torch.no_grad():
-        case[0].vocabulary.bias[UNKNOWN] += 20
-    assert not any(UNKNOWN in caption for caption in every(case, strategy, Rules()))
-    assert all(UNKNOWN in caption for caption in every(case, strategy, Rules(unknown=True)))
+        case[0].output_projection.bias[UNKNOWN] += 20
+    assert not any(UNKNOWN in caption for caption in every(case, strategy, Constraints()))
+    assert all(UNKNOWN in caption for caption in every(case, strategy, Constraints(allow_unknown=True)))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_caption_begins_with_the_prefix_and_goes_on_as_after_it(case, strategy) -> None:
     prefix = (FIRST_WORD + 3, FIRST_WORD + 1, FIRST_WORD + 3)
-    captions = every(case, strategy, Rules(prefix=prefix))
+    captions = every(case, strategy, Constraints(prefix=prefix))
     assert all(tuple(caption[:3]) == prefix for caption in captions)
     assert strategy == "greedy" or len({tuple(caption) for caption in captions}) > 1
     # What blocks repetitions does not object to the prefix itself, but to what comes after it.
-    blocked = every(case, strategy, Rules(prefix=prefix, block_ngrams=1))
+    blocked = every(case, strategy, Constraints(prefix=prefix, block_ngrams=1))
     assert all(tuple(caption[:3]) == prefix for caption in blocked)
     assert all(not {*caption[3:]} & {*prefix} and not repeats(caption[3:], 1) for caption in blocked)
 
@@ -81,8 +84,8 @@ def test_a_prefixs_probability_counts_as_that_of_any_words(case) -> None:
     decoder, features = case
     (captions, *_) = search(decoder, features, beam=3, max_words=5, length_power=0.7)
     tokens = captions[0].tokens
-    rules = Rules(prefix=tuple(tokens[:2]))
-    (forced, *_) = search(decoder, features, beam=3, max_words=5, length_power=0.7, rules=rules)
+    constraints = Constraints(prefix=tuple(tokens[:2]))
+    (forced, *_) = search(decoder, features, beam=3, max_words=5, length_power=0.7, constraints=constraints)
     same = next(caption for caption in forced if caption.tokens == tokens)
     assert same.log_prob == pytest.approx(captions[0].log_prob, abs=1e-4)
 
@@ -91,20 +94,20 @@ def test_a_prefixs_probability_counts_as_that_of_any_words(case) -> None:
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_caption_holds_the_required_words(case, strategy, count) -> None:
     required = tuple((FIRST_WORD + 2 * number, FIRST_WORD + 2 * number + 1) for number in range(count))
-    rules = Rules(required=required, block_ngrams=2, dangling=(FIRST_WORD, FIRST_WORD + 5))
-    for caption in every(case, strategy, rules):
+    constraints = Constraints(required=required, block_ngrams=2, dangling_tokens=(FIRST_WORD, FIRST_WORD + 5))
+    for caption in every(case, strategy, constraints):
         assert all({*group} & {*caption} for group in required)
         assert not repeats(strip_end(caption), 2)
-        assert strip_end(caption)[-1] not in rules.dangling
+        assert strip_end(caption)[-1] not in constraints.dangling_tokens
     # There is no more room than for them and one word.
-    for caption in every(case, strategy, rules, max_words=count + 1):
+    for caption in every(case, strategy, constraints, max_words=count + 1):
         assert all({*group} & {*caption} for group in required)
 
 
 def test_a_word_of_the_prefix_need_not_be_said_again(case) -> None:
-    rules = Rules(prefix=(FIRST_WORD + 2,), required=((FIRST_WORD + 2,),))
-    plain = every(case, "beam", Rules(prefix=rules.prefix))
-    assert every(case, "beam", rules) == plain
+    constraints = Constraints(prefix=(FIRST_WORD + 2,), required=((FIRST_WORD + 2,),))
+    plain = every(case, "beam", Constraints(prefix=constraints.prefix))
+    assert every(case, "beam", constraints) == plain
 
 
 @torch.no_grad()
@@ -112,9 +115,9 @@ def test_required_words_are_put_where_they_cost_least() -> None:
     """Against all captions that hold them, on a model where these can be counted out."""
     decoder, features = peaked_decoder("attention", 1, words=3)
     required = ((FIRST_WORD,), (FIRST_WORD + 1, FIRST_WORD + 2))
-    rules = Rules(required=required)
+    constraints = Constraints(required=required)
     free = search(decoder, features, beam=500, max_words=4, length_power=0.0)
-    wide = search(decoder, features, beam=500, max_words=4, length_power=0.0, rules=rules)
+    wide = search(decoder, features, beam=500, max_words=4, length_power=0.0, constraints=constraints)
     for captions, held in zip(free, wide, strict=True):
         expected = [
             caption for caption in captions if all({*group} & {*caption.tokens} for group in required)
@@ -130,10 +133,15 @@ def test_required_words_are_put_where_they_cost_least() -> None:
 def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> None:
     """Section 3.2 of Anderson et al. 2017, written out, without an end before all words are said."""
     decoder, features = case[0], case[1][:1]
-    decoder.vocabulary.bias[END] += keen
+    decoder.output_projection.bias[END] += keen
     required = ((FIRST_WORD,), (FIRST_WORD + 1, FIRST_WORD + 2))
     found = search(
-        decoder, features, beam=beam, max_words=5, length_power=0.0, rules=Rules(required=required)
+        decoder,
+        features,
+        beam=beam,
+        max_words=5,
+        length_power=0.0,
+        constraints=Constraints(required=required),
     )
     for image, captions in zip(features, found, strict=True):
         beams: dict[frozenset[int], dict[tuple[int, ...], float]] = {frozenset(): {(): 0.0}}
@@ -145,7 +153,9 @@ def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> N
                         longer.setdefault(said, {})[tokens] = total
                         continue
                     read = torch.tensor([[START, *tokens]])
-                    chances = decoder(image.unsqueeze(0), read, torch.tensor([0]))[0][0, -1].log_softmax(0)
+                    chances = decoder.teacher_forced(image.unsqueeze(0), read, torch.tensor([0]))[0][
+                        0, -1
+                    ].log_softmax(0)
                     for word in range(FIRST_WORD, FIRST_WORD + WORDS):
                         then = said | {number for number, group in enumerate(required) if word in group}
                         longer.setdefault(then, {})[(*tokens, word)] = total + chances[word].item()
@@ -162,22 +172,22 @@ def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> N
 @pytest.mark.parametrize("strategy", SEARCHES)
 def test_many_images_at_once_get_under_rules_what_each_gets_alone(case, strategy) -> None:
     decoder, features = case
-    rules = Rules(
+    constraints = Constraints(
         block_ngrams=2,
-        dangling=(FIRST_WORD,),
+        dangling_tokens=(FIRST_WORD,),
         prefix=(FIRST_WORD + 1,),
         required=((FIRST_WORD + 2,), (FIRST_WORD + 3,)),
     )
-    together = SEARCHES[strategy](decoder, features, rules, MAX_WORDS)
+    together = SEARCHES[strategy](decoder, features, constraints, MAX_WORDS)
     for number in range(IMAGES):
-        alone = SEARCHES[strategy](decoder, features[number : number + 1], rules, MAX_WORDS)
+        alone = SEARCHES[strategy](decoder, features[number : number + 1], constraints, MAX_WORDS)
         assert alone == [together[number]]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_caption_ends_where_rules_leave_nothing_to_say(strategy) -> None:
     words = range(FIRST_WORD, FIRST_WORD + 3)
-    rules = Rules(block_ngrams=1, dangling=tuple(words))
-    for caption in every(peaked_decoder("attention", 0), strategy, rules, max_words=6):
+    constraints = Constraints(block_ngrams=1, dangling_tokens=tuple(words))
+    for caption in every(peaked_decoder("attention", 0), strategy, constraints, max_words=6):
         assert caption[-1] == END
         assert len({*caption}) == len(caption)

@@ -10,7 +10,7 @@ from captionscale.model.decoders.registry import Decoder as AnyDecoder
 from captionscale.model.decoders.state import select
 
 WORDS, FEATURE, REGIONS, IMAGES, TIMES = 11, 6, 4, 3, 5
-OWNERS = torch.tensor([2, 0, 0, 1, 2, 0])
+IMAGE_INDEX = torch.tensor([2, 0, 0, 1, 2, 0])
 
 CHOICES = [
     {"name": "plain", "layers": 1},
@@ -41,12 +41,12 @@ def features() -> Tensor:
 
 @pytest.fixture
 def tokens() -> Tensor:
-    return torch.randint(1, WORDS, (len(OWNERS), TIMES), generator=torch.Generator().manual_seed(2))
+    return torch.randint(1, WORDS, (len(IMAGE_INDEX), TIMES), generator=torch.Generator().manual_seed(2))
 
 
 def test_reading_word_by_word_says_what_reading_at_once_says(decoder, features, tokens) -> None:
-    at_once, looks = decoder(features, tokens, OWNERS)
-    state = select(decoder.start(features), OWNERS)
+    at_once, looks = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
+    state = select(decoder.start(features), IMAGE_INDEX)
     for time in range(TIMES):
         logits, state, look = decoder.step(tokens[:, time], state)
         torch.testing.assert_close(logits, at_once[:, time])
@@ -56,9 +56,11 @@ def test_reading_word_by_word_says_what_reading_at_once_says(decoder, features, 
 
 
 def test_logits_of_some_words_are_those_of_all_words_at_these_places(decoder, features, tokens) -> None:
-    rows = torch.tensor([0, 3, 7, len(OWNERS) * TIMES - 1])
-    some, _ = decoder(features, tokens, OWNERS, rows)
-    torch.testing.assert_close(some, decoder(features, tokens, OWNERS)[0].flatten(0, 1)[rows])
+    rows = torch.tensor([0, 3, 7, len(IMAGE_INDEX) * TIMES - 1])
+    some, _ = decoder.teacher_forced(features, tokens, IMAGE_INDEX, rows)
+    torch.testing.assert_close(
+        some, decoder.teacher_forced(features, tokens, IMAGE_INDEX)[0].flatten(0, 1)[rows]
+    )
 
 
 def test_regions_that_are_not_projected_are_looked_at_as_they_are(features) -> None:
@@ -67,37 +69,39 @@ def test_regions_that_are_not_projected_are_looked_at_as_they_are(features) -> N
 
 
 def test_attention_is_a_share_of_each_region(features, tokens) -> None:
-    _, looks = build("attention")(features, tokens, OWNERS)
-    assert looks.shape == (len(OWNERS), TIMES, REGIONS)
+    _, looks = build("attention").teacher_forced(features, tokens, IMAGE_INDEX)
+    assert looks.shape == (len(IMAGE_INDEX), TIMES, REGIONS)
     assert (looks >= 0).all()
-    torch.testing.assert_close(looks.sum(2), torch.ones(len(OWNERS), TIMES))
+    torch.testing.assert_close(looks.sum(2), torch.ones(len(IMAGE_INDEX), TIMES))
 
 
 def test_a_caption_does_not_know_the_others_of_its_batch(decoder, features, tokens) -> None:
-    together, _ = decoder(features, tokens, OWNERS)
-    for row, owner in enumerate(OWNERS):
-        alone, _ = decoder(features[owner : owner + 1], tokens[row : row + 1], torch.tensor([0]))
+    together, _ = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
+    for row, owner in enumerate(IMAGE_INDEX):
+        alone, _ = decoder.teacher_forced(
+            features[owner : owner + 1], tokens[row : row + 1], torch.tensor([0])
+        )
         torch.testing.assert_close(together[row], alone[0])
 
 
 def test_no_logit_knows_a_later_word(decoder, features, tokens) -> None:
-    before, _ = decoder(features, tokens, OWNERS)
+    before, _ = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
     for time in range(1, TIMES):
         changed = tokens.clone()
         changed[:, time:] = changed[:, time:] % (WORDS - 1) + 1
-        after, _ = decoder(features, changed, OWNERS)
+        after, _ = decoder.teacher_forced(features, changed, IMAGE_INDEX)
         torch.testing.assert_close(after[:, :time], before[:, :time])
         assert (after[:, time] - before[:, time]).abs().amax(1).min() > 1e-4
 
 
 def test_a_caption_sees_its_own_image_and_no_other(decoder, features, tokens) -> None:
-    before, _ = decoder(features, tokens, OWNERS)
+    before, _ = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
     for image in range(IMAGES):
         changed = features.clone()
         changed[image] += 1
-        after, _ = decoder(changed, tokens, OWNERS)
+        after, _ = decoder.teacher_forced(changed, tokens, IMAGE_INDEX)
         moved = (after - before).abs().flatten(1).amax(1) > 1e-5
-        assert moved.tolist() == OWNERS.eq(image).tolist()
+        assert moved.tolist() == IMAGE_INDEX.eq(image).tolist()
 
 
 def test_a_decoder_is_one_to_whoever_searches_and_a_word_is_not() -> None:
@@ -122,13 +126,13 @@ def test_select_repeats_and_reorders_all_of_a_state_and_of_several(decoder, feat
 def test_rows_of_a_picture_share_what_they_look_at_without_gradient_and_say_the_same(
     decoder, features, tokens
 ) -> None:
-    logits, state, look = decoder.step(tokens[:, 0], select(decoder.start(features), OWNERS))
+    logits, state, look = decoder.step(tokens[:, 0], select(decoder.start(features), IMAGE_INDEX))
     if look is not None:
         assert len(state.regions) == len(state.keys) == IMAGES
     some = torch.tensor([5, 0, 0, 2])
     more, _, looks = decoder.step(tokens[some, 1], select(state, some))
     with torch.enable_grad():
-        copied = select(decoder.start(features), OWNERS)
+        copied = select(decoder.start(features), IMAGE_INDEX)
         expected, copied, whole = decoder.step(tokens[:, 0], copied)
         after, _, wholes = decoder.step(tokens[some, 1], select(copied, some))
     torch.testing.assert_close((logits, more), (expected, after))
@@ -148,8 +152,8 @@ def test_gradients_reach_every_parameter(name, output, tied, same, features, tok
     decoder = build(
         name, dropout=0.2, output=output, tied=tied, same_dropout=same, hidden=16, **own[name]
     ).train()
-    logits, _ = decoder(features, tokens, OWNERS)
-    assert logits.shape == (len(OWNERS), TIMES, WORDS)
+    logits, _ = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
+    assert logits.shape == (len(IMAGE_INDEX), TIMES, WORDS)
     logits.logsumexp(2).sum().backward()
     shapes = [parameter.shape for parameter in decoder.parameters()]
     assert ((WORDS, 5) in shapes) + ((WORDS, 16) in shapes) == (1 if tied or output != "linear" else 2)
@@ -180,25 +184,27 @@ def test_vectors_of_words_begin_as_long_as_asked_and_tied_ones_as_an_output_does
 def test_dropout_hides_in_training_only(name, features, tokens) -> None:
     for same in (False, True):
         decoder = build(name, dropout=0.5, same_dropout=same)
-        without, _ = build(name)(features, tokens, OWNERS)
-        torch.testing.assert_close(decoder.eval()(features, tokens, OWNERS)[0], without)
-        assert not torch.allclose(decoder.train()(features, tokens, OWNERS)[0], without)
+        without, _ = build(name).teacher_forced(features, tokens, IMAGE_INDEX)
+        torch.testing.assert_close(decoder.eval().teacher_forced(features, tokens, IMAGE_INDEX)[0], without)
+        assert not torch.allclose(decoder.train().teacher_forced(features, tokens, IMAGE_INDEX)[0], without)
 
 
 def masks(decoder: nn.Module, features: Tensor, by_steps: bool) -> tuple[Tensor, Tensor]:
     """Return what dropout multiplied by: the vectors of all captions' words, and those of the output."""
     seen: list[Tensor] = []
     decoder.train().dropout.register_forward_hook(lambda _, read, hidden: seen.append(hidden / read[0]))
-    tokens = torch.full((len(OWNERS), TIMES), 4)
+    tokens = torch.full((len(IMAGE_INDEX), TIMES), 4)
     if by_steps:
-        state = select(decoder.start(features), OWNERS)
+        state = select(decoder.start(features), IMAGE_INDEX)
         for word in tokens.unbind(1):
             _, state, _ = decoder.step(word, state)
     else:
-        decoder(features, tokens, OWNERS)
+        decoder.teacher_forced(features, tokens, IMAGE_INDEX)
     # All but the regions.
     seen = [
-        mask.detach().round(decimals=3).view(len(OWNERS), -1, 40) for mask in seen if mask.shape[-1] == 40
+        mask.detach().round(decimals=3).view(len(IMAGE_INDEX), -1, 40)
+        for mask in seen
+        if mask.shape[-1] == 40
     ]
     return torch.cat(seen[::2], 1), torch.cat(seen[1::2], 1)
 
@@ -209,18 +215,18 @@ def test_the_same_dropout_hides_the_same_at_all_words_of_a_caption_and_not_of_an
     name, by_steps, features
 ) -> None:
     for mask in masks(build(name, dropout=0.5, same_dropout=True, embed=40, tied=True), features, by_steps):
-        assert mask.shape == (len(OWNERS), TIMES, 40)
+        assert mask.shape == (len(IMAGE_INDEX), TIMES, 40)
         assert set(mask.unique().tolist()) == {0.0, 2.0}
         assert (mask == mask[:, :1]).all()
-        assert len({tuple(caption[0].tolist()) for caption in mask}) == len(OWNERS)
+        assert len({tuple(caption[0].tolist()) for caption in mask}) == len(IMAGE_INDEX)
     for mask in masks(build(name, dropout=0.5, embed=40), features, by_steps):
         assert set(mask.unique().tolist()) == {0.0, 2.0}
-        assert len({tuple(word.tolist()) for word in mask.flatten(0, 1)}) == len(OWNERS) * TIMES
+        assert len({tuple(word.tolist()) for word in mask.flatten(0, 1)}) == len(IMAGE_INDEX) * TIMES
 
 
 def test_a_picture_is_normalised_over_its_micro_batch_and_alone_by_what_was_seen(features) -> None:
     decoder = build("plain", picture_norm=True).train()
-    vectors = decoder.picture(features.mean(1))
+    vectors = decoder.image_projection(features.mean(1))
     mean, variance = vectors.mean(0), vectors.var(0, unbiased=False)
     torch.testing.assert_close(decoder._see(features.mean(1)), (vectors - mean) / (variance + 1e-5).sqrt())
     norm = decoder.picture_norm
@@ -233,16 +239,16 @@ def test_a_picture_is_normalised_over_its_micro_batch_and_alone_by_what_was_seen
 def test_attention_is_not_paid_by_a_gate_that_is_closed(features, tokens) -> None:
     decoder = build("attention", layers=1, gate=True).eval()
     nn.init.constant_(decoder.gate.bias, -100)
-    nn.init.zeros_(decoder.first_states.weight)
-    closed, looks = decoder(features, tokens, OWNERS)
-    torch.testing.assert_close(looks.sum(2), torch.ones(len(OWNERS), TIMES))
-    torch.testing.assert_close(decoder(features + 1, tokens, OWNERS)[0], closed)
+    nn.init.zeros_(decoder.initial_state.weight)
+    closed, looks = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
+    torch.testing.assert_close(looks.sum(2), torch.ones(len(IMAGE_INDEX), TIMES))
+    torch.testing.assert_close(decoder.teacher_forced(features + 1, tokens, IMAGE_INDEX)[0], closed)
     nn.init.constant_(decoder.gate.bias, 100)
-    opened, _ = decoder(features, tokens, OWNERS)
+    opened, _ = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
     assert not torch.allclose(opened, closed)
     without = build("attention", layers=1).eval()
     without.load_state_dict({key: value for key, value in decoder.state_dict().items() if "gate" not in key})
-    torch.testing.assert_close(without(features, tokens, OWNERS)[0], opened)
+    torch.testing.assert_close(without(features, tokens, IMAGE_INDEX)[0], opened)
 
 
 @pytest.mark.parametrize(

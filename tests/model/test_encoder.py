@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from captionscale.config import Encoder as Settings
 from captionscale.errors import UserError
-from captionscale.model.encoders.cnn import MEAN, STD, Encoder
+from captionscale.model.encoders.cnn import IMAGENET_MEAN, IMAGENET_STD, Encoder
 
 
 def build(name: str = "resnet18", **settings: object) -> Encoder:
@@ -19,7 +19,7 @@ def pictures(count: int = 2, height: int = 64, width: int = 64) -> Tensor:
 
 
 def batch_norms(encoder: Encoder) -> dict[str, nn.BatchNorm2d]:
-    return {name: part for name, part in encoder.trunk.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    return {name: part for name, part in encoder.backbone.named_modules() if isinstance(part, nn.BatchNorm2d)}
 
 
 def what_learns(encoder: Encoder) -> set[str]:
@@ -28,7 +28,7 @@ def what_learns(encoder: Encoder) -> set[str]:
     if features.requires_grad:
         # A plain sum has no gradient through a batch norm that uses the batch's statistics.
         (features * torch.rand(features.shape)).sum().backward()
-    return {name for name, parameter in encoder.trunk.named_parameters() if parameter.grad is not None}
+    return {name for name, parameter in encoder.backbone.named_parameters() if parameter.grad is not None}
 
 
 def what_moves(encoder: Encoder) -> set[str]:
@@ -45,7 +45,7 @@ def what_moves(encoder: Encoder) -> set[str]:
 @pytest.mark.parametrize("batch_norm", ["frozen", "trained"])
 def test_a_frozen_encoder_neither_learns_nor_drifts(batch_norm) -> None:
     encoder = build(batch_norm=batch_norm)
-    assert not encoder.learns
+    assert not encoder.is_trainable
     state = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
     assert not encoder.train()(pictures()).requires_grad
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
@@ -61,7 +61,7 @@ def test_with_frozen_batch_norm_the_convolutions_of_the_chosen_part_learn_and_no
     norms = batch_norms(encoder)
     convolutions = {
         name
-        for name, _ in encoder.trunk.named_parameters()
+        for name, _ in encoder.backbone.named_parameters()
         if name.startswith("layer4.") and name.rpartition(".")[0] not in norms
     }
     assert convolutions
@@ -72,20 +72,20 @@ def test_with_frozen_batch_norm_the_convolutions_of_the_chosen_part_learn_and_no
 def test_with_trained_batch_norm_those_of_the_chosen_part_learn_and_move_too() -> None:
     encoder = build(trainable=("layer4",), batch_norm="trained")
     assert what_learns(encoder) == {
-        name for name, _ in encoder.trunk.named_parameters() if name.startswith("layer4.")
+        name for name, _ in encoder.backbone.named_parameters() if name.startswith("layer4.")
     }
     assert what_moves(encoder) == {name for name in batch_norms(encoder) if name.startswith("layer4.")}
 
 
 def test_with_everything_trained_everything_learns_and_moves() -> None:
     encoder = build(trainable="all", batch_norm="trained")
-    assert what_learns(encoder) == {name for name, _ in encoder.trunk.named_parameters()}
+    assert what_learns(encoder) == {name for name, _ in encoder.backbone.named_parameters()}
     assert what_moves(encoder) == set(batch_norms(encoder))
 
 
 def test_a_part_is_named_by_whole_words() -> None:
     encoder = build("mobilenet_v2", trainable=("features.1",))
-    learning = {name for name, parameter in encoder.trunk.named_parameters() if parameter.requires_grad}
+    learning = {name for name, parameter in encoder.backbone.named_parameters() if parameter.requires_grad}
     assert learning
     assert all(name.startswith("features.1.") for name in learning)
 
@@ -100,7 +100,7 @@ def test_evaluation_after_training_leaves_batch_norm_at_rest() -> None:
 def test_regions_go_row_by_row_from_the_top_left() -> None:
     encoder = build().eval()
     seen: list[Tensor] = []
-    encoder.trunk.register_forward_hook(lambda _, __, grid: seen.append(grid))
+    encoder.backbone.register_forward_hook(lambda _, __, grid: seen.append(grid))
     regions = encoder(pictures(height=64, width=96))
     assert regions.shape == (2, 6, 512)
     for row in range(2):
@@ -129,7 +129,7 @@ def test_a_compiled_trunk_learns_what_it_would_and_evaluation_does_not_compile(
     def step() -> list[Tensor]:
         encoder.zero_grad()
         encoder(images).square().mean().backward()
-        return [part.grad.clone() for part in encoder.trunk.parameters() if part.grad is not None]
+        return [part.grad.clone() for part in encoder.backbone.parameters() if part.grad is not None]
 
     plain = step()
     assert plain
@@ -137,8 +137,8 @@ def test_a_compiled_trunk_learns_what_it_would_and_evaluation_does_not_compile(
     for mine, other in zip(step(), plain, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-6, rtol=1e-4)
     assert [*encoder.state_dict()] == names
-    compiled = encoder.trunk._compiled_call_impl
-    monkeypatch.setattr(encoder.trunk, "_compiled_call_impl", lambda *_: pytest.fail("compiled"))
+    compiled = encoder.backbone._compiled_call_impl
+    monkeypatch.setattr(encoder.backbone, "_compiled_call_impl", lambda *_: pytest.fail("compiled"))
     encoder.eval()(pictures(3, 32, 32))
     assert compiled is not None
 
@@ -162,16 +162,16 @@ def test_a_picture_of_224_pixels_has_49_regions(name, feature) -> None:
 def test_the_trunk_is_all_of_torchvisions_network_before_its_classifier() -> None:
     encoder = build().eval()
     network = torchvision.models.resnet18(weights=None)
-    network.load_state_dict(encoder.trunk.state_dict(), strict=False)
+    network.load_state_dict(encoder.backbone.state_dict(), strict=False)
     network.fc = nn.Identity()
-    colours = (pictures().float() / 255 - MEAN) / STD
+    colours = (pictures().float() / 255 - IMAGENET_MEAN) / IMAGENET_STD
     torch.testing.assert_close(encoder(pictures()).mean(1), network.eval()(colours), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("weights", ["ResNet50_Weights.IMAGENET1K_V1", "MobileNet_V2_Weights.IMAGENET1K_V1"])
 def test_colours_are_normalised_as_torchvision_does_for_its_weights(weights) -> None:
     encoder = build()
-    encoder.trunk = nn.Identity()
+    encoder.backbone = nn.Identity()
     normalise = torchvision.models.get_weight(weights).transforms(crop_size=64, resize_size=64)
     expected = normalise(pictures()).flatten(2).transpose(1, 2)
     torch.testing.assert_close(encoder(pictures()), expected)
@@ -217,7 +217,7 @@ def test_each_second_cell_of_the_finer_grid_is_one_of_the_coarser_at_the_borders
     fine.load_state_dict(coarse.state_dict())
     grids = []
     for encoder in (coarse, fine):
-        encoder.trunk.register_forward_hook(lambda _, __, grid: grids.append(grid))
+        encoder.backbone.register_forward_hook(lambda _, __, grid: grids.append(grid))
         encoder(pictures(height=height, width=width))
     rows, columns = -(-height // 16), -(-width // 16)
     assert grids[1].shape[2:] == (rows, columns)
@@ -232,9 +232,9 @@ def test_the_finer_grid_has_196_regions_of_a_picture_of_224_pixels(name) -> None
 def test_torchvision_dilates_its_bottleneck_networks_alike() -> None:
     encoder = build("resnet50", stride=16).eval()
     network = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
-    network.load_state_dict(encoder.trunk.state_dict(), strict=False)
+    network.load_state_dict(encoder.backbone.state_dict(), strict=False)
     network.fc = nn.Identity()
-    colours = (pictures().float() / 255 - MEAN) / STD
+    colours = (pictures().float() / 255 - IMAGENET_MEAN) / IMAGENET_STD
     torch.testing.assert_close(encoder(pictures()).mean(1), network.eval()(colours), atol=1e-4, rtol=1e-4)
 
 
@@ -245,7 +245,7 @@ def learning(encoder: Encoder) -> set[str]:
     """Return the stages of which something learns."""
     return {
         name.partition(".")[0]
-        for name, parameter in encoder.trunk.named_parameters()
+        for name, parameter in encoder.backbone.named_parameters()
         if parameter.requires_grad
     }
 
@@ -255,7 +255,7 @@ def test_parts_learn_and_move_from_their_steps_on_and_no_sooner(batch_norm) -> N
     encoder = build(trainable=("layer4", "layer2"), batch_norm=batch_norm)
     starts = (3, 5)
     assert encoder.unfreeze(0, starts)
-    assert not encoder.learns
+    assert not encoder.is_trainable
     assert what_learns(encoder) == what_moves(encoder) == set()
     assert not encoder.unfreeze(2, starts)
     for step, parts in ((3, {"layer4"}), (4, {"layer4"}), (5, {"layer4", "layer2"})):
@@ -273,7 +273,7 @@ def test_parts_learn_and_move_from_their_steps_on_and_no_sooner(batch_norm) -> N
 def test_what_is_below_the_first_part_that_learns_runs_outside_the_graph() -> None:
     encoder = build(trainable=("layer4",)).train()
     seen = []
-    encoder.trunk.layer3.register_forward_hook(lambda _, __, grid: seen.append(grid.requires_grad))
+    encoder.backbone.layer3.register_forward_hook(lambda _, __, grid: seen.append(grid.requires_grad))
     assert encoder(pictures()).requires_grad
     assert seen == [False]
 

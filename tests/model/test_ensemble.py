@@ -4,12 +4,12 @@ from sayings import FIRST_WORD, IMAGES, STRATEGIES, peaked_decoder
 from torch import nn
 
 from captionscale.errors import UserError
-from captionscale.model.search.constraints import Rules
-from captionscale.model.search.ensemble import Ensemble, MeanDecoder
+from captionscale.model.search.constraints import Constraints
+from captionscale.model.search.ensemble import Ensemble, EnsembleDecoder
 from captionscale.model.search.generate import search
 from captionscale.vocab import START
 
-RULES = Rules(block_ngrams=2, prefix=(FIRST_WORD + 1,))
+RULES = Constraints(block_ngrams=2, prefix=(FIRST_WORD + 1,))
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def test_two_say_the_next_word_by_the_mean_of_their_probabilities() -> None:
     (one, features), (other, _) = peaked_decoder("attention", 0, 9), peaked_decoder("top_down", 1, 9)
     # Of another encoder: other regions, and more of them.
     theirs = torch.randn(IMAGES, 7, 6)
-    both = MeanDecoder([one, other])
+    both = EnsembleDecoder([one, other])
     state, apart = both.start((features, theirs)), [one.start(features), other.start(theirs)]
     for token in (START, FIRST_WORD, FIRST_WORD + 3):
         tokens = torch.full((IMAGES,), token)
@@ -36,23 +36,26 @@ def test_an_ensemble_of_one_or_of_twice_the_same_writes_as_it_does(strategy, cop
         torch.manual_seed(5)
         alone = STRATEGIES[strategy](decoder, features, RULES, 7)
         torch.manual_seed(5)
-        together = MeanDecoder([decoder] * copies)
+        together = EnsembleDecoder([decoder] * copies)
         assert STRATEGIES[strategy](together, (features,) * copies, RULES, 7) == alone
 
 
 def test_required_words_and_early_ends_reorder_all_members_states() -> None:
     (one, features), (other, _) = peaked_decoder("attention", 0, 9), peaked_decoder("plain", 1, 9)
-    both, rules = MeanDecoder([one, other]), Rules(required=((FIRST_WORD,), (FIRST_WORD + 4,)))
-    together = STRATEGIES["beam"](both, (features, features), rules, 7)
+    both, constraints = (
+        EnsembleDecoder([one, other]),
+        Constraints(required=((FIRST_WORD,), (FIRST_WORD + 4,))),
+    )
+    together = STRATEGIES["beam"](both, (features, features), constraints, 7)
     for number in range(IMAGES):
         image = features[number : number + 1]
-        assert STRATEGIES["beam"](both, (image, image), rules, 7) == [together[number]]
+        assert STRATEGIES["beam"](both, (image, image), constraints, 7) == [together[number]]
 
 
 def test_an_ensemble_has_no_attention_to_cover_pictures_with() -> None:
     decoder, features = peaked_decoder("attention", 0)
     with pytest.raises(UserError, match="ensemble has none"):
-        search(MeanDecoder([decoder]), (features,), beam=1, max_words=3, length_power=0.7, coverage=0.1)
+        search(EnsembleDecoder([decoder]), (features,), beam=1, max_words=3, length_power=0.7, coverage=0.1)
 
 
 def test_an_ensembles_members_change_their_mode_together() -> None:
@@ -61,7 +64,7 @@ def test_an_ensembles_members_change_their_mode_together() -> None:
             super().__init__()
             self.decoder = peaked_decoder("plain", 0)[0]
 
-        def look(self, pictures: torch.Tensor) -> torch.Tensor:
+        def encode(self, pictures: torch.Tensor) -> torch.Tensor:
             return pictures[:, 0].float() + self.training
 
     pictures = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
@@ -69,5 +72,5 @@ def test_an_ensembles_members_change_their_mode_together() -> None:
     ensemble = Ensemble.__new__(Ensemble)
     nn.Module.__init__(ensemble)
     ensemble._parts, ensemble._members = nn.ModuleList(members), members
-    assert [each.max().item() for each in ensemble.train().look(pictures)] == [1, 1]
-    assert [each.max().item() for each in ensemble.eval().look(pictures)] == [0, 0]
+    assert [each.max().item() for each in ensemble.train().encode(pictures)] == [1, 1]
+    assert [each.max().item() for each in ensemble.eval().encode(pictures)] == [0, 0]

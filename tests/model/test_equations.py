@@ -66,8 +66,8 @@ class Weights:
                 reading = reading + self.linear("from_context", context)
         if kind == "maxout":
             reading = np.array([max(reading[i], reading[i + 1]) for i in range(0, len(reading), 2)])
-        matrix = self.arrays["embedding.weight" if tied else "vocabulary.weight"]
-        return matrix @ reading + self.arrays["vocabulary.bias"]
+        matrix = self.arrays["embedding.weight" if tied else "output_projection.weight"]
+        return matrix @ reading + self.arrays["output_projection.bias"]
 
 
 def sigmoid(x: Array) -> Array:
@@ -80,7 +80,7 @@ def plain(
     """Vinyals et al., equations 10 to 12."""
     zero = np.zeros(settings.hidden)
     memory: Memory = [(zero, zero)] * settings.layers
-    picture = weights.linear("picture", regions.mean(0))
+    picture = weights.linear("image_projection", regions.mean(0))
     if settings.picture_norm:
         scale, mean, variance, shift = (
             weights.arrays[f"picture_norm.{name}"]
@@ -100,8 +100,8 @@ def attention(
     weights: Weights, settings: Decoder, regions: Array, words: Array
 ) -> Iterator[tuple[Array, ...]]:
     """Xu et al., equations 1 to 7 and section 4.2.1, on regions that were projected."""
-    regions = np.maximum(weights.linear("regions", regions), 0)
-    first = np.tanh(weights.linear("first_states", regions.mean(0)))
+    regions = np.maximum(weights.linear("region_projection", regions), 0)
+    first = np.tanh(weights.linear("initial_state", regions.mean(0)))
     hidden, cell = first.reshape(2, settings.layers, settings.hidden)
     memory: Memory = list(zip(hidden, cell, strict=True))
     for word in words:
@@ -120,12 +120,12 @@ def top_down(
     weights: Weights, settings: Decoder, regions: Array, words: Array
 ) -> Iterator[tuple[Array, ...]]:
     """Anderson et al., equations 1 to 7, on regions that were projected."""
-    regions = np.maximum(weights.linear("regions", regions), 0)
+    regions = np.maximum(weights.linear("region_projection", regions), 0)
     first = second = (np.zeros(settings.hidden), np.zeros(settings.hidden))
     for word in words:
-        first = weights.lstm("looking", np.concatenate([second[0], regions.mean(0), word]), first)
+        first = weights.lstm("attention_lstm", np.concatenate([second[0], regions.mean(0), word]), first)
         context = weights.attention(regions, first[0])
-        second = weights.lstm("speaking", np.concatenate([context, first[0]]), second)
+        second = weights.lstm("language_lstm", np.concatenate([context, first[0]]), second)
         yield word, second[0], context
 
 
@@ -157,7 +157,7 @@ def test_a_decoder_is_what_its_paper_writes(choices) -> None:
     weights = Weights(decoder)
     words = weights.arrays["embedding.weight"][tokens[0].numpy()]
     with torch.no_grad():
-        logits, _ = decoder(regions, tokens, torch.tensor([0]))
+        logits, _ = decoder.teacher_forced(regions, tokens, torch.tensor([0]))
     expected = [
         weights.output(settings.output, settings.tied, *parts)
         for parts in PAPERS[settings.name](weights, settings, regions[0].numpy(), words)
@@ -190,8 +190,8 @@ def test_a_plain_lstm_says_what_was_worked_out_by_hand() -> None:
         torch.nn.init.constant_(parameter, 0.0 if "bias" in name else 1.0)
     with torch.no_grad():
         decoder.embedding.weight.fill_(2.0)
-        decoder.vocabulary.weight.copy_(torch.tensor([[1.0], [-3.0]]))
-    logits, _ = decoder(torch.tensor([[[0.5], [1.5]]]), torch.tensor([[1]]), torch.tensor([0]))
+        decoder.output_projection.weight.copy_(torch.tensor([[1.0], [-3.0]]))
+    logits, _ = decoder.teacher_forced(torch.tensor([[[0.5], [1.5]]]), torch.tensor([[1]]), torch.tensor([0]))
     # sigmoid(1) = 0.731059, tanh(1) = 0.761594: cell 0.556770, state 0.731059 tanh(0.556770) = 0.369606.
     # Gates of 2.369606: sigmoid 0.914480, tanh 0.982661; cell 0.914480 (0.556770 + 0.982661) = 1.407779,
     # state 0.914480 tanh(1.407779) = 0.811163.
@@ -207,16 +207,18 @@ def test_a_checkpoint_of_before_there_were_options_loads_and_says_the_same() -> 
     decoder = DECODERS["attention"](Decoder(embed=2, hidden=3, attend=4), FEATURE, WORDS).eval()
     state = decoder.state_dict()
     assert " ".join(state) == (
-        "embedding.weight regions.weight regions.bias attention.key.weight attention.key.bias"
-        " attention.query.weight attention.energy.weight first_states.weight first_states.bias"
+        "embedding.weight region_projection.weight region_projection.bias attention.key.weight attention.key.bias"
+        " attention.query.weight attention.energy.weight initial_state.weight initial_state.bias"
         " cells.0.weight_ih cells.0.weight_hh cells.0.bias_ih cells.0.bias_hh"
         " cells.1.weight_ih cells.1.weight_hh cells.1.bias_ih cells.1.bias_hh"
-        " from_hidden.weight from_hidden.bias from_context.weight vocabulary.weight vocabulary.bias"
+        " from_hidden.weight from_hidden.bias from_context.weight output_projection.weight output_projection.bias"
     )
     weights = {name: spread(tensor.shape, place) for place, (name, tensor) in enumerate(state.items())}
     decoder.load_state_dict(weights)
     with torch.no_grad():
-        logits, looks = decoder(spread((1, REGIONS, FEATURE), 20), torch.tensor([[1, 4]]), torch.tensor([0]))
+        logits, looks = decoder.teacher_forced(
+            spread((1, REGIONS, FEATURE), 20), torch.tensor([[1, 4]]), torch.tensor([0])
+        )
     # What the decoder said at d2899013.
     expected = [
         [13.0745239, -8.3689251, 0.9256929, 4.3369813, -6.5519328, 9.8628101],

@@ -9,7 +9,7 @@ from torch import Tensor
 from captionscale.errors import UserError
 from captionscale.model.decoders.registry import DECODERS, Decoder
 from captionscale.model.search.beam import _top
-from captionscale.model.search.generate import Found, search
+from captionscale.model.search.generate import Hypothesis, search
 from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN
 
 
@@ -21,21 +21,25 @@ def case(request: pytest.FixtureRequest) -> tuple[Decoder, Tensor]:
     return peaked_decoder(*request.param)
 
 
-def said(decoder, features, beam, max_words=4, length_power=0.7, **settings) -> list[list[Found]]:
+def said(decoder, features, beam, max_words=4, length_power=0.7, **settings) -> list[list[Hypothesis]]:
     return search(decoder, features, beam=beam, max_words=max_words, length_power=length_power, **settings)
 
 
 @torch.no_grad()
 def log_prob(decoder: Decoder, image: Tensor, tokens: list[int]) -> float:
     """Return what teacher-forced reading of a caption says of it."""
-    logits, _ = decoder(image.unsqueeze(0), torch.tensor([[START, *tokens[:-1]]]), torch.tensor([0]))
+    logits, _ = decoder.teacher_forced(
+        image.unsqueeze(0), torch.tensor([[START, *tokens[:-1]]]), torch.tensor([0])
+    )
     return logits[0].log_softmax(1)[range(len(tokens)), tokens].sum().item()
 
 
 @torch.no_grad()
 def next_words(decoder: Decoder, image: Tensor, tokens: list[int]) -> dict[int, float]:
     """Return the log-probability of each word that may follow these."""
-    logits, _ = decoder(image.unsqueeze(0), torch.tensor([[START, *tokens]]), torch.tensor([0]))
+    logits, _ = decoder.teacher_forced(
+        image.unsqueeze(0), torch.tensor([[START, *tokens]]), torch.tensor([0])
+    )
     chances = logits[0, -1].log_softmax(0).tolist()
     return {token: chance for token, chance in enumerate(chances) if token not in (PAD, START, UNKNOWN)}
 
@@ -111,7 +115,7 @@ def test_what_is_found_is_distinct_sorted_and_says_no_special_token(case, beam) 
 def test_special_tokens_are_not_said_however_likely_they_are(case) -> None:
     decoder, features = case
     with torch.no_grad():
-        decoder.vocabulary.bias[[PAD, START, UNKNOWN]] += 100
+        decoder.output_projection.bias[[PAD, START, UNKNOWN]] += 100
     for captions in said(decoder, features, beam=3):
         assert all(not {PAD, START, UNKNOWN} & set(caption.tokens) for caption in captions)
 
@@ -119,7 +123,7 @@ def test_special_tokens_are_not_said_however_likely_they_are(case) -> None:
 def test_an_unfinished_caption_is_returned_as_it_stands(case) -> None:
     decoder, features = case
     with torch.no_grad():
-        decoder.vocabulary.bias[END] -= 100
+        decoder.output_projection.bias[END] -= 100
     for captions in said(decoder, features, beam=3):
         assert [len(caption.tokens) for caption in captions] == [4, 4, 4]
         assert all(END not in caption.tokens for caption in captions)
@@ -128,7 +132,7 @@ def test_an_unfinished_caption_is_returned_as_it_stands(case) -> None:
 def test_a_decoder_that_has_nothing_to_say_ends_at_once(case) -> None:
     decoder, features = case
     with torch.no_grad():
-        decoder.vocabulary.bias[END] += 100
+        decoder.output_projection.bias[END] += 100
     for captions in said(decoder, features, beam=1):
         assert [caption.tokens for caption in captions] == [[END]]
 
@@ -212,7 +216,7 @@ def test_pictures_that_are_done_early_change_nothing_for_the_others() -> None:
     decoder, features = peaked_decoder("attention", 0, words=9)
     features = features.repeat(8, 1, 1) + torch.randn(40, 4, 6)
     with torch.no_grad():
-        decoder.vocabulary.bias[END] += 1
+        decoder.output_projection.bias[END] += 1
     for settings in ({"beam": 1}, {"beam": 3}, {"beam": 4, "groups": 2}):
         together = said(decoder, features, max_words=16, **settings)
         lengths = {len(captions[0].tokens) for captions in together}
@@ -235,9 +239,9 @@ def test_coverage_ranks_by_how_much_of_all_regions_was_looked_at(name) -> None:
         scores = []
         for caption in captions:
             read = torch.tensor([[START, *caption.tokens[:-1]]])
-            _, looks = decoder(image.unsqueeze(0), read, torch.tensor([0]))
+            _, looks = decoder.teacher_forced(image.unsqueeze(0), read, torch.tensor([0]))
             covered = weight * looks[0].sum(0).clamp(max=1).log().sum().item()
-            assert caption.covered == pytest.approx(covered, rel=1e-4, abs=1e-4)
+            assert caption.coverage_penalty == pytest.approx(covered, rel=1e-4, abs=1e-4)
             scores.append(caption.log_prob / len(caption.tokens) ** 0.7 + covered)
             assert caption.score(0.7) == pytest.approx(scores[-1], rel=1e-4)
         assert scores == pytest.approx(sorted(scores, reverse=True))

@@ -10,11 +10,11 @@ from captionscale.config import Decoder
 from captionscale.model.decoders import recurrence, word_head
 from captionscale.model.decoders.attention import AttentionDecoder
 from captionscale.model.decoders.state import select
-from captionscale.model.decoders.teacher_forcing import read_captions
+from captionscale.model.decoders.teacher_forcing import run_teacher_forced
 from captionscale.vocab import PAD
 
 WORDS, FEATURE, REGIONS, IMAGES = 11, 6, 4, 3
-OWNERS = torch.tensor([2, 0, 0, 2, 0, 2, 0])  # Image 1 has no caption; those of others are not adjacent.
+IMAGE_INDEX = torch.tensor([2, 0, 0, 2, 0, 2, 0])  # Image 1 has no caption; those of others are not adjacent.
 LENGTHS = (4, 1, 6, 2, 6, 3, 4)
 CHOICES = [
     {"layers": 1},
@@ -44,10 +44,10 @@ def captions_of(lengths: Iterable[int] = LENGTHS, time: int = 7) -> Tensor:
 
 
 def word_by_word(
-    decoder: AttentionDecoder, features: Tensor, tokens: Tensor, owners: Tensor
+    decoder: AttentionDecoder, features: Tensor, tokens: Tensor, image_index: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Read as `step` does, through autograd."""
-    return read_captions(decoder, decoder._recur, tokens, select(decoder.start(features), owners))
+    return run_teacher_forced(decoder, decoder._recur, tokens, select(decoder.start(features), image_index))
 
 
 def gradients(
@@ -55,7 +55,7 @@ def gradients(
     decoder: AttentionDecoder,
     features: Tensor,
     tokens: Tensor,
-    owners: Tensor,
+    image_index: Tensor,
     precision: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Return logits and attention, and the gradient of what depends on both, where there are words."""
@@ -64,7 +64,7 @@ def gradients(
     features = features.to(decoder.embedding.weight.dtype).requires_grad_()
     torch.manual_seed(3)
     with torch.autocast("cpu", precision) if precision else nullcontext():
-        logits, looks = read(decoder, features, tokens, owners)
+        logits, looks = read(decoder, features, tokens, image_index)
     weights = torch.linspace(0, 1, WORDS, dtype=features.dtype)
     said = (logits.to(features.dtype).log_softmax(2) * weights * words).sum()
     (said + (1 - (looks * words).sum(1)).square().sum()).backward()
@@ -79,9 +79,9 @@ def test_results_and_gradients_are_those_of_reading_word_by_word(choices, dtype,
     decoder, captions = build(**choices).to(dtype), captions_of()
     for some in (slice(None), slice(1, 3), slice(1, 2), slice(0, 1)):
         for time in (captions.shape[1], 1):
-            tokens, owners = captions[some, :time], OWNERS[some]
-            wanted = gradients(word_by_word, decoder, picture_of(), tokens, owners)
-            found = gradients(AttentionDecoder.forward, decoder, picture_of(), tokens, owners)
+            tokens, image_index = captions[some, :time], IMAGE_INDEX[some]
+            wanted = gradients(word_by_word, decoder, picture_of(), tokens, image_index)
+            found = gradients(AttentionDecoder.teacher_forced, decoder, picture_of(), tokens, image_index)
             assert wanted["attention.key.weight"].abs().max() > 0
             for name, value in found.items():
                 error = (value - wanted[name]).abs().max()
@@ -90,9 +90,9 @@ def test_results_and_gradients_are_those_of_reading_word_by_word(choices, dtype,
 
 def test_in_bf16_it_is_as_close_to_exact_gradients_as_reading_word_by_word() -> None:
     decoder = build(layers=2, gate=True, hidden=32, attend=32, embed=16)
-    arguments = (picture_of(), captions_of(), OWNERS)
+    arguments = (picture_of(), captions_of(), IMAGE_INDEX)
     rounded = gradients(word_by_word, decoder, *arguments, torch.bfloat16)
-    found = gradients(AttentionDecoder.forward, decoder, *arguments, torch.bfloat16)
+    found = gradients(AttentionDecoder.teacher_forced, decoder, *arguments, torch.bfloat16)
     exact = gradients(word_by_word, decoder.double(), *arguments)
     for name, value in exact.items():
         assert (found[name] - value).norm() <= 1.5 * (rounded[name] - value).norm() + 0.01 * value.norm(), (
@@ -103,30 +103,32 @@ def test_in_bf16_it_is_as_close_to_exact_gradients_as_reading_word_by_word() -> 
 @pytest.mark.parametrize(("layers", "gate"), [(1, False), (2, True)])
 def test_the_gradient_is_that_of_small_differences(layers, gate) -> None:
     decoder = build(layers=layers, gate=gate, embed=2, hidden=2, attend=3, region=2).double()
-    tokens, owners = captions_of((3, 1, 2), 3), torch.tensor([1, 0, 1])
+    tokens, image_index = captions_of((3, 1, 2), 3), torch.tensor([1, 0, 1])
     weights = [*decoder.attention.query.parameters(), *decoder.attention.energy.parameters()]
     weights += [*decoder.cells.parameters(), *(decoder.gate.parameters() if decoder.gate else ())]
     start = [part.detach().requires_grad_() for part in decoder.start(picture_of(2))[:4]]
-    words = word_head.embed(decoder, tokens, ()).detach().requires_grad_()
+    words = word_head.embed_tokens(decoder, tokens, ()).detach().requires_grad_()
 
     def read(words: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         state = recurrence.AttentionState(*tensors[:4])
-        return recurrence.read(words, tokens, owners, state, decoder.attention, decoder.gate, decoder.cells)
+        return recurrence.fused_attention_lstm(
+            words, tokens, image_index, state, decoder.attention, decoder.gate, decoder.cells
+        )
 
     assert torch.autograd.gradcheck(read, (words, *start, *weights))
 
 
 def test_what_follows_the_end_of_a_caption_is_not_read() -> None:
     decoder, tokens = build(layers=2, gate=True).double(), captions_of()
-    _, looks = decoder(picture_of(), tokens, OWNERS)
+    _, looks = decoder.teacher_forced(picture_of(), tokens, IMAGE_INDEX)
     assert (looks.sum(2) - tokens.ne(PAD).double()).abs().max() < 1e-12
 
 
 def test_reading_without_a_gradient_and_twice_backwards_change_nothing() -> None:
     decoder = build(layers=2, gate=True).double()
-    logits, looks = decoder(picture_of(), captions_of(), OWNERS)
+    logits, looks = decoder.teacher_forced(picture_of(), captions_of(), IMAGE_INDEX)
     with torch.no_grad():
-        again, _ = decoder(picture_of(), captions_of(), OWNERS)
+        again, _ = decoder.teacher_forced(picture_of(), captions_of(), IMAGE_INDEX)
     assert torch.equal(again, logits)
     for _ in range(2):
         looks.square().sum().backward(retain_graph=True)
@@ -138,10 +140,10 @@ def test_reading_without_a_gradient_and_twice_backwards_change_nothing() -> None
 
 def test_a_picture_that_is_copied_for_each_caption_says_and_learns_the_same() -> None:
     decoder = build(layers=2, gate=True).double()
-    wanted = gradients(AttentionDecoder.forward, decoder, picture_of(), captions_of(), OWNERS)
-    copies, own = picture_of()[OWNERS], torch.arange(len(OWNERS))
-    found = gradients(AttentionDecoder.forward, decoder, copies, captions_of(), own)
-    found["features"] = torch.zeros_like(wanted["features"]).index_add(0, OWNERS, found["features"])
+    wanted = gradients(AttentionDecoder.teacher_forced, decoder, picture_of(), captions_of(), IMAGE_INDEX)
+    copies, own = picture_of()[IMAGE_INDEX], torch.arange(len(IMAGE_INDEX))
+    found = gradients(AttentionDecoder.teacher_forced, decoder, copies, captions_of(), own)
+    found["features"] = torch.zeros_like(wanted["features"]).index_add(0, IMAGE_INDEX, found["features"])
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name])
 
@@ -151,7 +153,7 @@ def test_on_a_gpu_the_host_never_waits_for_a_value() -> None:
     with FakeTensorMode(), torch.device("cuda"):
         decoder = build(layers=2, gate=True)
         features, tokens = torch.empty(IMAGES, REGIONS, FEATURE), torch.empty(6, 7, dtype=torch.long)
-        logits, looks = decoder(features, tokens, torch.empty(6, dtype=torch.long))
+        logits, looks = decoder.teacher_forced(features, tokens, torch.empty(6, dtype=torch.long))
         assert (logits.shape, looks.shape) == ((6, 7, WORDS), (6, 7, REGIONS))
         with pytest.raises(DataDependentOutputException):
             tokens.max().item()

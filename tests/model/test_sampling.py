@@ -5,7 +5,7 @@ import torch
 from sayings import FIRST_WORD, IMAGES, mask_special_tokens, peaked_decoder
 
 from captionscale.model.decoders.registry import DECODERS
-from captionscale.model.search.constraints import Rules
+from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample
 from captionscale.vocab import END, PAD, START
@@ -22,7 +22,7 @@ def case(request: pytest.FixtureRequest):
 
 def drawn(decoder, features, captions, seed=0, max_words=MAX_WORDS, **settings):
     torch.manual_seed(seed)
-    tokens, totals = sample(decoder, features, captions=captions, max_words=max_words, **settings)
+    tokens, totals = sample(decoder, features, samples_per_image=captions, max_words=max_words, **settings)
     return tokens.view(len(features), captions, -1), totals.view(len(features), captions)
 
 
@@ -97,11 +97,13 @@ def test_the_likeliest_word_alone_or_a_cold_temperature_is_greedy_search(case) -
 def test_a_caption_is_a_function_of_its_own_numbers(case) -> None:
     """Neither of the pictures beside it, nor of which captions are finished and laid aside."""
     decoder, features = case
-    numbers = torch.rand(IMAGES * 2, 12, generator=torch.Generator().manual_seed(3))
-    together, totals = sample(decoder, features, captions=2, max_words=12, numbers=numbers)
+    uniforms = torch.rand(IMAGES * 2, 12, generator=torch.Generator().manual_seed(3))
+    together, totals = sample(decoder, features, samples_per_image=2, max_words=12, uniforms=uniforms)
     for row in range(IMAGES * 2):
         image = features[row // 2 : row // 2 + 1]
-        alone, total = sample(decoder, image, captions=1, max_words=12, numbers=numbers[row : row + 1])
+        alone, total = sample(
+            decoder, image, samples_per_image=1, max_words=12, uniforms=uniforms[row : row + 1]
+        )
         assert without_padding(alone[0]) == without_padding(together[row])
         assert total.item() == pytest.approx(totals[row].item(), rel=1e-4, abs=1e-4)
 
@@ -118,7 +120,7 @@ def test_rows_hold_words_then_the_end_then_padding_and_are_cut_without_an_end(ca
         assert row[len(words) :] == ([END] + [PAD] * 4)[: 5 - len(words)]
     assert 0 < ended < 1000
     with torch.no_grad():
-        decoder.vocabulary.bias[END] = 1e4
+        decoder.output_projection.bias[END] = 1e4
     tokens, totals = drawn(decoder, features, 2, max_words=5)
     assert tokens.tolist() == [[[END], [END]]] * IMAGES
     assert totals.abs().max() < 1e-6
@@ -126,10 +128,16 @@ def test_rows_hold_words_then_the_end_then_padding_and_are_cut_without_an_end(ca
 
 def test_what_may_not_be_said_is_never_drawn_even_at_the_ends_of_the_numbers() -> None:
     decoder, features = peaked_decoder("plain", 0, words=40)
-    numbers = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24]).repeat(IMAGES, 1)
+    uniforms = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24]).repeat(IMAGES, 1)
     for settings in ({}, {"top_k": 44}, {"top_p": 0.999}):
         tokens, totals = sample(
-            decoder, features, captions=1, max_words=4, numbers=numbers, rules=Rules(), **settings
+            decoder,
+            features,
+            samples_per_image=1,
+            max_words=4,
+            uniforms=uniforms,
+            constraints=Constraints(),
+            **settings,
         )
         assert totals.isfinite().all()
         assert ((tokens >= FIRST_WORD) | (tokens == END) | (tokens == PAD)).all()
@@ -138,4 +146,4 @@ def test_what_may_not_be_said_is_never_drawn_even_at_the_ends_of_the_numbers() -
 def test_words_cannot_be_required_of_samples(case) -> None:
     decoder, features = case
     with pytest.raises(ValueError, match="required"):
-        drawn(decoder, features, 1, rules=Rules(required=((FIRST_WORD,),)))
+        drawn(decoder, features, 1, constraints=Constraints(required=((FIRST_WORD,),)))

@@ -4,11 +4,11 @@ from torch import Tensor, nn
 
 from captionscale.config import Decoder
 from captionscale.model.decoders.registry import DECODERS
-from captionscale.model.decoders.scheduled_sampling import rehearse
+from captionscale.model.decoders.scheduled_sampling import scheduled_sampling_forward
 from captionscale.vocab import END, PAD, START, UNKNOWN
 
 WORDS, FEATURE, REGIONS, IMAGES = 9, 6, 4, 3
-OWNERS = torch.tensor([2, 0, 0, 1, 2, 0])
+IMAGE_INDEX = torch.tensor([2, 0, 0, 1, 2, 0])
 
 
 def build(name: str, **more: object) -> nn.Module:
@@ -25,7 +25,7 @@ def features() -> Tensor:
 @pytest.fixture
 def tokens() -> Tensor:
     """Captions of two to seven words."""
-    tokens = torch.randint(UNKNOWN, WORDS, (len(OWNERS), 8), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(UNKNOWN, WORDS, (len(IMAGE_INDEX), 8), generator=torch.Generator().manual_seed(2))
     tokens[:, 0] = START
     for row, caption in enumerate(tokens):
         caption[3 + row :] = PAD
@@ -50,14 +50,14 @@ class Told(nn.Module):
 @pytest.mark.parametrize("name", DECODERS)
 def test_rehearsing_with_the_references_words_alone_is_reading_them(name, features, tokens) -> None:
     decoder = build(name)
-    said, looks = decoder(features, tokens, OWNERS)
-    rehearsed, rehearsed_looks = rehearse(decoder, features, tokens, OWNERS, 0.0)
+    said, looks = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
+    rehearsed, rehearsed_looks = scheduled_sampling_forward(decoder, features, tokens, IMAGE_INDEX, 0.0)
     words = tokens != PAD
     torch.testing.assert_close(rehearsed[words], said[words])
     assert (looks is None) == (rehearsed_looks is None)
     if looks is not None:
         torch.testing.assert_close(rehearsed_looks[words], looks[words])
-    own, _ = rehearse(decoder, features, tokens, OWNERS, 1.0)
+    own, _ = scheduled_sampling_forward(decoder, features, tokens, IMAGE_INDEX, 1.0)
     torch.testing.assert_close(own[:, 0], said[:, 0])
     assert not torch.allclose(own, said)
     own.logsumexp(2).sum().backward()
@@ -72,7 +72,9 @@ def test_as_many_words_are_drawn_as_asked_for_and_as_often_as_they_are_said() ->
     tokens[:, 0] = START
     tokens[: count // 2, 4:] = PAD
     torch.manual_seed(0)
-    rehearse(decoder, torch.zeros(1, 1, 1), tokens, torch.zeros(count, dtype=torch.long), 0.4)
+    scheduled_sampling_forward(
+        decoder, torch.zeros(1, 1, 1), tokens, torch.zeros(count, dtype=torch.long), 0.4
+    )
     read = torch.stack(decoder.read, 1)
     assert (read[:, 0] == START).all()
     assert torch.equal(read == PAD, tokens == PAD)
@@ -91,13 +93,13 @@ def test_as_many_words_are_drawn_as_asked_for_and_as_often_as_they_are_said() ->
 
 def test_no_gradient_flows_through_a_draw_and_a_loss_that_is_no_number_ends_nothing_here() -> None:
     decoder = Told([0.25] * 4)
-    tokens, owners = torch.tensor([[START, UNKNOWN, END]]), torch.tensor([0])
-    said, _ = rehearse(decoder, torch.zeros(1, 1, 1), tokens, owners, 1.0)
+    tokens, image_index = torch.tensor([[START, UNKNOWN, END]]), torch.tensor([0])
+    said, _ = scheduled_sampling_forward(decoder, torch.zeros(1, 1, 1), tokens, image_index, 1.0)
     assert not any(word.requires_grad for word in decoder.read)
     said.sum().backward()
     assert decoder.logits.grad.tolist() == [3.0] * 4
     decoder.logits.data.fill_(torch.nan)
-    said, _ = rehearse(decoder, torch.zeros(1, 1, 1), tokens, owners, 1.0)
+    said, _ = scheduled_sampling_forward(decoder, torch.zeros(1, 1, 1), tokens, image_index, 1.0)
     assert said.isnan().all()
 
 
@@ -106,8 +108,8 @@ def test_the_same_dropout_is_the_same_in_a_rehearsal(name, features, tokens) -> 
     decoder = build(name, dropout=0.5, same_dropout=True, embed=40).train()
     read: list[Tensor] = []
     decoder.dropout.register_forward_hook(lambda _, words, hidden: read.append(hidden / words[0]))
-    rehearse(decoder, features, torch.full_like(tokens, 4), OWNERS, 0.5)
-    words = [each.view(len(OWNERS), 40) for each in read if each.shape[-1] == 40][::2]
+    scheduled_sampling_forward(decoder, features, torch.full_like(tokens, 4), IMAGE_INDEX, 0.5)
+    words = [each.view(len(IMAGE_INDEX), 40) for each in read if each.shape[-1] == 40][::2]
     assert len(words) == tokens.shape[1]
     assert all(torch.equal(each, words[0]) for each in words)
-    assert len({tuple(row.tolist()) for row in words[0]}) == len(OWNERS)
+    assert len({tuple(row.tolist()) for row in words[0]}) == len(IMAGE_INDEX)

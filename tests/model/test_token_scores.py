@@ -3,10 +3,10 @@ import torch
 from sayings import SEARCHES, peaked_decoder
 
 from captionscale.model.decoders.registry import DECODERS
-from captionscale.model.search.constraints import Rules
-from captionscale.model.search.ensemble import MeanDecoder
+from captionscale.model.search.constraints import Constraints
+from captionscale.model.search.ensemble import EnsembleDecoder
 from captionscale.model.search.generate import search
-from captionscale.model.search.token_scores import retrace
+from captionscale.model.search.token_scores import score_captions
 from captionscale.vocab import END, START
 
 
@@ -16,7 +16,7 @@ def test_the_words_of_a_found_caption_are_as_likely_together_as_the_search_said(
     decoder, features = peaked_decoder(name, 0)
     found = search(decoder, features, beam=beam, max_words=6, length_power=0.7)
     for rank in range(beam):
-        traces = retrace(decoder, features, [captions[rank].tokens for captions in found])
+        traces = score_captions(decoder, features, [captions[rank].tokens for captions in found])
         for captions, trace in zip(found, traces, strict=True):
             assert len(trace.log_probs) == len(captions[rank].tokens)
             total = float(trace.log_probs.sum())
@@ -27,10 +27,12 @@ def test_the_words_of_a_found_caption_are_as_likely_together_as_the_search_said(
 def test_the_decoder_looks_where_it_does_when_it_reads_the_whole_caption_at_once(name) -> None:
     decoder, features = peaked_decoder(name, 1)
     captions = [each[0].tokens for each in search(decoder, features, beam=4, max_words=6, length_power=0.7)]
-    for row, (tokens, trace) in enumerate(zip(captions, retrace(decoder, features, captions), strict=True)):
+    for row, (tokens, trace) in enumerate(
+        zip(captions, score_captions(decoder, features, captions), strict=True)
+    ):
         read = torch.tensor([[START, *tokens[:-1]]])
         with torch.no_grad():
-            logits, attention = decoder(features[row : row + 1], read, torch.tensor([0]))
+            logits, attention = decoder.teacher_forced(features[row : row + 1], read, torch.tensor([0]))
         torch.testing.assert_close(trace.attention, attention[0])
         likely = logits[0].log_softmax(1)[range(len(tokens)), tokens]
         torch.testing.assert_close(trace.log_probs, likely)
@@ -40,9 +42,9 @@ def test_the_decoder_looks_where_it_does_when_it_reads_the_whole_caption_at_once
 def test_captions_of_other_lengths_beside_it_change_nothing() -> None:
     decoder, features = peaked_decoder("attention", 2)
     captions = [[4, END], [5, 4, 6, 5, END], [4, 4, 4], [END], []]
-    together = retrace(decoder, features, captions)
+    together = score_captions(decoder, features, captions)
     for row, tokens in enumerate(captions):
-        [alone] = retrace(decoder, features[row : row + 1], [tokens])
+        [alone] = score_captions(decoder, features[row : row + 1], [tokens])
         torch.testing.assert_close(alone.log_probs, together[row].log_probs)
         if tokens:
             torch.testing.assert_close(alone.attention, together[row].attention)
@@ -51,15 +53,15 @@ def test_captions_of_other_lengths_beside_it_change_nothing() -> None:
 
 def test_a_plain_decoder_and_an_ensemble_look_nowhere() -> None:
     plain, features = peaked_decoder("plain", 0)
-    assert retrace(plain, features, [[4, END]] * len(features))[0].attention is None
+    assert score_captions(plain, features, [[4, END]] * len(features))[0].attention is None
     first, _ = peaked_decoder("attention", 0)
-    traces = retrace(MeanDecoder([first, plain]), (features, features), [[4, END]] * len(features))
+    traces = score_captions(EnsembleDecoder([first, plain]), (features, features), [[4, END]] * len(features))
     assert {trace.attention for trace in traces} == {None}
 
 
 @pytest.mark.parametrize("method", SEARCHES)
 def test_every_search_s_captions_can_be_read_again(method) -> None:
     decoder, features = peaked_decoder("top_down", 3)
-    found = SEARCHES[method](decoder, features, Rules(), 6)
-    traces = retrace(decoder, features, [captions[0] for captions in found])
+    found = SEARCHES[method](decoder, features, Constraints(), 6)
+    traces = score_captions(decoder, features, [captions[0] for captions in found])
     assert all(bool((trace.log_probs <= 0).all()) for trace in traces)

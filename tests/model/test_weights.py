@@ -33,27 +33,27 @@ def write(state: dict[str, Tensor], path: Path) -> Path:
 def load(path: str | Path, name: str = "resnet18") -> Encoder:
     torch.manual_seed(1)
     encoder = Encoder(Settings(name=name))
-    weights.load_into(encoder.trunk, name, str(path))
+    weights.load_into(encoder.backbone, name, str(path))
     return encoder
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_trunk_gets_every_tensor_of_a_file_but_the_classifiers(published, tmp_path, suffix) -> None:
-    state = load(write(published, tmp_path / f"resnet18{suffix}")).trunk.state_dict()
+    state = load(write(published, tmp_path / f"resnet18{suffix}")).backbone.state_dict()
     assert {*published} - {*state} == {"fc.weight", "fc.bias"}
     assert all(torch.equal(tensor, published[name]) for name, tensor in state.items())
 
 
 def test_files_from_before_batch_norm_counted_batches_are_read(published, tmp_path) -> None:
     old = {name: tensor for name, tensor in published.items() if not name.endswith("num_batches_tracked")}
-    trunk = load(write(old, tmp_path / "old.pth")).trunk
-    assert torch.equal(trunk.state_dict()["layer4.1.bn2.weight"], published["layer4.1.bn2.weight"])
+    backbone = load(write(old, tmp_path / "old.pth")).backbone
+    assert torch.equal(backbone.state_dict()["layer4.1.bn2.weight"], published["layer4.1.bn2.weight"])
 
 
 def test_without_weights_the_trunk_stays_as_it_was() -> None:
     torch.manual_seed(1)
-    before = Encoder(Settings(name="mobilenet_v2")).trunk.state_dict()
-    after = load("none", "mobilenet_v2").trunk.state_dict()
+    before = Encoder(Settings(name="mobilenet_v2")).backbone.state_dict()
+    after = load("none", "mobilenet_v2").backbone.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
@@ -146,4 +146,4 @@ def test_imagenet_is_the_file_that_was_downloaded_before(published, tmp_path, mo
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     write(published, tmp_path / "hub/checkpoints/resnet18-f37072fd.pth")
-    assert torch.equal(load("imagenet").trunk.state_dict()["conv1.weight"], published["conv1.weight"])
+    assert torch.equal(load("imagenet").backbone.state_dict()["conv1.weight"], published["conv1.weight"])

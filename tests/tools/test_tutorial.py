@@ -19,8 +19,8 @@ def test_both_ways_of_a_step_learn_the_same_and_are_raced() -> None:
 
 
 def test_a_way_that_learns_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Captioner.look
-    monkeypatch.setattr(Captioner, "look", lambda self, pictures: 1.01 * real(self, pictures))
+    real = Captioner.encode
+    monkeypatch.setattr(Captioner, "encode", lambda self, pictures: 1.01 * real(self, pictures))
     with pytest.raises(UserError, match="loss or gradients differ"):
         tutorial._steps(TINY, 1)
 

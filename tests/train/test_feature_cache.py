@@ -87,7 +87,7 @@ def test_no_image_is_decoded_that_is_in_the_cache(shards: Path, monkeypatch: pyt
 def test_all_that_features_depend_on_is_in_their_name(shards: Path) -> None:
     other = build()
     with torch.no_grad():
-        other.trunk.layer1[0].bn1.running_mean += 1e-6
+        other.backbone.layer1[0].bn1.running_mean += 1e-6
     found = [
         cache(build(), loaders(shards, "val")),
         cache(other, loaders(shards, "val")),
@@ -193,7 +193,7 @@ def test_a_damaged_file_is_refused_and_the_cure_is_to_delete_it(shards: Path, da
 def test_features_that_half_precision_cannot_hold_are_refused_and_leave_no_file(shards: Path) -> None:
     encoder = build()
     with torch.no_grad():
-        encoder.trunk.layer4[1].bn2.bias += 7e4
+        encoder.backbone.layer4[1].bn2.bias += 7e4
     with pytest.raises(UserError, match=r"is 7[\d.]+, wanted at most 65504"):
         cache(encoder, loaders(shards))
     assert not list((shards / "features").glob("*.npy"))

@@ -85,8 +85,11 @@ def test_attention_that_sees_each_region_once_in_a_caption_costs_nothing() -> No
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_words_alone_cost_what_they_cost_among_padding(logits, targets, smoothing) -> None:
-    pictures, owners = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(CAPTIONS, dtype=torch.long)
-    rows = Target(pictures, F.pad(targets, (1, 0), value=1), owners).rows
+    pictures, image_index = (
+        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        torch.zeros(CAPTIONS, dtype=torch.long),
+    )
+    rows = Target(pictures, F.pad(targets, (1, 0), value=1), image_index).rows
     assert rows is not None
     assert rows.tolist() == (targets != PAD).flatten().nonzero().flatten().tolist()
     both = []
@@ -111,7 +114,7 @@ def test_gradients_are_those_of_torchs_own_cross_entropy_however_many_rows_are_w
     )
     (gradient,) = torch.autograd.grad(chances @ weights, leaf)
     for cached in (1, 4 * WORDS, 10**6):
-        monkeypatch.setattr(losses, "CACHED", cached)
+        monkeypatch.setattr(losses, "CACHE_ELEMENTS", cached)
         found = losses._Surprise.apply(leaf, wanted, smoothing)
         (ours,) = torch.autograd.grad(found @ weights, leaf)
         assert torch.equal(found, chances)
@@ -135,7 +138,7 @@ def test_what_may_not_be_said_has_no_chance_and_learns_nothing(logits, targets) 
 
 def test_what_a_time_reads_is_what_something_follows(targets) -> None:
     tokens = F.pad(targets, (1, 0), value=1)
-    owners = torch.zeros(CAPTIONS, dtype=torch.long)
-    read = Target(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), tokens, owners).read
+    image_index = torch.zeros(CAPTIONS, dtype=torch.long)
+    read = Target(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), tokens, image_index).read
     assert ((read != PAD) == (targets != PAD)).all()
     assert (read == tokens[:, :-1])[read != PAD].all()

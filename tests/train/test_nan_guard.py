@@ -17,8 +17,8 @@ GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
 
 def batch(*image_ids: int) -> Batch:
     count = len(image_ids)
-    tokens, owners = torch.zeros(count, 3, dtype=torch.int64), torch.arange(count)
-    return Batch(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), tokens, owners, [*image_ids])
+    tokens, image_index = torch.zeros(count, 3, dtype=torch.int64), torch.arange(count)
+    return Batch(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), tokens, image_index, [*image_ids])
 
 
 def test_the_first_step_that_gave_no_number_is_told_with_its_images_however_late_one_looks() -> None:

@@ -162,10 +162,10 @@ def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
         (one,), (same,), (other,) = (objective.targets([(0, batch)], step, ranks) for step in (4, 4, 5))
     assert torch.equal(one.tokens, same.tokens)
     assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
-    assert one.owners.tolist() == [0, 0, 0, 1, 1, 1]
+    assert one.image_index.tolist() == [0, 0, 0, 1, 1, 1]
     assert one.words[0] == int((one.tokens[:, 1:] != PAD).sum())
     captions = [[token for token in row if token != PAD] for row in one.tokens[:, 1:].tolist()]
-    ids = [batch.image_ids[owner] for owner in one.owners.tolist()]
+    ids = [batch.image_ids[owner] for owner in one.image_index.tolist()]
     rewards = objective.rewards(ids, captions).reshape(2, 3)
     advantages = one.advantages().reshape(2, 3).numpy()
     if baseline == "samples":
@@ -174,7 +174,7 @@ def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
         assert advantages.sum(1) == pytest.approx(np.zeros(2), abs=1e-5)
     else:
         captioner = checkpoints.open_run(source).captioner()
-        features = captioner.look(pictures)
+        features = captioner.encode(pictures)
         greedy = search(captioner.decoder, features, beam=1, max_words=8, length_power=0.0)
         baseline_ = objective.rewards(batch.image_ids, [best[0].tokens for best in greedy])
         assert advantages == pytest.approx(rewards - baseline_[:, None], abs=1e-6)
@@ -193,7 +193,7 @@ def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_th
     with Ranks() as ranks:
         (target,) = objective.targets([(0, batch)], 0, ranks)
     both = [
-        captioner.train(mode)(target.pictures, target.tokens[:, :-1], target.owners)[0]
+        captioner.train(mode)(target.pictures, target.tokens[:, :-1], target.image_index)[0]
         for mode in (True, False)
     ]
     assert torch.equal(*both)
@@ -217,12 +217,12 @@ def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tm
     (batch,) = loader.ahead([(np.arange(48), None)])
     loader.close()
     with torch.no_grad():
-        features = replace(batch, images=captioner.look(batch.images).half())
+        features = replace(batch, images=captioner.encode(batch.images).half())
     adam, rewards = torch.optim.Adam(captioner.decoder.parameters(), lr=5e-3), []
     with Ranks() as ranks:
         for step in range(40):
             (target,) = objective.targets([(0, features)], step, ranks)
-            logits, _ = captioner(target.pictures, target.tokens[:, :-1], target.owners)
+            logits, _ = captioner(target.pictures, target.tokens[:, :-1], target.image_index)
             words = target.words.double()
             weights_ = target.weights(words, objective.of_people)
             (cross_entropy(logits, target.tokens[:, 1:], 0.0) @ weights_).backward()

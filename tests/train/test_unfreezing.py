@@ -43,12 +43,14 @@ def test_a_part_stays_as_it_is_until_its_step_and_costs_no_memory_either(alone: 
     for part, begins in PARTS.items():
         name = f"{part}{'.1' * (part == 'layer4')}.conv1.weight"
         for step in range(2, 6):
-            before, after = (load_weights(alone, each)[f"encoder.trunk.{name}"] for each in (step - 1, step))
+            before, after = (
+                load_weights(alone, each)[f"encoder.backbone.{name}"] for each in (step - 1, step)
+            )
             found = memory(alone, step)
             assert torch.equal(before, after) == (step <= begins)
-            assert (f"encoder.trunk.{name}/step" in found) == (step > begins)
+            assert (f"encoder.backbone.{name}/step" in found) == (step > begins)
             if step > begins:
-                assert found[f"encoder.trunk.{name}/step"] == step - begins
+                assert found[f"encoder.backbone.{name}/step"] == step - begins
             assert found["decoder.embedding.weight/step"] == step
 
 
@@ -117,5 +119,5 @@ def test_a_single_value_in_brackets_is_for_the_whole_encoder(trainable: str) -> 
     settings = Train(unfreeze_at=(3,), encoder_lr=(0.5,))
     assert unfreeze(model, settings, 2) == (trainable == "all")
     assert unfreeze(model, settings, 3) == (trainable == "all")
-    assert model.encoder.learns == (trainable == "all")
+    assert model.encoder.is_trainable == (trainable == "all")
     make_optimizer(model, settings)

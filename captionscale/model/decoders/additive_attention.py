@@ -1,24 +1,24 @@
-"""Attention over the regions of a picture."""
+"""Attention over the regions of an image."""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from captionscale import config
-from captionscale.model.decoders.state import Owners
+from captionscale.model.decoders.state import ImageIndex
 
 
-def projection(settings: config.Decoder, feature: int) -> tuple[nn.Module, int]:
+def build_region_projection(settings: config.Decoder, feature_size: int) -> tuple[nn.Module, int]:
     """Return what projects regions before they are looked at, if anything does, and the size they then have.
 
     Args:
         settings: The config's section `model.decoder`.
-        feature: Size of a region's feature.
+        feature_size: Size of a region's feature.
     """
     if settings.region == 0:
-        return nn.Identity(), feature
+        return nn.Identity(), feature_size
     size = settings.region or settings.attend
-    return nn.Linear(feature, size), size
+    return nn.Linear(feature_size, size), size
 
 
 class AdditiveAttention(nn.Module):
@@ -33,11 +33,11 @@ class AdditiveAttention(nn.Module):
         (arXiv:1707.07998), equations 3 to 5, without b.
     """
 
-    def __init__(self, feature: int, hidden: int, attend: int):
+    def __init__(self, feature_size: int, hidden_size: int, attention_size: int):
         super().__init__()
-        self.key = nn.Linear(feature, attend)
-        self.query = nn.Linear(hidden, attend, bias=False)
-        self.energy = nn.Linear(attend, 1, bias=False)
+        self.key = nn.Linear(feature_size, attention_size)
+        self.query = nn.Linear(hidden_size, attention_size, bias=False)
+        self.energy = nn.Linear(attention_size, 1, bias=False)
 
     def keys(self, features: Float[Tensor, "batch region feature"]) -> Float[Tensor, "batch region attend"]:
         """Return what the attention needs of the regions; the same for all words, so computed once."""
@@ -49,7 +49,7 @@ class AdditiveAttention(nn.Module):
         features: Float[Tensor, "batch region feature"],
         keys: Float[Tensor, "batch region attend"],
         hidden: Float[Tensor, "row hidden"],
-        owners: Owners = (),
+        image_index: ImageIndex = (),
     ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row region"]]:
         """Attend to the regions that matter for the next word.
 
@@ -57,14 +57,14 @@ class AdditiveAttention(nn.Module):
             features: Encoder grid cells, flattened row by row from the top left.
             keys: Of these features.
             hidden: State of the LSTM that looks.
-            owners: Whose features each row of it looks at; those of a picture side by side, or it takes long.
+            image_index: Whose features each row of it looks at; those of an image side by side, or it takes long.
 
         Returns:
             The context vector, and the attention weights: non-negative, summing to one.
         """
         query = self.query(hidden)
-        if isinstance(owners, Tensor):
-            return self._share(features, keys, query, owners)
+        if isinstance(image_index, Tensor):
+            return self._share(features, keys, query, image_index)
         energies = self.energy(torch.tanh(keys + query.unsqueeze(1))).squeeze(2)
         weights = energies.softmax(1)
         return torch.bmm(weights.unsqueeze(1), features).squeeze(1), weights
@@ -74,16 +74,16 @@ class AdditiveAttention(nn.Module):
         features: Float[Tensor, "batch region feature"],
         keys: Float[Tensor, "batch region attend"],
         query: Float[Tensor, "row attend"],
-        owners: Int[Tensor, "row"],
+        image_index: Int[Tensor, "row"],
     ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row region"]]:
         """Do the same without a copy of features or keys for each row."""
-        pictures, counts = torch.unique_consecutive(owners, return_counts=True)
+        images, counts = torch.unique_consecutive(image_index, return_counts=True)
         means, looks = [], []
-        # New memory for each picture would take longer than the sums that it is for.
+        # New memory for each image would take longer than the sums that it is for.
         room = keys.new_empty(int(counts.max()), *keys.shape[1:])
-        for picture, part in zip(pictures.tolist(), torch.split(query, counts.tolist()), strict=True):
-            sums = torch.add(keys[picture], part.unsqueeze(1), out=room[: len(part)])
+        for image, part in zip(images.tolist(), torch.split(query, counts.tolist()), strict=True):
+            sums = torch.add(keys[image], part.unsqueeze(1), out=room[: len(part)])
             energies = self.energy(sums.tanh_()).squeeze(2)
             looks.append(energies.softmax(1))
-            means.append(looks[-1] @ features[picture])
+            means.append(looks[-1] @ features[image])
         return torch.cat(means), torch.cat(looks)

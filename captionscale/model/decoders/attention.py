@@ -6,14 +6,14 @@ from torch import Tensor, nn
 
 from captionscale import config
 from captionscale.model.decoders import recurrence, word_head
-from captionscale.model.decoders.additive_attention import AdditiveAttention, projection
+from captionscale.model.decoders.additive_attention import AdditiveAttention, build_region_projection
 from captionscale.model.decoders.dropout import Dropout
 from captionscale.model.decoders.recurrence import AttentionState
-from captionscale.model.decoders.teacher_forcing import read_word
+from captionscale.model.decoders.teacher_forcing import decode_step
 
 
 class AttentionDecoder(nn.Module):
-    """Look at regions of the picture for each word.
+    """Look at regions of the image for each word.
 
     With a = relu(A regions), y_t the words, E y_t their vectors and h_t the last layer's state:
 
@@ -34,32 +34,32 @@ class AttentionDecoder(nn.Module):
         The doubly stochastic penalty is the loss's: `train.doubly_stochastic`.
     """
 
-    def __init__(self, settings: config.Decoder, feature: int, words: int):
+    def __init__(self, settings: config.Decoder, feature_size: int, vocab_size: int):
         """Build a decoder with random weights.
 
         Args:
             settings: The config's section `model.decoder`.
-            feature: Size of a region's feature.
-            words: Size of the vocabulary.
+            feature_size: Size of a region's feature.
+            vocab_size: Size of the vocabulary.
         """
         super().__init__()
         embed, hidden, layers = settings.embed, settings.hidden, settings.layers
-        self.embedding = word_head.embedding(settings, words)
+        self.embedding = word_head.build_embedding(settings, vocab_size)
         self.dropout = Dropout(settings.dropout, settings.same_dropout)
-        self.regions, region = projection(settings, feature)
+        self.region_projection, region = build_region_projection(settings, feature_size)
         self.attention = AdditiveAttention(region, hidden, settings.attend)
-        self.first_states = nn.Linear(region, 2 * layers * hidden)
+        self.initial_state = nn.Linear(region, 2 * layers * hidden)
         inputs = [embed + region] + [hidden] * (layers - 1)
         self.cells = nn.ModuleList(nn.LSTMCell(size, hidden) for size in inputs)
-        self.from_word, self.from_hidden, self.from_context, self.vocabulary = word_head.layers(
-            settings, region, words
+        self.from_word, self.from_hidden, self.from_context, self.output_projection = word_head.build_layers(
+            settings, region, vocab_size
         )
         self.gate = nn.Linear(hidden, 1) if settings.gate else None
 
     def start(self, features: Float[Tensor, "batch region feature"]) -> AttentionState:
         """Return the state before any word."""
-        regions = self.dropout(self.regions(features).relu())
-        memories = torch.tanh(self.first_states(regions.mean(1)))
+        regions = self.dropout(self.region_projection(features).relu())
+        memories = torch.tanh(self.initial_state(regions.mean(1)))
         memories = torch.unflatten(memories, 1, (2, len(self.cells), -1))
         return AttentionState(regions, self.attention.keys(regions), memories[:, 0], memories[:, 1])
 
@@ -71,22 +71,22 @@ class AttentionDecoder(nn.Module):
         Returns:
             The logits of the next word, the state after this one, and where the decoder looked.
         """
-        return read_word(self, self._recur, tokens, state)
+        return decode_step(self, self._recur, tokens, state)
 
-    def forward(
+    def teacher_forced(
         self,
         features: Float[Tensor, "image region feature"],
         tokens: Int[Tensor, "caption time"],
-        owners: Int[Tensor, "caption"],
+        image_index: Int[Tensor, "caption"],
         rows: Int[Tensor, "row"] | None = None,
     ) -> tuple[
         Float[Tensor, "caption time word"] | Float[Tensor, "row word"], Float[Tensor, "caption time region"]
     ]:
         """Return the logits of each word that follows, or of these rows, and where the decoder looked."""
-        start, masks = self.start(features), word_head.masks(self, len(tokens))
-        words = word_head.embed(self, tokens, masks)
-        hidden, context, weights = recurrence.read(
-            words, tokens, owners, start, self.attention, self.gate, self.cells
+        start, masks = self.start(features), word_head.dropout_masks(self, len(tokens))
+        words = word_head.embed_tokens(self, tokens, masks)
+        hidden, context, weights = recurrence.fused_attention_lstm(
+            words, tokens, image_index, start, self.attention, self.gate, self.cells
         )
         return word_head.logits(self, words, hidden, context, masks, rows), weights
 
@@ -95,7 +95,7 @@ class AttentionDecoder(nn.Module):
     ) -> tuple[tuple[Tensor, Tensor, Tensor], AttentionState]:
         """Return the last layer's state, what was seen and where, and the state."""
         before = state.hidden[:, -1]
-        context, weights = self.attention(state.regions, state.keys, before, state.owners)
+        context, weights = self.attention(state.regions, state.keys, before, state.image_index)
         if self.gate is not None:
             context = self.gate(before).sigmoid() * context
         below = torch.cat([word, context], 1)

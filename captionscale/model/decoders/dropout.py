@@ -16,21 +16,21 @@ class Dropout(nn.Module):
         Application of Dropout in Recurrent Neural Networks" (arXiv:1512.05287), who hide memory too.
     """
 
-    def __init__(self, share: float, same: bool):
+    def __init__(self, p: float, variational: bool):
         """Build a dropout.
 
         Args:
-            share: Of numbers, that is hidden.
-            same: Whether a caption's words share a mask.
+            p: Share of numbers, that is hidden.
+            variational: Whether a caption's words share a mask.
         """
         super().__init__()
-        self.share, self.same = share, same
+        self.p, self.variational = p, variational
 
     def mask(self, captions: int, size: int, device: torch.device) -> Float[Tensor, "caption size"] | None:
         """Return what all of a caption's vectors are multiplied by; None if they do not share a mask."""
-        if not (self.same and self.training and self.share):
+        if not (self.variational and self.training and self.p):
             return None
-        return F.dropout(torch.ones(captions, size, device=device), self.share)
+        return F.dropout(torch.ones(captions, size, device=device), self.p)
 
     def forward(
         self, vectors: Float[Tensor, "*batch size"], mask: Float[Tensor, "caption size"] | None = None
@@ -41,10 +41,10 @@ class Dropout(nn.Module):
             vectors: If a caption has several, its times are the second dimension.
             mask: What `mask` gave.
         """
-        if mask is None and vectors.device.type == "cpu" and self.training and self.share:
+        if mask is None and vectors.device.type == "cpu" and self.training and self.p:
             # PyTorch draws uniform numbers more than twice as fast as its own dropout's.
-            kept = torch.rand(vectors.shape).ge_(self.share).div_(1 - self.share)
+            kept = torch.rand(vectors.shape).ge_(self.p).div_(1 - self.p)
             return vectors * kept.to(vectors.dtype)
         if mask is None:
-            return F.dropout(vectors, self.share, self.training)
+            return F.dropout(vectors, self.p, self.training)
         return vectors * (mask if vectors.dim() == mask.dim() else mask.unsqueeze(1))

@@ -10,7 +10,7 @@ from captionscale import config
 from captionscale.model.decoders import word_head
 from captionscale.model.decoders.dropout import Dropout
 from captionscale.model.decoders.state import select
-from captionscale.model.decoders.word_head import Masks
+from captionscale.model.decoders.word_head import DropoutMasks
 
 
 class PlainState(NamedTuple):
@@ -18,13 +18,13 @@ class PlainState(NamedTuple):
 
     hidden: Float[Tensor, "batch layer hidden"]
     cell: Float[Tensor, "batch layer hidden"]
-    masks: Masks = ()
+    masks: DropoutMasks = ()
 
 
 class PlainDecoder(nn.Module):
-    """Tell what was seen once: the picture is the first word of the sentence.
+    """Tell what was seen once: the image is the first word of the sentence.
 
-    With x the picture's mean feature, y_t the words and E y_t their vectors:
+    With x the image's mean feature, y_t the words and E y_t their vectors:
 
         h_0 = LSTM(W x)                              (10)
         h_t = LSTM(E y_t, h_{t-1})                   (11)
@@ -38,25 +38,25 @@ class PlainDecoder(nn.Module):
         has one layer, and words are read from its state alone (`output = "linear"`).
     """
 
-    def __init__(self, settings: config.Decoder, feature: int, words: int):
+    def __init__(self, settings: config.Decoder, feature_size: int, vocab_size: int):
         """Build a decoder with random weights.
 
         Args:
             settings: The config's section `model.decoder`.
-            feature: Size of a region's feature.
-            words: Size of the vocabulary.
+            feature_size: Size of a region's feature.
+            vocab_size: Size of the vocabulary.
         """
         super().__init__()
-        self.picture = nn.Linear(feature, settings.embed)
+        self.image_projection = nn.Linear(feature_size, settings.embed)
         self.picture_norm = nn.BatchNorm1d(settings.embed, momentum=0.01) if settings.picture_norm else None
-        self.embedding = word_head.embedding(settings, words)
+        self.embedding = word_head.build_embedding(settings, vocab_size)
         self.dropout = Dropout(settings.dropout, settings.same_dropout)
         self.lstm = nn.LSTM(settings.embed, settings.hidden, settings.layers, batch_first=True)
-        layers = word_head.layers(settings, None, words)
-        self.from_word, self.from_hidden, self.from_context, self.vocabulary = layers
+        layers = word_head.build_layers(settings, None, vocab_size)
+        self.from_word, self.from_hidden, self.from_context, self.output_projection = layers
 
     def start(self, features: Float[Tensor, "batch region feature"]) -> PlainState:
-        """Return the state after seeing the picture, before any word."""
+        """Return the state after seeing the image, before any word."""
         _, (hidden, cell) = self.lstm(self._see(features.mean(1)).unsqueeze(1))
         return PlainState(hidden.transpose(0, 1), cell.transpose(0, 1))
 
@@ -67,26 +67,26 @@ class PlainDecoder(nn.Module):
         logits, state = self._read(tokens.unsqueeze(1), state)
         return logits.squeeze(1), state, None
 
-    def forward(
+    def teacher_forced(
         self,
         features: Float[Tensor, "image region feature"],
         tokens: Int[Tensor, "caption time"],
-        owners: Int[Tensor, "caption"],
+        image_index: Int[Tensor, "caption"],
         rows: Int[Tensor, "row"] | None = None,
     ) -> tuple[Float[Tensor, "caption time word"] | Float[Tensor, "row word"], None]:
         """Return the logits of each word that follows, or of these rows; no attention."""
-        logits, _ = self._read(tokens, select(self.start(features), owners), rows)
+        logits, _ = self._read(tokens, select(self.start(features), image_index), rows)
         return logits, None
 
-    def _see(self, pictures: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch embed"]:
-        vectors: Tensor = self.picture(pictures)
+    def _see(self, images: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch embed"]:
+        vectors: Tensor = self.image_projection(images)
         norm = self.picture_norm
         if norm is None:
             return vectors
         if not (self.training and vectors.shape[0] == 1):
             normal: Tensor = norm(vectors)
             return normal
-        # One picture has no variance: it is read as captioning does.
+        # One image has no variance: it is read as captioning does.
         return F.batch_norm(
             vectors, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
         )
@@ -97,8 +97,8 @@ class PlainDecoder(nn.Module):
         state: PlainState,
         rows: Int[Tensor, "row"] | None = None,
     ) -> tuple[Float[Tensor, "caption time word"] | Float[Tensor, "row word"], PlainState]:
-        masks = state.masks or word_head.masks(self, tokens.shape[0])
-        words = word_head.embed(self, tokens, masks)
+        masks = state.masks or word_head.dropout_masks(self, tokens.shape[0])
+        words = word_head.embed_tokens(self, tokens, masks)
         memory = (state.hidden.transpose(0, 1).contiguous(), state.cell.transpose(0, 1).contiguous())
         hiddens, (hidden, cell) = self.lstm(words, memory)
         logits = word_head.logits(self, words, hiddens, None, masks, rows)

@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from captionscale.model.decoders.additive_attention import AdditiveAttention
-from captionscale.model.decoders.state import Owners
-from captionscale.model.decoders.word_head import Masks
+from captionscale.model.decoders.state import ImageIndex
+from captionscale.model.decoders.word_head import DropoutMasks
 from captionscale.vocab import PAD
 
-CACHED = 2**18
+CACHE_ELEMENTS = 2**18
 """Numbers that stay in a core's cache from one operation to the next."""
 
 # Of a gradient and the function's result.
@@ -27,20 +27,20 @@ _sigmoid_backward, _tanh_backward = torch.ops.aten.sigmoid_backward, torch.ops.a
 
 
 class AttentionState(NamedTuple):
-    """The picture and the LSTM's memory."""
+    """The image and the LSTM's memory."""
 
     regions: Float[Tensor, "batch region size"]
     keys: Float[Tensor, "batch region attend"]
     hidden: Float[Tensor, "batch layer hidden"]
     cell: Float[Tensor, "batch layer hidden"]
-    masks: Masks = ()
-    owners: Owners = ()
+    masks: DropoutMasks = ()
+    image_index: ImageIndex = ()
 
 
-def read(
+def fused_attention_lstm(
     words: Float[Tensor, "caption time embed"],
     tokens: Int[Tensor, "caption time"],
-    owners: Int[Tensor, "caption"],
+    image_index: Int[Tensor, "caption"],
     start: AttentionState,
     attention: AdditiveAttention,
     gate: nn.Linear | None,
@@ -58,8 +58,8 @@ def read(
     Args:
         words: Vectors of `tokens`, as the LSTM reads them.
         tokens: Tell where captions end, by padding.
-        owners: The row of `start` that each caption belongs to, in any order.
-        start: Before any word, of each picture.
+        image_index: The row of `start` that each caption belongs to, in any order.
+        start: Before any word, of each image.
         attention: What looks at regions.
         gate: What scales what it saw.
         cells: LSTMCells: the first one reads the word and what was seen, others the layer below.
@@ -73,11 +73,11 @@ def read(
         ends = (tokens.ne(PAD) * torch.arange(1, length + 1)).amax(1)
         lengths, order = ends.sort(descending=True, stable=True)
         sizes = [captions, *filter(None, (lengths > torch.arange(1, length).unsqueeze(1)).sum(1).tolist())]
-        slots, width = _slots(owners[order], len(regions))
+        slots, width = _slots(image_index[order], len(regions))
     else:
         order, sizes, width = torch.arange(captions, device=tokens.device), [captions] * length, 1
     if width == 1:
-        regions, keys = regions[owners[order]], keys[owners[order]]
+        regions, keys = regions[image_index[order]], keys[image_index[order]]
         slots = torch.arange(captions, device=tokens.device)
     rows = torch.cat([order[:count] * length + time for time, count in enumerate(sizes)])
     device, dtype = words.device.type, words.dtype
@@ -92,7 +92,7 @@ def read(
         layers += [known, torch.cat([of_below[:, embed:], of_state], 1)]
     parts = (
         part.to(dtype)
-        for part in (regions, keys, *(part[owners[order]] for part in (start.hidden, start.cell)))
+        for part in (regions, keys, *(part[image_index[order]] for part in (start.hidden, start.cell)))
     )
     with torch.autocast(device, enabled=False):
         results = _Recurrence.apply(
@@ -166,7 +166,7 @@ class _Recurrence(torch.autograd.Function):
             query, gate = looks[now].tensor_split([attend], 1)
             parts = _compare(keys, query, slots[:count], width)
             weights[now] = torch.cat([u @ energy for _, _, u in parts]).softmax(1)
-            seen[now] = _times_pictures(weights[now], regions, slots[:count], width)
+            seen[now] = _times_images(weights[now], regions, slots[:count], width)
             if gate.numel():
                 seen[now] *= gate.sigmoid()
             below = seen[now]
@@ -228,7 +228,7 @@ def _gradients(ctx: Any, dsaid: Tensor, dz: Tensor, dweights: Tensor) -> tuple[T
             dbelow, dbefore = (dgate.flatten(1) @ matrices[layer]).tensor_split([-units], 1)
             dh.copy_(dbefore)
             (dstates[layer - 1, :count] if layer else dz[now]).add_(dbelow)
-        dalpha = _times_pictures(dz[now], regions.mT, slots[:count], width)
+        dalpha = _times_images(dz[now], regions.mT, slots[:count], width)
         alpha = weights[now]
         if opened is not None:
             dalpha *= opened[now]
@@ -236,13 +236,13 @@ def _gradients(ctx: Any, dsaid: Tensor, dz: Tensor, dweights: Tensor) -> tuple[T
         dalpha += dweights[now]
         de = alpha * (dalpha - (alpha * dalpha).sum(1, keepdim=True))
         dquery = torch.empty_like(looks[now, :attend])
-        for some, owners, u in _compare(keys, looks[now, :attend], slots[:count], width):
+        for some, image_index, u in _compare(keys, looks[now, :attend], slots[:count], width):
             denergy.addmv_(u.flatten(0, 1).T, de[some].flatten())
             _tanh_backward.grad_input(de[some].unsqueeze(2), u, grad_input=u)
             if width == 1:
                 dkeys[some] += u
             else:
-                dkeys.index_add_(0, owners, u)
+                dkeys.index_add_(0, image_index, u)
             torch.sum(u, 1, out=dquery[some])
         dlooks[now, :attend] = dquery * energy
         dstates[-1, :count] += dlooks[now] @ look
@@ -269,12 +269,12 @@ def _times(sizes: Sequence[int]) -> list[tuple[int, slice, slice]]:
     ]
 
 
-def _slots(owners: Int[Tensor, "caption"], images: int) -> tuple[Int[Tensor, "caption"], int]:
+def _slots(image_index: Int[Tensor, "caption"], images: int) -> tuple[Int[Tensor, "caption"], int]:
     """Return the place of each caption in a grid of images by their captions, and the grid's width."""
-    counts, order = owners.bincount(minlength=images), owners.argsort(stable=True)
+    counts, order = image_index.bincount(minlength=images), image_index.argsort(stable=True)
     width, firsts = int(counts.max()), counts.cumsum(0) - counts
-    slots = owners * width
-    slots[order] += torch.arange(len(owners)) - firsts[owners[order]]
+    slots = image_index * width
+    slots[order] += torch.arange(len(image_index)) - firsts[image_index[order]]
     return slots, width
 
 
@@ -286,16 +286,16 @@ def _grid(
     return grid.index_copy_(0, places, rows).view(images, width, -1)
 
 
-def _times_pictures(
+def _times_images(
     rows: Float[Tensor, "row size"],
-    pictures: Float[Tensor, "image size other"],
+    images: Float[Tensor, "image size other"],
     slots: Int[Tensor, "row"],
     width: int,
 ) -> Float[Tensor, "row other"]:
-    """Multiply each row by its picture's matrix."""
+    """Multiply each row by its image's matrix."""
     if width == 1:
-        return torch.bmm(rows.unsqueeze(1), pictures[: len(rows)]).squeeze(1)
-    return (_grid(rows, slots, len(pictures), width) @ pictures).flatten(0, 1)[slots]
+        return torch.bmm(rows.unsqueeze(1), images[: len(rows)]).squeeze(1)
+    return (_grid(rows, slots, len(images), width) @ images).flatten(0, 1)[slots]
 
 
 def _compare(
@@ -305,10 +305,10 @@ def _compare(
     width: int,
 ) -> Iterator[tuple[slice, Int[Tensor, "some"], Float[Tensor, "some region attend"]]]:
     """Yield some captions at a time, their images, and u: in the same memory, on a CPU that of its cache."""
-    some = max(1, CACHED // keys[0].numel()) if keys.device.type == "cpu" else len(query)
+    some = max(1, CACHE_ELEMENTS // keys[0].numel()) if keys.device.type == "cpu" else len(query)
     space, images = keys.new_empty(some, *keys.shape[1:]), slots // width
     for start in range(0, len(query), some):
         rows = slice(start, min(start + some, len(query)))
-        u, owners = space[: rows.stop - start], images[rows]
-        own = keys[rows] if width == 1 else torch.index_select(keys, 0, owners, out=u)
-        yield rows, owners, torch.add(own, query[rows].unsqueeze(1), out=u).tanh_()
+        u, image_index = space[: rows.stop - start], images[rows]
+        own = keys[rows] if width == 1 else torch.index_select(keys, 0, image_index, out=u)
+        yield rows, image_index, torch.add(own, query[rows].unsqueeze(1), out=u).tanh_()

@@ -1,7 +1,7 @@
 """The recurrent networks that write captions.
 
 Decoders share two functions, which search, sampling and ensembles are written against: `start(features) ->
-state` and `step(tokens, state) -> (logits, state, attention)`. Training uses `forward`, which knows all words
+state` and `step(tokens, state) -> (logits, state, attention)`. Training uses `teacher_forced`, which knows all words
 beforehand and keeps out of the recurrence what it can.
 """
 
@@ -20,7 +20,7 @@ class Decoder(Protocol):
     """Whatever says the next word."""
 
     def start(self, features: Any) -> Any:
-        """Return the state before any word, of each picture: what `select` reorders."""
+        """Return the state before any word, of each image: what `select` reorders."""
 
     def step(
         self, tokens: Int[Tensor, "batch"], state: Any

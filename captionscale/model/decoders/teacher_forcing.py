@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from captionscale.model.decoders import word_head
-from captionscale.model.decoders.word_head import Speaker
+from captionscale.model.decoders.word_head import HasWordHead
 
 State = TypeVar("State", bound=Any)
 
@@ -17,22 +17,22 @@ Recurrence = Callable[[Tensor, State], tuple[tuple[Tensor, Tensor, Tensor], Stat
 state. Any NamedTuple with `masks` is a state."""
 
 
-def read_word(
-    speaker: Speaker, recur: Recurrence[State], tokens: Int[Tensor, "batch"], state: State
+def decode_step(
+    decoder: HasWordHead, recur: Recurrence[State], tokens: Int[Tensor, "batch"], state: State
 ) -> tuple[Float[Tensor, "batch word"], State, Float[Tensor, "batch region"]]:
     """Read one word for each row.
 
     Returns:
         The logits of the next word, the state after this one, and where the decoder looked.
     """
-    masks = state.masks or word_head.masks(speaker, tokens.shape[0])
-    word = word_head.embed(speaker, tokens, masks)
+    masks = state.masks or word_head.dropout_masks(decoder, tokens.shape[0])
+    word = word_head.embed_tokens(decoder, tokens, masks)
     (hidden, context, weights), state = recur(word, state)
-    return word_head.logits(speaker, word, hidden, context, masks), state._replace(masks=masks), weights
+    return word_head.logits(decoder, word, hidden, context, masks), state._replace(masks=masks), weights
 
 
-def read_captions(
-    speaker: Speaker,
+def run_teacher_forced(
+    decoder: HasWordHead,
     recur: Recurrence[State],
     tokens: Int[Tensor, "caption time"],
     state: State,
@@ -45,11 +45,11 @@ def read_captions(
     Returns:
         The logits of each word that follows, or of these rows, and where the decoder looked.
     """
-    masks = state.masks or word_head.masks(speaker, tokens.shape[0])
-    words = word_head.embed(speaker, tokens, masks)
+    masks = state.masks or word_head.dropout_masks(decoder, tokens.shape[0])
+    words = word_head.embed_tokens(decoder, tokens, masks)
     times = []
     for word in words.unbind(1):
         parts, state = recur(word, state)
         times.append(parts)
     hidden, context, weights = (torch.stack(parts, 1) for parts in zip(*times, strict=True))
-    return word_head.logits(speaker, words, hidden, context, masks, rows), weights
+    return word_head.logits(decoder, words, hidden, context, masks, rows), weights

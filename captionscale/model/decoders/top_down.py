@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from captionscale import config
 from captionscale.model.decoders import word_head
-from captionscale.model.decoders.additive_attention import AdditiveAttention, projection
+from captionscale.model.decoders.additive_attention import AdditiveAttention, build_region_projection
 from captionscale.model.decoders.dropout import Dropout
-from captionscale.model.decoders.state import Owners, select
-from captionscale.model.decoders.teacher_forcing import read_captions, read_word
-from captionscale.model.decoders.word_head import Masks
+from captionscale.model.decoders.state import ImageIndex, select
+from captionscale.model.decoders.teacher_forcing import decode_step, run_teacher_forced
+from captionscale.model.decoders.word_head import DropoutMasks
 
 
 class TopDownState(NamedTuple):
-    """The picture and the memory of both LSTMs."""
+    """The image and the memory of both LSTMs."""
 
     regions: Float[Tensor, "batch region size"]
     keys: Float[Tensor, "batch region attend"]
@@ -25,8 +25,8 @@ class TopDownState(NamedTuple):
     hidden: Float[Tensor, "batch 2 hidden"]
     """Of the attention's LSTM, then of that of language."""
     cell: Float[Tensor, "batch 2 hidden"]
-    masks: Masks = ()
-    owners: Owners = ()
+    masks: DropoutMasks = ()
+    image_index: ImageIndex = ()
 
 
 class TopDownDecoder(nn.Module):
@@ -46,30 +46,30 @@ class TopDownDecoder(nn.Module):
         are; ours are the encoder's grid, projected, as Luo's self-critical.pytorch does, unless `region` = 0.
     """
 
-    def __init__(self, settings: config.Decoder, feature: int, words: int):
+    def __init__(self, settings: config.Decoder, feature_size: int, vocab_size: int):
         """Build a decoder with random weights.
 
         Args:
             settings: The config's section `model.decoder`.
-            feature: Size of a region's feature.
-            words: Size of the vocabulary.
+            feature_size: Size of a region's feature.
+            vocab_size: Size of the vocabulary.
         """
         super().__init__()
         hidden = settings.hidden
-        self.embedding = word_head.embedding(settings, words)
+        self.embedding = word_head.build_embedding(settings, vocab_size)
         self.dropout = Dropout(settings.dropout, settings.same_dropout)
-        self.regions, region = projection(settings, feature)
+        self.region_projection, region = build_region_projection(settings, feature_size)
         self.attention = AdditiveAttention(region, hidden, settings.attend)
-        self.looking = nn.LSTMCell(hidden + region + settings.embed, hidden)
-        self.speaking = nn.LSTMCell(region + hidden, hidden)
-        self.from_word, self.from_hidden, self.from_context, self.vocabulary = word_head.layers(
-            settings, region, words
+        self.attention_lstm = nn.LSTMCell(hidden + region + settings.embed, hidden)
+        self.language_lstm = nn.LSTMCell(region + hidden, hidden)
+        self.from_word, self.from_hidden, self.from_context, self.output_projection = word_head.build_layers(
+            settings, region, vocab_size
         )
 
     def start(self, features: Float[Tensor, "batch region feature"]) -> TopDownState:
         """Return the state before any word."""
-        regions = self.dropout(self.regions(features).relu())
-        memory = regions.new_zeros(regions.shape[0], 2, self.looking.hidden_size)
+        regions = self.dropout(self.region_projection(features).relu())
+        memory = regions.new_zeros(regions.shape[0], 2, self.attention_lstm.hidden_size)
         return TopDownState(regions, self.attention.keys(regions), regions.mean(1), memory, memory)
 
     def step(
@@ -80,27 +80,27 @@ class TopDownDecoder(nn.Module):
         Returns:
             The logits of the next word, the state after this one, and where the decoder looked.
         """
-        return read_word(self, self._recur, tokens, state)
+        return decode_step(self, self._recur, tokens, state)
 
-    def forward(
+    def teacher_forced(
         self,
         features: Float[Tensor, "image region feature"],
         tokens: Int[Tensor, "caption time"],
-        owners: Int[Tensor, "caption"],
+        image_index: Int[Tensor, "caption"],
         rows: Int[Tensor, "row"] | None = None,
     ) -> tuple[
         Float[Tensor, "caption time word"] | Float[Tensor, "row word"], Float[Tensor, "caption time region"]
     ]:
         """Return the logits of each word that follows, or of these rows, and where the decoder looked."""
-        return read_captions(self, self._recur, tokens, select(self.start(features), owners), rows)
+        return run_teacher_forced(self, self._recur, tokens, select(self.start(features), image_index), rows)
 
     def _recur(
         self, word: Float[Tensor, "batch embed"], state: TopDownState
     ) -> tuple[tuple[Tensor, Tensor, Tensor], TopDownState]:
         """Return the state of language, what was seen and where, and the state."""
         (look, speech), (look_cell, speech_cell) = state.hidden.unbind(1), state.cell.unbind(1)
-        look, look_cell = self.looking(torch.cat([speech, state.mean, word], 1), (look, look_cell))
-        context, weights = self.attention(state.regions, state.keys, look, state.owners)
-        speech, speech_cell = self.speaking(torch.cat([context, look], 1), (speech, speech_cell))
+        look, look_cell = self.attention_lstm(torch.cat([speech, state.mean, word], 1), (look, look_cell))
+        context, weights = self.attention(state.regions, state.keys, look, state.image_index)
+        speech, speech_cell = self.language_lstm(torch.cat([context, look], 1), (speech, speech_cell))
         hidden, cell = torch.stack([look, speech], 1), torch.stack([look_cell, speech_cell], 1)
         return (speech, context, weights), state._replace(hidden=hidden, cell=cell)

@@ -1,6 +1,6 @@
 """Words as vectors, and vectors as the next word: what all decoders share.
 
-A decoder holds these layers under the names of `Speaker`, so that their parameters are named as its own.
+A decoder holds these layers under the names of `HasWordHead`, so that their parameters are named as its own.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -14,30 +14,30 @@ from captionscale import config
 from captionscale.model.decoders.dropout import Dropout
 from captionscale.vocab import PAD
 
-Masks = tuple[Tensor, Tensor] | tuple[()]
+DropoutMasks = tuple[Tensor, Tensor] | tuple[()]
 """What dropout multiplies the vectors of words and of the output by, at all words of a caption. Empty: its
 words do not share masks."""
 
 
-class Bias(nn.Module):
+class OutputBias(nn.Module):
     """What is left of the output's last layer if its matrix is that of the words' vectors."""
 
-    def __init__(self, words: int):
+    def __init__(self, vocab_size: int):
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(words))
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
 
 
-class Output(NamedTuple):
+class WordHead(NamedTuple):
     """The layers between a decoder's state and the next word's logits."""
 
     from_word: nn.Module | None
     from_hidden: nn.Module
     from_context: nn.Linear | None
-    vocabulary: nn.Linear | Bias
+    output_projection: nn.Linear | OutputBias
 
 
 @runtime_checkable
-class Speaker(Protocol):
+class HasWordHead(Protocol):
     """A decoder, as far as its words go."""
 
     embedding: nn.Embedding
@@ -45,60 +45,64 @@ class Speaker(Protocol):
     from_word: nn.Module | None
     from_hidden: nn.Module
     from_context: nn.Linear | None
-    vocabulary: nn.Linear | Bias
+    output_projection: nn.Linear | OutputBias
 
 
-def embedding(settings: config.Decoder, words: int) -> nn.Embedding:
+def build_embedding(settings: config.Decoder, vocab_size: int) -> nn.Embedding:
     """Return the words' vectors; if they are the output's matrix too, they begin as small as one."""
-    vectors = nn.Embedding(words, settings.embed, padding_idx=PAD)
+    vectors = nn.Embedding(vocab_size, settings.embed, padding_idx=PAD)
     if settings.tied or settings.unit_vectors:
         with torch.no_grad():
             vectors.weight.div_(settings.embed**0.5)
     return vectors
 
 
-def layers(settings: config.Decoder, context: int | None, words: int) -> Output:
+def build_layers(settings: config.Decoder, context: int | None, vocab_size: int) -> WordHead:
     """Return the layers that `logits` reads words with.
 
     Args:
         settings: `output` and `tied` choose.
         context: Size of what attention saw; None: the decoder has no attention.
-        words: Size of the vocabulary.
+        vocab_size: Size of the vocabulary.
     """
     embed, hidden = settings.embed, settings.hidden
     if settings.output == "linear":
         size = embed if settings.tied else hidden
         from_hidden = nn.Identity() if size == hidden else nn.Linear(hidden, size, bias=False)
-        return Output(None, from_hidden, None, Bias(words) if settings.tied else nn.Linear(size, words))
+        return WordHead(
+            None, from_hidden, None, OutputBias(vocab_size) if settings.tied else nn.Linear(size, vocab_size)
+        )
     size = 2 * embed if settings.output == "maxout" else embed
-    return Output(
+    return WordHead(
         from_word=nn.Linear(embed, size, bias=False) if settings.output == "maxout" else nn.Identity(),
         from_hidden=nn.Linear(hidden, size),
         from_context=None if context is None else nn.Linear(context, size, bias=False),
-        vocabulary=Bias(words) if settings.tied else nn.Linear(embed, words),
+        output_projection=OutputBias(vocab_size) if settings.tied else nn.Linear(embed, vocab_size),
     )
 
 
-def masks(speaker: Speaker, captions: int) -> Masks:
+def dropout_masks(decoder: HasWordHead, captions: int) -> DropoutMasks:
     """Draw what training hides at all words of captions."""
-    matrix = _matrix(speaker)
-    word = speaker.dropout.mask(captions, speaker.embedding.embedding_dim, matrix.device)
-    output = speaker.dropout.mask(captions, matrix.shape[1], matrix.device)
+    matrix = _matrix(decoder)
+    word = decoder.dropout.mask(captions, decoder.embedding.embedding_dim, matrix.device)
+    output = decoder.dropout.mask(captions, matrix.shape[1], matrix.device)
     return () if word is None or output is None else (word, output)
 
 
-def embed(speaker: Speaker, tokens: Int[Tensor, "*batch"], masks: Masks) -> Float[Tensor, "*batch embed"]:
+def embed_tokens(
+    decoder: HasWordHead, tokens: Int[Tensor, "*batch"], masks: DropoutMasks
+) -> Float[Tensor, "*batch embed"]:
     """Return the vectors of words, with dropout."""
-    vectors: Tensor = speaker.dropout(speaker.embedding(tokens), masks[0] if masks else None)
+    vectors: Tensor = decoder.dropout(decoder.embedding(tokens), masks[0] if masks else None)
     return vectors
 
 
 def logits(
-    speaker: Speaker,
+    decoder: HasWordHead,
     word: Float[Tensor, "*batch embed"],
     hidden: Float[Tensor, "*batch hidden"],
     context: Float[Tensor, "*batch context"] | None,
-    masks: Masks,
+    masks: DropoutMasks,
     rows: Int[Tensor, "row"] | None = None,
 ) -> Float[Tensor, "*batch word"] | Float[Tensor, "row word"]:
     """Return the logits of the next word.
@@ -113,7 +117,7 @@ def logits(
     Biases of H are left out here.
 
     Args:
-        speaker: The decoder.
+        decoder: The decoder.
         word: e, as the recurrence read it.
         hidden: h.
         context: z.
@@ -125,21 +129,23 @@ def logits(
         Maxout: Bahdanau et al. 2015 (arXiv:1409.0473), appendix A.2.2, after Goodfellow et al. 2013
         (arXiv:1302.4389). Tied: Press and Wolf 2017 (arXiv:1608.05859).
     """
-    reading = speaker.from_hidden(hidden)
-    if speaker.from_word is not None:
-        reading = speaker.from_word(word) + reading
-    if speaker.from_context is not None:
-        reading = reading + speaker.from_context(context)
-    matrix = _matrix(speaker)
+    reading = decoder.from_hidden(hidden)
+    if decoder.from_word is not None:
+        reading = decoder.from_word(word) + reading
+    if decoder.from_context is not None:
+        reading = reading + decoder.from_context(context)
+    matrix = _matrix(decoder)
     if reading.shape[-1] > matrix.shape[1]:
         reading = reading.unflatten(-1, (-1, 2)).amax(-1)
-    reading = speaker.dropout(reading, masks[1] if masks else None)
+    reading = decoder.dropout(reading, masks[1] if masks else None)
     if rows is not None:
         reading = reading.flatten(0, -2).index_select(0, rows)
-    return F.linear(reading, matrix, speaker.vocabulary.bias)
+    return F.linear(reading, matrix, decoder.output_projection.bias)
 
 
-def _matrix(speaker: Speaker) -> Float[Tensor, "word size"]:
+def _matrix(decoder: HasWordHead) -> Float[Tensor, "word size"]:
     """Return the output's matrix."""
-    layer = speaker.embedding if isinstance(speaker.vocabulary, Bias) else speaker.vocabulary
+    layer = (
+        decoder.embedding if isinstance(decoder.output_projection, OutputBias) else decoder.output_projection
+    )
     return layer.weight

@@ -18,11 +18,11 @@ from captionscale.progress import working
 _CLASSIFIERS = ("fc.", "classifier.")
 
 
-def load_into(trunk: nn.Module, name: str, weights: str) -> None:
-    """Give a trunk its weights.
+def load_into(backbone: nn.Module, name: str, weights: str) -> None:
+    """Give a backbone its weights.
 
     Args:
-        trunk: Module with torchvision's parameter names, without the classifier.
+        backbone: Module with torchvision's parameter names, without the classifier.
         name: Of the torchvision model.
         weights: `imagenet`, `none`, or a .safetensors or .pth file.
 
@@ -33,7 +33,7 @@ def load_into(trunk: nn.Module, name: str, weights: str) -> None:
         return
     state = _download(name) if weights == "imagenet" else _read(Path(weights))
     state = {key: tensor for key, tensor in state.items() if not key.startswith(_CLASSIFIERS)}
-    wanted = trunk.state_dict()
+    wanted = backbone.state_dict()
     differing = [
         key
         for key in sorted(wanted.keys() | state.keys())
@@ -47,7 +47,7 @@ def load_into(trunk: nn.Module, name: str, weights: str) -> None:
             f" another shape, the first '{differing[0]}'; wanted the weights of torchvision's {name};"
             " set model.encoder.name to the model that they belong to"
         )
-    trunk.load_state_dict(state, strict=False)
+    backbone.load_state_dict(state, strict=False)
 
 
 def _download(name: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ Features: TypeAlias = Float[Tensor, "image region feature"] | tuple[Float[Tensor
 
 
 @dataclass(frozen=True)
-class Rules:
+class Constraints:
     """What a caption may not say, and what it must, as tokens.
 
     Padding and the start are never said.
@@ -23,17 +23,17 @@ class Rules:
 
     block_ngrams: int = 0
     """No so many words in a row come twice, but for those of the prefix; 0: they may."""
-    unknown: bool = False
+    allow_unknown: bool = False
     """Whether the token of unknown words may be said."""
-    dangling: tuple[int, ...] = ()
+    dangling_tokens: tuple[int, ...] = ()
     """A caption does not end in one of these."""
     prefix: tuple[int, ...] = ()
     """Every caption begins with these."""
     required: tuple[tuple[int, ...], ...] = ()
     """Of each of these groups every caption says a word; only `search` can have it so."""
 
-    def forbid(
-        self, chances: Float[Tensor, "row word"], said: Int[Tensor, "row time"], max_words: int
+    def mask_logits(
+        self, logits: Float[Tensor, "row word"], sequences: Int[Tensor, "row time"], max_words: int
     ) -> None:
         """Set to minus infinity, in place, what may not come next.
 
@@ -41,59 +41,59 @@ class Rules:
         nothing at all may come next, as only a tiny vocabulary knows it, the caption ends after all.
 
         Args:
-            chances: Logits or logarithms of probabilities.
-            said: The words of each caption so far.
+            logits: Logits or logarithms of probabilities.
+            sequences: The words of each caption so far.
             max_words: Greatest number of words.
         """
-        time, end = said.shape[1], chances[:, END].clone()
-        for token in (PAD, START) if self.unknown else (PAD, START, UNKNOWN):
-            chances[:, token] = -torch.inf
+        time, end = sequences.shape[1], logits[:, END].clone()
+        for token in (PAD, START) if self.allow_unknown else (PAD, START, UNKNOWN):
+            logits[:, token] = -torch.inf
         size = self.block_ngrams
         if 0 < size <= time:
-            ngrams = said.unfold(1, size, 1)
-            begun = (ngrams[:, :, :-1] == said[:, None, time - size + 1 :]).all(2)
-            chances.scatter_(1, torch.where(begun, ngrams[:, :, -1], PAD), -torch.inf)
-        if self.dangling:
-            dangling = torch.tensor(self.dangling, device=said.device)
+            ngrams = sequences.unfold(1, size, 1)
+            begun = (ngrams[:, :, :-1] == sequences[:, None, time - size + 1 :]).all(2)
+            logits.scatter_(1, torch.where(begun, ngrams[:, :, -1], PAD), -torch.inf)
+        if self.dangling_tokens:
+            dangling = torch.tensor(self.dangling_tokens, device=sequences.device)
             if time == max_words - 1:
-                chances[:, dangling] = -torch.inf
+                logits[:, dangling] = -torch.inf
             if time:
-                chances[:, END].masked_fill_(torch.isin(said[:, -1], dangling), -torch.inf)
-            mute = chances.amax(1) == -torch.inf
-            chances[:, END] = torch.where(mute, end, chances[:, END])
+                logits[:, END].masked_fill_(torch.isin(sequences[:, -1], dangling), -torch.inf)
+            mute = logits.amax(1) == -torch.inf
+            logits[:, END] = torch.where(mute, end, logits[:, END])
 
-    def met(self, *tokens: int) -> int:
+    def satisfied(self, *tokens: int) -> int:
         """Return the set of required groups that these tokens have a word of: bit i is group i."""
         return sum(1 << bit for bit, group in enumerate(self.required) if {*group} & {*tokens})
 
 
-FREE = Rules()
+UNCONSTRAINED = Constraints()
 """Nothing but the unknown token is forbidden."""
 
 
-class Start(NamedTuple):
-    """Where captions begin, a row for each picture."""
+class PrefixState(NamedTuple):
+    """Where captions begin, a row for each image."""
 
     tokens: Int[Tensor, "image"]
     """The next to be read: the last of the prefix."""
     state: tuple[Any, ...]
-    said: Int[Tensor, "image time"]
+    sequences: Int[Tensor, "image time"]
     log_prob: Float[Tensor, "image"]
     """Of the prefix."""
-    looks: tuple[Float[Tensor, "image region"], ...]
+    attentions: tuple[Float[Tensor, "image region"], ...]
     """Where the decoder looked for each word of the prefix; of one without attention none."""
 
 
-def start(decoder: Decoder, features: Features, prefix: tuple[int, ...]) -> Start:
-    """Let a decoder read the prefix, once for each picture."""
+def read_prefix(decoder: Decoder, features: Features, prefix: tuple[int, ...]) -> PrefixState:
+    """Let a decoder read the prefix, once for each image."""
     first = features if isinstance(features, Tensor) else features[0]
-    state, looks = decoder.start(features), []
+    state, attentions = decoder.start(features), []
     tokens = torch.full((len(first),), START, device=first.device)
     total = torch.zeros(len(first), device=first.device)
     for token in prefix:
         logits, state, attention = decoder.step(tokens, state)
         total += logits.float().log_softmax(1)[:, token]
         tokens = torch.full_like(tokens, token)
-        looks += [] if attention is None else [attention.float()]
-    said = torch.tensor(prefix, dtype=torch.long, device=first.device).expand(len(first), -1)
-    return Start(tokens, state, said, total, tuple(looks))
+        attentions += [] if attention is None else [attention.float()]
+    sequences = torch.tensor(prefix, dtype=torch.long, device=first.device).expand(len(first), -1)
+    return PrefixState(tokens, state, sequences, total, tuple(attentions))

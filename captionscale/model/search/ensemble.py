@@ -13,21 +13,21 @@ from captionscale.model.decoders.registry import Decoder
 
 
 class Ensemble(nn.Module):
-    """Captioners of the same words and of the same size of pictures; for search, not for training."""
+    """Captioners of the same words and of the same size of images; for search, not for training."""
 
     def __init__(self, members: Sequence[Captioner]):
         super().__init__()
         # Registered, so that they move to a device and change their mode together.
         self._parts = nn.ModuleList(members)
         self._members = list(members)
-        self.decoder = MeanDecoder([member.decoder for member in members])
+        self.decoder = EnsembleDecoder([member.decoder for member in members])
 
-    def look(self, pictures: UInt8[Tensor, "image 3 height width"]) -> tuple[Float[Tensor, "image _ _"], ...]:
-        """Return each member's features of the pictures."""
-        return tuple(member.look(pictures) for member in self._members)
+    def encode(self, images: UInt8[Tensor, "image 3 height width"]) -> tuple[Float[Tensor, "image _ _"], ...]:
+        """Return each member's features of the images."""
+        return tuple(member.encode(images) for member in self._members)
 
 
-class MeanDecoder:
+class EnsembleDecoder:
     """Decoders whose next word has the mean of their probabilities.
 
     There is no attention: members may see other regions.
@@ -49,6 +49,6 @@ class MeanDecoder:
             The logarithm of the mean of the members' probabilities, their states, and no attention.
         """
         steps = [member.step(tokens, each) for member, each in zip(self._members, state, strict=True)]
-        chances = torch.stack([logits.float().log_softmax(1) for logits, _, _ in steps])
-        mean = chances.logsumexp(0) - math.log(len(steps))
+        log_probs = torch.stack([logits.float().log_softmax(1) for logits, _, _ in steps])
+        mean = log_probs.logsumexp(0) - math.log(len(steps))
         return mean, tuple(each for _, each, _ in steps), None

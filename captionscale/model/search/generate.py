@@ -10,27 +10,33 @@ from torch import Tensor
 from captionscale.errors import UserError
 from captionscale.model.decoders.registry import Decoder
 from captionscale.model.decoders.state import select
-from captionscale.model.search.beam import Beam, Places, choose, entries
-from captionscale.model.search.constraints import FREE, Features, Rules, Start, start
+from captionscale.model.search.beam import Beam, BeamLayout, best_candidates, transitions
+from captionscale.model.search.constraints import (
+    UNCONSTRAINED,
+    Constraints,
+    Features,
+    PrefixState,
+    read_prefix,
+)
 from captionscale.vocab import END, PAD
 
 _CACHED_ROWS = 16
 
 
 @dataclass(frozen=True)
-class Found:
+class Hypothesis:
     """A caption that a search found."""
 
     tokens: list[int]
     """Words, then the end token unless the search ended before it."""
     log_prob: float
     """Natural logarithm of the probability that the decoder gives to these tokens."""
-    covered: float = 0.0
+    coverage_penalty: float = 0.0
     """What a ranking with coverage adds: 0 for having looked at all regions, less for some only."""
 
     def score(self, length_power: float) -> float:
-        """Return what captions of one picture are ranked by: log-probability / tokens**length_power."""
-        return self.log_prob / math.pow(max(len(self.tokens), 1), length_power) + self.covered
+        """Return what captions of one image are ranked by: log-probability / tokens**length_power."""
+        return self.log_prob / math.pow(max(len(self.tokens), 1), length_power) + self.coverage_penalty
 
 
 @torch.no_grad()
@@ -44,25 +50,25 @@ def search(
     groups: int = 1,
     diversity: float = 0.0,
     coverage: float = 0.0,
-    rules: Rules = FREE,
-) -> list[list[Found]]:
-    """Return the captions that a beam search ends with, for each picture, best first.
+    constraints: Constraints = UNCONSTRAINED,
+) -> list[list[Hypothesis]]:
+    """Return the captions that a beam search ends with, for each image, best first.
 
     A beam of one is greedy search. A finished caption stays in the beam, where longer ones must beat its
     log-probability; an unfinished one is returned as it stands at `max_words`. The decoder reads no caption
-    that is finished, and none of a picture whose results are certain.
+    that is finished, and none of an image whose results are certain.
 
     Args:
         decoder: In evaluation mode.
-        features: Of each picture.
+        features: Of each image.
         beam: Captions kept at each word; with required words, for each set of those that are said already.
         max_words: Greatest number of words.
-        length_power: Of `Found.score`, which ranks the results.
+        length_power: Of `Hypothesis.score`, which ranks the results.
         groups: Equal parts of the beam that choose their words one after another.
         diversity: What a word costs a group, for choosing only, for each caption of an earlier group that
             says it at the same place.
-        coverage: Weight of `Found.covered` in the ranking.
-        rules: What may be said, and what must.
+        coverage: Weight of `Hypothesis.coverage_penalty` in the ranking.
+        constraints: What may be said, and what must.
 
     Raises:
         UserError: Coverage is asked of a decoder without attention.
@@ -76,97 +82,104 @@ def search(
     """
     if groups < 1 or beam % groups:
         raise ValueError(f"a beam of {beam} cannot be divided among {groups} groups")
-    places = Places(groups, 2 ** len(rules.required), beam // groups)
-    begun = start(decoder, features, rules.prefix)
-    kept = _first(begun, places, rules)
-    ways = entries(rules, places, kept.tokens.device)
-    going = (kept.totals > -torch.inf).nonzero().squeeze(1)
-    state = select(begun.state, going // places.slots)
-    for _ in range(len(rules.prefix), max_words):
-        logits, state, attention = decoder.step(kept.tokens[going], state)
-        chances = _add(kept.totals[going], logits)
-        rules.forbid(chances, kept.said[going], max_words)
-        if places.sets > 1:
-            lacking = going % places.own < places.own - places.width
-            chances[:, END].masked_fill_(lacking, -torch.inf)
-        totals, slots, tokens = choose(chances, going, kept, places, diversity, ways)
-        looks = kept.looks
+    layout = BeamLayout(groups, 2 ** len(constraints.required), beam // groups)
+    begun = read_prefix(decoder, features, constraints.prefix)
+    kept = _first(begun, layout, constraints)
+    ways = transitions(constraints, layout, kept.tokens.device)
+    active = (kept.log_probs > -torch.inf).nonzero().squeeze(1)
+    state = select(begun.state, active // layout.slots_per_image)
+    for _ in range(len(constraints.prefix), max_words):
+        logits, state, attention = decoder.step(kept.tokens[active], state)
+        next_log_probs = _add(kept.log_probs[active], logits)
+        constraints.mask_logits(next_log_probs, kept.sequences[active], max_words)
+        if layout.sets > 1:
+            lacking = active % layout.slots_per_group < layout.slots_per_group - layout.width
+            next_log_probs[:, END].masked_fill_(lacking, -torch.inf)
+        log_probs, slots, tokens = best_candidates(next_log_probs, active, kept, layout, diversity, ways)
+        attention_sum = kept.attention_sum
         if coverage:
             seen = _attended(attention)
-            looks = (looks + looks.new_zeros(1, seen.shape[1])).index_add_(0, going, seen)
-        kept = select(kept._replace(looks=looks), slots)
+            attention_sum = (attention_sum + attention_sum.new_zeros(1, seen.shape[1])).index_add_(
+                0, active, seen
+            )
+        kept = select(kept._replace(attention_sum=attention_sum), slots)
         kept = kept._replace(
             tokens=tokens,
-            said=torch.cat([kept.said, tokens.unsqueeze(1)], 1),
-            totals=totals,
+            sequences=torch.cat([kept.sequences, tokens.unsqueeze(1)], 1),
+            log_probs=log_probs,
             finished=kept.finished | (tokens == END),
         )
-        undecided = ~_decided(kept, places)
-        unfinished = ~kept.finished & (totals > -torch.inf)
-        before, going = going, (unfinished & undecided.repeat_interleave(places.slots)).nonzero().squeeze(1)
-        if not len(going):
+        undecided = ~_decided(kept, layout)
+        unfinished = ~kept.finished & (log_probs > -torch.inf)
+        before, active = (
+            active,
+            (unfinished & undecided.repeat_interleave(layout.slots_per_image)).nonzero().squeeze(1),
+        )
+        if not len(active):
             break
-        if places.slots == 1 and len(going) == len(before):
+        if layout.slots_per_image == 1 and len(active) == len(before):
             # Greedy captions that all go on stay where they are.
             continue
         rows = torch.empty_like(slots)
         rows[before] = torch.arange(len(before), device=rows.device)
-        state = select(state, rows[slots[going]])
-    return _read(kept, places, length_power, coverage)
+        state = select(state, rows[slots[active]])
+    return _read(kept, layout, length_power, coverage)
 
 
-def _first(begun: Start, places: Places, rules: Rules) -> Beam:
+def _first(begun: PrefixState, layout: BeamLayout, constraints: Constraints) -> Beam:
     """Return the beam before the first word that is searched for."""
     count, device = len(begun.tokens), begun.tokens.device
-    looks = sum(begun.looks, start=torch.zeros(count, 1, device=device))
+    attention_sum = sum(begun.attentions, start=torch.zeros(count, 1, device=device))
     finished = torch.zeros(count, dtype=torch.bool, device=device)
-    beam = Beam(begun.tokens, begun.said, begun.log_prob, finished, looks)
-    beam = select(beam, torch.arange(count, device=device).repeat_interleave(places.slots))
+    beam = Beam(begun.tokens, begun.sequences, begun.log_prob, finished, attention_sum)
+    beam = select(beam, torch.arange(count, device=device).repeat_interleave(layout.slots_per_image))
     # One caption for each group: were there equal ones, they would stay equal.
-    alone = torch.full((count, *places), -torch.inf, device=device)
-    alone[:, :, rules.met(*rules.prefix), 0] = 0
-    return beam._replace(totals=beam.totals + alone.flatten())
+    alone = torch.full((count, *layout), -torch.inf, device=device)
+    alone[:, :, constraints.satisfied(*constraints.prefix), 0] = 0
+    return beam._replace(log_probs=beam.log_probs + alone.flatten())
 
 
-def _add(totals: Float[Tensor, "row"], logits: Float[Tensor, "row word"]) -> Float[Tensor, "row word"]:
+def _add(log_probs: Float[Tensor, "row"], logits: Float[Tensor, "row word"]) -> Float[Tensor, "row word"]:
     """Return the log-probability of each caption with each word, in the logits' memory if they are fp32."""
     logits = logits.float()
     # On a CPU, a few rows at a time: their exponentials stay in its cache.
     some = _CACHED_ROWS if logits.is_cpu else len(logits)
     masses = torch.cat([rows.logsumexp(1) for rows in torch.split(logits, some)])
-    return logits.add_((totals - masses).unsqueeze(1))
+    return logits.add_((log_probs - masses).unsqueeze(1))
 
 
 def _attended(attention: Float[Tensor, "row region"] | None) -> Float[Tensor, "row region"]:
     if attention is None:
         raise UserError(
-            "search.coverage is above 0, but this model has no attention that could cover a picture (an"
+            "search.coverage is above 0, but this model has no attention that could cover an image (an"
             " ensemble has none either); set search.coverage=0"
         )
     return attention.float()
 
 
-def _decided(beam: Beam, places: Places) -> Bool[Tensor, "picture"]:
-    """Return of which pictures no unfinished caption can come to be among the found ones any more."""
-    going = beam.totals.masked_fill(beam.finished, -torch.inf).view(-1, places.groups, places.own)
-    settled = places.last_sets(beam.totals.masked_fill(~beam.finished, -torch.inf))
-    return (going.amax(2) <= settled.amin(2)).all(1)
+def _decided(beam: Beam, layout: BeamLayout) -> Bool[Tensor, "image"]:
+    """Return of which images no unfinished caption can come to be among the found ones any more."""
+    active = beam.log_probs.masked_fill(beam.finished, -torch.inf).view(
+        -1, layout.groups, layout.slots_per_group
+    )
+    settled = layout.completed(beam.log_probs.masked_fill(~beam.finished, -torch.inf))
+    return (active.amax(2) <= settled.amin(2)).all(1)
 
 
 def _covered(beam: Beam, coverage: float) -> Float[Tensor, "slot"]:
-    smallest = torch.finfo(beam.looks.dtype).tiny
-    return coverage * beam.looks.clamp(smallest, 1).log().sum(1)
+    smallest = torch.finfo(beam.attention_sum.dtype).tiny
+    return coverage * beam.attention_sum.clamp(smallest, 1).log().sum(1)
 
 
-def _read(beam: Beam, places: Places, length_power: float, coverage: float) -> list[list[Found]]:
-    """Return the captions of each picture that have all required words, best first."""
-    fields = (beam.totals, _covered(beam, coverage))
-    totals, covers = (places.last_sets(values).flatten(1).tolist() for values in fields)
-    said = beam.said.view(-1, *places, beam.said.shape[1])[:, :, -1].flatten(1, 2).tolist()
+def _read(beam: Beam, layout: BeamLayout, length_power: float, coverage: float) -> list[list[Hypothesis]]:
+    """Return the captions of each image that have all required words, best first."""
+    fields = (beam.log_probs, _covered(beam, coverage))
+    log_probs, covers = (layout.completed(values).flatten(1).tolist() for values in fields)
+    sequences = beam.sequences.view(-1, *layout, beam.sequences.shape[1])[:, :, -1].flatten(1, 2).tolist()
     found = []
-    for captions in zip(said, totals, covers, strict=True):
+    for captions in zip(sequences, log_probs, covers, strict=True):
         each = {
-            tuple(tokens): Found([token for token in tokens if token != PAD], total, cover)
+            tuple(tokens): Hypothesis([token for token in tokens if token != PAD], total, cover)
             for tokens, total, cover in zip(*captions, strict=True)
             if total > -math.inf
         }

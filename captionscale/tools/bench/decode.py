@@ -16,7 +16,7 @@ from captionscale.data.shards import Split
 from captionscale.data.storage import open_place
 from captionscale.errors import UserError
 from captionscale.model.decoders.attention import AttentionDecoder
-from captionscale.model.search.generate import Found, search
+from captionscale.model.search.generate import Hypothesis, search
 from captionscale.tools.bench.race import Heat, Way, limit, race
 from captionscale.train.checkpoints import open_run
 from captionscale.vocab import END, PAD, START, UNKNOWN
@@ -84,7 +84,7 @@ def talkative(settings: Decoder, feature: int, words: int) -> AttentionDecoder:
     """
     decoder = AttentionDecoder(settings, feature, words).eval()
     cell, unit, hidden = decoder.cells[-1], 0, settings.hidden
-    output, from_hidden, from_context = decoder.vocabulary, decoder.from_hidden, decoder.from_context
+    output, from_hidden, from_context = decoder.output_projection, decoder.from_hidden, decoder.from_context
     assert isinstance(cell, nn.LSTMCell)
     assert isinstance(output, nn.Linear)
     assert isinstance(from_hidden, nn.Linear)
@@ -95,7 +95,7 @@ def talkative(settings: Decoder, feature: int, words: int) -> AttentionDecoder:
         for part in cell.parameters():
             part[gate] *= varying
         cell.bias_ih[gate] = bias
-    for first in (decoder.first_states.weight, decoder.first_states.bias):
+    for first in (decoder.initial_state.weight, decoder.initial_state.bias):
         first.view(2, settings.layers, hidden, -1)[:, -1, unit] = 0
     output.weight *= _PEAKED
     torch.nn.init.normal_(decoder.embedding.weight)
@@ -122,7 +122,7 @@ def one_after_another(
     beam: int,
     max_words: int,
     length_power: float,
-) -> Found:
+) -> Hypothesis:
     """Return a picture's best caption by beam search as captioners publish it.
 
     The rows of a batch are the captions under way. At each word all of them look at their own copy of the
@@ -140,8 +140,8 @@ def one_after_another(
         ours' layers and rules: a finished caption keeps its place in the beam until longer ones beat it.
     """
     assert decoder.from_context is not None
-    regions = decoder.regions(features).relu()
-    memory = torch.tanh(decoder.first_states(regions.mean(1))).view(2, len(decoder.cells), 1, -1)
+    regions = decoder.region_projection(features).relu()
+    memory = torch.tanh(decoder.initial_state(regions.mean(1))).view(2, len(decoder.cells), 1, -1)
     hiddens, cells = ([*part.expand(-1, beam, -1)] for part in memory)
     regions = regions.expand(beam, -1, -1)
     said, totals = torch.full((beam, 1), START), torch.zeros(beam)
@@ -155,7 +155,7 @@ def one_after_another(
         for layer, cell in enumerate(decoder.cells):
             below, cells[layer] = cell(below, (hiddens[layer], cells[layer]))
             hiddens[layer] = below
-        logits = decoder.vocabulary(word + decoder.from_hidden(below) + decoder.from_context(context))
+        logits = decoder.output_projection(word + decoder.from_hidden(below) + decoder.from_context(context))
         chances = logits.log_softmax(1)
         chances[:, [PAD, START, UNKNOWN]] = -torch.inf
         chances += totals.unsqueeze(1)
@@ -173,7 +173,7 @@ def one_after_another(
         said, totals, rows = longer[going], best[going], rows[going]
         regions = regions[rows]
         hiddens, cells = ([part[rows] for part in parts] for parts in (hiddens, cells))
-    found = [Found(tokens[1:], total) for total, tokens, _ in kept]
+    found = [Hypothesis(tokens[1:], total) for total, tokens, _ in kept]
     return max(found, key=lambda caption: caption.score(length_power))
 
 
@@ -195,7 +195,7 @@ def _of_run(run: Path, images: int) -> tuple[AttentionDecoder, Tensor, int]:
     loader = Loader(split, saved.vocabulary(), config.data, config.seed)
     (batch,) = loader.ahead([(np.arange(min(images, len(split))), None)])
     with torch.no_grad():
-        return decoder, captioner.look(batch.images), config.data.max_words
+        return decoder, captioner.encode(batch.images), config.data.max_words
 
 
 def _race(decoder: AttentionDecoder, features: Tensor, max_words: int, name: str, rounds: int) -> Heat:
@@ -203,13 +203,13 @@ def _race(decoder: AttentionDecoder, features: Tensor, max_words: int, name: str
     find = partial(search, decoder, beam=_BEAM, max_words=max_words, length_power=_LENGTH_POWER)
     plain = partial(one_after_another, decoder, beam=_BEAM, max_words=max_words, length_power=_LENGTH_POWER)
 
-    def at_once() -> list[Found]:
+    def at_once() -> list[Hypothesis]:
         return [found[0] for found in find(features)]
 
-    def ours_alone() -> list[Found]:
+    def ours_alone() -> list[Hypothesis]:
         return [find(picture)[0][0] for picture in each]
 
-    def published() -> list[Found]:
+    def published() -> list[Hypothesis]:
         return [plain(picture) for picture in each]
 
     expected = published()
@@ -235,7 +235,7 @@ def _race(decoder: AttentionDecoder, features: Tensor, max_words: int, name: str
     return heat
 
 
-def _differ(name: str, found: list[Found], expected: list[Found]) -> float:
+def _differ(name: str, found: list[Hypothesis], expected: list[Hypothesis]) -> float:
     """Return the greatest difference of two log-probabilities of a caption."""
     others = sum(one.tokens != other.tokens for one, other in zip(found, expected, strict=True))
     pairs = zip(found, expected, strict=True)

@@ -87,7 +87,7 @@ def _step(job: Job, batch: Batch, step: int) -> dict[str, float]:
     weights = target.weights(words, job.objective.of_people)
     lap()
     following, rows = target.tokens[:, 1:], target.rows
-    logits, _ = job.engine(target.pictures, target.read, target.owners, 0.0, rows)
+    logits, _ = job.engine(target.pictures, target.read, target.image_index, 0.0, rows)
     job.engine.backward(cross_entropy(logits, following, 0.0, rows) @ weights)
     job.engine.update()
     lap()

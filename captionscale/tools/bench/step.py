@@ -142,7 +142,7 @@ def _bare(job: Job) -> Callable[[Share], object]:
         for _, batch in share:
             here = batch.to(job.ranks.device)
             with torch.autocast(job.ranks.device.type, dtype, enabled=settings.precision != "fp32"):
-                logits, _ = model(here.images, here.tokens[:, :-1], here.owners)
+                logits, _ = model(here.images, here.tokens[:, :-1], here.image_index)
             targets = here.tokens[:, 1:].flatten()
             loss = F.cross_entropy(
                 logits.float().flatten(0, 1),

@@ -94,9 +94,9 @@ def read(
     """
     sorted_lengths, order = (tokens != PAD).sum(1).sort(descending=True)
     lengths = sorted_lengths.tolist()
-    regions = decoder.regions(features[order]).relu()
+    regions = decoder.region_projection(features[order]).relu()
     embeddings = decoder.embedding(tokens[order])
-    hidden, cell = torch.tanh(decoder.first_states(regions.mean(1))).chunk(2, 1)
+    hidden, cell = torch.tanh(decoder.initial_state(regions.mean(1))).chunk(2, 1)
     logits = regions.new_zeros(len(tokens), lengths[0], decoder.embedding.num_embeddings)
     looks = regions.new_zeros(len(tokens), lengths[0], regions.shape[1], dtype=torch.float32)
     assert decoder.gate is not None
@@ -109,7 +109,7 @@ def read(
         hidden, cell = decoder.cells[0](
             torch.cat([embeddings[:count, time], context], 1), (before, cell[:count])
         )
-        logits[:count, time] = decoder.vocabulary(hidden)
+        logits[:count, time] = decoder.output_projection(hidden)
         looks[:count, time] = weights
     return logits, looks, lengths, order
 
@@ -130,7 +130,7 @@ def _loss_of_ours(
 ) -> Float[Tensor, ""]:
     """Return the loss of a word, as the training loop works it out."""
     following, rows = target.tokens[:, 1:], target.rows
-    logits, looks = model(pictures, target.read, target.owners, rows=rows)
+    logits, looks = model(pictures, target.read, target.image_index, rows=rows)
     surprise = cross_entropy(logits, following, 0.0, rows) + uneven_attention(looks, following)
     return surprise.sum() / target.words.sum()
 
@@ -176,7 +176,7 @@ def _steps(sizes: Sizes, rounds: int) -> Heat:
     def loss_of_tutorial(layout: torch.memory_format = torch.contiguous_format) -> Tensor:
         encoder = plain.encoder
         colours = torch.addcmul(encoder.shift, pictures.float(), encoder.scale)
-        grid = encoder.trunk(colours.contiguous(memory_format=layout))
+        grid = encoder.backbone(colours.contiguous(memory_format=layout))
         return _loss_of_tutorial(decoder, grid.flatten(2).transpose(1, 2), one)
 
     ours, theirs = ([p for p in each.parameters() if p.requires_grad] for each in (model, plain))
@@ -192,7 +192,7 @@ def _steps(sizes: Sizes, rounds: int) -> Heat:
     in_our_layout = _learner(lambda: loss_of_tutorial(torch.channels_last), theirs, sizes, simple)
     note = _compare(with_one(), in_our_layout(), sizes)
     # Not before: in another layout convolutions round otherwise: fifty layers make 1 % of that in gradients.
-    plain.encoder.trunk.to(memory_format=torch.contiguous_format)
+    plain.encoder.backbone.to(memory_format=torch.contiguous_format)
     heat = race(
         f"The whole step: {sizes.encoder}, its {' and '.join(_LEARNING)} learning, {_name(sizes.precision)}",
         "captions",
@@ -215,10 +215,10 @@ def _name(precision: torch.dtype) -> str:
 
 def _settle(encoder: Encoder, pictures: Tensor) -> None:
     """Give batch norms these pictures' statistics: else numbers grow from layer to layer."""
-    for module in encoder.trunk.modules():
+    for module in encoder.backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0
-    encoder.trunk.train()
+    encoder.backbone.train()
     with torch.no_grad():
         encoder(pictures)
     encoder.train()
@@ -226,14 +226,14 @@ def _settle(encoder: Encoder, pictures: Tensor) -> None:
 
 def _target(pictures: Tensor, captions: int, sizes: Sizes) -> Target:
     """Return so many captions of each picture, as long as COCO's, but the first as long as any may be."""
-    owners = torch.arange(len(pictures)).repeat_interleave(captions)
-    lengths = torch.normal(11.5, 2.4, (len(owners), 1)).round().clamp(6, sizes.length)
+    image_index = torch.arange(len(pictures)).repeat_interleave(captions)
+    lengths = torch.normal(11.5, 2.4, (len(image_index), 1)).round().clamp(6, sizes.length)
     lengths[0] = sizes.length
     times = torch.arange(sizes.length + 1)
-    tokens = torch.randint(UNKNOWN, sizes.words, (len(owners), len(times)))
+    tokens = torch.randint(UNKNOWN, sizes.words, (len(image_index), len(times)))
     tokens[:, 0] = START
     tokens = tokens.where(times != lengths, END).where(times <= lengths, PAD)
-    return Target(pictures, tokens, owners)
+    return Target(pictures, tokens, image_index)
 
 
 def _learner(

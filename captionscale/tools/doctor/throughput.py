@@ -72,7 +72,7 @@ def _learned(plan: Plan) -> tuple[float, str]:
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.settings.train.precision)
     batch = batch.to(device)
     with torch.no_grad():
-        pictures = captioner.look(batch.images) if cached else batch.images
+        pictures = captioner.encode(batch.images) if cached else batch.images
 
     def step() -> None:
         with torch.autocast(device.type, half, enabled=half is not None):
@@ -101,7 +101,7 @@ def _learned(plan: Plan) -> tuple[float, str]:
 
 
 def _loss(captioner: Captioner, pictures: Tensor, batch: Batch) -> Tensor:
-    logits, _ = captioner(pictures, batch.tokens[:, :-1], batch.owners)
+    logits, _ = captioner(pictures, batch.tokens[:, :-1], batch.image_index)
     return cross_entropy(logits, batch.tokens[:, 1:], 0.0, None).sum()
 
 

@@ -55,7 +55,7 @@ def check(
     with progress("comparing with the model", len(images), passing=True) as bar:
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]
-            features, theirs = captioner.look(batch), exported.look(batch)
+            features, theirs = captioner.encode(batch), exported.encode(batch)
             said, others = (
                 [
                     captions[0].tokens

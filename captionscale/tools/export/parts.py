@@ -34,7 +34,7 @@ class _Encoder(nn.Module):
         self.captioner = captioner
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self.captioner.look(*inputs),)
+        return (self.captioner.encode(*inputs),)
 
 
 class _Start(nn.Module):
@@ -70,7 +70,7 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
         batch: Of the examples.
     """
     images = torch.randint(256, (batch, 3, image_size, image_size), dtype=torch.uint8)
-    features = captioner.look(images)
+    features = captioner.encode(images)
     state: Any = captioner.decoder.start(features)
     tokens = torch.ones(batch, dtype=torch.long)
     _, after, attention = captioner.decoder.step(tokens, state)
@@ -93,7 +93,7 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
 
 
 class ExportedCaptioner:
-    """Exported programs, as search knows a captioner: `look`, `start` and `step`."""
+    """Exported programs, as search knows a captioner: `encode`, `start` and `step`."""
 
     def __init__(self, parts: Sequence[Part], programs: dict[str, Run], batch: int | None):
         """Put programs together.
@@ -108,7 +108,7 @@ class ExportedCaptioner:
         self._names = [*step.inputs][1:]
         self._outputs = step.outputs
 
-    def look(self, images: Tensor) -> Float[Tensor, "image region feature"]:
+    def encode(self, images: Tensor) -> Float[Tensor, "image region feature"]:
         """Return the features of images."""
         return self._run("encoder", [images])[0]
 

@@ -67,7 +67,7 @@ def test_programs_caption_as_the_model_does_whatever_the_batch(tmp_path: Path, n
     for beam in (1, 4):
         ours, theirs = (
             search(each, features, beam=beam, max_words=8, length_power=0.7)
-            for each, features in ((model.decoder, model.look(images)), (exported, exported.look(images)))
+            for each, features in ((model.decoder, model.encode(images)), (exported, exported.encode(images)))
         )
         for mine, other in zip(ours, theirs, strict=True):
             # The others of a beam may be as likely as each other, but for rounding.
