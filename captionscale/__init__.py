@@ -22,7 +22,7 @@ def load(
     ```
 
     Args:
-        run: The --out of captionscale train, or a folder that `captionscale export --to hub` wrote.
+        run: The --out of captionscale train, or a folder that `captionscale export --format hub` wrote.
         checkpoint: `best`, `last` or a step.
         others: Runs that write together with this one.
 
@@ -33,4 +33,4 @@ def load(
     from captionscale.tools.ensemble import open_ensemble
 
     paths = [Path(other) for other in others]
-    return CaptionPipeline(open_ensemble(Path(run), paths, checkpoint=checkpoint, changes=[]))
+    return CaptionPipeline(open_ensemble(Path(run), paths, checkpoint=checkpoint, overrides=[]))

@@ -1,4 +1,4 @@
-"""The way in. Each verb imports what it needs, so that `--help` is instant."""
+"""The way in. Each command imports what it needs, so that `--help` is instant."""
 
 import io
 import os
@@ -16,7 +16,7 @@ from captionscale.terminal import make_safe
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one verb; an error that the user can fix is one line and exit code 1."""
+    """Run one command; an error that the user can fix is one line and exit code 1."""
     end_with_launcher()
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -31,9 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if arguments is None:
         # Jobs, trackers and receipts say by which command they were made.
-        sys.argv[1:] = map(credentials.withhold, sys.argv[1:])
+        sys.argv[1:] = map(credentials.strip_and_remember, sys.argv[1:])
         arguments = sys.argv[1:]
-    options = parser().parse_args([credentials.withhold(each) for each in arguments])
+    options = parser().parse_args([credentials.strip_and_remember(each) for each in arguments])
     try:
         options.handler(options)
         sys.stdout.flush()
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(*map(str, error.args))
     except PreemptedError as error:
         if str(error):
-            _fail(f"{error}; the same command goes on", code=PreemptedError.CODE)
-        raise SystemExit(PreemptedError.CODE) from None
+            _fail(f"{error}; the same command goes on", code=PreemptedError.EXIT_CODE)
+        raise SystemExit(PreemptedError.EXIT_CODE) from None
     except OSError as error:
         _fail(
             f"{error.filename or 'system'}: {error.strerror or error};"

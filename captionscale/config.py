@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from captionscale import credentials
-from captionscale.config_checks import contradictions
+from captionscale.config_checks import find_conflicts
 
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 
@@ -23,11 +23,11 @@ def _one_line(path: Path) -> Path:
 
 
 # Bounds are far above any experiment: a config from anywhere is not to take the machine's memory.
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 """A number from 0 to 1."""
 Count = Annotated[int, Field(ge=1, le=10**9)]
 """A whole number from 1 on."""
-Few = Annotated[int, Field(ge=1, le=1000)]
+SmallCount = Annotated[int, Field(ge=1, le=1000)]
 """A whole number of things that take memory each."""
 Size = Annotated[int, Field(ge=1, le=2**14)]
 """Size of a vector."""
@@ -39,17 +39,17 @@ Weight = Annotated[float, Field(ge=0, le=10**6)]
 """What a part of a sum is multiplied by."""
 Text = Annotated[str, Field(pattern=_LINE, max_length=4096)]
 """A line without control characters."""
-Place = Annotated[Path, AfterValidator(_one_line)]
+PlainPath = Annotated[Path, AfterValidator(_one_line)]
 """A path without control characters."""
 
-CACHE_GB = 100.0
+DEFAULT_CACHE_GB = 100.0
 """What `data.cache_gb` is by default."""
 
-_CHOICES = {
-    "region": ("attention", "top_down"),
-    "layers": ("plain", "attention"),
-    "gate": ("attention",),
-    "picture_norm": ("plain",),
+_ONLY_WITH = {
+    "region_size": ("attention", "top_down"),
+    "num_layers": ("plain", "attention"),
+    "attention_gate": ("attention",),
+    "image_batch_norm": ("plain",),
 }
 """What only these decoders can have otherwise than by default."""
 
@@ -65,7 +65,7 @@ class Section(BaseModel):
         if not isinstance(tree, dict):
             return tree
         return {
-            key: credentials.withhold(value) if isinstance(value, str) else value
+            key: credentials.strip_and_remember(value) if isinstance(value, str) else value
             for key, value in tree.items()
         }
 
@@ -75,9 +75,9 @@ class Data(Section):
 
     shards: Text
     """Folder that `captionscale pack` wrote, or its URL: https://, s3:// or gs://."""
-    cache: Place | None = None
+    cache: PlainPath | None = None
     """Folder for the shards of a URL. Without it: $CAPTIONSCALE_CACHE, or ~/.cache/captionscale."""
-    cache_gb: float = Field(default=CACHE_GB, gt=0)
+    cache_gb: float = Field(default=DEFAULT_CACHE_GB, gt=0)
     """Most that this folder may hold, in 10^9 bytes; the least recently used shards make way."""
     train_split: Text = "train"
     """Split to learn from."""
@@ -85,23 +85,23 @@ class Data(Section):
     """Split that early stopping looks at."""
     image_size: int = Field(default=224, ge=32, le=2048)
     """Side of the square picture that the encoder sees, in pixels."""
-    crop_scale: tuple[Share, Share] = (0.5, 1.0)
+    crop_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
     """Least and greatest share of the picture's area that a random crop keeps. [1, 1]: the centre square."""
     flip: bool = True
     """Mirror half of the training pictures. Switch it off where captions say left and right."""
-    colour_jitter: Share = 0.2
+    color_jitter: Fraction = 0.2
     """How far brightness, contrast and saturation may go from 1 in training."""
     rotate: float = Field(default=0.0, ge=0, le=45)
     """Greatest angle, in degrees, by which training turns a picture to either side."""
     min_count: Count = 5
     """A word is in the vocabulary if the train captions hold it at least so often."""
-    max_vocabulary: Count | None = None
+    max_vocab_size: Count | None = None
     """Keep only so many of the most frequent words."""
-    max_words: Few = 20
+    max_words: SmallCount = 20
     """Longest caption, in words; training cuts longer ones, search stops there."""
-    shuffle_shards: Count = 4
+    shuffle_window_shards: Count = 4
     """Samples are shuffled within windows of so many shards, whose order is shuffled too."""
-    workers: Few = 2
+    workers: SmallCount = 2
     """Threads that decode pictures, in each process."""
 
 
@@ -116,9 +116,9 @@ class Encoder(Section):
     """Which parts learn: all, none, or leading parts of parameter names such as `layer4`."""
     batch_norm: Literal["frozen", "trained"] = "frozen"
     """`trained` learns batch statistics too: for training from scratch, see docs/design.md."""
-    stride: Literal[16, 32] = 32
+    output_stride: Literal[16, 32] = 32
     """Pixels of the picture in a row of each grid cell: 32 makes 7 x 7 cells of 224 pixels, 16 makes 14."""
-    checkpointing: bool = False
+    grad_checkpointing: bool = False
     """Compute the learning part again in the backward pass instead of keeping it: less memory, more time."""
 
 
@@ -128,37 +128,37 @@ class Decoder(Section):
     name: Literal["plain", "attention", "top_down"] = "attention"
     """`plain` sees the picture once, as its first word; `attention` looks at regions for each word; so does
     `top_down`, whose attention has an LSTM of its own."""
-    embed: Size = 256
+    embed_size: Size = 256
     """Size of a word's vector."""
-    hidden: Size = 512
+    hidden_size: Size = 512
     """Size of an LSTM layer's state."""
-    attend: Size = 512
+    attention_size: Size = 512
     """Size in which regions and the state meet (not plain)."""
-    region: Annotated[int, Field(ge=0, le=2**14)] | None = None
-    """Size that regions are projected to. Without it: that of attend. 0: they are looked at as the
+    region_size: Annotated[int, Field(ge=0, le=2**14)] | None = None
+    """Size that regions are projected to. Without it: that of attention_size. 0: they are looked at as the
     encoder gives them, which takes longer (not plain)."""
-    layers: Annotated[int, Field(ge=1, le=64)] = 2
+    num_layers: Annotated[int, Field(ge=1, le=64)] = 2
     """LSTM layers (top_down has always two)."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of each word's vector and of each output that training hides."""
-    same_dropout: bool = False
+    variational_dropout: bool = False
     """Hide the same numbers at all words of a caption: variational dropout."""
-    gate: bool = False
+    attention_gate: bool = False
     """Scale what attention saw by how much it matters for the word (attention only)."""
-    picture_norm: bool = False
+    image_batch_norm: bool = False
     """Normalise the picture's vector over the micro-batch (plain only)."""
-    output: Literal["linear", "deep", "maxout"] = "deep"
+    word_head: Literal["linear", "deep", "maxout"] = "deep"
     """Words are read from the state alone; also from the last word and what attention saw; or from the
     greater of two such readings."""
-    tied: bool = False
+    tie_weights: bool = False
     """Let the output share its matrix with the words' vectors."""
-    unit_vectors: bool = False
-    """Begin with words' vectors about as long as 1, as tied ones do, not sqrt(embed) times as long: measured
+    embedding_init: Literal["normal", "unit_norm"] = "normal"
+    """Begin with words' vectors about as long as 1, as tied ones do, not sqrt(embed_size) times as long: measured
     to be better in long training, worse in short."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Decoder":
-        for key, names in _CHOICES.items():
+        for key, names in _ONLY_WITH.items():
             value, only = getattr(self, key), type(self).model_fields[key].default
             if self.name not in names and value != only:
                 raise ValueError(
@@ -200,7 +200,7 @@ class Train(Section):
     augmentation."""
     compile_encoder: bool = False
     """Let PyTorch compile the encoder's training pass: minutes when a run starts, then faster steps."""
-    warmup: Share = 0.03
+    warmup_ratio: Fraction = 0.03
     """Share of all steps in which the learning rate rises; a cosine then brings it to zero."""
     weight_decay: Weight = 0.01
     """AdamW's, on matrices only."""
@@ -208,15 +208,15 @@ class Train(Section):
     """Greatest norm of the gradient."""
     compress_gradients: bool = False
     """Send gradients between processes in bf16: half the bytes; results then depend on their number."""
-    label_smoothing: Share = 0.1
+    label_smoothing: Fraction = 0.1
     """Share of a target's weight that goes to all words alike (cross-entropy only)."""
-    scheduled_sampling: Share = 0.0
+    scheduled_sampling: Fraction = 0.0
     """Share of words that training reads from the decoder's own predictions at its end; rises in a line."""
-    doubly_stochastic: Weight = 0.0
+    doubly_stochastic_weight: Weight = 0.0
     """Weight of the penalty on looking at some regions more than at others, over a whole caption."""
-    average: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Decay, at each step, of the moving average of weights that is scored and captions; 0: the weights."""
-    start_from: Place | None = None
+    init_from: PlainPath | None = None
     """Run whose best weights are the first ones; it must have the same words and the same model."""
     objective: Literal["cross-entropy", "scst"] = "cross-entropy"
     """Predict the words of people's captions, or write captions that get a high reward: see `scst`."""
@@ -230,7 +230,7 @@ class Train(Section):
     """Metric of generated captions that names the best checkpoint."""
     patience: Count = 5
     """Stop after so many scorings without a better one; scores count at the next scoring."""
-    keep: Count = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints that stay on disk, beside the best one."""
     grace_s: float = Field(default=120.0, ge=0, le=10**9)
     """Seconds before the end of a SLURM job's time at which a run saves and leaves."""
@@ -238,27 +238,27 @@ class Train(Section):
     """Seconds without progress after which a stalled rank is named; after ten times as long the run ends."""
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Where metrics go besides TensorBoard; needs captionscale's extra `track`, see docs/running.md."""
-    ledger: bool = False
-    """Record the images of every micro-batch in ledger/, as `captionscale drill` does to prove them."""
+    sample_log: bool = False
+    """Record the images of every micro-batch in sample_log/, as `captionscale drill` does to prove them."""
 
 
 class Scst(Section):
     """Self-critical training: sampled captions count by how much better they are than others."""
 
-    samples: Annotated[int, Field(ge=2, le=1000)] = 5
+    samples_per_image: Annotated[int, Field(ge=2, le=1000)] = 5
     """Captions sampled for each picture."""
     baseline: Literal["samples", "greedy"] = "samples"
     """What a sample's reward is compared with: the mean of the picture's other samples, or greedy search."""
-    cider_d: Weight = 1.0
+    cider_d_weight: Weight = 1.0
     """Weight of CIDEr-D in the reward, where it is 0 to 10."""
-    bleu_4: Weight = 0.0
+    bleu_4_weight: Weight = 0.0
     """Weight of a caption's own BLEU-4 in the reward, where it is 0 to 1."""
-    cross_entropy: Share = 0.0
+    cross_entropy_weight: Fraction = 0.0
     """Share of the loss that is still cross-entropy of people's captions."""
-    most_dangling: Share = 0.2
+    max_dangling_increase: Fraction = 0.2
     """Share of captions ending in `with a` or the like, above that of the captions it began with, that stops
     the run."""
-    least_distinct: Share = 0.1
+    min_distinct_ratio: Fraction = 0.1
     """Different captions for each caption, relative to when it began, below which the run stops."""
 
 
@@ -267,15 +267,15 @@ class Search(Section):
 
     method: Literal["beam", "sample"] = "beam"
     """`beam` finds likely captions; `sample` draws one by its probability."""
-    beam: Few = 5
+    beam: SmallCount = 5
     """Captions kept at each word; 1 is greedy search."""
-    groups: Few = 1
+    groups: SmallCount = 1
     """Diverse beam search: parts of the beam that avoid each other's words."""
-    diversity: Weight = 0.5
+    diversity_penalty: Weight = 0.5
     """What a word costs for each caption of earlier groups that says it at the same place (with groups)."""
-    length_power: Annotated[float, Field(ge=0, le=10)] = 0.7
-    """Captions are ranked by log-probability / tokens**length_power; 0 favours short ones."""
-    coverage: Weight = 0.0
+    length_penalty: Annotated[float, Field(ge=0, le=10)] = 0.7
+    """Captions are ranked by log-probability / tokens**length_penalty; 0 favours short ones."""
+    coverage_weight: Weight = 0.0
     """Weight, in that ranking, of having looked at all regions (not plain)."""
     temperature: float = Field(default=1.0, ge=1e-6, le=10**6)
     """Divides logits before a word is drawn: below 1 likely words get likelier (sample only)."""
@@ -283,13 +283,13 @@ class Search(Section):
     """Draw only from so many of the likeliest words (sample only)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Draw only from the likeliest words that have this probability together (sample only)."""
-    block_ngrams: Annotated[int, Field(ge=0, le=1000)] = 0
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] = 0
     """Never say so many words in a row that the caption already holds; 0 allows it."""
-    unknown: bool = False
+    allow_unknown: bool = False
     """Whether the token for unknown words may be said."""
-    dangling: bool = True
+    allow_dangling: bool = True
     """Whether a caption may end in `with a` or the like."""
-    batch: Annotated[int, Field(ge=1, le=10**4)] = 32
+    batch_size: Annotated[int, Field(ge=1, le=10**4)] = 32
     """Pictures captioned at once."""
 
 
@@ -313,6 +313,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> "Config":
-        for contradiction in contradictions(self):
-            raise ValueError(contradiction)
+        for conflict in find_conflicts(self):
+            raise ValueError(conflict)
         return self

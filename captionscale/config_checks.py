@@ -7,16 +7,16 @@ if TYPE_CHECKING:
     from captionscale.config import Config
 
 # Above it, self-critical training makes captions fall apart.
-_GREATEST_SCST_LR = 2e-4
+_MAX_SCST_LR = 2e-4
 
 
-def contradictions(config: "Config") -> Iterator[str]:
+def find_conflicts(config: "Config") -> Iterator[str]:
     """Yield what cannot be done as a config says it."""
-    yield from _of_pictures(config)
-    yield from _of_the_encoder(config)
-    yield from _of_a_plain_decoder(config)
+    yield from _data_conflicts(config)
+    yield from _encoder_conflicts(config)
+    yield from _plain_decoder_conflicts(config)
     if config.train.objective == "scst":
-        yield from _of_self_critical_training(config)
+        yield from _scst_conflicts(config)
     if config.train.global_batch % config.train.micro_batch:
         yield (
             f"train.global_batch = {config.train.global_batch} is no whole number of"
@@ -30,7 +30,7 @@ def contradictions(config: "Config") -> Iterator[str]:
         )
 
 
-def _of_pictures(config: "Config") -> Iterator[str]:
+def _data_conflicts(config: "Config") -> Iterator[str]:
     data, trainable = config.data, config.model.encoder.trainable
     if data.crop_scale[0] > data.crop_scale[1] or data.crop_scale[0] <= 0:
         yield f"data.crop_scale = {list(data.crop_scale)}: wanted [least, greatest], both above 0"
@@ -39,7 +39,7 @@ def _of_pictures(config: "Config") -> Iterator[str]:
             f"model.encoder.trainable = {trainable!r}": trainable != "none",
             f"data.crop_scale = {list(data.crop_scale)}": data.crop_scale != (1.0, 1.0),
             "data.flip = true": data.flip,
-            f"data.colour_jitter = {data.colour_jitter}": data.colour_jitter > 0,
+            f"data.color_jitter = {data.color_jitter}": data.color_jitter > 0,
             f"data.rotate = {data.rotate}": data.rotate > 0,
         }
         for setting in (setting for setting, changes in changing.items() if changes):
@@ -49,12 +49,12 @@ def _of_pictures(config: "Config") -> Iterator[str]:
             )
 
 
-def _of_the_encoder(config: "Config") -> Iterator[str]:
+def _encoder_conflicts(config: "Config") -> Iterator[str]:
     trainable = config.model.encoder.trainable
     parts = len(trainable) if isinstance(trainable, tuple) else 1
     if config.train.compile_encoder:
         others = {
-            "model.encoder.checkpointing": config.model.encoder.checkpointing,
+            "model.encoder.grad_checkpointing": config.model.encoder.grad_checkpointing,
             "train.cache_features": config.train.cache_features,
         }
         for key in (key for key, on in others.items() if on):
@@ -68,11 +68,11 @@ def _of_the_encoder(config: "Config") -> Iterator[str]:
             )
 
 
-def _of_a_plain_decoder(config: "Config") -> Iterator[str]:
+def _plain_decoder_conflicts(config: "Config") -> Iterator[str]:
     if config.model.decoder.name == "plain":
         wanting = {
-            "train.doubly_stochastic": config.train.doubly_stochastic,
-            "search.coverage": config.search.coverage,
+            "train.doubly_stochastic_weight": config.train.doubly_stochastic_weight,
+            "search.coverage_weight": config.search.coverage_weight,
         }
         for key, value in wanting.items():
             if value:
@@ -82,27 +82,27 @@ def _of_a_plain_decoder(config: "Config") -> Iterator[str]:
                 )
 
 
-def _of_self_critical_training(config: "Config") -> Iterator[str]:
+def _scst_conflicts(config: "Config") -> Iterator[str]:
     train = config.train
-    if train.start_from is None:
+    if train.init_from is None:
         yield (
-            "train.objective = 'scst' without train.start_from: random captions earn nothing, wanted a run"
+            "train.objective = 'scst' without train.init_from: random captions earn nothing, wanted a run"
             " that was trained by cross-entropy; set it to that run's folder"
         )
     rates: dict[str, float | tuple[float, ...]] = {"lr": train.lr}
     if config.model.encoder.trainable != "none":
         rates["encoder_lr"] = train.encoder_lr
     for key, value in rates.items():
-        if max(value if isinstance(value, tuple) else (value,)) > _GREATEST_SCST_LR:
+        if max(value if isinstance(value, tuple) else (value,)) > _MAX_SCST_LR:
             yield (
-                f"train.{key} = {value} with train.objective = 'scst', wanted at most {_GREATEST_SCST_LR}, as"
+                f"train.{key} = {value} with train.objective = 'scst', wanted at most {_MAX_SCST_LR}, as"
                 " higher ones make captions fall apart; set it to 5e-5 or so"
             )
-    for key in ("scheduled_sampling", "doubly_stochastic"):
+    for key in ("scheduled_sampling", "doubly_stochastic_weight"):
         if value := getattr(train, key):
             yield (
                 f"train.{key} = {value:g}, wanted 0 with train.objective = 'scst', as it is for captions that"
                 " people wrote; leave it out"
             )
-    if not (config.scst.cider_d or config.scst.bleu_4):
-        yield "scst.cider_d and scst.bleu_4 are both 0, wanted a reward; set one of them"
+    if not (config.scst.cider_d_weight or config.scst.bleu_4_weight):
+        yield "scst.cider_d_weight and scst.bleu_4_weight are both 0, wanted a reward; set one of them"

@@ -34,8 +34,8 @@ def strip(text: str) -> str:
     return _URL.sub(lambda found: _strip(found[0]), text)
 
 
-def withhold(text: str) -> str:
-    """Return a text as `strip` does; `given` knows the URLs as they were, in this process and its children.
+def strip_and_remember(text: str) -> str:
+    """Return a text as `strip` does; `restore` knows the URLs as they were, in this process and its children.
 
     A warning says once for each of them that they are not saved.
     """
@@ -49,7 +49,7 @@ def withhold(text: str) -> str:
     return _URL.sub(keep, text)
 
 
-def given(url: str) -> str:
+def restore(url: str) -> str:
     """Return a URL as it was given, with its credentials."""
     urls: dict[str, str] = json.loads(os.environ.get(_GIVEN, "{}"))
     return urls.get(url.rstrip("/"), url)

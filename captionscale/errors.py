@@ -21,7 +21,7 @@ class UserError(Exception):
 class PreemptedError(Exception):
     """The process was asked to leave before its work was done, and has; its text says what is kept."""
 
-    CODE = 75
+    EXIT_CODE = 75
     """What it exits with: sysexits.h's EX_TEMPFAIL. The same command goes on."""
 
 
@@ -41,11 +41,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean '{nearest[0]}'?" if nearest else f"known: {', '.join(choices)}"
 
 
-def some(images: Collection[object]) -> str:
+def describe_images(images: Collection[object]) -> str:
     """Return how many images these are, and the first three of them, for an error.
 
     Examples:
-        >>> some([1, 2, 3, 4])
+        >>> describe_images([1, 2, 3, 4])
         '4 images (1, 2, 3, ...)'
     """
     first = ", ".join(map(str, islice(images, 3)))

@@ -119,13 +119,13 @@ def blake3_of(path: Path) -> str:
     return hasher.hexdigest()
 
 
-def cores() -> int:
+def cpu_count() -> int:
     """Return how many cores this process may use, which in a job is fewer than the machine has."""
     return len(os.sched_getaffinity(0))
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a file that takes its name only when it is complete and on the disk.
 
     On any error the partial file is removed and what stood at `path` before stays.
@@ -144,13 +144,13 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
+        raise not_writable(path, error) from error
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def prove_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Prove, before long work, that a file can be written at its end; nothing is made, not even its folder.
 
     Raises:
@@ -164,10 +164,10 @@ def prove_writable(path: Path) -> None:
         with TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise not_writable(path, error) from error
 
 
-def unwritable(path: Path, error: OSError) -> UserError:
+def not_writable(path: Path, error: OSError) -> UserError:
     """Return what to tell of a file or folder that the system did not let us write."""
     return UserError(
         f"{path}: cannot be written ({error.strerror}), wanted a writable folder with free space;"
@@ -176,7 +176,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 @contextmanager
-def scratch(name: str) -> Iterator[Path]:
+def temp_folder(name: str) -> Iterator[Path]:
     """Make a temporary folder, and remove it; first those of processes that were killed are removed.
 
     Args:
@@ -255,7 +255,7 @@ def lock(folder: Path, who: str) -> Iterator[None]:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{who}, process {os.getpid()} on {os.uname().nodename}".encode())
         except OSError as error:
-            raise unwritable(path, error) from None
+            raise not_writable(path, error) from None
         try:
             yield
         finally:
@@ -268,7 +268,7 @@ def lock(folder: Path, who: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def holder_of(folder: Path) -> str:
+def lock_holder(folder: Path) -> str:
     """Return what the process that writes into a folder says of itself; nothing if it says nothing.
 
     Raises:

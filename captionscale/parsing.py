@@ -34,7 +34,7 @@ def decode(data: bytes | memoryview, decoder: msgspec.json.Decoder[T]) -> T:
     try:
         return decoder.decode(view[len(_BOM) :] if view[: len(_BOM)] == _BOM else view)
     except msgspec.ValidationError as error:
-        raise ValueError(fault_of(error)) from None
+        raise ValueError(describe_error(error)) from None
     except RecursionError:
         raise ValueError(f"not JSON: {_TOO_DEEP}") from None
     except ValueError as error:
@@ -82,10 +82,10 @@ def convert(tree: Any, kind: type[T]) -> T:
     try:
         return msgspec.convert(tree, kind)
     except msgspec.ValidationError as error:
-        raise ValueError(fault_of(error)) from None
+        raise ValueError(describe_error(error)) from None
 
 
-def fault_of(error: msgspec.ValidationError) -> str:
+def describe_error(error: msgspec.ValidationError) -> str:
     """Return where in its JSON a value is not what was expected, and why, in one line."""
     fault, _, where = str(error).rpartition(" - at `$")
     if not fault:
@@ -100,7 +100,7 @@ def fault_of(error: msgspec.ValidationError) -> str:
 class Lines(Generic[T]):
     """The lines of a file that could be read, and those that could not."""
 
-    whole: list[tuple[bytes, T]]
+    valid: list[tuple[bytes, T]]
     """Each as it is in the file, and what it says."""
     damaged: list[tuple[int, bytes]]
     """Each with its number, from 1."""
@@ -129,7 +129,7 @@ def read_lines(data: bytes, read: Callable[[bytes], T], first: int = 1) -> Lines
         if not raw:
             continue
         try:
-            found.whole.append((raw, read(raw)))
+            found.valid.append((raw, read(raw)))
         except ValueError:
             if raw != line:
                 found.damaged.append((number, raw))

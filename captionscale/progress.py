@@ -72,7 +72,7 @@ def progress(
     done: int = 0,
     *,
     quiet: bool = False,
-    passing: bool = False,
+    transient: bool = False,
     lines: bool = False,
 ) -> Iterator["Bar"]:
     """Show how far something is: a bar on a terminal, now and then a line elsewhere.
@@ -82,12 +82,12 @@ def progress(
         total: Of the things to do.
         done: Already.
         quiet: Show nothing; for ranks other than the first.
-        passing: Take the bar away at the end; without a terminal, say nothing of what is soon done.
+        transient: Take the bar away at the end; without a terminal, say nothing of what is soon done.
         lines: On a terminal too, as other threads do such things at the same time.
     """
     out = console()
     if quiet or lines or not out.is_terminal:
-        yield Bar(title, total, done, None if quiet else out, SHORT_S if passing else 0.0)
+        yield Bar(title, total, done, None if quiet else out, SHORT_S if transient else 0.0)
         return
     columns = (
         _text("{task.description}"),
@@ -96,14 +96,14 @@ def progress(
         TimeRemainingColumn(compact=True),
         _text("{task.fields[note]}"),
     )
-    with _bars(*columns, transient=passing) as bars:
+    with _bars(*columns, transient=transient) as bars:
         bar = Bar(title, total, done, out)
         bar.attach(bars)
         yield bar
 
 
 @contextmanager
-def working(title: str, *, quiet: bool = False) -> Iterator[None]:
+def spinner(title: str, *, quiet: bool = False) -> Iterator[None]:
     """Show that something goes on of which nobody knows how long it takes.
 
     On a terminal until it is done; elsewhere in one line, when it has taken some seconds.
@@ -190,11 +190,11 @@ class Bar:
             self._out.print("\n".join(map(for_terminal, lines)), soft_wrap=True)
 
 
-def duration(value: float) -> str:
+def format_duration(value: float) -> str:
     """Return a number of seconds for people.
 
     Examples:
-        >>> duration(0.25), duration(42.0), duration(3700.0), duration(200_000.0)
+        >>> format_duration(0.25), format_duration(42.0), format_duration(3700.0), format_duration(200_000.0)
         ('0.2 s', '42 s', '1 h 02 min', '2 d 07 h')
     """
     if value < 10:

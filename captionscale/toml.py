@@ -18,12 +18,12 @@ from captionscale.files import read_file
 _MAX_SHOWN = 200
 
 
-def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
+def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read an experiment.
 
     Args:
         source: A path, or the name of a file in `configs/`.
-        changes: `section.key=value` each, the value as TOML writes it (a bare word is a string).
+        overrides: `section.key=value` each, the value as TOML writes it (a bare word is a string).
 
     Raises:
         UserError: No such file, no TOML, an unknown key, or a value out of its range.
@@ -37,41 +37,41 @@ def load(source: str | Path, changes: Sequence[str] = ()) -> Config:
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: not a TOML file: {error}; correct that line") from None
-    return _validate(path, tree, changes)
+    return _validate(path, tree, overrides)
 
 
-def change(config: Config, changes: Sequence[str], section: str, *, option: str = "--set ") -> Config:
+def override(config: Config, overrides: Sequence[str], section: str, *, option: str = "--set ") -> Config:
     """Return settings with other values in one section.
 
     Args:
         config: As it was.
-        changes: As `load` has them.
+        overrides: As `load` has them.
         section: The one that may change.
         option: What errors put before a change.
 
     Raises:
         UserError: A key of another section, an unknown one, or a value out of its range.
     """
-    for each in changes:
+    for each in overrides:
         if not each.strip().startswith(f"{section}."):
             raise UserError(
                 f"{option}{each}: wanted a key of section {section}, as the others were settled in training;"
                 f" see {section} in captionscale config, and write --set {section}.key=value"
             )
     place = option.strip() or section
-    return _validate(place, config.model_dump(mode="json", exclude_none=True), changes, option)
+    return _validate(place, config.model_dump(mode="json", exclude_none=True), overrides, option)
 
 
 def _validate(
-    place: Path | str, tree: dict[str, Any], changes: Sequence[str], option: str = "--set "
+    place: Path | str, tree: dict[str, Any], overrides: Sequence[str], option: str = "--set "
 ) -> Config:
-    """Return a tree as settings, after changes."""
-    for each in changes:
+    """Return a tree as settings, after overrides."""
+    for each in overrides:
         _put(tree, each)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = _explain(place, changes, tree, error.errors(), option)
+        lines = _explain(place, overrides, tree, error.errors(), option)
         raise UserError(*map(credentials.strip, lines)) from None
 
 
@@ -117,7 +117,7 @@ def _put(tree: dict[str, Any], change: str) -> None:
 
 
 def _explain(
-    path: Path | str, changes: Sequence[str], tree: dict[str, Any], findings: Iterable[Any], option: str
+    path: Path | str, overrides: Sequence[str], tree: dict[str, Any], findings: Iterable[Any], option: str
 ) -> Iterator[str]:
     """Turn pydantic's findings into place, found, wanted, cure: one line for each key."""
     for (section, key), group in groupby(findings, lambda found: _locate(found["loc"])):
@@ -127,7 +127,7 @@ def _explain(
             continue
         *sections, name = key
         place = ": ".join([str(path), ".".join(sections)] if sections else [str(path)])
-        if change := next((each for each in changes if each.split("=")[0].strip() == ".".join(key)), None):
+        if change := next((each for each in overrides if each.split("=")[0].strip() == ".".join(key)), None):
             place = f"{option}{change}"
         if first["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"

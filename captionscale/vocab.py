@@ -15,8 +15,8 @@ from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import MB, read_file
 
-PAD, START, END, UNKNOWN = range(4)
-SPECIALS = ("<pad>", "<start>", "<end>", "<unknown>")
+PAD, START, END, UNK = range(4)
+SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unknown>")
 
 # Nothing that split_words gives, but what would move a terminal's cursor or make two words of one.
 _UNSAFE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]")
@@ -62,7 +62,7 @@ class Vocabulary:
     def encode(self, caption: str, max_words: int) -> list[int]:
         """Return start, the tokens of at most `max_words` words, end."""
         words = split_words(caption)[:max_words]
-        return [START, *(self._tokens.get(word, UNKNOWN) for word in words), END]
+        return [START, *(self._tokens.get(word, UNK) for word in words), END]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Return the words up to the end token, joined by spaces."""
@@ -79,13 +79,13 @@ class Vocabulary:
         path.write_text(json.dumps({"format": 1, "words": self.words}, ensure_ascii=False), encoding="utf-8")
 
 
-def build(captions: Iterable[str], min_count: int, max_vocabulary: int | None) -> Vocabulary:
+def build(captions: Iterable[str], min_count: int, max_vocab_size: int | None) -> Vocabulary:
     """Return the words that captions hold at least `min_count` times, most frequent first.
 
     Args:
         captions: Raw text.
         min_count: Least number of occurrences.
-        max_vocabulary: Greatest number of words, the special ones not counted.
+        max_vocab_size: Greatest number of words, the special ones not counted.
 
     Raises:
         UserError: No word is so frequent.
@@ -98,7 +98,7 @@ def build(captions: Iterable[str], min_count: int, max_vocabulary: int | None) -
             f" data.min_count = {min_count} times; lower data.min_count"
         )
     frequent.sort(key=lambda word: (-counts[word], word))
-    return Vocabulary(SPECIALS + tuple(frequent[:max_vocabulary]))
+    return Vocabulary(SPECIAL_TOKENS + tuple(frequent[:max_vocab_size]))
 
 
 def load(path: Path) -> Vocabulary:
@@ -109,8 +109,8 @@ def load(path: Path) -> Vocabulary:
     """
     try:
         words = parsing.decode(read_file(path, _MAX_BYTES), _DOCUMENT).words
-        if words[: len(SPECIALS)] != SPECIALS:
-            raise ValueError(f"the first words are not {', '.join(SPECIALS)}")
+        if words[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
+            raise ValueError(f"the first words are not {', '.join(SPECIAL_TOKENS)}")
         if len(set(words)) != len(words):
             raise ValueError("a word is there twice")
         if odd := [word for word in words if not word or _UNSAFE.search(word)]:

@@ -21,14 +21,14 @@ on_nodes() {
     srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" --wait=10 "${srun_options[@]}" "${inside[@]}" "$@"
 }
 
-# Run a verb in every process of the job: a launcher on each node starts the node's. Asked to leave, it saves and
+# Run a command in every process of the job: a launcher on each node starts the node's. Asked to leave, it saves and
 # ends with code 75: the job then goes back into the queue and on by itself.
 launch() {
     local processes=() code=0
     if [[ -n ${SLURM_GPUS_ON_NODE:-} ]]; then
         processes=(--processes $((SLURM_GPUS_ON_NODE * SLURM_JOB_NUM_NODES)))
     fi
-    on_nodes captionscale launch --profile "$CAPTIONSCALE_PROFILE" "${processes[@]}" --logs "$logs" -- "$@" || code=$?
+    on_nodes captionscale launch --profile "$CAPTIONSCALE_PROFILE" "${processes[@]}" --log-dir "$logs" -- "$@" || code=$?
     requeue_if_left "$code"
     return "$code"
 }

@@ -30,24 +30,24 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def synthetic_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in COCO 2017 layout: 48 train, 8 val and 8 test pictures of 64 pixels. Not to be changed."""
-    from captionscale.data.synthetic import draw
+    from captionscale.data.synthetic import write_coco
 
     out = tmp_path_factory.mktemp("scenes")
-    draw(out, counts=COUNTS, size=64)
+    write_coco(out, counts=COUNTS, size=64)
     return out
 
 
 @pytest.fixture(scope="session")
 def packed(synthetic_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shards of `synthetic_coco`, 16 images in each: three of train, one of val and test. Not to be changed."""
-    from captionscale.data.packing import Options, pack
+    from captionscale.data.packing import PackOptions, pack
     from captionscale.data.sources import coco
 
     out = tmp_path_factory.mktemp("packed") / "shards"
     for split in COUNTS:
         captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
-        records = coco.official(synthetic_coco / f"{split}2017", captions, split)
-        pack(records, out, sources=[captions], options=Options(images_per_shard=IMAGES_PER_SHARD))
+        records = coco.read_official(synthetic_coco / f"{split}2017", captions, split)
+        pack(records, out, sources=[captions], options=PackOptions(images_per_shard=IMAGES_PER_SHARD))
     return out
 
 

@@ -19,21 +19,21 @@ from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
 from captionscale.model.captioner import Captioner
 from captionscale.train import checkpoints
-from captionscale.train.state import Standing
+from captionscale.train.state import TrainState
 from captionscale.vocab import build
 
 TINY_OVERRIDES = (
     "data.image_size=32",
     "data.min_count=1",
     "data.max_words=8",
-    "data.colour_jitter=0.1",
+    "data.color_jitter=0.1",
     "data.workers=1",
     "model.encoder.name=resnet18",
     "model.encoder.weights=none",
     'model.encoder.trainable=["layer4"]',
-    "model.decoder.embed=16",
-    "model.decoder.hidden=16",
-    "model.decoder.attend=16",
+    "model.decoder.embed_size=16",
+    "model.decoder.hidden_size=16",
+    "model.decoder.attention_size=16",
     "model.decoder.dropout=0.5",
     "train.epochs=2",
     "train.global_batch=16",
@@ -62,7 +62,7 @@ def peaked_run(folder: Path, packed: Path) -> Path:
     vocabulary = build((caption for each in captions for caption in each), 1, None)
     torch.manual_seed(0)
     captioner = Captioner(settings.model, len(vocabulary)).eval()
-    [batch] = Loader(split, vocabulary, settings.data).ahead([(np.arange(16), None)])
+    [batch] = Loader(split, vocabulary, settings.data).prefetch([(np.arange(16), None)])
     with torch.no_grad():
         for parameter in captioner.decoder.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
@@ -72,7 +72,7 @@ def peaked_run(folder: Path, packed: Path) -> Path:
         regions.weight /= features.std() * features.shape[1] ** 0.5 / 4
         regions.bias.copy_(-(regions.weight @ features.mean(0)))
     run = folder / "run"
-    checkpoints.save(run, Standing(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
+    checkpoints.save(run, TrainState(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
     return run
 
 
@@ -130,7 +130,7 @@ def _train(toml: str, run: Path) -> None:
 
 def load_weights(run: Path, step: int | None = None) -> dict[str, Tensor]:
     """Return the weights of a run's checkpoint; the newest, if no step is named."""
-    step = step or checkpoints.steps(run)[-1]
+    step = step or checkpoints.checkpoint_steps(run)[-1]
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 

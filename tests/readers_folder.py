@@ -24,14 +24,14 @@ DOCS_IMAGE_ID = 391895
 DOCS_OVERRIDES = (
     *TINY_OVERRIDES,
     "data.image_size=64",
-    "data.colour_jitter=0.0",
+    "data.color_jitter=0.0",
     "model.encoder.name=mobilenet_v2",
     "model.encoder.trainable=none",
     "train.epochs=1",
     # As many micro-batches as the processes that the documentation speaks of.
     "train.micro_batch=1",
-    "scst.most_dangling=1.0",
-    "scst.least_distinct=0.0",
+    "scst.max_dangling_increase=1.0",
+    "scst.min_distinct_ratio=0.0",
 )
 """What each config is changed by."""
 EXPERIMENTS = ("attention", "attention_scst", "flickr8k", "show_and_tell")

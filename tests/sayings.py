@@ -11,18 +11,18 @@ from captionscale.model.decoders.registry import DECODERS
 from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample
-from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN
+from captionscale.vocab import END, PAD, SPECIAL_TOKENS, START, UNK
 
 FEATURE, REGIONS, IMAGES = 6, 4, 5
-FIRST_WORD = len(SPECIALS)
+FIRST_WORD = len(SPECIAL_TOKENS)
 """The first word's token."""
 
 
 def peaked_decoder(name: str, seed: int, words: int = 3) -> tuple[Any, Tensor]:
     """Return a decoder of so many words, and features of images."""
     torch.manual_seed(seed)
-    layers = {} if name == "top_down" else {"layers": 1}
-    settings = Decoder(name=name, embed=5, hidden=7, attend=8, **layers)
+    layers = {} if name == "top_down" else {"num_layers": 1}
+    settings = Decoder(name=name, embed_size=5, hidden_size=7, attention_size=8, **layers)
     decoder = DECODERS[name](settings, FEATURE, FIRST_WORD + words).eval()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
@@ -32,7 +32,7 @@ def peaked_decoder(name: str, seed: int, words: int = 3) -> tuple[Any, Tensor]:
 def mask_special_tokens(decoder: Any) -> Any:
     """Return the decoder, which gives tokens that nothing says no probability."""
     with torch.no_grad():
-        decoder.output_projection.bias[[PAD, START, UNKNOWN]] = -1e9
+        decoder.output_projection.bias[[PAD, START, UNK]] = -1e9
     return decoder
 
 
@@ -43,7 +43,7 @@ def _searched(**settings: Any) -> Callable[..., list[list[list[int]]]]:
             features,
             max_words=max_words,
             constraints=constraints,
-            **{"length_power": 0.7} | settings,
+            **{"length_penalty": 0.7} | settings,
         )
         return [[caption.tokens for caption in captions] for captions in found]
 
@@ -64,7 +64,7 @@ def _sampled(**settings: Any) -> Callable[..., list[list[list[int]]]]:
 SEARCHES = {
     "greedy": _searched(beam=1),
     "beam": _searched(beam=4),
-    "diverse": _searched(beam=6, groups=3, diversity=1.0),
+    "diverse": _searched(beam=6, groups=3, diversity_penalty=1.0),
 }
 STRATEGIES = SEARCHES | {
     "sampled": _sampled(),

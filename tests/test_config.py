@@ -34,7 +34,7 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(name, tmp_path) ->
 def test_changes_survive_a_round_trip(tmp_path) -> None:
     changes = ['model.encoder.trainable=["layer3", "layer4"]', "train.save_every=7", "train.clip_norm=inf"]
     config = load(
-        write(tmp_path, SMALL), [*changes, "data.shards=a folder/ünd 'quotes'", "data.max_vocabulary=9"]
+        write(tmp_path, SMALL), [*changes, "data.shards=a folder/ünd 'quotes'", "data.max_vocab_size=9"]
     )
     assert load(write(tmp_path, dumps(config))) == config
     assert config.data.shards == "a folder/ünd 'quotes'"
@@ -42,8 +42,8 @@ def test_changes_survive_a_round_trip(tmp_path) -> None:
 
 def test_what_is_printed_holds_every_key_that_has_a_value(tmp_path) -> None:
     text = dumps(load(write(tmp_path, SMALL)))
-    unset = {"data.cache", "data.max_vocabulary", "model.decoder.region", "search.top_k"}
-    unset |= {f"train.{key}" for key in ("steps", "save_every", "score_every", "start_from")}
+    unset = {"data.cache", "data.max_vocab_size", "model.decoder.region_size", "search.top_k"}
+    unset |= {f"train.{key}" for key in ("steps", "save_every", "score_every", "init_from")}
     keys = set(flatten(load(write(tmp_path, SMALL)).model_dump()))
     assert keys - set(flatten(load(write(tmp_path, text)).model_dump(exclude_none=True))) == unset
 
@@ -94,7 +94,7 @@ def test_a_file_may_leave_to_a_change_what_has_no_default(tmp_path) -> None:
             f"{SMALL}[train]\nglobl_batch = 3",
             "train: unknown key 'globl_batch'; did you mean 'global_batch'?",
         ),
-        (f"{SMALL}[model.decoder]\nhiden = 3", "model.decoder: unknown key 'hiden'; did you mean 'hidden'?"),
+        (f"{SMALL}[model.decoder]\nhiden_size = 3", "model.decoder: unknown key 'hiden_size'; did you mean 'hidden_size'?"),
         (f"{SMALL}[trian]\nlr = 1", "unknown key 'trian'; did you mean 'train'?"),
         (f"zebra = 1\n{SMALL}", "unknown key 'zebra'; known: data, model, scst, search, seed, train"),
         ("seed = 1", "key 'data' is missing; add it to the file or pass --set data=..."),

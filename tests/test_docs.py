@@ -245,7 +245,7 @@ def test_what_is_run_elsewhere_is() -> None:
 def test_commands_within_sentences_can_be_said(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "\n".join(block.text for block in blocks(page) if not block.language)
     for found in re.findall(r"`captionscale ([^`]+)`", text):
-        # Many sentences speak of a verb alone.
+        # Many sentences speak of a command alone.
         with suppress(SystemExit):
             parser().parse_args(shlex.split(found.replace("...", "")))
         error = capsys.readouterr().err

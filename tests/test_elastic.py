@@ -10,7 +10,7 @@ from experiment import join_all, load_weights, logged_losses, max_abs_difference
 from captionscale.config import Config
 from captionscale.data.shards import Split
 from captionscale.train import checkpoints, sample_log
-from captionscale.train.setup import order_of
+from captionscale.train.setup import make_sampler
 
 # A processor computes bf16 slowly.
 STEPS = {"fp32": 10, "bf16": 4}
@@ -18,7 +18,7 @@ RANKS = (2, 3, 5, 8)
 # Eight micro-batches in a step, so that a rank of five does one or two and a rank of three two or three.
 CHANGES = (
     "train.micro_batch=2",
-    "train.ledger=true",
+    "train.sample_log=true",
 )
 # Rounding alone: a sum over ranks has another order than one over micro-batches. Measured on these runs:
 # fp32 6e-7 in weights, 7e-7 in losses; bf16, in which a weight's rounding shows, 4e-3 and 4e-4. With one
@@ -57,7 +57,7 @@ def assert_one_result(run: Path, other: Path, precision: str = "fp32") -> None:
 def ledger_faults(run: Path, settings: Config, packed: Path) -> list[str]:
     split = Split(packed, "train")
     ids = split.index["image_id"].tolist()
-    return sample_log.faults(sample_log.read(run), order_of(split, settings), ids, STEPS["fp32"])
+    return sample_log.find_errors(sample_log.read(run), make_sampler(split, settings), ids, STEPS["fp32"])
 
 
 def test_two_three_five_and_eight_processes_end_with_the_weights_losses_and_samples_of_one(
@@ -94,7 +94,7 @@ def test_a_run_killed_at_random_and_resumed_on_other_ranks_ends_as_if_nothing_ha
             join_all(processes)
             break
         deadline = time.monotonic() + 120
-        while max(checkpoints.steps(run), default=0) < target and processes[0].is_alive():
+        while max(checkpoints.checkpoint_steps(run), default=0) < target and processes[0].is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(chance.random() / 5)

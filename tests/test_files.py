@@ -12,12 +12,12 @@ from captionscale.errors import UserError
 from captionscale.files import (
     LOCK,
     UnfitFileError,
-    atomic,
+    atomic_write,
+    check_writable,
     lock,
-    prove_writable,
     read_file,
-    scratch,
     sha256_of,
+    temp_folder,
 )
 
 HOLD = """
@@ -37,10 +37,10 @@ def _write_half_and_raise(file: BinaryIO, error: type[BaseException]) -> None:
 
 def test_a_file_has_its_name_only_when_it_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         file.write(b"first")
         assert not path.exists()
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         file.write(b"second")
         assert path.read_bytes() == b"first"
     assert path.read_bytes() == b"second"
@@ -52,7 +52,7 @@ def test_a_failed_write_leaves_what_was_there_before(tmp_path: Path, error: type
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
     for name in ("a.bin", "new.bin"):
-        with pytest.raises(error), atomic(tmp_path / name) as file:
+        with pytest.raises(error), atomic_write(tmp_path / name) as file:
             _write_half_and_raise(file, error)
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_bytes() == b"before"
@@ -65,7 +65,7 @@ def test_a_full_disk_leaves_what_was_there_before(tmp_path: Path, monkeypatch: p
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot be written \(No space left"), atomic(path) as file:
+    with pytest.raises(UserError, match=r"cannot be written \(No space left"), atomic_write(path) as file:
         file.write(b"half")
     assert [*tmp_path.iterdir()] == [path]
     assert path.read_bytes() == b"before"
@@ -143,12 +143,12 @@ def test_whether_a_file_can_be_written_is_told_and_leaves_nothing(tmp_path: Path
     file.write_bytes(b"before")
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     for good in (file, tmp_path / "new" / "deep" / "file", Path("relative.bin")):
-        prove_writable(good)
+        check_writable(good)
     for bad in (tmp_path, file / "x", file / "x" / "y", tmp_path / "nowhere" / "x", Path("/proc/x/y")):
         with pytest.raises(
             UserError, match=r"is a folder, .*; add the file's|cannot be written \(.*; correct the"
         ):
-            prove_writable(bad)
+            check_writable(bad)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
     assert file.read_bytes() == b"before"
     assert not Path("relative.bin").exists()
@@ -158,8 +158,8 @@ def test_a_killed_processs_scratch_folder_is_removed_by_the_next_one_and_a_livin
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    hold = HOLD.replace("import lock", "import scratch").replace(
-        'lock(Path(sys.argv[1]), "captionscale pack")', "scratch('x') as folder"
+    hold = HOLD.replace("import lock", "import temp_folder").replace(
+        'lock(Path(sys.argv[1]), "captionscale pack")', "temp_folder('x') as folder"
     )
     command = [sys.executable, "-c", hold]
     with subprocess.Popen(
@@ -173,13 +173,13 @@ def test_a_killed_processs_scratch_folder_is_removed_by_the_next_one_and_a_livin
         assert process.stdout.readline() == "held\n"
         (theirs,) = tmp_path.iterdir()
         (theirs / "file").write_text("")
-        with scratch("y") as own:
+        with temp_folder("y") as own:
             assert {*tmp_path.iterdir()} == {own, theirs}
-            with scratch("z"):
+            with temp_folder("z"):
                 assert own.exists()
         assert [*tmp_path.iterdir()] == [theirs]
         process.kill()
         process.wait()
-    with scratch("y") as own:
+    with temp_folder("y") as own:
         assert [*tmp_path.iterdir()] == [own]
     assert not [*tmp_path.iterdir()]

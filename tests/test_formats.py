@@ -24,7 +24,7 @@ NAMED = {word for code in re.findall(r"`([^`]+)`", PAGE) for word in re.findall(
 @pytest.fixture(scope="module")
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
-    changes = ("train.steps=2", "train.ledger=true", "train.average=0.9", "data.image_size=32")
+    changes = ("train.steps=2", "train.sample_log=true", "train.ema_decay=0.9", "data.image_size=32")
     train(tiny_config(folder, packed, *changes), folder / "run")
     return folder / "run"
 
@@ -42,8 +42,8 @@ def test_it_names_each_key_of_a_run(run) -> None:
 
 
 def test_it_names_what_seldom_is_written() -> None:
-    stalled = {field.name for field in dataclasses.fields(watchdog.State)}
-    assert stalled | {field.name for field in msgspec.structs.fields(shard_writer.Rejected)} <= NAMED
+    stalled = {field.name for field in dataclasses.fields(watchdog.RankStatus)}
+    assert stalled | {field.name for field in msgspec.structs.fields(shard_writer.RejectedImage)} <= NAMED
 
 
 @pytest.mark.parametrize(

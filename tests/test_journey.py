@@ -141,7 +141,7 @@ def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on
     rest = [{"image_id": number, "caption": "a dog"} for number in range(4500) if number not in by_number]
     others.write_text(json.dumps(rest))
     said = _say(
-        capsys, "leaderboard", "--set", "nocaps-val", "--captions", out, others,
+        capsys, "leaderboard", "--eval-set", "nocaps-val", "--captions", out, others,
         "--images", listed, "--name", "tiny", "--out", tmp_path / "upload",
     )  # fmt: skip
     assert said.endswith(f"upload {tmp_path / 'upload' / 'nocaps_val_tiny_results.json'}\n")

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from captionscale import progress as room
-from captionscale.progress import Bar, console, progress, working
+from captionscale.progress import Bar, console, progress, spinner
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_what_is_printed_beside_a_bar_goes_into_the_pipe_that_it_was_meant_for(
     with progress("attention", 1) as bar:
         print("page-001.png")
         bar.advance()
-    with working("captioning"):
+    with spinner("captioning"):
         print("page-002.png")
     assert piped.getvalue() == "page-001.png\npage-002.png\n"
     assert "page" not in terminal.getvalue()

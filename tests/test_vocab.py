@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from captionscale.errors import UserError
-from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN, Vocabulary, build, load, split_words
+from captionscale.vocab import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary, build, load, split_words
 
 CAPTIONS = ["A dog and a cat.", "a dog, running!", "The cat's T-shirt", "two dogs"]
 
@@ -12,7 +12,7 @@ CAPTIONS = ["A dog and a cat.", "a dog, running!", "The cat's T-shirt", "two dog
 def test_words_come_in_the_order_of_their_counts_then_of_the_alphabet() -> None:
     vocabulary = build(CAPTIONS, 1, None)
     assert vocabulary.words == (
-        *SPECIALS,
+        *SPECIAL_TOKENS,
         "a",
         "dog",
         "and",
@@ -32,11 +32,11 @@ def test_the_order_of_the_captions_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("least", "words"), [(1, 10), (2, 2), (3, 1)])
 def test_a_word_is_in_if_it_is_frequent_enough(least, words) -> None:
-    assert len(build(CAPTIONS, least, None)) == len(SPECIALS) + words
+    assert len(build(CAPTIONS, least, None)) == len(SPECIAL_TOKENS) + words
 
 
 def test_the_most_frequent_words_stay_when_there_are_too_many() -> None:
-    assert build(CAPTIONS, 1, 2).words == (*SPECIALS, "a", "dog")
+    assert build(CAPTIONS, 1, 2).words == (*SPECIAL_TOKENS, "a", "dog")
     assert build(CAPTIONS, 1, 100) == build(CAPTIONS, 1, None)
 
 
@@ -58,7 +58,7 @@ def test_decoding_gives_back_the_words_of_what_was_encoded(caption) -> None:
 
 def test_a_word_that_is_not_in_is_unknown() -> None:
     vocabulary = build(CAPTIONS, 1, None)
-    assert vocabulary.encode("a zebra", 100) == [START, vocabulary.words.index("a"), UNKNOWN, END]
+    assert vocabulary.encode("a zebra", 100) == [START, vocabulary.words.index("a"), UNK, END]
 
 
 def test_a_long_caption_is_cut_and_still_ends() -> None:
@@ -100,5 +100,5 @@ def test_the_file_is_plain_json(tmp_path: Path) -> None:
     assert "crêpe" in (tmp_path / "vocab.json").read_text(encoding="utf-8")
     assert json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8")) == {
         "format": 1,
-        "words": [*SPECIALS, "crêpe"],
+        "words": [*SPECIAL_TOKENS, "crêpe"],
     }

@@ -1,4 +1,4 @@
-"""What several verbs take."""
+"""What several commands take."""
 
 import argparse
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from captionscale.config import Config
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-"""To which each room of verbs adds its own."""
+Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""To which each group of commands adds its own."""
 
 
 def positive(text: str) -> int:
@@ -20,22 +20,22 @@ def positive(text: str) -> int:
 
 
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add CONFIG and --set, which `settings` reads."""
+    """Add CONFIG and --set, which `load_config` reads."""
     parser.add_argument(
         "config", metavar="CONFIG", nargs=None if required else "?", help="a path, or a name in configs/"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="changes")
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="overrides")
 
 
-def settings(options: argparse.Namespace) -> "Config":
+def load_config(options: argparse.Namespace) -> "Config":
     """Return the experiment that CONFIG and --set name."""
     from captionscale import toml
 
-    return toml.load(options.config, options.changes)
+    return toml.load(options.config, options.overrides)
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
-    """Add --beam and --set, which `search_changes` reads, and --checkpoint."""
+    """Add --beam and --set, which `search_overrides` reads, and --checkpoint."""
     parser.add_argument(
         "--beam", type=positive, help="captions kept at each word (default: the run's config)"
     )
@@ -44,16 +44,16 @@ def add_search(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="search.key=value",
-        dest="changes",
+        dest="overrides",
         help="another search than the run's config has; repeatable",
     )
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
 
 
-def add_others(parser: argparse.ArgumentParser) -> None:
-    """Add --with, the other runs of an ensemble."""
+def add_ensemble(parser: argparse.ArgumentParser) -> None:
+    """Add --ensemble, the other runs of an ensemble."""
     parser.add_argument(
-        "--with",
+        "--ensemble",
         action="append",
         default=[],
         type=Path,
@@ -63,6 +63,6 @@ def add_others(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def search_changes(options: argparse.Namespace) -> list[str]:
+def search_overrides(options: argparse.Namespace) -> list[str]:
     """Return what is asked of the search as --set has it."""
-    return [*options.changes, *([f"search.beam={options.beam}"] if options.beam else [])]
+    return [*options.overrides, *([f"search.beam={options.beam}"] if options.beam else [])]

@@ -1,19 +1,19 @@
-"""The verb that measures."""
+"""The command that measures."""
 
 import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captionscale.commands.arguments import Verbs, add_config, positive, settings
+from captionscale.commands.arguments import Subparsers, add_config, load_config, positive
 from captionscale.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from captionscale.tools.bench.race import Heat, Sheet
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add it to the command line."""
-    bench = verbs.add_parser("bench", help="measure ours beside the ways that people have today")
+    bench = subparsers.add_parser("bench", help="measure ours beside the ways that people have today")
     bench.add_argument("--quick", action="store_true", help="WHAT, or all of them, small: some minutes")
     then = bench.add_mutually_exclusive_group()
     then.add_argument("--check", action="store_true", help="with --quick: has a ratio fallen below half?")
@@ -38,7 +38,9 @@ def add(verbs: Verbs) -> None:
         "--count", type=positive, default=1000, metavar="N", help="images in a run (default: %(default)s)"
     )
     loading.set_defaults(measure=_data, small=["--count", "200", "--rounds", "2"])
-    start = what.add_parser("start", help="imports of each verb, first batches, memory, threads that fight")
+    start = what.add_parser(
+        "start", help="imports of each command, first batches, memory, threads that fight"
+    )
     start.set_defaults(measure=_start, small=["--rounds", "1"])
     saving = what.add_parser("save", help="what a checkpoint costs the training loop")
     add_config(saving, required=False)
@@ -92,7 +94,7 @@ def add(verbs: Verbs) -> None:
         # Else it would undo one that comes before WHAT.
         parts.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="for machines")
     small = {name: parts for name, parts in what.choices.items() if parts.get_default("small")}
-    bench.set_defaults(verb="bench", handler=_bench, benches=small)
+    bench.set_defaults(command_name="bench", handler=_bench, benches=small)
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -145,13 +147,13 @@ def _start(options: argparse.Namespace) -> "list[Heat | Sheet]":
 def _save(options: argparse.Namespace) -> "list[Heat]":
     from captionscale.tools.bench import save
 
-    return save.bench(settings(options), options.folder, rounds=options.rounds)
+    return save.bench(load_config(options), options.folder, rounds=options.rounds)
 
 
 def _step(options: argparse.Namespace) -> "list[Heat | Sheet]":
     from captionscale.tools.bench import step
 
-    config = settings(options) if options.config else None
+    config = load_config(options) if options.config else None
     return step.bench(config, images=options.images, rounds=options.rounds)
 
 
@@ -188,5 +190,5 @@ def _order(options: argparse.Namespace) -> "list[Sheet]":
 def _scale(options: argparse.Namespace) -> "list[Heat | Sheet]":
     from captionscale.tools.bench import scale
 
-    config = settings(options) if options.config else None
+    config = load_config(options) if options.config else None
     return scale.bench(config, step_ms=options.step_ms, gpu=options.gpu_name, rounds=options.rounds)

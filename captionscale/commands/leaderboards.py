@@ -1,25 +1,29 @@
-"""The verbs that put scores side by side, here and on the leaderboards."""
+"""The commands that put scores side by side, here and on the leaderboards."""
 
 import argparse
 from pathlib import Path
 
-from captionscale.commands.arguments import Verbs
+from captionscale.commands.arguments import Subparsers
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add them to the command line."""
-    board = verbs.add_parser("board", help="show receipts side by side, and what others published, as a page")
+    board = subparsers.add_parser(
+        "board", help="show receipts side by side, and what others published, as a page"
+    )
     board.add_argument(
         "receipts", type=Path, nargs="+", metavar="RECEIPTS", help="files, or folders that hold receipt.json"
     )
     board.add_argument(
         "--out", type=Path, default=Path("board.html"), metavar="PAGE", help="(default: %(default)s)"
     )
-    board.set_defaults(verb="board", handler=_board)
+    board.set_defaults(command_name="board", handler=_board)
 
-    leaderboard = verbs.add_parser("leaderboard", help="write the files that COCO's and nocaps' servers take")
+    leaderboard = subparsers.add_parser(
+        "leaderboard", help="write the files that COCO's and nocaps' servers take"
+    )
     leaderboard.add_argument(
-        "--set",
+        "--eval-set",
         required=True,
         dest="board",
         help="coco2014-val, coco2014-test, coco2017-test, nocaps-val or nocaps-test",
@@ -37,7 +41,7 @@ def add(verbs: Verbs) -> None:
     leaderboard.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="for the files of one algorithm"
     )
-    leaderboard.set_defaults(verb="leaderboard", handler=_leaderboard)
+    leaderboard.set_defaults(command_name="leaderboard", handler=_leaderboard)
 
 
 def _board(options: argparse.Namespace) -> None:
@@ -60,4 +64,6 @@ def _leaderboard(options: argparse.Namespace) -> None:
     if done.upload:
         print(f"upload {done.upload}")
     else:
-        print(f"not to upload yet: its archive needs {done.missing_set} too, by --set {done.missing_set}")
+        print(
+            f"not to upload yet: its archive needs {done.missing_set} too, by --eval-set {done.missing_set}"
+        )

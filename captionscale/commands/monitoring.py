@@ -1,15 +1,15 @@
-"""The verbs that look after a run: before it starts, and while it is at work."""
+"""The commands that look after a run: before it starts, and while it is at work."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from captionscale.commands.arguments import Verbs, add_config, positive, settings
+from captionscale.commands.arguments import Subparsers, add_config, load_config, positive
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add them to the command line."""
-    doctor = verbs.add_parser(
+    doctor = subparsers.add_parser(
         "doctor",
         help="look whether a job will work, before it is submitted",
         description="Look whether a job will work. Without CONFIG, look at this machine alone.",
@@ -24,15 +24,15 @@ def add(verbs: Verbs) -> None:
     )
     doctor.add_argument("--quick", action="store_true", help="leave out what takes more than a moment")
     doctor.add_argument("--json", action="store_true", help="print a document for programs")
-    doctor.set_defaults(verb="doctor", handler=_doctor)
+    doctor.set_defaults(command_name="doctor", handler=_doctor)
 
-    watch = verbs.add_parser("watch", help="follow a run, from any machine that sees its folder")
+    watch = subparsers.add_parser("watch", help="follow a run, from any machine that sees its folder")
     watch.add_argument("run", type=Path, metavar="RUN", help="its folder")
     watch.add_argument("--once", action="store_true", help="print how it stands, and end")
     watch.add_argument(
-        "--every", type=positive, default=5, metavar="S", help="seconds between two looks (default: 5)"
+        "--interval", type=positive, default=5, metavar="S", help="seconds between two looks (default: 5)"
     )
-    watch.set_defaults(verb="watch", handler=_watch)
+    watch.set_defaults(command_name="watch", handler=_watch)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -40,7 +40,7 @@ def _doctor(options: argparse.Namespace) -> None:
     from captionscale.tools.doctor.report import exit_process
 
     healthy = doctor(
-        (lambda: settings(options)) if options.config else None,
+        (lambda: load_config(options)) if options.config else None,
         out=options.out,
         nodes=options.nodes,
         gpus=options.gpus,
@@ -56,4 +56,4 @@ def _doctor(options: argparse.Namespace) -> None:
 def _watch(options: argparse.Namespace) -> None:
     from captionscale.tools.watch import watch
 
-    watch(options.run, once=options.once, every_s=float(options.every))
+    watch(options.run, once=options.once, every_s=float(options.interval))

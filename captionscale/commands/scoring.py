@@ -1,4 +1,4 @@
-"""The verbs that caption and score."""
+"""The commands that caption and score."""
 
 import argparse
 import json
@@ -8,36 +8,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from captionscale.commands.arguments import Verbs, add_others, add_search, positive, search_changes
+from captionscale.commands.arguments import Subparsers, add_ensemble, add_search, positive, search_overrides
 from captionscale.errors import UserError
 from captionscale.escape import for_terminal
-from captionscale.train.run_folder import need_run
+from captionscale.train.run_folder import require_run
 
 _STOPPED = "score: stopped by {}; no receipt was written, and the same command starts anew"
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add them to the command line."""
-    caption = verbs.add_parser("caption", help="caption image files, or a whole split")
+    caption = subparsers.add_parser("caption", help="caption image files, or a whole split")
     caption.add_argument("run", type=Path, metavar="RUN")
     caption.add_argument("images", type=Path, nargs="*", metavar="IMAGE")
     caption.add_argument("--split", help="instead of images: a split of the run's shards")
     caption.add_argument("--shards", help="other shards than the run was trained on: folder, or URL")
     caption.add_argument("--out", type=Path, metavar="RESULTS", help="of a split: where COCO results go")
     add_search(caption)
-    add_others(caption)
+    add_ensemble(caption)
     caption.add_argument("--prefix", default="", metavar="WORDS", help="what every caption begins with")
     caption.add_argument(
         "--require", action="append", default=[], metavar="WORD", help="that every caption holds; repeatable"
     )
-    caption.set_defaults(verb="caption", handler=_caption)
+    caption.set_defaults(command_name="caption", handler=_caption)
 
-    score = verbs.add_parser("score", help="score a run on a split, or a file of captions")
+    score = subparsers.add_parser("score", help="score a run on a split, or a file of captions")
     score.add_argument("run", type=Path, nargs="?", metavar="RUN")
     score.add_argument("--split", help="split of the run's shards")
     score.add_argument("--shards", help="other shards than the run was trained on: folder, or URL")
     add_search(score)
-    add_others(score)
+    add_ensemble(score)
     score.add_argument(
         "--captions", type=Path, metavar="RESULTS", help="without a run: captions in COCO results format"
     )
@@ -62,16 +62,18 @@ def add(verbs: Verbs) -> None:
     score.add_argument(
         "--clip-model", default="ViT-B-32-quickgelu", help="of open_clip (default: %(default)s)"
     )
-    score.set_defaults(verb="score", handler=_score_or_stop)
+    score.set_defaults(command_name="score", handler=_score_or_stop)
 
-    compare = verbs.add_parser("compare", help="tell whether one receipt is better than another, or lucky")
+    compare = subparsers.add_parser(
+        "compare", help="tell whether one receipt is better than another, or lucky"
+    )
     compare.add_argument("first", type=Path, metavar="A", help="a receipt, or a run that has but one")
     compare.add_argument("second", type=Path, metavar="B")
     compare.add_argument(
         "--top", type=positive, default=5, metavar="N", help="images that changed most (default: %(default)s)"
     )
     compare.add_argument("--json", action="store_true", help="for machines")
-    compare.set_defaults(verb="compare", handler=_compare)
+    compare.set_defaults(command_name="compare", handler=_compare)
 
 
 def _caption(options: argparse.Namespace) -> None:
@@ -80,7 +82,7 @@ def _caption(options: argparse.Namespace) -> None:
             "caption: wanted either RUN IMAGE ... without --out, as captions are printed, or RUN --split NAME"
             " --out RESULTS"
         )
-    need_run(options.run)
+    require_run(options.run)
     from captionscale.tools.captioner_api import CaptionPipeline
     from captionscale.tools.ensemble import open_ensemble
     from captionscale.tools.scoring import caption_run
@@ -92,7 +94,7 @@ def _caption(options: argparse.Namespace) -> None:
             checkpoint=options.checkpoint,
             shards=options.shards,
             out=options.out,
-            changes=search_changes(options),
+            overrides=search_overrides(options),
             others=options.others,
             prefix=options.prefix,
             require=options.require,
@@ -101,7 +103,7 @@ def _caption(options: argparse.Namespace) -> None:
             print(f"{options.out}: {count:,} captions, in COCO's results format")
         return
     members = open_ensemble(
-        options.run, options.others, checkpoint=options.checkpoint, changes=search_changes(options)
+        options.run, options.others, checkpoint=options.checkpoint, overrides=search_overrides(options)
     )
     captions = CaptionPipeline(members).caption(
         options.images, prefix=options.prefix, require=options.require
@@ -123,9 +125,9 @@ def _score(options: argparse.Namespace) -> None:
         raise UserError(f"score {options.run}: no --split; say which, such as --split val")
     if not by_run and (options.run is not None or not (options.captions and options.references)):
         raise UserError("score: wanted either RUN --split NAME, or --captions RESULTS --references CAPTIONS")
-    if not by_run and (options.split or options.shards or search_changes(options) or options.others):
+    if not by_run and (options.split or options.shards or search_overrides(options) or options.others):
         raise UserError(
-            "score: found --split, --shards, --beam, --set or --with beside --captions, which already says"
+            "score: found --split, --shards, --beam, --set or --ensemble beside --captions, which already says"
             " what is scored; leave them out"
         )
     if options.clip and not by_run:
@@ -134,7 +136,7 @@ def _score(options: argparse.Namespace) -> None:
             " RUN --split NAME"
         )
     if by_run:
-        need_run(options.run)
+        require_run(options.run)
     from captionscale.score.diagnostics import table
     from captionscale.score.metrics import measure
 
@@ -155,7 +157,7 @@ def _score(options: argparse.Namespace) -> None:
             checkpoint=options.checkpoint,
             shards=options.shards,
             out=options.out,
-            changes=search_changes(options),
+            overrides=search_overrides(options),
             others=options.others,
             measure=by,
             spice_jars=options.spice,

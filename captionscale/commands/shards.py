@@ -1,4 +1,4 @@
-"""The verbs that write and read shards."""
+"""The commands that write and read shards."""
 
 import argparse
 import json
@@ -7,12 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captionscale.commands.arguments import Verbs, positive
+from captionscale.commands.arguments import Subparsers, positive
 from captionscale.errors import UserError, first_few
 from captionscale.escape import for_terminal
 
 if TYPE_CHECKING:
-    from captionscale.data.storage import Place
+    from captionscale.data.storage import Storage
 
 _DATASETS = {
     "coco": "COCO 2014 or 2017 in its official files, or by lists as Karpathy split it",
@@ -25,9 +25,9 @@ _DATASETS = {
 }
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add them to the command line."""
-    pack = verbs.add_parser(
+    pack = subparsers.add_parser(
         "pack", help="write a data set as shards", description="Write a data set as shards."
     )
     kinds = pack.add_subparsers(required=True, metavar="DATASET")
@@ -65,10 +65,10 @@ def add(verbs: Verbs) -> None:
             reader.add_argument(
                 "--split", default=default, help="name of the split" + " (default: train)" * bool(default)
             )
-        reader.set_defaults(verb="pack", handler=_pack, kind=kind)
+        reader.set_defaults(command_name="pack", handler=_pack, kind=kind)
         _add_packing(reader)
 
-    verify = verbs.add_parser("verify", help="prove that shards are what was packed")
+    verify = subparsers.add_parser("verify", help="prove that shards are what was packed")
     verify.add_argument("shards", help="folder, or URL")
     verify.add_argument("--deep", action="store_true", help="decode every image too")
     verify.add_argument(
@@ -76,21 +76,21 @@ def add(verbs: Verbs) -> None:
     )
     verify.add_argument("--workers", type=positive, metavar="N", help="threads (default: one for each core)")
     verify.add_argument("--json", action="store_true", help="for machines, with every problem and note")
-    verify.set_defaults(verb="verify", handler=_verify)
+    verify.set_defaults(command_name="verify", handler=_verify)
 
-    show = verbs.add_parser("show", help="show one sample of the shards")
+    show = subparsers.add_parser("show", help="show one sample of the shards")
     show.add_argument("shards", help="folder, or URL")
     show.add_argument("image_id", type=int, metavar="ID")
     show.add_argument("--save", type=Path, metavar="FILE", help="write the stored image bytes there")
-    show.set_defaults(verb="show", handler=_show)
+    show.set_defaults(command_name="show", handler=_show)
 
-    stats = verbs.add_parser("stats", help="count what the shards hold")
+    stats = subparsers.add_parser("stats", help="count what the shards hold")
     stats.add_argument("shards", help="folder, or URL")
     stats.add_argument(
         "--min-count", type=positive, default=5, metavar="N", help="as data.min_count (default: 5)"
     )
     stats.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .png, .pdf or .svg")
-    stats.set_defaults(verb="stats", handler=_stats)
+    stats.set_defaults(command_name="stats", handler=_stats)
 
 
 def _add_packing(parser: argparse.ArgumentParser) -> None:
@@ -160,26 +160,26 @@ def _pack(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from captionscale.data.storage import open_place
+    from captionscale.data.storage import open_storage
 
     with tempfile.TemporaryDirectory(prefix="captionscale-") as fresh:
         # What a URL gives now, not what an earlier download left.
-        _verify_place(open_place(options.shards, Path(fresh)), options)
+        _verify_place(open_storage(options.shards, Path(fresh)), options)
 
 
-def _verify_place(place: "Place", options: argparse.Namespace) -> None:
-    from captionscale.data.storage import manifest_of
+def _verify_place(place: "Storage", options: argparse.Namespace) -> None:
+    from captionscale.data.storage import read_manifest
     from captionscale.data.verification import verify
-    from captionscale.files import cores
+    from captionscale.files import cpu_count
     from captionscale.progress import progress, say
 
-    splits = manifest_of(place).splits
+    splits = read_manifest(place).splits
     with progress("verifying", sum(facts.images for facts in splits.values())) as bar:
         found = verify(
             place,
             deep=options.deep,
             allow_leaks=options.allow_leaks,
-            workers=options.workers or cores(),
+            workers=options.workers or cpu_count(),
             progress=bar.advance,
         )
     if options.json:
@@ -199,24 +199,24 @@ def _verify_place(place: "Place", options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     from captionscale.data import decode, shards
-    from captionscale.data.storage import open_place
-    from captionscale.files import atomic
+    from captionscale.data.storage import open_storage
+    from captionscale.files import atomic_write
 
-    split, item = shards.find(open_place(options.shards), options.image_id)
+    split, item = shards.find_image(open_storage(options.shards), options.image_id)
     data = split.image(item)
-    look = decode.look(data, f"image {options.image_id}", whole=True)
+    info = decode.image_info(data, f"image {options.image_id}", full_decode=True)
     sample = split.sample(item)
     print(f"image {options.image_id}  {for_terminal(sample.file)}  split {split.name}")
-    print(f"{look.width} x {look.height} pixels, {len(data):,} bytes of {look.extension}")
+    print(f"{info.width} x {info.height} pixels, {len(data):,} bytes of {info.extension}")
     for caption in sample.captions:
         print(f"  {for_terminal(caption)}")
     if options.save:
-        with atomic(options.save) as file:
+        with atomic_write(options.save) as file:
             file.write(data)
 
 
 def _stats(options: argparse.Namespace) -> None:
-    from captionscale.data.storage import open_place
+    from captionscale.data.storage import open_storage
     from captionscale.tools.dataset_stats import print_stats
 
-    print_stats(open_place(options.shards), min_count=options.min_count, plot=options.plot)
+    print_stats(open_storage(options.shards), min_count=options.min_count, plot=options.plot)

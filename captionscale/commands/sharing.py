@@ -1,15 +1,15 @@
-"""The verbs that hand a run to others."""
+"""The commands that hand a run to others."""
 
 import argparse
 from pathlib import Path
 
-from captionscale.commands.arguments import Verbs, add_others
-from captionscale.train.run_folder import need_run
+from captionscale.commands.arguments import Subparsers, add_ensemble
+from captionscale.train.run_folder import require_run
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add them to the command line."""
-    demo = verbs.add_parser("demo", help="serve a page to try a run, and an HTTP endpoint")
+    demo = subparsers.add_parser("demo", help="serve a page to try a run, and an HTTP endpoint")
     demo.add_argument("run", type=Path, metavar="RUN")
     demo.add_argument(
         "--host", default="127.0.0.1", help="address to listen at (default: this machine alone)"
@@ -25,23 +25,26 @@ def add(verbs: Verbs) -> None:
     )
     demo.add_argument("--shards", help="where sample pictures come from (default: the run's own)")
     demo.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
-    add_others(demo)
-    demo.set_defaults(verb="demo", handler=_demo)
+    add_ensemble(demo)
+    demo.set_defaults(command_name="demo", handler=_demo)
 
-    export = verbs.add_parser("export", help="write a run as ONNX, as PyTorch programs, or for the hub")
+    export = subparsers.add_parser("export", help="write a run as ONNX, as PyTorch programs, or for the hub")
     export.add_argument("run", type=Path, metavar="RUN")
-    export.add_argument("--to", choices=("onnx", "torch", "hub"), required=True)
+    export.add_argument("--format", choices=("onnx", "torch", "hub"), required=True)
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for it")
     export.add_argument(
-        "--batch", type=int, metavar="N", help="always so many pictures or captions at once (default: any)"
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="always so many pictures or captions at once (default: any)",
     )
     export.add_argument("--shards", help="where pictures to check it on come from (default: the run's own)")
     export.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
-    export.set_defaults(verb="export", handler=_export)
+    export.set_defaults(command_name="export", handler=_export)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    need_run(options.run)
+    require_run(options.run)
     from captionscale.tools.demo.server import serve
 
     serve(
@@ -57,15 +60,15 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    need_run(options.run)
+    require_run(options.run)
     from captionscale.tools.export.bundle import export
 
     print(
         export(
             options.run,
-            options.to,
+            options.format,
             options.out,
-            batch=options.batch,
+            batch=options.batch_size,
             shards=options.shards,
             checkpoint=options.checkpoint,
         )

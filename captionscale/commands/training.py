@@ -1,14 +1,14 @@
-"""The verbs that train."""
+"""The commands that train."""
 
 import argparse
 from pathlib import Path
 
-from captionscale.commands.arguments import Verbs, add_config, positive, settings
+from captionscale.commands.arguments import Subparsers, add_config, load_config, positive
 
 
-def add(verbs: Verbs) -> None:
+def add(subparsers: Subparsers) -> None:
     """Add them to the command line."""
-    train = verbs.add_parser("train", help="train a captioner, or go on with one")
+    train = subparsers.add_parser("train", help="train a captioner, or go on with one")
     add_config(train)
     train.add_argument(
         "--out", type=Path, required=True, metavar="RUN", help="folder of the run; if it exists, resume"
@@ -20,10 +20,10 @@ def add(verbs: Verbs) -> None:
         metavar="N",
         help="also write where the time of N steps goes, into RUN/profile/",
     )
-    train.set_defaults(verb="train", handler=_train)
+    train.set_defaults(command_name="train", handler=_train)
 
-    launch = verbs.add_parser(
-        "launch", help="run a verb on several processes", description="Run a verb in several processes."
+    launch = subparsers.add_parser(
+        "launch", help="run a command on several processes", description="Run a command in several processes."
     )
     launch.add_argument(
         "--profile", default="cpu", help="a file, or a name in launch/ (default: %(default)s)"
@@ -32,13 +32,13 @@ def add(verbs: Verbs) -> None:
         "--processes", type=positive, help="how many, over all machines (default: the profile's)"
     )
     launch.add_argument(
-        "--logs", type=Path, metavar="DIR", help="also keep what each process says, in files there"
+        "--log-dir", type=Path, metavar="DIR", help="also keep what each process says, in files there"
     )
     launch.add_argument("--dry-run", action="store_true", help="print the command and stop")
-    launch.add_argument("command", nargs=argparse.REMAINDER, metavar="-- VERB ...")
-    launch.set_defaults(verb="launch", handler=_launch)
+    launch.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
+    launch.set_defaults(command_name="launch", handler=_launch)
 
-    submit = verbs.add_parser(
+    submit = subparsers.add_parser(
         "submit", help="train as a SLURM job", description="Write a SLURM job that trains, and submit it."
     )
     add_config(submit)
@@ -50,9 +50,11 @@ def add(verbs: Verbs) -> None:
         "--profile", default="gpu", help="a file, or a name in launch/ (default: %(default)s)"
     )
     submit.add_argument("--dry-run", action="store_true", help="print the job and stop")
-    submit.set_defaults(verb="submit", handler=_submit)
+    submit.set_defaults(command_name="submit", handler=_submit)
 
-    drill = verbs.add_parser("drill", help="kill a run at random, resume it on other ranks, prove the result")
+    drill = subparsers.add_parser(
+        "drill", help="kill a run at random, resume it on other ranks, prove the result"
+    )
     add_config(drill)
     drill.add_argument("--kills", type=positive, default=6, metavar="N", help="(default: %(default)s)")
     drill.add_argument(
@@ -66,21 +68,21 @@ def add(verbs: Verbs) -> None:
     drill.add_argument(
         "--out", type=Path, default=Path("drill"), help="folder for both runs (default: %(default)s)"
     )
-    drill.set_defaults(verb="drill", handler=_drill)
+    drill.set_defaults(command_name="drill", handler=_drill)
 
-    config = verbs.add_parser(
+    config = subparsers.add_parser(
         "config", help="print a config with all its defaults; without a name, list them"
     )
     add_config(config, required=False)
-    config.set_defaults(verb="config", handler=_config)
+    config.set_defaults(command_name="config", handler=_config)
 
-    quickstart = verbs.add_parser(
+    quickstart = subparsers.add_parser(
         "quickstart", help="everything once, on drawn pictures: draw, pack, train, score, caption, report"
     )
     quickstart.add_argument(
         "--out", type=Path, default=Path("quickstart"), help="folder for it all (default: %(default)s)"
     )
-    quickstart.set_defaults(verb="quickstart", handler=_quickstart)
+    quickstart.set_defaults(command_name="quickstart", handler=_quickstart)
 
 
 def _ranks(text: str) -> tuple[int, ...]:
@@ -88,12 +90,12 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 
 def _train(options: argparse.Namespace) -> None:
-    config = settings(options)
+    config = load_config(options)
 
     from captionscale.train import preemption
 
     # From here on: it takes seconds to import what trains.
-    with preemption.listening(config.train.grace_s):
+    with preemption.handle_signals(config.train.grace_s):
         from captionscale.train.loop import train
 
         train(config, options.out, options.profile)
@@ -111,8 +113,8 @@ def _launch(options: argparse.Namespace) -> None:
         profile=options.profile,
         processes=options.processes,
         dry_run=options.dry_run,
-        logs=options.logs,
-        settings=settings(inner) if inner.verb == "train" else None,
+        logs=options.log_dir,
+        settings=load_config(inner) if inner.command_name == "train" else None,
     )
 
 
@@ -120,7 +122,7 @@ def _submit(options: argparse.Namespace) -> None:
     from captionscale.tools.submit import submit
 
     submit(
-        settings(options),
+        load_config(options),
         options.out or Path("runs", Path(options.config).stem),
         nodes=options.nodes,
         gpus=options.gpus,
@@ -134,7 +136,7 @@ def _drill(options: argparse.Namespace) -> None:
     from captionscale.tools.drill import drill
 
     same = drill(
-        settings(options),
+        load_config(options),
         options.out,
         profile=options.profile,
         ranks=options.ranks,
@@ -152,7 +154,7 @@ def _config(options: argparse.Namespace) -> None:
     if options.config is None:
         print("\n".join(assets.names("configs", ".toml")))
     else:
-        print(toml.dumps(settings(options)), end="")
+        print(toml.dumps(load_config(options)), end="")
 
 
 def _quickstart(options: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ _TILE_PIXELS = 1 << 20
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xe0\xe2-\xfe]")
 
 
-class Look(NamedTuple):
+class ImageInfo(NamedTuple):
     """What an image file is.
 
     Attributes:
@@ -46,7 +46,7 @@ class Look(NamedTuple):
     extension: str
 
 
-def pixels(data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]:
+def decode_image(data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]:
     """Return RGB pixels, turned the way up that the EXIF orientation says, on white where transparent.
 
     simplejpeg decodes what is an ordinary JPEG, Pillow all else; on JPEGs both give the same pixels.
@@ -65,32 +65,32 @@ def pixels(data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]:
         return _by_pillow(data)
 
 
-def read(file: Path) -> UInt8[np.ndarray, "height width 3"]:
-    """Return the `pixels` of an image file.
+def read_image(file: Path) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the `decode_image` of an image file.
 
     Raises:
-        UserError: It is missing; as `pixels` does.
+        UserError: It is missing; as `decode_image` does.
     """
     if not file.is_file():
         found = "a folder" if file.is_dir() else "no such file"
         raise UserError(f"{file}: {found}, wanted an image, such as a JPEG; correct the path")
     try:
-        data = read_file(file, image_limits.MAX_BYTES)
+        data = read_file(file, image_limits.MAX_IMAGE_BYTES)
     except UnfitFileError as error:
         raise UserError(f"{file}: {error.strerror}, wanted an image; correct the path") from None
-    return pixels(data, str(file))
+    return decode_image(data, str(file))
 
 
-def decode(data: bytes, place: str) -> Image.Image:
-    """Return `pixels` as a picture of Pillow's."""
-    return Image.fromarray(pixels(data, place))
+def decode_pil(data: bytes, place: str) -> Image.Image:
+    """Return `decode_image` as a picture of Pillow's."""
+    return Image.fromarray(decode_image(data, place))
 
 
-def upright(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """Return the pixels of a picture of Pillow's, as `pixels` does of a file.
+def pil_to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the pixels of a picture of Pillow's, as `decode_image` does of a file.
 
     Raises:
-        UserError: As `pixels` does, if Pillow has opened a file but not decoded it yet.
+        UserError: As `decode_image` does, if Pillow has opened a file but not decoded it yet.
     """
     file = picture.fp if isinstance(picture, ImageFile.ImageFile) else None
     if file is None or file.closed:
@@ -118,41 +118,43 @@ def _uprighted(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     return _upright(image, _orientation(picture))
 
 
-def look(data: bytes, place: str, *, whole: bool) -> Look:
+def image_info(data: bytes, place: str, *, full_decode: bool) -> ImageInfo:
     """Return what an image file is, at the least cost.
 
     Args:
         data: A JPEG, PNG, WebP, BMP or GIF file.
         place: Where the bytes are from, for the error.
-        whole: Whether to prove that `pixels` can decode it; if not, only as much is read as tells the size.
+        full_decode: Whether to prove that `decode_image` can decode it; if not, only as much is read as tells the size.
 
     Raises:
-        UserError: As `pixels` does.
+        UserError: As `decode_image` does.
     """
     with _refusing(data, place):
         header = _jpeg_header(data)
         # At an eighth of the size, libjpeg still reads every code of the file.
-        if header and not (whole and _jpeg(data, eighth=True) is None):
+        if header and not (full_decode and _jpeg(data, eighth=True) is None):
             height, width, orientation = header
             extension = "jpg"
         else:
             with _open(data) as picture:
-                if whole:
+                if full_decode:
                     picture.load()
                 (width, height), orientation = picture.size, _orientation(picture)
                 kind = str(picture.format)
             # MPO, of phones with two lenses, is a JPEG with more behind it.
             extension = "jpg" if kind in ("JPEG", "MPO") else kind.lower()
-        return Look(height, width, extension) if orientation >= 5 else Look(width, height, extension)
+        return (
+            ImageInfo(height, width, extension) if orientation >= 5 else ImageInfo(width, height, extension)
+        )
 
 
 def count_pixels(data: bytes, place: str) -> int:
     """Return the number of pixels that an image file's header states. Nothing is decoded.
 
-    Unlike `look`, which decodes a PNG to find an orientation after its pixels.
+    Unlike `image_info`, which decodes a PNG to find an orientation after its pixels.
 
     Raises:
-        UserError: As `pixels` does, for what its header and the limits tell.
+        UserError: As `decode_image` does, for what its header and the limits tell.
     """
     with _refusing(data, place), _open(data) as picture:
         return picture.width * picture.height
@@ -162,7 +164,7 @@ def count_pixels(data: bytes, place: str) -> int:
 def _refusing(data: bytes, place: str) -> Iterator[None]:
     """Hold an image file to the limits, then turn what its decoder raises into an error with its place."""
     try:
-        image_limits.check(data)
+        image_limits.check_image(data)
         yield
     except MemoryError:
         raise  # The machine's fault, not the image's.
@@ -231,7 +233,7 @@ def _orientation(picture: Image.Image) -> int:
     with suppress(Exception):
         info = picture.info
         raw = bytes.fromhex("".join(info.get("Raw profile type exif", "").split("\n")[3:]))
-        image_limits.check_directory(info.get("exif", raw))
+        image_limits.check_tiff_directory(info.get("exif", raw))
         found = picture.getexif().get(ExifTags.Base.Orientation)
     return int(found) if found in range(1, 9) else 1
 

@@ -34,7 +34,7 @@ class _FinalError(UserError):
     """What another try would meet again."""
 
 
-def join(folder: str, name: str) -> str:
+def join_url(folder: str, name: str) -> str:
     """Return the URL of a folder's file; parameters such as a token come after its name."""
     if not name:
         return folder
@@ -61,7 +61,7 @@ def fetch(folder: str, name: str, max_bytes: int) -> bytes:
         # On the disk, so that what is too large is in nobody's memory.
         with TemporaryDirectory(prefix="captionscale-") as scratch:
             path = Path(scratch, "file")
-            _get(files, source, path, _Progress(join(folder, name), max_bytes))
+            _get(files, source, path, _Progress(join_url(folder, name), max_bytes))
             return path.read_bytes()
 
     return _patiently(folder, name, action, _WAITS_S)
@@ -79,13 +79,13 @@ def download(folder: str, shard: Shard, path: Path) -> None:
         OSError: The disk is full.
         UserError: The server does not give it, or gives something else.
     """
-    url = join(folder, shard.name)
+    url = join_url(folder, shard.name)
 
     def action(files: Any, source: str) -> None:
         # The last one is begun, and never whole.
         total = shard.size_bytes // _MB + 1
         quiet = os.environ.get("RANK", "0") != "0"
-        with progress(f"downloading {url}, MB", total, quiet=quiet, passing=True, lines=True) as bar:
+        with progress(f"downloading {url}, MB", total, quiet=quiet, transient=True, lines=True) as bar:
             _get(files, source, path, _Progress(url, shard.size_bytes, bar))
             bar.advance()
         found = blake3_of(path)
@@ -102,7 +102,7 @@ def download(folder: str, shard: Shard, path: Path) -> None:
         raise UserError(f"{url}: missing, manifest says {shard.size_bytes:,} bytes; {CURE}") from None
 
 
-def need_filesystem(folder: str) -> None:
+def require_filesystem(folder: str) -> None:
     """Prove, without using the network, that something installed can read such a URL.
 
     Raises:
@@ -192,7 +192,7 @@ def _filesystem(folder: str, name: str) -> tuple[Any, str]:
 
     # After Ctrl-C in a download asyncio would complain of what it had begun.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    url, protocol = join(folder, name), folder.partition("://")[0]
+    url, protocol = join_url(folder, name), folder.partition("://")[0]
     try:
         kind = fsspec.get_filesystem_class(protocol)
         options: dict[str, Any] = {}
@@ -212,7 +212,7 @@ def _filesystem(folder: str, name: str) -> tuple[Any, str]:
                     "trace_configs": [_tracing()],
                 }
                 options = {"timeout": timeout, "client_kwargs": {**client, **configured}}
-        files, path = fsspec.core.url_to_fs(join(credentials.given(folder), name), **options)
+        files, path = fsspec.core.url_to_fs(join_url(credentials.restore(folder), name), **options)
         return files, path
     except ImportError as error:
         raise UserError(
@@ -254,7 +254,7 @@ def _patiently(folder: str, name: str, action: Callable[[Any, str], T], waits_s:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK:
             raise
-        failure = _explained(join(folder, name), error)
+        failure = _explained(join_url(folder, name), error)
         # Those of S3 and Google retry by themselves.
         passing = folder.startswith(("http://", "https://")) and not isinstance(error, ValueError)
         if _refused(error) or "Redirect" in type(error).__name__ or not passing:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 # Twice the size is drawn, then halved: Pillow draws hard edges.
 SUPERSAMPLING = 2
 
-COLOURS = {
+COLORS = {
     "red": "#d61e26",
     "orange": "#fa8408",
     "yellow": "#fcde26",
@@ -101,7 +101,7 @@ class Toy(NamedTuple):
     """One thing in a picture."""
 
     kind: str
-    colour: str
+    color: str
 
 
 class Scene(NamedTuple):
@@ -117,7 +117,7 @@ class Scene(NamedTuple):
     size: str
 
 
-def paint(scene: Scene, size: int, random: Random) -> Image.Image:
+def draw_scene(scene: Scene, size: int, random: Random) -> Image.Image:
     """Draw a scene.
 
     Args:
@@ -148,7 +148,7 @@ def paint(scene: Scene, size: int, random: Random) -> Image.Image:
         if toy.kind not in FLYING:
             _sketch(canvas, "oval #0004 -2 93 102 107", box)
         flip = random.random() < 0.5
-        _sketch(canvas, TOYS[toy.kind], box, COLOURS[toy.colour], pen=max(1, round(box[2] / 50)), flip=flip)
+        _sketch(canvas, TOYS[toy.kind], box, COLORS[toy.color], pen=max(1, round(box[2] / 50)), flip=flip)
     light = random.uniform(0.93, 1.05)
     return ImageEnhance.Brightness(picture.reduce(SUPERSAMPLING)).enhance(light)
 

@@ -17,7 +17,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Float16, Int, Shaped
 
-from captionscale.data.storage import Place, Remote
+from captionscale.data.storage import RemoteStorage, Storage
 from captionscale.errors import UserError
 from captionscale.files import open_file
 from captionscale.progress import say
@@ -25,11 +25,11 @@ from captionscale.progress import say
 _PARTIAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*-[0-9a-f]{16}\.npy\.tmp")
 
 
-class Cache:
+class FeatureReader:
     """Features that are read where they are used, each proven whole."""
 
     def __init__(self, path: Path, rows: Shaped[np.ndarray, "image"]):
-        """Take a file's rows, as `Features.open` finds them."""
+        """Take a file's rows, as `FeatureFile.open` finds them."""
         self.path, self._rows = path, rows
         self.shape: tuple[int, int] = rows.dtype["features"].shape
         """Regions, features."""
@@ -54,7 +54,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Features:
+class FeatureFile:
     """The features of a split's images: where they are, and of what shape."""
 
     path: Path
@@ -66,7 +66,7 @@ class Features:
         """Of the file."""
         return len(self._header) + self.shape[0] * self._row.itemsize
 
-    def open(self) -> Cache:
+    def open(self) -> FeatureReader:
         """Return what the file holds.
 
         Raises:
@@ -76,7 +76,7 @@ class Features:
             with open_file(self.path) as file:
                 header, size_bytes = file.read(len(self._header)), os.fstat(file.fileno()).st_size
             if header == self._header and size_bytes == self.size_bytes:
-                return Cache(self.path, np.lib.format.open_memmap(self.path, mode="r"))
+                return FeatureReader(self.path, np.lib.format.open_memmap(self.path, mode="r"))
             found = f"{size_bytes:,} bytes" if header == self._header else "another header"
         except OSError as error:
             raise UserError(
@@ -88,7 +88,7 @@ class Features:
             " of half precision; delete it, and the next run computes it anew"
         )
 
-    def begin(self) -> None:
+    def create(self) -> None:
         """Make the file that is to be filled, or go on with one that was begun and not finished.
 
         Raises:
@@ -102,7 +102,7 @@ class Features:
             file.write(self._header)
             file.truncate(self.size_bytes)
 
-    def missing(self) -> Int[np.ndarray, "missing"]:
+    def missing_rows(self) -> Int[np.ndarray, "missing"]:
         """Return the rows of the file that was begun that are still to come."""
         rows = np.lib.format.open_memmap(self.partial, mode="r")
         return np.flatnonzero(rows["hash"] == 0)
@@ -177,13 +177,13 @@ class Features:
         return file.getvalue()
 
 
-def folder_of(place: Place) -> Path:
+def features_folder(place: Storage) -> Path:
     """Return the folder of features beside shards.
 
     Raises:
         UserError: The shards are behind a URL.
     """
-    if isinstance(place, Remote):
+    if isinstance(place, RemoteStorage):
         raise UserError(
             f"data.shards = {place}: is a URL, but train.cache_features keeps features beside the shards;"
             " wanted a folder of this machine; copy the shards to one, or set train.cache_features = false"
@@ -191,7 +191,7 @@ def folder_of(place: Place) -> Path:
     return place.path / "features"
 
 
-def begin_all(files: Sequence[Features]) -> None:
+def create_all(files: Sequence[FeatureFile]) -> None:
     """Make all files ready to be filled, and tell how large they will be.
 
     Raises:
@@ -211,17 +211,17 @@ def begin_all(files: Sequence[Features]) -> None:
         for each in begun - {file.partial for file in files}:
             each.unlink()
         for file in files:
-            file.begin()
+            file.create()
             regions, numbers = file.shape[1:]
             say(
-                f"computing features of {len(file.missing()):,} images ({regions:,} x {numbers:,} numbers"
+                f"computing features of {len(file.missing_rows()):,} images ({regions:,} x {numbers:,} numbers"
                 f" each), once: {file.size_bytes / 1e9:,.2f} GB in {file.path}"
             )
     except OSError as error:
-        raise refused(folder, error) from None
+        raise cannot_write(folder, error) from None
 
 
-def refused(folder: Path, error: OSError) -> UserError:
+def cannot_write(folder: Path, error: OSError) -> UserError:
     """Return what is to be said of a folder in which nothing can be written."""
     return UserError(
         f"{folder}: {(error.strerror or str(error)).lower()}, wanted to keep features there"

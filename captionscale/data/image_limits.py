@@ -14,7 +14,7 @@ from PIL import Image
 
 _JPEG, _PNG, _GIF, _BMP, _WEBP = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"RIFF"
 
-MAX_BYTES = 512 << 20
+MAX_IMAGE_BYTES = 512 << 20
 """Of an image file: more than the pixels that are let through take without compression."""
 _METADATA_PARTS = 1000
 """Segments or chunks that are not pixels. Pillow appends each to those before it."""
@@ -43,7 +43,7 @@ _SEGMENTS = (*_HUFFMAN_FRAMES, *_OTHER_FRAMES, 0xC4, 0xCC, *range(0xDB, 0xE0), *
 _UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 
 
-def check(data: bytes) -> None:
+def check_image(data: bytes) -> None:
     """Refuse an image file that would take a decoder too long.
 
     A file of no known format passes: no decoder takes it.
@@ -67,7 +67,7 @@ def check(data: bytes) -> None:
         _check_webp(data)
 
 
-def check_directory(tiff: bytes) -> None:
+def check_tiff_directory(tiff: bytes) -> None:
     """Refuse a TIFF directory, such as EXIF, whose values are many times as long as itself.
 
     Args:
@@ -129,8 +129,8 @@ def _check_jpeg(data: bytes) -> None:
             exif.append(body[6:])
         elif marker == 0xE2 and body.startswith(b"MPF\0"):
             index = body[4:]
-    check_directory(b"".join(exif))
-    check_directory(index)
+    check_tiff_directory(b"".join(exif))
+    check_tiff_directory(index)
     most = max(1, min(_SCANS, _SCANNED_PIXELS // pixels))
     # Metadata and what follows the image, such as a film, may hold these two bytes too.
     if _scan_markers(data) > most and _scans(data, found.start(), most) > most:

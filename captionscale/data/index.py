@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from captionscale.data.manifest import CURE, MAX_INDEX_BYTES, SplitFacts, shard_name
-from captionscale.data.storage import Place
+from captionscale.data.manifest import CURE, MAX_INDEX_BYTES, SplitInfo, shard_name
+from captionscale.data.storage import Storage
 from captionscale.errors import UserError
 
-INDEX_ROW = np.dtype(
+INDEX_DTYPE = np.dtype(
     [
         ("shard", "<i8"),
         ("image_offset", "<i8"),
@@ -38,7 +38,7 @@ def index_name(split: str) -> str:
     return f"{split}.index.npy"
 
 
-def read(place: Place, split: str, facts: SplitFacts) -> Shaped[np.ndarray, "sample"]:
+def read(place: Storage, split: str, facts: SplitInfo) -> Shaped[np.ndarray, "sample"]:
     """Return the rows of a split's index, none of which points out of the split's shards.
 
     Args:
@@ -52,7 +52,7 @@ def read(place: Place, split: str, facts: SplitFacts) -> Shaped[np.ndarray, "sam
     path = f"{place}/{index_name(split)}"
     try:
         # The manifest says how many rows it has.
-        expected_bytes = facts.images * INDEX_ROW.itemsize + _MAX_HEADER_BYTES
+        expected_bytes = facts.images * INDEX_DTYPE.itemsize + _MAX_HEADER_BYTES
         data = place.fetch(index_name(split), min(expected_bytes, MAX_INDEX_BYTES))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}, wanted the split's index; {CURE}") from None
@@ -67,7 +67,7 @@ def read(place: Place, split: str, facts: SplitFacts) -> Shaped[np.ndarray, "sam
         )
     for fault, rows in _faults(index, facts):
         if len(found := np.flatnonzero(rows)):
-            values = dict(zip(INDEX_ROW.names or (), index[found[0]].tolist(), strict=True))
+            values = dict(zip(INDEX_DTYPE.names or (), index[found[0]].tolist(), strict=True))
             values["tar"] = shard_name(split, values["shard"])
             ids = ", ".join(map(str, index["image_id"][found[:_NAMED]]))
             raise UserError(
@@ -87,19 +87,19 @@ def _parse(data: bytes, path: str) -> Shaped[np.ndarray, "sample"]:
     # NumPy lets out what its parsers raise on a damaged header: SyntaxError, TokenError and others.
     except Exception as error:
         raise UserError(f"{path}: not an index ({' '.join(str(error).split()):.200}); {CURE}") from None
-    if dtype != INDEX_ROW:
-        raise UserError(f"{path}: columns {dtype.names!s:.200}, wanted {INDEX_ROW.names}; {CURE}")
-    there = (len(data) - file.tell()) / INDEX_ROW.itemsize
+    if dtype != INDEX_DTYPE:
+        raise UserError(f"{path}: columns {dtype.names!s:.200}, wanted {INDEX_DTYPE.names}; {CURE}")
+    there = (len(data) - file.tell()) / INDEX_DTYPE.itemsize
     if fortran_order or len(shape) != 1 or shape[0] != there:
         raise UserError(
             f"{path}: rows of shape {shape!s:.80} in {'Fortran' if fortran_order else 'C'} order,"
             f" expected ({there:g},) in C order; {CURE}"
         )
-    return np.frombuffer(data, INDEX_ROW, offset=file.tell())
+    return np.frombuffer(data, INDEX_DTYPE, offset=file.tell())
 
 
 def _faults(
-    index: Shaped[np.ndarray, "sample"], facts: SplitFacts
+    index: Shaped[np.ndarray, "sample"], facts: SplitInfo
 ) -> Iterator[tuple[str, Bool[np.ndarray, "sample"]]]:
     """Yield what a row may not have, and the rows that have it; later ones rely on the earlier ones."""
     shards = index["shard"]

@@ -15,23 +15,23 @@ from torch import Tensor
 
 from captionscale.config import Data
 from captionscale.data import decode, transforms
-from captionscale.data.feature_cache import Cache
+from captionscale.data.feature_cache import FeatureReader
 from captionscale.data.shards import Split
 from captionscale.vocab import PAD, Vocabulary
 
 Items = Int[np.ndarray, "item"]
 View = UInt8[np.ndarray, "size size 3"] | Float16[np.ndarray, "region feature"]
 Views = UInt8[np.ndarray, "image size size 3"] | Float16[np.ndarray, "image region feature"]
-Pictures = UInt8[Tensor, "image 3 size size"] | Float16[Tensor, "image region feature"]
+ImageBatch = UInt8[Tensor, "image 3 size size"] | Float16[Tensor, "image region feature"]
 Captions = list[list[int]]
-_Work = tuple[Items, Pictures, list[Future[list[Captions]]]]
+_Work = tuple[Items, ImageBatch, list[Future[list[Captions]]]]
 
 
 @dataclass(frozen=True)
 class Batch:
     """Pictures and all captions of each of them."""
 
-    images: Pictures
+    images: ImageBatch
     """As pixels, channels last in memory; or as the features that an encoder has made of them."""
     tokens: Int[Tensor, "caption time"]
     """Start, words, end, then padding."""
@@ -56,7 +56,7 @@ class Loader:
         vocabulary: Vocabulary,
         data: Data,
         seed: int = 0,
-        features: Cache | None = None,
+        features: FeatureReader | None = None,
     ):
         """Take what batches are made of.
 
@@ -77,7 +77,7 @@ class Loader:
         torch.get_num_threads()
         self._pool = ThreadPoolExecutor(data.workers, "decode", torch.set_num_threads, (1,))
 
-    def ahead(
+    def prefetch(
         self, requests: Iterable[tuple[Int[np.ndarray, "_"], int | None]], depth: int = 3
     ) -> Iterator[Batch]:
         """Yield the batch of each request, decoding the next ones meanwhile.
@@ -112,7 +112,7 @@ class Loader:
         work = [self._pool.submit(self._fill, rows[piece], items[piece], epoch) for piece in pieces]
         return items, pictures, work
 
-    def _room(self, count: int) -> Pictures:
+    def _room(self, count: int) -> ImageBatch:
         """Return the memory of a batch's pictures, which is yet to be filled."""
         # Once a GPU is in use: torch keeps pinned memory, and gives it out again when it was copied.
         pinned: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
@@ -134,21 +134,21 @@ class Loader:
         if self.features is not None:
             return self.features[item]
         data = self.data
-        place = f"{self.split.place}: image {self.split.index[item]['image_id']}"
-        picture = decode.pixels(self.split.image(item), place)
+        place = f"{self.split.storage}: image {self.split.index[item]['image_id']}"
+        picture = decode.decode_image(self.split.image(item), place)
         if epoch is None:
-            return transforms.centre_view(picture, data.image_size)
-        return transforms.random_view(
+            return transforms.center_crop(picture, data.image_size)
+        return transforms.augment(
             picture,
             data.image_size,
             crop_scale=data.crop_scale,
             flip=data.flip,
-            colour_jitter=data.colour_jitter,
+            color_jitter=data.color_jitter,
             rotate=data.rotate,
             random=np.random.default_rng([self.seed, epoch, item]),
         )
 
-    def _collate(self, items: Items, pictures: Pictures, work: list[Future[list[Captions]]]) -> Batch:
+    def _collate(self, items: Items, pictures: ImageBatch, work: list[Future[list[Captions]]]) -> Batch:
         captions = [sample for piece in work for sample in piece.result()]
         rows = [tokens for each in captions for tokens in each]
         tokens = np.full((len(rows), max(map(len, rows), default=0)), PAD)

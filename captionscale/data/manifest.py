@@ -12,7 +12,7 @@ from captionscale.errors import UserError
 from captionscale.files import MB, read_file
 
 FORMAT = 2
-MAX_BYTES = 16 * MB
+MAX_MANIFEST_BYTES = 16 * MB
 """Of a manifest: 100,000 shards of 150 bytes each; its JSON takes 20 times as much memory at worst."""
 MAX_INDEX_BYTES = 2000 * MB
 """Of an index, whatever the manifest says: 22 million images."""
@@ -59,7 +59,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     images: _Count
 
 
-class SplitFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One split.
 
     Attributes:
@@ -88,7 +88,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: int
     images: Images
-    splits: dict[str, SplitFacts]
+    splits: dict[str, SplitInfo]
 
     def dumps(self) -> bytes:
         """Return the file's content."""
@@ -124,7 +124,7 @@ def read(folder: Path) -> Manifest:
     Raises:
         UserError: No manifest, a damaged one, or one of another format.
     """
-    return fetch(lambda name: read_file(folder / name, MAX_BYTES), str(folder))
+    return fetch(lambda name: read_file(folder / name, MAX_MANIFEST_BYTES), str(folder))
 
 
 def fetch(file: Callable[[str], bytes], place: str) -> Manifest:

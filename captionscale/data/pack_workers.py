@@ -9,11 +9,11 @@ from itertools import islice
 from multiprocessing import forkserver
 
 from captionscale import subprocesses
-from captionscale.data.shard_writer import Job, Written, finished, write_shard
+from captionscale.data.shard_writer import ShardJob, WrittenShard, load_finished, write_shard
 from captionscale.errors import UserError
 
 
-def write_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Written]]:
+def write_shards(jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[ShardJob, WrittenShard]]:
     """Yield each job and its shard as they come: first those that an earlier call finished.
 
     Args:
@@ -25,7 +25,7 @@ def write_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Written]
     """
     todo = []
     for job in jobs:
-        if shard := finished(job):
+        if shard := load_finished(job):
             yield job, shard
         else:
             todo.append(job)
@@ -45,7 +45,7 @@ def write_all(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Written]
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, ours)
     pool = ProcessPoolExecutor(min(workers, len(todo)) or 1, context, _start, (resizes,))
-    waiting: dict[Future[Written], Job] = {}
+    waiting: dict[Future[WrittenShard], ShardJob] = {}
     remaining = iter(todo)
     try:
         while True:

@@ -17,13 +17,13 @@ from jaxtyping import Int
 from captionscale import parsing, version
 from captionscale.data import manifest, shards
 from captionscale.data.index import index_name
-from captionscale.data.manifest import MAX_REJECTED_BYTES, Images, Manifest, Shard, SplitFacts
-from captionscale.data.pack_workers import write_all
-from captionscale.data.shard_writer import Job, Rejected, Written, read_rejected
-from captionscale.data.sources.record import Record, in_order
+from captionscale.data.manifest import MAX_REJECTED_BYTES, Images, Manifest, Shard, SplitInfo
+from captionscale.data.pack_workers import write_shards
+from captionscale.data.shard_writer import RejectedImage, ShardJob, WrittenShard, read_rejected
+from captionscale.data.sources.record import Record, sort_records
 from captionscale.errors import UserError
-from captionscale.files import atomic, cores, lock, read_file, sha256_of
-from captionscale.progress import working
+from captionscale.files import atomic_write, cpu_count, lock, read_file, sha256_of
+from captionscale.progress import spinner
 
 REJECTED = "rejected.jsonl"
 WORK = ".packing"
@@ -41,7 +41,7 @@ _PLAN_DECODER = msgspec.json.Decoder(_Plan)
 
 
 @dataclass(frozen=True)
-class Options:
+class PackOptions:
     """How records become shards.
 
     Between a killed call and the one that ends it, `max_rejected` and `workers` alone may change.
@@ -50,7 +50,7 @@ class Options:
         images_per_shard: Images in a full shard, but for rejected ones.
         short_side: Make images smaller until their shorter side has so many pixels; None keeps their bytes.
         quality: JPEG quality of those that are made smaller.
-        whole: Decode every image, so that a damaged one is found now and not at step 30,000.
+        full_decode: Decode every image, so that a damaged one is found now and not at step 30,000.
         max_rejected: Greatest share of images that may be unreadable.
         workers: Processes.
     """
@@ -58,7 +58,7 @@ class Options:
     images_per_shard: int = 1000
     short_side: int | None = None
     quality: int = 95
-    whole: bool = True
+    full_decode: bool = True
     max_rejected: float = 0.001
     workers: int = 1
 
@@ -68,7 +68,7 @@ def pack(
     out: Path,
     *,
     sources: Iterable[Path],
-    options: Options = Options(),
+    options: PackOptions = PackOptions(),
     progress: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
     """Write records into `out`, beside the splits that are there already.
@@ -91,7 +91,7 @@ def pack(
         before = manifest.read(out) if (out / manifest.MANIFEST).exists() else None
         hashes = _hashes(sources)
         by_split = {
-            split: list(members) for split, members in groupby(in_order(records), lambda it: it.split)
+            split: list(members) for split, members in groupby(sort_records(records), lambda it: it.split)
         }
         fingerprints = {split: _fingerprint(members, hashes, options) for split, members in by_split.items()}
         if before and all(
@@ -104,8 +104,8 @@ def pack(
         _refuse_known(out, before, by_split, options)
         work = _open_work(out, before, fingerprints, _tool(options))
         jobs = {split: _jobs(split, members, out, work, options) for split, members in by_split.items()}
-        written: dict[Path, Written] = {}
-        for job, shard in write_all([*chain(*jobs.values())], options.workers):
+        written: dict[Path, WrittenShard] = {}
+        for job, shard in write_shards([*chain(*jobs.values())], options.workers):
             written[job.path] = shard
             progress(len(job.records))
         rejected = [image for split in jobs for job in jobs[split] for image in written[job.path].rejected]
@@ -116,13 +116,13 @@ def pack(
             finished = {job.path.name: written[job.path] for job in jobs[split]}
             splits[split] = _finish(split, finished, out, hashes, fingerprints[split], _tool(options))
         result = Manifest(manifest.FORMAT, _images(options), splits)
-        with atomic(out / manifest.MANIFEST) as file:
+        with atomic_write(out / manifest.MANIFEST) as file:
             file.write(result.dumps())
         rmtree(work)
         return result
 
 
-def first_id(out: Path, splits: Iterable[str]) -> int:
+def first_image_id(out: Path, splits: Iterable[str]) -> int:
     """Return where to count from, if the images of these splits have no ids of their own.
 
     A second call on the same files counts as the first one did.
@@ -145,13 +145,13 @@ def _hashes(sources: Iterable[Path]) -> dict[str, str]:
     # By their names, and by as much of their folders as tells them apart.
     root = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
     names = [os.path.relpath(path, root).encode(errors="replace").decode() for path in paths]
-    with working("hashing what the data set is read from"), ThreadPoolExecutor(cores()) as pool:
+    with spinner("hashing what the data set is read from"), ThreadPoolExecutor(cpu_count()) as pool:
         return dict(zip(names, pool.map(sha256_of, paths), strict=True))
 
 
-def _fingerprint(records: Iterable[Record], hashes: dict[str, str], options: Options) -> str:
+def _fingerprint(records: Iterable[Record], hashes: dict[str, str], options: PackOptions) -> str:
     """Hash all that a split's shards depend on, but for the images' bytes and where they lie."""
-    facts = (manifest.FORMAT, sorted(hashes.items()), options.images_per_shard, options.whole)
+    facts = (manifest.FORMAT, sorted(hashes.items()), options.images_per_shard, options.full_decode)
     hasher = hashlib.sha256(repr((*facts, _images(options))).encode())
     for it in records:
         # A tar is part of the place, a folder is not: it may be mounted elsewhere.
@@ -160,18 +160,18 @@ def _fingerprint(records: Iterable[Record], hashes: dict[str, str], options: Opt
     return hasher.hexdigest()
 
 
-def _tool(options: Options) -> str:
+def _tool(options: PackOptions) -> str:
     makers = [] if options.short_side is None else ["pillow", "simplejpeg", "torch"]
     versions = [f"{name} {version_of(name)}" for name in makers]
     return ", ".join([f"captionscale {version.__version__}", *versions])
 
 
-def _images(options: Options) -> Images:
+def _images(options: PackOptions) -> Images:
     return Images() if options.short_side is None else Images(options.short_side, options.quality)
 
 
 def _refuse_known(
-    out: Path, before: Manifest | None, by_split: dict[str, list[Record]], options: Options
+    out: Path, before: Manifest | None, by_split: dict[str, list[Record]], options: PackOptions
 ) -> None:
     """Refuse what would make the folder lie: a split or an image twice, two ways to store images."""
     ids: dict[str, Int[np.ndarray, "image"]] = {}
@@ -251,39 +251,41 @@ def _open_work(out: Path, before: Manifest | None, fingerprints: dict[str, str],
                 " move it away, or take another --out"
             )
     work.mkdir()
-    with atomic(plan) as file:
+    with atomic_write(plan) as file:
         file.write(msgspec.json.encode(wanted))
     return work
 
 
-def _jobs(split: str, records: list[Record], out: Path, work: Path, options: Options) -> list[Job]:
+def _jobs(split: str, records: list[Record], out: Path, work: Path, options: PackOptions) -> list[ShardJob]:
     jobs = []
     for number, start in enumerate(range(0, len(records), options.images_per_shard)):
         path = out / manifest.shard_name(split, number)
         part = records[start : start + options.images_per_shard]
         done = work / f"{path.stem}.npz"
-        jobs.append(Job(path, number, part, options.whole, options.short_side, options.quality, done))
+        jobs.append(
+            ShardJob(path, number, part, options.full_decode, options.short_side, options.quality, done)
+        )
     return jobs
 
 
-def _write_rejected(out: Path, rejected: list[Rejected], splits: Iterable[str]) -> None:
+def _write_rejected(out: Path, rejected: list[RejectedImage], splits: Iterable[str]) -> None:
     """Renew the lines of these splits; no file, if nothing was rejected."""
     path = out / REJECTED
     lines = [line for line in _read_rejected(out) if line.split not in splits] + rejected
     if lines:
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             file.write(msgspec.json.Encoder().encode_lines(lines))
     else:
         path.unlink(missing_ok=True)
 
 
-def _read_rejected(out: Path) -> list[Rejected]:
+def _read_rejected(out: Path) -> list[RejectedImage]:
     path = out / REJECTED
     return read_rejected(read_file(path, MAX_REJECTED_BYTES), str(path)) if path.exists() else []
 
 
 def _refuse_rejected(
-    out: Path, rejected: list[Rejected], by_split: dict[str, list[Record]], options: Options
+    out: Path, rejected: list[RejectedImage], by_split: dict[str, list[Record]], options: PackOptions
 ) -> None:
     most = options.max_rejected
     for split, members in by_split.items():
@@ -298,14 +300,19 @@ def _refuse_rejected(
 
 
 def _finish(
-    split: str, written: dict[str, Written], out: Path, hashes: dict[str, str], fingerprint: str, tool: str
-) -> SplitFacts:
+    split: str,
+    written: dict[str, WrittenShard],
+    out: Path,
+    hashes: dict[str, str],
+    fingerprint: str,
+    tool: str,
+) -> SplitInfo:
     """Write a split's index; return what the manifest says of it."""
     index = np.concatenate([shard.rows for shard in written.values()])
     index_path = out / index_name(split)
-    with atomic(index_path) as file:
+    with atomic_write(index_path) as file:
         np.save(file, index, allow_pickle=False)
-    return SplitFacts(
+    return SplitInfo(
         images=len(index),
         captions=int(index["captions"].sum()),
         rejected=sum(len(shard.rejected) for shard in written.values()),

@@ -14,7 +14,7 @@ from captionscale.data import decode
 _LONGEST = 65_500
 
 
-def resized(data: bytes, place: str, *, side: int, quality: int) -> bytes:
+def resize_to_jpeg(data: bytes, place: str, *, side: int, quality: int) -> bytes:
     """Return an image as a smaller JPEG, upright, without EXIF and without its colour profile.
 
     Nothing is enlarged: an image whose shorter side is no longer than `side` keeps its bytes, and so does one
@@ -27,23 +27,23 @@ def resized(data: bytes, place: str, *, side: int, quality: int) -> bytes:
         quality: Of the JPEG, 1 to 100; its colours have half the resolution (4:2:0).
 
     Raises:
-        UserError: As `images.pixels` does.
+        UserError: As `decode.decode_image` does.
     """
-    image = decode.pixels(data, place)
-    height, width = shrunk_size(image.shape[0], image.shape[1], side)
+    image = decode.decode_image(data, place)
+    height, width = resized_shape(image.shape[0], image.shape[1], side)
     if min(image.shape[:2]) <= side or max(height, width) > _LONGEST:
         return data
-    jpeg: bytes = simplejpeg.encode_jpeg(scaled(image, height, width), quality, colorsubsampling="420")
+    jpeg: bytes = simplejpeg.encode_jpeg(resize_image(image, height, width), quality, colorsubsampling="420")
     return jpeg
 
 
-def shrunk_size(height: int, width: int, side: int) -> tuple[int, int]:
+def resized_shape(height: int, width: int, side: int) -> tuple[int, int]:
     """Return the height and width of a picture whose shorter side is to have `side` pixels."""
     short = min(height, width)
     return round(height / short * side), round(width / short * side)
 
 
-def scaled(
+def resize_image(
     image: UInt8[np.ndarray, "height width 3"],
     new_height: int,
     new_width: int,

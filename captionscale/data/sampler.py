@@ -16,7 +16,7 @@ from captionscale.errors import UserError
 
 # Two orders are one only if they are the same object: the hash of a million shards' sizes takes 10 ms.
 @dataclass(frozen=True, eq=False)
-class Order:
+class BatchSampler:
     """The order of a split's samples over all epochs.
 
     Args:
@@ -24,7 +24,7 @@ class Order:
         seed: Of the experiment.
         global_batch: Samples in one step.
         micro_batch: Samples in one micro-batch, at most.
-        window: Samples are shuffled within so many neighbouring shards of a stream.
+        shuffle_window: Samples are shuffled within so many neighbouring shards of a stream.
 
     Raises:
         UserError: Too few samples to give each micro-batch one at each step.
@@ -34,25 +34,25 @@ class Order:
     seed: int
     global_batch: int
     micro_batch: int
-    window: int
+    shuffle_window: int
 
     def __post_init__(self) -> None:
-        if sum(self.shard_sizes) // self.streams < self.steps_per_epoch:
+        if sum(self.shard_sizes) // self.micro_batches_per_step < self.steps_per_epoch:
             raise UserError(
-                f"train split: {sum(self.shard_sizes):,} samples cannot give each of {self.streams}"
+                f"train split: {sum(self.shard_sizes):,} samples cannot give each of {self.micro_batches_per_step}"
                 f" micro-batches at least one sample in each of {self.steps_per_epoch} steps of an epoch;"
                 " lower train.global_batch or raise train.micro_batch"
             )
 
     @property
-    def streams(self) -> int:
+    def micro_batches_per_step(self) -> int:
         """Micro-batches in a step."""
         return self.global_batch // self.micro_batch
 
     @cached_property
     def steps_per_epoch(self) -> int:
         """Steps in which each sample is read exactly once."""
-        longest_stream = -(-sum(self.shard_sizes) // self.streams)
+        longest_stream = -(-sum(self.shard_sizes) // self.micro_batches_per_step)
         return -(-longest_stream // self.micro_batch)
 
     def epoch(self, step: int) -> int:
@@ -68,9 +68,9 @@ class Order:
         Raises:
             UserError: More ranks than micro-batches.
         """
-        if self.streams < world_size:
+        if self.micro_batches_per_step < world_size:
             raise UserError(
-                f"train.global_batch = {self.global_batch} holds {self.streams} micro-batches of"
+                f"train.global_batch = {self.global_batch} holds {self.micro_batches_per_step} micro-batches of"
                 f" train.micro_batch = {self.micro_batch}, wanted one for each of {world_size} processes;"
                 " lower train.micro_batch or start fewer processes"
             )
@@ -78,13 +78,13 @@ class Order:
         part = step % self.steps_per_epoch
         return [
             (number, _part(streams[number], part, self.steps_per_epoch))
-            for number in range(rank, self.streams, world_size)
+            for number in range(rank, self.micro_batches_per_step, world_size)
         ]
 
 
 # Two: at an epoch's end the loader reads ahead into the next one.
 @lru_cache(maxsize=2)
-def _streams(order: Order, epoch: int) -> list[Int[np.ndarray, "_"]]:
+def _streams(order: BatchSampler, epoch: int) -> list[Int[np.ndarray, "_"]]:
     """Return the items of each stream of an epoch, in the order in which they are read."""
     random = np.random.default_rng([order.seed, epoch])
     sizes = np.array(order.shard_sizes)
@@ -96,9 +96,9 @@ def _streams(order: Order, epoch: int) -> list[Int[np.ndarray, "_"]]:
     shard_rank = np.repeat(np.arange(len(sizes)), sizes[shuffled])
     chance = random.random(len(sequence))
     streams = []
-    for part in range(order.streams):
-        start, stop = (len(sequence) * edge // order.streams for edge in (part, part + 1))
-        window = (shard_rank[start:stop] - shard_rank[start : start + 1]) // order.window
+    for part in range(order.micro_batches_per_step):
+        start, stop = (len(sequence) * edge // order.micro_batches_per_step for edge in (part, part + 1))
+        window = (shard_rank[start:stop] - shard_rank[start : start + 1]) // order.shuffle_window
         streams.append(sequence[start:stop][np.lexsort((chance[start:stop], window))])
     return streams
 

@@ -29,7 +29,7 @@ _WAIT_FOR_ROOM_S = 600.0
 _SAME_USE_S = 10.0
 
 
-class Cache:
+class ShardCache:
     """Shards that came from elsewhere, as local files; threads and forks may share it."""
 
     def __init__(self, folder: Path | None, limit_gb: float):

@@ -18,11 +18,11 @@ from jaxtyping import Shaped
 
 from captionscale import parsing
 from captionscale.data import decode, ustar
-from captionscale.data.index import INDEX_ROW
+from captionscale.data.index import INDEX_DTYPE
 from captionscale.data.shards import Sample
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.files import atomic, open_file
+from captionscale.files import atomic_write, open_file
 
 _GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _BAD_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
@@ -35,14 +35,14 @@ class _Unreadable(Exception):  # noqa: N818
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """One shard to write.
 
     Attributes:
         path: Of the tar.
         number: Of the shard in its split.
         records: What goes in, in this order.
-        whole: Decode every image; otherwise look at its header alone.
+        full_decode: Decode every image; otherwise look at its header alone.
         short_side: Make images smaller until their shorter side has so many pixels; None keeps their bytes.
         quality: JPEG quality of those that are made smaller.
         done: File that says that the tar is finished, and what is in it.
@@ -51,13 +51,13 @@ class Job:
     path: Path
     number: int
     records: Sequence[Record]
-    whole: bool
+    full_decode: bool
     short_side: int | None
     quality: int
     done: Path
 
 
-class Rejected(msgspec.Struct, frozen=True):
+class RejectedImage(msgspec.Struct, frozen=True):
     """An image that was left out.
 
     Attributes:
@@ -80,14 +80,14 @@ class _Done(msgspec.Struct):
 
     size_bytes: int
     blake3: str
-    rejected: list[Rejected]
+    rejected: list[RejectedImage]
     stamp: str
 
 
-_REJECTED, _DONE = msgspec.json.Decoder(Rejected), msgspec.json.Decoder(_Done)
+_REJECTED, _DONE = msgspec.json.Decoder(RejectedImage), msgspec.json.Decoder(_Done)
 
 
-def read_rejected(data: bytes, place: str) -> list[Rejected]:
+def read_rejected(data: bytes, place: str) -> list[RejectedImage]:
     """Return the lines of a `rejected.jsonl`.
 
     Args:
@@ -104,7 +104,7 @@ def read_rejected(data: bytes, place: str) -> list[Rejected]:
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenShard:
     """A finished shard.
 
     Attributes:
@@ -117,10 +117,10 @@ class Written:
     rows: Shaped[np.ndarray, "sample"]
     size_bytes: int
     blake3: str
-    rejected: list[Rejected]
+    rejected: list[RejectedImage]
 
 
-def write_shard(job: Job) -> Written:
+def write_shard(job: ShardJob) -> WrittenShard:
     """Write a tar, then the file that says that it is finished.
 
     Raises:
@@ -128,40 +128,40 @@ def write_shard(job: Job) -> Written:
     """
     rows, rejected = [], []
     stamp = _stamp(job)
-    with atomic(job.path) as file, _Tar(file) as tar:
+    with atomic_write(job.path) as file, _Tar(file) as tar:
         for record in job.records:
             try:
-                data, look = _image(record, job)
+                data, info = _image(record, job)
             except _Unreadable as error:
                 place = record.place
                 reason = str(error).removeprefix(f"{place}: ")
-                rejected.append(Rejected(record.split, record.image_id, place, record.offset, reason))
+                rejected.append(RejectedImage(record.split, record.image_id, place, record.offset, reason))
                 continue
             text = msgspec.json.encode(Sample(record.image_id, record.name, record.captions))
             key = f"{record.image_id:012d}"
             rows.append(
                 (
                     job.number,
-                    tar.add(f"{key}.{look.extension}", data),
+                    tar.add(f"{key}.{info.extension}", data),
                     len(data),
                     tar.add(f"{key}.json", text),
                     len(text),
                     record.image_id,
                     len(record.captions),
-                    look.width,
-                    look.height,
+                    info.width,
+                    info.height,
                     xxhash.xxh3_64_intdigest(data),
                     xxhash.xxh3_64_intdigest(text),
                 )
             )
-    written = Written(np.array(rows, INDEX_ROW), tar.size_bytes, tar.blake3.hexdigest(), rejected)
-    with atomic(job.done) as file:
+    written = WrittenShard(np.array(rows, INDEX_DTYPE), tar.size_bytes, tar.blake3.hexdigest(), rejected)
+    with atomic_write(job.done) as file:
         facts = _Done(written.size_bytes, written.blake3, rejected, stamp)
         np.savez(file, rows=written.rows, facts=np.frombuffer(msgspec.json.encode(facts), np.uint8))
     return written
 
 
-def finished(job: Job) -> Written | None:
+def load_finished(job: ShardJob) -> WrittenShard | None:
     """Return a shard that an earlier call finished.
 
     One with rejected images does not count, as somebody may have repaired them; nor does one of which a
@@ -176,14 +176,14 @@ def finished(job: Job) -> Written | None:
             rows = saved["rows"]
         whole = job.path.stat().st_size == facts.size_bytes and not facts.rejected
         whole = whole and facts.stamp == _stamp(job)
-        whole = whole and rows.dtype == INDEX_ROW and rows.shape == (len(job.records),)
+        whole = whole and rows.dtype == INDEX_DTYPE and rows.shape == (len(job.records),)
     # What NumPy and zipfile raise on a damaged file is anything; such a shard is written again.
     except Exception:
         return None
-    return Written(rows, facts.size_bytes, facts.blake3, []) if whole else None
+    return WrittenShard(rows, facts.size_bytes, facts.blake3, []) if whole else None
 
 
-def _image(record: Record, job: Job) -> tuple[bytes, decode.Look]:
+def _image(record: Record, job: ShardJob) -> tuple[bytes, decode.ImageInfo]:
     place = record.place
     try:
         data = record.read()
@@ -199,17 +199,17 @@ def _image(record: Record, job: Job) -> tuple[bytes, decode.Look]:
         ) from None
     try:
         if job.short_side is None:
-            return data, decode.look(data, place, whole=job.whole)
+            return data, decode.image_info(data, place, full_decode=job.full_decode)
         # Torch is slow to import: only who makes images smaller waits for it.
-        from captionscale.data.resize import resized
+        from captionscale.data.resize import resize_to_jpeg
 
-        data = resized(data, place, side=job.short_side, quality=job.quality)
-        return data, decode.look(data, place, whole=False)
+        data = resize_to_jpeg(data, place, side=job.short_side, quality=job.quality)
+        return data, decode.image_info(data, place, full_decode=False)
     except UserError as error:
         raise _Unreadable(str(error)) from None
 
 
-def _stamp(job: Job) -> str:
+def _stamp(job: ShardJob) -> str:
     """Return a hash of the sizes and times of the files that a shard is made of."""
     hasher = hashlib.sha256()
     for path in dict.fromkeys(record.file for record in job.records):

@@ -16,7 +16,7 @@ from jaxtyping import Int, Shaped
 from captionscale import parsing
 from captionscale.data import index
 from captionscale.data.manifest import CURE
-from captionscale.data.storage import Place, as_place, manifest_of
+from captionscale.data.storage import Storage, as_storage, read_manifest
 from captionscale.errors import UserError, did_you_mean
 
 
@@ -44,28 +44,28 @@ class Split:
     Safe to read from many threads: reads carry their own position.
     """
 
-    def __init__(self, where: Place | Path, name: str, *, check: bool = True):
+    def __init__(self, where: Storage | Path, name: str, *, check_sizes: bool = True):
         """Open a split and compare its index and the sizes of its shards with the manifest.
 
         Args:
             where: What `captionscale pack` wrote.
             name: Such as `train`.
-            check: Whether the shards' sizes are compared.
+            check_sizes: Whether the shards' sizes are compared.
 
         Raises:
             UserError: No such split, an empty one, a damaged index, or a shard that is missing or of the
                 wrong size.
         """
-        place = as_place(where)
-        splits = manifest_of(place).splits
+        place = as_storage(where)
+        splits = read_manifest(place).splits
         if name not in splits:
             raise UserError(f"{place}: no split '{name}'; {did_you_mean(name, splits)}")
-        self.place = place
+        self.storage = place
         self.name = name
-        self.facts = splits[name]
-        for shard in self.facts.shards if check else ():
-            place.check(shard)
-        self.index: Shaped[np.ndarray, "sample"] = index.read(place, name, self.facts)
+        self.info = splits[name]
+        for shard in self.info.shards if check_sizes else ():
+            place.check_size(shard)
+        self.index: Shaped[np.ndarray, "sample"] = index.read(place, name, self.info)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -73,13 +73,13 @@ class Split:
     @property
     def sha256(self) -> str:
         """Hash of the index and so of which sample is where; the manifest holds those of the bytes."""
-        facts = json.dumps([self.facts.index_sha256, [shard.blake3 for shard in self.facts.shards]])
+        facts = json.dumps([self.info.index_sha256, [shard.blake3 for shard in self.info.shards]])
         return hashlib.sha256(facts.encode()).hexdigest()
 
     @property
     def shard_sizes(self) -> Int[np.ndarray, "shard"]:
         """Number of samples in each shard."""
-        return np.bincount(self.index["shard"], minlength=len(self.facts.shards))
+        return np.bincount(self.index["shard"], minlength=len(self.info.shards))
 
     def image(self, item: int) -> bytes:
         """Return the stored bytes of an image.
@@ -104,7 +104,7 @@ class Split:
         except ValueError as error:
             raise UserError(f"{self._place(item, 'json')} holds no sample ({error}); {CURE}") from None
 
-    def need_captions(self, purpose: str) -> None:
+    def require_captions(self, purpose: str) -> None:
         """Refuse a split of which an image has no captions.
 
         Args:
@@ -115,7 +115,7 @@ class Split:
         """
         if missing := int((self.index["captions"] == 0).sum()):
             raise UserError(
-                f"{self.place}: {missing:,} of {len(self):,} images of split '{self.name}' have no captions;"
+                f"{self.storage}: {missing:,} of {len(self):,} images of split '{self.name}' have no captions;"
                 f" wanted them {purpose}"
             )
 
@@ -126,7 +126,7 @@ class Split:
     def _read(self, item: int, part: str) -> bytes:
         row = self.index[item]
         shard, offset, size = int(row["shard"]), int(row[f"{part}_offset"]), int(row[f"{part}_size"])
-        data = self.place.pread(self.facts.shards[shard], offset, size)
+        data = self.storage.pread(self.info.shards[shard], offset, size)
         if len(data) != size:
             raise UserError(f"{self._place(item, part)} ends after {len(data):,} of {size:,} bytes; {CURE}")
         # Shards may change after they were packed, and nothing else here would notice another caption.
@@ -136,25 +136,25 @@ class Split:
             what = "bytes at" if part == "image" else "captions at byte"
             whose = f"those of image {owners[0]}" if len(owners) else "not those packed"
             raise UserError(
-                f"{self.place}/{self.facts.shards[shard].name}: image {row['image_id']}: the {what}"
+                f"{self.storage}/{self.info.shards[shard].name}: image {row['image_id']}: the {what}"
                 f" {offset:,} are {whose}; found xxh3 {found:016x}, expected {expected:016x}; {CURE}"
             )
         return data
 
     def _place(self, item: int, part: str) -> str:
         row = self.index[item]
-        name = self.facts.shards[int(row["shard"])].name
+        name = self.info.shards[int(row["shard"])].name
         return f"{name}: image {row['image_id']}: {part} at byte {int(row[f'{part}_offset']):,}"
 
 
-def find(where: Place | Path, image_id: int) -> tuple[Split, int]:
+def find_image(where: Storage | Path, image_id: int) -> tuple[Split, int]:
     """Return the split and the item of an image.
 
     Raises:
         UserError: No split holds it.
     """
-    place = as_place(where)
-    for name in manifest_of(place).splits:
+    place = as_storage(where)
+    for name in read_manifest(place).splits:
         split = Split(place, name)
         items = np.flatnonzero(split.index["image_id"] == image_id)
         if len(items):

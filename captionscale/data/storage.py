@@ -13,28 +13,28 @@ from pathlib import Path
 from typing import IO
 
 from captionscale import credentials
-from captionscale.config import CACHE_GB
+from captionscale.config import DEFAULT_CACHE_GB
 from captionscale.data import download, manifest
 from captionscale.data.manifest import CURE, Shard
-from captionscale.data.shard_cache import Cache
+from captionscale.data.shard_cache import ShardCache
 from captionscale.errors import UserError
 from captionscale.files import blake3_of, read_file
 
-_KEPT = 100
+_MAX_OPEN_SHARDS = 100
 """Shards of a folder that one reader keeps open."""
 
 
-class Folder:
+class LocalStorage:
     """A packed folder on a disk of this machine."""
 
     def __init__(self, path: Path):
         self.path = path
-        self._opened = lru_cache(maxsize=_KEPT)(_Opened)
+        self._opened = lru_cache(maxsize=_MAX_OPEN_SHARDS)(_Opened)
 
     def __str__(self) -> str:
         return str(self.path)
 
-    def fetch(self, name: str, max_bytes: int = manifest.MAX_BYTES) -> bytes:
+    def fetch(self, name: str, max_bytes: int = manifest.MAX_MANIFEST_BYTES) -> bytes:
         """Return a small file whole, of at most so many bytes.
 
         Raises:
@@ -42,7 +42,7 @@ class Folder:
         """
         return read_file(self.path / name, max_bytes)
 
-    def check(self, shard: Shard) -> None:
+    def check_size(self, shard: Shard) -> None:
         """Compare a shard's size with the manifest's.
 
         Raises:
@@ -66,28 +66,28 @@ class Folder:
         return _pread(self._opened(path), path, offset, size)
 
     @contextmanager
-    def local(self, shard: Shard) -> Iterator[Path]:
+    def local_path(self, shard: Shard) -> Iterator[Path]:
         """Give a whole shard as a file."""
         yield self.path / shard.name
 
 
-class Remote:
+class RemoteStorage:
     """A packed folder behind a URL, with its local cache."""
 
-    def __init__(self, url: str, cache: Cache):
+    def __init__(self, url: str, cache: ShardCache):
         """Name the folder, without using the network.
 
         Raises:
             UserError: Nothing installed can read such a URL.
         """
-        self.url = credentials.withhold(url).rstrip("/")
+        self.url = credentials.strip_and_remember(url).rstrip("/")
         self.cache = cache
-        download.need_filesystem(self.url)
+        download.require_filesystem(self.url)
 
     def __str__(self) -> str:
         return self.url
 
-    def fetch(self, name: str, max_bytes: int = manifest.MAX_BYTES) -> bytes:
+    def fetch(self, name: str, max_bytes: int = manifest.MAX_MANIFEST_BYTES) -> bytes:
         """Return a small file whole, from the network; no more than so many bytes of it come.
 
         Raises:
@@ -96,7 +96,7 @@ class Remote:
         """
         return download.fetch(self.url, name, max_bytes)
 
-    def check(self, shard: Shard) -> None:
+    def check_size(self, shard: Shard) -> None:
         """Do nothing: a download is compared with the manifest when it comes."""
 
     def pread(self, shard: Shard, offset: int, size: int) -> bytes:
@@ -109,7 +109,7 @@ class Remote:
             return _pread(file, self.cache.path(shard), offset, size)
 
     @contextmanager
-    def local(self, shard: Shard) -> Iterator[Path]:
+    def local_path(self, shard: Shard) -> Iterator[Path]:
         """Give a whole shard as a file, with its hash compared anew and, if it rotted, downloaded anew.
 
         Raises:
@@ -127,15 +127,15 @@ class Remote:
         return self.cache.open(shard, partial(download.download, self.url, shard))
 
 
-Place = Folder | Remote
+Storage = LocalStorage | RemoteStorage
 
 
-def as_place(where: Place | Path) -> Place:
+def as_storage(where: Storage | Path) -> Storage:
     """Return a folder as the place that it is."""
-    return Folder(where) if isinstance(where, Path) else where
+    return LocalStorage(where) if isinstance(where, Path) else where
 
 
-def manifest_of(place: Place) -> manifest.Manifest:
+def read_manifest(place: Storage) -> manifest.Manifest:
     """Return what a packed folder says of itself.
 
     Raises:
@@ -144,7 +144,7 @@ def manifest_of(place: Place) -> manifest.Manifest:
     return manifest.fetch(place.fetch, str(place))
 
 
-def open_place(where: str, cache: Path | None = None, cache_gb: float = CACHE_GB) -> Place:
+def open_storage(where: str, cache: Path | None = None, cache_gb: float = DEFAULT_CACHE_GB) -> Storage:
     """Return the place of a packed folder.
 
     Args:
@@ -156,7 +156,7 @@ def open_place(where: str, cache: Path | None = None, cache_gb: float = CACHE_GB
         UserError: Nothing installed can read such a URL.
     """
     path = where.removeprefix("file://")
-    return Remote(where, Cache(cache, cache_gb)) if "://" in path else Folder(Path(path))
+    return RemoteStorage(where, ShardCache(cache, cache_gb)) if "://" in path else LocalStorage(Path(path))
 
 
 class _Opened:

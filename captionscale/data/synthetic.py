@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
-from captionscale.data.drawing import COLOURS, FLYING, TOYS, Scene, Toy, paint
+from captionscale.data.drawing import COLORS, FLYING, TOYS, Scene, Toy, draw_scene
 from captionscale.errors import UserError
 from captionscale.progress import progress
 
@@ -72,9 +72,9 @@ ABOVE = (
 )
 
 
-def world() -> tuple[list[Scene], list[Scene]]:
+def all_scenes() -> tuple[list[Scene], list[Scene]]:
     """Return every scene there is: those with one toy, and those with two of different kinds."""
-    toys = [Toy(*names) for names in itertools.product(TOYS, COLOURS)]
+    toys = [Toy(*names) for names in itertools.product(TOYS, COLORS)]
     alone = [
         Scene(setting, (toy,), side, size)
         for setting, toy, side, size in itertools.product(WHERE, toys, SIDES, SIZES)
@@ -109,11 +109,11 @@ def captions(scene: Scene, random: Random) -> list[str]:
     for pattern in random.sample(patterns, CAPTIONS_PER_IMAGE):
         size, where = pick(SIZES.get(scene.size, ("",))), pick(phrases)
         text = pattern.format(
-            a=name(first, first.colour),
-            b=name(last, last.colour),
+            a=name(first, first.color),
+            b=name(last, last.color),
             bare_a=name(first),
             bare_b=name(last),
-            sized=name(first, size, first.colour),
+            sized=name(first, size, first.color),
             sized_bare=name(first, size),
             does_a=pick(VERBS.get(first.kind, STILL)),
             does_b=pick(VERBS.get(last.kind, STILL)),
@@ -125,7 +125,7 @@ def captions(scene: Scene, random: Random) -> list[str]:
     return sentences
 
 
-def draw(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: int = 0) -> None:
+def write_coco(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: int = 0) -> None:
     """Write a sample data set in COCO 2017 layout; the same arguments write the same bytes.
 
     No scene is shown twice, so no split holds a picture of another.
@@ -142,7 +142,7 @@ def draw(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: int = 0
     for split, count in counts.items():
         if count < 0:
             raise UserError(f"{out}: {count} pictures asked for in split '{split}'; wanted none or more")
-    alone, pairs = world()
+    alone, pairs = all_scenes()
     total, limit = sum(counts.values()), len(alone) + len(pairs)
     if total > limit:
         raise UserError(
@@ -154,7 +154,7 @@ def draw(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: int = 0
     random.shuffle(scenes)
     numbered = enumerate(scenes, start=1)
     (out / "annotations").mkdir(parents=True, exist_ok=True)
-    with progress("drawing", total, passing=True) as bar:
+    with progress("drawing", total, transient=True) as bar:
         for split, count in counts.items():
             folder = out / f"{split}2017"
             folder.mkdir(exist_ok=True)
@@ -164,7 +164,7 @@ def draw(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: int = 0
                 # A stream of its own: how many numbers one picture uses does not change the next.
                 own = Random(f"{seed} {image_id}")
                 name = f"{image_id:012}.jpg"
-                paint(scene, size, own).save(folder / name, quality=JPEG_QUALITY)
+                draw_scene(scene, size, own).save(folder / name, quality=JPEG_QUALITY)
                 images.append({"id": image_id, "file_name": name, "width": size, "height": size})
                 for number, caption in enumerate(captions(scene, own), start=image_id * CAPTIONS_PER_IMAGE):
                     annotations.append({"id": number, "image_id": image_id, "caption": caption})

@@ -8,25 +8,25 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance
 
-from captionscale.data.resize import scaled
+from captionscale.data.resize import resize_image
 
 # Left, top, right and bottom of a crop, in whole pixels.
 _Box = tuple[int, int, int, int]
 _Picture = UInt8[np.ndarray, "height width 3"]
 
 
-def centre_view(image: _Picture, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def center_crop(image: _Picture, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """Return the picture's centre square, resized."""
-    return _resize(image, size, _centre_box(image))
+    return _resize(image, size, _center_box(image))
 
 
-def random_view(
+def augment(
     image: _Picture,
     size: int,
     *,
     crop_scale: tuple[float, float],
     flip: bool,
-    colour_jitter: float,
+    color_jitter: float,
     rotate: float = 0.0,
     random: np.random.Generator,
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
@@ -37,7 +37,7 @@ def random_view(
         size: Side of the result, in pixels.
         crop_scale: Least and greatest share of the area; (1, 1) takes the centre square.
         flip: Whether half of the results are mirrored.
-        colour_jitter: Greatest change of brightness, contrast and saturation.
+        color_jitter: Greatest change of brightness, contrast and saturation.
         rotate: Greatest angle by which the picture is turned about the crop's centre, in degrees. What the
             crop then holds from beyond the picture's edges has the picture's mean colour.
         random: Where all choices come from.
@@ -47,17 +47,17 @@ def random_view(
         between 3/4 and 4/3, as torchvision's RandomResizedCrop draws them.
     """
     box = None if crop_scale == (1.0, 1.0) else _random_box(image, crop_scale, random)
-    box = box or _centre_box(image)
+    box = box or _center_box(image)
     view = _turn(image, size, box, random.uniform(-rotate, rotate)) if rotate else _resize(image, size, box)
     if flip and random.random() < 0.5:
         # NumPy takes four times as long.
         view = torch.from_numpy(view).flip(1).numpy()
-    if colour_jitter:
+    if color_jitter:
         picture = Image.fromarray(view)
         enhancers: list[Callable[[Image.Image], ImageEnhance._Enhance]]
         enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
         for enhance in enhancers:
-            picture = enhance(picture).enhance(1 + random.uniform(-colour_jitter, colour_jitter))
+            picture = enhance(picture).enhance(1 + random.uniform(-color_jitter, color_jitter))
         view = np.array(picture)
     return view
 
@@ -76,7 +76,7 @@ def _random_box(image: _Picture, crop_scale: tuple[float, float], random: np.ran
     return None
 
 
-def _centre_box(image: _Picture) -> _Box:
+def _center_box(image: _Picture) -> _Box:
     height, width = image.shape[:2]
     side = min(height, width)
     left, top = (width - side) // 2, (height - side) // 2
@@ -85,7 +85,7 @@ def _centre_box(image: _Picture) -> _Box:
 
 def _resize(image: _Picture, size: int, box: _Box) -> UInt8[np.ndarray, "{size} {size} 3"]:
     left, top, right, bottom = box
-    return scaled(np.ascontiguousarray(image[top:bottom, left:right]), size, size, "bilinear")
+    return resize_image(np.ascontiguousarray(image[top:bottom, left:right]), size, size, "bilinear")
 
 
 def _turn(image: _Picture, size: int, box: _Box, degrees: float) -> UInt8[np.ndarray, "{size} {size} 3"]:

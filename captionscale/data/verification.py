@@ -13,14 +13,14 @@ from captionscale.data.manifest import CURE, MAX_REJECTED_BYTES, Manifest
 from captionscale.data.packing import REJECTED, WORK
 from captionscale.data.shard_writer import read_rejected
 from captionscale.data.shards import Split
-from captionscale.data.sources.tars import members
-from captionscale.data.storage import Place, Remote, as_place, manifest_of
+from captionscale.data.sources.tars import iter_members
+from captionscale.data.storage import RemoteStorage, Storage, as_storage, read_manifest
 from captionscale.errors import UserError
 from captionscale.files import blake3_of
 
 
 @dataclass
-class Findings:
+class VerificationReport:
     """What was found.
 
     Attributes:
@@ -33,13 +33,13 @@ class Findings:
 
 
 def verify(
-    where: Place | Path,
+    where: Storage | Path,
     *,
     deep: bool = False,
     allow_leaks: bool = False,
     workers: int = 1,
     progress: Callable[[int], None] = lambda _: None,
-) -> Findings:
+) -> VerificationReport:
     """Compare each file with its checksum, the index with the tars and all with what each sample says.
 
     Args:
@@ -52,33 +52,33 @@ def verify(
     Raises:
         UserError: The manifest cannot be read.
     """
-    place = as_place(where)
-    facts, findings = manifest_of(place), Findings()
+    place = as_storage(where)
+    facts, findings = read_manifest(place), VerificationReport()
     findings.problems += _strays(place, facts)
     findings.problems += _rejected(place, facts)
     splits = []
     for name in facts.splits:
         try:
-            split = Split(place, name, check=False)
+            split = Split(place, name, check_sizes=False)
             _check_index(split)
         except UserError as error:
             findings.problems.append(str(error))
         else:
             splits.append(split)
 
-    jobs = [(split, number) for split in splits for number in range(len(split.facts.shards))]
+    jobs = [(split, number) for split in splits for number in range(len(split.info.shards))]
     with ThreadPoolExecutor(workers) as pool:
         for (split, number), problems in zip(
             jobs, pool.map(lambda job: _check_shard(*job, deep=deep), jobs), strict=True
         ):
             findings.problems += problems
-            progress(split.facts.shards[number].images)
+            progress(split.info.shards[number].images)
     _find_duplicates(splits, findings, allow_leaks)
     return findings
 
 
-def _strays(place: Place, facts: Manifest) -> Iterator[str]:
-    if isinstance(place, Remote):
+def _strays(place: Storage, facts: Manifest) -> Iterator[str]:
+    if isinstance(place, RemoteStorage):
         return  # Not every server lists its files, and nobody reads what the manifest does not name.
     known = {shard.name for split in facts.splits.values() for shard in split.shards}
     known |= {index_name(name) for name in facts.splits}
@@ -88,7 +88,7 @@ def _strays(place: Place, facts: Manifest) -> Iterator[str]:
             yield f"{path}: the manifest does not name it; {cure}, or remove the folder and pack again"
 
 
-def _rejected(place: Place, facts: Manifest) -> Iterator[str]:
+def _rejected(place: Storage, facts: Manifest) -> Iterator[str]:
     path = f"{place}/{REJECTED}"
     # Some servers say of a file that is not there that it may not be read.
     if not any(split.rejected for split in facts.splits.values()):
@@ -107,19 +107,19 @@ def _rejected(place: Place, facts: Manifest) -> Iterator[str]:
 
 
 def _check_index(split: Split) -> None:
-    path = f"{split.place}/{index_name(split.name)}"
+    path = f"{split.storage}/{index_name(split.name)}"
     found = [int(split.index["captions"].sum()), *split.shard_sizes.tolist()]
-    wanted = [split.facts.captions, *(shard.images for shard in split.facts.shards)]
+    wanted = [split.info.captions, *(shard.images for shard in split.info.shards)]
     if found != wanted:
         raise UserError(f"{path}: number of captions or images differs from the manifest's; {CURE}")
 
 
 def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
-    facts = split.facts.shards[number]
+    facts = split.info.shards[number]
     items = np.flatnonzero(split.index["shard"] == number).tolist()
     try:
-        split.place.check(facts)
-        with split.place.local(facts) as path:
+        split.storage.check_size(facts)
+        with split.storage.local_path(facts) as path:
             found = blake3_of(path)
             problems = [problem for item in items for problem in check_sample(split, item, deep=deep)]
             if not problems and found == facts.blake3:
@@ -128,7 +128,7 @@ def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
         return [str(error)]
     if not problems and found != facts.blake3:
         problems.append(
-            f"{split.place}/{facts.name}: blake3 {found}, manifest says {facts.blake3}, though"
+            f"{split.storage}/{facts.name}: blake3 {found}, manifest says {facts.blake3}, though"
             f" each image and caption is as packed: a tar header, or the manifest, is damaged; {CURE}"
         )
     return problems
@@ -143,7 +143,7 @@ def check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
         deep: Decode its image too.
     """
     row = split.index[item]
-    place = f"{split.place}/{split.facts.shards[int(row['shard'])].name}: image {row['image_id']}"
+    place = f"{split.storage}/{split.info.shards[int(row['shard'])].name}: image {row['image_id']}"
     try:
         data, sample = split.image(item), split.sample(item)
     except UserError as error:
@@ -156,12 +156,12 @@ def check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
         )
     if deep:
         try:
-            look = decode.look(data, place, whole=True)
+            info = decode.image_info(data, place, full_decode=True)
         except UserError as error:
             yield str(error)
             return
-        if (look.width, look.height) != (row["width"], row["height"]):
-            yield f"{place}: {look.width} x {look.height} pixels, the index says otherwise; {CURE}"
+        if (info.width, info.height) != (row["width"], row["height"]):
+            yield f"{place}: {info.width} x {info.height} pixels, the index says otherwise; {CURE}"
 
 
 def _compare_with_tar(split: Split, path: Path, number: int, items: list[int]) -> Iterator[str]:
@@ -172,18 +172,18 @@ def _compare_with_tar(split: Split, path: Path, number: int, items: list[int]) -
             (int(row["image_offset"]), int(row["image_size"])),
             (int(row["json_offset"]), int(row["json_size"])),
         ]
-    found = [(member.offset_data, member.size) for member in members(path)]
+    found = [(member.offset_data, member.size) for member in iter_members(path)]
     if found != wanted:
         row = next(
             (k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),
             min(len(found), len(wanted)),
         )
         near = split.index["image_id"][items[min(row // 2, len(items) - 1)]]
-        place = f"{split.place}/{split.facts.shards[number].name}"
+        place = f"{split.storage}/{split.info.shards[number].name}"
         yield f"{place}: image {near}: the index does not say what the tar holds; {CURE}"
 
 
-def _find_duplicates(splits: list[Split], findings: Findings, allow_leaks: bool) -> None:
+def _find_duplicates(splits: list[Split], findings: VerificationReport, allow_leaks: bool) -> None:
     """Name images of the same bytes: across splits training sees what is scored, within one it is a waste."""
     if not splits:
         return

@@ -43,7 +43,7 @@ class Ranks:
             UserError: The device or the engine does not have this precision, or the launch profile asks for
                 a stage of ZeRO that is not there.
         """
-        self.zero = _zero_stage()
+        self.zero_stage = _zero_stage()
         """Stage of DeepSpeed's ZeRO that the launch profile asks for, if it does."""
         cpu = (
             os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
@@ -52,7 +52,7 @@ class Ranks:
             raise UserError(
                 "train.precision = fp16 needs a GPU, found a CPU; set train.precision to fp32, or to bf16"
             )
-        if precision == "fp16" and self.zero is not None:
+        if precision == "fp16" and self.zero_stage is not None:
             raise UserError(
                 "train.precision = fp16 has no loss scaling under ZeRO; set train.precision to bf16 or fp32,"
                 " or take --profile gpu"
@@ -72,7 +72,7 @@ class Ranks:
             raise UserError(
                 f"train.precision = {precision}: this device refuses ({error}); set train.precision to fp32"
             ) from None
-        self.size: int = self.accelerator.num_processes
+        self.world_size: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
         # Others compute it by converting each number.
@@ -84,14 +84,14 @@ class Ranks:
                 "warning: this CPU has no bf16 instructions, so train.precision = bf16 is many times slower"
                 " than fp32; set train.precision to fp32"
             )
-        self._fail_alike = False
+        self._all_fail = False
 
     def __enter__(self) -> "Ranks":
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # A rank that fails alone must not wait for its peers to take leave with it: they wait elsewhere.
-        if error is None or self.size == 1 or self._fail_alike:
+        if error is None or self.world_size == 1 or self._all_fail:
             # The launcher kills the others once one has failed, and rank 0 may still have to finish a
             # checkpoint and to tell of the error.
             self.accelerator.wait_for_everyone()
@@ -100,7 +100,7 @@ class Ranks:
             AcceleratorState._reset_state(reset_partial_state=True)
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which alone writes and speaks."""
         return self.rank == 0
 
@@ -122,48 +122,48 @@ class Ranks:
         total = torch.stack(
             [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
         )
-        if self.size > 1:
+        if self.world_size > 1:
             torch.distributed.all_reduce(total)
         return total
 
     def gather(self, items: list[T]) -> list[T]:
         """Return the items of all ranks, rank after rank."""
-        if self.size == 1:
+        if self.world_size == 1:
             return items
         gathered: list[T] = gather_object(items)
         return gathered
 
-    def on_first(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def run_on_main(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Let rank 0 do something, and return its result on every rank.
 
         An error ends the other ranks too, when rank 0 has let go of all it held; rank 0 alone tells of it.
         """
         outcome: list[Any] = [None, False]
         failure = None
-        if self.first:
+        if self.is_main:
             try:
                 outcome[0] = action(*args, **kwargs)
             except Exception as error:
                 failure, outcome[1] = error, True
-        if self.size > 1:
+        if self.world_size > 1:
             torch.distributed.broadcast_object_list(outcome, device=self.device)
-        self._fail_alike = outcome[1]
+        self._all_fail = outcome[1]
         if failure is not None:
             raise failure
-        if self._fail_alike:
+        if self._all_fail:
             raise SystemExit(1)
         result: T = outcome[0]
         return result
 
-    def share_buffers(self, model: nn.Module) -> None:
+    def broadcast_buffers_from_main(self, model: nn.Module) -> None:
         """Give all ranks the buffers of rank 0, such as the batch statistics that a checkpoint holds."""
-        if self.size > 1:
+        if self.world_size > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
-    def share(self, count: int) -> range:
+    def local_indices(self, count: int) -> range:
         """Return this rank's part of `count` things: every size-th, from its own number on."""
-        return range(self.rank, count, self.size)
+        return range(self.rank, count, self.world_size)
 
 
 def _zero_stage() -> int | None:

@@ -15,10 +15,10 @@ from jaxtyping import Float, Float32, Float64, Int
 from PIL import Image
 from torch import Tensor
 
-from captionscale.data.decode import decode
+from captionscale.data.decode import decode_pil
 from captionscale.data.shards import Split
 from captionscale.errors import UserError, did_you_mean
-from captionscale.files import cores, sha256_of
+from captionscale.files import cpu_count, sha256_of
 from captionscale.progress import Bar, progress
 from captionscale.score.optional_metrics import OptionalMetrics
 
@@ -112,7 +112,7 @@ def measure(
     image_ids = [int(image_id) for image_id in split.index["image_id"][items]]
     human = [references[image_id] for image_id in image_ids]
     flat = [text for group in human for text in group]
-    with progress("CLIPScore", len(items) * 2 + len(flat), passing=True) as bar:
+    with progress("CLIPScore", len(items) * 2 + len(flat), transient=True) as bar:
         candidates = _texts(clip, [captions[image_id] for image_id in image_ids], batch, bar)
         others = _texts(clip, flat, batch, bar)
         images = _images(clip, split, items, batch, bar)
@@ -235,10 +235,10 @@ def _views(
     clip: Clip, split: Split, items: Int[np.ndarray, "image"], batch: int
 ) -> Iterator[Float32[Tensor, "image 3 height width"]]:
     def view(item: int) -> Tensor:
-        place = f"{split.place}: image {split.index['image_id'][item]}"
-        return clip.preprocess(decode(split.image(item), place))
+        place = f"{split.storage}: image {split.index['image_id'][item]}"
+        return clip.preprocess(decode_pil(split.image(item), place))
 
-    with ThreadPoolExecutor(cores()) as threads:
+    with ThreadPoolExecutor(cpu_count()) as threads:
         for start in range(0, len(items), batch):
             yield torch.stack(list(threads.map(view, map(int, items[start : start + batch]))))
 

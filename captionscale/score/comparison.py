@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from captionscale.errors import UserError
-from captionscale.progress import working
+from captionscale.progress import spinner
 from captionscale.score.intervals import bootstrap_scores, interval
 from captionscale.score.receipt import Receipt
 from captionscale.score.tokenizer import INVISIBLE
@@ -101,7 +101,7 @@ def compare(first: Receipt, second: Receipt, *, top: int = 5) -> Comparison:
     """
     _refuse_unlike(first, second)
     metrics = [metric for metric in first.scores if metric in second.scores]
-    with working(f"scoring both on {RESAMPLES:,} sets of {len(first.images.ids):,} images"):
+    with spinner(f"scoring both on {RESAMPLES:,} sets of {len(first.images.ids):,} images"):
         resamples = [
             bootstrap_scores(receipt.images.statistics, metrics, resamples=RESAMPLES, seed=_SEED)
             for receipt in (first, second)

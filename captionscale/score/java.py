@@ -16,7 +16,7 @@ from threading import Event, Thread, Timer
 
 from captionscale import subprocesses
 from captionscale.errors import UserError
-from captionscale.files import scratch
+from captionscale.files import temp_folder
 
 # A comma for a decimal point or a Turkish dotless i would change scores.  Without the last flag every JVM
 # leaves a file in /tmp/hsperfdata_<user>, whatever its own temporary folder is.
@@ -159,7 +159,7 @@ def start(
         UserError: There is no Java, or it does not start.
     """
     java = java or find_java()
-    with scratch("java") as folder:
+    with temp_folder("java") as folder:
         stderr = folder / "stderr.txt"
         try:
             with stderr.open("wb") as file:

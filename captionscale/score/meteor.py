@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float64
 from pycocoevalcap.meteor import meteor
 
 from captionscale.errors import UserError
-from captionscale.files import scratch
+from captionscale.files import temp_folder
 from captionscale.score import java, paraphrases
 from captionscale.score.java import Jvm
 
@@ -177,7 +177,7 @@ class Meteor:
             if self._closed:
                 raise java.JavaProcessError("METEOR: closed while it started, wanted it open; measure again")
             if entries is not None:
-                file = self._stack.enter_context(scratch("meteor")) / "paraphrases.gz"
+                file = self._stack.enter_context(temp_folder("meteor")) / "paraphrases.gz"
                 file.write_bytes(gzip.compress(b"".join(entries), compresslevel=1))
                 command = (*command, "-a", file)
             for _ in range(count):

@@ -16,8 +16,8 @@ from types import TracebackType
 import numpy as np
 from jaxtyping import Float, Float64
 
-from captionscale.errors import UserError, did_you_mean, some
-from captionscale.files import cores
+from captionscale.errors import UserError, describe_images, did_you_mean
+from captionscale.files import cpu_count
 from captionscale.score import bleu, ciderd, meteor, rouge
 from captionscale.score.tokenizer import tokenize
 
@@ -68,7 +68,9 @@ class Evaluator:
                 table of paraphrases: slower, and the same to the last digit.
         """
         self._reference_implementation = reference_implementation
-        self._meteor = meteor.Meteor(workers=workers or cores(), gb=meteor_gb, full=reference_implementation)
+        self._meteor = meteor.Meteor(
+            workers=workers or cpu_count(), gb=meteor_gb, full=reference_implementation
+        )
         self._tokenized: dict[str, str] = {}
 
     def __enter__(self) -> "Evaluator":
@@ -206,7 +208,7 @@ def _check(
             image_id for image_id, texts in references.items() if isinstance(texts, str)
         ],
     }
-    found = ", ".join(f"{some(sorted(ids))} {fault}" for fault, ids in faults.items() if ids)
+    found = ", ".join(f"{describe_images(sorted(ids))} {fault}" for fault, ids in faults.items() if ids)
     if found or not references:
         raise UserError(
             f"score: found {found or 'no images at all'}; wanted one caption and at least one reference for"

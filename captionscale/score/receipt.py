@@ -14,7 +14,7 @@ from jaxtyping import Float64
 
 from captionscale import parsing
 from captionscale.errors import UserError
-from captionscale.files import MB, atomic, cores, read_file
+from captionscale.files import MB, atomic_write, cpu_count, read_file
 from captionscale.score import intervals, receipt_schema
 from captionscale.score.diagnostics import Diagnostics, diagnose
 from captionscale.score.metrics import METRICS, Scores, measure
@@ -102,7 +102,7 @@ class Receipt:
         lines += [f'"sha256": "{self.sha256}"', f'"images": {json.dumps(images, separators=(",", ":"))}']
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
     @staticmethod
@@ -246,7 +246,7 @@ def score(
         environment={
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "host": platform.node(),
-            "hardware": {"cpu": cpu_name(), "cores": cores(), **(hardware or {})},
+            "hardware": {"cpu": cpu_name(), "cores": cpu_count(), **(hardware or {})},
             "python": platform.python_version(),
         },
         images=ImageResults(ids, [captions[image_id] for image_id in ids], figures, statistics),

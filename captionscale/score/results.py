@@ -6,7 +6,7 @@ from typing import TypedDict
 
 from captionscale import parsing
 from captionscale.errors import UserError
-from captionscale.files import MB, atomic, read_file
+from captionscale.files import MB, atomic_write, read_file
 
 _MAX_BYTES = 1024 * MB
 
@@ -21,7 +21,7 @@ class Result(TypedDict):
 def write_results(results: list[Result], path: Path) -> None:
     """Write captions as COCO's evaluation server reads them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(results, ensure_ascii=False).encode())
 
 

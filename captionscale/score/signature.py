@@ -14,7 +14,7 @@ from captionscale.score.metrics import family
 from captionscale.score.optional_metrics import OptionalMetrics
 from captionscale.version import __version__
 
-_SEARCH = {key: each.default for key, each in Search.model_fields.items() if key != "batch"}
+_SEARCH = {key: each.default for key, each in Search.model_fields.items() if key != "batch_size"}
 _MAKING = {"captionscale", "ensemble", "end"} | {key.replace("_", "-") for key in _SEARCH}
 """Parts that say how captions were made, and not how they were measured."""
 
@@ -74,7 +74,7 @@ def _made(provenance: Mapping[str, Any]) -> Iterator[str]:
     search = provenance.get("search")
     if isinstance(search, Mapping):
         for key, usual in _SEARCH.items():
-            if key in search and (search[key] != usual or key in ("beam", "length_power")):
+            if key in search and (search[key] != usual or key in ("beam", "length_penalty")):
                 yield f"{key.replace('_', '-')} {search[key]}"
     if isinstance(members := provenance.get("members"), list):
         yield f"ensemble {len(members)}"

@@ -14,7 +14,7 @@ from pycocoevalcap.spice import spice
 
 from captionscale import parsing
 from captionscale.errors import UserError
-from captionscale.files import scratch, sha256_of
+from captionscale.files import sha256_of, temp_folder
 from captionscale.score import java
 from captionscale.score.optional_metrics import OptionalMetrics
 from captionscale.score.tokenizer import tokenize
@@ -71,7 +71,7 @@ def measure(
         for image_id in image_ids
     ]
     texts = len(image_ids) + sum(map(len, references.values()))
-    with scratch("spice") as place:
+    with temp_folder("spice") as place:
         question, answer = place / "captions.json", place / "scores.json"
         question.write_text(json.dumps(images), encoding="utf-8")
         command: list[str | Path] = [

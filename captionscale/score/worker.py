@@ -11,7 +11,7 @@ from typing import Any
 
 from captionscale import subprocesses
 from captionscale.errors import UserError
-from captionscale.files import scratch
+from captionscale.files import temp_folder
 from captionscale.progress import say
 from captionscale.score.java import JavaProcessError
 from captionscale.score.metrics import Evaluator
@@ -38,7 +38,7 @@ class BackgroundScorer:
         self._task = json.dumps({"references": list(references.items()), "metrics": list(metrics)})
         # The process is killed at its work, and then puts nothing away.
         self._stack = ExitStack()
-        self._folder = self._stack.enter_context(scratch("scores"))
+        self._folder = self._stack.enter_context(temp_folder("scores"))
         self._thread = ThreadPoolExecutor(1, "scores")
         self._process: subprocess.Popen[str] | None = None
         self._asked: Future[dict[str, float]] | None = None

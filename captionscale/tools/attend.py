@@ -9,14 +9,14 @@ import numpy as np
 from PIL import Image
 
 from captionscale import config
-from captionscale.data.decode import pixels
+from captionscale.data.decode import decode_image
 from captionscale.data.shards import Split
-from captionscale.data.storage import open_place
-from captionscale.data.transforms import centre_view
+from captionscale.data.storage import open_storage
+from captionscale.data.transforms import center_crop
 from captionscale.errors import UserError
 from captionscale.escape import for_file_name, for_terminal
-from captionscale.files import atomic, prove_writable
-from captionscale.progress import progress, say, working
+from captionscale.files import atomic_write, check_writable
+from captionscale.progress import progress, say, spinner
 from captionscale.tools.caption_result import CaptionResult, View, overlay
 from captionscale.tools.captioner_api import CaptionPipeline
 from captionscale.tools.ensemble import open_ensemble
@@ -50,7 +50,7 @@ class _Tile(NamedTuple):
 
 
 def attend(
-    run: Path, files: Sequence[Path], out: Path, *, checkpoint: str, changes: Sequence[str] = ()
+    run: Path, files: Sequence[Path], out: Path, *, checkpoint: str, overrides: Sequence[str] = ()
 ) -> Iterator[tuple[Path, CaptionResult]]:
     """Draw where a run's model looks for each word of its captions of image files.
 
@@ -59,7 +59,7 @@ def attend(
         files: Images.
         out: Folder for a PNG of each, named after it.
         checkpoint: `best`, `last` or a step.
-        changes: `search.key=value` each, instead of the run's own.
+        overrides: `search.key=value` each, instead of the run's own.
 
     Yields:
         Each picture, once it is written, and what it shows.
@@ -67,13 +67,13 @@ def attend(
     Raises:
         UserError: No run, a decoder without attention, no image, or a place that cannot be written.
     """
-    writer = _open(run, checkpoint, changes)
+    writer = _open(run, checkpoint, overrides)
     names = _names(files, out)
     for place in names:
-        prove_writable(place)
+        check_writable(place)
     # All of them first: the tenth may be no image.
     views = [writer.view(file) for file in files]
-    with working(f"captioning {len(views):,} images"):
+    with spinner(f"captioning {len(views):,} images"):
         gazes = writer.generate_best(views, writer.generation_request(), range(len(views)))
     for place, view, each in zip(names, views, gazes, strict=True):
         tiles = _tiles(view, each)
@@ -90,7 +90,7 @@ def attend_split(
     checkpoint: str,
     shards: str | None = None,
     limit: int | None = None,
-    changes: Sequence[str] = (),
+    overrides: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Draw the same for a split: a row for each image, ten rows on a page.
 
@@ -101,7 +101,7 @@ def attend_split(
         checkpoint: `best`, `last` or a step.
         shards: Instead of the run's own.
         limit: Only so many images, the first ones.
-        changes: `search.key=value` each, instead of the run's own.
+        overrides: `search.key=value` each, instead of the run's own.
 
     Yields:
         Each page, once it is written.
@@ -110,15 +110,15 @@ def attend_split(
         UserError: No run or split, a decoder without attention, damaged shards, or a place that cannot be
             written.
     """
-    writer = _open(run, checkpoint, changes)
+    writer = _open(run, checkpoint, overrides)
     generation_request, data = writer.generation_request(), writer.ensemble.config.data
-    split = Split(open_place(shards or data.shards, data.cache, data.cache_gb), split_name)
+    split = Split(open_storage(shards or data.shards, data.cache, data.cache_gb), split_name)
     count = min(len(split), limit or len(split))
     pages = -(-count // _ROWS_OF_A_PAGE)
     digits = max(3, len(str(pages)))
-    prove_writable(out / for_file_name(split_name, f"-{1:0{digits}d}.png"))
+    check_writable(out / for_file_name(split_name, f"-{1:0{digits}d}.png"))
     fewer = "; --limit draws fewer" if limit is None and pages > _MANY_PAGES else ""
-    say(f"{split.place}: {count:,} of {len(split):,} images of {split_name} on {pages:,} pages{fewer}")
+    say(f"{split.storage}: {count:,} of {len(split):,} images of {split_name} on {pages:,} pages{fewer}")
     with progress(f"attention of {split_name}", count) as bar:
         for page in range(pages):
             items = range(page * _ROWS_OF_A_PAGE, min((page + 1) * _ROWS_OF_A_PAGE, count))
@@ -136,12 +136,12 @@ def attend_split(
 
 def load_view(split: Split, item: int, data: config.Data) -> View:
     """Return an item of a split as the model sees it."""
-    place = f"{split.place}: image {split.index[item]['image_id']}"
-    return centre_view(pixels(split.image(item), place), data.image_size)
+    place = f"{split.storage}: image {split.index[item]['image_id']}"
+    return center_crop(decode_image(split.image(item), place), data.image_size)
 
 
-def _open(run: Path, checkpoint: str, changes: Sequence[str]) -> CaptionPipeline:
-    members = open_ensemble(run, (), checkpoint=checkpoint, changes=changes)
+def _open(run: Path, checkpoint: str, overrides: Sequence[str]) -> CaptionPipeline:
+    members = open_ensemble(run, (), checkpoint=checkpoint, overrides=overrides)
     decoder = members.config.model.decoder.name
     if decoder == "plain":
         raise UserError(
@@ -239,5 +239,5 @@ def _legend(
 
 def _write(figure: "Figure", place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(place) as file:
+    with atomic_write(place) as file:
         figure.savefig(file, format="png")

@@ -9,7 +9,7 @@ from typing import Any
 
 from captionscale.errors import UserError
 from captionscale.escape import for_html
-from captionscale.files import atomic, prove_writable
+from captionscale.files import atomic_write, check_writable
 from captionscale.progress import say
 from captionscale.score.metrics import METRICS
 from captionscale.score.receipt import Receipt
@@ -73,10 +73,10 @@ def write_board(places: Sequence[Path], out: Path) -> list[Table]:
     Raises:
         UserError: No whole receipt at all, or a place that cannot be written.
     """
-    prove_writable(out)
+    check_writable(out)
     tables = group_into_tables(_read(places, out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(out) as file:
+    with atomic_write(out) as file:
         # A file's name may hold bytes that are no text.
         file.write(page(tables).encode(errors="replace"))
     return tables

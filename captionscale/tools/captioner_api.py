@@ -13,7 +13,7 @@ from PIL import Image
 
 from captionscale import config, toml
 from captionscale.data import decode
-from captionscale.data.transforms import centre_view
+from captionscale.data.transforms import center_crop
 from captionscale.model.search.constraints import Constraints
 from captionscale.tools.caption_result import CaptionResult, View, build_caption_results, encode_views
 from captionscale.tools.ensemble import CheckpointEnsemble
@@ -71,8 +71,10 @@ class CaptionPipeline:
     ) -> GenerationRequest:
         """Settle how captions are to be found; as `caption`."""
         settings = self.ensemble.config
-        changes = [f"search.{key}={json.dumps(value)}" for key, value in search.items() if value is not None]
-        settings = toml.change(settings, changes, "search", option="")
+        overrides = [
+            f"search.{key}={json.dumps(value)}" for key, value in search.items() if value is not None
+        ]
+        settings = toml.override(settings, overrides, "search", option="")
         constraints = make_constraints(
             settings.search, self.vocabulary, settings.data.max_words, prefix=prefix, require=require
         )
@@ -81,18 +83,18 @@ class CaptionPipeline:
     def view(self, image: Path | str | Image.Image) -> View:
         """Return what the model sees of an image: its centre square."""
         if isinstance(image, Image.Image):
-            return self.center_crop(decode.upright(image))
-        return self.center_crop(decode.read(Path(image)))
+            return self.center_crop(decode.pil_to_rgb(image))
+        return self.center_crop(decode.read_image(Path(image)))
 
     def center_crop(self, image: UInt8[np.ndarray, "height width 3"]) -> View:
         """Return what the model sees of an image's pixels."""
-        return centre_view(image, self.ensemble.config.data.image_size)
+        return center_crop(image, self.ensemble.config.data.image_size)
 
     def generate_best(
         self, views: Sequence[View], generation_request: GenerationRequest, numbers: Sequence[int]
     ) -> list[CaptionResult]:
         """Return the best caption of each of any number of images; as `generate`."""
-        size = generation_request.search.batch
+        size = generation_request.search.batch_size
         parts = (slice(first, first + size) for first in range(0, len(views), size))
         return [
             found[0]

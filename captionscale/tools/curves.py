@@ -103,7 +103,7 @@ def curves(run: RunArtifacts) -> str:
     """Return the curves of a run's log, and its scores with their intervals, as HTML."""
     drawn = []
     for key, (title, unit) in _PLAINLY.items():
-        if found := run.figures(key):
+        if found := run.metric(key):
             first, last = min(found), max(found)
             said = f"{title}, {unit}: {found[first]:.4g} at step {first}, {found[last]:.4g} at step {last}"
             drawn.append(_curve(title, unit, [_Points(key, found)], said))
@@ -176,7 +176,7 @@ def _intervals(
 
     def measure() -> None:
         references = split.references()
-        with Evaluator() as evaluator, progress("intervals of validation", len(files), passing=True) as bar:
+        with Evaluator() as evaluator, progress("intervals of validation", len(files), transient=True) as bar:
             for step, path in files.items():
                 metrics = [metric for metric in scores[step] if metric != "METEOR"]
                 rows = evaluator.measure(read_results(path), references, metrics).statistics

@@ -15,9 +15,9 @@ from rich.filesize import decimal
 from captionscale.config import Data
 from captionscale.data import manifest
 from captionscale.data.shards import Split
-from captionscale.data.storage import Place, as_place, manifest_of
+from captionscale.data.storage import Storage, as_storage, read_manifest
 from captionscale.errors import UserError
-from captionscale.files import atomic
+from captionscale.files import atomic_write
 from captionscale.progress import SHORT_S, progress, say
 from captionscale.vocab import split_words
 
@@ -67,7 +67,7 @@ class _Vocabulary:
         return np.cumsum([0, *(words[word] for word, _ in self.ranked)]) / words.total()
 
 
-def print_stats(where: Place | Path, *, min_count: int, plot: Path | None = None) -> None:
+def print_stats(where: Storage | Path, *, min_count: int, plot: Path | None = None) -> None:
     """Print what shards hold, and draw it.
 
     The vocabulary is that of the split `train`, or else of the first one that has words.
@@ -82,8 +82,8 @@ def print_stats(where: Place | Path, *, min_count: int, plot: Path | None = None
     """
     if plot is not None and plot.suffix.lower() not in _ENDINGS:
         raise UserError(f"{plot}: ends in '{plot.suffix}', wanted {' or '.join(_ENDINGS)}; name it so")
-    place = as_place(where)
-    found = manifest_of(place)
+    place = as_storage(where)
+    found = read_manifest(place)
     if not found.splits:
         raise UserError(f"{place}/{manifest.MANIFEST}: no splits, wanted at least one; {manifest.CURE}")
     counted = [_count(Split(place, name)) for name in found.splits]
@@ -117,7 +117,7 @@ def _watched(items: Sequence[int], title: str) -> Iterator[int]:
         yield items[done]
         done += 1
     if done < len(items):
-        with progress(title, len(items), done, passing=True) as bar:
+        with progress(title, len(items), done, transient=True) as bar:
             for item in items[done:]:
                 yield item
                 bar.advance()
@@ -144,7 +144,7 @@ def _table(counted: Sequence[_Counted], vocabulary: _Vocabulary | None) -> str:
 
 
 def _column(counted: _Counted, vocabulary: _Vocabulary | None) -> dict[str, str]:
-    facts, index, lengths = counted.split.facts, counted.split.index, counted.lengths
+    facts, index, lengths = counted.split.info, counted.split.index, counted.lengths
     width, height, captions = index["width"], index["height"], index["captions"]
     shapes = (width < height, width > height, width == height)
     column = {
@@ -198,7 +198,7 @@ def _remarks(
         smallest = each.split.index[np.argsort(_short_sides(each.split), kind="stable")[:_SHOWN_IMAGES]]
         shown = ", ".join(f"{row['width']} x {row['height']} (image {row['image_id']})" for row in smallest)
         yield f"smallest images of {each.split.name}: {shown}"
-    silent = [each.split.name for each in counted if not each.split.facts.captions]
+    silent = [each.split.name for each in counted if not each.split.info.captions]
     if silent:
         yield f"note: no captions in {', '.join(silent)}: to be captioned, but neither trained nor scored on"
     small = [each.split.name for each in counted if _small(each.split) > _MANY]
@@ -229,7 +229,7 @@ def _draw(
         _draw_lengths(panels[0], worded)
         _draw_ranks(panels[1], vocabulary)
         _draw_coverage(panels[2], worded, vocabulary)
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format=path.suffix[1:].lower())
 
 

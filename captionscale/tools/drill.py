@@ -1,4 +1,4 @@
-"""The verb `drill`: kill a run at random, go on with other ranks, and compare it with one left alone."""
+"""The command `drill`: kill a run at random, go on with other ranks, and compare it with one left alone."""
 
 import math
 import random
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from captionscale import subprocesses, toml
 from captionscale.config import Config
-from captionscale.data.sampler import Order
+from captionscale.data.sampler import BatchSampler
 from captionscale.data.shards import Split
-from captionscale.data.storage import open_place
+from captionscale.data.storage import open_storage
 from captionscale.errors import UserError
 from captionscale.progress import SafeConsole, progress
 from captionscale.train import checkpoints, run_folder, sample_log
-from captionscale.train.log_reader import figures
-from captionscale.train.setup import order_of
+from captionscale.train.log_reader import read_metric
+from captionscale.train.setup import make_sampler
 
 # Of weights and of losses: ten times what rounding was seen to do in 20 steps, and at most half of what one
 # wrong dropout mask for each step does (docs/performance.md).
@@ -66,17 +66,17 @@ def drill(
         UserError: What cannot be drilled, or a start that failed by itself.
     """
     # It is scored once, at its end, which is no part of the drill.
-    fixed = {"steps": steps, "log_every": 1, "score_every": steps, "ledger": True}
+    fixed = {"steps": steps, "log_every": 1, "score_every": steps, "sample_log": True}
     settings = config.model_copy(update={"train": config.train.model_copy(update=fixed)})
     _refuse(settings, out, kills, steps)
-    split = Split(open_place(config.data.shards, config.data.cache), config.data.train_split)
-    order = order_of(split, settings)
-    order.micro_batches(0, 0, max(ranks))
+    split = Split(open_storage(config.data.shards, config.data.cache), config.data.train_split)
+    sampler = make_sampler(split, settings)
+    sampler.micro_batches(0, 0, max(ranks))
     out.mkdir(parents=True, exist_ok=True)
     alone, killed = out / "alone", out / "killed"
     (out / _EXPERIMENT).write_text(toml.dumps(settings), encoding="utf-8")
     chance = random.Random(seed)
-    with progress("drill", kills + 2, passing=True) as bar:
+    with progress("drill", kills + 2, transient=True) as bar:
         bar.note("one rank, left alone")
         startup_s, pace_s = _leave_alone(alone, profile, settings)
         bar.advance()
@@ -93,7 +93,7 @@ def drill(
             starts.append(_start(killed, profile, count, target, delay_s, chance))
             bar.say(f"{count} ranks, from step {starts[-1].step}: {starts[-1].fate} at step {starts[-1].end}")
             bar.advance()
-    return _judge(alone, killed, starts, order, split, settings)
+    return _judge(alone, killed, starts, sampler, split, settings)
 
 
 def _refuse(settings: Config, out: Path, kills: int, steps: int) -> None:
@@ -118,7 +118,7 @@ def _leave_alone(run: Path, profile: str, settings: Config) -> tuple[float, floa
         _follow(process, run, 1)
         startup_s = time.monotonic() - began
         _expect_success(process, run)
-    return startup_s, settings.train.global_batch / median(figures(run, "images_per_s").values())
+    return startup_s, settings.train.global_batch / median(read_metric(run, "images_per_s").values())
 
 
 def _start(
@@ -159,7 +159,7 @@ def _launched(run: Path, profile: str, ranks: int, save_every: int) -> Iterator[
 def _follow(process: subprocess.Popen[bytes], run: Path, step: int) -> None:
     """Wait until the log tells of a step, or the process has ended."""
     began = time.time()
-    while process.poll() is None and max(figures(run, "loss", began), default=0) < step:
+    while process.poll() is None and max(read_metric(run, "loss", began), default=0) < step:
         time.sleep(_LOOK_S)
 
 
@@ -211,11 +211,11 @@ def _kill_all(process: subprocess.Popen[bytes]) -> None:
 
 
 def _newest(run: Path) -> int:
-    return max(run_folder.steps(run), default=0)
+    return max(run_folder.checkpoint_steps(run), default=0)
 
 
 def _step(run: Path) -> int:
-    return max(figures(run, "loss"), default=0)
+    return max(read_metric(run, "loss"), default=0)
 
 
 def _screen(run: Path) -> Path:
@@ -223,17 +223,19 @@ def _screen(run: Path) -> Path:
 
 
 def _judge(
-    alone: Path, killed: Path, starts: Sequence[_Start], order: Order, split: Split, settings: Config
+    alone: Path, killed: Path, starts: Sequence[_Start], sampler: BatchSampler, split: Split, settings: Config
 ) -> bool:
     """Print what both runs came to, and return whether it is one result."""
     steps = settings.train.steps or 0
     of_weights, of_losses = _TOLERANCE[settings.train.precision]
-    weights = _distance(*(checkpoints.open_run(run, "last").weights() for run in (killed, alone)))
-    losses = [figures(run, "loss") for run in (killed, alone)]
+    weights = _distance(*(checkpoints.open_checkpoint(run, "last").weights() for run in (killed, alone)))
+    losses = [read_metric(run, "loss") for run in (killed, alone)]
     apart = max(abs(losses[0].get(step, math.inf) - loss) for step, loss in losses[1].items())
     histories = [sample_log.read(run) for run in (killed, alone)]
     ids = split.index["image_id"].tolist()
-    faults = [fault for history in histories for fault in sample_log.faults(history, order, ids, steps)]
+    faults = [
+        fault for history in histories for fault in sample_log.find_errors(history, sampler, ids, steps)
+    ]
     samples = sum(len(ids) for dones in histories[0].values() for ids in dones)
     proof = f"{len(faults)} faults: {faults[0]}" if faults else "each sample of each epoch exactly once"
     findings = {

@@ -13,7 +13,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.ensemble import Ensemble
 from captionscale.train.checkpoint import Checkpoint
-from captionscale.train.checkpoints import open_run
+from captionscale.train.checkpoints import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class CheckpointEnsemble:
             return {}
         return {
             "members": [
-                {"run": run.resolve().name, "step": saved.standing.step, "model": saved.sha256}
+                {"run": run.resolve().name, "step": saved.train_state.step, "model": saved.sha256}
                 for run, saved in zip(self.runs, self.checkpoints, strict=True)
             ]
         }
 
 
 def open_ensemble(
-    run: Path, others: Sequence[Path], *, checkpoint: str, changes: Sequence[str]
+    run: Path, others: Sequence[Path], *, checkpoint: str, overrides: Sequence[str]
 ) -> CheckpointEnsemble:
     """Open the runs that caption together.
 
@@ -71,27 +71,29 @@ def open_ensemble(
         run: The --out of captionscale train.
         others: More of them, for an ensemble.
         checkpoint: `best`, `last` or a step, of each.
-        changes: `search.key=value` each, instead of the first run's own.
+        overrides: `search.key=value` each, instead of the first run's own.
 
     Raises:
         UserError: No run or checkpoint, settings that cannot be, or runs that cannot write together.
     """
-    saved = [open_run(each, checkpoint) for each in (run, *others)]
+    saved = [open_checkpoint(each, checkpoint) for each in (run, *others)]
     first, *rest = saved
     words, data = first.vocabulary(), first.config().data
     for other, member in zip(others, rest, strict=True):
         theirs = member.vocabulary()
         if theirs.sha256 != words.sha256:
             raise UserError(
-                f"--with {other}: its vocabulary has {len(theirs):,} words (sha256 {theirs.sha256[:8]}...),"
+                f"--ensemble {other}: its vocabulary has {len(theirs):,} words (sha256 {theirs.sha256[:8]}...),"
                 f" that of {run} {len(words):,} ({words.sha256[:8]}...), wanted the same words; leave it"
-                " out, or train both with the same shards, data.min_count and data.max_vocabulary"
+                " out, or train both with the same shards, data.min_count and data.max_vocab_size"
             )
         settings = member.config().data
         for key in ("image_size", "max_words"):
             if getattr(settings, key) != getattr(data, key):
                 raise UserError(
-                    f"--with {other}: its data.{key} is {getattr(settings, key)}, that of {run}"
+                    f"--ensemble {other}: its data.{key} is {getattr(settings, key)}, that of {run}"
                     f" {getattr(data, key)}, wanted the same; leave it out, or train both alike"
                 )
-    return CheckpointEnsemble((run, *others), tuple(saved), toml.change(first.config(), changes, "search"))
+    return CheckpointEnsemble(
+        (run, *others), tuple(saved), toml.override(first.config(), overrides, "search")
+    )

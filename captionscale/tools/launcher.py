@@ -1,4 +1,4 @@
-"""Start a verb in several processes: profile and surroundings become one `accelerate launch` command."""
+"""Start a command in several processes: profile and surroundings become one `accelerate launch` command."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ from captionscale import assets
 from captionscale.config import Config
 from captionscale.errors import PreemptedError, UserError
 from captionscale.escape import for_shell
-from captionscale.files import cores
+from captionscale.files import cpu_count
 from captionscale.progress import say
 from captionscale.subprocesses import LAUNCHER
 from captionscale.tools.profiles import (
@@ -47,7 +47,7 @@ def launch(
     In a SLURM job with several nodes, run once on each node (`srun --ntasks-per-node=1`), it joins them.
 
     Args:
-        command: A verb and its arguments.
+        command: A command and its arguments.
         profile: A file, or a name in `launch/`.
         processes: How many over all machines; none: as the profile says.
         dry_run: Print the command instead.
@@ -82,7 +82,7 @@ def launch(
     environment = {"ACCELERATE_USE_CPU": "true"} if cpu else {}
     arguments = ["--config_file", str(path), "--num_processes", str(count), "--num_machines", str(machines)]
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    threads = threads if threads.isdecimal() else str(max(1, cores() // here))
+    threads = threads if threads.isdecimal() else str(max(1, cpu_count() // here))
     arguments += ["--num_cpu_threads_per_process", threads]
     if is_zero(facts):
         # Accelerate passes the number on to all but these, who would then have one thread each.
@@ -195,7 +195,7 @@ def _ending(rank: int, code: int, passed: list[signal.Signals]) -> int:
     if passed.count(signal.SIGINT) > 1:
         say("captionscale: ended by a second Ctrl-C; the same command goes on from the last checkpoint")
         return 128 + signal.SIGINT
-    if code == PreemptedError.CODE:
+    if code == PreemptedError.EXIT_CODE:
         return code
     if -code in passed:
         # It came before the process could take note, while Python started. Nor is it known why it came: srun

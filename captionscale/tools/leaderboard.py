@@ -10,8 +10,8 @@ from pathlib import Path
 import msgspec
 
 from captionscale.data.sources import base
-from captionscale.errors import UserError, did_you_mean, some
-from captionscale.files import atomic
+from captionscale.errors import UserError, describe_images, did_you_mean
+from captionscale.files import atomic_write
 from captionscale.score.results import read_results
 from captionscale.score.tokenizer import INVISIBLE
 
@@ -126,7 +126,7 @@ def write_submission(
     """
     if board_name not in LEADERBOARDS:
         raise UserError(
-            f"--set {board_name}: no such set of images; {did_you_mean(board_name, LEADERBOARDS)}"
+            f"--eval-set {board_name}: no such set of images; {did_you_mean(board_name, LEADERBOARDS)}"
         )
     board = LEADERBOARDS[board_name]
     if not _NAME.fullmatch(name):
@@ -141,7 +141,7 @@ def write_submission(
     _prove_one_algorithm(out, name)
     out.mkdir(parents=True, exist_ok=True)
     file = out / board.file.format(name=name)
-    with atomic(file) as stream:
+    with atomic_write(file) as stream:
         stream.write(_results(texts))
     empty = sum(not text for text in texts.values())
     if not board.archive:
@@ -167,7 +167,7 @@ def _official(board_name: str, images: Path | None) -> set[int]:
             f"leaderboard: no --images; wanted the official list of {board_name}, to prove that no image is"
             f" missing; {cure}"
         )
-    document = base.document(images, _Document, f"wanted the official list of {board_name}; {cure}")
+    document = base.read_json(images, _Document, f"wanted the official list of {board_name}; {cure}")
     ids = {image.id for image in document.images}
     if len(ids) != board.images:
         others = [name for name, other in LEADERBOARDS.items() if other.images == len(ids)]
@@ -185,7 +185,7 @@ def _merged(files: Sequence[Path]) -> dict[int, str]:
         part = read_results(file)
         if both := part.keys() & merged.keys():
             raise UserError(
-                f"{file}: {some(sorted(both))} captioned in another part too; wanted one caption for each"
+                f"{file}: {describe_images(sorted(both))} captioned in another part too; wanted one caption for each"
                 " image; give each part once"
             )
         merged |= part
@@ -196,7 +196,7 @@ def _prove_complete(
     captions: Sequence[Path], found: Collection[int], wanted: set[int], images: Path | None
 ) -> None:
     faults = {"missing": wanted - set(found), "of no image in the list": set(found) - wanted}
-    told = ", ".join(f"{some(sorted(ids))} {fault}" for fault, ids in faults.items() if ids)
+    told = ", ".join(f"{describe_images(sorted(ids))} {fault}" for fault, ids in faults.items() if ids)
     if told:
         raise UserError(
             f"{', '.join(map(str, captions))}: {len(found):,} captions, {told}; wanted one for each of the"
@@ -221,7 +221,7 @@ def _prove_whole(file: Path, board_name: str) -> None:
     count, wanted = len(read_results(file)), LEADERBOARDS[board_name].images
     if count != wanted:
         raise UserError(
-            f"{file}: {count:,} captions, wanted {wanted:,}; write it again with --set {board_name}"
+            f"{file}: {count:,} captions, wanted {wanted:,}; write it again with --eval-set {board_name}"
         )
 
 
@@ -231,7 +231,7 @@ def _results(texts: dict[int, str]) -> bytes:
 
 
 def _zip(files: Sequence[Path], archive: Path) -> None:
-    with atomic(archive) as stream, zipfile.ZipFile(stream, "w") as packed:
+    with atomic_write(archive) as stream, zipfile.ZipFile(stream, "w") as packed:
         for file in sorted(files):
             # At the top, where the server looks; with one fixed time, so that the same captions make the same
             # bytes.

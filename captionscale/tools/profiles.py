@@ -8,7 +8,7 @@ import yaml
 
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.files import cores, read_file
+from captionscale.files import cpu_count, read_file
 
 _MAX_PROCESSES = 10**6
 _ZERO = "DEEPSPEED"
@@ -78,11 +78,11 @@ def check_core_count(settings: Config, here: int) -> None:
     Raises:
         UserError: It has not.
     """
-    if settings.data.workers > cores():
+    if settings.data.workers > cpu_count():
         raise UserError(
-            f"data.workers = {settings.data.workers}: found {cores()} cores in this machine, or in this"
+            f"data.workers = {settings.data.workers}: found {cpu_count()} cores in this machine, or in this"
             " job's part of it, wanted one for each thread that decodes; --set data.workers="
-            f"{max(1, cores() // here)}, or ask for more cores"
+            f"{max(1, cpu_count() // here)}, or ask for more cores"
         )
 
 
@@ -94,10 +94,10 @@ def oversubscription_note(settings: Config, here: int) -> str:
         here: Processes on this machine.
     """
     threads = here * settings.data.workers
-    if threads <= cores():
+    if threads <= cpu_count():
         return ""
     return (
-        f"{pluralize(here, 'process')} with data.workers = {settings.data.workers} on {cores()} cores;"
+        f"{pluralize(here, 'process')} with data.workers = {settings.data.workers} on {cpu_count()} cores;"
         f" ask SLURM for --cpus-per-task={threads}, or lower data.workers"
     )
 

@@ -36,7 +36,7 @@ def quickstart(out: Path) -> None:
     drawn, packed, run = out / "coco", out / "shards", out / "run"
     if not (packed / manifest.MANIFEST).exists() or manifest.read(packed).splits.keys() != COUNTS.keys():
         say(f"drawing {sum(COUNTS.values()):,} pictures into {drawn}, in the layout of COCO 2017")
-        synthetic.draw(drawn, counts=COUNTS, size=SIZE)
+        synthetic.write_coco(drawn, counts=COUNTS, size=SIZE)
         for split in COUNTS:
             images, captions = drawn / f"{split}2017", _captions(drawn, split)
             _run(
@@ -63,8 +63,8 @@ def random_captions(train: dict[int, list[str]], image_ids: list[int]) -> dict[i
 
 def _show(drawn: Path, receipt: Path, said: list[str]) -> None:
     """Print the scores beside those of random captions, and what was said beside what people say."""
-    references = coco.references(_captions(drawn, "test"))
-    train = coco.references(_captions(drawn, "train"))
+    references = coco.read_references(_captions(drawn, "test"))
+    train = coco.read_references(_captions(drawn, "train"))
     chance = measure(random_captions(train, list(references)), references).values
     found = Receipt.read(receipt).scores
     table = Table(title=f"{len(references)} scenes that training never saw")

@@ -6,10 +6,10 @@ from pathlib import Path
 from string import Template
 
 from captionscale import toml
-from captionscale.data.storage import manifest_of, open_place
+from captionscale.data.storage import open_storage, read_manifest
 from captionscale.errors import UserError
 from captionscale.escape import for_html, for_shell
-from captionscale.files import atomic, prove_writable
+from captionscale.files import atomic_write, check_writable
 from captionscale.score import diagnostics
 from captionscale.score.results import read_results
 from captionscale.tools import board, example_captions
@@ -17,8 +17,8 @@ from captionscale.tools.curves import curves
 from captionscale.tools.markup import notice, table
 from captionscale.tools.run_artifacts import RunArtifacts
 from captionscale.tools.run_diff import compare_runs
-from captionscale.train.checkpoints import open_run
-from captionscale.train.run_folder import steps
+from captionscale.train.checkpoints import open_checkpoint
+from captionscale.train.run_folder import checkpoint_steps
 from captionscale.version import __version__
 
 
@@ -41,7 +41,7 @@ def report(run: Path, out: Path, *, against: Path | None = None, shards: str | N
         raise UserError(f"{out}: ends in '{out.suffix}', wanted .html; name it so")
     ours = RunArtifacts(run, shards)
     theirs = RunArtifacts(against, shards) if against else None
-    prove_writable(out)
+    check_writable(out)
     sections = {
         "Curves": curves(ours),
         "Scores": _scores(ours, theirs),
@@ -69,7 +69,7 @@ def report(run: Path, out: Path, *, against: Path | None = None, shards: str | N
         at=datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00") + " UTC",
     ).encode(errors="replace")
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(out) as file:
+    with atomic_write(out) as file:
         file.write(page)
     return len(page)
 
@@ -89,7 +89,7 @@ def _sentence(run: RunArtifacts) -> str:
 
 
 def _cards(run: RunArtifacts) -> str:
-    epochs, losses = run.figures("epoch"), run.figures("loss")
+    epochs, losses = run.metric("epoch"), run.metric("loss")
     cards = []
     if epochs:
         step = max(epochs)
@@ -101,11 +101,14 @@ def _cards(run: RunArtifacts) -> str:
             cards.append((f"epochs{wanted} done, {step:,} steps", f"{epochs[step]:.3g}"))
     if losses:
         cards.append(("last loss of a step, nats per word", f"{losses[max(losses)]:.3f}"))
-    if run.checkpoint and run.checkpoint.standing.best_step and run.config:
-        standing = run.checkpoint.standing
+    if run.checkpoint and run.checkpoint.train_state.best_step and run.config:
+        train_state = run.checkpoint.train_state
         judge = run.config.train.score_metric
         cards.append(
-            (f"best validation {judge}, at step {standing.best_step:,}", f"{100 * standing.best_score:.1f}")
+            (
+                f"best validation {judge}, at step {train_state.best_step:,}",
+                f"{100 * train_state.best_score:.1f}",
+            )
         )
     for receipt in run.receipts[-1:]:
         metric = "CIDEr-D" if "CIDEr-D" in receipt.scores else list(receipt.scores)[-1]
@@ -173,7 +176,11 @@ def _captions(run: RunArtifacts) -> str:
         receipt = run.receipts[-1]
         split = run.split(str(receipt.provenance.get("split")))
         step = receipt.provenance.get("step")
-        saved = run.try_load(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
+        saved = (
+            run.try_load(lambda: open_checkpoint(run.folder, str(step)))
+            if step in checkpoint_steps(run.folder)
+            else None
+        )
         same = saved is not None and saved.sha256 == receipt.hashes.get("model")
         groups, which = example_captions.select_examples(receipt), f"split {receipt.provenance.get('split')}"
     elif run.validations:
@@ -182,7 +189,11 @@ def _captions(run: RunArtifacts) -> str:
         if not captions or run.config is None:
             return ""
         split = run.split(run.config.data.val_split)
-        saved = run.try_load(lambda: open_run(run.folder, str(step))) if step in steps(run.folder) else None
+        saved = (
+            run.try_load(lambda: open_checkpoint(run.folder, str(step)))
+            if step in checkpoint_steps(run.folder)
+            else None
+        )
         same = saved is not None
         groups, which = example_captions.random_examples(captions), "the validation split, by greedy search"
     else:
@@ -211,9 +222,9 @@ def _made(run: RunArtifacts) -> str:
     lines = []
     if run.config:
         with suppress(UserError):
-            place = open_place(run.shards or run.config.data.shards)
+            place = open_storage(run.shards or run.config.data.shards)
             rows = [("split", "images", "captions", "left out as unreadable")]
-            for name, facts in manifest_of(place).splits.items():
+            for name, facts in read_manifest(place).splits.items():
                 rows.append((name, f"{facts.images:,}", f"{facts.captions:,}", f"{facts.rejected:,}"))
             lines.append(f"<h3>Data: {for_html(str(place))}</h3>" + table(rows))
     known: list[tuple[str, str]] = []

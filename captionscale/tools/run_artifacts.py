@@ -7,13 +7,13 @@ from typing import TypeVar
 
 from captionscale.config import Config
 from captionscale.data.shards import Split
-from captionscale.data.storage import open_place
+from captionscale.data.storage import open_storage
 from captionscale.errors import UserError
 from captionscale.score.receipt import Receipt
 from captionscale.train import run_folder
-from captionscale.train.checkpoints import open_run
+from captionscale.train.checkpoints import open_checkpoint
 from captionscale.train.log_reader import RunLog
-from captionscale.train.run_folder import LOG, need_run, steps
+from captionscale.train.run_folder import LOG_FILE, checkpoint_steps, require_run
 
 T = TypeVar("T")
 
@@ -31,20 +31,23 @@ class RunArtifacts:
         Raises:
             UserError: There is nothing of a run.
         """
-        need_run(folder)
+        require_run(folder)
         self.folder = folder
         self.name = folder.resolve().name
         self.missing: list[str] = []
-        if not (folder / LOG).is_file() and not steps(folder):
+        if not (folder / LOG_FILE).is_file() and not checkpoint_steps(folder):
             raise UserError(
-                f"{folder}: no checkpoint and no {LOG}, so no run; wanted the --out of captionscale train;"
+                f"{folder}: no checkpoint and no {LOG_FILE}, so no run; wanted the --out of captionscale train;"
                 " correct the path"
             )
         self.log = self.try_load(lambda: RunLog(folder))
-        self.validations = run_folder.validations(folder)
+        self.validations = run_folder.validation_files(folder)
         """The captions of each scored step of the validation split."""
-        self.missing += [*filter(None, [self.log.warning if self.log else ""]), *run_folder.warnings(folder)]
-        self.checkpoint = self.try_load(lambda: open_run(folder))
+        self.missing += [
+            *filter(None, [self.log.warning if self.log else ""]),
+            *run_folder.unknown_file_warnings(folder),
+        ]
+        self.checkpoint = self.try_load(lambda: open_checkpoint(folder))
         saved = self.checkpoint
         self.config: Config | None = self.try_load(saved.config) if saved else None
         found = [self.try_load(partial(Receipt.read, path)) for path in sorted(folder.rglob("receipt.json"))]
@@ -65,8 +68,8 @@ class RunArtifacts:
             return None
         data = self.config.data
         shards = self.shards or data.shards
-        return self.try_load(lambda: Split(open_place(shards, data.cache, data.cache_gb), name))
+        return self.try_load(lambda: Split(open_storage(shards, data.cache, data.cache_gb), name))
 
-    def figures(self, key: str) -> dict[int, float]:
+    def metric(self, key: str) -> dict[int, float]:
         """Return one figure of the log by step."""
-        return self.log.figures(key) if self.log else {}
+        return self.log.metric(key) if self.log else {}

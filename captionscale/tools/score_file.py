@@ -4,8 +4,8 @@ from pathlib import Path
 
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
-from captionscale.files import prove_writable
-from captionscale.progress import working
+from captionscale.files import check_writable
+from captionscale.progress import spinner
 from captionscale.score import spice
 from captionscale.score.receipt import Measure, Receipt, score
 from captionscale.score.results import read_results
@@ -29,9 +29,9 @@ def score_file(
     if out and out.exists() and any(each.exists() and out.samefile(each) for each in (captions, references)):
         raise UserError(f"{out}: is what is to be scored, wanted a place for the receipt; take another --out")
     if out:
-        prove_writable(out)
-    written, human = read_results(captions), coco.references(references)
-    with working(f"scoring {len(written):,} captions"):
+        check_writable(out)
+    written, human = read_results(captions), coco.read_references(references)
+    with spinner(f"scoring {len(written):,} captions"):
         receipt = score(
             written,
             human,

@@ -13,11 +13,11 @@ from captionscale import toml
 from captionscale.config import Config
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
-from captionscale.data.storage import Folder, open_place
+from captionscale.data.storage import LocalStorage, open_storage
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import PreemptedError, UserError
-from captionscale.files import append_lines, prove_writable
-from captionscale.progress import progress, say, working
+from captionscale.files import append_lines, check_writable
+from captionscale.progress import progress, say, spinner
 from captionscale.score import clipscore, spice
 from captionscale.score.receipt import Measure, Receipt, score
 from captionscale.score.results import Result, write_results
@@ -25,7 +25,7 @@ from captionscale.tools.ensemble import CheckpointEnsemble, open_ensemble
 from captionscale.tools.score_file import missing_metrics
 from captionscale.train import preemption
 from captionscale.train.generation import caption_split
-from captionscale.vocab import SPECIALS
+from captionscale.vocab import SPECIAL_TOKENS
 
 HISTORY = "history.jsonl"
 
@@ -37,7 +37,7 @@ def score_run(
     checkpoint: str,
     shards: str | None,
     out: Path | None,
-    changes: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     others: Sequence[Path] = (),
     measure: Measure,
     spice_jars: Path | None = None,
@@ -53,7 +53,7 @@ def score_run(
         checkpoint: `best`, `last` or a step.
         shards: Instead of the run's own.
         out: Where the receipt goes; none: beside the captions, in the run's folder `scores`.
-        changes: `search.key=value` each, instead of the run's own.
+        overrides: `search.key=value` each, instead of the run's own.
         others: Runs that write together with this one.
         measure: As `receipt.score` has it.
         spice_jars: Folder of Stanford CoreNLP's jars; none: no SPICE.
@@ -66,7 +66,7 @@ def score_run(
         UserError: No run or split, one without captions, damaged files, or a metric that failed.
         PreemptedError: A signal asked it to leave while it captioned.
     """
-    members = open_ensemble(run, others, checkpoint=checkpoint, changes=changes)
+    members = open_ensemble(run, others, checkpoint=checkpoint, overrides=overrides)
     saved, config = members.checkpoints[0], members.config
     # Whatever these lack is told before an hour of captioning, not after it.
     if spice_jars:
@@ -75,12 +75,12 @@ def score_run(
     # It fills the memory of one process, not of each.
     eye = clipscore.load(*clip) if clip and _first() else None
     split = _open_split(config, shards, split_name)
-    split.need_captions("to score against; captionscale caption --split only captions it")
-    step = saved.standing.step
+    split.require_captions("to score against; captionscale caption --split only captions it")
+    step = saved.train_state.step
     other = f"-of-{split.sha256[:8]}" if shards else ""
     folder = run / "scores" / f"{split_name}-step-{step:08d}-{members.search_label}{other}"
     place = out or folder / "receipt.json"
-    _prove_writable(place, folder / "captions.json")
+    _check_writable(place, folder / "captions.json")
     results = _caption(members, split)
     if results is None:
         return None, place
@@ -90,14 +90,14 @@ def score_run(
     captions, references = {result["image_id"]: result["caption"] for result in results}, split.references()
     optional_metrics = [spice.measure(captions, references, spice_jars)] if spice_jars else []
     optional_metrics += [clipscore.measure(split, captions, references, eye)] if eye else []
-    with working(f"scoring {len(captions):,} captions"):
+    with spinner(f"scoring {len(captions):,} captions"):
         receipt = score(
             captions,
             references,
             measure=measure,
             optional_metrics=optional_metrics,
             train_captions=train,
-            vocabulary_size=len(vocabulary) - len(SPECIALS),
+            vocabulary_size=len(vocabulary) - len(SPECIAL_TOKENS),
             provenance={
                 "run": run.resolve().name,
                 "split": split.name,
@@ -130,7 +130,7 @@ def caption_run(
     checkpoint: str,
     shards: str | None,
     out: Path,
-    changes: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     others: Sequence[Path] = (),
     prefix: str = "",
     require: Sequence[str] = (),
@@ -145,7 +145,7 @@ def caption_run(
         checkpoint: `best`, `last` or a step.
         shards: Instead of the run's own.
         out: Where the results go.
-        changes: `search.key=value` each, instead of the run's own.
+        overrides: `search.key=value` each, instead of the run's own.
         others: Runs that write together with this one.
         prefix: What every caption begins with.
         require: Words that every caption holds.
@@ -157,9 +157,9 @@ def caption_run(
         UserError: No run or split, damaged files, or a place that cannot be written.
         PreemptedError: A signal asked it to leave while it captioned.
     """
-    members = open_ensemble(run, others, checkpoint=checkpoint, changes=changes)
+    members = open_ensemble(run, others, checkpoint=checkpoint, overrides=overrides)
     split = _open_split(members.config, shards, split_name)
-    _prove_writable(out)
+    _check_writable(out)
     results = _caption(members, split, prefix=prefix, require=require)
     if results is None:
         return None
@@ -170,7 +170,7 @@ def caption_run(
 
 def _open_split(config: Config, shards: str | None, name: str) -> Split:
     data = config.data
-    return Split(open_place(shards or data.shards, data.cache, data.cache_gb), name)
+    return Split(open_storage(shards or data.shards, data.cache, data.cache_gb), name)
 
 
 def _first() -> bool:
@@ -178,10 +178,10 @@ def _first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _prove_writable(*places: Path) -> None:
+def _check_writable(*places: Path) -> None:
     # An hour of captioning would be lost. Only the first rank writes.
     for place in places if _first() else ():
-        prove_writable(place)
+        check_writable(place)
 
 
 def _remember(run: Path, members: CheckpointEnsemble, split: Split, **result: object) -> None:
@@ -191,7 +191,7 @@ def _remember(run: Path, members: CheckpointEnsemble, split: Split, **result: ob
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "split": split.name,
         "shards": split.sha256,
-        "step": members.checkpoints[0].standing.step,
+        "step": members.checkpoints[0].train_state.step,
         "search": members.config.search.model_dump(mode="json"),
         **members.provenance(),
         **result,
@@ -214,7 +214,7 @@ def _caption(
     """
     saved, config = members.checkpoints[0], members.config
     loader = Loader(split, saved.vocabulary(), config.data, config.seed)
-    with preemption.listening(), Ranks() as ranks:
+    with preemption.handle_signals(), Ranks() as ranks:
         results = caption_split(
             members.captioner().to(ranks.device),
             loader,
@@ -223,10 +223,10 @@ def _caption(
             f"captioning {split.name}",
             prefix=prefix,
             require=require,
-            should_stop=preemption.asked,
+            should_stop=preemption.requested,
         )
         loader.close()
-        first = ranks.first
+        first = ranks.is_main
     if results is None:
         parting = f"{saved.folder}: left before split '{split.name}' was captioned"
         raise PreemptedError(parting if first else "")
@@ -237,12 +237,12 @@ def _train_captions(config: Config) -> tuple[list[str] | None, list[str]]:
     """Return what the model was trained on, or none and why not."""
     data = config.data
     try:
-        place = open_place(data.shards, data.cache, data.cache_gb)
-        if not isinstance(place, Folder):
+        place = open_storage(data.shards, data.cache, data.cache_gb)
+        if not isinstance(place, LocalStorage):
             # They lie among the pictures, all of which would have to be downloaded.
             return None, [f"novel captions were not counted: {place} is no folder of this machine"]
-        split = Split(place, data.train_split, check=False)
-        with progress("train captions", len(split), passing=True) as bar:
+        split = Split(place, data.train_split, check_sizes=False)
+        with progress("train captions", len(split), transient=True) as bar:
             captions: list[str] = []
             for item in range(len(split)):
                 captions += split.captions(item)

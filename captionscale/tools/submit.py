@@ -10,7 +10,7 @@ from captionscale import assets, credentials, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.escape import for_shell, for_terminal
-from captionscale.files import atomic
+from captionscale.files import atomic_write
 from captionscale.tools.profiles import check_process_count, read_profile
 
 _SOURCE = re.compile(r"^(?:\[\[ -f slurm.*\n)?source slurm/(\S+)\n", re.MULTILINE)
@@ -43,7 +43,7 @@ def submit(
         UserError: No SLURM here, or it refuses the job; more processes than the experiment can have; a folder
             that cannot be written or that SLURM cannot be told of; or a script that bash cannot read.
     """
-    if credentials.given(settings.data.shards) != settings.data.shards:
+    if credentials.restore(settings.data.shards) != settings.data.shards:
         raise UserError(
             f"data.shards = {settings.data.shards}: was given with a password, key or token, which is not"
             " written to a job; expected a URL without it; put it where the job finds it, such as .netrc,"
@@ -78,7 +78,7 @@ def submit(
     # SLURM does not make the folder of a job's log: the job would just vanish.
     (run / "logs").mkdir(parents=True, exist_ok=True)
     for path, text in ((experiment, toml.dumps(settings)), (job, script)):
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             file.write(text.encode())
     number = _sbatch(job)
     again, follow = for_shell("sbatch", str(job)), for_shell("tail", "-F", f"{run / 'logs' / number}.log")

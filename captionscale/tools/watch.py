@@ -20,11 +20,18 @@ from rich.text import Text
 from captionscale import parsing, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.files import LOCK, holder_of
-from captionscale.progress import SafeConsole, duration
+from captionscale.files import LOCK, lock_holder
+from captionscale.progress import SafeConsole, format_duration
 from captionscale.train import log_reader
-from captionscale.train.log_reader import Reader
-from captionscale.train.run_folder import LOG, SETTINGS, STALLS, checkpoint_of, need_run, steps
+from captionscale.train.log_reader import JsonLinesReader
+from captionscale.train.run_folder import (
+    CONFIG_FILE,
+    LOG_FILE,
+    STALLS_FILE,
+    checkpoint_folder,
+    checkpoint_steps,
+    require_run,
+)
 
 _RECENT = 20
 _LATE = 5
@@ -83,16 +90,16 @@ class RunWatcher:
         Raises:
             UserError: It is not there, or no run.
         """
-        need_run(run)
-        signs = (LOG, LOCK, SETTINGS, "job.sbatch", "checkpoints")
+        require_run(run)
+        signs = (LOG_FILE, LOCK, CONFIG_FILE, "job.sbatch", "checkpoints")
         if not any((run / sign).exists() for sign in signs):
             raise UserError(
-                f"{run}: holds no {LOG}, so no run; wanted the --out of captionscale train or submit; correct"
+                f"{run}: holds no {LOG_FILE}, so no run; wanted the --out of captionscale train or submit; correct"
                 " the path"
             )
         self._run = run
-        self._log = Reader(run / LOG, log_reader.read_line)
-        self._stalls = Reader(run / STALLS, lambda line: parsing.decode(line, _STALL))
+        self._log = JsonLinesReader(run / LOG_FILE, log_reader.parse_line)
+        self._stalls = JsonLinesReader(run / STALLS_FILE, lambda line: parsing.decode(line, _STALL))
 
     def status(self) -> RunStatus:
         """Return how the run stands now.
@@ -118,9 +125,9 @@ class RunWatcher:
         facts = dict(_facts(config, last, step, total))
         pace = _steps_per_s(config, learned)
         if pace and total > step:
-            facts["left"] = f"about {duration((total - step) / pace)}"
+            facts["left"] = f"about {format_duration((total - step) / pace)}"
         facts |= _scores(config, self._log.lines)
-        saved = steps(self._run)
+        saved = checkpoint_steps(self._run)
         facts["checkpoints"] = ", ".join(f"{each:,}" for each in saved) or "none yet"
         if damaged := [f"{it.path.name} {it.damaged:,}" for it in (self._log, self._stalls) if it.damaged]:
             facts["damaged lines"] = f"{', '.join(damaged)} (passed over)"
@@ -128,9 +135,9 @@ class RunWatcher:
         return RunStatus(state, why, facts, min(1.0, step / total) if total else 0.0, state == "ended")
 
     def _config(self) -> Config | None:
-        saved = steps(self._run)
-        newest = [checkpoint_of(self._run, saved[-1]) / SETTINGS] if saved else []
-        for path in (self._run / SETTINGS, *newest, self._run / "job.toml"):
+        saved = checkpoint_steps(self._run)
+        newest = [checkpoint_folder(self._run, saved[-1]) / CONFIG_FILE] if saved else []
+        for path in (self._run / CONFIG_FILE, *newest, self._run / "job.toml"):
             # One of another version says nothing that could be relied on.
             with suppress(UserError, OSError):
                 if path.is_file():
@@ -140,16 +147,18 @@ class RunWatcher:
     def _state(self, step: int, total: int, rhythm_s: float) -> tuple[str, str]:
         """Return one of `_MARKS`, and why."""
         holder, at_work = _holder(self._run)
-        age_s = _age(self._run / LOG)
-        silent = f"its log's last line came {duration(age_s)} ago" if age_s is not None else "no log yet"
+        age_s = _age(self._run / LOG_FILE)
+        silent = (
+            f"its log's last line came {format_duration(age_s)} ago" if age_s is not None else "no log yet"
+        )
         if rhythm_s:
-            silent += f", usually each {duration(rhythm_s)}"
+            silent += f", usually each {format_duration(rhythm_s)}"
         if total and step >= total and not at_work:
             return "ended", f"all {total:,} steps are done"
         if at_work is False:
             last = self._log.lines[-1] if self._log.lines else {}
-            if "left_for" in last:
-                return "not running", f"it left for {last['left_for']}; the same command goes on"
+            if "stop_reason" in last:
+                return "not running", f"it left for {last['stop_reason']}; the same command goes on"
             if not holder and age_s is None:
                 return "not running", "it has not started; squeue tells of its job"
             died = (
@@ -282,7 +291,7 @@ def _age(path: Path) -> float | None:
 def _holder(run: Path) -> tuple[str, bool | None]:
     """Return who says to be at work in a run's folder, and whether that is so; none: unknown, elsewhere."""
     try:
-        holder = holder_of(run)
+        holder = lock_holder(run)
     except OSError:
         return "", False
     if not holder:

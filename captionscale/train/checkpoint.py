@@ -15,14 +15,21 @@ from captionscale.distributed.engine import MOMENTS
 from captionscale.errors import UserError
 from captionscale.files import UnfitFileError, read_file, sha256_of
 from captionscale.model.captioner import Captioner
-from captionscale.train.run_folder import AVERAGE, MODEL, OPTIMIZER, SETTINGS, STATE, VOCAB
-from captionscale.train.state import Standing
+from captionscale.train.run_folder import (
+    CONFIG_FILE,
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    VOCAB_FILE,
+)
+from captionscale.train.state import TrainState
 from captionscale.version import __version__
 from captionscale.vocab import Vocabulary
 
 FORMAT = 1
-_NEEDED = {MODEL, SETTINGS, VOCAB}
-_KNOWN = _NEEDED | {OPTIMIZER, AVERAGE}
+_NEEDED = {MODEL_FILE, CONFIG_FILE, VOCAB_FILE}
+_KNOWN = _NEEDED | {OPTIMIZER_FILE, EMA_FILE}
 
 _Plain = str | int | float | bool | None
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[\w.+-]{1,40}$")]
@@ -34,7 +41,7 @@ class _Version(msgspec.Struct):
 
 
 class _State(msgspec.Struct):
-    """What `state.json` holds besides a `Standing`."""
+    """What `state.json` holds besides a `TrainState`."""
 
     captionscale: _Text
     fingerprint: dict[str, _Plain | list[_Plain]]
@@ -43,10 +50,10 @@ class _State(msgspec.Struct):
 
 _VERSION = msgspec.json.Decoder(_Version)
 _STATE = msgspec.json.Decoder(_State)
-_STANDING = msgspec.json.Decoder(Standing)
+_STANDING = msgspec.json.Decoder(TrainState)
 
 
-class OtherVersionError(UserError):
+class CheckpointVersionError(UserError):
     """A checkpoint is whole, but written by a version whose format is another one."""
 
 
@@ -57,27 +64,27 @@ class Checkpoint:
         """Read a checkpoint's state and compare its files with their checksums.
 
         Raises:
-            OtherVersionError: It is not of this format.
+            CheckpointVersionError: It is not of this format.
             UserError: A file is missing or damaged.
             OSError: One cannot be read.
         """
         self.folder = folder
         try:
-            data = read_file(folder / STATE)
+            data = read_file(folder / STATE_FILE)
             version = parsing.decode(data, _VERSION)
             if version.format != FORMAT:
-                raise OtherVersionError(
+                raise CheckpointVersionError(
                     f"{folder}: a checkpoint of format {version.format}, written by captionscale"
                     f" {version.captionscale}; wanted format {FORMAT}, which"
                     f" captionscale {__version__} reads; take the version that wrote it, or another run"
                 )
             self._state = parsing.decode(data, _STATE)
-            self.standing = parsing.decode(data, _STANDING)
+            self.train_state = parsing.decode(data, _STANDING)
             """How far the run was."""
             _refuse_other_files(self._state.sha256.keys())
-            done = self.standing
-            if max(done.best_step, done.captioned, done.judged) > done.step:
-                raise ValueError(f"{STATE}: speaks of steps after its own step {done.step:,}")
+            done = self.train_state
+            if max(done.best_step, done.validated_step, done.scored_step) > done.step:
+                raise ValueError(f"{STATE_FILE}: speaks of steps after its own step {done.step:,}")
             for name, sha256 in self._state.sha256.items():
                 if sha256_of(folder / name) != sha256:
                     raise ValueError(f"sha256 of {name} is not the one that was saved")
@@ -97,7 +104,7 @@ class Checkpoint:
             UserError: Another version had other keys.
         """
         try:
-            return toml.load(self.folder / SETTINGS)
+            return toml.load(self.folder / CONFIG_FILE)
         except UserError as error:
             writer = self._state.captionscale
             if writer == __version__:
@@ -113,12 +120,12 @@ class Checkpoint:
         Raises:
             UserError: They are damaged.
         """
-        return vocab.load(self.folder / VOCAB)
+        return vocab.load(self.folder / VOCAB_FILE)
 
     @property
     def sha256(self) -> str:
         """Hash of the weights that the captioner has."""
-        return self._state.sha256.get(AVERAGE, self._state.sha256[MODEL])
+        return self._state.sha256.get(EMA_FILE, self._state.sha256[MODEL_FILE])
 
     def captioner(self) -> Captioner:
         """Return the captioner as it was saved, or the average of what it was, in evaluation mode.
@@ -127,7 +134,7 @@ class Checkpoint:
             UserError: The weights are not the config's, or a weight is no number, and so is all that would
                 come of it.
         """
-        weights = self.weights() | self.average()
+        weights = self.weights() | self.ema_weights()
         for name, tensor in weights.items():
             if not bool(tensor.isfinite().all()):
                 raise UserError(
@@ -138,7 +145,7 @@ class Checkpoint:
         captioner.load_state_dict(weights)
         return captioner.eval()
 
-    def refuse_another(self, fingerprint: Mapping[str, Any]) -> None:
+    def check_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
         """Refuse to go on with another experiment than this checkpoint's.
 
         Args:
@@ -167,23 +174,25 @@ class Checkpoint:
         Raises:
             UserError: They are another captioner's.
         """
-        return self._load(MODEL, (captioner or self._own).state_dict())
+        return self._load(MODEL_FILE, (captioner or self._own).state_dict())
 
-    def average(self, captioner: Captioner | None = None) -> dict[str, Tensor]:
+    def ema_weights(self, captioner: Captioner | None = None) -> dict[str, Tensor]:
         """Return the weights' moving average; nothing if the run has none. Otherwise as `weights`."""
-        if AVERAGE not in self._state.sha256:
+        if EMA_FILE not in self._state.sha256:
             return {}
         weights = (captioner or self._own).state_dict()
-        return self._load(AVERAGE, {name: each for name, each in weights.items() if each.is_floating_point()})
+        return self._load(
+            EMA_FILE, {name: each for name, each in weights.items() if each.is_floating_point()}
+        )
 
-    def memory(self, captioner: Captioner) -> dict[str, Tensor]:
-        """Return the optimiser's memory of a captioner, as `Engine.load_memory` takes it.
+    def optimizer_state(self, captioner: Captioner) -> dict[str, Tensor]:
+        """Return the optimiser's memory of a captioner, as `Engine.load_optimizer_state` takes it.
 
         Raises:
             UserError: It is that of another captioner.
         """
         try:
-            found = safetensors_file.read_header(self.folder / OPTIMIZER)
+            found = safetensors_file.read_header(self.folder / OPTIMIZER_FILE)
         except (OSError, ValueError) as error:
             raise self._damaged(error) from None
         expected: dict[str, Tensor] = {}
@@ -192,7 +201,7 @@ class Checkpoint:
             if f"{name}/step" in found:
                 expected |= {f"{name}/{key}": parameter for key in MOMENTS}
                 expected[f"{name}/step"] = torch.empty((), device="meta")
-        return self._load(OPTIMIZER, expected)
+        return self._load(OPTIMIZER_FILE, expected)
 
     def _load(self, name: str, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
@@ -210,9 +219,9 @@ class Checkpoint:
 def _refuse_other_files(names: Iterable[str]) -> None:
     """Refuse checksums of anything but a checkpoint's own files: no other path is ever opened."""
     if odd := sorted(set(names) - _KNOWN):
-        raise ValueError(f"{STATE}: sha256 of {odd[0]!r:.80}, which no checkpoint holds")
+        raise ValueError(f"{STATE_FILE}: sha256 of {odd[0]!r:.80}, which no checkpoint holds")
     if missing := sorted(_NEEDED - set(names)):
-        raise ValueError(f"{STATE}: no sha256 of {missing[0]}")
+        raise ValueError(f"{STATE_FILE}: no sha256 of {missing[0]}")
 
 
 def _short(value: Any) -> str:

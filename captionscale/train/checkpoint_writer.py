@@ -20,7 +20,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
 from captionscale.train import checkpoints
-from captionscale.train.state import Standing
+from captionscale.train.state import TrainState
 from captionscale.vocab import Vocabulary
 
 # No number type is wider, so that each tensor may begin at any multiple of it.
@@ -28,7 +28,7 @@ _ALIGNMENT_BYTES = 16
 _DENSE = (torch.contiguous_format, torch.channels_last)
 
 
-class Saver:
+class CheckpointWriter:
     """Writes a run's checkpoints, one at a time, in a thread of its own.
 
     The thread does nothing but what lets other threads run: writing, hashing, waiting for the disk.
@@ -56,33 +56,33 @@ class Saver:
         Raises:
             UserError: The disk cannot.
         """
-        size = checkpoint_bytes(captioner, bool(self._config.train.average))
-        refuse_full_disk(self._run, size, self._config.train.keep)
+        size = checkpoint_bytes(captioner, bool(self._config.train.ema_decay))
+        check_disk_space(self._run, size, self._config.train.keep_checkpoints)
         self._make_buffer(size, next(captioner.parameters()).device)
 
     def save(
         self,
-        standing: Standing,
+        train_state: TrainState,
         weights: Mapping[str, Tensor],
-        memory: Mapping[str, Tensor],
-        average: Mapping[str, Tensor] | None = None,
+        optimizer_state: Mapping[str, Tensor],
+        ema: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copy what is to be saved and begin to write it; first wait for the one before, if need be.
 
         Args:
-            standing: How far the run is.
+            train_state: How far the run is.
             weights: The captioner's.
-            memory: The optimiser's, as `Engine.memory` gives it.
-            average: The weights' moving average, if the run has one.
+            optimizer_state: The optimiser's, as `Engine.optimizer_state` gives it.
+            ema: The weights' moving average, if the run has one.
 
         Raises:
             UserError: The one before could not be written.
         """
         began = time.monotonic()
         self.wait()
-        copies = self._copies(weights, memory, average or {})
+        copies = self._copies(weights, optimizer_state, ema or {})
         wait_s = time.monotonic() - began
-        self._writing = self._thread.submit(self._timed, copy.deepcopy(standing), wait_s, copies)
+        self._writing = self._thread.submit(self._timed, copy.deepcopy(train_state), wait_s, copies)
 
     def wait(self) -> None:
         """Return when what was saved is on the disk.
@@ -95,7 +95,7 @@ class Saver:
             step, seconds = writing.result()
             self._written[step] = seconds
 
-    def written(self) -> dict[int, dict[str, float]]:
+    def pop_timings(self) -> dict[int, dict[str, float]]:
         """Return the checkpoints that came to the disk since the last call, without waiting for any.
 
         Returns:
@@ -120,21 +120,21 @@ class Saver:
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def _timed(
-        self, standing: Standing, wait_s: float, copies: list[dict[str, Tensor]]
+        self, train_state: TrainState, wait_s: float, copies: list[dict[str, Tensor]]
     ) -> tuple[int, dict[str, float]]:
         began = time.monotonic()
-        weights, memory, average = copies
+        weights, optimizer_state, ema = copies
         checkpoints.save(
             self._run,
-            standing,
+            train_state,
             self._fingerprint,
             weights,
-            memory,
+            optimizer_state,
             self._config,
             self._vocabulary,
-            average or None,
+            ema or None,
         )
-        return standing.step, {"save_wait_s": wait_s, "save_s": time.monotonic() - began}
+        return train_state.step, {"save_wait_s": wait_s, "save_s": time.monotonic() - began}
 
     def _copies(self, *groups: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Return the tensors as they are now, one after the other in this host's memory."""
@@ -185,13 +185,13 @@ def checkpoint_bytes(captioner: Captioner, averaged: bool) -> int:
     return sum(_aligned(tensor.nbytes) for tensor in tensors) + len(learning) * _ALIGNMENT_BYTES
 
 
-def refuse_full_disk(run: Path, size: int, keep: int, folder: Path | None = None) -> None:
+def check_disk_space(run: Path, size: int, keep: int, folder: Path | None = None) -> None:
     """Refuse a disk that cannot hold a run's checkpoints: kept, best, being scored, being written.
 
     Args:
         run: The run's folder.
         size: Of a checkpoint, in bytes.
-        keep: As `train.keep`.
+        keep: As `train.keep_checkpoints`.
         folder: On the same disk, if that of the run is not there yet.
 
     Raises:
@@ -210,8 +210,8 @@ def refuse_full_disk(run: Path, size: int, keep: int, folder: Path | None = None
     if found:
         raise UserError(
             f"{run}: {found}, wanted {missing / 1e9:,.2f} GB more for {keep + 3:,} checkpoints of"
-            f" {size / 1e9:,.2f} GB (train.keep = {keep:,}, the best, one being scored, one being written);"
-            " free the disk, lower train.keep, or take --out elsewhere"
+            f" {size / 1e9:,.2f} GB (train.keep_checkpoints = {keep:,}, the best, one being scored, one being written);"
+            " free the disk, lower train.keep_checkpoints, or take --out elsewhere"
         )
 
 

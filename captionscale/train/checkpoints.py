@@ -1,7 +1,7 @@
 """Checkpoints: one format for every engine and any number of ranks, whole or not there.
 
 A run keeps them in `checkpoints/step-00012000/`: `model.safetensors`, `optimizer.safetensors`, with
-`train.average` also `average.safetensors`, `state.json` (step, fingerprint, best score, checksums),
+`train.ema_decay` also `ema.safetensors`, `state.json` (step, fingerprint, best score, checksums),
 `config.toml` and `vocab.json`. Nothing is pickled.
 What is being written, or on its way out, ends in `.tmp`.
 """
@@ -24,21 +24,21 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import sha256_of
 from captionscale.progress import say
-from captionscale.train.checkpoint import FORMAT, Checkpoint, OtherVersionError
+from captionscale.train.checkpoint import FORMAT, Checkpoint, CheckpointVersionError
 from captionscale.train.run_folder import (
-    AVERAGE,
-    MODEL,
-    OPTIMIZER,
-    SETTINGS,
-    STATE,
-    VOCAB,
-    checkpoint_of,
-    need_run,
+    CONFIG_FILE,
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    VOCAB_FILE,
+    checkpoint_folder,
+    checkpoint_steps,
     partial_checkpoints,
-    steps,
-    warnings,
+    require_run,
+    unknown_file_warnings,
 )
-from captionscale.train.state import Standing
+from captionscale.train.state import TrainState
 from captionscale.version import __version__
 from captionscale.vocab import Vocabulary
 
@@ -48,41 +48,41 @@ _OLD = ".old.tmp"
 
 def save(
     run: Path,
-    standing: Standing,
+    train_state: TrainState,
     fingerprint: Mapping[str, Any],
     weights: Mapping[str, Tensor],
-    memory: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
     config: Config,
     vocabulary: Vocabulary,
-    average: Mapping[str, Tensor] | None = None,
+    ema: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a checkpoint, then remove those that `train.keep` does not keep.
+    """Write a checkpoint, then remove those that `train.keep_checkpoints` does not keep.
 
     It is on the disk before it takes its name, so that a kill, a full disk or a power cut leaves the others
     whole and never a torn one among them.
 
     Args:
         run: The run's folder.
-        standing: How far it is.
+        train_state: How far it is.
         fingerprint: What may not change within a run.
         weights: The captioner's.
-        memory: The optimiser's, as `Engine.memory` gives it.
+        optimizer_state: The optimiser's, as `Engine.optimizer_state` gives it.
         config: The experiment.
         vocabulary: Its words.
-        average: The weights' moving average, if the run has one.
+        ema: The weights' moving average, if the run has one.
 
     Raises:
         UserError: The disk refuses.
     """
-    folder = checkpoint_of(run, standing.step)
+    folder = checkpoint_folder(run, train_state.step)
     partial = _passing(folder)
     try:
-        sweep(run)
+        remove_partial(run)
         partial.mkdir(parents=True)
-        for tensors, name in ((weights, MODEL), (memory, OPTIMIZER), (average, AVERAGE)):
+        for tensors, name in ((weights, MODEL_FILE), (optimizer_state, OPTIMIZER_FILE), (ema, EMA_FILE)):
             if tensors is not None:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
-        seal(partial, standing, fingerprint, config, vocabulary)
+        write_metadata(partial, train_state, fingerprint, config, vocabulary)
         for path in (*partial.iterdir(), partial):
             _flush(path)
         if folder.exists():
@@ -91,44 +91,44 @@ def save(
         for path in (folder.parent, run):
             _flush(path)
         # A later one can only be a damaged one that this run was resumed before.
-        earlier = [step for step in steps(run) if step <= standing.step]
-        kept = {*earlier[-config.train.keep :], standing.best_step}
-        if standing.judged < standing.captioned:
-            kept.add(standing.captioned)  # It may turn out to be the best.
-        for step in steps(run):
+        earlier = [step for step in checkpoint_steps(run) if step <= train_state.step]
+        kept = {*earlier[-config.train.keep_checkpoints :], train_state.best_step}
+        if train_state.scored_step < train_state.validated_step:
+            kept.add(train_state.validated_step)  # It may turn out to be the best.
+        for step in checkpoint_steps(run):
             if step not in kept:
-                checkpoint_of(run, step).rename(_passing(checkpoint_of(run, step)))
-        sweep(run)
+                checkpoint_folder(run, step).rename(_passing(checkpoint_folder(run, step)))
+        remove_partial(run)
     # Neither a full disk's OSError nor safetensors' own error about it may cost the checkpoints before.
     except Exception as error:
-        sweep(run)
+        remove_partial(run)
         raise UserError(
             f"{folder}: cannot be written ({error}); the checkpoints before it are whole;"
             " free the disk and train again with the same --out"
         ) from None
 
 
-def seal(
+def write_metadata(
     folder: Path,
-    standing: Standing,
+    train_state: TrainState,
     fingerprint: Mapping[str, Any],
     config: Config,
     vocabulary: Vocabulary,
 ) -> None:
     """Write what a checkpoint has besides what is in its folder already, and the checksums of all."""
-    (folder / SETTINGS).write_text(toml.dumps(config), encoding="utf-8")
-    vocabulary.save(folder / VOCAB)
+    (folder / CONFIG_FILE).write_text(toml.dumps(config), encoding="utf-8")
+    vocabulary.save(folder / VOCAB_FILE)
     state = {
         "format": FORMAT,
         "captionscale": __version__,
-        **asdict(standing),
+        **asdict(train_state),
         "fingerprint": dict(fingerprint),
         "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
     }
-    (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
-def sweep(run: Path) -> None:
+def remove_partial(run: Path) -> None:
     """Remove what a killed process was writing, and what is no longer kept."""
     for path in partial_checkpoints(run):
         whole = path.with_name(path.name.removesuffix(_OLD))
@@ -141,7 +141,7 @@ def sweep(run: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def find_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint that is whole; none if there is none at all.
 
     Args:
@@ -151,17 +151,17 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     Raises:
         UserError: There are some, all of them damaged; or the newest whole one is of another version.
     """
-    for warning in warnings(run):
+    for warning in unknown_file_warnings(run):
         warn(f"warning: {warning}")
-    for step in reversed(steps(run)):
+    for step in reversed(checkpoint_steps(run)):
         try:
             return _checkpoint(run, step)
-        except OtherVersionError:
+        except CheckpointVersionError:
             # To go on from an older one would throw this one away.
             raise
         except UserError as error:
             warn(f"warning: passed over: {error}")
-    if steps(run):
+    if checkpoint_steps(run):
         raise UserError(
             f"{run}: every checkpoint is damaged; copy the run again, or train it into another --out"
         )
@@ -179,54 +179,54 @@ def resume(run: Path, fingerprint: Mapping[str, Any], tell: Callable[[str], None
     Raises:
         UserError: The run did something else so far, or all its checkpoints are damaged.
     """
-    sweep(run)
-    saved = newest(run, tell)
+    remove_partial(run)
+    saved = find_latest(run, tell)
     if saved is not None:
-        saved.refuse_another(fingerprint)
-        tell(f"{run}: going on from step {saved.standing.step:,}")
+        saved.check_fingerprint(fingerprint)
+        tell(f"{run}: going on from step {saved.train_state.step:,}")
     return saved
 
 
-def open_run(run: Path, which: str = "best") -> Checkpoint:
+def open_checkpoint(run: Path, which: str = "best") -> Checkpoint:
     """Return a run's checkpoint to caption with.
 
     Args:
-        run: The run's folder; or one checkpoint's, wherever it is, such as `export --to hub` wrote.
+        run: The run's folder; or one checkpoint's, wherever it is, such as `export --format hub` wrote.
         which: `best`, `last`, or a step.
 
     Raises:
         UserError: No run, no such checkpoint, or a damaged one.
     """
-    need_run(run)
-    if (run / STATE).is_file():
+    require_run(run)
+    if (run / STATE_FILE).is_file():
         return Checkpoint(run)
-    last = newest(run, say)
+    last = find_latest(run, say)
     if last is None:
         raise UserError(
             f"{run}: no checkpoint, so no run; wanted the --out of captionscale train; correct the path, or"
             " wait until it has saved"
         )
-    if which == "last" or (which == "best" and not last.standing.best_step):
+    if which == "last" or (which == "best" and not last.train_state.best_step):
         return last
     if which == "best":
-        step = last.standing.best_step
+        step = last.train_state.best_step
     elif which.isdecimal() and len(which) <= 12:
         step = int(which)
     else:
-        raise UserError(f"--checkpoint {which}: wanted best, last, or a step: {steps(run)}")
-    if step not in steps(run):
+        raise UserError(f"--checkpoint {which}: wanted best, last, or a step: {checkpoint_steps(run)}")
+    if step not in checkpoint_steps(run):
         raise UserError(
-            f"{run}: no checkpoint of step {step}; there are {steps(run)}; take one of these, or"
+            f"{run}: no checkpoint of step {step}; there are {checkpoint_steps(run)}; take one of these, or"
             " --checkpoint last"
         )
     return _checkpoint(run, step)
 
 
 def _checkpoint(run: Path, step: int) -> Checkpoint:
-    saved = Checkpoint(checkpoint_of(run, step))
-    if saved.standing.step != step:
+    saved = Checkpoint(checkpoint_folder(run, step))
+    if saved.train_state.step != step:
         raise UserError(
-            f"{saved.folder}: holds step {saved.standing.step:,}, expected step {step:,} as its name says;"
+            f"{saved.folder}: holds step {saved.train_state.step:,}, expected step {step:,} as its name says;"
             " rename it"
         )
     return saved

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 _SOON = 10
 
 
-class Average:
+class ModelEMA:
     """The exponential moving average of what changes in a model, in fp32.
 
     Each rank keeps one: all have the same weights after each step, and so the same average.
@@ -46,7 +46,7 @@ class Average:
         torch._foreach_lerp_(list(self._average.values()), own, 1 - decay)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
+    def average_parameters(self) -> Iterator[None]:
         """Let the model have the average instead of its weights for a while."""
         self._swap()
         try:
@@ -54,12 +54,12 @@ class Average:
         finally:
             self._swap()
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """Return the average under the names of the model's weights."""
         return self._average
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with an average that `state` gave."""
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with an average that `state_dict` gave."""
         for name, tensor in self._average.items():
             tensor.copy_(state[name])
 

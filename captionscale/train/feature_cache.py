@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-from captionscale.data.feature_cache import Features, begin_all, folder_of, refused
+from captionscale.data.feature_cache import FeatureFile, cannot_write, create_all, features_folder
 from captionscale.data.loader import Loader
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import PreemptedError
@@ -39,26 +39,34 @@ def cache_features(encoder: Encoder, loaders: Sequence[Loader], ranks: Ranks, pr
         PreemptedError: A signal asked this or another rank to leave; the next run goes on with what is done.
     """
     encoder.eval()
-    files = [ranks.on_first(_file_of, encoder, loader, ranks, precision) for loader in loaders]
+    files = [ranks.run_on_main(_file_of, encoder, loader, ranks, precision) for loader in loaders]
     with ExitStack() as stack:
-        missing = ranks.on_first(_begin, files, stack)
+        missing = ranks.run_on_main(_begin, files, stack)
         for file in missing:
             _fill(file, encoder, loaders[files.index(file)], ranks)
-            ranks.on_first(file.finish)
+            ranks.run_on_main(file.finish)
     for loader, file in zip(loaders, files, strict=True):
         loader.features = file.open()
 
 
-def _file_of(encoder: Encoder, loader: Loader, ranks: Ranks, precision: str) -> Features:
+def _file_of(encoder: Encoder, loader: Loader, ranks: Ranks, precision: str) -> FeatureFile:
     split, size = loader.split, loader.data.image_size
     picture = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=ranks.device)
     with torch.no_grad():
         _, regions, numbers = encoder(picture).shape
     settings = encoder.settings
-    facts = [_VERSION, _hash_of(encoder), settings.name, settings.stride, size, split.sha256, precision]
+    facts = [
+        _VERSION,
+        _hash_of(encoder),
+        settings.name,
+        settings.output_stride,
+        size,
+        split.sha256,
+        precision,
+    ]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    path = folder_of(split.place) / f"{split.name}-{key}.npy"
-    return Features(path, (len(split), regions, numbers))
+    path = features_folder(split.storage) / f"{split.name}-{key}.npy"
+    return FeatureFile(path, (len(split), regions, numbers))
 
 
 def _hash_of(encoder: Encoder) -> str:
@@ -70,22 +78,22 @@ def _hash_of(encoder: Encoder) -> str:
     return hasher.hexdigest()
 
 
-def _begin(files: Sequence[Features], stack: ExitStack) -> list[Features]:
+def _begin(files: Sequence[FeatureFile], stack: ExitStack) -> list[FeatureFile]:
     """Return the files to fill, made ready; nobody else fills any until the stack closes."""
     if _missing(files):
         folder = files[0].path.parent
         try:
             stack.enter_context(lock(folder, "captionscale train, which computes features"))
         except OSError as error:
-            raise refused(folder, error) from None
+            raise cannot_write(folder, error) from None
         # Another run may have come first.
         if missing := _missing(files):
-            begin_all(missing)
+            create_all(missing)
             return missing
     return []
 
 
-def _missing(files: Sequence[Features]) -> list[Features]:
+def _missing(files: Sequence[FeatureFile]) -> list[FeatureFile]:
     missing = []
     for file in dict.fromkeys(files):
         if file.path.exists():
@@ -95,19 +103,21 @@ def _missing(files: Sequence[Features]) -> list[Features]:
     return missing
 
 
-def _fill(file: Features, encoder: Encoder, loader: Loader, ranks: Ranks) -> None:
+def _fill(file: FeatureFile, encoder: Encoder, loader: Loader, ranks: Ranks) -> None:
     """Compute this rank's share of a file."""
     items = np.arange(len(loader.split))
     # Cut first, dealt then: features do not depend on the ranks.
     parts = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
-    todo = set(ranks.on_first(lambda: file.missing().tolist()))
+    todo = set(ranks.run_on_main(lambda: file.missing_rows().tolist()))
     parts = [part for part in parts if not todo.isdisjoint(part.tolist())]
-    mine = [parts[number] for number in ranks.share(len(parts))]
-    title = f"features of {loader.split.name}" + (f" (1 of {ranks.size} shares)" if ranks.size > 1 else "")
+    mine = [parts[number] for number in ranks.local_indices(len(parts))]
+    title = f"features of {loader.split.name}" + (
+        f" (1 of {ranks.world_size} shares)" if ranks.world_size > 1 else ""
+    )
     written, left = 0, False
-    with progress(title, sum(map(len, mine)), quiet=not ranks.first, passing=True) as bar:
-        for part, batch in zip(mine, loader.ahead((part, None) for part in mine), strict=True):
-            if left := preemption.asked():
+    with progress(title, sum(map(len, mine)), quiet=not ranks.is_main, transient=True) as bar:
+        for part, batch in zip(mine, loader.prefetch((part, None) for part in mine), strict=True):
+            if left := preemption.requested():
                 break
             with torch.no_grad(), ranks.autocast():
                 features = encoder(batch.images.to(ranks.device))
@@ -118,5 +128,5 @@ def _fill(file: Features, encoder: Encoder, loader: Loader, ranks: Ranks) -> Non
     left, written = ranks.sum(left, written).tolist()
     if left:
         parting = f"{file.path}: left before the features of all images were computed; those that were stay"
-        raise PreemptedError(parting if ranks.first else "")
+        raise PreemptedError(parting if ranks.is_main else "")
     assert written == sum(map(len, parts)), "an image was encoded twice or not at all"

@@ -21,7 +21,7 @@ from captionscale.model.search.sampling import sample
 from captionscale.progress import progress
 from captionscale.score.diagnostics import DANGLING
 from captionscale.score.results import Result
-from captionscale.vocab import PAD, SPECIALS, UNKNOWN, Vocabulary, split_words
+from captionscale.vocab import PAD, SPECIAL_TOKENS, UNK, Vocabulary, split_words
 
 MAX_REQUIRED_WORDS = 4
 """Words that captions can be made to hold: the search takes twice as long for each."""
@@ -70,11 +70,11 @@ def make_constraints(
             f"--prefix and --require: found {len(beginning) + len(required)} words, wanted fewer than the"
             f" run's data.max_words = {max_words}; leave some out"
         )
-    known = {token for word in DANGLING for token in vocabulary.encode(word, 1)[1:-1]} - {UNKNOWN}
+    known = {token for word in DANGLING for token in vocabulary.encode(word, 1)[1:-1]} - {UNK}
     return Constraints(
-        block_ngrams=settings.block_ngrams,
-        allow_unknown=settings.unknown,
-        dangling_tokens=() if settings.dangling else tuple(sorted(known)),
+        no_repeat_ngram_size=settings.no_repeat_ngram_size,
+        allow_unknown=settings.allow_unknown,
+        dangling_tokens=() if settings.allow_dangling else tuple(sorted(known)),
         prefix=tuple(beginning),
         required=tuple(required),
     )
@@ -117,14 +117,19 @@ def caption_split(
     split = loader.split
     # Cut first, dealt then: the batch in which an image is captioned does not depend on the ranks.
     items = np.arange(len(split))
-    parts = [items[start : start + settings.batch] for start in range(0, len(split), settings.batch)]
-    mine = [parts[number] for number in ranks.share(len(parts))]
+    parts = [
+        items[start : start + settings.batch_size] for start in range(0, len(split), settings.batch_size)
+    ]
+    mine = [parts[number] for number in ranks.local_indices(len(parts))]
     results: list[Result] = []
-    title += f" (1 of {ranks.size} shares)" if ranks.size > 1 else ""
+    title += f" (1 of {ranks.world_size} shares)" if ranks.world_size > 1 else ""
     training, left = captioner.training, False
     captioner.eval()
-    with progress(title, sum(map(len, mine)), quiet=not ranks.first, passing=True) as bar, ranks.autocast():
-        for batch in loader.ahead((part, None) for part in mine):
+    with (
+        progress(title, sum(map(len, mine)), quiet=not ranks.is_main, transient=True) as bar,
+        ranks.autocast(),
+    ):
+        for batch in loader.prefetch((part, None) for part in mine):
             if left := should_stop():
                 break
             images = batch.images.to(ranks.device)
@@ -219,10 +224,10 @@ def generate_tokens(
         features,
         beam=settings.beam,
         max_words=max_words,
-        length_power=settings.length_power,
+        length_penalty=settings.length_penalty,
         groups=settings.groups,
-        diversity=settings.diversity,
-        coverage=settings.coverage,
+        diversity_penalty=settings.diversity_penalty,
+        coverage_weight=settings.coverage_weight,
         constraints=constraints,
     )
     return [[caption.tokens for caption in captions] for captions in found]
@@ -230,8 +235,8 @@ def generate_tokens(
 
 def _token(word: str, vocabulary: Vocabulary, place: str) -> int:
     token = vocabulary.encode(word, 1)[1]
-    if token == UNKNOWN:
-        known = vocabulary.words[len(SPECIALS) :]
+    if token == UNK:
+        known = vocabulary.words[len(SPECIAL_TOKENS) :]
         near = get_close_matches(word, known)
         cure = did_you_mean(word, near) if near else "take one of its checkpoint's vocab.json"
         raise UserError(f"{place}: the run has no word '{word}' among its {len(known):,}; {cure}")

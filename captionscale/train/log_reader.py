@@ -14,7 +14,7 @@ from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import MB, open_file, read_file
 from captionscale.parsing import Lines
-from captionscale.train.run_folder import LOG
+from captionscale.train.run_folder import LOG_FILE
 from captionscale.train.state import Step
 
 _MAX_BYTES = 512 * MB
@@ -33,12 +33,12 @@ class _Line(msgspec.Struct):
     reward: float | None = None
     dangling: float | None = None
     distinct: float | None = None
-    gradient_norm: float | None = None
+    grad_norm: float | None = None
     images_per_s: float | None = None
     captions_per_s: float | None = None
     save_s: float | None = None
     save_wait_s: float | None = None
-    left_for: str = ""
+    stop_reason: str = ""
 
 
 class RunLog:
@@ -50,17 +50,17 @@ class RunLog:
         Raises:
             UserError: It cannot be read.
         """
-        self.path = run / LOG
+        self.path = run / LOG_FILE
         self.lines = read(self.path)
 
-    def figures(self, key: str) -> dict[int, float]:
+    def metric(self, key: str) -> dict[int, float]:
         """Return the finite figures of one name by step."""
-        return {line["step"]: line[key] for _, line in self.lines.whole if _is_finite(line.get(key))}
+        return {line["step"]: line[key] for _, line in self.lines.valid if _is_finite(line.get(key))}
 
     @property
     def scores(self) -> dict[int, dict[str, float]]:
         """Scores of the validation split by step."""
-        return {line["step"]: line["scores"] for _, line in self.lines.whole if line.get("scores")}
+        return {line["step"]: line["scores"] for _, line in self.lines.valid if line.get("scores")}
 
     @property
     def warning(self) -> str:
@@ -69,7 +69,7 @@ class RunLog:
 
 
 @dataclass
-class Reader(Generic[T]):
+class JsonLinesReader(Generic[T]):
     """Reads a file of JSON lines again and again: only what is new, or all, if it was written anew."""
 
     path: Path
@@ -98,7 +98,7 @@ class Reader(Generic[T]):
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
         found = parsing.read_lines(whole, self.parse)
-        self.lines += [line for _, line in found.whole]
+        self.lines += [line for _, line in found.valid]
         self.damaged += len(found.damaged)
 
     def _forget(self, inode: int = 0) -> None:
@@ -120,10 +120,10 @@ def read(path: Path) -> Lines[dict[str, Any]]:
             f"{path}: cannot be read ({error.strerror}), expected the log of a run; correct its rights, or"
             " move it away"
         ) from None
-    return parsing.read_lines(data, read_line)
+    return parsing.read_lines(data, parse_line)
 
 
-def read_line(line: bytes) -> dict[str, Any]:
+def parse_line(line: bytes) -> dict[str, Any]:
     """Return a line of a log without figures that are no numbers (NaN, Infinity).
 
     Raises:
@@ -140,12 +140,12 @@ def read_line(line: bytes) -> dict[str, Any]:
     return figures
 
 
-def figures(run: Path, key: str, since: float = 0) -> dict[int, float]:
+def read_metric(run: Path, key: str, since: float = 0) -> dict[int, float]:
     """Return one figure of a run's log by step; the run may be at work.
 
     Args:
         run: The run's folder.
-        key: As `Log.write` was given it.
+        key: As `LogWriter.write` was given it.
         since: A time of `time.time`: nothing is told of a log that was not written after it. A run that goes
             on first takes out what the one before did in vain.
 
@@ -153,8 +153,8 @@ def figures(run: Path, key: str, since: float = 0) -> dict[int, float]:
         UserError: The log cannot be read.
     """
     with suppress(OSError):
-        if (run / LOG).stat().st_mtime >= since:
-            return RunLog(run).figures(key)
+        if (run / LOG_FILE).stat().st_mtime >= since:
+            return RunLog(run).metric(key)
     return {}
 
 

@@ -15,29 +15,29 @@ from captionscale.errors import UserError
 from captionscale.files import lock
 from captionscale.progress import Bar, progress
 from captionscale.train import preemption
-from captionscale.train.log_writer import Log, Rate
-from captionscale.train.losses import cross_entropy, say_what_may_be_said, uneven_attention
-from captionscale.train.nan_guard import Divergence
-from captionscale.train.preemption_flag import Vote
+from captionscale.train.log_writer import LogWriter, Throughput
+from captionscale.train.losses import cross_entropy, doubly_stochastic_penalty, mask_unsampleable_tokens
+from captionscale.train.nan_guard import NanGuard
+from captionscale.train.preemption_flag import PreemptionFlag
 from captionscale.train.profiling import profiling
-from captionscale.train.sample_log import Ledger
+from captionscale.train.sample_log import SampleLog
 from captionscale.train.schedule import lr_factor
-from captionscale.train.scst import SelfCritical
-from captionscale.train.scst_checks import refuse_collapse
-from captionscale.train.setup import Job, prepare
-from captionscale.train.state import Standing
+from captionscale.train.scst import ScstObjective
+from captionscale.train.scst_checks import check_collapse
+from captionscale.train.setup import Run, build_run
+from captionscale.train.state import TrainState
 from captionscale.train.tracking import Trackers
 from captionscale.train.validation import Validation
 from captionscale.train.watchdog import Watchdog
 
 
-def train(config: Config, run: Path, profiled: int = 0) -> Standing:
+def train(config: Config, run: Path, profile_steps: int = 0) -> TrainState:
     """Train a captioner, or go on with one.
 
     Args:
         config: The experiment.
         run: Folder of its checkpoints and logs. If it holds a checkpoint, training goes on from there.
-        profiled: Steps of which a profile is written.
+        profile_steps: Steps of which a profile is written.
 
     Returns:
         How far the run is now: at its last step, or where early stopping or preemption ended it.
@@ -47,16 +47,16 @@ def train(config: Config, run: Path, profiled: int = 0) -> Standing:
             full disk, or a loss that is no number.
     """
     with Ranks(config.train.precision) as ranks, ExitStack() as stack:
-        ranks.on_first(stack.enter_context, lock(run, "captionscale train"))
-        return learn(prepare(config, run, ranks, stack), profiled)
+        ranks.run_on_main(stack.enter_context, lock(run, "captionscale train"))
+        return train_loop(build_run(config, run, ranks, stack), profile_steps)
 
 
-def learn(job: Job, profiled: int = 0) -> Standing:
+def train_loop(job: Run, profile_steps: int = 0) -> TrainState:
     """Take the steps that a run has yet to take; log, score and save as it asks for.
 
     Args:
         job: Ready for its next step.
-        profiled: As of `train`.
+        profile_steps: As of `train`.
 
     Returns:
         As `train`.
@@ -64,88 +64,90 @@ def learn(job: Job, profiled: int = 0) -> Standing:
     Raises:
         UserError: A full disk, or a loss that is no number.
     """
-    settings, run, ranks = job.config.train, job.run, job.ranks
-    standing, before = job.standing, copy.copy(job.standing)
-    start = standing.step
+    settings, run, ranks = job.config.train, job.folder, job.ranks
+    train_state, before = job.train_state, copy.copy(job.train_state)
+    start = train_state.step
     with ExitStack() as stack:
-        log = stack.enter_context(closing(Log(run, start, standing.judged))) if ranks.first else None
-        if ranks.first and settings.trackers:
+        log = (
+            stack.enter_context(closing(LogWriter(run, start, train_state.scored_step)))
+            if ranks.is_main
+            else None
+        )
+        if ranks.is_main and settings.trackers:
             stack.enter_context(closing(Trackers(run, job.config)))
-        bar = stack.enter_context(progress("training", job.steps, start, quiet=not ranks.first))
-        ledger = stack.enter_context(closing(Ledger(run, ranks))) if settings.ledger else None
-        score_every = settings.score_every or job.order.steps_per_epoch
-        save_every = settings.save_every or job.order.steps_per_epoch
-        dog = stack.enter_context(Watchdog(run, ranks, settings.stall_s, job.shards))
-        validation = stack.enter_context(closing(Validation(job, log, bar, dog)))
-        rate, divergence, vote = Rate(), Divergence(ranks, settings.precision), Vote()
+        bar = stack.enter_context(progress("training", job.steps, start, quiet=not ranks.is_main))
+        sample_log = stack.enter_context(closing(SampleLog(run, ranks))) if settings.sample_log else None
+        score_every = settings.score_every or job.sampler.steps_per_epoch
+        save_every = settings.save_every or job.sampler.steps_per_epoch
+        watchdog = stack.enter_context(Watchdog(run, ranks, settings.stall_s, job.shards))
+        validation = stack.enter_context(closing(Validation(job, log, bar, watchdog)))
+        rate, divergence, vote = Throughput(), NanGuard(ranks, settings.precision), PreemptionFlag()
         saved, leaving = start, False
-        dog.beat(start)
-        watched = stack.enter_context(profiling(run, profiled * ranks.first, start, bar.say))
+        watchdog.beat(start)
+        watched = stack.enter_context(profiling(run, profile_steps * ranks.is_main, start, bar.say))
 
         def scores(done: int) -> bool:
             return done == job.steps or done % score_every == 0
 
-        if start and scores(start) and (standing.captioned < start or start == job.steps):
+        if start and scores(start) and (train_state.validated_step < start or start == job.steps):
             # Of what came before the last checkpoint this is still owed.
-            leaving = not validation.take()
-            if standing != before:
+            leaving = not validation.run()
+            if train_state != before:
                 job.save()
-        for step, share in () if leaving else job.shares():
-            dog.beat(step)
-            if validation.hopeless:
-                bar.say(f"stopping: no better {settings.score_metric} since step {standing.best_step:,}")
+        for step, share in () if leaving else job.steps_with_batches():
+            watchdog.beat(step)
+            if validation.out_of_patience:
+                bar.say(f"stopping: no better {settings.score_metric} since step {train_state.best_step:,}")
                 break
-            if leaving := vote.carried():
+            if leaving := vote.is_set():
                 break
             job.unfreeze(step)
-            loss, norm, losses = _learn(job, step, share, ledger, dog, vote)
+            loss, norm, losses = _train_step(job, step, share, sample_log, watchdog, vote)
 
-            done = standing.step = step + 1
-            rate.count([batch for _, batch in share])
-            divergence.keep(done, loss, norm, share, losses)
+            done = train_state.step = step + 1
+            rate.update([batch for _, batch in share])
+            divergence.record(done, loss, norm, share, losses)
             logs = done == job.steps or done % settings.log_every == 0
             saves = scores(done) or done % save_every == 0
             if logs or saves:
-                divergence.refuse()
+                divergence.check()
             if logs:
                 _log(job, log, bar, loss, norm, rate)
                 _log_saves(job, log)
-                validation.tell()
+                validation.log_scores()
             if scores(done):
-                if leaving := vote.carried() or not validation.take():
+                if leaving := vote.is_set() or not validation.run():
                     break
-                rate.restart()
+                rate.reset()
             if saves:
-                with dog.busy("saving"):
+                with watchdog.busy("saving"):
                     job.save()
                 saved = done
             watched()
             bar.advance()
-            dog.beat(done)
-        with dog.busy("saving"):
-            if leaving and standing.step > saved:
-                divergence.refuse()
+            watchdog.beat(done)
+        with watchdog.busy("saving"):
+            if leaving and train_state.step > saved:
+                divergence.check()
                 job.save()
             job.wait_for_save()
         _log_saves(job, log)
         if leaving:
             _leave(job, log, before)
         else:
-            best = (
-                f", the best {settings.score_metric} {standing.best_score:.4f} at step {standing.best_step:,}"
-            )
-            told = f"{run}: {standing.step:,} steps done, of {job.steps:,}"
-            bar.say(told + best * bool(standing.best_step))
-    return standing
+            best = f", the best {settings.score_metric} {train_state.best_score:.4f} at step {train_state.best_step:,}"
+            told = f"{run}: {train_state.step:,} steps done, of {job.steps:,}"
+            bar.say(told + best * bool(train_state.best_step))
+    return train_state
 
 
-def _learn(
-    job: Job,
+def _train_step(
+    job: Run,
     step: int,
     share: list[tuple[int, Batch]],
-    ledger: Ledger | None,
-    dog: Watchdog,
-    vote: Vote,
+    sample_log: SampleLog | None,
+    watchdog: Watchdog,
+    vote: PreemptionFlag,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Take one optimiser step.
 
@@ -155,72 +157,78 @@ def _learn(
     config, ranks, engine = job.config, job.ranks, job.engine
     settings, done = config.train, step / job.steps
     work = job.objective.targets([(number, batch.to(ranks.device)) for number, batch in share], step, ranks)
-    counts = torch.stack([target.words for target in work]).sum(0)
-    *words, leaving = ranks.sum(*counts, preemption.asked())
-    vote.count(leaving)
+    counts = torch.stack([target.num_tokens for target in work]).sum(0)
+    *words, leaving = ranks.sum(*counts, preemption.requested())
+    vote.update(leaving)
     for group in engine.param_groups:
-        group["lr"] = group["peak_lr"] * lr_factor(step, job.steps, settings.warmup)
+        group["lr"] = group["peak_lr"] * lr_factor(step, job.steps, settings.warmup_ratio)
     losses = []
-    for (number, batch), target in engine.last_one_syncs(zip(share, work, strict=True)):
+    for (number, batch), target in engine.micro_batches(zip(share, work, strict=True)):
         ranks.seed(config.seed, step, number)
         sampling_prob = settings.scheduled_sampling * done
         following, rows = target.tokens[:, 1:], target.rows
-        logits, attention = engine(target.pictures, target.read, target.image_index, sampling_prob, rows)
-        logits = say_what_may_be_said(logits, target, rows)
+        logits, attention = engine(
+            target.images, target.input_tokens, target.image_index, sampling_prob, rows
+        )
+        logits = mask_unsampleable_tokens(logits, target, rows)
         surprise = cross_entropy(logits, following, job.objective.label_smoothing, rows)
-        if settings.doubly_stochastic and attention is not None:
-            surprise = surprise + settings.doubly_stochastic * uneven_attention(attention, following)
-        loss = surprise @ target.weights(torch.stack(words), job.objective.of_people)
+        if settings.doubly_stochastic_weight and attention is not None:
+            surprise = surprise + settings.doubly_stochastic_weight * doubly_stochastic_penalty(
+                attention, following
+            )
+        loss = surprise @ target.weights(torch.stack(words), job.objective.cross_entropy_weight)
         # DDP takes the mean over ranks, and a word weighs the same on each of them.
-        engine.backward(loss * ranks.size)
+        engine.backward(loss * ranks.world_size)
         losses.append(loss.detach())
-        if ledger:
-            ledger.write(step, number, batch.image_ids)
-        dog.beat(step)
-    norm = engine.update()
-    if job.average:
-        job.average.update(step)
+        if sample_log:
+            sample_log.write(step, number, batch.image_ids)
+        watchdog.beat(step)
+    norm = engine.step()
+    if job.ema:
+        job.ema.update(step)
     return ranks.sum(sum(losses))[0], norm, losses
 
 
-def _log(job: Job, log: Log | None, bar: Bar, loss: Tensor, norm: Tensor, rate: Rate) -> None:
-    step, settings = job.standing.step, job.config.train
+def _log(job: Run, log: LogWriter | None, bar: Bar, loss: Tensor, norm: Tensor, rate: Throughput) -> None:
+    step, settings = job.train_state.step, job.config.train
     values = {
         "loss": loss.item(),
-        "lr": settings.lr * lr_factor(step - 1, job.steps, settings.warmup),
-        "gradient_norm": norm.item() if math.isfinite(norm.item()) else None,
-        **rate.read(job.ranks),
+        "lr": settings.lr * lr_factor(step - 1, job.steps, settings.warmup_ratio),
+        "grad_norm": norm.item() if math.isfinite(norm.item()) else None,
+        **rate.compute(job.ranks),
     }
     told = "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s"
-    if isinstance(job.objective, SelfCritical):
-        sampled = job.objective.figures.read(job.ranks)
-        job.standing.began = job.standing.began or sampled
+    if isinstance(job.objective, ScstObjective):
+        sampled = job.objective.sample_stats.compute(job.ranks)
+        job.train_state.initial_sample_stats = job.train_state.initial_sample_stats or sampled
         values |= sampled
         told += "  reward {reward:.3f}"
     bar.note(told.format_map(values))
     if log:
-        log.write(step, epoch=step / job.order.steps_per_epoch, **values)
-    if isinstance(job.objective, SelfCritical):
-        job.ranks.on_first(refuse_collapse, job.standing, sampled, job.config.scst)
+        log.write(step, epoch=step / job.sampler.steps_per_epoch, **values)
+    if isinstance(job.objective, ScstObjective):
+        job.ranks.run_on_main(check_collapse, job.train_state, sampled, job.config.scst)
 
 
-def _log_saves(job: Job, log: Log | None) -> None:
+def _log_saves(job: Run, log: LogWriter | None) -> None:
     """Tell of the checkpoints that came to the disk, or that one did not."""
-    for step, seconds in job.ranks.on_first(job.saver.written).items():
+    for step, seconds in job.ranks.run_on_main(job.checkpoint_writer.pop_timings).items():
         if log:
             log.write(step, **seconds)
 
 
-def _leave(job: Job, log: Log | None, before: Standing) -> None:
+def _leave(job: Run, log: LogWriter | None, before: TrainState) -> None:
     """Tell what a run that leaves before its end has saved, and how fast."""
-    seconds, reason = max(job.ranks.gather([preemption.notice()]))
-    step, run = job.standing.step, job.run
-    if reason == preemption.END_OF_TIME and job.standing == before:
-        job.ranks.on_first(_refuse_haste, run, step)
+    seconds, reason = max(job.ranks.gather([preemption.last_request()]))
+    step, run = job.train_state.step, job.folder
+    if reason == preemption.TIME_LIMIT and job.train_state == before:
+        job.ranks.run_on_main(_refuse_haste, run, step)
     if log:
-        log.write(step, left_for=reason, left_after_s=seconds)
+        log.write(step, stop_reason=reason, stop_save_s=seconds)
     # All of them: a launcher on another machine would take an end without a code for the end of the work.
-    preemption.leave(f"{run}: {reason}: step {step:,} was saved within {seconds:.1f} s" if log else "")
+    preemption.mark_preempted(
+        f"{run}: {reason}: step {step:,} was saved within {seconds:.1f} s" if log else ""
+    )
 
 
 def _refuse_haste(run: Path, step: int) -> None:

@@ -13,26 +13,26 @@ from torch.nn import functional as F
 from captionscale.data.loader import Batch
 from captionscale.distributed.ranks import Ranks
 from captionscale.model.decoders.recurrence import CACHE_ELEMENTS
-from captionscale.vocab import PAD, START, UNKNOWN
+from captionscale.vocab import PAD, START, UNK
 
 
 @dataclass(frozen=True)
 class Target:
     """Captions that a step makes likelier, or less likely."""
 
-    pictures: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"]
+    images: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"]
     tokens: Int[Tensor, "caption time"]
     """Start, words, end, then padding; the captions that the decoder sampled come first, then people's."""
     image_index: Int[Tensor, "caption"]
-    """The row of `pictures` that each caption belongs to."""
-    sampled: int = 0
+    """The row of `images` that each caption belongs to."""
+    num_sampled: int = 0
     """How many of the captions are the decoder's."""
     advantages: Callable[[], Float[Tensor, "sample"]] | None = None
     """By how much the reward of each of these is above what was to be expected; asked for only when the
     decoder's forward pass has been handed to the device, so that both are worked out at a time."""
 
     @property
-    def read(self) -> Int[Tensor, "caption time"]:
+    def input_tokens(self) -> Int[Tensor, "caption time"]:
         """What each time reads; nothing where nothing follows, as after the end."""
         return self.tokens[:, :-1].where(self.tokens[:, 1:] != PAD, PAD)
 
@@ -47,30 +47,32 @@ class Target:
         return (self.tokens[:, 1:] != PAD).flatten().nonzero().squeeze(1)
 
     @property
-    def words(self) -> Int[Tensor, "2"]:
+    def num_tokens(self) -> Int[Tensor, "2"]:
         """Words to predict, in the decoder's captions and in people's: all but padding and the starts."""
         words = (self.tokens[:, 1:] != PAD).sum(1)
-        return torch.stack([words[: self.sampled].sum(), words[self.sampled :].sum()])
+        return torch.stack([words[: self.num_sampled].sum(), words[self.num_sampled :].sum()])
 
-    def weights(self, words: Float[Tensor, "2"], of_people: float) -> Float[Tensor, "caption"]:
+    def weights(
+        self, num_tokens: Float[Tensor, "2"], cross_entropy_weight: float
+    ) -> Float[Tensor, "caption"]:
         """Return what each caption counts in the step's loss.
 
         Args:
-            words: As the property, over all ranks: a word weighs the same wherever it is read.
-            of_people: Share of the loss that is people's captions.
+            num_tokens: As the property, over all ranks: a word weighs the same wherever it is read.
+            cross_entropy_weight: Share of the loss that is people's captions.
         """
         # They stay on the device: a host that read them would wait for all that it was handed before.
-        sampled, people = words.double().clamp(min=1)
-        weights: Tensor = (of_people / people).float().repeat(len(self.tokens))
+        sampled, people = num_tokens.double().clamp(min=1)
+        weights: Tensor = (cross_entropy_weight / people).float().repeat(len(self.tokens))
         if self.advantages:
-            weights[: self.sampled] = self.advantages() * ((1 - of_people) / sampled).float()
+            weights[: self.num_sampled] = self.advantages() * ((1 - cross_entropy_weight) / sampled).float()
         return weights
 
 
-class CrossEntropy:
+class CrossEntropyObjective:
     """Makes people's captions likelier."""
 
-    of_people = 1.0
+    cross_entropy_weight = 1.0
     """Share of the loss that is people's captions."""
 
     def __init__(self, label_smoothing: float):
@@ -78,11 +80,11 @@ class CrossEntropy:
         self.label_smoothing = label_smoothing
 
     def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:  # noqa: ARG002
-        """Return what each micro-batch of a step is to make likelier, as `SelfCritical` does."""
+        """Return what each micro-batch of a step is to make likelier, as `ScstObjective` does."""
         return [Target(batch.images, batch.tokens, batch.image_index) for _, batch in share]
 
 
-def say_what_may_be_said(
+def mask_unsampleable_tokens(
     logits: Float[Tensor, "*batch word"], target: Target, rows: Int[Tensor, "row"] | None
 ) -> Float[Tensor, "*batch word"]:
     """Return logits in which sampled captions have no chance to say what sampling never says.
@@ -94,11 +96,11 @@ def say_what_may_be_said(
         target: Tells which captions were sampled.
         rows: Of the words that the logits are of, counted caption after caption; without them, all.
     """
-    if not target.sampled:
+    if not target.num_sampled:
         return logits
-    first = target.sampled * (target.tokens.shape[1] - 1)
+    first = target.num_sampled * (target.tokens.shape[1] - 1)
     words = first if rows is None else int((rows < first).sum())
-    flat, never = logits.flatten(0, -2), torch.tensor([PAD, START, UNKNOWN], device=logits.device)
+    flat, never = logits.flatten(0, -2), torch.tensor([PAD, START, UNK], device=logits.device)
     sampled = flat[:words].index_fill(1, never, -torch.inf)
     return torch.cat([sampled, flat[words:]]).view_as(logits)
 
@@ -123,13 +125,13 @@ def cross_entropy(
         Label smoothing: Szegedy et al. 2016 (arXiv:1512.00567), section 7.
     """
     wanted = targets.flatten() if rows is None else targets.flatten()[rows]
-    words: Tensor = _Surprise.apply(logits.flatten(0, -2), wanted, label_smoothing)
+    words: Tensor = _CrossEntropy.apply(logits.flatten(0, -2), wanted, label_smoothing)
     if rows is None:
         return words.view_as(targets).sum(1)
     return words.new_zeros(len(targets)).index_add(0, rows // targets.shape[1], words)
 
 
-class _Surprise(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     """Cross-entropy of each row, in single precision; padding counts nothing.
 
     With p = softmax(x) of V words, y the wanted one, s the smoothing and d the gradient of the result,
@@ -180,7 +182,7 @@ def _blocks(logits: Float[Tensor, "row word"]) -> Iterator[slice]:
     return (slice(start, start + some) for start in range(0, max(1, len(logits)), some))
 
 
-def uneven_attention(
+def doubly_stochastic_penalty(
     attention: Float[Tensor, "caption time region"], targets: Int[Tensor, "caption time"]
 ) -> Float[Tensor, "caption"]:
     """Return of each caption by how much it looked at some regions more than at others.

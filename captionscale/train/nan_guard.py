@@ -10,7 +10,7 @@ from captionscale.errors import UserError
 _IDS = 8
 
 
-class Divergence:
+class NanGuard:
     """Keeps the losses of the steps since the last look, so that no step waits for its device."""
 
     def __init__(self, ranks: Ranks, precision: str):
@@ -19,7 +19,7 @@ class Divergence:
         self._may_overflow = precision == "fp16"
         self._steps: list[tuple[int, Tensor, Tensor, list[tuple[int, list[int], Tensor]]]] = []
 
-    def keep(
+    def record(
         self, step: int, loss: Tensor, norm: Tensor, share: list[tuple[int, Batch]], losses: list[Tensor]
     ) -> None:
         """Keep what a step gave, to be looked at later.
@@ -34,7 +34,7 @@ class Divergence:
         parts = [(number, batch.image_ids, part) for (number, batch), part in zip(share, losses, strict=True)]
         self._steps.append((step, loss, norm, parts))
 
-    def refuse(self) -> None:
+    def check(self) -> None:
         """Look at the steps kept so far, and forget them; all ranks call it.
 
         Raises:
@@ -48,7 +48,7 @@ class Divergence:
         for (step, loss, norm, parts), is_loss, is_norm in zip(steps, losses, norms, strict=True):
             if not is_loss or not (is_norm or self._may_overflow):
                 bad = [(number, ids) for number, ids, part in parts if not part.isfinite().item()]
-                self._ranks.on_first(_tell, step, loss.item(), norm.item(), self._ranks.gather(bad))
+                self._ranks.run_on_main(_tell, step, loss.item(), norm.item(), self._ranks.gather(bad))
 
 
 def _tell(step: int, loss: float, norm: float, bad: list[tuple[int, list[int]]]) -> None:

@@ -1,7 +1,7 @@
 """Preemption: a signal, or the end of the SLURM job's time, asks a run to save and leave.
 
 A handler only takes note. Loops ask between two pieces of work, and all ranks agree before any of them
-leaves. A run that left ends with `PreemptedError.CODE`, on which the batch scripts in `slurm/` requeue the
+leaves. A run that left ends with `PreemptedError.EXIT_CODE`, on which the batch scripts in `slurm/` requeue the
 job: from inside a container no process could.
 """
 
@@ -15,7 +15,7 @@ from types import FrameType
 
 from captionscale.errors import PreemptedError, UserError
 
-END_OF_TIME = "end of the job's time"
+TIME_LIMIT = "end of the job's time"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _ANNOUNCED_S = 180.0
 """Before its end a job has USR1, as slurm/*.sbatch ask for: 120 s before, and SLURM may be a minute early."""
@@ -37,7 +37,7 @@ _state = _State()
 
 
 @contextmanager
-def listening(grace_s: float = 10.0) -> Iterator[None]:
+def handle_signals(grace_s: float = 10.0) -> Iterator[None]:
     """Take note of SIGUSR1, SIGTERM, a first Ctrl-C, and the end of the job's time; a second Ctrl-C ends all.
 
     Args:
@@ -45,7 +45,7 @@ def listening(grace_s: float = 10.0) -> Iterator[None]:
 
     Raises:
         UserError: There is no more time than that.
-        PreemptedError: The run has left, as `leave` told.
+        PreemptedError: The run has left, as `mark_preempted` told.
     """
     global _state
     _state = _State(leave_at=_end_of_time() - grace_s)
@@ -65,19 +65,19 @@ def listening(grace_s: float = 10.0) -> Iterator[None]:
         raise PreemptedError(parting)
 
 
-def asked() -> bool:
+def requested() -> bool:
     """Return whether this process has been asked to leave."""
     if not _state.reason and time.time() >= _state.leave_at:
-        _ask(END_OF_TIME)
+        _ask(TIME_LIMIT)
     return bool(_state.reason)
 
 
-def notice() -> tuple[float, str]:
+def last_request() -> tuple[float, str]:
     """Return how many seconds ago this process was asked to leave, and by what; if it was not, 0 and ''."""
-    return (time.monotonic() - _state.since, _state.reason) if asked() else (0.0, "")
+    return (time.monotonic() - _state.since, _state.reason) if requested() else (0.0, "")
 
 
-def leave(parting: str) -> None:
+def mark_preempted(parting: str) -> None:
     """Say that this process goes before its work is done; whoever listens then ends it with its own code.
 
     Args:
@@ -93,7 +93,7 @@ def _take_note(number: int, _: FrameType | None) -> None:
         _state.interrupted = True
     if not _state.reason:
         announced = number == signal.SIGUSR1 and time.time() >= _end_of_time() - _ANNOUNCED_S
-        _ask(END_OF_TIME if announced else signal.Signals(number).name)
+        _ask(TIME_LIMIT if announced else signal.Signals(number).name)
 
 
 def _ask(reason: str) -> None:

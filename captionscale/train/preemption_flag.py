@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-class Vote:
+class PreemptionFlag:
     """Whether a rank was asked to leave when the last step began: all ranks read the same.
 
     It came with the number of words, and is read a step later, so that no rank waits for its device.
@@ -14,14 +14,14 @@ class Vote:
         self._asked: Tensor | None = None
         self._here: torch.cuda.Event | None = None
 
-    def count(self, asked: Tensor) -> None:
+    def update(self, asked: Tensor) -> None:
         """Take how many were asked, summed over all ranks."""
         self._asked = asked.to("cpu", non_blocking=True)
         if asked.is_cuda:
             self._here = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._here.record()
 
-    def carried(self) -> bool:
+    def is_set(self) -> bool:
         """Return whether any was."""
         if self._here is not None:
             self._here.synchronize()

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-WARM_UP = 5
+WARMUP_STEPS = 5
 """Steps before those that are looked at: the first ones allocate, and choose kernels."""
 
 _ROWS = 10
@@ -43,11 +43,11 @@ def profiling(run: Path, steps: int, start: int, say: Callable[..., None]) -> It
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    phases = schedule(wait=0, warmup=WARM_UP, active=steps, repeat=1)
+    phases = schedule(wait=0, warmup=WARMUP_STEPS, active=steps, repeat=1)
     with profile(activities=activities, schedule=phases, on_trace_ready=tell) as profiler:
         yield profiler.step
     if not told:
-        say(f"--profile: no trace, as no step came after {WARM_UP} of warm-up")
+        say(f"--profile: no trace, as no step came after {WARMUP_STEPS} of warm-up")
 
 
 def _table(profiler: profile) -> list[str]:

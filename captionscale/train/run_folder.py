@@ -6,14 +6,14 @@ from pathlib import Path
 
 from captionscale.errors import UserError
 
-LOG = "log.jsonl"
-SETTINGS = "config.toml"
+LOG_FILE = "log.jsonl"
+CONFIG_FILE = "config.toml"
 """What a run is being trained with, written when it starts or goes on; each checkpoint has its own one."""
-STALLS = "stalls.jsonl"
-MODEL, OPTIMIZER, AVERAGE, STATE, VOCAB = (
+STALLS_FILE = "stalls.jsonl"
+MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE, VOCAB_FILE = (
     "model.safetensors",
     "optimizer.safetensors",
-    "average.safetensors",
+    "ema.safetensors",
     "state.json",
     "vocab.json",
 )
@@ -26,41 +26,44 @@ _PARTIAL_NAME = re.compile(rf"{_STEP}{_NUMBER}(\.old)?\.tmp")
 _CAPTIONS_NAME = re.compile(rf"{_STEP}{_NUMBER}\.json")
 
 
-def checkpoints(run: Path) -> Path:
+def checkpoints_folder(run: Path) -> Path:
     """Return the folder of a run's checkpoints, whole and passing ones."""
     return run / _CHECKPOINTS
 
 
-def checkpoint_of(run: Path, step: int) -> Path:
+def checkpoint_folder(run: Path, step: int) -> Path:
     """Return the folder of a run's checkpoint of a step."""
     return run / _CHECKPOINTS / f"{_STEP}{step:08d}"
 
 
-def captions_of(run: Path, step: int) -> Path:
+def captions_file(run: Path, step: int) -> Path:
     """Return the file of the captions that a validation wrote."""
     return run / _VALIDATION / f"{_STEP}{step:08d}.json"
 
 
-def steps(run: Path) -> list[int]:
+def checkpoint_steps(run: Path) -> list[int]:
     """Return the steps of which a run has checkpoints, in their order."""
-    return [*_own(checkpoints(run), _CHECKPOINT_NAME)]
+    return [*_own(checkpoints_folder(run), _CHECKPOINT_NAME)]
 
 
-def validations(run: Path) -> dict[int, Path]:
+def validation_files(run: Path) -> dict[int, Path]:
     """Return the captions of each step that was validated, in the order of the steps."""
     return _own(run / _VALIDATION, _CAPTIONS_NAME)
 
 
 def partial_checkpoints(run: Path) -> list[Path]:
     """Return checkpoints that are being written or on their way out; a user's folder has another name."""
-    return [path for path in _entries(checkpoints(run)) if _PARTIAL_NAME.fullmatch(path.name)]
+    return [path for path in _entries(checkpoints_folder(run)) if _PARTIAL_NAME.fullmatch(path.name)]
 
 
-def warnings(run: Path) -> Iterator[str]:
+def unknown_file_warnings(run: Path) -> Iterator[str]:
     """Yield what is passed over in a run's folders as training did not write it: a line for a folder."""
     own = {
-        checkpoints(run): {*_own(checkpoints(run), _CHECKPOINT_NAME).values(), *partial_checkpoints(run)},
-        run / _VALIDATION: {*validations(run).values()},
+        checkpoints_folder(run): {
+            *_own(checkpoints_folder(run), _CHECKPOINT_NAME).values(),
+            *partial_checkpoints(run),
+        },
+        run / _VALIDATION: {*validation_files(run).values()},
     }
     for folder, known in own.items():
         if others := sorted(path.name for path in set(_entries(folder)) - known):
@@ -78,7 +81,7 @@ def _own(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def need_run(run: Path) -> None:
+def require_run(run: Path) -> None:
     """Refuse what is no folder, before long work.
 
     Raises:

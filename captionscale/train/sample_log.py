@@ -1,6 +1,6 @@
-"""The ledger: which images really went through the model, at which step, in which micro-batch.
+"""The sample log: which images really went through the model, at which step, in which micro-batch.
 
-`ledger/attempt-00002.rank-00001.jsonl` has a line for each micro-batch that this rank did after the run's
+`sample_log/attempt-00002.rank-00001.jsonl` has a line for each micro-batch that this rank did after the run's
 second start. A killed run does its last steps again: what the latest attempt that did a step wrote of it is
 what led to the weights.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from captionscale import parsing
-from captionscale.data.sampler import Order
+from captionscale.data.sampler import BatchSampler
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.files import MB, read_file
@@ -32,26 +32,26 @@ class _Line(msgspec.Struct, frozen=True, gc=False):
     """A micro-batch that was done."""
 
     step: Step
-    number: int
+    micro_batch: int
     image_ids: list[int]
 
 
 _LINE = msgspec.json.Decoder(_Line)
 
 
-class Ledger:
+class SampleLog:
     """What one rank writes, from one start of the run to its end or its death."""
 
     def __init__(self, run: Path, ranks: Ranks):
         """Begin an attempt; all ranks call it."""
-        attempt = ranks.on_first(_next_attempt, run)
-        path = run / "ledger" / f"attempt-{attempt:05d}.rank-{ranks.rank:05d}.jsonl"
+        attempt = ranks.run_on_main(_next_attempt, run)
+        path = run / "sample_log" / f"attempt-{attempt:05d}.rank-{ranks.rank:05d}.jsonl"
         # A line leaves the process at once, so that a killed one has written all it did.
         self._file = path.open("x", encoding="utf-8", buffering=1)
 
     def write(self, step: int, number: int, image_ids: list[int]) -> None:
         """Add a micro-batch that has gone forward and backward, before the step is taken."""
-        self._file.write(json.dumps({"step": step, "number": number, "image_ids": image_ids}) + "\n")
+        self._file.write(json.dumps({"step": step, "micro_batch": number, "image_ids": image_ids}) + "\n")
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -71,20 +71,20 @@ def read(run: Path) -> History:
     history: History = {}
     for attempt, line in lines:
         if attempt == latest[line.step]:
-            history.setdefault((line.step, line.number), []).append(line.image_ids)
+            history.setdefault((line.step, line.micro_batch), []).append(line.image_ids)
     return history
 
 
-def faults(history: History, order: Order, image_ids: Iterable[int], steps: int) -> list[str]:
+def find_errors(history: History, sampler: BatchSampler, image_ids: Iterable[int], steps: int) -> list[str]:
     """Return what contradicts that a run learnt from each sample of each epoch exactly once; nothing: proven.
 
     Args:
         history: As `read` gives it.
-        order: Says how many micro-batches a step has and where epochs end; it is not asked what they hold.
+        sampler: Says how many micro-batches a step has and where epochs end; it is not asked what they hold.
         image_ids: Of the train split.
         steps: That the run took. In a last epoch that they do not fill, each sample comes at most once.
     """
-    wanted = {(step, number) for step in range(steps) for number in range(order.streams)}
+    wanted = {(step, number) for step in range(steps) for number in range(sampler.micro_batches_per_step)}
     found = [
         f"step {step}: micro-batch {number} was done {times} times, wanted {int((step, number) in wanted)}"
         for step, number in sorted(wanted | history.keys())
@@ -93,18 +93,20 @@ def faults(history: History, order: Order, image_ids: Iterable[int], steps: int)
     split = Counter(image_ids)
     epochs: dict[int, Counter[int]] = {}
     for (step, _), dones in history.items():
-        epochs.setdefault(order.epoch(step), Counter()).update(image_id for ids in dones for image_id in ids)
+        epochs.setdefault(sampler.epoch(step), Counter()).update(
+            image_id for ids in dones for image_id in ids
+        )
     for epoch, seen in sorted(epochs.items()):
         surplus, absent = seen - split, split - seen
         if surplus:
             found.append(f"epoch {epoch}: {surplus.total():,} samples too many, such as {min(surplus)}")
-        if absent and (epoch + 1) * order.steps_per_epoch <= steps:
+        if absent and (epoch + 1) * sampler.steps_per_epoch <= steps:
             found.append(f"epoch {epoch}: {absent.total():,} samples never, such as {min(absent)}")
     return found
 
 
 def _next_attempt(run: Path) -> int:
-    folder = run / "ledger"
+    folder = run / "sample_log"
     folder.mkdir(exist_ok=True)
     names = (_NAME.fullmatch(path.name) for path in folder.iterdir())
     return max((int(name[1]) for name in names if name), default=0) + 1
@@ -112,7 +114,7 @@ def _next_attempt(run: Path) -> int:
 
 def _lines(run: Path) -> Iterator[tuple[int, _Line]]:
     """Yield all lines, each with its attempt; damaged ones are named."""
-    for path in sorted((run / "ledger").iterdir()):
+    for path in sorted((run / "sample_log").iterdir()):
         if name := _NAME.fullmatch(path.name):
             try:
                 data = read_file(path, _MAX_BYTES)
@@ -125,5 +127,5 @@ def _lines(run: Path) -> Iterator[tuple[int, _Line]]:
             found = parsing.read_lines(data, lambda line: parsing.decode(line, _LINE))
             if warning := found.warning(path):
                 say(f"warning: {warning}")
-            for _, line in found.whole:
+            for _, line in found.valid:
                 yield int(name[1]), line

@@ -25,7 +25,7 @@ from captionscale.vocab import END, PAD, START, Vocabulary
 _BLEU_4 = 3
 
 
-class SelfCritical:
+class ScstObjective:
     """Samples captions of each picture, and says by how much each is better than the others.
 
     A sampled caption's weight is its reward less the baseline, which is the mean reward of the picture's
@@ -50,7 +50,7 @@ class SelfCritical:
             vocabulary: The captioner's.
         """
         self._settings, self._max_words, self._seed = config.scst, config.data.max_words, config.seed
-        self.of_people = config.scst.cross_entropy
+        self.cross_entropy_weight = config.scst.cross_entropy_weight
         """Share of the loss that is people's captions."""
         self.label_smoothing = 0.0
         """No word of a sampled caption but its own has the reward."""
@@ -64,7 +64,7 @@ class SelfCritical:
         self._reward = CiderDReward(self._references)
         self._rows = {int(image_id): row for row, image_id in enumerate(split.index["image_id"])}
         self._dangling = {token for token, word in enumerate(vocabulary.words) if word in DANGLING}
-        self.figures = Figures()
+        self.sample_stats = SampleStats()
         """Of the captions sampled for the last step."""
 
     def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:
@@ -75,7 +75,7 @@ class SelfCritical:
             step: Keys the randomness, with the micro-batch's number.
             ranks: This process among its peers.
         """
-        self.figures = Figures()
+        self.sample_stats = SampleStats()
         training = self._captioner.training
         self._captioner.eval()
         with torch.no_grad(), ranks.autocast():
@@ -87,7 +87,7 @@ class SelfCritical:
     def scale(self) -> float:
         """What a caption earns that is good, but no better than people's."""
         settings = self._settings
-        return settings.cider_d + settings.bleu_4 / 2
+        return settings.cider_d_weight + settings.bleu_4_weight / 2
 
     def rewards(
         self, image_ids: Sequence[int], captions: Sequence[Sequence[int]]
@@ -99,30 +99,32 @@ class SelfCritical:
             captions: Tokens, from the first word to the end token, if it was reached.
         """
         settings, rows = self._settings, [self._rows[image_id] for image_id in image_ids]
-        rewards: Float64[np.ndarray, "caption"] = settings.cider_d * self._reward(rows, captions)
-        if settings.bleu_4:
+        rewards: Float64[np.ndarray, "caption"] = settings.cider_d_weight * self._reward(rows, captions)
+        if settings.bleu_4_weight:
             candidates = [_text(caption) for caption in captions]
             references = [[_text(reference) for reference in self._references[row]] for row in rows]
             figures = bleu.corpus_score(bleu.statistics(candidates, references))[:, _BLEU_4]
-            rewards = rewards + settings.bleu_4 * figures
+            rewards = rewards + settings.bleu_4_weight * figures
         return rewards
 
     def _target(self, batch: Batch, seed: tuple[int, ...], ranks: Ranks) -> Target:
         settings, decoder = self._settings, self._captioner.decoder
         features = self._captioner.encode(batch.images)
         ranks.seed(*seed)
-        sampled, _ = sample(decoder, features, samples_per_image=settings.samples, max_words=self._max_words)
+        sampled, _ = sample(
+            decoder, features, samples_per_image=settings.samples_per_image, max_words=self._max_words
+        )
         captions = _rows(sampled)
         greedy: list[list[int]] = []
         if settings.baseline == "greedy":
-            found = search(decoder, features, beam=1, max_words=self._max_words, length_power=0.0)
+            found = search(decoder, features, beam=1, max_words=self._max_words, length_penalty=0.0)
             greedy = [best[0].tokens for best in found]
         image_index = torch.arange(len(batch.image_ids), device=sampled.device).repeat_interleave(
-            settings.samples
+            settings.samples_per_image
         )
         starts = torch.full((len(sampled), 1), START, device=sampled.device)
         tokens, people = torch.cat([starts, sampled], 1), []
-        if self.of_people:
+        if self.cross_entropy_weight:
             people = list(batch.tokens)
             image_index = torch.cat([image_index, batch.image_index])
 
@@ -138,19 +140,19 @@ class SelfCritical:
     def _advantages(
         self, image_ids: list[int], captions: list[list[int]], greedy: list[list[int]]
     ) -> Float64[np.ndarray, "sample"]:
-        samples = self._settings.samples
+        samples = self._settings.samples_per_image
         rewards = self.rewards(np.repeat(image_ids, samples).tolist(), captions).reshape(-1, samples)
         if greedy:
             expected = self.rewards(image_ids, greedy)[:, None]
         else:
             expected = (rewards.sum(1, keepdims=True) - rewards) / (samples - 1)
-        self.figures.count(rewards, captions, self._dangling)
+        self.sample_stats.update(rewards, captions, self._dangling)
         advantages: Float64[np.ndarray, "sample"] = (rewards - expected).ravel()
         return advantages
 
 
 @dataclass
-class Figures:
+class SampleStats:
     """Sums over sampled captions that tell whether only the reward likes them."""
 
     captions: int = 0
@@ -161,7 +163,7 @@ class Figures:
     distinct: int = 0
     """Different ones among these, counted within each micro-batch."""
 
-    def count(
+    def update(
         self, rewards: Float64[np.ndarray, "image sample"], captions: list[list[int]], dangling: set[int]
     ) -> None:
         """Take a micro-batch's captions into account."""
@@ -172,7 +174,7 @@ class Figures:
         self.dangling += sum(bool(caption) and caption[-1] in dangling for caption in words)
         self.distinct += len(set(map(tuple, captions))) - 1
 
-    def read(self, ranks: Ranks) -> dict[str, float]:
+    def compute(self, ranks: Ranks) -> dict[str, float]:
         """Return means over all ranks; `distinct` is 0 if all captions are one, and 1 if none comes twice."""
         sums = ranks.sum(self.captions, self.reward, self.dangling, self.others, self.distinct).tolist()
         captions, reward, dangling, others, distinct = sums

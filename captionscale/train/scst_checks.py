@@ -13,22 +13,22 @@ from captionscale.model.search.generate import search
 from captionscale.progress import say
 from captionscale.score.ciderd import CiderDReward
 from captionscale.score.metrics import measure
-from captionscale.train.scst import SelfCritical
-from captionscale.train.state import Standing
-from captionscale.vocab import END, UNKNOWN, Vocabulary
+from captionscale.train.scst import ScstObjective
+from captionscale.train.state import TrainState
+from captionscale.vocab import END, UNK, Vocabulary
 
-IMAGES = 256
+CHECKED_IMAGES = 256
 """Train images that it looks at."""
 
 _LEAST_REWARD = 1.0
 _LEAST_AGREEMENT = 0.1
 _TOLERANCE = 0.02
 # A word that tokenizers leave as it is, in place of a token that is none.
-_STAND_INS = {END: "endofcaption", UNKNOWN: "unknownword"}
+_STAND_INS = {END: "endofcaption", UNK: "unknownword"}
 
 
-def open_gate(
-    objective: SelfCritical,
+def check_rewards(
+    objective: ScstObjective,
     captioner: Captioner,
     batch: Batch,
     vocabulary: Vocabulary,
@@ -49,7 +49,7 @@ def open_gate(
     """
     people = [[token for token in row[1:].tolist() if token] for row in batch.tokens.cpu()]
     image_index = batch.image_index.tolist()
-    of_people = float(objective.rewards([batch.image_ids[owner] for owner in image_index], people).mean())
+    human_reward = float(objective.rewards([batch.image_ids[owner] for owner in image_index], people).mean())
     references: list[list[list[int]]] = [[] for _ in batch.image_ids]
     for owner, caption in zip(image_index, people, strict=True):
         references[owner].append(caption)
@@ -67,15 +67,15 @@ def open_gate(
         },
         ["CIDEr-D"],
     ).values["CIDEr-D"]
-    of_greedy = float(objective.rewards(batch.image_ids, greedy).mean())
+    greedy_reward = float(objective.rewards(batch.image_ids, greedy).mean())
     say(
         f"self-critical training begins: on {len(greedy):,} train images, people's captions have a reward of"
-        f" {of_people:.3f}, those of greedy search {of_greedy:.3f}; CIDEr-D of the latter among these"
+        f" {human_reward:.3f}, those of greedy search {greedy_reward:.3f}; CIDEr-D of the latter among these"
         f" images is {ours:.4f} as a reward, {theirs:.4f} by the evaluator"
     )
-    if of_people < _LEAST_REWARD * objective.scale:
+    if human_reward < _LEAST_REWARD * objective.scale:
         raise UserError(
-            f"self-critical training: people's own captions earn {of_people:.3f}, wanted at least"
+            f"self-critical training: people's own captions earn {human_reward:.3f}, wanted at least"
             f" {_LEAST_REWARD * objective.scale:g}; the rewards are not of these captions' words: report this"
         )
     if len(pairs) > 1 and agreement.mean() < _LEAST_AGREEMENT:
@@ -92,33 +92,33 @@ def open_gate(
         )
 
 
-def refuse_collapse(standing: Standing, now: Mapping[str, float], settings: Scst) -> None:
+def check_collapse(train_state: TrainState, now: Mapping[str, float], settings: Scst) -> None:
     """Stop a run whose captions only its reward likes.
 
     Args:
-        standing: How far it is, and what its first sampled captions were like.
-        now: What the last ones are like, as `Figures.read` has it.
+        train_state: How far it is, and what its first sampled captions were like.
+        now: What the last ones are like, as `SampleStats.compute` has it.
         settings: The config's section `scst`.
 
     Raises:
         UserError: Too many captions end in `with a` or the like, or too few differ.
     """
-    step, best_step, began = standing.step, standing.best_step, standing.began
+    step, best_step, began = train_state.step, train_state.best_step, train_state.initial_sample_stats
     best = f"step {best_step:,} is the best so far" if best_step else "no captions were scored yet"
-    cure = f"{best}; lower train.lr, or raise scst.cross_entropy"
-    dangling, most = now["dangling"], began["dangling"] + settings.most_dangling
+    cure = f"{best}; lower train.lr, or raise scst.cross_entropy_weight"
+    dangling, most = now["dangling"], began["dangling"] + settings.max_dangling_increase
     if dangling > most:
         raise UserError(
             f"step {step:,}: collapsed: {dangling:.2%} of sampled captions end in 'a', 'with' or the like,"
             f" {began['dangling']:.2%} when it began, wanted at most {most:.2%}; {cure}, or"
-            " scst.most_dangling"
+            " scst.max_dangling_increase"
         )
-    distinct, least = now["distinct"], began["distinct"] * settings.least_distinct
+    distinct, least = now["distinct"], began["distinct"] * settings.min_distinct_ratio
     if distinct < least:
         raise UserError(
             f"step {step:,}: collapsed: {distinct:.2%} of sampled captions differ from each other,"
             f" {began['distinct']:.2%} when it began, wanted at least {least:.2%}; {cure}, or lower"
-            " scst.least_distinct"
+            " scst.min_distinct_ratio"
         )
 
 
@@ -127,7 +127,7 @@ def _greedy(captioner: Captioner, batch: Batch, max_words: int) -> list[list[int
     training = captioner.training
     captioner.eval()
     found = search(
-        captioner.decoder, captioner.encode(batch.images), beam=1, max_words=max_words, length_power=0.0
+        captioner.decoder, captioner.encode(batch.images), beam=1, max_words=max_words, length_penalty=0.0
     )
     captioner.train(training)
     return [best[0].tokens for best in found]

@@ -14,96 +14,96 @@ from captionscale import config as configs
 from captionscale import toml, vocab
 from captionscale.config import Config
 from captionscale.data.loader import Batch, Items, Loader
-from captionscale.data.sampler import Order
+from captionscale.data.sampler import BatchSampler
 from captionscale.data.shards import Split
-from captionscale.data.storage import Remote, open_place
-from captionscale.distributed.engine import Engine, choose
+from captionscale.data.storage import RemoteStorage, open_storage
+from captionscale.distributed.engine import Engine, create_engine
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
-from captionscale.files import atomic
+from captionscale.files import atomic_write
 from captionscale.model.captioner import Captioner
-from captionscale.progress import Bar, progress, say, working
+from captionscale.progress import Bar, progress, say, spinner
 from captionscale.train import checkpoints
-from captionscale.train.checkpoint_writer import Saver
-from captionscale.train.ema import Average
+from captionscale.train.checkpoint_writer import CheckpointWriter
+from captionscale.train.ema import ModelEMA
 from captionscale.train.feature_cache import cache_features
-from captionscale.train.losses import CrossEntropy
+from captionscale.train.losses import CrossEntropyObjective
 from captionscale.train.optimizer import make_optimizer, unfreeze
-from captionscale.train.run_folder import SETTINGS
-from captionscale.train.scst import SelfCritical
-from captionscale.train.scst_checks import IMAGES, open_gate
-from captionscale.train.state import Standing
-from captionscale.train.tracking import refuse_missing
+from captionscale.train.run_folder import CONFIG_FILE
+from captionscale.train.scst import ScstObjective
+from captionscale.train.scst_checks import CHECKED_IMAGES, check_rewards
+from captionscale.train.state import TrainState
+from captionscale.train.tracking import check_trackers_installed
 from captionscale.vocab import Vocabulary
 
 
 @dataclass(frozen=True)
-class Job:
-    """One rank's part of a run. Only `standing`, the weights and the optimiser's memory change."""
+class Run:
+    """One rank's part of a run. Only `train_state`, the weights and the optimiser's memory change."""
 
     config: Config
-    run: Path
+    folder: Path
     ranks: Ranks
-    order: Order
+    sampler: BatchSampler
     loader: Loader
     val_loader: Loader
     vocabulary: Vocabulary
     captioner: Captioner
-    objective: CrossEntropy | SelfCritical
-    average: Average | None
+    objective: CrossEntropyObjective | ScstObjective
+    ema: ModelEMA | None
     engine: Engine
     """What moves the captioner."""
     fingerprint: dict[str, Any]
-    standing: Standing
-    saver: Saver
+    train_state: TrainState
+    checkpoint_writer: CheckpointWriter
 
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return self.config.train.steps or self.config.train.epochs * self.order.steps_per_epoch
+        return self.config.train.steps or self.config.train.epochs * self.sampler.steps_per_epoch
 
     def save(self) -> None:
         """Begin to write a checkpoint of where the run stands; it is on the disk after `wait_for_save`."""
-        self.standing.scaler = self.engine.scaler_state()
-        average = self.average.state() if self.average else None
-        tensors = self.captioner.state_dict(), self.engine.memory(), average
-        self.ranks.on_first(self.saver.save, self.standing, *tensors)
+        self.train_state.scaler = self.engine.scaler_state()
+        average = self.ema.state_dict() if self.ema else None
+        tensors = self.captioner.state_dict(), self.engine.optimizer_state(), average
+        self.ranks.run_on_main(self.checkpoint_writer.save, self.train_state, *tensors)
 
     def wait_for_save(self) -> None:
         """Return when the last checkpoint is on the disk."""
-        self.ranks.on_first(self.saver.wait)
+        self.ranks.run_on_main(self.checkpoint_writer.wait)
 
     def unfreeze(self, step: int) -> None:
         """Let the parts of the encoder learn whose step has come; all ranks call it before each step."""
         if unfreeze(self.captioner, self.config.train, step):
-            self.engine.renew(make_optimizer(self.captioner, self.config.train))
-            if self.ranks.first:
+            self.engine.replace_optimizer(make_optimizer(self.captioner, self.config.train))
+            if self.ranks.is_main:
                 say(f"step {step:,}: another part of model.encoder.trainable begins to learn")
 
-    def shares(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
+    def steps_with_batches(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
         """Yield the steps to come, each with the micro-batches that this rank does, by their numbers."""
-        steps = range(self.standing.step, self.steps)
-        batches = self.loader.ahead(self._requests(steps))
+        steps = range(self.train_state.step, self.steps)
+        batches = self.loader.prefetch(self._requests(steps))
         for step in steps:
             yield step, [(number, next(batches)) for number, _ in self._micro_batches(step)]
 
     def shards(self, step: int, rank: int) -> list[str]:
         """Return the names of the shards that a rank reads for a step."""
         split = self.loader.split
-        work = self.order.micro_batches(step, rank, self.ranks.size)
+        work = self.sampler.micro_batches(step, rank, self.ranks.world_size)
         rows = {int(row) for _, items in work for row in split.index["shard"][items]}
-        return [split.facts.shards[row].name for row in sorted(rows)]
+        return [split.info.shards[row].name for row in sorted(rows)]
 
     def _requests(self, steps: range) -> Iterator[tuple[Items, int]]:
         for step in steps:
             for _, items in self._micro_batches(step):
-                yield items, self.order.epoch(step)
+                yield items, self.sampler.epoch(step)
 
     def _micro_batches(self, step: int) -> list[tuple[int, Items]]:
-        return self.order.micro_batches(step, self.ranks.rank, self.ranks.size)
+        return self.sampler.micro_batches(step, self.ranks.rank, self.ranks.world_size)
 
 
-def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
+def build_run(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Run:
     """Make a run ready for its next step: its first one, or the one after its newest checkpoint.
 
     Args:
@@ -116,72 +116,72 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
         UserError: Shards, weights or an earlier run that do not fit.
     """
     settings, data = config.train, config.data
-    ranks.on_first(refuse_missing, settings.trackers)
-    place = open_place(data.shards, data.cache, data.cache_gb)
+    ranks.run_on_main(check_trackers_installed, settings.trackers)
+    place = open_storage(data.shards, data.cache, data.cache_gb)
     split, val_split = Split(place, data.train_split), Split(place, data.val_split)
     for each in (split, val_split):
-        ranks.on_first(each.need_captions, "to train; pack the data set with its captions")
-    ranks.on_first(_refuse_differing, data.shards, ranks.gather([(split.sha256, val_split.sha256)]))
-    order = order_of(split, config)
-    if isinstance(place, Remote):
-        ranks.on_first(_tell_of_cache, place, split, order, data)
+        ranks.run_on_main(each.require_captions, "to train; pack the data set with its captions")
+    ranks.run_on_main(_refuse_differing, data.shards, ranks.gather([(split.sha256, val_split.sha256)]))
+    sampler = make_sampler(split, config)
+    if isinstance(place, RemoteStorage):
+        ranks.run_on_main(_tell_of_cache, place, split, sampler, data)
     # All ranks would be refused alike; the first one says so.
-    ranks.on_first(order.micro_batches, 0, 0, ranks.size)
-    ranks.on_first(_refuse_uneven, order, ranks)
-    vocabulary = ranks.on_first(_build_vocabulary, split, config)
+    ranks.run_on_main(sampler.micro_batches, 0, 0, ranks.world_size)
+    ranks.run_on_main(_refuse_uneven, sampler, ranks)
+    vocabulary = ranks.run_on_main(_build_vocabulary, split, config)
     loader = Loader(split, vocabulary, data, config.seed)
     val_loader = Loader(val_split, vocabulary, data)
     stack.callback(loader.close)
     stack.callback(val_loader.close)
 
-    ranks.on_first(_refuse_too_large, config, len(vocabulary))
+    ranks.run_on_main(_refuse_too_large, config, len(vocabulary))
     ranks.seed(config.seed)
     captioner = Captioner(config.model, len(vocabulary))
     fingerprint = _fingerprint(config, split, vocabulary)
     # Rank 0 chooses where to go on from, and all go on from there: another rank may not yet see the newest.
-    saved = ranks.on_first(checkpoints.resume, run, fingerprint, say)
+    saved = ranks.run_on_main(checkpoints.resume, run, fingerprint, say)
     if saved is None:
-        ranks.on_first(_begin, captioner, vocabulary, settings.start_from)
+        ranks.run_on_main(_begin, captioner, vocabulary, settings.init_from)
     captioner.to(ranks.device).train()
     if settings.compile_encoder:
         captioner.encoder.compile_training()
     if saved is not None:
         captioner.load_state_dict(saved.weights(captioner))
-    saver = Saver(run, config, vocabulary, fingerprint)
+    saver = CheckpointWriter(run, config, vocabulary, fingerprint)
     stack.callback(saver.close)
     # While all parts of the encoder count as learning: it is to have room for them.
-    ranks.on_first(saver.reserve, captioner)
-    unfreeze(captioner, settings, saved.standing.step if saved else 0)
-    engine = choose(
+    ranks.run_on_main(saver.reserve, captioner)
+    unfreeze(captioner, settings, saved.train_state.step if saved else 0)
+    engine = create_engine(
         ranks,
         captioner,
         make_optimizer(captioner, settings),
         settings.clip_norm,
-        compress=settings.compress_gradients,
+        compress_gradients=settings.compress_gradients,
     )
     if settings.cache_features:
         # Now that all ranks have the weights of the first.
         cache_features(captioner.encoder, (loader, val_loader), ranks, settings.precision)
-    average = Average(captioner, settings.average) if settings.average else None
-    objective: CrossEntropy | SelfCritical = CrossEntropy(settings.label_smoothing)
+    average = ModelEMA(captioner, settings.ema_decay) if settings.ema_decay else None
+    objective: CrossEntropyObjective | ScstObjective = CrossEntropyObjective(settings.label_smoothing)
     if settings.objective == "scst":
-        with working("counting the n-grams of the train captions", quiet=not ranks.first):
-            objective = SelfCritical(config, captioner, split, vocabulary)
+        with spinner("counting the n-grams of the train captions", quiet=not ranks.is_main):
+            objective = ScstObjective(config, captioner, split, vocabulary)
         if saved is None:
-            ranks.on_first(_look_ahead, config, captioner, loader, objective, ranks)
-    ranks.on_first(_keep_settings, run, config)
-    standing = Standing()
+            ranks.run_on_main(_look_ahead, config, captioner, loader, objective, ranks)
+    ranks.run_on_main(_keep_settings, run, config)
+    train_state = TrainState()
     if saved is not None:
-        standing = saved.standing
-        engine.load_memory(saved.memory(captioner))
-        engine.load_scaler_state(standing.scaler)
+        train_state = saved.train_state
+        engine.load_optimizer_state(saved.optimizer_state(captioner))
+        engine.load_scaler_state(train_state.scaler)
         if average:
-            average.load(saved.average(captioner))
-    return Job(
+            average.load_state_dict(saved.ema_weights(captioner))
+    return Run(
         config,
         run,
         ranks,
-        order,
+        sampler,
         loader,
         val_loader,
         vocabulary,
@@ -190,7 +190,7 @@ def prepare(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Job:
         average,
         engine,
         fingerprint,
-        standing,
+        train_state,
         saver,
     )
 
@@ -202,8 +202,8 @@ def _refuse_too_large(config: Config, words: int) -> None:
     if needed > there:
         raise UserError(
             f"model: its weights take {needed / 1e9:,.1f} GB, this machine has {there / 1e9:,.1f} GB of"
-            " memory, expected less, as training takes several times as much; lower model.decoder.hidden,"
-            " embed or layers"
+            " memory, expected less, as training takes several times as much; lower model.decoder.hidden_size,"
+            " embed_size or num_layers"
         )
 
 
@@ -212,14 +212,14 @@ def _begin(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) ->
     if source is None:
         captioner.load_pretrained()
         return
-    saved = checkpoints.open_run(source)
+    saved = checkpoints.open_checkpoint(source)
     if saved.vocabulary() != vocabulary:
         raise UserError(
-            f"train.start_from = {source}: has {len(saved.vocabulary()):,} words, here they are other"
-            f" {len(vocabulary):,}; take the same shards, data.min_count and data.max_vocabulary, or train"
+            f"train.init_from = {source}: has {len(saved.vocabulary()):,} words, here they are other"
+            f" {len(vocabulary):,}; take the same shards, data.min_count and data.max_vocab_size, or train"
             " anew"
         )
-    weights, wanted = saved.weights() | saved.average(), captioner.state_dict()
+    weights, wanted = saved.weights() | saved.ema_weights(), captioner.state_dict()
     differing = [
         name
         for name in sorted(weights.keys() | wanted.keys())
@@ -227,7 +227,7 @@ def _begin(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) ->
     ]
     if differing:
         raise UserError(
-            f"train.start_from = {source}: {len(differing):,} weights are of another model, the first"
+            f"train.init_from = {source}: {len(differing):,} weights are of another model, the first"
             f" '{differing[0]}'; take the section model of {saved.folder / 'config.toml'}"
         )
     captioner.load_state_dict(weights)
@@ -235,13 +235,13 @@ def _begin(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) ->
 
 
 def _look_ahead(
-    config: Config, captioner: Captioner, loader: Loader, objective: SelfCritical, ranks: Ranks
+    config: Config, captioner: Captioner, loader: Loader, objective: ScstObjective, ranks: Ranks
 ) -> None:
     """Let self-critical training show on some images that it can learn."""
-    items = np.arange(min(IMAGES, len(loader.split)))
-    (batch,) = loader.ahead([(items, None)])
+    items = np.arange(min(CHECKED_IMAGES, len(loader.split)))
+    (batch,) = loader.prefetch([(items, None)])
     with ranks.autocast():
-        open_gate(
+        check_rewards(
             objective,
             captioner,
             batch.to(ranks.device),
@@ -252,18 +252,20 @@ def _look_ahead(
 
 def _keep_settings(run: Path, config: Config) -> None:
     """Write down what the run is trained with, for who looks at it before the first checkpoint."""
-    with atomic(run / SETTINGS) as file:
+    with atomic_write(run / CONFIG_FILE) as file:
         file.write(toml.dumps(config).encode())
 
 
-def order_of(split: Split, config: Config) -> Order:
+def make_sampler(split: Split, config: Config) -> BatchSampler:
     """Return the order in which an experiment learns from a split.
 
     Raises:
         UserError: Too few samples for its batches.
     """
     sizes, train = tuple(split.shard_sizes.tolist()), config.train
-    return Order(sizes, config.seed, train.global_batch, train.micro_batch, config.data.shuffle_shards)
+    return BatchSampler(
+        sizes, config.seed, train.global_batch, train.micro_batch, config.data.shuffle_window_shards
+    )
 
 
 def _refuse_differing(shards: str, read: list[tuple[str, str]]) -> None:
@@ -275,21 +277,21 @@ def _refuse_differing(shards: str, read: list[tuple[str, str]]) -> None:
         )
 
 
-def _refuse_uneven(order: Order, ranks: Ranks) -> None:
+def _refuse_uneven(sampler: BatchSampler, ranks: Ranks) -> None:
     # ZeRO-2 sums gradients in each backward pass, so that each rank must do as many as the others.
-    if ranks.zero is not None and order.streams % ranks.size:
+    if ranks.zero_stage is not None and sampler.micro_batches_per_step % ranks.world_size:
         raise UserError(
-            f"train.global_batch = {order.global_batch} holds {order.streams} micro-batches of"
-            f" train.micro_batch = {order.micro_batch}, which {ranks.size} processes cannot share evenly, as"
+            f"train.global_batch = {sampler.global_batch} holds {sampler.micro_batches_per_step} micro-batches of"
+            f" train.micro_batch = {sampler.micro_batch}, which {ranks.world_size} processes cannot share evenly, as"
             " ZeRO wants; start a number of processes that divides them, or take --profile gpu"
         )
 
 
-def _tell_of_cache(place: Remote, split: Split, order: Order, data: configs.Data) -> None:
+def _tell_of_cache(place: RemoteStorage, split: Split, sampler: BatchSampler, data: configs.Data) -> None:
     say(f"shards of {place} are kept in {place.cache}")
     # What all streams shuffle at a time; a node among several reads only its part of them.
-    shards = min(len(split.facts.shards), order.streams * data.shuffle_shards)
-    needed_gb = shards * max(shard.size_bytes for shard in split.facts.shards) / 1e9
+    shards = min(len(split.info.shards), sampler.micro_batches_per_step * data.shuffle_window_shards)
+    needed_gb = shards * max(shard.size_bytes for shard in split.info.shards) / 1e9
     if needed_gb > data.cache_gb:
         say(
             f"warning: data.cache_gb = {data.cache_gb:g}, but the {shards:,} shards that are read at a time"
@@ -299,9 +301,9 @@ def _tell_of_cache(place: Remote, split: Split, order: Order, data: configs.Data
 
 
 def _build_vocabulary(split: Split, config: Config) -> Vocabulary:
-    with progress("reading captions", len(split), passing=True) as bar:
+    with progress("reading captions", len(split), transient=True) as bar:
         captions = (caption for item in _counted(range(len(split)), bar) for caption in split.captions(item))
-        return vocab.build(captions, config.data.min_count, config.data.max_vocabulary)
+        return vocab.build(captions, config.data.min_count, config.data.max_vocab_size)
 
 
 def _counted(items: range, bar: Bar) -> Iterator[int]:
@@ -315,7 +317,7 @@ def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[s
     settings = toml.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
     for free in ("data.shards", "data.cache", "data.cache_gb", "data.workers", "model.encoder.weights"):
         del settings[free]
-    kept = {"global_batch", "micro_batch", "score_metric", "objective", "average", "start_from"}
+    kept = {"global_batch", "micro_batch", "score_metric", "objective", "ema_decay", "init_from"}
     train = toml.flatten({"train": config.train.model_dump(mode="json", include=kept)})
     scst = {f"scst.{key}": value for key, value in config.scst if config.train.objective == "scst"}
     return {"shards": split.sha256, "vocabulary": vocabulary.sha256, **settings, **train, **scst}

@@ -10,7 +10,7 @@ Step: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=10**12)]
 
 
 @dataclass
-class Standing:
+class TrainState:
     """How far a run is: all that is carried from step to step beside weights and optimiser."""
 
     step: Step = 0
@@ -19,18 +19,18 @@ class Standing:
     """Of the validation split, in `train.score_metric`; negative before the first scoring."""
     best_step: Step = 0
     scores_since_best: Step = 0
-    captioned: Step = 0
+    validated_step: Step = 0
     """Step of the last validation."""
-    judged: Step = 0
+    scored_step: Step = 0
     """Step of the last one whose scores count; they come later than its captions."""
     scaler: dict[str, int | float] = field(default_factory=dict)
     """The fp16 loss scaler's state."""
-    began: dict[str, float] = field(default_factory=dict)
+    initial_sample_stats: dict[str, float] = field(default_factory=dict)
     """Figures of the first captions that self-critical training sampled."""
 
-    def judge(self, step: int, score: float) -> None:
+    def record_score(self, step: int, score: float) -> None:
         """Take the score of a step into account."""
-        self.judged = step
+        self.scored_step = step
         better = score > self.best_score
         self.scores_since_best = 0 if better else self.scores_since_best + 1
         if better:

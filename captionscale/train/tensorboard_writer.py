@@ -17,7 +17,7 @@ from captionscale.progress import say
 _numbers = itertools.count()
 
 
-class Events:
+class EventWriter:
     """One event file, which each call of `write` appends to."""
 
     def __init__(self, folder: Path, step: int):

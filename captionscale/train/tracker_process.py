@@ -13,9 +13,9 @@ from typing import Any, Protocol, TextIO, runtime_checkable
 import msgspec
 
 from captionscale import parsing, subprocesses
-from captionscale.files import atomic, read_file
-from captionscale.train.run_folder import LOG
-from captionscale.train.tracking import TRACKERS, points_of
+from captionscale.files import atomic_write, read_file
+from captionscale.train.run_folder import LOG_FILE
+from captionscale.train.tracking import TRACKERS_FILE, flatten_scalars
 
 _PROJECT, _STEP = "captionscale", "step"
 _LOOK_S = 1.0
@@ -125,7 +125,7 @@ def _serve() -> None:
         for name in task["names"]
         if (tracker := _open(name, run, task["settings"], answers))
     ]
-    for step, points in _follow(run / LOG, task["start"]):
+    for step, points in _follow(run / LOG_FILE, task["start"]):
         for taken in opened:
             taken.log(step, points)
     for taken in opened:
@@ -147,7 +147,7 @@ def _follow(path: Path, start: int) -> Iterator[tuple[int, dict[str, float]]]:
                 torn = b""
                 values = json.loads(line)
                 step = values.pop("step")
-                if points := points_of(values):
+                if points := flatten_scalars(values):
                     yield step, points
             if ended:
                 return
@@ -159,7 +159,7 @@ def _open(name: str, run: Path, settings: Mapping[str, Any], answers: TextIO) ->
         ids = _ids(run)
         tracker = _KINDS[name](run, settings, ids.get(name))
         if tracker.id != ids.get(name):
-            with atomic(run / TRACKERS) as file:
+            with atomic_write(run / TRACKERS_FILE) as file:
                 file.write(json.dumps({**ids, name: tracker.id}, indent=1).encode())
     # `wandb` ends by SystemExit where it may not ask for a key.
     except (Exception, SystemExit) as error:
@@ -173,13 +173,13 @@ def _open(name: str, run: Path, settings: Mapping[str, Any], answers: TextIO) ->
 def _ids(run: Path) -> dict[str, str]:
     """Return the trackers' own names of this run, as far as it has been there."""
     with suppress(FileNotFoundError, ValueError):
-        return parsing.decode(read_file(run / TRACKERS), _IDS)
+        return parsing.decode(read_file(run / TRACKERS_FILE), _IDS)
     return {}
 
 
 def _warn(answers: TextIO, run: Path, name: str, what: str, error: BaseException) -> None:
     found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    text = f"warning: {name} {what} ({found}); training continues, and {run / LOG} has all"
+    text = f"warning: {name} {what} ({found}); training continues, and {run / LOG_FILE} has all"
     print(text, file=answers, flush=True)
 
 

@@ -17,14 +17,14 @@ from captionscale import credentials, subprocesses, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.progress import say
-from captionscale.train.run_folder import LOG
+from captionscale.train.run_folder import LOG_FILE
 
-TRACKERS = "trackers.json"
+TRACKERS_FILE = "trackers.json"
 _PARTING_S = 15.0
 """A job that is asked to leave has little time."""
 
 
-def refuse_missing(names: tuple[str, ...]) -> None:
+def check_trackers_installed(names: tuple[str, ...]) -> None:
     """Refuse trackers whose packages are not installed.
 
     Raises:
@@ -38,7 +38,7 @@ def refuse_missing(names: tuple[str, ...]) -> None:
             )
 
 
-def points_of(values: Mapping[str, Any]) -> dict[str, float]:
+def flatten_scalars(values: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers among a log line's values by the names of their curves, such as `scores/CIDEr-D`."""
     return {
         f"{key}/{name}" if name else key: number
@@ -58,7 +58,7 @@ class Trackers:
             run: The run's folder, whose log is open; it keeps their ids for when the run is resumed.
             config: Its settings, which they are told.
         """
-        self._log, self._closing = run / LOG, False
+        self._log, self._closing = run / LOG_FILE, False
         self._process: subprocess.Popen[str] | None = None
         task = {
             "run": str(run),

@@ -11,8 +11,8 @@ from captionscale.score.results import Result, read_results, write_results
 from captionscale.score.worker import BackgroundScorer
 from captionscale.train import preemption
 from captionscale.train.generation import caption_split
-from captionscale.train.log_writer import Log
-from captionscale.train.setup import Job
+from captionscale.train.log_writer import LogWriter
+from captionscale.train.setup import Run
 from captionscale.train.watchdog import Watchdog
 
 _METRICS = ("BLEU-4", "ROUGE-L", "CIDEr-D")
@@ -26,55 +26,55 @@ class Validation:
     and the end of the run: so neither early stopping nor the best checkpoint depends on how fast that was.
     """
 
-    def __init__(self, job: Job, log: Log | None, bar: Bar, dog: Watchdog):
+    def __init__(self, job: Run, log: LogWriter | None, bar: Bar, watchdog: Watchdog):
         """Take up what an earlier process left unscored.
 
         Args:
-            job: The run, of which this changes `standing`.
+            job: The run, of which this changes `train_state`.
             log: On rank 0.
             bar: For what people are told.
-            dog: Is told that waiting for scores may take long.
+            watchdog: Is told that waiting for scores may take long.
         """
-        self._job, self._log, self._bar, self._dog = job, log, bar, dog
-        self._told = job.standing.judged
+        self._job, self._log, self._bar, self._watchdog = job, log, bar, watchdog
+        self._told = job.train_state.scored_step
         self._scorer: BackgroundScorer | None = None
         # Not after an epoch in vain.
-        job.ranks.on_first(find_java)
-        if self._owed and (fault := job.ranks.on_first(self._take_up)):
-            bar.say(f"warning: {fault}; step {job.standing.captioned:,} will have no scores")
-            job.standing.captioned = job.standing.judged
+        job.ranks.run_on_main(find_java)
+        if self._owed and (fault := job.ranks.run_on_main(self._take_up)):
+            bar.say(f"warning: {fault}; step {job.train_state.validated_step:,} will have no scores")
+            job.train_state.validated_step = job.train_state.scored_step
 
     @property
     def _owed(self) -> bool:
         """Whether captions were written whose scores have not counted yet."""
-        return self._job.standing.judged < self._job.standing.captioned
+        return self._job.train_state.scored_step < self._job.train_state.validated_step
 
-    def take(self) -> bool:
+    def run(self) -> bool:
         """Do what a step is to end with that is followed by a validation.
 
         Returns:
             Whether that was done: who is asked to leave breaks it off, and whoever goes on does it again.
         """
-        standing = self._job.standing
-        last = standing.step == self._job.steps
-        if not self.judge():
+        train_state = self._job.train_state
+        last = train_state.step == self._job.steps
+        if not self.collect_scores():
             return False
-        if not last and self.hopeless:
+        if not last and self.out_of_patience:
             return True
-        if standing.captioned < standing.step and not self._caption():
+        if train_state.validated_step < train_state.step and not self._caption():
             return False
-        return not last or self.judge()
+        return not last or self.collect_scores()
 
     @property
-    def hopeless(self) -> bool:
+    def out_of_patience(self) -> bool:
         """Whether scores have not risen for so long that training is to stop."""
-        return self._job.standing.scores_since_best >= self._job.config.train.patience
+        return self._job.train_state.scores_since_best >= self._job.config.train.patience
 
-    def judge(self) -> bool:
+    def collect_scores(self) -> bool:
         """Let the scores count that were begun last; wait for them if need be.
 
         Returns:
-            As `take`.
+            As `run`.
 
         Raises:
             UserError: The very first captions could not be scored. Later a warning does: nobody wants a long
@@ -82,26 +82,26 @@ class Validation:
         """
         if not self._owed:
             return True
-        standing = self._job.standing
-        with self._dog.busy("scoring"):
-            scores = self._job.ranks.on_first(self._wait)
+        train_state = self._job.train_state
+        with self._watchdog.busy("scoring"):
+            scores = self._job.ranks.run_on_main(self._wait)
         if scores is None:
             return False
         if scores:
-            standing.judge(standing.captioned, scores[self._job.config.train.score_metric])
+            train_state.record_score(train_state.validated_step, scores[self._job.config.train.score_metric])
         else:
-            standing.judged = standing.captioned
+            train_state.scored_step = train_state.validated_step
         return True
 
-    def tell(self) -> None:
+    def log_scores(self) -> None:
         """Log the scores that have come meanwhile, with the step that they belong to."""
-        step = self._job.standing.captioned
+        step = self._job.train_state.validated_step
         if self._scorer is None or not self._owed or self._told == step:
             return
         try:
             scores = self._scorer.result()
         except UserError:
-            return  # `judge` tells.
+            return  # `collect_scores` tells.
         if scores is not None:
             self._told = step
             figures = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
@@ -116,16 +116,16 @@ class Validation:
 
     def _caption(self) -> bool:
         def should_stop() -> bool:
-            self._dog.beat()
-            return preemption.asked()
+            self._watchdog.beat()
+            return preemption.requested()
 
         job = self._job
         # Greedy: five times as fast, and the order of checkpoints is the same.
         settings = job.config.with_beam(1).search
-        job.ranks.share_buffers(job.captioner)
-        with job.average.in_place() if job.average else nullcontext():
+        job.ranks.broadcast_buffers_from_main(job.captioner)
+        with job.ema.average_parameters() if job.ema else nullcontext():
             # The averages of batch statistics too.
-            job.ranks.share_buffers(job.captioner)
+            job.ranks.broadcast_buffers_from_main(job.captioner)
             results = caption_split(
                 job.captioner,
                 job.val_loader,
@@ -136,8 +136,8 @@ class Validation:
             )
         if results is None:
             return False
-        job.standing.captioned = job.standing.step
-        job.ranks.on_first(self._hand_over, results)
+        job.train_state.validated_step = job.train_state.step
+        job.ranks.run_on_main(self._hand_over, results)
         return True
 
     def _hand_over(self, results: list[Result]) -> None:
@@ -147,7 +147,7 @@ class Validation:
 
     @property
     def _captions(self) -> Path:
-        return self._job.run / "validation" / f"step-{self._job.standing.captioned:08d}.json"
+        return self._job.folder / "validation" / f"step-{self._job.train_state.validated_step:08d}.json"
 
     def _take_up(self) -> str:
         """Hand over the captions that an earlier process wrote; return why that cannot be, if it cannot."""
@@ -173,12 +173,12 @@ class Validation:
         assert self._scorer is not None
         try:
             while (scores := self._scorer.result(_LOOK_S)) is None:
-                if preemption.asked():
+                if preemption.requested():
                     return None
         except UserError as error:
-            if not self._job.standing.best_step:
+            if not self._job.train_state.best_step:
                 raise
-            self._bar.say(f"warning: step {self._job.standing.captioned:,} has no scores: {error}")
+            self._bar.say(f"warning: step {self._job.train_state.validated_step:,} has no scores: {error}")
             return {}
-        self.tell()
+        self.log_scores()
         return scores

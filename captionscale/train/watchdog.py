@@ -26,7 +26,7 @@ from captionscale.distributed import engine, ranks
 from captionscale.distributed.ranks import Ranks
 from captionscale.progress import say
 from captionscale.train.generation import caption_split
-from captionscale.train.run_folder import STALLS
+from captionscale.train.run_folder import STALLS_FILE
 
 _PACKAGE = str(Path(__file__).parents[1])
 _COLLECTIVE = (str(ranks.__file__), str(engine.__file__))
@@ -38,15 +38,15 @@ _SILENT_AFTER = 4
 
 
 @dataclass(frozen=True)
-class State:
+class RankStatus:
     """Where a rank stands."""
 
     rank: int
     host: str
-    process: int
+    pid: int
     step: int
     """Being done, from 1."""
-    still_s: float
+    stalled_s: float
     """Since when its main thread has not moved."""
     busy: str
     """What it does that may take long; nothing: a step."""
@@ -54,13 +54,13 @@ class State:
     """For its peers or its device, and so not to blame."""
     validating: bool
     stack: list[str]
-    number: int
+    heartbeats: int
     """Of this word, counted up: clocks of two machines are not compared."""
     silent: bool = field(default=False, kw_only=True)
 
     def __str__(self) -> str:
         found = "no sign of life" if self.silent else self.busy or "not moving"
-        return f"rank {self.rank} (process {self.process} on {self.host}), step {self.step:,}: {found}"
+        return f"rank {self.rank} (process {self.pid} on {self.host}), step {self.step:,}: {found}"
 
 
 class Watchdog:
@@ -75,7 +75,7 @@ class Watchdog:
             stall_s: Seconds in which a rank must move.
             shards: Gives the names of those that a step, from 0, of a rank reads.
         """
-        self._path, self._rank, self._size = run / STALLS, ranks.rank, ranks.size
+        self._path, self._rank, self._size = run / STALLS_FILE, ranks.rank, ranks.world_size
         self._stall_s, self._shards = stall_s, shards
         self._main = threading.get_ident()
         self._over = threading.Event()
@@ -133,22 +133,22 @@ class Watchdog:
                 if self._store is not None:
                     self._store.set(_key(self._rank), json.dumps(asdict(mine)))
                 # Rank 1 counts from half the time on what the others say, to know the silent ones.
-                if self._rank > 1 or mine.still_s < self._stall_s / 2:
+                if self._rank > 1 or mine.stalled_s < self._stall_s / 2:
                     self._heard, told = {}, False
                     continue
                 states = [mine, *self._others()]
             except RuntimeError:
                 return  # The store is gone: the run is ending.
             culprits = _blame(states, self._stall_s)
-            if self._over.is_set() or mine.still_s < self._stall_s or not culprits:
+            if self._over.is_set() or mine.stalled_s < self._stall_s or not culprits:
                 continue
             if self._rank == 1 and not any(state.rank == 0 and state.silent for state in states):
                 continue
-            still_s = min([mine.still_s, *(state.still_s for state in culprits if not state.silent)])
+            stalled_s = min([mine.stalled_s, *(state.stalled_s for state in culprits if not state.silent)])
             # A file system may come back even then.
-            end = still_s > _END_AFTER * self._stall_s and not any(state.busy for state in culprits)
+            end = stalled_s > _END_AFTER * self._stall_s and not any(state.busy for state in culprits)
             if end or not told:
-                self._tell(states, culprits, still_s, end)
+                self._tell(states, culprits, stalled_s, end)
                 told = True
             if end:
                 # The launcher ends the others; nothing else gets the main thread out of where it hangs.
@@ -160,7 +160,7 @@ class Watchdog:
         main = [name for name in _files(threads[self._main]) if name.startswith(_PACKAGE)]
         return main[:1] == [_LOADER] and any(_CACHE in _files(thread) for thread in threads.values())
 
-    def _state(self) -> State:
+    def _state(self) -> RankStatus:
         frames = traceback.extract_stack(sys._current_frames()[self._main])
         ours = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
         innermost = ours[-1] if ours else frames[-1]
@@ -171,7 +171,7 @@ class Watchdog:
         self._number += 1
         still = time.monotonic() - self._moved
         host = os.uname().nodename
-        return State(
+        return RankStatus(
             self._rank,
             host,
             os.getpid(),
@@ -184,7 +184,7 @@ class Watchdog:
             self._number,
         )
 
-    def _others(self) -> Iterator[State]:
+    def _others(self) -> Iterator[RankStatus]:
         """Yield what the other ranks last said, and whether they still speak."""
         store = self._store
         if store is None:
@@ -192,14 +192,16 @@ class Watchdog:
         for rank in range(self._size):
             if rank == self._rank or not store.check([_key(rank)]):
                 continue
-            state = State(**json.loads(store.get(_key(rank))))
+            state = RankStatus(**json.loads(store.get(_key(rank))))
             number, times = self._heard.get(rank, (0, 0))
-            times = times + 1 if number == state.number else 0
-            self._heard[rank] = state.number, times
-            yield State(**{**asdict(state), "silent": times >= _SILENT_AFTER})
+            times = times + 1 if number == state.heartbeats else 0
+            self._heard[rank] = state.heartbeats, times
+            yield RankStatus(**{**asdict(state), "silent": times >= _SILENT_AFTER})
 
-    def _tell(self, states: list[State], culprits: list[State], still_s: float, end: bool) -> None:
-        lines = [f"captionscale: no progress for {still_s:,.0f} s:"]
+    def _tell(
+        self, states: list[RankStatus], culprits: list[RankStatus], stalled_s: float, end: bool
+    ) -> None:
+        lines = [f"captionscale: no progress for {stalled_s:,.0f} s:"]
         stalled = []
         for state in culprits:
             shards = [] if state.validating else self._shards(state.step - 1, state.rank)
@@ -213,23 +215,23 @@ class Watchdog:
         if end:
             lines += ["  ending the run; the same command goes on from its last checkpoint"]
         say(*lines)
-        record = {"time": time.time(), "still_s": still_s, "stalled": stalled, "waiting": waiting}
+        record = {"time": time.time(), "stalled_s": stalled_s, "stalled": stalled, "waiting": waiting}
         # What keeps the run from moving may be a full disk.
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
-def _blame(states: list[State], stall_s: float) -> list[State]:
+def _blame(states: list[RankStatus], stall_s: float) -> list[RankStatus]:
     """Return those whom the others wait for; nobody, while they move or are busy, but for very long."""
     if silent := [state for state in states if state.silent]:
         return silent
     if any(state.busy for state in states):
-        return [state for state in states if state.busy and state.still_s >= _END_AFTER * stall_s]
+        return [state for state in states if state.busy and state.stalled_s >= _END_AFTER * stall_s]
     # Where steps are queued on a device, those who wait are ahead of the one that keeps them waiting.
     last = min(state.step for state in states)
     behind = [state for state in states if state.step == last]
     awaited = [state for state in behind if not state.waiting] or behind
-    return [state for state in awaited if state.still_s >= stall_s]
+    return [state for state in awaited if state.stalled_s >= stall_s]
 
 
 def _files(thread: FrameType) -> list[str]:

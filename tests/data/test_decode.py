@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captionscale.data.decode import FORMATS, Look, decode, look, pixels
+from captionscale.data.decode import FORMATS, ImageInfo, decode_image, decode_pil, image_info
 from captionscale.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -27,8 +27,8 @@ STORED = {
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 # Every way to read an image; the last reads no further than the header.
 WHOLE_READS: list[Callable[[bytes, str], Any]]
-WHOLE_READS = [pixels, decode, lambda data, place: look(data, place, whole=True)]
-READS = [*WHOLE_READS, lambda data, place: look(data, place, whole=False)]
+WHOLE_READS = [decode_image, decode_pil, lambda data, place: image_info(data, place, full_decode=True)]
+READS = [*WHOLE_READS, lambda data, place: image_info(data, place, full_decode=False)]
 
 
 def quarters(width: int = 64, height: int = 48) -> Image.Image:
@@ -97,9 +97,9 @@ def test_every_format_looks_the_same_and_has_its_extension(
 ) -> None:
     # Once, asking Pillow for MPO by name made it refuse all that is no JPEG.
     data = encode(quarters(), kind, **options)
-    assert far(decode(data, "here"), quarters()) < (3 if name == "jpg" else 0.01)
+    assert far(decode_pil(data, "here"), quarters()) < (3 if name == "jpg" else 0.01)
     for whole in (False, True):
-        assert look(data, "here", whole=whole) == Look(64, 48, name)
+        assert image_info(data, "here", full_decode=whole) == ImageInfo(64, 48, name)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -110,9 +110,9 @@ def test_a_picture_is_turned_the_way_up_that_its_exif_orientation_says(kind: str
     upright = quarters()
     stored = upright.transpose(STORED[orientation]) if orientation in STORED else upright
     data = encode(stored, kind, exif=exif)
-    assert far(decode(data, "here"), upright) < 5
+    assert far(decode_pil(data, "here"), upright) < 5
     for whole in (False, True):
-        assert look(data, "here", whole=whole)[:2] == upright.size
+        assert image_info(data, "here", full_decode=whole)[:2] == upright.size
 
 
 def test_the_orientation_is_found_in_xmp_and_behind_other_segments_and_fill_bytes() -> None:
@@ -124,8 +124,8 @@ def test_the_orientation_is_found_in_xmp_and_behind_other_segments_and_fill_byte
     filled = turned[:2] + b"\xff\xff" + turned[2:]
     xmp = encode(stored, "JPEG", xmp=b'<rdf:Description tiff:Orientation="6"/>')
     for data in (turned, colours_first, filled, xmp):
-        assert far(decode(data, "here"), quarters()) < 5
-        assert look(data, "here", whole=False) == Look(64, 48, "jpg")
+        assert far(decode_pil(data, "here"), quarters()) < 5
+        assert image_info(data, "here", full_decode=False) == ImageInfo(64, 48, "jpg")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -136,26 +136,26 @@ def test_exif_that_cannot_be_read_costs_no_picture(kind: str, exif: bytes) -> No
     # Once, a PNG or WebP whose EXIF was damaged was refused, though its pixels were whole.
     data = encode(quarters(), kind, exif=b"Exif\0\0" + exif)
     with warnings.catch_warnings(action="ignore"):
-        assert far(decode(data, "here"), quarters()) < 5
-        assert look(data, "here", whole=True)[:2] == (64, 48)
+        assert far(decode_pil(data, "here"), quarters()) < 5
+        assert image_info(data, "here", full_decode=True)[:2] == (64, 48)
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("L", "JPEG"), ("1", "PNG"), ("LA", "PNG")])
 def test_grey_becomes_the_same_grey_in_three_channels(mode: str, kind: str) -> None:
     grey = Image.linear_gradient("L")
     stored = grey.convert(mode)
-    assert far(decode(encode(stored, kind), "here"), stored.convert("L").convert("RGB")) < 1
+    assert far(decode_pil(encode(stored, kind), "here"), stored.convert("L").convert("RGB")) < 1
 
 
 def test_grey_of_sixteen_bits_is_scaled_and_not_cut_off() -> None:
     grey = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    found = np.asarray(decode(encode(Image.fromarray(grey), "PNG"), "here"))
+    found = np.asarray(decode_pil(encode(Image.fromarray(grey), "PNG"), "here"))
     np.testing.assert_array_equal(found, np.repeat(np.uint8(grey >> 8)[:, :, None], 3, axis=2))
 
 
 def test_a_palette_and_the_colours_of_print_become_the_colours_that_they_stand_for() -> None:
-    assert far(decode(encode(quarters().quantize(4), "PNG"), "here"), quarters()) < 0.01
-    assert far(decode(encode(quarters().convert("CMYK"), "JPEG", quality=95), "here"), quarters()) < 3
+    assert far(decode_pil(encode(quarters().quantize(4), "PNG"), "here"), quarters()) < 0.01
+    assert far(decode_pil(encode(quarters().convert("CMYK"), "JPEG", quality=95), "here"), quarters()) < 3
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("P", "PNG"), ("RGBA", "GIF")])
@@ -166,12 +166,12 @@ def test_what_is_transparent_shows_white(mode: str, kind: str) -> None:
     wanted = quarters()
     wanted.paste(WHITE, (0, 0, 32, 24))
     options = {"lossless": True} if kind == "WEBP" else {}
-    assert far(decode(encode(stored, kind, **options), "here"), wanted) < 0.01
+    assert far(decode_pil(encode(stored, kind, **options), "here"), wanted) < 0.01
 
 
 def test_half_of_a_colour_is_mixed_with_white() -> None:
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
-    assert decode(encode(image, "PNG"), "here").getpixel((1, 1)) == (255, 127, 127)
+    assert decode_pil(encode(image, "PNG"), "here").getpixel((1, 1)) == (255, 127, 127)
 
 
 @pytest.mark.parametrize(
@@ -204,14 +204,14 @@ def test_a_jpeg_that_lacks_even_its_last_byte_is_refused(options: dict[str, Any]
     data = encode(noise(40, 30), "JPEG", **options)
     for stop in (*range(0, len(data), 97), len(data) - 2, len(data) - 1):
         with pytest.raises(UserError):
-            decode(data[:stop], "here")
+            decode_pil(data[:stop], "here")
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_half_of_a_file_is_refused_in_every_format(kind: str) -> None:
     data = encode(noise(40, 30), kind)
     with pytest.raises(UserError):
-        decode(data[: len(data) // 2], "here")
+        decode_pil(data[: len(data) // 2], "here")
 
 
 @pytest.mark.parametrize("limit", [100, 200, 300])
@@ -231,13 +231,13 @@ def test_a_picture_of_absurdly_many_pixels_is_refused(limit: int, monkeypatch: p
 ALONE = """
 import sys
 from PIL import Image
-from captionscale.data.decode import decode
+from captionscale.data.decode import decode_pil
 from captionscale.errors import UserError
 bomb, odd = (bytes.fromhex(word) for word in sys.stdin.read().split())
-print(decode(odd, "odd").size)
+print(decode_pil(odd, "odd").size)
 Image.MAX_IMAGE_PIXELS = 300
 try:
-    decode(bomb, "bomb")
+    decode_pil(bomb, "bomb")
 except UserError as error:
     print(error)
 """
@@ -268,7 +268,7 @@ def test_decoding_leaves_the_filters_of_warnings_alone(monkeypatch: pytest.Monke
         return really_open(*arguments, **options)
 
     monkeypatch.setattr(Image, "open", spy)
-    decode(encode(noise(8, 8), "PNG"), "here")
+    decode_pil(encode(noise(8, 8), "PNG"), "here")
     assert during
     assert all(filters is before for filters in during)
 
@@ -303,23 +303,25 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives_it(
     size: tuple[int, int], mode: str, options: dict[str, Any]
 ) -> None:
     data = encode(noise(*size).convert(mode), "JPEG", quality=80, **options)
-    np.testing.assert_array_equal(pixels(data, "here"), by_pillow(data))
+    np.testing.assert_array_equal(decode_image(data, "here"), by_pillow(data))
 
 
 def test_photographs_have_the_pixels_that_pillow_gives_them() -> None:
     for data in photographs():
-        found = pixels(data, "here")
+        found = decode_image(data, "here")
         np.testing.assert_array_equal(found, by_pillow(data))
         assert (
-            look(data, "here", whole=True) == look(data, "here", whole=False) == (*found.shape[1::-1], "jpg")
+            image_info(data, "here", full_decode=True)
+            == image_info(data, "here", full_decode=False)
+            == (*found.shape[1::-1], "jpg")
         )
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_of_several_frames_the_first_is_taken(kind: str) -> None:
     data = encode(quarters(), kind, save_all=True, append_images=[noise(64, 48), noise(64, 48)])
-    assert far(decode(data, "here"), quarters()) < 5
-    assert look(data, "here", whole=True) == Look(64, 48, kind.lower())
+    assert far(decode_pil(data, "here"), quarters()) < 5
+    assert image_info(data, "here", full_decode=True) == ImageInfo(64, 48, kind.lower())
 
 
 def test_pixels_can_be_written_to() -> None:
@@ -340,8 +342,8 @@ def test_bytes_behind_a_jpeg_and_between_its_segments_do_no_harm() -> None:
     between = whole[:scan] + bytes(3) + whole[scan:]
     assert len({whole, behind, before_end, revision, between}) == 5
     for data in (behind, before_end, revision, between):
-        np.testing.assert_array_equal(pixels(data, "here"), pixels(whole, "here"))
-        assert look(data, "here", whole=True) == Look(64, 48, "jpg")
+        np.testing.assert_array_equal(decode_image(data, "here"), pixels(whole, "here"))
+        assert image_info(data, "here", full_decode=True) == ImageInfo(64, 48, "jpg")
 
 
 def test_a_harmless_warning_does_not_hide_that_the_rest_is_missing() -> None:
@@ -393,8 +395,8 @@ def test_a_look_at_the_whole_refuses_exactly_what_cannot_be_decoded(
         flipped[at] ^= 1 << draw.integers(8)
         for data in (whole[:at], whole[:at] + b"\xff\xd9", bytes(flipped)):
             with warnings.catch_warnings(action="ignore"):
-                decoded = fate(lambda: pixels(data, "here").shape[1::-1])  # noqa: B023
-                assert fate(lambda: look(data, "here", whole=True)[:2]) == decoded  # noqa: B023
+                decoded = fate(lambda: decode_image(data, "here").shape[1::-1])  # noqa: B023
+                assert fate(lambda: image_info(data, "here", full_decode=True)[:2]) == decoded  # noqa: B023
             fates.append(isinstance(decoded, str))
     assert 0 < sum(fates) < len(fates)
 
@@ -403,12 +405,12 @@ def test_a_look_at_the_whole_refuses_exactly_what_cannot_be_decoded(
 def test_a_look_at_the_whole_refuses_half_of_a_file(kind: str) -> None:
     data = encode(noise(40, 30), kind)
     with pytest.raises(UserError, match="here: not a readable image"):
-        look(data[: len(data) // 2], "here", whole=True)
+        image_info(data[: len(data) // 2], "here", full_decode=True)
 
 
 def test_a_look_at_the_header_reads_no_further() -> None:
     data = encode(noise(40, 30), "JPEG")
-    assert look(data[: len(data) // 2 + 300], "here", whole=False) == Look(40, 30, "jpg")
+    assert image_info(data[: len(data) // 2 + 300], "here", full_decode=False) == ImageInfo(40, 30, "jpg")
 
 
 def test_a_look_at_an_ordinary_jpeg_does_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +421,7 @@ def test_a_look_at_an_ordinary_jpeg_does_without_pillow(monkeypatch: pytest.Monk
     monkeypatch.setattr(Image, "open", None)
     for data in files:
         for whole in (False, True):
-            assert look(data, "here", whole=whole) == Look(40, 30, "jpg")
+            assert image_info(data, "here", full_decode=whole) == ImageInfo(40, 30, "jpg")
 
 
 def test_reading_images_imports_no_torch() -> None:

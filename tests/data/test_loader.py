@@ -10,9 +10,9 @@ import torch
 
 from captionscale.config import Data
 from captionscale.data import decode, transforms
-from captionscale.data.feature_cache import Features
+from captionscale.data.feature_cache import FeatureFile
 from captionscale.data.loader import Batch, Loader
-from captionscale.data.packing import Options, pack
+from captionscale.data.packing import PackOptions, pack
 from captionscale.data.shards import Split
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
@@ -26,9 +26,9 @@ MAX_WORDS = 7
 def load(folder: Path, name: str = "train", seed: int = 0, **changes: object) -> Loader:
     split = Split(folder, name)
     captions = [caption for each in split.references().values() for caption in each]
-    settings = {"image_size": SIZE, "max_words": MAX_WORDS, "crop_scale": (0.5, 1.0), "colour_jitter": 0.2}
+    settings = {"image_size": SIZE, "max_words": MAX_WORDS, "crop_scale": (0.5, 1.0), "color_jitter": 0.2}
     data = Data.model_validate({"shards": str(folder), **settings, **changes})
-    return Loader(split, build(captions, min_count=1, max_vocabulary=None), data, seed)
+    return Loader(split, build(captions, min_count=1, max_vocab_size=None), data, seed)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def same(first: Batch, second: Batch) -> bool:
 
 
 def fetch(loader: Loader, numbers: np.ndarray, epoch: int | None) -> Batch:
-    return next(loader.ahead([(numbers, epoch)]))
+    return next(loader.prefetch([(numbers, epoch)]))
 
 
 def items(*numbers: int) -> np.ndarray:
@@ -108,12 +108,12 @@ def test_without_an_epoch_each_picture_is_its_centre(loader: Loader) -> None:
     batch = fetch(loader, numbers, None)
     assert batch.images.dtype == torch.uint8
     for view, item in zip(batch.images, numbers.tolist(), strict=True):
-        picture = decode.pixels(loader.split.image(item), "here")
-        np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), transforms.centre_view(picture, SIZE))
+        picture = decode.decode_image(loader.split.image(item), "here")
+        np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), transforms.center_crop(picture, SIZE))
 
 
 def test_without_augmentation_an_epoch_shows_the_centres_too(packed: Path, loader: Loader) -> None:
-    plain = load(packed, crop_scale=(1, 1), flip=False, colour_jitter=0)
+    plain = load(packed, crop_scale=(1, 1), flip=False, color_jitter=0)
     assert same(fetch(plain, items(1, 2), 3), fetch(loader, items(1, 2), None))
     plain.close()
 
@@ -133,8 +133,8 @@ def test_with_features_a_batch_holds_those_of_its_images_and_no_image_is_read(
     expected = fetch(loader, numbers, None)
     features = np.random.default_rng(0).random((48, 4, 5)).astype(np.float16)
     monkeypatch.setattr(Split, "image", None)
-    file = Features(tmp_path / "train.npy", features.shape)
-    file.begin()
+    file = FeatureFile(tmp_path / "train.npy", features.shape)
+    file.create()
     file.write(0, features)
     file.finish()
     cached = Loader(loader.split, loader.vocabulary, loader.data, features=file.open())
@@ -154,14 +154,14 @@ import numpy as np, torch
 from captionscale.config import Data
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
-from captionscale.vocab import SPECIALS, Vocabulary
+from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
 own = torch.get_num_threads()
 before = len(os.listdir("/proc/self/task"))
 # Large enough to be worth several threads to torch.
 data = Data(shards=sys.argv[1], image_size=448, workers=2, rotate=5.0)
-loader = Loader(Split(Path(sys.argv[1]), "train"), Vocabulary(SPECIALS), data)
-list(loader.ahead((np.arange(8), epoch) for epoch in range(3)))
+loader = Loader(Split(Path(sys.argv[1]), "train"), Vocabulary(SPECIAL_TOKENS), data)
+list(loader.prefetch((np.arange(8), epoch) for epoch in range(3)))
 print(own, torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
 """
 
@@ -223,7 +223,7 @@ def test_words_are_all_that_is_to_be_predicted_the_ends_too(loader: Loader, ragg
         captions = [caption for item in numbers.tolist() for caption in each.split.captions(item)]
         wanted = sum(min(len(split_words(caption)), MAX_WORDS) + 1 for caption in captions)
         batch = fetch(each, numbers, 0)
-        assert Target(batch.images, batch.tokens, batch.image_index).words.tolist() == [0, wanted]
+        assert Target(batch.images, batch.tokens, batch.image_index).num_tokens.tolist() == [0, wanted]
 
 
 def test_a_word_that_the_vocabulary_lacks_is_unknown(loader: Loader) -> None:
@@ -233,14 +233,14 @@ def test_a_word_that_the_vocabulary_lacks_is_unknown(loader: Loader) -> None:
     assert batch.tokens.shape == fetch(loader, items(0, 1), None).tokens.shape
 
 
-# ---- ahead
+# ---- prefetch
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 50])
 def test_reading_ahead_gives_the_batches_of_fetch_in_their_order(loader: Loader, depth: int) -> None:
     random = np.random.default_rng(1)
     requests = [(random.integers(48, size=random.integers(1, 6)), epoch) for epoch in (0, 0, None, 1, 1, 2)]
-    found = list(loader.ahead(requests, depth))
+    found = list(loader.prefetch(requests, depth))
     assert len(found) == len(requests)
     for batch, (numbers, epoch) in zip(found, requests, strict=True):
         assert same(batch, fetch(loader, numbers, epoch))
@@ -255,7 +255,7 @@ def test_reading_ahead_asks_for_no_more_than_its_depth(loader: Loader) -> None:
             asked += 1
             yield items(number), 0
 
-    for used, _ in enumerate(loader.ahead(requests(), depth=3), start=1):
+    for used, _ in enumerate(loader.prefetch(requests(), depth=3), start=1):
         assert asked == min(10, used + 3)
 
 
@@ -273,7 +273,7 @@ def test_a_damaged_image_is_named_by_its_folder_and_id(synthetic_coco: Path, tmp
     whole = min((synthetic_coco / "val2017").iterdir()).read_bytes()
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     record = Record(391895, "train", ("a dog",), str(tmp_path), "half.jpg")
-    pack([record], out, sources=[], options=Options(whole=False))
+    pack([record], out, sources=[], options=PackOptions(full_decode=False))
     loader = load(out)
     with pytest.raises(UserError, match=f"{out}: image 391895: not a readable image"):
         fetch(loader, items(0), 0)

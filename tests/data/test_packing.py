@@ -21,7 +21,7 @@ import webdataset
 from PIL import Image
 
 from captionscale.data import manifest
-from captionscale.data.packing import REJECTED, Options, first_id, pack
+from captionscale.data.packing import REJECTED, PackOptions, first_image_id, pack
 from captionscale.data.shard_writer import read_rejected
 from captionscale.data.shards import Split
 from captionscale.data.sources import coco
@@ -30,7 +30,7 @@ from captionscale.data.verification import verify
 from captionscale.errors import UserError
 from captionscale.files import LOCK, blake3_of, lock, sha256_of
 
-SMALL = Options(images_per_shard=16)
+SMALL = PackOptions(images_per_shard=16)
 
 
 def captions_of(synthetic_coco: Path, split: str) -> Path:
@@ -38,7 +38,7 @@ def captions_of(synthetic_coco: Path, split: str) -> Path:
 
 
 def records_of(synthetic_coco: Path, split: str) -> list[Record]:
-    return coco.official(synthetic_coco / f"{split}2017", captions_of(synthetic_coco, split), split)
+    return coco.read_official(synthetic_coco / f"{split}2017", captions_of(synthetic_coco, split), split)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -117,7 +117,7 @@ def test_webdataset_decodes_every_kind_of_picture_by_its_name(tmp_path: Path) ->
         captions = ("a dog", "日本 ø")[: 1 + image_id % 2]
         records.append(Record(image_id, "train", captions, str(tmp_path), name))
     out = tmp_path / "shards"
-    pack(records, out, sources=[], options=Options(images_per_shard=4))
+    pack(records, out, sources=[], options=PackOptions(images_per_shard=4))
     split = Split(out, "train")
     assert (split.index["width"].tolist(), split.index["height"].tolist()) == ([30] * 6, [20] * 6)
     decoded = webdataset.WebDataset(
@@ -155,7 +155,7 @@ def test_the_last_shard_holds_the_rest_and_progress_counts_every_image(
 ) -> None:
     seen: list[int] = []
     records = records_of(synthetic_coco, "train")
-    pack(records, tmp_path, sources=[], options=Options(images_per_shard=20), progress=seen.append)
+    pack(records, tmp_path, sources=[], options=PackOptions(images_per_shard=20), progress=seen.append)
     assert Split(tmp_path, "train").shard_sizes.tolist() == [20, 20, 8]
     assert seen == [20, 20, 8]
 
@@ -164,7 +164,7 @@ def test_splits_packed_one_by_one_or_together_are_the_same_shards(
     synthetic_coco: Path, tmp_path: Path
 ) -> None:
     train, val = records_of(synthetic_coco, "train")[:12], records_of(synthetic_coco, "val")
-    options = Options(images_per_shard=5)
+    options = PackOptions(images_per_shard=5)
     pack([*val, *train], tmp_path / "together", sources=[], options=options)
     pack(val, tmp_path / "one by one", sources=[], options=options)
     before = contents(tmp_path / "one by one")
@@ -198,7 +198,7 @@ def test_shrunk_images_have_the_side_that_was_asked_for(synthetic_coco: Path, tm
     records = records_of(synthetic_coco, "val")
     for workers in (1, 2):
         out = tmp_path / str(workers)
-        pack(records, out, sources=[], options=Options(3, short_side=32, workers=workers))
+        pack(records, out, sources=[], options=PackOptions(3, short_side=32, workers=workers))
         assert set(Split(out, "val").index["width"].tolist()) == {32}
         assert "torch" in manifest.read(out).splits["val"].tool
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
@@ -245,7 +245,7 @@ def test_an_unreadable_image_is_left_out_and_written_down(
     assert split.index["image_id"].tolist() == left
     # What is rejected moves no image to another shard.
     assert split.shard_sizes.tolist() == [16 - (number // 16 == shard) for shard in range(3)]
-    assert split.facts.rejected == 1
+    assert split.info.rejected == 1
     assert verify(out).problems == []
 
 
@@ -286,11 +286,11 @@ def test_headers_alone_show_less_but_the_same_shards(
     synthetic_coco: Path, packed: Path, tmp_path: Path
 ) -> None:
     records = records_of(synthetic_coco, "val")
-    pack(records, tmp_path / "whole", sources=[], options=Options(whole=False))
+    pack(records, tmp_path / "whole", sources=[], options=PackOptions(full_decode=False))
     assert (tmp_path / "whole" / "val-00000.tar").read_bytes() == (packed / "val-00000.tar").read_bytes()
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(records[2].read()[:-40])
-    pack(spoilt(records, 2, bad), tmp_path / "cut", sources=[], options=Options(whole=False))
+    pack(spoilt(records, 2, bad), tmp_path / "cut", sources=[], options=PackOptions(full_decode=False))
     (problem,) = verify(tmp_path / "cut", deep=True).problems
     assert f"image {records[2].image_id}: not a readable image" in problem
 
@@ -306,7 +306,7 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(
     made = pack(val, tmp_path, sources=[source], options=SMALL)
     before = contents(tmp_path)
     assert pack(val, tmp_path, sources=[source], options=replace(SMALL, workers=2)) == made
-    for records, options in ((val[1:], SMALL), (val, Options(images_per_shard=4))):
+    for records, options in ((val[1:], SMALL), (val, PackOptions(images_per_shard=4))):
         with pytest.raises(UserError, match="split 'val' is packed already, from other files or with other"):
             pack(records, tmp_path, sources=[source], options=options)
     assert contents(tmp_path) == before
@@ -352,7 +352,7 @@ def test_an_id_that_fits_no_index_is_refused(synthetic_coco: Path, tmp_path: Pat
 def test_one_folder_stores_images_in_one_way(synthetic_coco: Path, tmp_path: Path) -> None:
     pack(records_of(synthetic_coco, "val"), tmp_path, sources=[])
     with pytest.raises(UserError, match="stored as original, this call wants --resize 32 --quality 95"):
-        pack(records_of(synthetic_coco, "test"), tmp_path, sources=[], options=Options(short_side=32))
+        pack(records_of(synthetic_coco, "test"), tmp_path, sources=[], options=PackOptions(short_side=32))
 
 
 def test_shards_that_lost_their_manifest_are_not_written_over(synthetic_coco: Path, tmp_path: Path) -> None:
@@ -380,12 +380,12 @@ def test_images_without_ids_are_counted_on_from_those_that_are_there(
     synthetic_coco: Path, tmp_path: Path
 ) -> None:
     def counted(split: str) -> list[Record]:
-        start = first_id(tmp_path, [split])
+        start = first_image_id(tmp_path, [split])
         return [replace(it, image_id=start + k) for k, it in enumerate(records_of(synthetic_coco, split))]
 
     for _ in range(2):
         for split, start in (("train", 1), ("val", 49), ("test", 57)):
-            assert first_id(tmp_path, [split]) == start
+            assert first_image_id(tmp_path, [split]) == start
             pack(counted(split), tmp_path, sources=[])
 
 
@@ -401,7 +401,7 @@ from captionscale.data.sources import coco
 images, captions, out, limit = sys.argv[1:]
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
-pack(coco.official(Path(images), Path(captions), "train"), Path(out), sources=[])
+pack(coco.read_official(Path(images), Path(captions), "train"), Path(out), sources=[])
 """
 
 
@@ -441,8 +441,8 @@ def test_a_disk_that_fails_is_not_taken_for_a_bad_image(
         with pytest.raises(
             UserError, match=r"Stale file handle, which is the disk's .* run the same command"
         ):
-            pack(records, tmp_path, sources=[], options=Options(4, max_rejected=1.0))
-    pack(records, tmp_path, sources=[], options=Options(4, max_rejected=1.0))
+            pack(records, tmp_path, sources=[], options=PackOptions(4, max_rejected=1.0))
+    pack(records, tmp_path, sources=[], options=PackOptions(4, max_rejected=1.0))
     assert len(Split(tmp_path, "val")) == 8
 
 
@@ -457,9 +457,9 @@ def test_what_changed_since_a_killed_call_is_packed_anew(synthetic_coco: Path, t
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack(records, out, sources=[], options=Options(4), progress=stop)
+        pack(records, out, sources=[], options=PackOptions(4), progress=stop)
     (folder / records[1].name).write_bytes(records[6].read())
-    pack(records, out, sources=[], options=Options(4))
+    pack(records, out, sources=[], options=PackOptions(4))
     assert Split(out, "val").image(1) == records[6].read()
 
 
@@ -469,10 +469,10 @@ def test_a_finished_tar_that_was_cut_since_is_written_anew(synthetic_coco: Path,
 
     records = records_of(synthetic_coco, "val")
     with pytest.raises(KeyboardInterrupt):
-        pack(records, tmp_path, sources=[], options=Options(4), progress=stop)
+        pack(records, tmp_path, sources=[], options=PackOptions(4), progress=stop)
     path = tmp_path / "val-00000.tar"
     path.write_bytes(path.read_bytes()[:-1024])
-    pack(records, tmp_path, sources=[], options=Options(4))
+    pack(records, tmp_path, sources=[], options=PackOptions(4))
     assert verify(tmp_path).problems == []
 
 
@@ -491,10 +491,10 @@ def test_a_first_image_that_was_rejected_does_not_shift_the_numbers_of_the_next_
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"")
     for _ in range(2):
-        start = first_id(tmp_path / "shards", ["val"])
+        start = first_image_id(tmp_path / "shards", ["val"])
         assert start == 1
         records = [replace(it, image_id=start + k) for k, it in enumerate(records_of(synthetic_coco, "val"))]
-        options = Options(max_rejected=0.5)
+        options = PackOptions(max_rejected=0.5)
         pack(spoilt(records, 0, bad), tmp_path / "shards", sources=[], options=options)
 
 
@@ -503,7 +503,7 @@ def test_what_is_no_file_is_left_out_at_once(synthetic_coco: Path, tmp_path: Pat
     path = tmp_path / "bad.jpg"
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
     records = spoilt(records_of(synthetic_coco, "val"), 3, path)
-    made = pack(records, tmp_path / "shards", sources=[], options=Options(max_rejected=0.5))
+    made = pack(records, tmp_path / "shards", sources=[], options=PackOptions(max_rejected=0.5))
     assert made.splits["val"].rejected == 1
 
 
@@ -546,13 +546,13 @@ def test_a_disk_that_is_full_at_any_write_loses_nothing(
 PACK = """
 import sys
 from pathlib import Path
-from captionscale.data.packing import Options, pack
+from captionscale.data.packing import PackOptions, pack
 from captionscale.data.sources import coco
 
 if __name__ == "__main__":
     images, captions, out, workers = sys.argv[1:]
-    records = coco.official(Path(images), Path(captions), "train")
-    pack(records, Path(out), sources=[Path(captions)], options=Options(2, workers=int(workers)))
+    records = coco.read_official(Path(images), Path(captions), "train")
+    pack(records, Path(out), sources=[Path(captions)], options=PackOptions(2, workers=int(workers)))
 """
 
 
@@ -563,7 +563,7 @@ def test_a_pack_killed_at_ten_random_moments_gives_the_bytes_of_an_unkilled_one(
     script.write_text(PACK)
     source = captions_of(synthetic_coco, "train")
     whole = pack(
-        records_of(synthetic_coco, "train"), tmp_path / "whole", sources=[source], options=Options(2)
+        records_of(synthetic_coco, "train"), tmp_path / "whole", sources=[source], options=PackOptions(2)
     )
 
     def start() -> subprocess.Popen[str]:
@@ -600,7 +600,7 @@ def test_what_a_killed_call_left_is_finished_by_no_other_call(synthetic_coco: Pa
     train, val = records_of(synthetic_coco, "train"), records_of(synthetic_coco, "val")
     with pytest.raises(KeyboardInterrupt):
         pack(train, tmp_path, sources=[], options=SMALL, progress=stop)
-    for records, options in ((train[1:], SMALL), (train, Options(images_per_shard=8)), (val, SMALL)):
+    for records, options in ((train[1:], SMALL), (train, PackOptions(images_per_shard=8)), (val, SMALL)):
         with pytest.raises(UserError, match=r"a call that packed train .* was stopped here; wanted its end"):
             pack(records, tmp_path, sources=[], options=options)
     pack(train, tmp_path, sources=[], options=SMALL)
@@ -614,7 +614,7 @@ def test_a_killed_worker_is_told_and_the_same_call_goes_on(synthetic_coco: Path,
             child.kill()
 
     train = records_of(synthetic_coco, "train")
-    options = Options(images_per_shard=2, workers=2)
+    options = PackOptions(images_per_shard=2, workers=2)
     with pytest.raises(
         UserError, match=r"a worker process was killed or could not start, .* run the same command again"
     ):

@@ -8,8 +8,8 @@ import simplejpeg
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from captionscale.data.decode import FORMATS, decode, pixels
-from captionscale.data.resize import resized, scaled
+from captionscale.data.decode import FORMATS, decode_image, decode_pil
+from captionscale.data.resize import resize_image, resize_to_jpeg
 from captionscale.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -40,7 +40,7 @@ def psnr(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def smaller(data: bytes, side: int) -> bytes:
-    return resized(data, "here", side=side, quality=95)
+    return resize_to_jpeg(data, "here", side=side, quality=95)
 
 
 # ---- scaling
@@ -63,7 +63,7 @@ def test_scaled_pixels_are_those_of_pillow(picture, old: tuple[int, int], new: t
     # Width first: of a tall image Pillow itself takes the height first, and clips other overshoots.
     wide = image.resize((new[0], old[1]), Image.Resampling.BICUBIC)
     wanted = np.asarray(wide.resize(new, Image.Resampling.BICUBIC))
-    assert psnr(scaled(np.array(image), new[1], new[0]), wanted) > 60
+    assert psnr(resize_image(np.array(image), new[1], new[0]), wanted) > 60
 
 
 def test_scaled_photographs_are_those_of_pillow() -> None:
@@ -71,20 +71,20 @@ def test_scaled_photographs_are_those_of_pillow() -> None:
     if not files:
         pytest.skip("needs ../shared/data beside the checkout")
     for file in files:
-        image = pixels(file.read_bytes(), str(file))
+        image = decode_image(file.read_bytes(), str(file))
         for side in (64, 224, 256):
             wanted = np.asarray(ImageOps.cover(Image.fromarray(image), (side, side)))
             if side < min(image.shape[:2]):
-                assert psnr(scaled(image, *wanted.shape[:2]), wanted) > 60
+                assert psnr(resize_image(image, *wanted.shape[:2]), wanted) > 60
 
 
 def test_scaling_does_not_depend_on_the_number_of_threads() -> None:
     image, before = np.array(noise(300, 200)), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = scaled(image, 100, 150)
+        alone = resize_image(image, 100, 150)
         torch.set_num_threads(4)
-        np.testing.assert_array_equal(scaled(image, 100, 150), alone)
+        np.testing.assert_array_equal(resize_image(image, 100, 150), alone)
     finally:
         torch.set_num_threads(before)
 
@@ -99,7 +99,7 @@ def test_scaling_does_not_depend_on_the_number_of_threads() -> None:
 def test_the_shorter_side_is_as_asked_and_the_longer_one_as_pillow_rounds_it(size: tuple[int, int]) -> None:
     picture = drawn(*size)
     for side in (1, 2, 63, 64):
-        found = decode(smaller(encode(picture, "PNG"), side), "here")
+        found = decode_pil(smaller(encode(picture, "PNG"), side), "here")
         assert min(found.size) == side
         assert found.size == ImageOps.cover(picture, (side, side)).size
 
@@ -107,7 +107,7 @@ def test_the_shorter_side_is_as_asked_and_the_longer_one_as_pillow_rounds_it(siz
 @pytest.mark.parametrize("quality", [1, 75, 90, 95, 100])
 def test_the_result_is_a_jpeg_of_the_quality_with_halved_colours(quality: int) -> None:
     data = encode(drawn(100, 80), "PNG")
-    found = resized(data, "here", side=40, quality=quality)
+    found = resize_to_jpeg(data, "here", side=40, quality=quality)
     assert simplejpeg.decode_jpeg_header(found) == (40, 50, "YCbCr", "420")
     reference = encode(drawn(50, 40), "JPEG", quality=quality)
     assert Image.open(io.BytesIO(found)).quantization == Image.open(io.BytesIO(reference)).quantization
@@ -138,7 +138,7 @@ def test_the_result_shows_what_training_would_have_seen() -> None:
     ]
     for data in kinds:
         found = smaller(data, 100)
-        wanted = ImageOps.cover(decode(data, "here"), (100, 100))
+        wanted = ImageOps.cover(decode_pil(data, "here"), (100, 100))
         shown = Image.open(io.BytesIO(found))
         assert psnr(np.asarray(shown.convert("RGB")), np.asarray(wanted)) > 25
         assert shown.info.keys().isdisjoint({"exif", "icc_profile", "xmp"})
@@ -157,7 +157,7 @@ def test_an_image_too_thin_for_a_jpeg_keeps_its_bytes() -> None:
         data = encode(Image.new("RGB", size), "PNG")
         assert smaller(data, 64) == data
     longest = smaller(encode(Image.new("RGB", (65, 66500)), "PNG"), 64)
-    assert decode(longest, "here").size == (64, 65477)
+    assert decode_pil(longest, "here").size == (64, 65477)
 
 
 @pytest.mark.parametrize("side", [16, 64])

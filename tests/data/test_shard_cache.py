@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from captionscale.data import shard_cache as room
 from captionscale.data.manifest import Shard
-from captionscale.data.shard_cache import Cache
+from captionscale.data.shard_cache import ShardCache
 from captionscale.errors import UserError
 
 SIZE = 1000
@@ -27,7 +27,7 @@ SHARDS = [Shard("train-00000.tar", SIZE, blake3(data).hexdigest(), 1) for data i
 DIE_IN_A_DOWNLOAD = """
 import os, sys
 from pathlib import Path
-from captionscale.data.shard_cache import Cache
+from captionscale.data.shard_cache import ShardCache
 from captionscale.data.manifest import Shard
 
 def download(path):
@@ -35,7 +35,7 @@ def download(path):
     print("half", flush=True)
     sys.stdin.read()
 
-with Cache(Path(sys.argv[1]), 1e-3).open(Shard("train-00000.tar", 1000, sys.argv[2], 1), download):
+with ShardCache(Path(sys.argv[1]), 1e-3).open(Shard("train-00000.tar", 1000, sys.argv[2], 1), download):
     pass
 """
 
@@ -59,12 +59,12 @@ def origin() -> Origin:
     return Origin()
 
 
-def cache_of(folder: Path, shards: float) -> Cache:
+def cache_of(folder: Path, shards: float) -> ShardCache:
     """A cache with room for so many shards."""
-    return Cache(folder, shards * SIZE / 1e9)
+    return ShardCache(folder, shards * SIZE / 1e9)
 
 
-def read(cache: Cache, number: int, download: Callable[[Path], None]) -> bytes:
+def read(cache: ShardCache, number: int, download: Callable[[Path], None]) -> bytes:
     with cache.open(SHARDS[number], download) as file:
         return os.pread(file.fileno(), 2 * SIZE, 0)
 
@@ -286,16 +286,16 @@ def test_the_folder_is_the_given_one_or_the_users(tmp_path: Path, monkeypatch: p
     for name in ("CAPTIONSCALE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert Cache(None, 1.0).folder == tmp_path / ".cache" / "captionscale"
+    assert ShardCache(None, 1.0).folder == tmp_path / ".cache" / "captionscale"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert Cache(None, 1.0).folder == tmp_path / "xdg" / "captionscale"
+    assert ShardCache(None, 1.0).folder == tmp_path / "xdg" / "captionscale"
     monkeypatch.setenv("CAPTIONSCALE_CACHE", "~/own")
-    assert Cache(None, 1.0).folder == tmp_path / "own"
-    assert Cache(tmp_path / "given", 1.0).folder == tmp_path / "given"
+    assert ShardCache(None, 1.0).folder == tmp_path / "own"
+    assert ShardCache(tmp_path / "given", 1.0).folder == tmp_path / "given"
     with pytest.raises(
         UserError, match=r"~nobody-of-this-name/x: no such home, wanted a folder for shards; set data.cache"
     ):
-        Cache(Path("~nobody-of-this-name/x"), 1.0)
+        ShardCache(Path("~nobody-of-this-name/x"), 1.0)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import xxhash
 
 from captionscale.data import manifest
 from captionscale.data.manifest import MANIFEST
-from captionscale.data.shards import Split, find
+from captionscale.data.shards import Split, find_image
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
 
@@ -38,7 +38,7 @@ def test_a_split_holds_the_images_and_captions_of_the_data_set(
     synthetic_coco: Path, packed: Path, name: str
 ) -> None:
     captions = synthetic_coco / "annotations" / f"captions_{name}2017.json"
-    records = coco.official(synthetic_coco / f"{name}2017", captions, name)
+    records = coco.read_official(synthetic_coco / f"{name}2017", captions, name)
     split = Split(packed, name)
     assert len(split) == len(records)
     assert split.index["image_id"].tolist() == [record.image_id for record in records]
@@ -46,7 +46,7 @@ def test_a_split_holds_the_images_and_captions_of_the_data_set(
         assert split.image(item) == record.read()
         assert split.captions(item) == record.captions
         assert split.sample(item).file == record.name
-    assert split.references() == coco.references(captions)
+    assert split.references() == coco.read_references(captions)
 
 
 def test_shard_sizes_number_the_items_through(packed: Path) -> None:
@@ -67,10 +67,10 @@ def test_reads_from_many_threads_are_those_of_one(packed: Path) -> None:
 def test_an_image_is_found_by_its_id_in_any_split(packed: Path) -> None:
     for name in SPLITS:
         for item, image_id in enumerate(Split(packed, name).index["image_id"].tolist()):
-            split, found = find(packed, image_id)
+            split, found = find_image(packed, image_id)
             assert (split.name, found) == (name, item)
     with pytest.raises(UserError, match="no image 99999 in any split"):
-        find(packed, 99999)
+        find_image(packed, 99999)
 
 
 def test_the_hash_of_a_split_is_that_of_its_content(packed: Path, copy: Path) -> None:

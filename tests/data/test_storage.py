@@ -21,7 +21,7 @@ from blake3 import blake3
 from captionscale import progress
 from captionscale.data import download, storage
 from captionscale.data.manifest import Shard
-from captionscale.data.storage import Folder, Remote, open_place
+from captionscale.data.storage import LocalStorage, RemoteStorage, open_storage
 from captionscale.errors import UserError
 
 SIZE = 200_000
@@ -34,12 +34,12 @@ READ = """
 import signal, sys
 from pathlib import Path
 from captionscale.data.manifest import Shard
-from captionscale.data.storage import open_place
+from captionscale.data.storage import open_storage
 
 # What a shell starts in the background ignores Ctrl-C, and so would we.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 url, cache, gb, order, *names = sys.argv[1:]
-place = open_place(url, Path(cache), float(gb))
+place = open_storage(url, Path(cache), float(gb))
 shards = [Shard(f"train-{number:05d}.tar", 200_000, name, 1) for number, name in enumerate(names)]
 for number in map(int, order.split(",")):
     for offset in (0, 150_000):
@@ -129,7 +129,7 @@ def cached(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.suffix != ".lock"} if folder.exists() else set()
 
 
-def prove(place: storage.Place) -> None:
+def prove(place: storage.Storage) -> None:
     """All bytes, by many threads, and what is whole or missing."""
     assert place.fetch("manifest.json") == b"{}"
     with pytest.raises(FileNotFoundError):
@@ -140,8 +140,8 @@ def prove(place: storage.Place) -> None:
     assert found == [CONTENT[number][offset : offset + size] for number, offset, size in reads]
     assert place.pread(SHARDS[0], SIZE - 3, 10) == CONTENT[0][-3:]
     for shard, data in zip(SHARDS, CONTENT, strict=True):
-        place.check(shard)
-        with place.local(shard) as path:
+        place.check_size(shard)
+        with place.local_path(shard) as path:
             assert path.read_bytes() == data
 
 
@@ -150,8 +150,8 @@ def prove(place: storage.Place) -> None:
 
 def test_a_folder_is_read_where_it_is(folder: Path) -> None:
     for where in (str(folder), f"file://{folder}", os.path.relpath(folder)):
-        place = open_place(where)
-        assert isinstance(place, Folder)
+        place = open_storage(where)
+        assert isinstance(place, LocalStorage)
         prove(place)
 
 
@@ -159,8 +159,8 @@ def test_a_file_stays_open_for_the_thread_that_reads_it_whatever_others_open(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A past bug: two threads opened one file, and the first to come lost its descriptor before it had read.
-    monkeypatch.setattr(storage, "_KEPT", 1)
-    place = open_place(str(folder))
+    monkeypatch.setattr(storage, "_MAX_OPEN_SHARDS", 1)
+    place = open_storage(str(folder))
     numbers = np.random.default_rng(0).integers(4, size=3000).tolist()
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda number: place.pread(SHARDS[number], 100, 8), numbers))
@@ -168,19 +168,19 @@ def test_a_file_stays_open_for_the_thread_that_reads_it_whatever_others_open(
 
 
 def test_a_folder_tells_a_shard_that_is_missing_of_another_size_or_not_a_file(folder: Path) -> None:
-    place = open_place(str(folder))
+    place = open_storage(str(folder))
     path = folder / SHARDS[0].name
     path.write_bytes(b"half")
     with pytest.raises(UserError, match=rf"{path}: 4 bytes, manifest says 200,000 bytes; copy it again"):
-        place.check(SHARDS[0])
+        place.check_size(SHARDS[0])
     path.unlink()
     with pytest.raises(UserError, match=rf"{path}: missing, manifest says 200,000 bytes"):
-        place.check(SHARDS[0])
+        place.check_size(SHARDS[0])
     with pytest.raises(UserError, match=rf"{path}: No such file or directory, wanted to read it; copy it"):
         place.pread(SHARDS[0], 0, 1)
     path.mkdir()
     with pytest.raises(UserError, match=rf"{path}: missing"):
-        place.check(SHARDS[0])
+        place.check_size(SHARDS[0])
     with pytest.raises(UserError, match=rf"{path}: Is a directory at byte 0, wanted 1 bytes"):
         place.pread(SHARDS[0], 0, 1)
 
@@ -192,7 +192,7 @@ def test_a_download_that_takes_its_time_says_how_far_it_is_by_the_first_rank_alo
     server: Server, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SHORT_S", 0.0)
-    place = open_place(server.url, tmp_path / "cache")
+    place = open_storage(server.url, tmp_path / "cache")
     place.pread(SHARDS[0], 0, 1)
     assert capsys.readouterr().err == f"downloading {server.url}/train-00000.tar, MB 1/1  0 s left\n"
     monkeypatch.setenv("RANK", "1")
@@ -204,8 +204,8 @@ def test_over_http_everything_is_as_in_the_folder_and_a_shard_travels_once(
     server: Server, tmp_path: Path
 ) -> None:
     for url in (server.url, f"{server.url}//"):
-        place = open_place(url, tmp_path)
-        assert isinstance(place, Remote)
+        place = open_storage(url, tmp_path)
+        assert isinstance(place, RemoteStorage)
         prove(place)
     assert {server.asked[f"/coco/{shard.name}"] for shard in SHARDS} == {1}
     assert str(place) == server.url
@@ -217,7 +217,7 @@ def test_over_http_everything_is_as_in_the_folder_and_a_shard_travels_once(
 )
 def test_what_passes_is_tried_again(server: Server, tmp_path: Path, faults: list[str]) -> None:
     server.faults = list(faults)
-    place = open_place(server.url, tmp_path)
+    place = open_storage(server.url, tmp_path)
     assert place.pread(SHARDS[0], 0, SIZE) == CONTENT[0]
     assert server.asked["/coco/train-00000.tar"] == len(faults) + 1
     server.faults = ["503", "reset"]
@@ -239,7 +239,7 @@ def test_what_does_not_pass_is_told_and_nothing_is_kept(
     server: Server, tmp_path: Path, fault: str, asked: int, wanted: str
 ) -> None:
     server.faults = [fault] * 9
-    place = open_place(server.url, tmp_path / "cache")
+    place = open_storage(server.url, tmp_path / "cache")
     with pytest.raises(UserError, match=rf"^{server.url}/train-00000.tar: {wanted}") as error:
         place.pread(SHARDS[0], 0, 1)
     assert "\n" not in str(error.value)
@@ -254,7 +254,7 @@ def test_another_file_under_the_name_of_a_shard_is_not_taken(server: Server, tmp
         (SIZE, "0" * 64, "200,000 bytes with blake3"),
     ):
         with pytest.raises(UserError, match=f"train-00000.tar: {wanted}"):
-            open_place(server.url, tmp_path).pread(Shard("train-00000.tar", size, digest, 1), 0, 1)
+            open_storage(server.url, tmp_path).pread(Shard("train-00000.tar", size, digest, 1), 0, 1)
     assert cached(tmp_path) == set()
 
 
@@ -263,10 +263,10 @@ def test_a_silent_server_is_given_up(server: Server, tmp_path: Path, monkeypatch
     server.faults = ["silent"] * 4
     started = time.monotonic()
     with pytest.raises(UserError, match=r"manifest.json: cannot be read \(FSTimeoutError\)"):
-        open_place(server.url, tmp_path).fetch("manifest.json")
+        open_storage(server.url, tmp_path).fetch("manifest.json")
     assert time.monotonic() - started < 3
     server.faults = ["silent"]
-    assert open_place(server.url, tmp_path).pread(SHARDS[0], 0, SIZE) == CONTENT[0]
+    assert open_storage(server.url, tmp_path).pread(SHARDS[0], 0, SIZE) == CONTENT[0]
 
 
 def test_a_login_of_netrc_is_used(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +274,7 @@ def test_a_login_of_netrc_is_used(server: Server, tmp_path: Path, monkeypatch: p
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     server.faults = ["login"]
-    assert open_place(server.url, tmp_path / "cache").fetch("manifest.json") == b"{}"
+    assert open_storage(server.url, tmp_path / "cache").fetch("manifest.json") == b"{}"
 
 
 @pytest.mark.parametrize(
@@ -294,14 +294,14 @@ def test_a_url_that_leads_nowhere_is_told(
 ) -> None:
     monkeypatch.setattr(download, "_WAITS_S", ())
     with pytest.raises(UserError) as error:
-        open_place(url, tmp_path).fetch("manifest.json")
+        open_storage(url, tmp_path).fetch("manifest.json")
     assert wanted in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_tls_that_cannot_be_trusted_is_told(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^https://.*/manifest.json: cannot be read \(Client.*SSL"):
-        open_place(server.url.replace("http://", "https://"), tmp_path).fetch("manifest.json")
+        open_storage(server.url.replace("http://", "https://"), tmp_path).fetch("manifest.json")
 
 
 def test_a_missing_package_is_told_on_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,17 +309,17 @@ def test_a_missing_package_is_told_on_opening(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(
         UserError, match=r"^gs://bucket/coco: no package that reads gs://.*captionscale\[remote\]"
     ):
-        open_place("gs://bucket/coco", tmp_path)
+        open_storage("gs://bucket/coco", tmp_path)
 
 
 def test_what_rotted_on_the_disk_is_downloaded_anew_by_those_who_compare(
     server: Server, tmp_path: Path
 ) -> None:
-    place = open_place(server.url, tmp_path)
+    place = open_storage(server.url, tmp_path)
     assert place.pread(SHARDS[0], 5, 1) == CONTENT[0][5:6]
     path = tmp_path / f"{SHARDS[0].blake3}.tar"
     path.write_bytes(bytes(SIZE))
-    with place.local(SHARDS[0]) as whole:
+    with place.local_path(SHARDS[0]) as whole:
         assert whole.read_bytes() == CONTENT[0]
     assert place.pread(SHARDS[0], 0, SIZE) == CONTENT[0]
 
@@ -327,8 +327,8 @@ def test_what_rotted_on_the_disk_is_downloaded_anew_by_those_who_compare(
 def test_neither_the_room_nor_a_folder_needs_fsspec(folder: Path) -> None:
     script = f"""
 import sys
-from captionscale.data.storage import open_place
-open_place({str(folder)!r}).fetch("manifest.json")
+from captionscale.data.storage import open_storage
+open_storage({str(folder)!r}).fetch("manifest.json")
 assert not {{"fsspec", "aiohttp", "s3fs"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", script], check=True)
@@ -350,7 +350,7 @@ def parts(order: str) -> bytes:
 
 
 def test_a_fork_reads_on(server: Server, tmp_path: Path) -> None:
-    place = open_place(server.url, tmp_path)
+    place = open_storage(server.url, tmp_path)
     assert place.pread(SHARDS[0], 0, SIZE) == CONTENT[0]
     child = os.fork()
     if child == 0:
@@ -441,19 +441,19 @@ def s3(s3_client: Any) -> None:
 
 @pytest.mark.usefixtures("s3")
 def test_over_s3_everything_is_as_in_the_folder(tmp_path: Path) -> None:
-    prove(open_place("s3://bucket/data/coco/", tmp_path))
+    prove(open_storage("s3://bucket/data/coco/", tmp_path))
     assert cached(tmp_path) == {f"{shard.blake3}.tar" for shard in SHARDS}
 
 
 @pytest.mark.usefixtures("s3")
 def test_a_bucket_or_a_shard_that_is_not_there_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        open_place("s3://no-such-bucket/coco", tmp_path).fetch("manifest.json")
+        open_storage("s3://no-such-bucket/coco", tmp_path).fetch("manifest.json")
     shard = Shard("val-00000.tar", SIZE, SHARDS[0].blake3, 1)
     with pytest.raises(UserError, match=r"^s3://bucket/data/coco/val-00000.tar: missing, manifest says"):
-        open_place("s3://bucket/data/coco", tmp_path).pread(shard, 0, 1)
+        open_storage("s3://bucket/data/coco", tmp_path).pread(shard, 0, 1)
     with pytest.raises(UserError, match=r"^s3://Bad Bucket/coco/manifest.json: cannot be read \(ParamValid"):
-        open_place("s3://Bad Bucket/coco", tmp_path).fetch("manifest.json")
+        open_storage("s3://Bad Bucket/coco", tmp_path).fetch("manifest.json")
 
 
 @pytest.mark.usefixtures("s3")
@@ -461,7 +461,7 @@ def test_damage_on_s3_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(download, "_WAITS_S", (0.01,))
     shard = Shard(SHARDS[1].name, SIZE, SHARDS[0].blake3, 1)
     with pytest.raises(UserError, match="200,000 bytes with blake3"):
-        open_place("s3://bucket/data/coco", tmp_path).pread(shard, 0, 1)
+        open_storage("s3://bucket/data/coco", tmp_path).pread(shard, 0, 1)
 
 
 @pytest.mark.usefixtures("s3")

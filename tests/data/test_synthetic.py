@@ -7,19 +7,19 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from captionscale.data.drawing import COLOURS, FLYING, TOYS
-from captionscale.data.synthetic import NOUNS, SIDES, SIZES, WHERE, captions, draw, world
+from captionscale.data.drawing import COLORS, FLYING, TOYS
+from captionscale.data.synthetic import NOUNS, SIDES, SIZES, WHERE, all_scenes, captions, write_coco
 from captionscale.errors import UserError
 
 COUNTS = {"train": 60, "val": 12, "test": 12}
-SCENES = Random(1).sample(list(chain(*world())), 600)
+SCENES = Random(1).sample(list(chain(*all_scenes())), 600)
 KIND = {noun: kind for kind in TOYS for noun in NOUNS.get(kind, (kind,))}
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("coco")
-    draw(out, counts=COUNTS, size=48)
+    write_coco(out, counts=COUNTS, size=48)
     return out
 
 
@@ -45,30 +45,30 @@ def test_the_official_reader_finds_every_picture_and_its_five_captions(drawn: Pa
 def test_no_picture_is_drawn_twice(drawn: Path) -> None:
     pictures = [data for name, data in contents(drawn).items() if name.endswith(".jpg")]
     assert len(set(pictures)) == len(pictures) == sum(COUNTS.values())
-    scenes = list(chain(*world()))
+    scenes = list(chain(*all_scenes()))
     assert len(set(scenes)) == len(scenes)
 
 
 def test_the_same_arguments_write_the_same_bytes(drawn: Path, tmp_path: Path) -> None:
-    draw(tmp_path, counts=COUNTS, size=48)
+    write_coco(tmp_path, counts=COUNTS, size=48)
     assert contents(tmp_path) == contents(drawn)
 
 
 def test_another_seed_writes_other_pictures_and_captions(drawn: Path, tmp_path: Path) -> None:
-    draw(tmp_path, counts=COUNTS, size=48, seed=1)
+    write_coco(tmp_path, counts=COUNTS, size=48, seed=1)
     assert not set(contents(tmp_path).values()) & set(contents(drawn).values())
 
 
 def test_more_pictures_than_scenes_are_refused_with_the_limit(tmp_path: Path) -> None:
-    limit = sum(map(len, world()))
+    limit = sum(map(len, all_scenes()))
     with pytest.raises(UserError, match=f"holds {limit} scenes"):
-        draw(tmp_path, counts={"train": limit, "val": 1})
+        write_coco(tmp_path, counts={"train": limit, "val": 1})
     assert not list(tmp_path.iterdir())
 
 
 def test_fewer_than_no_pictures_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="-1 pictures asked for in split 'val'"):
-        draw(tmp_path / "out", counts={"train": 3, "val": -1})
+        write_coco(tmp_path / "out", counts={"train": 3, "val": -1})
     assert not list(tmp_path.iterdir())
 
 
@@ -92,11 +92,11 @@ def test_captions_say_nothing_that_the_scene_does_not_hold() -> None:
         for caption in captions(scene, Random(3)):
             words = re.findall(r"\w+", caption.lower())
             assert {sizes[word] for word in words if word in sizes} <= {scene.size}
-            named = re.findall(rf"(?:({'|'.join(COLOURS)}) )?\b({'|'.join(KIND)})\b", caption)
+            named = re.findall(rf"(?:({'|'.join(COLORS)}) )?\b({'|'.join(KIND)})\b", caption)
             assert named
-            assert len(re.findall("|".join(rf"\b{colour}\b" for colour in COLOURS), caption)) <= len(named)
+            assert len(re.findall("|".join(rf"\b{colour}\b" for colour in COLORS), caption)) <= len(named)
             for colour, noun in named:
-                assert any(toy.kind == KIND[noun] and colour in ("", toy.colour) for toy in scene.toys)
+                assert any(toy.kind == KIND[noun] and colour in ("", toy.color) for toy in scene.toys)
             places = [name for name, phrases in WHERE.items() for at in phrases if at in caption.lower()]
             assert set(places) <= {scene.setting}
             if len(scene.toys) == 1:

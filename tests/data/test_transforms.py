@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captionscale.data.decode import pixels
-from captionscale.data.transforms import centre_view, random_view
+from captionscale.data.decode import decode_image
+from captionscale.data.transforms import augment, center_crop
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-PLAIN = {"crop_scale": (1.0, 1.0), "flip": False, "colour_jitter": 0.0}
-WILD = {"crop_scale": (0.3, 1.0), "flip": True, "colour_jitter": 0.4}
+PLAIN = {"crop_scale": (1.0, 1.0), "flip": False, "color_jitter": 0.0}
+WILD = {"crop_scale": (0.3, 1.0), "flip": True, "color_jitter": 0.4}
 
 
 def quarters(width: int = 64, height: int = 48) -> Image.Image:
@@ -34,20 +34,20 @@ def test_the_centre_view_is_the_centre_square_upright_and_unmirrored() -> None:
         image = Image.new("RGB", (width, height), (255, 0, 255))
         side = min(width, height)
         image.paste(quarters(side, side), ((width - side) // 2, (height - side) // 2))
-        view = centre_view(np.array(image), 32)
+        view = center_crop(np.array(image), 32)
         corners = [tuple(view[row, column].tolist()) for row in (2, -3) for column in (2, -3)]
         assert corners == [RED, GREEN, BLUE, WHITE]
 
 
 def test_the_centre_view_of_a_square_of_the_same_size_is_that_square() -> None:
     image = noise(40, 40)
-    np.testing.assert_array_equal(centre_view(image, 40), image)
+    np.testing.assert_array_equal(center_crop(image, 40), image)
 
 
 def test_a_random_view_is_a_function_of_its_generator_alone() -> None:
     image = noise(50, 40)
     views = [
-        random_view(image, 32, **WILD, random=np.random.default_rng(seed)) for seed in (*range(8), *range(8))
+        augment(image, 32, **WILD, random=np.random.default_rng(seed)) for seed in (*range(8), *range(8))
     ]
     for first, second in zip(views[:8], views[8:], strict=True):
         np.testing.assert_array_equal(first, second)
@@ -57,17 +57,17 @@ def test_a_random_view_is_a_function_of_its_generator_alone() -> None:
 def test_a_random_view_without_crop_flip_and_jitter_is_the_centre_view() -> None:
     for width, height in ((50, 40), (40, 50), (90, 30)):
         image = noise(width, height)
-        view = random_view(image, 32, **PLAIN, random=np.random.default_rng(3))
-        np.testing.assert_array_equal(view, centre_view(image, 32))
+        view = augment(image, 32, **PLAIN, random=np.random.default_rng(3))
+        np.testing.assert_array_equal(view, center_crop(image, 32))
 
 
 def test_half_of_the_views_are_mirrored() -> None:
     image = noise(40, 40)
-    straight = centre_view(image, 32)
+    straight = center_crop(image, 32)
     random = np.random.default_rng(0)
     mirrored = 0
     for _ in range(200):
-        view = random_view(image, 32, **(PLAIN | {"flip": True}), random=random)
+        view = augment(image, 32, **(PLAIN | {"flip": True}), random=random)
         if not np.array_equal(view, straight):
             np.testing.assert_array_equal(view, straight[:, ::-1])
             mirrored += 1
@@ -80,7 +80,7 @@ def test_a_crop_lies_inside_the_picture_and_keeps_the_share_that_was_asked_for()
     image = np.stack([x, y, x * 0], axis=2)
     random = np.random.default_rng(0)
     for _ in range(100):
-        view = random_view(image, 32, **(PLAIN | {"crop_scale": (0.25, 0.5)}), random=random).astype(float)
+        view = augment(image, 32, **(PLAIN | {"crop_scale": (0.25, 0.5)}), random=random).astype(float)
         width, height = (np.ptp(view[..., channel]) * 32 / 31 for channel in (0, 1))
         assert 0.22 < width * height / (240 * 200) < 0.55
         assert 0.7 < width / height < 1.42
@@ -89,8 +89,8 @@ def test_a_crop_lies_inside_the_picture_and_keeps_the_share_that_was_asked_for()
 
 def test_jitter_changes_colours_only() -> None:
     image = np.array(quarters(40, 40))
-    view = random_view(image, 32, **(PLAIN | {"colour_jitter": 0.4}), random=np.random.default_rng(1))
-    assert not np.array_equal(view, centre_view(image, 32))
+    view = augment(image, 32, **(PLAIN | {"color_jitter": 0.4}), random=np.random.default_rng(1))
+    assert not np.array_equal(view, center_crop(image, 32))
     red, green, blue, white = (view[row, column].astype(int) for row in (3, -4) for column in (3, -4))
     assert red.argmax() == 0
     assert green.argmax() == 1
@@ -102,20 +102,20 @@ def test_jitter_changes_colours_only() -> None:
 def test_a_picture_of_any_shape_has_views_of_the_size_that_was_asked_for(shape: tuple[int, int]) -> None:
     image = noise(*shape)
     for seed in range(20):
-        view = random_view(image, 32, **WILD, rotate=9.0, random=np.random.default_rng(seed))
+        view = augment(image, 32, **WILD, rotate=9.0, random=np.random.default_rng(seed))
         assert (view.shape, view.dtype) == ((32, 32, 3), np.uint8)
-    assert centre_view(image, 32).shape == (32, 32, 3)
+    assert center_crop(image, 32).shape == (32, 32, 3)
 
 
 def test_photographs_have_the_views_that_pillow_gives_them(real_data: Path) -> None:
     for file in sorted((real_data / "coco_sample").glob("val2017/*.jpg"))[:40]:
-        image = pixels(file.read_bytes(), "here")
+        image = decode_image(file.read_bytes(), "here")
         height, width = image.shape[:2]
         side = min(height, width)
         left, top = (width - side) // 2, (height - side) // 2
         square = Image.fromarray(image[top : top + side, left : left + side])
         expected = np.asarray(square.resize((224, 224), Image.Resampling.BILINEAR))
-        difference = np.abs(centre_view(image, 224).astype(int) - expected)
+        difference = np.abs(center_crop(image, 224).astype(int) - expected)
         assert difference.max() <= 1
         assert difference.mean() < 0.05
 
@@ -126,8 +126,7 @@ def test_photographs_have_the_views_that_pillow_gives_them(real_data: Path) -> N
 def test_no_rotation_draws_no_chance() -> None:
     image = noise(90, 70)
     views = [
-        random_view(image, 32, **WILD, **more, random=np.random.default_rng(5))
-        for more in ({}, {"rotate": 0.0})
+        augment(image, 32, **WILD, **more, random=np.random.default_rng(5)) for more in ({}, {"rotate": 0.0})
     ]
     np.testing.assert_array_equal(*views)
 
@@ -140,13 +139,13 @@ def turned(image: np.ndarray, size: int, degrees: float, **changes: Any) -> np.n
             return degrees if low == -high else super().uniform(low, high)
 
     options = PLAIN | {"rotate": 45.0} | changes
-    return random_view(image, size, **options, random=Always(np.random.PCG64(0)))
+    return augment(image, size, **options, random=Always(np.random.PCG64(0)))
 
 
 def test_a_picture_turned_by_nothing_is_the_one_that_is_not_turned() -> None:
     for image in (np.array(quarters()), np.array(quarters(97, 61))):
         for size in (16, 48, 61):
-            difference = turned(image, size, 0.0).astype(int) - centre_view(image, size)
+            difference = turned(image, size, 0.0).astype(int) - center_crop(image, size)
             assert np.abs(difference).mean() < 5
 
 
@@ -181,7 +180,7 @@ def test_a_large_picture_is_averaged_before_it_is_turned() -> None:
 
 def test_angles_lie_to_both_sides_and_within_the_greatest() -> None:
     image = np.array(quarters(64, 64))
-    views = [random_view(image, 32, **PLAIN, rotate=40.0, random=np.random.default_rng(n)) for n in range(20)]
+    views = [augment(image, 32, **PLAIN, rotate=40.0, random=np.random.default_rng(n)) for n in range(20)]
     assert len({view.tobytes() for view in views}) == 20
     # Where green begins, eight rows above the middle: more to the left if the picture turned to the left.
     ends = [int(np.flatnonzero(view[8, :, 1] < 64).max()) for view in views]

@@ -11,7 +11,7 @@ import pytest
 from blake3 import blake3
 
 from captionscale.data.manifest import MANIFEST
-from captionscale.data.packing import REJECTED, Options, pack
+from captionscale.data.packing import REJECTED, PackOptions, pack
 from captionscale.data.shards import Split
 from captionscale.data.sources import coco
 from captionscale.data.sources.record import Record
@@ -27,7 +27,7 @@ def copy(packed: Path, tmp_path: Path) -> Path:
 
 def records_of(synthetic_coco: Path, split: str) -> list[Record]:
     captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
-    return coco.official(synthetic_coco / f"{split}2017", captions, split)
+    return coco.read_official(synthetic_coco / f"{split}2017", captions, split)
 
 
 def flip(path: Path, byte: int) -> None:
@@ -203,13 +203,13 @@ def test_all_damage_is_told_at_once(copy: Path) -> None:
 
 def test_an_image_of_two_splits_is_a_leak_even_under_another_id(synthetic_coco: Path, tmp_path: Path) -> None:
     train = records_of(synthetic_coco, "train")
-    pack(train, tmp_path, sources=[], options=Options(images_per_shard=16))
+    pack(train, tmp_path, sources=[], options=PackOptions(images_per_shard=16))
     leak = replace(train[7], image_id=999_999, split="test")
     pack(
         [*records_of(synthetic_coco, "test"), leak],
         tmp_path,
         sources=[],
-        options=Options(images_per_shard=16),
+        options=PackOptions(images_per_shard=16),
     )
     problem, verdict = verify(tmp_path).problems
     assert verdict.startswith("1 images are in two splits, so what is scored may have been learned")

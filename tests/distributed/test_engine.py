@@ -19,7 +19,7 @@ from captionscale.train.loop import train
 
 TOLERANCE = 1e-5
 # Gradients of norm 0.7 to 0.8 are clipped at each of the three steps.
-CHANGES = ("train.epochs=1", "train.clip_norm=0.3", "train.save_every=1", "train.keep=3")
+CHANGES = ("train.epochs=1", "train.clip_norm=0.3", "train.save_every=1", "train.keep_checkpoints=3")
 
 
 def test_the_model_computes_in_the_run_s_precision() -> None:
@@ -41,7 +41,7 @@ def test_the_gradient_is_clipped_to_its_greatest_norm() -> None:
     with Ranks() as ranks:
         engine = Engine(ranks, layer, torch.optim.SGD(layer.parameters(), lr=1.0), 2.0)
         layer.weight.grad = torch.tensor([[3.0, 4.0, 0.0]])
-        assert engine.update().item() == pytest.approx(5)
+        assert engine.step().item() == pytest.approx(5)
     assert (layer.weight - before).norm().item() == pytest.approx(2, rel=1e-4)
     assert layer.weight.grad is None
 
@@ -50,11 +50,11 @@ def test_a_run_whose_steps_fp16_has_left_out_so_far_goes_on_without_memory() -> 
     layer = nn.Linear(3, 1)
     with Ranks() as ranks:
         engine = Engine(ranks, layer, torch.optim.AdamW(layer.parameters()), 1.0)
-        assert engine.memory() == {}
-        engine.load_memory({})
+        assert engine.optimizer_state() == {}
+        engine.load_optimizer_state({})
         layer(torch.ones(3)).sum().backward()
-        engine.update()
-        assert engine.memory().keys() >= {"weight/step", "bias/exp_avg"}
+        engine.step()
+        assert engine.optimizer_state().keys() >= {"weight/step", "bias/exp_avg"}
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +71,13 @@ def _zero(stage: int) -> dict[str, str]:
 
 
 def _memory(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{checkpoints.steps(run)[-1]:08d}" / "optimizer.safetensors")
+    return load_file(
+        run / "checkpoints" / f"step-{checkpoints.checkpoint_steps(run)[-1]:08d}" / "optimizer.safetensors"
+    )
 
 
 def _back_to(step: int, run: Path) -> None:
-    for later in checkpoints.steps(run):
+    for later in checkpoints.checkpoint_steps(run):
         if later > step:
             shutil.rmtree(run / "checkpoints" / f"step-{later:08d}")
 

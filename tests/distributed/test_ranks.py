@@ -25,11 +25,11 @@ def test_randomness_is_a_function_of_its_key_alone() -> None:
 
 def test_alone_everything_is_this_ranks() -> None:
     with Ranks() as ranks:
-        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+        assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
         assert ranks.sum(1, torch.tensor(2.5)).tolist() == [1, 2.5]
         assert ranks.gather([1, 2]) == [1, 2]
-        assert list(ranks.share(4)) == [0, 1, 2, 3]
-        assert ranks.on_first(max, 3, 4) == 4
+        assert list(ranks.local_indices(4)) == [0, 1, 2, 3]
+        assert ranks.run_on_main(max, 3, 4) == 4
 
 
 def test_an_error_of_the_first_rank_is_raised_as_it_is() -> None:
@@ -37,7 +37,7 @@ def test_an_error_of_the_first_rank_is_raised_as_it_is() -> None:
         raise UserError("place: found; wanted; cure")
 
     with Ranks() as ranks, pytest.raises(UserError, match="place: found"):
-        ranks.on_first(fail)
+        ranks.run_on_main(fail)
 
 
 def _fail_together(folder: Path) -> None:
@@ -45,9 +45,9 @@ def _fail_together(folder: Path) -> None:
         raise UserError("place: found; wanted; cure")
 
     with suppress(UserError, SystemExit), Ranks() as ranks, ExitStack() as stack:
-        if ranks.first:
+        if ranks.is_main:
             stack.callback(time.sleep, 1)
-        ranks.on_first(fail)
+        ranks.run_on_main(fail)
     (folder / str(ranks.rank)).write_text(str(time.time()))
 
 

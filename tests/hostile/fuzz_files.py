@@ -25,40 +25,40 @@ _CHANGES = (
     "data.max_words=8",
     "data.workers=1",
     "data.flip=false",
-    "data.colour_jitter=0",
+    "data.color_jitter=0",
     "data.crop_scale=[1,1]",
     "model.encoder.name=mobilenet_v2",
     "model.encoder.weights=none",
-    "model.decoder.embed=16",
-    "model.decoder.hidden=16",
-    "model.decoder.attend=16",
+    "model.decoder.embed_size=16",
+    "model.decoder.hidden_size=16",
+    "model.decoder.attention_size=16",
     "train.steps=2",
     "train.global_batch=8",
     "train.micro_batch=4",
     "train.precision=fp32",
     "train.log_every=1",
-    "train.ledger=true",
+    "train.sample_log=true",
     "train.cache_features=true",
 )
 _FIGURES = {
     "epoch": 0.5,
     "loss": 4.9,
     "lr": 5e-4,
-    "gradient_norm": 0.6,
+    "grad_norm": 0.6,
     "images_per_s": 9.0,
     "captions_per_s": 9.0,
 }
 _STALLED = {
     "rank": 0,
     "host": "h",
-    "process": 1,
+    "pid": 1,
     "step": 3,
-    "still_s": 9.0,
+    "stalled_s": 9.0,
     "busy": "",
     "waiting": False,
     "validating": False,
     "stack": ["a"],
-    "number": 3,
+    "heartbeats": 3,
     "silent": False,
     "shards": ["x"],
 }
@@ -67,10 +67,10 @@ _STALLED = {
 def build(root: Path) -> None:
     """Write files of every kind into a folder, which becomes the working directory."""
     from captionscale import toml
-    from captionscale.data.synthetic import draw
+    from captionscale.data.synthetic import write_coco
 
     os.chdir(root)
-    draw(Path("scenes"), counts={"train": 12, "val": 4, "test": 2}, size=48)
+    write_coco(Path("scenes"), counts={"train": 12, "val": 4, "test": 2}, size=48)
     for split in ("train", "val"):
         _run(
             f"pack coco --images scenes/{split}2017 --captions scenes/annotations/captions_{split}2017.json"
@@ -81,7 +81,7 @@ def build(root: Path) -> None:
     settings.write_text(toml.dumps(toml.load(settings, [*_CHANGES])))
     _run("train experiment.toml --out run")
     _run("score run --split val --beam 1")
-    _run("export run --to hub --out hub")
+    _run("export run --format hub --out hub")
     # The first drawing of a process takes seconds.
     _run("report run --out report.html")
     _run(f"attend run {IMAGE} --out attend --beam 1")
@@ -94,7 +94,7 @@ def build(root: Path) -> None:
         {"step": 2, "save_s": 0.1},
     ]
     _lines("run/log.jsonl", log)
-    _lines("run/stalls.jsonl", [{"time": 1.0, "still_s": 60.0, "stalled": [_STALLED], "waiting": [1]}])
+    _lines("run/stalls.jsonl", [{"time": 1.0, "stalled_s": 60.0, "stalled": [_STALLED], "waiting": [1]}])
     Path("run/.lock").write_text("captionscale train, process 1 on host")
     copy("run", "other")
     Path("profile.yaml").write_text(

@@ -40,16 +40,16 @@ train experiment.toml --set train.steps=1 --out out > shards
 _RUN = "run other shards scenes experiment.toml"
 _READ_RUN = f"""
 caption run {IMAGE} --beam 1
-caption run {IMAGE} --with other
+caption run {IMAGE} --ensemble other
 attend run {IMAGE} --out out --beam 1
 report run --out out.html
 report other --against run --out out.html
 watch run --once
-export run --to hub --out out
+export run --format hub --out out
 caption run --split val --out out.json > run
 score run --split val --beam 1 > run
 train experiment.toml --set train.steps=3 --out run > run shards
-train experiment.toml --set train.start_from=run --set train.steps=1 --out out > shards
+train experiment.toml --set train.init_from=run --set train.steps=1 --out out > shards
 """
 
 TARGETS = {
@@ -67,7 +67,7 @@ TARGETS = {
     "hub": Target(
         "hub/*",
         "hub run scenes",
-        f"load hub {IMAGE}\ncaption hub {IMAGE} --beam 1\ncaption run {IMAGE} --with hub",
+        f"load hub {IMAGE}\ncaption hub {IMAGE} --beam 1\ncaption run {IMAGE} --ensemble hub",
         3,
     ),
     "logs": Target(
@@ -81,7 +81,7 @@ board run other --out out.html
 compare run other
 compare other run --json
 report run --out out.html
-export run --to hub --out out
+export run --format hub --out out
 """,
         4,
     ),
@@ -110,7 +110,7 @@ submit experiment.toml --profile profile.yaml --dry-run --out out
         "results.json references.json",
         """
 score --captions results.json --references references.json --out out.json
-leaderboard --set nocaps-val --captions results.json --images references.json --name x --out out
+leaderboard --eval-set nocaps-val --captions results.json --images references.json --name x --out out
 """,
         4,
     ),

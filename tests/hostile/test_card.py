@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from captionscale.cli import main
 from captionscale.escape import for_terminal
 from captionscale.score import score
-from captionscale.train.checkpoints import open_run
+from captionscale.train.checkpoints import open_checkpoint
 
 EVIL = (
     '`"><img src=x onerror=alert(1)><script>alert(2)<b>\x1b]0;PWN\x07\u202e\n# h\n| a | [l](http://evil) *x*'
@@ -41,12 +41,12 @@ def test_a_card_is_the_same_page_whatever_a_run_is_called(packed: Path, tmp_path
         {1: ["a dog runs"], 2: ["a cat sits"]},
         ["BLEU-1"],
         provenance={"split": EVIL},
-        hashes={"model": open_run(run).sha256},
+        hashes={"model": open_checkpoint(run).sha256},
     )
     made.notes.append(EVIL)
     made.write(run / "receipt.json")
     out = tmp_path / "card"
-    main(["export", str(run), "--to", "hub", "--out", str(out)])
+    main(["export", str(run), "--format", "hub", "--out", str(out)])
     text = (out / "README.md").read_text(encoding="utf-8")
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e]", text)
     page = Page(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(text.split("---\n", 2)[2]))

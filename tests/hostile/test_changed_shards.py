@@ -27,7 +27,7 @@ def change(shards: Path, split_name: str, part: str) -> str:
     split = Split(shards, split_name)
     for item in range(len(split)):
         row = split.index[item]
-        tar = shards / split.facts.shards[int(row["shard"])].name
+        tar = shards / split.info.shards[int(row["shard"])].name
         start, size = int(row[f"{part}_offset"]), int(row[f"{part}_size"])
         data = bytearray(tar.read_bytes())
         sample = bytes(data[start : start + size])
@@ -87,7 +87,7 @@ def test_every_command_that_reads_shards_refuses_a_changed_one(
         'model.encoder.trainable="none"',
         "data.flip=false",
         "data.crop_scale=[1, 1]",
-        "data.colour_jitter=0",
+        "data.color_jitter=0",
     )
     place = change(copy, "train", part)
     names = {

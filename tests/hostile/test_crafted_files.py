@@ -21,7 +21,7 @@ from captionscale.cli import main
 from captionscale.data.manifest import MANIFEST
 from captionscale.errors import UserError
 from captionscale.model.encoders.weights import load_into
-from captionscale.train.run_folder import MODEL, SETTINGS, STATE, VOCAB
+from captionscale.train.run_folder import CONFIG_FILE, MODEL_FILE, STATE_FILE, VOCAB_FILE
 
 STEP = "step-00000001"
 DEADLINE_S = 120
@@ -88,14 +88,14 @@ def reseal(run: Path, change: Change) -> None:
     """Change a checkpoint, and make its checksums fit again."""
     folder = run / "checkpoints" / STEP
     for path in folder.iterdir():
-        if path.name != MODEL:
+        if path.name != MODEL_FILE:
             own(path)
-    state = json.loads((folder / STATE).read_text())
+    state = json.loads((folder / STATE_FILE).read_text())
     change(folder, state)
     for name in state["sha256"] if isinstance(state["sha256"], dict) else ():
         if (folder / name).is_file():
             state["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / STATE).write_text(json.dumps(state))
+    (folder / STATE_FILE).write_text(json.dumps(state))
 
 
 def own(path: Path) -> Path:
@@ -115,29 +115,29 @@ def hashes(name: str) -> Change:
 
 
 def fifo(folder: Path, _: dict[str, Any]) -> None:
-    (folder / VOCAB).unlink()
-    os.mkfifo(folder / VOCAB)
+    (folder / VOCAB_FILE).unlink()
+    os.mkfifo(folder / VOCAB_FILE)
 
 
 def words(change: Callable[[list[str]], object]) -> Change:
     def write(folder: Path, _: dict[str, Any]) -> None:
-        known = json.loads((folder / VOCAB).read_text())["words"]
-        (folder / VOCAB).write_text(json.dumps({"format": 1, "words": change(known)}))
+        known = json.loads((folder / VOCAB_FILE).read_text())["words"]
+        (folder / VOCAB_FILE).write_text(json.dumps({"format": 1, "words": change(known)}))
 
     return write
 
 
 def setting(line: str, other: str) -> Change:
     def write(folder: Path, _: dict[str, Any]) -> None:
-        text = (folder / SETTINGS).read_text()
+        text = (folder / CONFIG_FILE).read_text()
         assert line in text
-        (folder / SETTINGS).write_text(text.replace(line, other))
+        (folder / CONFIG_FILE).write_text(text.replace(line, other))
 
     return write
 
 
 def weights(data: bytes) -> Change:
-    return lambda folder, _: own(folder / MODEL).write_bytes(data)
+    return lambda folder, _: own(folder / MODEL_FILE).write_bytes(data)
 
 
 def header(tree: object, data: bytes = b"") -> Change:
@@ -147,9 +147,9 @@ def header(tree: object, data: bytes = b"") -> Change:
 
 def tensors(change: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     def write(folder: Path, _: dict[str, Any]) -> None:
-        found = load_file(folder / MODEL)
-        (folder / MODEL).unlink()
-        save_file({name: change(tensor).contiguous() for name, tensor in found.items()}, folder / MODEL)
+        found = load_file(folder / MODEL_FILE)
+        (folder / MODEL_FILE).unlink()
+        save_file({name: change(tensor).contiguous() for name, tensor in found.items()}, folder / MODEL_FILE)
 
     return write
 
@@ -176,13 +176,13 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
     "few words": (words(lambda known: known[:-3]), "tensors are not the model's"),
     "a word twice": (words(lambda known: [*known[:-1], known[-2]]), "a word is there twice"),
     "a word that moves the cursor": (words(lambda known: [*known[:-1], "\x1b[2J"]), "is not a word"),
-    "hidden 10^6": (setting("hidden = 16", "hidden = 1000000"), "less than or equal to 16384"),
-    "hidden 10^4": (setting("hidden = 16", "hidden = 10000"), "tensors are not the model's"),
+    "hidden 10^6": (setting("hidden_size = 16", "hidden_size = 1000000"), "less than or equal to 16384"),
+    "hidden 10^4": (setting("hidden_size = 16", "hidden_size = 10000"), "tensors are not the model's"),
     "images of 20,000": (setting("image_size = 64", "image_size = 20000"), "less than or equal to 2048"),
     "10^9 words": (setting("max_words = 8", "max_words = 1000000000"), "less than or equal to 1000"),
     "a beam of 10^6": (setting("beam = 5", "beam = 1000000"), "less than or equal to 1000"),
-    "10^5 layers": (setting("layers = 2", "layers = 100000"), "less than or equal to 64"),
-    "64 layers": (setting("layers = 2", "layers = 64"), "tensors are not the model's"),
+    "10^5 layers": (setting("num_layers = 2", "num_layers = 100000"), "less than or equal to 64"),
+    "64 layers": (setting("num_layers = 2", "num_layers = 64"), "tensors are not the model's"),
     "10^6 threads": (setting("workers = 1", "workers = 1000000"), "less than or equal to 1000"),
     "another encoder": (setting('name = "resnet18"', 'name = "resnet152"'), "tensors are not the model's"),
     "deep TOML": (setting("seed = 0", f"seed = {DEEP}"), "nested too deeply"),
@@ -230,7 +230,7 @@ def test_a_state_that_is_none_is_refused(
     run: Path, image: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     folder = run / "checkpoints" / STEP
-    own(folder / STATE).write_text(text, encoding="latin-1")
+    own(folder / STATE_FILE).write_text(text, encoding="latin-1")
     assert "damaged checkpoint" in refused(capsys, "caption", folder, image)
 
 
@@ -380,7 +380,7 @@ def test_no_reader_hangs_or_stumbles(
         "board": ["board", path, "--out", tmp_path / "board.html"],
         "score": ["score", "--captions", path, "--references", path, "--out", tmp_path / "receipt.json"],
         "leaderboard": [
-            *("leaderboard", "--set", "nocaps-val", "--captions", path),
+            *("leaderboard", "--eval-set", "nocaps-val", "--captions", path),
             *("--images", path, "--name", "x", "--out", out),
         ],
         "coco": ["pack", "coco", "--images", images, "--captions", path, "--split", "val", "--out", out],

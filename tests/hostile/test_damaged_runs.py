@@ -13,13 +13,13 @@ from experiment import load_weights, logged_losses, max_abs_difference, tiny_con
 from captionscale import files
 from captionscale.cli import main
 from captionscale.data import shard_writer
-from captionscale.data.feature_cache import Features, begin_all
+from captionscale.data.feature_cache import FeatureFile, create_all
 from captionscale.errors import UserError
 from captionscale.tools.export import bundle
 from captionscale.train import checkpoints, log_reader, sample_log
-from captionscale.train.log_writer import Log
+from captionscale.train.log_writer import LogWriter
 from captionscale.train.loop import train
-from captionscale.train.run_folder import LOG
+from captionscale.train.run_folder import LOG_FILE
 
 GARBAGE = b"\xff\xfe{" * 10
 ODD_LINES = (
@@ -60,16 +60,16 @@ def damaged(done: Path, tmp_path: Path) -> Path:
         (saved.parent / name).mkdir()
     captions = run / "validation" / "step-00000003.json"
     shutil.copy(captions, captions.with_name("step-00000003 (copy).json"))
-    lines = (run / LOG).read_bytes().splitlines(keepends=True)
+    lines = (run / LOG_FILE).read_bytes().splitlines(keepends=True)
     second = bytearray(lines[1])
     second[len(second) // 2] = 0xFF
-    (run / LOG).write_bytes(
+    (run / LOG_FILE).write_bytes(
         lines[0] + second + b"".join(line + b"\n" for line in ODD_LINES) + b"".join(lines[2:])
     )
     (run / files.LOCK).write_bytes(GARBAGE)
     (run / "scores").mkdir()
-    (run / "ledger").mkdir()
-    for place in ("scores/history.jsonl", "stalls.jsonl", "ledger/attempt-00001.rank-00000.jsonl"):
+    (run / "sample_log").mkdir()
+    for place in ("scores/history.jsonl", "stalls.jsonl", "sample_log/attempt-00001.rank-00000.jsonl"):
         (run / place).write_bytes(GARBAGE)
     for path in (run / "tensorboard").iterdir():
         path.write_bytes(GARBAGE)
@@ -85,12 +85,12 @@ def test_a_damaged_run_resumes_as_if_nothing_had_been(
     assert logged_losses(damaged) == [pair for pair in logged_losses(done) if pair[0] != 2]
     told = capsys.readouterr().err
     count = len(ODD_LINES) + 1
-    assert f"{damaged / LOG}: passed over {count} damaged lines, the first is line 2; moved to" in told
+    assert f"{damaged / LOG_FILE}: passed over {count} damaged lines, the first is line 2; moved to" in told
     assert (
         f"{damaged / 'checkpoints'}: passed over 'notes.tmp' and 3 more, which training did not write" in told
     )
     assert f"{damaged / 'validation'}: passed over 'step-00000003 (copy).json', which" in told
-    kept = (damaged / f"{LOG}.damaged").read_bytes().splitlines()
+    kept = (damaged / f"{LOG_FILE}.damaged").read_bytes().splitlines()
     assert kept[1:] == [*ODD_LINES]
     names = {path.name for path in (damaged / "checkpoints").iterdir()}
     assert names == {
@@ -122,30 +122,30 @@ def test_a_line_of_the_history_does_not_end_in_a_torn_one(damaged: Path, tmp_pat
 
 @pytest.mark.parametrize("line", ODD_LINES)
 def test_an_odd_line_is_passed_over_by_each_reader_of_the_log(tmp_path: Path, line: bytes) -> None:
-    good = b'{"step": 1, "loss": 2.0, "lr": NaN, "gradient_norm": null, "note": "x"}'
-    (tmp_path / LOG).write_bytes(good + b"\n" + line + b"\n")
+    good = b'{"step": 1, "loss": 2.0, "lr": NaN, "grad_norm": null, "note": "x"}'
+    (tmp_path / LOG_FILE).write_bytes(good + b"\n" + line + b"\n")
     found = log_reader.RunLog(tmp_path)
-    assert found.warning == f"{tmp_path / LOG}: passed over 1 damaged line, the first is line 2"
-    assert (found.figures("loss"), found.figures("lr")) == ({1: 2.0}, {})
-    reader = log_reader.Reader(tmp_path / LOG, log_reader.read_line)
+    assert found.warning == f"{tmp_path / LOG_FILE}: passed over 1 damaged line, the first is line 2"
+    assert (found.metric("loss"), found.metric("lr")) == ({1: 2.0}, {})
+    reader = log_reader.JsonLinesReader(tmp_path / LOG_FILE, log_reader.parse_line)
     reader.read()
     assert (len(reader.lines), reader.damaged) == (1, 1)
-    Log(tmp_path, 1, 0).close()
-    assert (tmp_path / LOG).read_bytes() == good + b"\n"
-    assert (tmp_path / f"{LOG}.damaged").read_bytes() == line + b"\n"
+    LogWriter(tmp_path, 1, 0).close()
+    assert (tmp_path / LOG_FILE).read_bytes() == good + b"\n"
+    assert (tmp_path / f"{LOG_FILE}.damaged").read_bytes() == line + b"\n"
 
 
 def test_a_log_with_other_ends_of_lines_is_whole(tmp_path: Path) -> None:
-    (tmp_path / LOG).write_bytes(b'{"step": 1, "loss": 2.0}\r{"step": 2, "loss": 1.0}\r\n')
-    assert log_reader.figures(tmp_path, "loss") == {1: 2.0, 2: 1.0}
+    (tmp_path / LOG_FILE).write_bytes(b'{"step": 1, "loss": 2.0}\r{"step": 2, "loss": 1.0}\r\n')
+    assert log_reader.read_metric(tmp_path, "loss") == {1: 2.0, 2: 1.0}
 
 
 def test_a_damaged_ledger_is_named_and_the_rest_of_it_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "ledger").mkdir()
-    path = tmp_path / "ledger" / "attempt-00001.rank-00000.jsonl"
-    line = b'{"step": 0, "number": 0, "image_ids": [1]}\n'
+    (tmp_path / "sample_log").mkdir()
+    path = tmp_path / "sample_log" / "attempt-00001.rank-00000.jsonl"
+    line = b'{"step": 0, "micro_batch": 0, "image_ids": [1]}\n'
     path.write_bytes(line + GARBAGE + b"\n" + b'{"step": 1, "num')
     (path.parent / "attempt-00001.rank-00000 (copy).jsonl").write_bytes(line)
     assert sample_log.read(tmp_path) == {(0, 0): [[1]]}
@@ -174,9 +174,9 @@ def test_a_lock_that_is_no_file_is_named(tmp_path: Path, make: Callable[[Path], 
 
 def test_a_lock_of_any_bytes_is_taken_and_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / files.LOCK).write_bytes(GARBAGE + b"\n\x1b[2J" + bytes(10**6))
-    assert files.holder_of(tmp_path).isprintable()
+    assert files.lock_holder(tmp_path).isprintable()
     with files.lock(tmp_path, "a test"):
-        assert files.holder_of(tmp_path) == f"a test, process {os.getpid()} on {os.uname().nodename}"
+        assert files.lock_holder(tmp_path) == f"a test, process {os.getpid()} on {os.uname().nodename}"
 
 
 def test_a_packing_plan_of_other_bytes_is_named(
@@ -234,9 +234,9 @@ def test_only_names_that_are_our_own_are_removed(tmp_path: Path, monkeypatch: py
             path.write_bytes(b"begun")
         else:
             path.mkdir()
-    checkpoints.sweep(run)
-    begin_all([Features(shards / "features" / "val-0123456789abcdef.npy", (2, 1, 4))])
-    with files.scratch("java"), bundle._new(tmp_path / "model"):
+    checkpoints.remove_partial(run)
+    create_all([FeatureFile(shards / "features" / "val-0123456789abcdef.npy", (2, 1, 4))])
+    with files.temp_folder("java"), bundle._new(tmp_path / "model"):
         pass
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in removed if path.exists()] == []
@@ -249,5 +249,5 @@ def test_a_finished_shard_that_is_larger_than_its_file_is_packed_again(
     np.savez_compressed(path, rows=np.zeros(10**7), facts=np.zeros(1))
     loaded: list[str] = []
     monkeypatch.setattr(shard_writer.parsing, "decode", lambda *_: loaded.append("decoded"))
-    assert shard_writer.finished(shard_writer.Job(path, 0, [], True, None, 95, path)) is None
+    assert shard_writer.load_finished(shard_writer.ShardJob(path, 0, [], True, None, 95, path)) is None
     assert loaded == []

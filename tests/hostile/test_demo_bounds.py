@@ -98,7 +98,7 @@ def test_other_hosts_and_origins_are_refused(
 def test_no_decoded_image_leaves_the_threads_that_decode(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alive, most, real = set[int](), 0, decode.pixels
+    alive, most, real = set[int](), 0, decode.decode_image
 
     def pixels(data: bytes, place: str) -> np.ndarray:
         nonlocal most
@@ -108,7 +108,7 @@ def test_no_decoded_image_leaves_the_threads_that_decode(
         most = max(most, len(alive))
         return found
 
-    monkeypatch.setattr(decode, "pixels", pixels)
+    monkeypatch.setattr(decode, "decode_image", pixels)
     small, large = png(90, 90), png(900, 900)
     futures = [service.decode(data, "x", service.pipeline.center_crop) for data in [small, large] * 15]
     views = [future.result(60) for future in futures]
@@ -142,14 +142,14 @@ def test_only_the_threads_for_it_decode_a_large_png(
 
 
 def test_a_large_image_does_not_delay_small_ones(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    release, real = threading.Event(), decode.pixels
+    release, real = threading.Event(), decode.decode_image
 
     def pixels(data: bytes, place: str) -> np.ndarray:
         if place == "large":
             release.wait(60)
         return real(data, place)
 
-    monkeypatch.setattr(decode, "pixels", pixels)
+    monkeypatch.setattr(decode, "decode_image", pixels)
     large = [service.decode(png(900, 900), "large", service.pipeline.center_crop) for _ in range(5)]
     small = [service.decode(png(90, 90), "small", service.pipeline.center_crop) for _ in range(5)]
     for future in small:
@@ -233,7 +233,7 @@ def test_what_its_client_left_is_not_decoded(
     service: Service, photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, release, decoded = threading.Event(), threading.Event(), []
-    real = decode.pixels
+    real = decode.decode_image
 
     def pixels(data: bytes, place: str) -> np.ndarray:
         decoded.append(place)
@@ -242,7 +242,7 @@ def test_what_its_client_left_is_not_decoded(
         return real(data, place)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decode, "pixels", pixels)
+        patch.setattr(decode, "decode_image", pixels)
         busy = [
             service.decode(photo, "busy", service.pipeline.center_crop)
             for _ in range(service.limits.decode_threads)

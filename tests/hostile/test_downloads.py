@@ -14,7 +14,7 @@ import pytest
 
 from captionscale import cli
 from captionscale.data import download, manifest
-from captionscale.data.index import INDEX_ROW
+from captionscale.data.index import INDEX_DTYPE
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
 
@@ -129,7 +129,7 @@ def left(folder: Path) -> list[str]:
 
 
 TAR, INDEX = "train-00000.tar", "train.index.npy"
-INDEX_BYTES = 48 * INDEX_ROW.itemsize + 4096
+INDEX_BYTES = 48 * INDEX_DTYPE.itemsize + 4096
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_lie_is_an_error_of_bounded_size_and_the_next_attempt_works(
     with pytest.raises(SystemExit) as ended:
         cli.main(command)
     assert ended.value.code == 1
-    size = split.facts.shards[0].size_bytes
+    size = split.info.shards[0].size_bytes
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(f"captionscale: {server.url}/")
     assert expected.format(size=size, half=size // 2) in said
@@ -294,13 +294,15 @@ def test_a_folder_is_read_no_further_than_a_server(
 def test_an_s3_object_that_is_larger_than_expected_is_not_downloaded(
     s3_client, packed: Path, tmp_path: Path
 ) -> None:
-    from captionscale.data.storage import open_place
+    from captionscale.data.storage import open_storage
 
-    s3_client.put_object(Bucket="bucket", Key="large/manifest.json", Body=bytes(manifest.MAX_BYTES + 1))
-    place = open_place("s3://bucket/large", tmp_path)
+    s3_client.put_object(
+        Bucket="bucket", Key="large/manifest.json", Body=bytes(manifest.MAX_MANIFEST_BYTES + 1)
+    )
+    place = open_storage("s3://bucket/large", tmp_path)
     with pytest.raises(UserError, match=r"^s3://bucket/large/manifest.json: more than 16,000,000 bytes came"):
         place.fetch("manifest.json")
-    shard = Split(packed, "train").facts.shards[0]
+    shard = Split(packed, "train").info.shards[0]
     s3_client.put_object(Bucket="bucket", Key=f"large/{shard.name}", Body=bytes(shard.size_bytes + 1))
     with pytest.raises(UserError, match=rf"{shard.name}: more than {shard.size_bytes:,} bytes came"):
         place.pread(shard, 0, 1)

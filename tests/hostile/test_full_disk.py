@@ -36,9 +36,9 @@ COMMANDS = {
     "report": "report RUN --out OUT/a.html",
     "attend": "attend RUN --split val --limit 1 --out OUT",
     "caption": "caption RUN --split val --beam 1 --out OUT/a.json",
-    "hub": "export RUN --to hub --out OUT/a",
-    "onnx": "export RUN --to onnx --out OUT/a",
-    "torch": "export RUN --to torch --out OUT/a",
+    "hub": "export RUN --format hub --out OUT/a",
+    "onnx": "export RUN --format onnx --out OUT/a",
+    "torch": "export RUN --format torch --out OUT/a",
 }
 
 

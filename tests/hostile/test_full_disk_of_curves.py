@@ -11,9 +11,9 @@ from experiment import logged_losses, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from captionscale.errors import UserError
-from captionscale.train.log_writer import Log
+from captionscale.train.log_writer import LogWriter
 from captionscale.train.loop import train
-from captionscale.train.tensorboard_writer import Events
+from captionscale.train.tensorboard_writer import EventWriter
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def curve(folder: Path) -> list[tuple[int, float]]:
 
 
 def test_points_that_a_full_disk_did_not_take_come_later(tmp_path: Path, capsys) -> None:
-    events = Events(tmp_path, 1)
+    events = EventWriter(tmp_path, 1)
     events.write(1, {"loss": 1.0})
     [path] = tmp_path.iterdir()
     with room_for(path.stat().st_size + 10):
@@ -50,7 +50,7 @@ def test_points_that_a_full_disk_did_not_take_come_later(tmp_path: Path, capsys)
 
 
 def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path: Path, capsys, monkeypatch) -> None:
-    events = Events(tmp_path, 1)
+    events = EventWriter(tmp_path, 1)
     monkeypatch.setattr(events, "_path", Path("/dev/full"))
     events.write(1, {"loss": 1.0})
     events.close()
@@ -61,7 +61,7 @@ def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path: Path, capsys, monke
 
 
 def test_a_log_that_cannot_be_written_ends_the_run_and_is_named(tmp_path: Path) -> None:
-    log = Log(tmp_path, 0, 0)
+    log = LogWriter(tmp_path, 0, 0)
     log.write(1, loss=1.0)
     with (
         room_for(1),

@@ -11,18 +11,18 @@ import pytest
 from PIL import Image
 
 from captionscale.data import image_limits
-from captionscale.data.decode import FORMATS, look, pixels, upright
+from captionscale.data.decode import FORMATS, decode_image, image_info, pil_to_rgb
 from captionscale.errors import UserError
 
 
 def lazily(data: bytes) -> Any:
-    return upright(Image.open(io.BytesIO(data), formats=FORMATS))
+    return pil_to_rgb(Image.open(io.BytesIO(data), formats=FORMATS))
 
 
 READS: list[Callable[[bytes, str], Any]] = [
-    pixels,
-    lambda data, place: look(data, place, whole=True),
-    lambda data, place: look(data, place, whole=False),
+    decode_image,
+    lambda data, place: image_info(data, place, full_decode=True),
+    lambda data, place: image_info(data, place, full_decode=False),
 ]
 
 
@@ -178,15 +178,15 @@ def test_the_scans_of_encoders_pass_in_the_largest_image() -> None:
     whole = encode(noise("CMYK", 64, 48), "JPEG", progressive=True)
     assert whole.count(b"\xff\xda") == 18
     at = whole.index(b"\xff\xc2") + 5
-    image_limits.check(whole[:at] + struct.pack(">HH", 9450, 9450) + whole[at + 4 :])
+    image_limits.check_image(whole[:at] + struct.pack(">HH", 9450, 9450) + whole[at + 4 :])
 
 
 def test_what_is_behind_a_jpeg_or_in_its_metadata_is_not_counted_as_scans() -> None:
     # A phone appends a film of megabytes, and EXIF holds a thumbnail.
     many = b"\xff\xda" * 600
     for data in (JPEG + many, in_jpeg(segment(0xE5, many)), in_jpeg(segment(0xE5, b"\xff\xd9" + many))):
-        np.testing.assert_array_equal(pixels(data, "here"), pixels(JPEG, "here"))
-        assert look(data, "here", whole=True) == look(JPEG, "here", whole=True)
+        np.testing.assert_array_equal(decode_image(data, "here"), decode_image(JPEG, "here"))
+        assert image_info(data, "here", full_decode=True) == image_info(JPEG, "here", full_decode=True)
 
 
 def test_the_metadata_that_cameras_and_editors_write_passes() -> None:
@@ -199,8 +199,8 @@ def test_the_metadata_that_cameras_and_editors_write_passes() -> None:
         ("WEBP", {"exif": exif, "icc_profile": bytes(900_000)}),
     ):
         data = encode(noise("RGB", 40, 30), kind, **options)
-        assert pixels(data, "here").shape == (40, 30, 3)
-        assert look(data, "here", whole=False)[:2] == (30, 40)
+        assert decode_image(data, "here").shape == (40, 30, 3)
+        assert image_info(data, "here", full_decode=False)[:2] == (30, 40)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -210,7 +210,7 @@ def test_exif_whose_values_overlap_costs_no_image_and_no_memory(
     data = encode(noise("RGB", 40, 30), kind, exif=b"Exif\0\0" + directory(3000, 60_000))
     read: list[int] = []
     monkeypatch.setattr(Image.Exif, "load", lambda _, exif: read.append(len(exif)))
-    assert pixels(data, "here").shape == (30, 40, 3)
+    assert decode_image(data, "here").shape == (30, 40, 3)
     assert not read
 
 
@@ -220,7 +220,7 @@ def test_a_raw_profile_whose_values_overlap_costs_no_image_and_no_memory(
     text = b"Raw profile type exif\0\nexif\n1\n" + directory(3000, 60_000).hex().encode()
     read: list[int] = []
     monkeypatch.setattr(Image.Exif, "load", lambda _, exif: read.append(len(exif)))
-    assert pixels(in_png(chunk(b"tEXt", text)), "here").shape == (30, 40, 3)
+    assert decode_image(in_png(chunk(b"tEXt", text)), "here").shape == (30, 40, 3)
     assert not read
 
 
@@ -229,7 +229,7 @@ def test_of_thousands_of_frames_one_is_decoded(kind: str) -> None:
     others = [Image.new("RGB", (16, 12), (number % 250, number // 250, 0)) for number in range(1000)]
     first = Image.new("RGB", (16, 12), (200, 30, 60))
     data = encode(first, kind, save_all=True, append_images=others)
-    assert np.abs(pixels(data, "here").astype(int) - np.asarray(first, int)).max() < 8
+    assert np.abs(decode_image(data, "here").astype(int) - np.asarray(first, int)).max() < 8
 
 
 def test_a_canvas_of_gigapixels_is_refused_before_memory_is_asked_for() -> None:

@@ -66,11 +66,11 @@ def expect_no_survivor(process: "subprocess.Popen[str]", marked: Callable[[], li
 
 GENERATIONS = r"""
 import os, signal, sys, threading
-from captionscale import children
+from captionscale import subprocesses
 depth = int(sys.argv[1])
 def start():
     command = [sys.executable, "-c", sys.argv[2], str(depth - 1), sys.argv[2]] if depth else ["sleep", "1000"]
-    started.append(children.start(command))
+    started.append(subprocesses.start(command))
 started = []
 # The thread that asks for a process may end before it.
 thread = threading.Thread(target=start)

@@ -19,16 +19,16 @@ from captionscale import credentials
 from captionscale.cli import main
 from captionscale.data import decode
 from captionscale.data.manifest import MANIFEST, read
-from captionscale.data.packing import first_id
+from captionscale.data.packing import first_image_id
 from captionscale.data.sources import custom, tars
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.files import LOCK, UnfitFileError, atomic, lock, read_file
+from captionscale.files import LOCK, UnfitFileError, atomic_write, lock, read_file
 from captionscale.progress import Bar
 from captionscale.tools.profiles import read_profile
 from captionscale.train import validation
-from captionscale.train.setup import Job
-from captionscale.train.state import Standing
+from captionscale.train.setup import Run
+from captionscale.train.state import TrainState
 from captionscale.train.watchdog import Watchdog
 
 BOMB = "a: &a [x]\n" + "".join(
@@ -74,7 +74,7 @@ def test_a_crafted_tar_is_refused(name: str, tmp_path: Path) -> None:
     path = tmp_path / "1.tar"
     path.write_bytes(TARS[name])
     with pytest.raises(UserError, match=r"1\.tar: damaged or cut short at byte"):
-        list(tars.members(path))
+        list(tars.iter_members(path))
 
 
 def test_verify_reports_a_tar_whose_hash_fits_but_whose_directory_does_not(
@@ -136,7 +136,7 @@ def test_a_line_of_a_table_without_end_is_refused(tmp_path: Path, monkeypatch: p
         file.write(b'{"image": "a.jpg", "caption": "a"}\n')
         file.truncate(1 << 42)
     with pytest.raises(UserError, match=r"table.jsonl: line 2: 100 bytes or more, expected the row of one"):
-        custom.table(table, tmp_path, "train", lambda _: 1)
+        custom.read_table(table, tmp_path, "train", lambda _: 1)
 
 
 def test_an_error_of_a_manifest_is_short_and_one_without_splits_is_no_traceback(
@@ -148,7 +148,7 @@ def test_an_error_of_a_manifest_is_short_and_one_without_splits_is_no_traceback(
         read(tmp_path)
     assert len(str(caught.value)) < 1000
     (tmp_path / MANIFEST).write_text(json.dumps(tree | {"splits": {}}))
-    assert first_id(tmp_path, ["test"]) == 1
+    assert first_image_id(tmp_path, ["test"]) == 1
 
 
 def test_a_long_text_is_searched_for_urls_in_linear_time() -> None:
@@ -163,7 +163,7 @@ def test_an_image_larger_than_any_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 42)
     with pytest.raises(UserError, match=r"1\.jpg: at least 4,398,046,511,104 bytes, expected at most"):
-        decode.read(path)
+        decode.read_image(path)
     for size in (None, 1 << 42):
         source = str(tmp_path if size is None else path)
         with pytest.raises(EOFError, match="4,398,046,511,104 bytes, expected at most"):
@@ -174,12 +174,12 @@ def test_a_users_file_beside_what_is_written_stays(tmp_path: Path) -> None:
     path, own = tmp_path / "x.json", tmp_path / "x.json.tmp"
     own.write_text("mine")
     for _ in range(2):
-        with atomic(path) as file:
+        with atomic_write(path) as file:
             file.write(b"ours")
             (left,) = set(tmp_path.iterdir()) - {path, own}
     # As a killed process leaves it, or somebody who may write here: it is not followed.
     left.symlink_to(own)
-    with atomic(path) as file:
+    with atomic_write(path) as file:
         file.write(b"again")
     assert (own.read_text(), path.read_bytes()) == ("mine", b"again")
     assert sorted(tmp_path.iterdir()) == [path, own]
@@ -215,13 +215,13 @@ def test_a_pipe_of_this_process_is_read(place: Callable[[int], str]) -> None:
 def test_a_model_larger_than_memory_is_refused(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ["embed=16384", "hidden=16384", "layers=64", "name=plain"]
+    sizes = ["embed_size=16384", "hidden_size=16384", "num_layers=64", "name=plain"]
     tiny_config(tmp_path, packed, *(f"model.decoder.{size}" for size in sizes))
     with pytest.raises(SystemExit, match="1"):
         main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err
     assert "captionscale: model: its weights take " in error
-    assert "lower model.decoder.hidden, embed or layers" in error
+    assert "lower model.decoder.hidden_size, embed_size or num_layers" in error
 
 
 OWED = {
@@ -243,10 +243,10 @@ def test_captions_that_cannot_be_scored_do_not_end_a_run(
     monkeypatch.setattr(validation, "BackgroundScorer", lambda *_: scorer)
     split = SimpleNamespace(index={"image_id": np.array([1])}, references=lambda: {1: ["a dog"]})
     job = Mock(
-        spec=Job,
-        run=tmp_path,
-        standing=Standing(step=2, captioned=2),
-        ranks=SimpleNamespace(on_first=lambda work, *given: work(*given)),
+        spec=Run,
+        folder=tmp_path,
+        train_state=TrainState(step=2, validated_step=2),
+        ranks=SimpleNamespace(run_on_main=lambda work, *given: work(*given)),
         val_loader=SimpleNamespace(split=split),
         config=SimpleNamespace(train=SimpleNamespace(score_metric="CIDEr-D")),
     )
@@ -261,7 +261,7 @@ def test_captions_that_cannot_be_scored_do_not_end_a_run(
         assert line.startswith(f"warning: {path}: ")
         assert fault in line
         assert line.endswith("; step 2 will have no scores")
-        assert job.standing.captioned == job.standing.judged == 0
+        assert job.train_state.validated_step == job.train_state.scored_step == 0
     else:
         scorer.submit.assert_called_once_with({1: "a dog"})
-        assert (told, job.standing.captioned) == ([], 2)
+        assert (told, job.train_state.validated_step) == ([], 2)

@@ -101,8 +101,8 @@ def test_a_url_is_stripped_of_what_may_be_a_key(
     assert credentials.strip(url) == stripped
     assert credentials.strip(f'--set a.b="{url}" next') == f'--set a.b="{stripped}" next'
     for _ in range(2):
-        assert credentials.withhold(url) == stripped
-    assert credentials.given(stripped) == credentials.given(f"{stripped.rstrip('/')}") == url
+        assert credentials.strip_and_remember(url) == stripped
+    assert credentials.restore(stripped) == credentials.restore(f"{stripped.rstrip('/')}") == url
     said = capsys.readouterr().err
     assert said.count("warning: ") == (url != stripped)
     assert "secret" not in said
@@ -140,7 +140,7 @@ def test_no_byte_that_a_run_leaves_has_the_password(
         ["score", run, "--split", "test"],
         ["score", run, "--split", "test", "--shards", url, "--out", str(tmp_path / "test.json")],
         ["report", run],
-        ["export", run, "--to", "hub", "--out", export, "--shards", url],
+        ["export", run, "--format", "hub", "--out", export, "--shards", url],
     ]
     done = subprocess.run(
         [sys.executable, "-c", IN_TURN, json.dumps(commands)],
@@ -174,7 +174,7 @@ def test_launched_ranks_have_what_their_command_does_not_say(
     out = capsys.readouterr().out
     assert credentials.strip(url) in out
     assert PASSWORD not in out + " ".join(sys.argv)
-    code = f"from captionscale import credentials; print(credentials.given({credentials.strip(url)!r}))"
+    code = f"from captionscale import credentials; print(credentials.restore({credentials.strip(url)!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == url
 

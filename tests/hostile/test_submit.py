@@ -133,7 +133,7 @@ def test_the_folder_of_a_run_travels_or_is_refused(nasty, told: Path, capsys) ->
     doctor, train = commands(told)
     assert doctor[-3:] == [str(run / "job.toml"), "--out", str(run)]
     assert train[-4:] == ["train", str(run / "job.toml"), "--out", str(run)]
-    assert train[train.index("--logs") + 1] == f"{run}/logs/7.0"
+    assert train[train.index("--log-dir") + 1] == f"{run}/logs/7.0"
     words = options((run / "job.sbatch").read_text(encoding="utf-8"))
     log = f"{str(run / 'logs').replace('%', '%%')}/%j.log"
     assert [word for word in words if word.startswith("--output")][-1] == f"--output={log}"

@@ -26,7 +26,7 @@ from captionscale.escape import (
     for_terminal,
     for_terminal_lines,
 )
-from captionscale.progress import SafeConsole, say, working
+from captionscale.progress import SafeConsole, say, spinner
 from captionscale.terminal import SafeStream, safe_streams
 from captionscale.tools.curves import _curve, _Points
 
@@ -223,7 +223,7 @@ def test_a_terminal_gets_rich_s_own_control_sequences_alone(monkeypatch: pytest.
         bar.note(EVIL)
         bar.say(EVIL)
         print(EVIL)
-        with working(EVIL):
+        with spinner(EVIL):
             print(EVIL, file=sys.stderr)
         bar.advance(2)
     say(EVIL, EVIL)

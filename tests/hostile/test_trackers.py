@@ -15,7 +15,7 @@ from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import PreemptedError
 from captionscale.train import loop, preemption, tracking
-from captionscale.train.log_writer import Log
+from captionscale.train.log_writer import LogWriter
 from captionscale.train.tracking import Trackers
 
 FAKE = """
@@ -103,7 +103,7 @@ def test_a_tracker_that_hangs_is_ended_with_all_that_it_started(
 ) -> None:
     package = fake(mischief)
     before = set(family())
-    log = Log(tmp_path, 0, 0)
+    log = LogWriter(tmp_path, 0, 0)
     trackers = Trackers(tmp_path, settings())
     log.write(1, loss=2.0)
     if mischief in ("start", "log", "thread"):
@@ -123,10 +123,10 @@ def test_one_that_ends_by_itself_has_all_and_is_waited_for(
 ) -> None:
     package = fake("none")
     monkeypatch.setattr(tracking, "_PARTING_S", 300.0)
-    log = Log(tmp_path, 0, 0)
+    log = LogWriter(tmp_path, 0, 0)
     trackers = Trackers(tmp_path, settings())
     for step in (1, 2, 1):
-        log.write(step, loss=2.0, left_for="SIGTERM")
+        log.write(step, loss=2.0, stop_reason="SIGTERM")
     trackers.close()
     assert (package / "calls").read_text().split() == ["start", "log", "log", "log", "finish"]
     assert capsys.readouterr().err == "mlflow: there\n"
@@ -136,7 +136,7 @@ def test_one_that_dies_is_told_at_once_and_training_goes_on(
     fake: Callable[[str], Path], tmp_path: Path, capsys
 ) -> None:
     fake("crash")
-    Log(tmp_path, 0, 0).close()
+    LogWriter(tmp_path, 0, 0).close()
     trackers = Trackers(tmp_path, settings())
     said = ""
     deadline = time.monotonic() + 60
@@ -158,16 +158,16 @@ def test_a_run_that_is_asked_to_leave_saves_first_and_leaves_a_tracker_that_hang
     )
     real = loop.lr_factor
 
-    def rate(step: int, steps: int, warmup: float) -> float:
-        if (package / "reached").exists() and not preemption.asked():
+    def rate(step: int, steps: int, warmup_ratio: float) -> float:
+        if (package / "reached").exists() and not preemption.requested():
             os.kill(os.getpid(), signal.SIGTERM)
-        return real(step, steps, warmup)
+        return real(step, steps, warmup_ratio)
 
     monkeypatch.setattr(loop, "lr_factor", rate)
     before = set(family())
-    with pytest.raises(PreemptedError, match=r"SIGTERM: step .* was saved"), preemption.listening():
+    with pytest.raises(PreemptedError, match=r"SIGTERM: step .* was saved"), preemption.handle_signals():
         loop.train(config, tmp_path / "run")
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
-    assert last["left_for"] == "SIGTERM"
+    assert last["stop_reason"] == "SIGTERM"
     assert logged_losses(tmp_path / "run")
     wait_for(lambda: set(family()) <= before)

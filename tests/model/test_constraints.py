@@ -5,7 +5,7 @@ from sayings import FIRST_WORD, IMAGES, SEARCHES, STRATEGIES, peaked_decoder, st
 from captionscale.model.decoders.registry import DECODERS
 from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.generate import search
-from captionscale.vocab import END, START, UNKNOWN
+from captionscale.vocab import END, START, UNK
 
 WORDS, MAX_WORDS = 16, 9
 
@@ -37,7 +37,7 @@ def test_no_caption_repeats_a_blocked_n_gram(case, strategy) -> None:
     loops = 0
     for size in (1, 2, 3):
         loops += sum(repeats(strip_end(caption), size) for caption in every(case, strategy, Constraints()))
-        blocked = every(case, strategy, Constraints(block_ngrams=size))
+        blocked = every(case, strategy, Constraints(no_repeat_ngram_size=size))
         assert not any(repeats(strip_end(caption), size) for caption in blocked)
     assert loops
 
@@ -62,9 +62,9 @@ def test_no_caption_ends_in_a_dangling_word_finished_or_cut(case, strategy) -> N
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_the_unknown_token_is_said_only_if_it_may_be(case, strategy) -> None:
     with torch.no_grad():
-        case[0].output_projection.bias[UNKNOWN] += 20
-    assert not any(UNKNOWN in caption for caption in every(case, strategy, Constraints()))
-    assert all(UNKNOWN in caption for caption in every(case, strategy, Constraints(allow_unknown=True)))
+        case[0].output_projection.bias[UNK] += 20
+    assert not any(UNK in caption for caption in every(case, strategy, Constraints()))
+    assert all(UNK in caption for caption in every(case, strategy, Constraints(allow_unknown=True)))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -74,7 +74,7 @@ def test_every_caption_begins_with_the_prefix_and_goes_on_as_after_it(case, stra
     assert all(tuple(caption[:3]) == prefix for caption in captions)
     assert strategy == "greedy" or len({tuple(caption) for caption in captions}) > 1
     # What blocks repetitions does not object to the prefix itself, but to what comes after it.
-    blocked = every(case, strategy, Constraints(prefix=prefix, block_ngrams=1))
+    blocked = every(case, strategy, Constraints(prefix=prefix, no_repeat_ngram_size=1))
     assert all(tuple(caption[:3]) == prefix for caption in blocked)
     assert all(not {*caption[3:]} & {*prefix} and not repeats(caption[3:], 1) for caption in blocked)
 
@@ -82,10 +82,10 @@ def test_every_caption_begins_with_the_prefix_and_goes_on_as_after_it(case, stra
 @torch.no_grad()
 def test_a_prefixs_probability_counts_as_that_of_any_words(case) -> None:
     decoder, features = case
-    (captions, *_) = search(decoder, features, beam=3, max_words=5, length_power=0.7)
+    (captions, *_) = search(decoder, features, beam=3, max_words=5, length_penalty=0.7)
     tokens = captions[0].tokens
     constraints = Constraints(prefix=tuple(tokens[:2]))
-    (forced, *_) = search(decoder, features, beam=3, max_words=5, length_power=0.7, constraints=constraints)
+    (forced, *_) = search(decoder, features, beam=3, max_words=5, length_penalty=0.7, constraints=constraints)
     same = next(caption for caption in forced if caption.tokens == tokens)
     assert same.log_prob == pytest.approx(captions[0].log_prob, abs=1e-4)
 
@@ -94,7 +94,9 @@ def test_a_prefixs_probability_counts_as_that_of_any_words(case) -> None:
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_every_caption_holds_the_required_words(case, strategy, count) -> None:
     required = tuple((FIRST_WORD + 2 * number, FIRST_WORD + 2 * number + 1) for number in range(count))
-    constraints = Constraints(required=required, block_ngrams=2, dangling_tokens=(FIRST_WORD, FIRST_WORD + 5))
+    constraints = Constraints(
+        required=required, no_repeat_ngram_size=2, dangling_tokens=(FIRST_WORD, FIRST_WORD + 5)
+    )
     for caption in every(case, strategy, constraints):
         assert all({*group} & {*caption} for group in required)
         assert not repeats(strip_end(caption), 2)
@@ -116,8 +118,8 @@ def test_required_words_are_put_where_they_cost_least() -> None:
     decoder, features = peaked_decoder("attention", 1, words=3)
     required = ((FIRST_WORD,), (FIRST_WORD + 1, FIRST_WORD + 2))
     constraints = Constraints(required=required)
-    free = search(decoder, features, beam=500, max_words=4, length_power=0.0)
-    wide = search(decoder, features, beam=500, max_words=4, length_power=0.0, constraints=constraints)
+    free = search(decoder, features, beam=500, max_words=4, length_penalty=0.0)
+    wide = search(decoder, features, beam=500, max_words=4, length_penalty=0.0, constraints=constraints)
     for captions, held in zip(free, wide, strict=True):
         expected = [
             caption for caption in captions if all({*group} & {*caption.tokens} for group in required)
@@ -140,7 +142,7 @@ def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> N
         features,
         beam=beam,
         max_words=5,
-        length_power=0.0,
+        length_penalty=0.0,
         constraints=Constraints(required=required),
     )
     for image, captions in zip(features, found, strict=True):
@@ -173,7 +175,7 @@ def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> N
 def test_many_images_at_once_get_under_rules_what_each_gets_alone(case, strategy) -> None:
     decoder, features = case
     constraints = Constraints(
-        block_ngrams=2,
+        no_repeat_ngram_size=2,
         dangling_tokens=(FIRST_WORD,),
         prefix=(FIRST_WORD + 1,),
         required=((FIRST_WORD + 2,), (FIRST_WORD + 3,)),
@@ -187,7 +189,7 @@ def test_many_images_at_once_get_under_rules_what_each_gets_alone(case, strategy
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_caption_ends_where_rules_leave_nothing_to_say(strategy) -> None:
     words = range(FIRST_WORD, FIRST_WORD + 3)
-    constraints = Constraints(block_ngrams=1, dangling_tokens=tuple(words))
+    constraints = Constraints(no_repeat_ngram_size=1, dangling_tokens=tuple(words))
     for caption in every(peaked_decoder("attention", 0), strategy, constraints, max_words=6):
         assert caption[-1] == END
         assert len({*caption}) == len(caption)

@@ -13,19 +13,21 @@ WORDS, FEATURE, REGIONS, IMAGES, TIMES = 11, 6, 4, 3, 5
 IMAGE_INDEX = torch.tensor([2, 0, 0, 1, 2, 0])
 
 CHOICES = [
-    {"name": "plain", "layers": 1},
-    {"name": "plain", "layers": 2, "output": "linear", "picture_norm": True},
-    {"name": "attention", "layers": 1},
-    {"name": "attention", "layers": 2, "output": "maxout", "gate": True, "region": 3},
-    {"name": "attention", "layers": 1, "output": "linear", "tied": True, "region": 0},
+    {"name": "plain", "num_layers": 1},
+    {"name": "plain", "num_layers": 2, "word_head": "linear", "image_batch_norm": True},
+    {"name": "attention", "num_layers": 1},
+    {"name": "attention", "num_layers": 2, "word_head": "maxout", "attention_gate": True, "region_size": 3},
+    {"name": "attention", "num_layers": 1, "word_head": "linear", "tie_weights": True, "region_size": 0},
     {"name": "top_down"},
-    {"name": "top_down", "output": "maxout", "tied": True, "region": 3},
+    {"name": "top_down", "word_head": "maxout", "tie_weights": True, "region_size": 3},
 ]
 
 
 def build(name: str, dropout: float = 0.0, **more: object) -> nn.Module:
     torch.manual_seed(0)
-    settings = Decoder(**{"name": name, "embed": 5, "hidden": 7, "attend": 8, "dropout": dropout, **more})
+    settings = Decoder(
+        **{"name": name, "embed_size": 5, "hidden_size": 7, "attention_size": 8, "dropout": dropout, **more}
+    )
     return DECODERS[name](settings, FEATURE, WORDS)
 
 
@@ -65,7 +67,7 @@ def test_logits_of_some_words_are_those_of_all_words_at_these_places(decoder, fe
 
 def test_regions_that_are_not_projected_are_looked_at_as_they_are(features) -> None:
     for name in ("attention", "top_down"):
-        assert torch.equal(build(name, region=0).start(features).regions, features)
+        assert torch.equal(build(name, region_size=0).start(features).regions, features)
 
 
 def test_attention_is_a_share_of_each_region(features, tokens) -> None:
@@ -145,12 +147,18 @@ def test_rows_of_a_picture_share_what_they_look_at_without_gradient_and_say_the_
 @pytest.mark.parametrize("same", [False, True])
 def test_gradients_reach_every_parameter(name, output, tied, same, features, tokens) -> None:
     own = {
-        "plain": {"picture_norm": True},
-        "attention": {"gate": True, "region": 3},
-        "top_down": {"region": 3},
+        "plain": {"image_batch_norm": True},
+        "attention": {"attention_gate": True, "region_size": 3},
+        "top_down": {"region_size": 3},
     }
     decoder = build(
-        name, dropout=0.2, output=output, tied=tied, same_dropout=same, hidden=16, **own[name]
+        name,
+        dropout=0.2,
+        word_head=output,
+        tie_weights=tied,
+        variational_dropout=same,
+        hidden_size=16,
+        **own[name],
     ).train()
     logits, _ = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
     assert logits.shape == (len(IMAGE_INDEX), TIMES, WORDS)
@@ -164,26 +172,28 @@ def test_gradients_reach_every_parameter(name, output, tied, same, features, tok
 
 
 def test_a_tied_output_needs_no_projection_where_sizes_are_equal() -> None:
-    assert "from_hidden.weight" in dict(build("attention", output="linear", tied=True).named_parameters())
-    decoder = build("attention", output="linear", tied=True, embed=64, hidden=64)
+    assert "from_hidden.weight" in dict(
+        build("attention", word_head="linear", tie_weights=True).named_parameters()
+    )
+    decoder = build("attention", word_head="linear", tie_weights=True, embed_size=64, hidden_size=64)
     assert "from_hidden.weight" not in dict(decoder.named_parameters())
 
 
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize(
-    ("settings", "length"), [({}, 8.0), ({"tied": True}, 1.0), ({"unit_vectors": True}, 1.0)]
+    ("settings", "length"), [({}, 8.0), ({"tie_weights": True}, 1.0), ({"embedding_init": "unit_norm"}, 1.0)]
 )
 def test_vectors_of_words_begin_as_long_as_asked_and_tied_ones_as_an_output_does(
     name, settings, length
 ) -> None:
-    lengths = build(name, embed=64, **settings).embedding.weight[1:].norm(dim=1)
+    lengths = build(name, embed_size=64, **settings).embedding.weight[1:].norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, length), rtol=0.4, atol=0)
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_dropout_hides_in_training_only(name, features, tokens) -> None:
     for same in (False, True):
-        decoder = build(name, dropout=0.5, same_dropout=same)
+        decoder = build(name, dropout=0.5, variational_dropout=same)
         without, _ = build(name).teacher_forced(features, tokens, IMAGE_INDEX)
         torch.testing.assert_close(decoder.eval().teacher_forced(features, tokens, IMAGE_INDEX)[0], without)
         assert not torch.allclose(decoder.train().teacher_forced(features, tokens, IMAGE_INDEX)[0], without)
@@ -214,22 +224,26 @@ def masks(decoder: nn.Module, features: Tensor, by_steps: bool) -> tuple[Tensor,
 def test_the_same_dropout_hides_the_same_at_all_words_of_a_caption_and_not_of_another(
     name, by_steps, features
 ) -> None:
-    for mask in masks(build(name, dropout=0.5, same_dropout=True, embed=40, tied=True), features, by_steps):
+    for mask in masks(
+        build(name, dropout=0.5, variational_dropout=True, embed_size=40, tie_weights=True),
+        features,
+        by_steps,
+    ):
         assert mask.shape == (len(IMAGE_INDEX), TIMES, 40)
         assert set(mask.unique().tolist()) == {0.0, 2.0}
         assert (mask == mask[:, :1]).all()
         assert len({tuple(caption[0].tolist()) for caption in mask}) == len(IMAGE_INDEX)
-    for mask in masks(build(name, dropout=0.5, embed=40), features, by_steps):
+    for mask in masks(build(name, dropout=0.5, embed_size=40), features, by_steps):
         assert set(mask.unique().tolist()) == {0.0, 2.0}
         assert len({tuple(word.tolist()) for word in mask.flatten(0, 1)}) == len(IMAGE_INDEX) * TIMES
 
 
 def test_a_picture_is_normalised_over_its_micro_batch_and_alone_by_what_was_seen(features) -> None:
-    decoder = build("plain", picture_norm=True).train()
+    decoder = build("plain", image_batch_norm=True).train()
     vectors = decoder.image_projection(features.mean(1))
     mean, variance = vectors.mean(0), vectors.var(0, unbiased=False)
     torch.testing.assert_close(decoder._see(features.mean(1)), (vectors - mean) / (variance + 1e-5).sqrt())
-    norm = decoder.picture_norm
+    norm = decoder.image_batch_norm
     torch.testing.assert_close(norm.running_mean, 0.01 * mean)
     alone = decoder._see(features[:1].mean(1))
     torch.testing.assert_close(alone, (vectors[:1] - norm.running_mean) / (norm.running_var + 1e-5).sqrt())
@@ -237,7 +251,7 @@ def test_a_picture_is_normalised_over_its_micro_batch_and_alone_by_what_was_seen
 
 
 def test_attention_is_not_paid_by_a_gate_that_is_closed(features, tokens) -> None:
-    decoder = build("attention", layers=1, gate=True).eval()
+    decoder = build("attention", num_layers=1, attention_gate=True).eval()
     nn.init.constant_(decoder.gate.bias, -100)
     nn.init.zeros_(decoder.initial_state.weight)
     closed, looks = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
@@ -246,7 +260,7 @@ def test_attention_is_not_paid_by_a_gate_that_is_closed(features, tokens) -> Non
     nn.init.constant_(decoder.gate.bias, 100)
     opened, _ = decoder.teacher_forced(features, tokens, IMAGE_INDEX)
     assert not torch.allclose(opened, closed)
-    without = build("attention", layers=1).eval()
+    without = build("attention", num_layers=1).eval()
     without.load_state_dict({key: value for key, value in decoder.state_dict().items() if "gate" not in key})
     torch.testing.assert_close(without(features, tokens, IMAGE_INDEX)[0], opened)
 
@@ -254,16 +268,16 @@ def test_attention_is_not_paid_by_a_gate_that_is_closed(features, tokens) -> Non
 @pytest.mark.parametrize(
     ("name", "change", "wanted"),
     [
-        ("plain", "gate=true", "false"),
-        ("top_down", "gate=true", "false"),
-        ("plain", "region=8", "none"),
-        ("attention", "picture_norm=true", "false"),
-        ("top_down", "picture_norm=true", "false"),
-        ("top_down", "layers=1", "2"),
+        ("plain", "attention_gate=true", "false"),
+        ("top_down", "attention_gate=true", "false"),
+        ("plain", "region_size=8", "none"),
+        ("attention", "image_batch_norm=true", "false"),
+        ("top_down", "image_batch_norm=true", "false"),
+        ("top_down", "num_layers=1", "2"),
     ],
 )
 def test_what_a_decoder_cannot_have_is_refused(name, change, wanted) -> None:
-    changes = [f"model.decoder.name={name}", "model.decoder.layers=2", f"model.decoder.{change}"]
+    changes = [f"model.decoder.name={name}", "model.decoder.num_layers=2", f"model.decoder.{change}"]
     with pytest.raises(UserError) as caught:
         toml.load("quickstart", changes)
     assert (

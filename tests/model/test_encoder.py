@@ -213,7 +213,7 @@ def test_an_unknown_part_is_told_with_the_nearest_known_one(name, part, known) -
 def test_each_second_cell_of_the_finer_grid_is_one_of_the_coarser_at_the_borders_too(
     name, height, width
 ) -> None:
-    coarse, fine = (build(name, stride=stride).eval() for stride in (32, 16))
+    coarse, fine = (build(name, output_stride=stride).eval() for stride in (32, 16))
     fine.load_state_dict(coarse.state_dict())
     grids = []
     for encoder in (coarse, fine):
@@ -226,11 +226,11 @@ def test_each_second_cell_of_the_finer_grid_is_one_of_the_coarser_at_the_borders
 
 @pytest.mark.parametrize("name", ["resnet34", "resnet50", "mobilenet_v2"])
 def test_the_finer_grid_has_196_regions_of_a_picture_of_224_pixels(name) -> None:
-    assert build(name, stride=16).eval()(pictures(1, 224, 224)).shape[1] == 196
+    assert build(name, output_stride=16).eval()(pictures(1, 224, 224)).shape[1] == 196
 
 
 def test_torchvision_dilates_its_bottleneck_networks_alike() -> None:
-    encoder = build("resnet50", stride=16).eval()
+    encoder = build("resnet50", output_stride=16).eval()
     network = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
     network.load_state_dict(encoder.backbone.state_dict(), strict=False)
     network.fc = nn.Identity()
@@ -317,7 +317,7 @@ def test_checkpointing_keeps_less_and_changes_neither_gradients_nor_statistics(
 ) -> None:
     trainable = part if part == "all" else (part,)
     plain, plain_bytes = step(build(name, trainable=trainable, batch_norm=batch_norm))
-    lean, lean_bytes = step(build(name, trainable=trainable, batch_norm=batch_norm, checkpointing=True))
+    lean, lean_bytes = step(build(name, trainable=trainable, batch_norm=batch_norm, grad_checkpointing=True))
     assert plain.keys() == lean.keys()
     for key, tensor in plain.items():
         assert torch.equal(tensor, lean[key]), key

@@ -9,7 +9,7 @@ from captionscale.model.search.ensemble import Ensemble, EnsembleDecoder
 from captionscale.model.search.generate import search
 from captionscale.vocab import START
 
-RULES = Constraints(block_ngrams=2, prefix=(FIRST_WORD + 1,))
+RULES = Constraints(no_repeat_ngram_size=2, prefix=(FIRST_WORD + 1,))
 
 
 @torch.no_grad()
@@ -55,7 +55,14 @@ def test_required_words_and_early_ends_reorder_all_members_states() -> None:
 def test_an_ensemble_has_no_attention_to_cover_pictures_with() -> None:
     decoder, features = peaked_decoder("attention", 0)
     with pytest.raises(UserError, match="ensemble has none"):
-        search(EnsembleDecoder([decoder]), (features,), beam=1, max_words=3, length_power=0.7, coverage=0.1)
+        search(
+            EnsembleDecoder([decoder]),
+            (features,),
+            beam=1,
+            max_words=3,
+            length_penalty=0.7,
+            coverage_weight=0.1,
+        )
 
 
 def test_an_ensembles_members_change_their_mode_together() -> None:

@@ -14,7 +14,7 @@ from captionscale.model.decoders.additive_attention import AdditiveAttention
 from captionscale.model.decoders.registry import DECODERS
 
 WORDS, FEATURE, REGIONS = 6, 3, 2
-SIZES = {"embed": 2, "hidden": 3, "attend": 4, "dropout": 0.5}
+SIZES = {"embed_size": 2, "hidden_size": 3, "attention_size": 4, "dropout": 0.5}
 
 Array = NDArray[np.float64]
 Memory = list[tuple[Array, Array]]
@@ -78,18 +78,18 @@ def plain(
     weights: Weights, settings: Decoder, regions: Array, words: Array
 ) -> Iterator[tuple[Array, Array, None]]:
     """Vinyals et al., equations 10 to 12."""
-    zero = np.zeros(settings.hidden)
-    memory: Memory = [(zero, zero)] * settings.layers
+    zero = np.zeros(settings.hidden_size)
+    memory: Memory = [(zero, zero)] * settings.num_layers
     picture = weights.linear("image_projection", regions.mean(0))
-    if settings.picture_norm:
+    if settings.image_batch_norm:
         scale, mean, variance, shift = (
-            weights.arrays[f"picture_norm.{name}"]
+            weights.arrays[f"image_batch_norm.{name}"]
             for name in ("weight", "running_mean", "running_var", "bias")
         )
         picture = scale * (picture - mean) / np.sqrt(variance + 1e-5) + shift
     for time, vector in enumerate([picture, *words]):
         below = vector
-        for layer in range(settings.layers):
+        for layer in range(settings.num_layers):
             memory[layer] = weights.lstm("lstm", below, memory[layer], suffix=f"_l{layer}")
             below = memory[layer][0]
         if time:
@@ -102,15 +102,15 @@ def attention(
     """Xu et al., equations 1 to 7 and section 4.2.1, on regions that were projected."""
     regions = np.maximum(weights.linear("region_projection", regions), 0)
     first = np.tanh(weights.linear("initial_state", regions.mean(0)))
-    hidden, cell = first.reshape(2, settings.layers, settings.hidden)
+    hidden, cell = first.reshape(2, settings.num_layers, settings.hidden_size)
     memory: Memory = list(zip(hidden, cell, strict=True))
     for word in words:
         before = memory[-1][0]
         context = weights.attention(regions, before)
-        if settings.gate:
+        if settings.attention_gate:
             context = sigmoid(weights.linear("gate", before)) * context
         below = np.concatenate([word, context])
-        for layer in range(settings.layers):
+        for layer in range(settings.num_layers):
             memory[layer] = weights.lstm(f"cells.{layer}", below, memory[layer])
             below = memory[layer][0]
         yield word, below, context
@@ -121,7 +121,7 @@ def top_down(
 ) -> Iterator[tuple[Array, ...]]:
     """Anderson et al., equations 1 to 7, on regions that were projected."""
     regions = np.maximum(weights.linear("region_projection", regions), 0)
-    first = second = (np.zeros(settings.hidden), np.zeros(settings.hidden))
+    first = second = (np.zeros(settings.hidden_size), np.zeros(settings.hidden_size))
     for word in words:
         first = weights.lstm("attention_lstm", np.concatenate([second[0], regions.mean(0), word]), first)
         context = weights.attention(regions, first[0])
@@ -132,11 +132,15 @@ def top_down(
 PAPERS = {"plain": plain, "attention": attention, "top_down": top_down}
 
 CASES = [
-    {"name": name, "output": output, "tied": tied, **more}
+    {"name": name, "word_head": output, "tie_weights": tied, **more}
     for name, choices in {
-        "plain": [{"layers": 1}, {"layers": 2, "picture_norm": True}],
-        "attention": [{"layers": 1}, {"layers": 2, "gate": True, "region": 5}, {"layers": 1, "hidden": 2}],
-        "top_down": [{}, {"region": 5}],
+        "plain": [{"num_layers": 1}, {"num_layers": 2, "image_batch_norm": True}],
+        "attention": [
+            {"num_layers": 1},
+            {"num_layers": 2, "attention_gate": True, "region_size": 5},
+            {"num_layers": 1, "hidden_size": 2},
+        ],
+        "top_down": [{}, {"region_size": 5}],
     }.items()
     for more, output, tied in product(choices, ("linear", "deep", "maxout"), (False, True))
 ]
@@ -149,9 +153,9 @@ def test_a_decoder_is_what_its_paper_writes(choices) -> None:
     decoder = DECODERS[settings.name](settings, FEATURE, WORDS).double().eval()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
-    if settings.picture_norm:
-        decoder.picture_norm.running_mean.uniform_()
-        decoder.picture_norm.running_var.uniform_(0.5, 2)
+    if settings.image_batch_norm:
+        decoder.image_batch_norm.running_mean.uniform_()
+        decoder.image_batch_norm.running_var.uniform_(0.5, 2)
     regions = torch.randn(1, REGIONS, FEATURE, dtype=torch.float64)
     tokens = torch.tensor([[1, 4, 5, 4]])
     weights = Weights(decoder)
@@ -159,14 +163,14 @@ def test_a_decoder_is_what_its_paper_writes(choices) -> None:
     with torch.no_grad():
         logits, _ = decoder.teacher_forced(regions, tokens, torch.tensor([0]))
     expected = [
-        weights.output(settings.output, settings.tied, *parts)
+        weights.output(settings.word_head, settings.tie_weights, *parts)
         for parts in PAPERS[settings.name](weights, settings, regions[0].numpy(), words)
     ]
     np.testing.assert_allclose(logits[0].numpy(), np.stack(expected), rtol=1e-9, atol=1e-12)
 
 
 def test_additive_attention_is_the_formula_of_bahdanau() -> None:
-    attention = AdditiveAttention(feature=2, hidden=1, attend=2)
+    attention = AdditiveAttention(feature=2, hidden_size=1, attention_size=2)
     with torch.no_grad():
         attention.key.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         attention.key.bias.copy_(torch.tensor([0.0, -1.0]))
@@ -184,7 +188,9 @@ def test_a_plain_lstm_says_what_was_worked_out_by_hand() -> None:
     # All weights 1 and all biases 0, but the output's: picture 1, so that each gate is of 1 and then of the
     # word's vector 2 plus the state.
     decoder = DECODERS["plain"](
-        Decoder(name="plain", embed=1, hidden=1, layers=1, output="linear", dropout=0.0), 1, 2
+        Decoder(name="plain", embed_size=1, hidden_size=1, num_layers=1, word_head="linear", dropout=0.0),
+        1,
+        2,
     )
     for name, parameter in decoder.named_parameters():
         torch.nn.init.constant_(parameter, 0.0 if "bias" in name else 1.0)
@@ -204,7 +210,9 @@ def spread(shape: Sequence[int], place: int) -> Tensor:
 
 
 def test_a_checkpoint_of_before_there_were_options_loads_and_says_the_same() -> None:
-    decoder = DECODERS["attention"](Decoder(embed=2, hidden=3, attend=4), FEATURE, WORDS).eval()
+    decoder = DECODERS["attention"](
+        Decoder(embed_size=2, hidden_size=3, attention_size=4), FEATURE, WORDS
+    ).eval()
     state = decoder.state_dict()
     assert " ".join(state) == (
         "embedding.weight region_projection.weight region_projection.bias attention.key.weight attention.key.bias"

@@ -10,7 +10,7 @@ from captionscale.errors import UserError
 from captionscale.model.decoders.registry import DECODERS, Decoder
 from captionscale.model.search.beam import _top
 from captionscale.model.search.generate import Hypothesis, search
-from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN
+from captionscale.vocab import END, PAD, SPECIAL_TOKENS, START, UNK
 
 
 @pytest.fixture(
@@ -21,8 +21,10 @@ def case(request: pytest.FixtureRequest) -> tuple[Decoder, Tensor]:
     return peaked_decoder(*request.param)
 
 
-def said(decoder, features, beam, max_words=4, length_power=0.7, **settings) -> list[list[Hypothesis]]:
-    return search(decoder, features, beam=beam, max_words=max_words, length_power=length_power, **settings)
+def said(decoder, features, beam, max_words=4, length_penalty=0.7, **settings) -> list[list[Hypothesis]]:
+    return search(
+        decoder, features, beam=beam, max_words=max_words, length_penalty=length_penalty, **settings
+    )
 
 
 @torch.no_grad()
@@ -41,7 +43,7 @@ def next_words(decoder: Decoder, image: Tensor, tokens: list[int]) -> dict[int, 
         image.unsqueeze(0), torch.tensor([[START, *tokens]]), torch.tensor([0])
     )
     chances = logits[0, -1].log_softmax(0).tolist()
-    return {token: chance for token, chance in enumerate(chances) if token not in (PAD, START, UNKNOWN)}
+    return {token: chance for token, chance in enumerate(chances) if token not in (PAD, START, UNK)}
 
 
 def test_a_beam_of_one_is_greedy(case) -> None:
@@ -72,7 +74,7 @@ def test_a_beam_keeps_the_likeliest_prefixes_at_each_word(case, beam) -> None:
 
 def test_a_beam_wider_than_all_captions_ranks_them_as_brute_force_does(case) -> None:
     decoder, features = case
-    words, max_words = range(len(SPECIALS), len(SPECIALS) + 3), 3
+    words, max_words = range(len(SPECIAL_TOKENS), len(SPECIAL_TOKENS) + 3), 3
     finished = [[*caption, END] for count in range(max_words) for caption in product(words, repeat=count)]
     every = finished + [list(caption) for caption in product(words, repeat=max_words)]
     ranked = {power: said(decoder, features, len(every) + 3, max_words, power) for power in (0.0, 0.7, 2.0)}
@@ -105,7 +107,7 @@ def test_what_is_found_is_distinct_sorted_and_says_no_special_token(case, beam) 
         scores = [caption.score(0.7) for caption in captions]
         assert scores == sorted(scores, reverse=True)
         for caption in captions:
-            assert not {PAD, START, UNKNOWN} & set(caption.tokens)
+            assert not {PAD, START, UNK} & set(caption.tokens)
             assert END not in caption.tokens[:-1]
             assert caption.tokens[-1] == END or len(caption.tokens) == 4
             expected = log_prob(decoder, image, caption.tokens)
@@ -115,9 +117,9 @@ def test_what_is_found_is_distinct_sorted_and_says_no_special_token(case, beam) 
 def test_special_tokens_are_not_said_however_likely_they_are(case) -> None:
     decoder, features = case
     with torch.no_grad():
-        decoder.output_projection.bias[[PAD, START, UNKNOWN]] += 100
+        decoder.output_projection.bias[[PAD, START, UNK]] += 100
     for captions in said(decoder, features, beam=3):
-        assert all(not {PAD, START, UNKNOWN} & set(caption.tokens) for caption in captions)
+        assert all(not {PAD, START, UNK} & set(caption.tokens) for caption in captions)
 
 
 def test_an_unfinished_caption_is_returned_as_it_stands(case) -> None:
@@ -150,7 +152,7 @@ def test_the_best_score_rises_with_the_width_to_the_true_best(case) -> None:
     decoder, features = case
     best = torch.tensor(
         [
-            [captions[0].score(0.0) for captions in said(decoder, features, beam, length_power=0.0)]
+            [captions[0].score(0.0) for captions in said(decoder, features, beam, length_penalty=0.0)]
             for beam in (1, 2, 4, 8, 16, 32, 200)
         ],
         dtype=torch.float64,
@@ -162,9 +164,11 @@ def test_the_best_score_rises_with_the_width_to_the_true_best(case) -> None:
 
 def test_one_group_is_a_plain_beam_and_groups_without_a_price_find_the_same_captions(case) -> None:
     decoder, features = case
-    plain, one = (said(decoder, features, 4, **more) for more in ({}, {"groups": 1, "diversity": 9.0}))
+    plain, one = (
+        said(decoder, features, 4, **more) for more in ({}, {"groups": 1, "diversity_penalty": 9.0})
+    )
     assert plain == one
-    halves, two = said(decoder, features, 2), said(decoder, features, 4, groups=2, diversity=0.0)
+    halves, two = said(decoder, features, 2), said(decoder, features, 4, groups=2, diversity_penalty=0.0)
     for each, both in zip(halves, two, strict=True):
         assert [caption.tokens for caption in both] == [caption.tokens for caption in each]
 
@@ -174,7 +178,7 @@ def test_groups_choose_one_after_another_and_pay_for_words_said_at_the_same_plac
     """Algorithm 1 of Vijayakumar et al. 2016, written out; a finished caption says nothing more."""
     decoder, features = case
     price = 1.5
-    found = said(decoder, features, 2 * width, 5, groups=2, diversity=price)
+    found = said(decoder, features, 2 * width, 5, groups=2, diversity_penalty=price)
     for image, captions in zip(features, found, strict=True):
         groups: list[list[tuple[tuple[int, ...], float]]] = [[((), 0.0)], [((), 0.0)]]
         for _ in range(5):
@@ -197,8 +201,8 @@ def test_groups_choose_one_after_another_and_pay_for_words_said_at_the_same_plac
 
 def test_a_high_price_makes_groups_differ_where_they_would_agree() -> None:
     decoder, features = peaked_decoder("attention", 3, words=30)
-    for diversity, fewest in ((0.0, 1), (1e4, 6)):
-        for captions in said(decoder, features, 6, groups=6, diversity=diversity):
+    for diversity_penalty, fewest in ((0.0, 1), (1e4, 6)):
+        for captions in said(decoder, features, 6, groups=6, diversity_penalty=diversity_penalty):
             assert len({caption.tokens[0] for caption in captions}) == fewest
 
 
@@ -234,7 +238,7 @@ def test_coverage_ranks_by_how_much_of_all_regions_was_looked_at(name) -> None:
     weight, moved = 4.0, 0
     plain = said(decoder, features, 6)
     for image, captions, before in zip(
-        features, said(decoder, features, 6, coverage=weight), plain, strict=True
+        features, said(decoder, features, 6, coverage_weight=weight), plain, strict=True
     ):
         scores = []
         for caption in captions:
@@ -255,8 +259,8 @@ def test_coverage_ranks_by_how_much_of_all_regions_was_looked_at(name) -> None:
 
 def test_coverage_is_refused_without_attention() -> None:
     decoder, features = peaked_decoder("plain", 0)
-    with pytest.raises(UserError, match=r"search\.coverage .* no attention"):
-        said(decoder, features, 2, coverage=0.1)
+    with pytest.raises(UserError, match=r"search\.coverage_weight .* no attention"):
+        said(decoder, features, 2, coverage_weight=0.1)
 
 
 def test_the_best_words_of_a_large_vocabulary_are_those_of_all() -> None:

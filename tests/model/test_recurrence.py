@@ -17,16 +17,16 @@ WORDS, FEATURE, REGIONS, IMAGES = 11, 6, 4, 3
 IMAGE_INDEX = torch.tensor([2, 0, 0, 2, 0, 2, 0])  # Image 1 has no caption; those of others are not adjacent.
 LENGTHS = (4, 1, 6, 2, 6, 3, 4)
 CHOICES = [
-    {"layers": 1},
-    {"layers": 2, "gate": True, "output": "maxout", "region": 3},
-    {"layers": 1, "gate": True, "output": "linear", "tied": True, "dropout": 0.4},
-    {"layers": 3, "output": "linear", "dropout": 0.4, "same_dropout": True, "region": 0},
+    {"num_layers": 1},
+    {"num_layers": 2, "attention_gate": True, "word_head": "maxout", "region_size": 3},
+    {"num_layers": 1, "attention_gate": True, "word_head": "linear", "tie_weights": True, "dropout": 0.4},
+    {"num_layers": 3, "word_head": "linear", "dropout": 0.4, "variational_dropout": True, "region_size": 0},
 ]
 
 
 def build(**choices: object) -> AttentionDecoder:
     torch.manual_seed(0)
-    sizes = {"embed": 5, "hidden": 7, "attend": 8, "dropout": 0.0}
+    sizes = {"embed_size": 5, "hidden_size": 7, "attention_size": 8, "dropout": 0.0}
     return AttentionDecoder(Decoder(**{"name": "attention", **sizes, **choices}), FEATURE, WORDS)
 
 
@@ -89,7 +89,7 @@ def test_results_and_gradients_are_those_of_reading_word_by_word(choices, dtype,
 
 
 def test_in_bf16_it_is_as_close_to_exact_gradients_as_reading_word_by_word() -> None:
-    decoder = build(layers=2, gate=True, hidden=32, attend=32, embed=16)
+    decoder = build(num_layers=2, attention_gate=True, hidden_size=32, attention_size=32, embed_size=16)
     arguments = (picture_of(), captions_of(), IMAGE_INDEX)
     rounded = gradients(word_by_word, decoder, *arguments, torch.bfloat16)
     found = gradients(AttentionDecoder.teacher_forced, decoder, *arguments, torch.bfloat16)
@@ -102,7 +102,9 @@ def test_in_bf16_it_is_as_close_to_exact_gradients_as_reading_word_by_word() -> 
 
 @pytest.mark.parametrize(("layers", "gate"), [(1, False), (2, True)])
 def test_the_gradient_is_that_of_small_differences(layers, gate) -> None:
-    decoder = build(layers=layers, gate=gate, embed=2, hidden=2, attend=3, region=2).double()
+    decoder = build(
+        num_layers=layers, attention_gate=gate, embed_size=2, hidden_size=2, attention_size=3, region_size=2
+    ).double()
     tokens, image_index = captions_of((3, 1, 2), 3), torch.tensor([1, 0, 1])
     weights = [*decoder.attention.query.parameters(), *decoder.attention.energy.parameters()]
     weights += [*decoder.cells.parameters(), *(decoder.gate.parameters() if decoder.gate else ())]
@@ -119,13 +121,13 @@ def test_the_gradient_is_that_of_small_differences(layers, gate) -> None:
 
 
 def test_what_follows_the_end_of_a_caption_is_not_read() -> None:
-    decoder, tokens = build(layers=2, gate=True).double(), captions_of()
+    decoder, tokens = build(num_layers=2, attention_gate=True).double(), captions_of()
     _, looks = decoder.teacher_forced(picture_of(), tokens, IMAGE_INDEX)
     assert (looks.sum(2) - tokens.ne(PAD).double()).abs().max() < 1e-12
 
 
 def test_reading_without_a_gradient_and_twice_backwards_change_nothing() -> None:
-    decoder = build(layers=2, gate=True).double()
+    decoder = build(num_layers=2, attention_gate=True).double()
     logits, looks = decoder.teacher_forced(picture_of(), captions_of(), IMAGE_INDEX)
     with torch.no_grad():
         again, _ = decoder.teacher_forced(picture_of(), captions_of(), IMAGE_INDEX)
@@ -139,7 +141,7 @@ def test_reading_without_a_gradient_and_twice_backwards_change_nothing() -> None
 
 
 def test_a_picture_that_is_copied_for_each_caption_says_and_learns_the_same() -> None:
-    decoder = build(layers=2, gate=True).double()
+    decoder = build(num_layers=2, attention_gate=True).double()
     wanted = gradients(AttentionDecoder.teacher_forced, decoder, picture_of(), captions_of(), IMAGE_INDEX)
     copies, own = picture_of()[IMAGE_INDEX], torch.arange(len(IMAGE_INDEX))
     found = gradients(AttentionDecoder.teacher_forced, decoder, copies, captions_of(), own)
@@ -151,7 +153,7 @@ def test_a_picture_that_is_copied_for_each_caption_says_and_learns_the_same() ->
 def test_on_a_gpu_the_host_never_waits_for_a_value() -> None:
     # Tensors without values, for which asking for one is an error.
     with FakeTensorMode(), torch.device("cuda"):
-        decoder = build(layers=2, gate=True)
+        decoder = build(num_layers=2, attention_gate=True)
         features, tokens = torch.empty(IMAGES, REGIONS, FEATURE), torch.empty(6, 7, dtype=torch.long)
         logits, looks = decoder.teacher_forced(features, tokens, torch.empty(6, dtype=torch.long))
         assert (logits.shape, looks.shape) == ((6, 7, WORDS), (6, 7, REGIONS))

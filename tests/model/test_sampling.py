@@ -35,7 +35,7 @@ def test_captions_are_drawn_as_often_as_they_are_likely(case) -> None:
     decoder, features = case
     draws = 10_000
     tokens, totals = drawn(decoder, features, draws)
-    wide = search(decoder, features, beam=200, max_words=MAX_WORDS, length_power=0.0)
+    wide = search(decoder, features, beam=200, max_words=MAX_WORDS, length_penalty=0.0)
     for rows, chances, captions in zip(tokens, totals.exp().tolist(), wide, strict=True):
         counts = Counter(map(without_padding, rows))
         said = dict(zip(map(without_padding, rows), chances, strict=True))
@@ -86,7 +86,7 @@ def top(chances: torch.Tensor, least: float) -> int:
 
 def test_the_likeliest_word_alone_or_a_cold_temperature_is_greedy_search(case) -> None:
     decoder, features = case
-    greedy = search(decoder, features, beam=1, max_words=6, length_power=0.0)
+    greedy = search(decoder, features, beam=1, max_words=6, length_penalty=0.0)
     for settings in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-4}):
         tokens, totals = drawn(decoder, features, 3, max_words=6, **settings)
         for rows, captions in zip(tokens, greedy, strict=True):

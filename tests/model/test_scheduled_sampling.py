@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from captionscale.config import Decoder
 from captionscale.model.decoders.registry import DECODERS
 from captionscale.model.decoders.scheduled_sampling import scheduled_sampling_forward
-from captionscale.vocab import END, PAD, START, UNKNOWN
+from captionscale.vocab import END, PAD, START, UNK
 
 WORDS, FEATURE, REGIONS, IMAGES = 9, 6, 4, 3
 IMAGE_INDEX = torch.tensor([2, 0, 0, 1, 2, 0])
@@ -13,7 +13,7 @@ IMAGE_INDEX = torch.tensor([2, 0, 0, 1, 2, 0])
 
 def build(name: str, **more: object) -> nn.Module:
     torch.manual_seed(0)
-    sizes = {"embed": 5, "hidden": 7, "attend": 8, "dropout": 0.0}
+    sizes = {"embed_size": 5, "hidden_size": 7, "attention_size": 8, "dropout": 0.0}
     return DECODERS[name](Decoder(**{"name": name, **sizes, **more}), FEATURE, WORDS)
 
 
@@ -25,7 +25,7 @@ def features() -> Tensor:
 @pytest.fixture
 def tokens() -> Tensor:
     """Captions of two to seven words."""
-    tokens = torch.randint(UNKNOWN, WORDS, (len(IMAGE_INDEX), 8), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(UNK, WORDS, (len(IMAGE_INDEX), 8), generator=torch.Generator().manual_seed(2))
     tokens[:, 0] = START
     for row, caption in enumerate(tokens):
         caption[3 + row :] = PAD
@@ -93,7 +93,7 @@ def test_as_many_words_are_drawn_as_asked_for_and_as_often_as_they_are_said() ->
 
 def test_no_gradient_flows_through_a_draw_and_a_loss_that_is_no_number_ends_nothing_here() -> None:
     decoder = Told([0.25] * 4)
-    tokens, image_index = torch.tensor([[START, UNKNOWN, END]]), torch.tensor([0])
+    tokens, image_index = torch.tensor([[START, UNK, END]]), torch.tensor([0])
     said, _ = scheduled_sampling_forward(decoder, torch.zeros(1, 1, 1), tokens, image_index, 1.0)
     assert not any(word.requires_grad for word in decoder.read)
     said.sum().backward()
@@ -105,7 +105,7 @@ def test_no_gradient_flows_through_a_draw_and_a_loss_that_is_no_number_ends_noth
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_same_dropout_is_the_same_in_a_rehearsal(name, features, tokens) -> None:
-    decoder = build(name, dropout=0.5, same_dropout=True, embed=40).train()
+    decoder = build(name, dropout=0.5, variational_dropout=True, embed_size=40).train()
     read: list[Tensor] = []
     decoder.dropout.register_forward_hook(lambda _, words, hidden: read.append(hidden / words[0]))
     scheduled_sampling_forward(decoder, features, torch.full_like(tokens, 4), IMAGE_INDEX, 0.5)

@@ -14,7 +14,7 @@ from captionscale.vocab import END, START
 @pytest.mark.parametrize("beam", [1, 4])
 def test_the_words_of_a_found_caption_are_as_likely_together_as_the_search_said(name, beam) -> None:
     decoder, features = peaked_decoder(name, 0)
-    found = search(decoder, features, beam=beam, max_words=6, length_power=0.7)
+    found = search(decoder, features, beam=beam, max_words=6, length_penalty=0.7)
     for rank in range(beam):
         traces = score_captions(decoder, features, [captions[rank].tokens for captions in found])
         for captions, trace in zip(found, traces, strict=True):
@@ -26,7 +26,7 @@ def test_the_words_of_a_found_caption_are_as_likely_together_as_the_search_said(
 @pytest.mark.parametrize("name", ["attention", "top_down"])
 def test_the_decoder_looks_where_it_does_when_it_reads_the_whole_caption_at_once(name) -> None:
     decoder, features = peaked_decoder(name, 1)
-    captions = [each[0].tokens for each in search(decoder, features, beam=4, max_words=6, length_power=0.7)]
+    captions = [each[0].tokens for each in search(decoder, features, beam=4, max_words=6, length_penalty=0.7)]
     for row, (tokens, trace) in enumerate(
         zip(captions, score_captions(decoder, features, captions), strict=True)
     ):

@@ -92,7 +92,7 @@ PIECES = [
         "000 deaths",
     ),
 ]
-WORDS = "a dog cat runs over the wet grass of large park two men are standing near an old train"
+WORDS = "a dog cat runs over the wet grass of large park two men are train_state near an old train"
 
 
 def _random_texts(count, seed):

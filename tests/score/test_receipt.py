@@ -41,7 +41,7 @@ def receipt() -> Receipt:
         CAPTIONS,
         REFERENCES,
         N_GRAMS,
-        provenance={"search": {"beam": 3, "length_power": 0.7}, "end_token_rewarded": False},
+        provenance={"search": {"beam": 3, "length_penalty": 0.7}, "end_token_rewarded": False},
     )
 
 

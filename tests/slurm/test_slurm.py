@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
-from captionscale.data.packing import Options, pack
+from captionscale.data.packing import PackOptions, pack
 from captionscale.data.sources import coco
 from captionscale.train import checkpoints
 from captionscale.train.loop import train
@@ -78,8 +78,8 @@ def jobs(slurm: Slurm, synthetic_coco: Path, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("jobs")
     for split in ("train", "val"):
         captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
-        records = coco.official(synthetic_coco / f"{split}2017", captions, split)
-        pack(records, folder / "shards", sources=[captions], options=Options(images_per_shard=16))
+        records = coco.read_official(synthetic_coco / f"{split}2017", captions, split)
+        pack(records, folder / "shards", sources=[captions], options=PackOptions(images_per_shard=16))
     settings = tiny_config(folder, folder / "shards", *CHANGES)
     facts = SimpleNamespace(hit=folder / "hit", chain=folder / "chain", alone=folder / "alone", folder=folder)
 
@@ -126,11 +126,11 @@ def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
     # To the job's script as well, which is to stay.
     slurm("scancel", "--full", "--signal=USR1", job)
     _until(lambda: _restarted(slurm, job, 1), "the restart after USR1")
-    first = checkpoints.steps(run)[-1]
+    first = checkpoints.checkpoint_steps(run)[-1]
     _until(lambda: _trained(run, first + 1), "steps after the restart")
     slurm("scontrol", "requeue", job)
     _until(lambda: _restarted(slurm, job, 2), "the restart after requeue")
-    second = checkpoints.steps(run)[-1]
+    second = checkpoints.checkpoint_steps(run)[-1]
     _until(lambda: _trained(run, second + 1), "steps after the second restart")
     [process] = [path.name for path in Path("/proc").glob("[0-9]*") if _is_rank(path, "1", run)]
     os.kill(int(process), signal.SIGKILL)
@@ -165,7 +165,7 @@ def _until(holds: Callable[[], bool], what: str) -> None:
 
 def _trained(run: Path, least: int) -> bool:
     """Whether a run has a checkpoint of this step or a later one."""
-    return bool(steps := checkpoints.steps(run)) and steps[-1] >= least
+    return bool(steps := checkpoints.checkpoint_steps(run)) and steps[-1] >= least
 
 
 def _is_rank(process: Path, rank: str, run: Path) -> bool:

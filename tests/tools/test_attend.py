@@ -79,13 +79,13 @@ def test_the_maps_of_each_word_add_up_to_one_and_are_the_grid_s(run, photos) -> 
     from captionscale.tools.ensemble import open_ensemble
 
     for stride in (32, 16):
-        writer = CaptionPipeline(open_ensemble(run, (), checkpoint="best", changes=["search.beam=2"]))
+        writer = CaptionPipeline(open_ensemble(run, (), checkpoint="best", overrides=["search.beam=2"]))
         size = writer.ensemble.config.data.image_size
         if stride == 16:
             from captionscale.model.captioner import Captioner
 
             model = writer.ensemble.config.model
-            finer = model.encoder.model_copy(update={"stride": 16})
+            finer = model.encoder.model_copy(update={"output_stride": 16})
             model = model.model_copy(update={"encoder": finer})
             writer.captioner = Captioner(model, len(writer.vocabulary)).eval()
         views = [writer.view(photo) for photo in photos]
@@ -131,7 +131,7 @@ def test_an_image_of_a_hundred_megapixels_is_refused(run, tmp_path, capsys) -> N
 
 
 def test_a_plain_decoder_says_that_it_has_no_attention(packed, tmp_path, capsys, photos) -> None:
-    tiny_config(tmp_path, packed, "train.steps=1", "model.decoder.name=plain", "model.decoder.layers=1")
+    tiny_config(tmp_path, packed, "train.steps=1", "model.decoder.name=plain", "model.decoder.num_layers=1")
     main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run")])
     error = _refuse(capsys, "attend", tmp_path / "run", *photos, "--out", tmp_path / "out")
     assert "its decoder is 'plain'" in error

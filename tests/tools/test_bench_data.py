@@ -9,7 +9,7 @@ import torch
 
 from captionscale.data import transforms
 from captionscale.errors import UserError
-from captionscale.files import cores
+from captionscale.files import cpu_count
 from captionscale.tools.bench import data, start
 from captionscale.tools.bench.race import Heat
 
@@ -39,11 +39,11 @@ def test_loading_is_measured_beside_others_that_show_the_same_pictures(
     assert torch.get_num_threads() == threads
     assert not list(tmp_path.iterdir())
     records = data._records(synthetic_coco / "train2017", tmp_path, 8)
-    stored = data._store(records, tmp_path / "few", data.packing.Options())
+    stored = data._store(records, tmp_path / "few", data.packing.PackOptions())
     assert "steps of 256 apart" in data._compare(stored)
     # Another crop is another picture.
-    really = transforms.centre_view
-    monkeypatch.setattr(transforms, "centre_view", lambda image, size: really(image[8:], size))
+    really = transforms.center_crop
+    monkeypatch.setattr(transforms, "center_crop", lambda image, size: really(image[8:], size))
     with pytest.raises(UserError, match="the ways show other pictures"):
         data._compare(stored)
 
@@ -67,7 +67,7 @@ def test_first_batches_and_the_memory_of_a_loader_are_measured(
 def test_processes_side_by_side_have_the_threads_that_launch_gives_them_and_then_torchs_own() -> None:
     heat = start._two_processes(1)
     assert len(heat.lanes) == 3
-    shared = max(1, cores() // 2)
+    shared = max(1, cpu_count() // 2)
     [threads] = re.findall(r"processes: ([\d, ]+)\.", heat.notes[0])
     assert [int(each) for each in threads.split(",")][:2] == [shared, shared]
     assert heat.lanes[1].ratio[0] > 0

@@ -111,7 +111,7 @@ def test_every_published_row_has_a_source_a_class_and_figures_that_were_checked(
 
 @pytest.mark.parametrize("part", ["test", "val"])
 def test_karpathys_splits_are_known_by_their_references(part, real_data) -> None:
-    references = coco.references(real_data / "coco_karpathy" / f"captions_{part}5k.json")
+    references = coco.read_references(real_data / "coco_karpathy" / f"captions_{part}5k.json")
     assert published().find_split(references_sha256(references)) == f"karpathy-{part}"
 
 

@@ -48,7 +48,7 @@ def test_a_file_and_its_picture_have_one_caption_whichever_batch_they_are_in(
     writer: CaptionPipeline, synthetic_coco: Path
 ) -> None:
     files = pictures(synthetic_coco)
-    together = writer.caption(files, batch=3)
+    together = writer.caption(files, batch_size=3)
     opened = [Image.open(file) for file in files]
     for file, picture, caption in zip(files, opened, together, strict=True):
         [alone], [other] = writer.caption([str(file)]), writer.caption([picture])
@@ -82,7 +82,7 @@ def test_sampled_captions_are_functions_of_seed_and_place(
 
 def test_every_caption_of_a_beam_is_given_best_first(writer: CaptionPipeline, synthetic_coco: Path) -> None:
     views = [writer.view(file) for file in pictures(synthetic_coco)[:2]]
-    generation_request = writer.generation_request(beam=4, length_power=0.0)
+    generation_request = writer.generation_request(beam=4, length_penalty=0.0)
     best = writer.generate(views, generation_request, [0, 1])
     for all_of, [first] in zip(
         writer.generate(views, generation_request, [0, 1], return_all=True), best, strict=True

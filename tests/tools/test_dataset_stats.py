@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from captionscale import progress
 from captionscale.cli import main
 from captionscale.data import manifest
-from captionscale.data.packing import Options, pack
+from captionscale.data.packing import PackOptions, pack
 from captionscale.data.sources import coco
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
@@ -43,7 +43,7 @@ def packs(tmp_path: Path) -> Pack:
                     (tmp_path / f"{image_id}.png").write_bytes(b"no picture")
                 records.append(Record(image_id, split, captions, str(tmp_path), f"{image_id}.png"))
         out = tmp_path / "shards"
-        pack(records, out, sources=[], options=Options(images_per_shard=3, max_rejected=0.5))
+        pack(records, out, sources=[], options=PackOptions(images_per_shard=3, max_rejected=0.5))
         return out
 
     return packs
@@ -121,7 +121,7 @@ def test_a_vocabulary_covers_the_captions_it_is_of(
     main(["stats", str(packed), "--min-count", "1"])
     page = capsys.readouterr().out
     assert table(page)["words in the vocabulary"][0] == "100.0%"
-    texts = coco.references(synthetic_coco / "annotations" / "captions_train2017.json").values()
+    texts = coco.read_references(synthetic_coco / "annotations" / "captions_train2017.json").values()
     words = {word for captions in texts for caption in captions for word in split_words(caption)}
     assert f"vocabulary of train: {len(words):,} words, {len(words):,} of them at least 1 times\n" in page
 
@@ -257,8 +257,8 @@ def test_real_coco_images_have_the_sizes_that_coco_says(
     if not sample.is_dir():
         pytest.skip("needs ../shared/data beside the checkout")
     captions = sample / "annotations" / "captions_val2017.json"
-    records = coco.official(sample / "val2017", captions, "val")
-    pack(records, tmp_path / "shards", sources=[captions], options=Options(whole=False))
+    records = coco.read_official(sample / "val2017", captions, "val")
+    pack(records, tmp_path / "shards", sources=[captions], options=PackOptions(full_decode=False))
     print_stats(tmp_path / "shards", min_count=5)
     page = table(capsys.readouterr().out)
     document = json.loads(captions.read_text())

@@ -13,7 +13,7 @@ from captionscale.tools.bench import decode
 def test_the_published_form_finds_the_captions_of_our_search(beam) -> None:
     for seed in range(4):
         decoder, features = peaked_decoder("attention", seed, words=9)
-        settings = {"beam": beam, "max_words": 8, "length_power": 0.7}
+        settings = {"beam": beam, "max_words": 8, "length_penalty": 0.7}
         for image, (best, *_) in zip(features.split(1), search(decoder, features, **settings), strict=True):
             found = decode.one_after_another(decoder, image, **settings)
             assert found.tokens == best.tokens
@@ -21,7 +21,7 @@ def test_the_published_form_finds_the_captions_of_our_search(beam) -> None:
 
 
 def test_the_benchmark_runs_and_its_random_decoder_says_captions_of_some_length(monkeypatch) -> None:
-    settings = Decoder(embed=32, hidden=32, attend=16)
+    settings = Decoder(embed_size=32, hidden_size=32, attention_size=16)
     (heat,) = decode.bench(None, images=3, rounds=1, grids=(2,), settings=settings, words=60)
     assert [lane.ratio[0] > 0 for lane in heat.lanes] == [True] * 3
     assert float(heat.notes[1].split()[2]) > 3

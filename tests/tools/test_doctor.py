@@ -24,8 +24,8 @@ from captionscale.tools.doctor.network import _rounds, report_links
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import Check, CheckResult, ok, run_checks, verdict
 from captionscale.train import checkpoints
-from captionscale.train.state import Standing
-from captionscale.vocab import SPECIALS, Vocabulary
+from captionscale.train.state import TrainState
+from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
 HOST = os.uname().nodename
 STATES = ("ok", "warning", "failure")
@@ -192,7 +192,7 @@ def test_a_byte_that_rotted_is_found_among_the_samples(copy: Path, capsys) -> No
         (["train.global_batch=47", "train.micro_batch=1"], {}, "batches", "cannot give each of"),
         (["data.workers=1000"], {}, "workers", "wanted one for each thread that decodes"),
         (["model.encoder.weights=gone.pth"], {}, "weights", "no such file"),
-        (["train.start_from=gone"], {}, "weights", "gone: no such folder, wanted the --out"),
+        (["train.init_from=gone"], {}, "weights", "gone: no such folder, wanted the --out"),
         (["train.grace_s=0.0001"], {}, "disk", "a job whose time ends would lose its work"),
         ([], {"time_limit": "1"}, "finish", "it would do nothing"),
         ([], {"time_limit": "soon"}, "config", "--time soon: not a time"),
@@ -227,7 +227,7 @@ def test_a_step_on_cached_features_is_timed_without_the_encoder(packed, tmp_path
         return encode(*arguments)
 
     monkeypatch.setattr(Encoder, "forward", count)
-    plain = ("data.crop_scale=[1.0, 1.0]", "data.flip=false", "data.colour_jitter=0")
+    plain = ("data.crop_scale=[1.0, 1.0]", "data.flip=false", "data.color_jitter=0")
     frozen = ("model.encoder.trainable=none", *plain)
     settings = tiny_config(tmp_path, packed, *frozen, "train.cache_features=true")
     rate, how = throughput._learned(Plan(settings, None, {"use_cpu": True}, 1, 1, None, True, False))
@@ -246,13 +246,13 @@ def test_a_folder_that_cannot_be_written_is_refused(packed, tmp_path, capsys) ->
 def test_a_run_of_another_experiment_is_refused_by_the_keys_that_differ(packed, tmp_path) -> None:
     settings = tiny_config(tmp_path, packed)
     run, small = tmp_path / "run", {"a": torch.rand(3)}
-    words = Vocabulary((*SPECIALS, "dog"))
-    checkpoints.save(run, Standing(step=1), {}, small, small, settings, words)
-    other = toml.load(tmp_path / "experiment.toml", ["model.decoder.hidden=99", "train.lr=1e-9"])
+    words = Vocabulary((*SPECIAL_TOKENS, "dog"))
+    checkpoints.save(run, TrainState(step=1), {}, small, small, settings, words)
+    other = toml.load(tmp_path / "experiment.toml", ["model.decoder.hidden_size=99", "train.lr=1e-9"])
     (line,) = storage.run(Plan(other, run, {}, 1, 1, None, True, False))
     assert line.state == "failure"
-    hidden = settings.model.decoder.hidden
-    assert line.found.endswith(f"is of another experiment: model.decoder.hidden was {hidden}, now 99")
+    hidden = settings.model.decoder.hidden_size
+    assert line.found.endswith(f"is of another experiment: model.decoder.hidden_size was {hidden}, now 99")
     (line,) = storage.run(Plan(settings, run, {}, 1, 1, None, True, False))
     assert line.state == "ok"
 

@@ -1,4 +1,4 @@
-"""The verb `drill`: real launches and kills, and the verdict where two runs are not one."""
+"""The command `drill`: real launches and kills, and the verdict where two runs are not one."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_a_run_killed_and_resumed_is_one_result_and_a_book_that_was_cooked_is_to
         run_drill(tmp_path, packed)
 
     out = tmp_path / "drill"
-    book = max(out.joinpath("killed", "ledger").iterdir())
+    book = max(out.joinpath("killed", "sample_log").iterdir())
     first, *others = book.read_text().splitlines()
     line = json.loads(first)
     line["image_ids"][0] = line["image_ids"][1]
@@ -39,7 +39,7 @@ def test_a_run_killed_and_resumed_is_one_result_and_a_book_that_was_cooked_is_to
     log.write_text("\n".join(map(json.dumps, lines)))
     split = room.Split(packed, "train")
     settings = room.toml.load(out / "experiment.toml")
-    order = room.order_of(split, settings)
+    order = room.make_sampler(split, settings)
     assert not room._judge(out / "alone", out / "killed", [], order, split, settings)
     said = capsys.readouterr().out
     assert "1 samples too many" in said

@@ -10,28 +10,28 @@ from captionscale.model.captioner import Captioner
 from captionscale.model.search.ensemble import Ensemble
 from captionscale.tools.ensemble import open_ensemble
 from captionscale.train import checkpoints
-from captionscale.train.state import Standing
-from captionscale.vocab import SPECIALS, Vocabulary
+from captionscale.train.state import TrainState
+from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
-SMALL = ("model.encoder.name=resnet18", "model.encoder.weights=none", "model.decoder.hidden=8")
+SMALL = ("model.encoder.name=resnet18", "model.encoder.weights=none", "model.decoder.hidden_size=8")
 
 
 def saved(folder: Path, name: str, *changes: str, words: tuple[str, ...] = ("a", "dog", "runs")) -> Path:
     """Write a run of one checkpoint, with random weights."""
     path = folder / f"{name}.toml"
     path.write_text(toml.dumps(Config(data=Data(shards="shards"))), encoding="utf-8")
-    config, vocabulary = toml.load(path, [*SMALL, *changes]), Vocabulary(SPECIALS + words)
+    config, vocabulary = toml.load(path, [*SMALL, *changes]), Vocabulary(SPECIAL_TOKENS + words)
     torch.manual_seed(len(name))
     weights = Captioner(config.model, len(vocabulary)).state_dict()
-    checkpoints.save(folder / name, Standing(step=1), {}, weights, {}, config, vocabulary)
+    checkpoints.save(folder / name, TrainState(step=1), {}, weights, {}, config, vocabulary)
     return folder / name
 
 
 def test_members_write_as_one_and_say_who_they_are(tmp_path: Path) -> None:
     run, other = saved(tmp_path, "run"), saved(tmp_path, "other", "model.decoder.name=plain")
     alone, both, turned = (
-        open_ensemble(run, others, checkpoint="best", changes=changes)
-        for others, changes in (([], []), ([other], []), ([], ["search.block_ngrams=3"]))
+        open_ensemble(run, others, checkpoint="best", overrides=changes)
+        for others, changes in (([], []), ([other], []), ([], ["search.no_repeat_ngram_size=3"]))
     )
     assert isinstance(alone.captioner(), Captioner)
     assert isinstance(both.captioner(), Ensemble)
@@ -45,9 +45,9 @@ def test_members_write_as_one_and_say_who_they_are(tmp_path: Path) -> None:
     # Results of another search or of other members do not take the place of the run's own.
     assert alone.search_label == "beam5"
     assert len({alone.search_label, both.search_label, turned.search_label}) == 3
-    assert open_ensemble(run, [], checkpoint="best", changes=["search.beam=3"]).search_label == "beam3"
-    assert turned.config.search.block_ngrams == 3
-    assert turned.checkpoints[0].config().search.block_ngrams == 0
+    assert open_ensemble(run, [], checkpoint="best", overrides=["search.beam=3"]).search_label == "beam3"
+    assert turned.config.search.no_repeat_ngram_size == 3
+    assert turned.checkpoints[0].config().search.no_repeat_ngram_size == 0
 
 
 def test_runs_that_cannot_write_together_are_refused_by_name(tmp_path: Path) -> None:
@@ -58,8 +58,8 @@ def test_runs_that_cannot_write_together_are_refused_by_name(tmp_path: Path) -> 
         ("long", saved(tmp_path, "long", "data.max_words=9"), "its data.max_words is 9, that of"),
     ):
         with pytest.raises(UserError, match=told) as caught:
-            open_ensemble(run, [other], checkpoint="last", changes=[])
-        assert f"--with {tmp_path / name}" in str(caught.value)
+            open_ensemble(run, [other], checkpoint="last", overrides=[])
+        assert f"--ensemble {tmp_path / name}" in str(caught.value)
         assert str(run) in str(caught.value)
 
 
@@ -75,5 +75,5 @@ def test_runs_that_cannot_write_together_are_refused_by_name(tmp_path: Path) -> 
 )
 def test_only_the_search_can_be_changed_and_only_to_what_can_be(tmp_path: Path, change, told) -> None:
     with pytest.raises(UserError) as caught:
-        open_ensemble(saved(tmp_path, "run"), [], checkpoint="best", changes=[change])
+        open_ensemble(saved(tmp_path, "run"), [], checkpoint="best", overrides=[change])
     assert told in str(caught.value)

@@ -62,7 +62,7 @@ def test_both_sets_of_coco_2014_go_into_one_archive_under_their_official_names(t
     assert said[0].endswith(
         "captions_val2014_alg-1.0_results.json: 40,504 captions, one for each image of coco2014-val"
     )
-    assert said[1] == "not to upload yet: its archive needs coco2014-test too, by --set coco2014-test"
+    assert said[1] == "not to upload yet: its archive needs coco2014-test too, by --eval-set coco2014-test"
     assert said[3] == f"upload {out / 'results.zip'}"
     with zipfile.ZipFile(out / "results.zip") as packed:
         assert packed.testzip() is None
@@ -92,7 +92,7 @@ def test_both_sets_of_coco_2014_go_into_one_archive_under_their_official_names(t
     # An archive never holds half a set, nor two algorithms.
     (out / "captions_test2014_alg-1.0_results.json").write_text("[]")
     said = refused("coco2014-val", parts, tmp_path / "coco2014-val.json", "alg-1.0", out)
-    assert "0 captions, wanted 40,775; write it again with --set coco2014-test" in said
+    assert "0 captions, wanted 40,775; write it again with --eval-set coco2014-test" in said
     said = refused("coco2014-val", parts, tmp_path / "coco2014-val.json", "other", out)
     assert "of the algorithm 'alg-1.0'; wanted only files of 'other'" in said
 

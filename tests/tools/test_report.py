@@ -37,14 +37,14 @@ def _receipt(run: Path, packed: Path, caption: str, name: Callable[[int], int | 
     """Give a run a receipt of its test split, as `score` does, of the metrics that are quick."""
     from captionscale.data.shards import Split
     from captionscale.score import score
-    from captionscale.train.checkpoints import open_run
+    from captionscale.train.checkpoints import open_checkpoint
 
-    saved, split = open_run(run), Split(packed, "test")
+    saved, split = open_checkpoint(run), Split(packed, "test")
     receipt = score(
         {name(row["image_id"]): f"{caption} {number % 3}" for number, row in enumerate(split.index)},
         {name(image_id): references for image_id, references in split.references().items()},
         ["BLEU-4", "CIDEr-D"],
-        provenance={"split": "test", "step": saved.standing.step},
+        provenance={"split": "test", "step": saved.train_state.step},
         hashes={"model": saved.sha256},
     )
     receipt.write(run / "scores" / "test" / "receipt.json")

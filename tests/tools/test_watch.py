@@ -10,8 +10,8 @@ import pytest
 from captionscale import toml
 from captionscale.errors import UserError
 from captionscale.tools.watch import RunWatcher, watch
-from captionscale.train.log_reader import Reader, read_line
-from captionscale.train.log_writer import Log
+from captionscale.train.log_reader import JsonLinesReader, parse_line
+from captionscale.train.log_writer import LogWriter
 
 STEPS_PER_EPOCH = 50
 
@@ -25,7 +25,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "config.toml").write_text(toml.dumps(settings), encoding="utf-8")
     (folder / ".lock").write_text("captionscale train, process 7 on another-machine")
     (folder / "checkpoints" / "step-00000050").mkdir(parents=True)
-    log = Log(folder, 0, 0)
+    log = LogWriter(folder, 0, 0)
     for step in range(10, 70, 10):
         log.write(step, epoch=step / STEPS_PER_EPOCH, loss=4 - step / 20, images_per_s=64.0)
         if step == 50:
@@ -99,7 +99,7 @@ def test_a_stall_names_the_rank_until_the_run_moves_again(run) -> None:
 def test_a_run_that_left_says_why_and_that_it_goes_on(run) -> None:
     (run / ".lock").write_text("")
     with (run / "log.jsonl").open("a") as log:
-        log.write('{"step": 60, "left_for": "SIGUSR1", "left_after_s": 0.5}\n')
+        log.write('{"step": 60, "stop_reason": "SIGUSR1", "stop_save_s": 0.5}\n')
     glance = RunWatcher(run).status()
     assert (glance.state, glance.reason) == ("not running", "it left for SIGUSR1; the same command goes on")
 
@@ -126,7 +126,7 @@ def test_a_finished_run_ends_the_watch(run, capsys) -> None:
 def test_a_run_that_goes_on_takes_back_what_it_will_do_again(run) -> None:
     watched = RunWatcher(run)
     assert watched.status().facts["step"] == "60 of 100"
-    Log(run, 50, 50).close()
+    LogWriter(run, 50, 50).close()
     assert watched.status().facts["step"] == "50 of 100"
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 60, "epoch": 1.2, "loss": 0.5, "images_per_s": 64.0}\n{"step": 70, "ep')
@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_takes_back_what_it_will_do_again(run) -> None:
 
 def test_only_what_is_new_is_read(tmp_path) -> None:
     path = tmp_path / "log.jsonl"
-    reader = Reader(path, read_line)
+    reader = JsonLinesReader(path, parse_line)
     reader.read()
     assert reader.lines == []
     path.write_text('{"step": 1}\nrubbish\n[3]\n{"step": "x"}\n{"st')

@@ -23,14 +23,14 @@ from captionscale.errors import UserError
 from captionscale.files import sha256_of
 from captionscale.model.captioner import Captioner
 from captionscale.train import checkpoints
-from captionscale.train.checkpoint_writer import Saver
+from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.loop import train
-from captionscale.train.run_folder import MODEL, OPTIMIZER
-from captionscale.train.state import Standing
+from captionscale.train.run_folder import MODEL_FILE, OPTIMIZER_FILE
+from captionscale.train.state import TrainState
 from captionscale.version import __version__
-from captionscale.vocab import SPECIALS, Vocabulary
+from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
-VOCABULARY = Vocabulary((*SPECIALS, "a", "dog"))
+VOCABULARY = Vocabulary((*SPECIAL_TOKENS, "a", "dog"))
 
 
 def _moved(config: Config) -> tuple[Captioner, Engine]:
@@ -40,7 +40,7 @@ def _moved(config: Config) -> tuple[Captioner, Engine]:
     engine = Engine(Ranks(), model, AdamW(learning, lr=1e-2, fused=True), clip_norm=1e9)
     for parameter in learning:
         parameter.grad = torch.randn_like(parameter)
-    engine.update()
+    engine.step()
     return model, engine
 
 
@@ -49,42 +49,42 @@ def config(tmp_path: Path) -> Config:
     return tiny_config(tmp_path, tmp_path / "no shards are read here")
 
 
-def _save(run: Path, config: Config, step: int, **standing: Any) -> None:
+def _save(run: Path, config: Config, step: int, **train_state: Any) -> None:
     small = {"a": torch.rand(9)}
-    checkpoints.save(run, Standing(step=step, **standing), {"seed": 0}, small, small, config, VOCABULARY)
+    checkpoints.save(run, TrainState(step=step, **train_state), {"seed": 0}, small, small, config, VOCABULARY)
 
 
 def test_a_restored_model_and_engine_take_the_same_next_step(tmp_path: Path, config: Config) -> None:
     model, engine = _moved(config)
-    tensors = model.state_dict(), engine.memory()
-    checkpoints.save(tmp_path, Standing(step=7), {"seed": 0}, *tensors, config, VOCABULARY)
+    tensors = model.state_dict(), engine.optimizer_state()
+    checkpoints.save(tmp_path, TrainState(step=7), {"seed": 0}, *tensors, config, VOCABULARY)
     other, other_engine = _moved(config)
-    saved = checkpoints.newest(tmp_path, pytest.fail)
+    saved = checkpoints.find_latest(tmp_path, pytest.fail)
     assert saved is not None
-    assert saved.standing.step == 7
+    assert saved.train_state.step == 7
     assert saved.vocabulary() == VOCABULARY
     assert saved.config() == config
-    saved.refuse_another({"seed": 0})
+    saved.check_fingerprint({"seed": 0})
     other.load_state_dict(saved.weights())
-    other_engine.load_memory(saved.memory(other))
+    other_engine.load_optimizer_state(saved.optimizer_state(other))
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
         if one.requires_grad:
             one.grad = torch.ones_like(one)
             two.grad = torch.ones_like(two)
-    engine.update()
-    other_engine.update()
+    engine.step()
+    other_engine.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path, config: Config) -> None:
     for step in (1, 2, 3, 4, 5):
         _save(tmp_path, config, step, best_step=min(step, 2))
-    assert config.train.keep == 2
-    assert checkpoints.steps(tmp_path) == [2, 4, 5]
-    assert checkpoints.open_run(tmp_path).standing.step == 2
-    assert checkpoints.open_run(tmp_path, "last").standing.step == 5
-    assert checkpoints.open_run(tmp_path, "4").standing.step == 4
+    assert config.train.keep_checkpoints == 2
+    assert checkpoints.checkpoint_steps(tmp_path) == [2, 4, 5]
+    assert checkpoints.open_checkpoint(tmp_path).train_state.step == 2
+    assert checkpoints.open_checkpoint(tmp_path, "last").train_state.step == 5
+    assert checkpoints.open_checkpoint(tmp_path, "4").train_state.step == 4
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "vocab.json", "state.json"])
@@ -96,9 +96,9 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     damaged = tmp_path / "checkpoints" / "step-00000002" / name
     damaged.write_bytes(damaged.read_bytes()[:-3])
     warnings: list[str] = []
-    saved = checkpoints.newest(tmp_path, warnings.append)
+    saved = checkpoints.find_latest(tmp_path, warnings.append)
     assert saved is not None
-    assert saved.standing.step == 1
+    assert saved.train_state.step == 1
     assert "step-00000002: damaged checkpoint" in warnings[0]
 
 
@@ -107,7 +107,7 @@ def test_saving_before_a_damaged_checkpoint_keeps_what_is_saved(tmp_path: Path, 
         _save(tmp_path, config, step)
     (tmp_path / "checkpoints" / "step-00000009" / "model.safetensors").write_bytes(b"")
     _save(tmp_path, config, 3)
-    assert checkpoints.steps(tmp_path) == [2, 3]
+    assert checkpoints.checkpoint_steps(tmp_path) == [2, 3]
 
 
 def test_a_step_that_is_saved_again_takes_the_place_of_the_damaged_one(
@@ -117,7 +117,7 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_damaged_one(
     (tmp_path / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"")
     _save(tmp_path, config, 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    assert checkpoints.newest(tmp_path, pytest.fail) is not None
+    assert checkpoints.find_latest(tmp_path, pytest.fail) is not None
 
 
 def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_captioning(
@@ -126,7 +126,7 @@ def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_captioning(
     _save(tmp_path, config, 1)
     _save(tmp_path, config, 2)
     (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")
-    assert checkpoints.open_run(tmp_path).standing.step == 1
+    assert checkpoints.open_checkpoint(tmp_path).train_state.step == 1
 
 
 def test_a_checkpoint_of_another_version_is_named_so_and_never_passed_over(
@@ -137,7 +137,10 @@ def test_a_checkpoint_of_another_version_is_named_so_and_never_passed_over(
     state = tmp_path / "checkpoints" / "step-00000002" / "state.json"
     written = json.loads(state.read_text())
     state.write_text(json.dumps({**written, "format": 9, "captionscale": "7.0"}))
-    for ask in (lambda: checkpoints.newest(tmp_path, pytest.fail), lambda: checkpoints.open_run(tmp_path)):
+    for ask in (
+        lambda: checkpoints.find_latest(tmp_path, pytest.fail),
+        lambda: checkpoints.open_checkpoint(tmp_path),
+    ):
         with pytest.raises(UserError, match=r"of format 9, written by captionscale 7\.0; .* take the"):
             ask()
 
@@ -154,23 +157,23 @@ def test_a_key_that_only_another_version_had_is_told_with_that_version(
     for version, told in (("7.0", "captionscale 7.0 wrote this checkpoint"), (__version__, "key 'glow'")):
         state.write_text(json.dumps({**written, "sha256": hashes, "captionscale": version}))
         with pytest.raises(UserError, match=told):
-            checkpoints.open_run(tmp_path).config()
+            checkpoints.open_checkpoint(tmp_path).config()
 
 
 def test_weights_that_are_no_numbers_are_refused_before_they_caption(tmp_path: Path, config: Config) -> None:
     weights = Captioner(config.model, len(VOCABULARY)).state_dict()
     last = list(weights)[-1]
     weights[last][0] = torch.nan
-    checkpoints.save(tmp_path, Standing(step=1), {}, weights, {}, config, VOCABULARY)
+    checkpoints.save(tmp_path, TrainState(step=1), {}, weights, {}, config, VOCABULARY)
     with pytest.raises(UserError, match=rf"step-00000001: weights of {last} are no numbers"):
-        checkpoints.open_run(tmp_path).captioner()
+        checkpoints.open_checkpoint(tmp_path).captioner()
 
 
 def test_a_run_of_damaged_checkpoints_is_not_silently_started_again(tmp_path: Path, config: Config) -> None:
     _save(tmp_path, config, 1)
     (tmp_path / "checkpoints" / "step-00000001" / "state.json").unlink()
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        checkpoints.newest(tmp_path, lambda _: None)
+        checkpoints.find_latest(tmp_path, lambda _: None)
 
 
 @contextmanager
@@ -198,19 +201,19 @@ def test_a_disk_that_is_full_at_any_write_costs_no_earlier_checkpoint(
     if refused == "vocab.json":
         words += (large,)
     fingerprint = {"seed": large} if refused == "state.json" else {}
-    saver = Saver(tmp_path, config, Vocabulary(words), fingerprint)
-    saver.save(Standing(step=1), *tensors)
+    saver = CheckpointWriter(tmp_path, config, Vocabulary(words), fingerprint)
+    saver.save(TrainState(step=1), *tensors)
     saver.wait()
     with _largest_file(99_999):
-        saver.save(Standing(step=2), *tensors)
+        saver.save(TrainState(step=2), *tensors)
         with pytest.raises(UserError, match=r"step-00000002: cannot be written .*File too large.*before it"):
             saver.wait()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     # The disk was freed meanwhile.
-    saver.save(Standing(step=3), *tensors)
+    saver.save(TrainState(step=3), *tensors)
     saver.wait()
-    assert checkpoints.steps(tmp_path) == [1, 3]
-    assert checkpoints.newest(tmp_path, pytest.fail) is not None
+    assert checkpoints.checkpoint_steps(tmp_path) == [1, 3]
+    assert checkpoints.find_latest(tmp_path, pytest.fail) is not None
 
 
 def test_what_is_saved_is_what_was_at_that_moment_and_a_save_waits_for_the_one_before(
@@ -224,54 +227,54 @@ def test_what_is_saved_is_what_was_at_that_moment_and_a_save_waits_for_the_one_b
         "half": torch.rand(3).bfloat16(),
     }
     memory = {"none": torch.empty(0), "row": torch.arange(12.0).view(3, 4).T}
-    saver, standing = Saver(tmp_path, config, VOCABULARY, {}), Standing(scaler={"scale": 0.0})
+    saver, train_state = CheckpointWriter(tmp_path, config, VOCABULARY, {}), TrainState(scaler={"scale": 0.0})
     expected, took = [], 0.0
     for step, there in ((1, []), (2, [1])):
-        standing.step = step
+        train_state.step = step
         tensors = {name: tensor.clone() for name, tensor in (weights | memory).items()}
-        expected.append((copy.deepcopy(standing), tensors))
+        expected.append((copy.deepcopy(train_state), tensors))
         took = -time.monotonic()
-        saver.save(standing, weights, memory)
+        saver.save(train_state, weights, memory)
         took += time.monotonic()
         # Training goes on.
-        standing.step, standing.best_score, standing.scaler["scale"] = 99, 0.5, float(step)
+        train_state.step, train_state.best_score, train_state.scaler["scale"] = 99, 0.5, float(step)
         for tensor in (weights | memory).values():
             tensor += 1
-        assert checkpoints.steps(tmp_path) == there, "the one before, not yet this one"
+        assert checkpoints.checkpoint_steps(tmp_path) == there, "the one before, not yet this one"
     saver.wait()
     for before, tensors in expected:
-        saved = checkpoints.open_run(tmp_path, str(before.step))
-        read = load_file(saved.folder / MODEL) | load_file(saved.folder / OPTIMIZER)
-        assert saved.standing == before
+        saved = checkpoints.open_checkpoint(tmp_path, str(before.step))
+        read = load_file(saved.folder / MODEL_FILE) | load_file(saved.folder / OPTIMIZER_FILE)
+        assert saved.train_state == before
         assert read.keys() == tensors.keys()
         assert all(torch.equal(read[name], tensors[name]) for name in tensors)
-    times = saver.written()
+    times = saver.pop_timings()
     assert list(times) == [1, 2]
     # What a log says that the loop waited is what it waited, for the one before too.
     assert 0.5 * took < times[2]["save_wait_s"] <= took
-    assert saver.written() == {}
+    assert saver.pop_timings() == {}
 
 
 def test_what_could_not_be_written_is_told_once_at_the_next_look_or_save_or_at_the_end(
     tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    saver, tensors = Saver(tmp_path, config, VOCABULARY, {}), ({"a": torch.ones(1)}, {})
+    saver, tensors = CheckpointWriter(tmp_path, config, VOCABULARY, {}), ({"a": torch.ones(1)}, {})
     (tmp_path / "checkpoints").write_text("a file where a folder is wanted")
     refusal = "step-00000001: cannot be written"
 
     def look(seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            assert saver.written() == {}
+            assert saver.pop_timings() == {}
 
-    saver.save(Standing(step=1), *tensors)
+    saver.save(TrainState(step=1), *tensors)
     with pytest.raises(UserError, match=refusal):
         look(30)
-    assert saver.written() == {}
-    saver.save(Standing(step=1), *tensors)
+    assert saver.pop_timings() == {}
+    saver.save(TrainState(step=1), *tensors)
     with pytest.raises(UserError, match=refusal):
-        saver.save(Standing(step=2), *tensors)
-    saver.save(Standing(step=1), *tensors)
+        saver.save(TrainState(step=2), *tensors)
+    saver.save(TrainState(step=1), *tensors)
     # It may be that another error ends the run, which this one must not hide.
     saver.close()
     assert "warning: " in capsys.readouterr().err
@@ -283,13 +286,13 @@ def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(tmp_pat
         import sys, torch
         from pathlib import Path
         from captionscale import toml
-        from captionscale.train.state import Standing
-        from captionscale.train.checkpoint_writer import Saver
-        from captionscale.vocab import SPECIALS, Vocabulary
+        from captionscale.train.state import TrainState
+        from captionscale.train.checkpoint_writer import CheckpointWriter
+        from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
         run = Path(sys.argv[1])
-        saver = Saver(run, toml.load(run / "experiment.toml"), Vocabulary(SPECIALS), {})
+        saver = CheckpointWriter(run, toml.load(run / "experiment.toml"), Vocabulary(SPECIAL_TOKENS), {})
         for step in range(1, 1000):
-            saver.save(Standing(step=step), {"a": torch.full([20_000_000], step)}, {})
+            saver.save(TrainState(step=step), {"a": torch.full([20_000_000], step)}, {})
     """
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
     deadline = time.monotonic() + 60
@@ -301,13 +304,13 @@ def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(tmp_pat
     process.kill()
     process.wait()
     assert torn.exists(), "it was killed too late"
-    saved = checkpoints.newest(tmp_path, pytest.fail)
+    saved = checkpoints.find_latest(tmp_path, pytest.fail)
     assert saved is not None
-    assert saved.standing.step == 2
-    assert torch.equal(load_file(saved.folder / MODEL)["a"], torch.full([20_000_000], 2))
+    assert saved.train_state.step == 2
+    assert torch.equal(load_file(saved.folder / MODEL_FILE)["a"], torch.full([20_000_000], 2))
     assert checkpoints.resume(tmp_path, {}, lambda _: None) is not None
     assert not torn.exists()
-    assert checkpoints.steps(tmp_path) == [1, 2]
+    assert checkpoints.checkpoint_steps(tmp_path) == [1, 2]
 
 
 def test_a_disk_that_cannot_hold_what_is_kept_is_refused_before_training(
@@ -315,17 +318,17 @@ def test_a_disk_that_cannot_hold_what_is_kept_is_refused_before_training(
 ) -> None:
     refusal = r"GB are free, wanted .* GB more for 1,000,000,003 checkpoints of 0\.\d\d GB"
     with pytest.raises(UserError, match=refusal) as caught:
-        train(tiny_config(tmp_path, packed, "train.keep=1000000000"), tmp_path / "run")
-    assert "lower train.keep, or take --out elsewhere" in str(caught.value)
+        train(tiny_config(tmp_path, packed, "train.keep_checkpoints=1000000000"), tmp_path / "run")
+    assert "lower train.keep_checkpoints, or take --out elsewhere" in str(caught.value)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_is_reserved_is_what_a_save_takes(tmp_path: Path, config: Config) -> None:
     model, engine = _moved(config)
-    saver = Saver(tmp_path, config, VOCABULARY, {})
+    saver = CheckpointWriter(tmp_path, config, VOCABULARY, {})
     saver.reserve(model)
     reserved = saver._buffer.data_ptr(), len(saver._buffer)
-    saver.save(Standing(step=1), model.state_dict(), engine.memory())
+    saver.save(TrainState(step=1), model.state_dict(), engine.optimizer_state())
     saver.wait()
     assert (saver._buffer.data_ptr(), len(saver._buffer)) == reserved
     files = (tmp_path / "checkpoints").glob("*/*.safetensors")
@@ -336,9 +339,9 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path: Path, config: Config
     _save(tmp_path, config, 1)
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step-00000001", folder / "step-00000002.tmp")
-    assert checkpoints.steps(tmp_path) == [1]
+    assert checkpoints.checkpoint_steps(tmp_path) == [1]
     _save(tmp_path, config, 2)
-    assert checkpoints.steps(tmp_path) == [1, 2]
+    assert checkpoints.checkpoint_steps(tmp_path) == [1, 2]
 
 
 def test_a_checkpoint_that_was_to_be_replaced_when_the_run_was_killed_is_still_there(
@@ -358,17 +361,17 @@ def test_a_copy_that_a_user_keeps_is_no_checkpoint(tmp_path: Path, config: Confi
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step-00000001", folder / "step-00000001-before-lr-2")
     _save(tmp_path, config, 2)
-    assert checkpoints.steps(tmp_path) == [1, 2]
+    assert checkpoints.checkpoint_steps(tmp_path) == [1, 2]
 
 
 def test_a_folder_without_a_run_says_what_was_wanted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint, so no run; wanted the --out of captionscale train"):
-        checkpoints.open_run(tmp_path)
+        checkpoints.open_checkpoint(tmp_path)
 
 
 def test_a_step_without_a_checkpoint_names_those_that_are_there(tmp_path: Path, config: Config) -> None:
     _save(tmp_path, config, 3)
     with pytest.raises(UserError, match=r"no checkpoint of step 9; there are \[3\]"):
-        checkpoints.open_run(tmp_path, "9")
+        checkpoints.open_checkpoint(tmp_path, "9")
     with pytest.raises(UserError, match="wanted best, last, or a step"):
-        checkpoints.open_run(tmp_path, "newest")
+        checkpoints.open_checkpoint(tmp_path, "newest")

@@ -14,7 +14,7 @@ from captionscale.data import decode, transforms
 from captionscale.data import feature_cache as feature_files
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
-from captionscale.data.storage import Remote, open_place
+from captionscale.data.storage import RemoteStorage, open_storage
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import PreemptedError, UserError
 from captionscale.files import lock
@@ -28,7 +28,7 @@ CHANGES = (
     'model.encoder.trainable="none"',
     "data.crop_scale=[1, 1]",
     "data.flip=false",
-    "data.colour_jitter=0",
+    "data.color_jitter=0",
     "train.epochs=1",
 )
 WORDS = Vocabulary(("<pad>", "<start>", "<end>", "<unk>"))
@@ -64,13 +64,13 @@ def test_a_file_holds_the_features_of_each_image_in_the_order_of_the_index(shard
     )
     held = np.load(paths[0], mmap_mode="r")["features"]
     assert (held.shape, held.dtype) == ((48, 1, 512), np.float16)
-    pictures = [decode.pixels(train_split.split.image(item), "here") for item in range(48)]
-    seen = np.stack([transforms.centre_view(picture, 32) for picture in pictures])
+    pictures = [decode.decode_image(train_split.split.image(item), "here") for item in range(48)]
+    seen = np.stack([transforms.center_crop(picture, 32) for picture in pictures])
     with torch.no_grad():
         expected = encoder(torch.from_numpy(seen).permute(0, 3, 1, 2)).numpy()
     np.testing.assert_allclose(held, expected, rtol=1e-3, atol=1e-4)
     items = np.array([40, 3, 7])
-    (batch,) = train_split.ahead([(items, 5)])
+    (batch,) = train_split.prefetch([(items, 5)])
     assert batch.images.dtype == torch.float16
     np.testing.assert_array_equal(batch.images.numpy(), held[items])
     assert batch.image_ids == train_split.split.index["image_id"][items].tolist()
@@ -79,9 +79,9 @@ def test_a_file_holds_the_features_of_each_image_in_the_order_of_the_index(shard
 def test_no_image_is_decoded_that_is_in_the_cache(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache(build(), loaders(shards))
     again = loaders(shards)
-    monkeypatch.setattr(decode, "pixels", None)
+    monkeypatch.setattr(decode, "decode_image", None)
     cache(build(), again)
-    assert len(next(iter(again[0].ahead([(np.arange(9), 0)]))).images) == 9
+    assert len(next(iter(again[0].prefetch([(np.arange(9), 0)]))).images) == 9
 
 
 def test_all_that_features_depend_on_is_in_their_name(shards: Path) -> None:
@@ -91,7 +91,7 @@ def test_all_that_features_depend_on_is_in_their_name(shards: Path) -> None:
     found = [
         cache(build(), loaders(shards, "val")),
         cache(other, loaders(shards, "val")),
-        cache(build(stride=16), loaders(shards, "val")),
+        cache(build(output_stride=16), loaders(shards, "val")),
         cache(build(), loaders(shards, "val", image_size=64)),
         cache(build(), loaders(shards, "val"), "bf16"),
         cache(build(), loaders(shards, "test")),
@@ -147,10 +147,10 @@ def test_who_is_asked_to_leave_while_features_are_computed_leaves_and_the_next_g
 ) -> None:
     monkeypatch.setattr(feature_cache, "_BATCH", 2)
     asked = iter([False, False, True])
-    monkeypatch.setattr(feature_cache.preempt, "asked", lambda: next(asked))
+    monkeypatch.setattr(feature_cache.preemption, "requested", lambda: next(asked))
     with pytest.raises(PreemptedError, match="left before the features of all images were computed"):
         cache(build(), loaders(shards, "val"))
-    monkeypatch.setattr(feature_cache.preempt, "asked", lambda: False)
+    monkeypatch.setattr(feature_cache.preemption, "requested", lambda: False)
     capsys.readouterr()
     (path,) = cache(build(), loaders(shards, "val"))
     assert "computing features of 4 images" in capsys.readouterr().err
@@ -164,9 +164,9 @@ def test_a_damaged_row_is_told_when_it_is_read(shards: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     cache(build(), made)
-    assert len(next(loader.ahead([(np.array([6]), None)])).images) == 1
+    assert len(next(loader.prefetch([(np.array([6]), None)])).images) == 1
     with pytest.raises(UserError, match=r"row 7 is damaged, wanted .*; delete the file"):
-        next(loader.ahead([(np.array([7]), None)]))
+        next(loader.prefetch([(np.array([7]), None)]))
 
 
 @pytest.mark.parametrize(
@@ -221,10 +221,10 @@ def test_a_folder_in_which_nothing_can_be_written_is_refused_and_a_url_too(shard
     (shards / "features").write_text("a file where the folder is to be")
     with pytest.raises(UserError, match="features: "):
         cache(build(), loaders(shards))
-    place = open_place("https://example.org/coco")
-    assert isinstance(place, Remote)
+    place = open_storage("https://example.org/coco")
+    assert isinstance(place, RemoteStorage)
     with pytest.raises(UserError, match=r"data\.shards = https://example.org/coco: is a URL"):
-        feature_files.folder_of(place)
+        feature_files.features_folder(place)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -21,7 +21,7 @@ class OneOf(Ranks):
 
     def __init__(self, rank: int, size: int):
         super().__init__()
-        self.rank, self.size = rank, size
+        self.rank, self.world_size = rank, size
 
 
 @pytest.fixture
@@ -37,14 +37,14 @@ def test_ranks_caption_every_image_once_and_as_one_rank_does(
     captioner_and_loader: tuple[Captioner, Loader], monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     captioner, loader = captioner_and_loader
-    alone = caption_split(captioner, loader, Search(beam=2, batch=3), Ranks(), "alone")
+    alone = caption_split(captioner, loader, Search(beam=2, batch_size=3), Ranks(), "alone")
     shares: list[list[dict[str, object]]] = []
     monkeypatch.setattr(OneOf, "gather", lambda _, items: shares.append(items) or items)
     # One share alone is not the whole split, and is refused as such.
     refused = nullcontext() if size == 1 else pytest.raises(AssertionError, match="twice or not at all")
     for rank in range(size):
         with refused:
-            caption_split(captioner, loader, Search(beam=2, batch=3), OneOf(rank, size), "share")
+            caption_split(captioner, loader, Search(beam=2, batch_size=3), OneOf(rank, size), "share")
     together = [result for share in shares for result in share]
     assert sorted(together, key=lambda result: result["image_id"]) == alone
     assert max(map(len, shares)) - min(map(len, shares)) <= 3
@@ -63,7 +63,8 @@ def test_captioning_leaves_the_captioner_in_its_mode(
 def test_the_beam_batch_does_not_change_captions(captioner_and_loader: tuple[Captioner, Loader]) -> None:
     captioner, loader = captioner_and_loader
     captions = [
-        caption_split(captioner, loader, Search(beam=3, batch=batch), Ranks(), "batch") for batch in (1, 8)
+        caption_split(captioner, loader, Search(beam=3, batch_size=batch), Ranks(), "batch")
+        for batch in (1, 8)
     ]
     assert captions[0] == captions[1]
     assert len({result["image_id"] for result in captions[0]}) == len(
@@ -76,7 +77,7 @@ def test_a_sampled_caption_depends_on_the_seed_and_the_image_not_on_batch_or_ran
 ) -> None:
     captioner, loader = captioner_and_loader
     drawn = [
-        caption_split(captioner, loader, Search(method="sample", batch=batch), Ranks(), "batch")
+        caption_split(captioner, loader, Search(method="sample", batch_size=batch), Ranks(), "batch")
         for batch in (1, 3, 8)
     ]
     assert drawn[0] == drawn[1] == drawn[2]
@@ -84,7 +85,7 @@ def test_a_sampled_caption_depends_on_the_seed_and_the_image_not_on_batch_or_ran
     monkeypatch.setattr(OneOf, "gather", lambda _, items: shares.extend(items) or items)
     for rank in range(2):
         with pytest.raises(AssertionError):
-            caption_split(captioner, loader, Search(method="sample", batch=3), OneOf(rank, 2), "share")
+            caption_split(captioner, loader, Search(method="sample", batch_size=3), OneOf(rank, 2), "share")
     assert sorted(shares, key=lambda result: result["image_id"]) == drawn[0]
     loader.seed = 1
     other = caption_split(captioner, loader, Search(method="sample"), Ranks(), "seed")
@@ -102,7 +103,7 @@ def test_a_splits_captions_keep_the_rules_of_the_settings_and_the_prefix(
 ) -> None:
     captioner, loader = captioner_and_loader
     first = loader.vocabulary.words[-1]
-    settings = settings.model_copy(update={"block_ngrams": 1, "dangling": False})
+    settings = settings.model_copy(update={"no_repeat_ngram_size": 1, "allow_dangling": False})
     for result in caption_split(captioner, loader, settings, Ranks(), "rules", prefix=f" {first.upper()}. "):
         words = split_words(result["caption"])
         assert words[0] == first

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from captionscale.train.log_writer import LOG, Log
+from captionscale.train.log_writer import LOG_FILE, LogWriter
 
 
 def lines(run: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (run / LOG_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -21,7 +21,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_each_line_is_what_was_written(tmp_path: Path) -> None:
-    log = Log(tmp_path, 0, 0)
+    log = LogWriter(tmp_path, 0, 0)
     log.write(1, loss=2.5, lr=1e-3)
     log.write(2, scores={"CIDEr-D": 0.5, "BLEU-4": 0.25}, note="café")
     log.close()
@@ -32,14 +32,14 @@ def test_each_line_is_what_was_written(tmp_path: Path) -> None:
 
 
 def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
-    log = Log(tmp_path, 0, 0)
+    log = LogWriter(tmp_path, 0, 0)
     log.write(1, loss=2.5)
     assert lines(tmp_path) == [{"step": 1, "loss": 2.5}]
     log.close()
 
 
 def test_numbers_become_curves_and_words_do_not(tmp_path: Path) -> None:
-    log = Log(tmp_path, 0, 0)
+    log = LogWriter(tmp_path, 0, 0)
     for step in (1, 2, 3):
         log.write(step, loss=0.5 * step, scores={"CIDEr-D": 0.25 * step}, note="word")
     log.close()
@@ -50,13 +50,13 @@ def test_numbers_become_curves_and_words_do_not(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_takes_out_what_it_will_do_again(tmp_path: Path) -> None:
-    first = Log(tmp_path, 0, 0)
+    first = LogWriter(tmp_path, 0, 0)
     for step in range(1, 8):
         first.write(step, loss=float(step))
     first.close()
     # TensorBoard reads its files in the order of their seconds.
     time.sleep(1)
-    resumed = Log(tmp_path, 4, 0)
+    resumed = LogWriter(tmp_path, 4, 0)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
     resumed.write(5, loss=50.0)
     resumed.close()
@@ -71,12 +71,12 @@ def test_a_resumed_run_takes_out_what_it_will_do_again(tmp_path: Path) -> None:
 
 
 def test_scores_that_did_not_count_yet_are_made_again(tmp_path: Path) -> None:
-    first = Log(tmp_path, 0, 0)
+    first = LogWriter(tmp_path, 0, 0)
     for step in (2, 4):
         first.write(step, loss=1.0)
         first.write(step, scores={"CIDEr-D": 0.5})
     first.close()
-    Log(tmp_path, 4, 2).close()
+    LogWriter(tmp_path, 4, 2).close()
     assert [(line["step"], "scores" in line) for line in lines(tmp_path)] == [
         (2, False),
         (2, True),
@@ -87,12 +87,12 @@ def test_scores_that_did_not_count_yet_are_made_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"st', "3", "\0\0\0", '{"loss": 1.0}', ""])
 def test_a_resumed_run_takes_a_torn_last_line_out(tmp_path: Path, torn: str) -> None:
     whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
-    (tmp_path / LOG).write_text(whole + torn, encoding="utf-8")
-    Log(tmp_path, 9, 0).close()
-    assert (tmp_path / LOG).read_text(encoding="utf-8") == whole
+    (tmp_path / LOG_FILE).write_text(whole + torn, encoding="utf-8")
+    LogWriter(tmp_path, 9, 0).close()
+    assert (tmp_path / LOG_FILE).read_text(encoding="utf-8") == whole
 
 
 def test_a_run_that_starts_anew_starts_an_empty_log(tmp_path: Path) -> None:
-    (tmp_path / LOG).write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
-    Log(tmp_path, 0, 0).close()
-    assert (tmp_path / LOG).read_text(encoding="utf-8") == ""
+    (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
+    LogWriter(tmp_path, 0, 0).close()
+    assert (tmp_path / LOG_FILE).read_text(encoding="utf-8") == ""

@@ -31,10 +31,10 @@ def test_a_run_logs_every_step_scores_every_epoch_and_keeps_the_best(done: Path)
         "step-00000003.json",
         "step-00000006.json",
     ]
-    saved = checkpoints.newest(done, pytest.fail)
+    saved = checkpoints.find_latest(done, pytest.fail)
     assert saved is not None
-    assert saved.standing.step == 6
-    assert saved.standing.best_step in checkpoints.steps(done)
+    assert saved.train_state.step == 6
+    assert saved.train_state.best_step in checkpoints.checkpoint_steps(done)
     assert list((done / "tensorboard").iterdir())
 
 
@@ -45,15 +45,15 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_n
     killed_at = 4
     real = loop.lr_factor
 
-    def die(step: int, steps: int, warmup: float) -> float:
+    def die(step: int, steps: int, warmup_ratio: float) -> float:
         if step == killed_at:
             raise KeyboardInterrupt
-        return real(step, steps, warmup)
+        return real(step, steps, warmup_ratio)
 
     monkeypatch.setattr(loop, "lr_factor", die)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path / "run")
-    assert checkpoints.steps(tmp_path / "run")[-1] == killed_at
+    assert checkpoints.checkpoint_steps(tmp_path / "run")[-1] == killed_at
     monkeypatch.setattr(loop, "lr_factor", real)
     train(settings, tmp_path / "run")
     assert max_abs_difference(load_weights(tmp_path / "run"), load_weights(done)) == 0
@@ -67,15 +67,15 @@ def test_a_run_that_goes_on_stops_where_one_that_did_not_stop_would_have(
     settings, run = tiny_config(tmp_path, packed, *changes), tmp_path / "run"
     real = loop.lr_factor
 
-    def die(step: int, steps: int, warmup: float) -> float:
+    def die(step: int, steps: int, warmup_ratio: float) -> float:
         if step == 7:
             raise KeyboardInterrupt
-        return real(step, steps, warmup)
+        return real(step, steps, warmup_ratio)
 
     monkeypatch.setattr(loop, "lr_factor", die)
     with pytest.raises(KeyboardInterrupt):
         train(settings, run)
-    assert checkpoints.steps(run)[-1] == 6
+    assert checkpoints.checkpoint_steps(run)[-1] == 6
     monkeypatch.setattr(loop, "lr_factor", real)
     # The scores of step 6, no better than those of step 3, count at step 9.
     assert train(settings, run).step == 9
@@ -96,8 +96,13 @@ def test_scores_that_cannot_be_had_are_a_warning_unless_they_are_the_first(
 
     monkeypatch.setattr(generation, "generate_captions", captions)
     monkeypatch.setattr(worker, "_TRIES", 1)
-    standing = train(settings, run)
-    assert (standing.step, standing.captioned, standing.judged, standing.best_step) == (6, 6, 6, 3)
+    train_state = train(settings, run)
+    assert (train_state.step, train_state.validated_step, train_state.scored_step, train_state.best_step) == (
+        6,
+        6,
+        6,
+        3,
+    )
     assert "warning: step 6 has no scores: scoring: its process ended" in capfd.readouterr().err
     monkeypatch.setattr(validation, "_METRICS", ("BLEU-5",))
     with pytest.raises(UserError, match="unknown metric 'BLEU-5'"):
@@ -116,9 +121,14 @@ def test_training_stops_when_scores_stop_rising(packed: Path, tmp_path: Path) ->
     changes = ("train.lr=1e-12", "train.encoder_lr=1e-12", "train.score_every=1", "train.patience=2")
     settings, run = tiny_config(tmp_path, packed, *changes), tmp_path / "run"
     for _ in range(2):
-        standing = train(settings, run)
+        train_state = train(settings, run)
         # The third scores, like all, count at the next validation, which then need not be.
-        assert (standing.step, standing.captioned, standing.judged, standing.best_step) == (4, 3, 3, 1)
+        assert (
+            train_state.step,
+            train_state.validated_step,
+            train_state.scored_step,
+            train_state.best_step,
+        ) == (4, 3, 3, 1)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +138,7 @@ def test_training_stops_when_scores_stop_rising(packed: Path, tmp_path: Path) ->
         ("data.min_count=30", "data.min_count was 1, now 30"),
         ("train.micro_batch=2", "train.micro_batch was 4, now 2"),
         ("seed=1", "seed was 0, now 1"),
-        ("model.decoder.hidden=8", "model.decoder.hidden"),
+        ("model.decoder.hidden_size=8", "model.decoder.hidden_size"),
     ],
 )
 def test_another_experiment_cannot_go_on_in_a_run(
@@ -177,10 +187,10 @@ def test_fp16_without_a_gpu_is_refused(packed: Path, tmp_path: Path) -> None:
 
 
 def test_a_diverged_run_is_told_before_it_is_saved(packed: Path, tmp_path: Path) -> None:
-    changes = ("train.lr=1e30", "train.encoder_lr=1e30", "train.log_every=1000", "train.warmup=0")
+    changes = ("train.lr=1e30", "train.encoder_lr=1e30", "train.log_every=1000", "train.warmup_ratio=0")
     with pytest.raises(UserError, match=r"lower train\.lr"):
         train(tiny_config(tmp_path, packed, *changes), tmp_path / "run")
-    assert checkpoints.steps(tmp_path / "run") == []
+    assert checkpoints.checkpoint_steps(tmp_path / "run") == []
 
 
 def test_a_run_that_cannot_start_leaves_nothing_behind(packed: Path, tmp_path: Path) -> None:
@@ -208,7 +218,7 @@ def test_scheduled_sampling_begins_after_the_first_step_and_uneven_attention_cos
     changes = {
         "plain": "seed=0",
         "own": "train.scheduled_sampling=1.0",
-        "even": "train.doubly_stochastic=0.5",
+        "even": "train.doubly_stochastic_weight=0.5",
     }
     for name, change in changes.items():
         train(tiny_config(tmp_path, packed, "train.steps=2", "train.score_every=2", change), tmp_path / name)
@@ -222,7 +232,7 @@ def test_scheduled_sampling_begins_after_the_first_step_and_uneven_attention_cos
 def test_a_profile_tells_the_costliest_operations_and_changes_nothing(
     done: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train(tiny_config(tmp_path, packed), tmp_path / "run", profiled=2)
+    train(tiny_config(tmp_path, packed), tmp_path / "run", profile_steps=2)
     # The run has six steps, of which five warm up.
     (trace,) = (tmp_path / "run" / "profile").iterdir()
     with gzip.open(trace, "rt") as file:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from captionscale.train import losses
-from captionscale.train.losses import Target, cross_entropy, uneven_attention
+from captionscale.train.losses import Target, cross_entropy, doubly_stochastic_penalty
 from captionscale.vocab import PAD
 
 CAPTIONS, TIMES, WORDS = 4, 6, 9
@@ -65,22 +65,24 @@ def test_sampled_and_peoples_captions_share_the_loss_by_their_words() -> None:
     tokens = torch.tensor([[1, 4, 2, 0], [1, 5, 6, 2], [1, 2, 0, 0]])
     advantages = torch.tensor([2.0, -1.0])
     target = Target(pictures, tokens, torch.zeros(3, dtype=torch.long), 2, lambda: advantages)
-    assert target.words.tolist() == [5, 1]
+    assert target.num_tokens.tolist() == [5, 1]
     # Over all ranks there are ten sampled words and four of people.
-    weights = target.weights(torch.tensor([10.0, 4.0]), of_people=0.2)
+    weights = target.weights(torch.tensor([10.0, 4.0]), cross_entropy_weight=0.2)
     assert weights.tolist() == pytest.approx([0.8 * 2 / 10, 0.8 * -1 / 10, 0.2 / 4])
     people = Target(pictures, tokens, torch.zeros(3, dtype=torch.long))
-    assert people.words.tolist() == [0, 6]
-    assert people.weights(torch.tensor([0.0, 6.0]), of_people=1.0).tolist() == pytest.approx([1 / 6] * 3)
+    assert people.num_tokens.tolist() == [0, 6]
+    assert people.weights(torch.tensor([0.0, 6.0]), cross_entropy_weight=1.0).tolist() == pytest.approx(
+        [1 / 6] * 3
+    )
 
 
 def test_attention_that_sees_each_region_once_in_a_caption_costs_nothing() -> None:
     # Two words, two regions; Xu et al. 2015, equation 14.
     even = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.7, 0.3]]])
     targets = torch.tensor([[5, 2, PAD]])
-    assert uneven_attention(even, targets).tolist() == [0]
+    assert doubly_stochastic_penalty(even, targets).tolist() == [0]
     stuck = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]])
-    assert uneven_attention(stuck, targets).tolist() == [(1 - 2) ** 2 + (1 - 0) ** 2]
+    assert doubly_stochastic_penalty(stuck, targets).tolist() == [(1 - 2) ** 2 + (1 - 0) ** 2]
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -115,14 +117,14 @@ def test_gradients_are_those_of_torchs_own_cross_entropy_however_many_rows_are_w
     (gradient,) = torch.autograd.grad(chances @ weights, leaf)
     for cached in (1, 4 * WORDS, 10**6):
         monkeypatch.setattr(losses, "CACHE_ELEMENTS", cached)
-        found = losses._Surprise.apply(leaf, wanted, smoothing)
+        found = losses._CrossEntropy.apply(leaf, wanted, smoothing)
         (ours,) = torch.autograd.grad(found @ weights, leaf)
         assert torch.equal(found, chances)
         assert ours.dtype == dtype
         assert (ours.float() - gradient.float()).norm() <= (
             1e-6 if dtype == torch.float32 else 1e-2
         ) * gradient.float().norm()
-    assert losses._Surprise.apply(leaf[:0], wanted[:0], smoothing).shape == (0,)
+    assert losses._CrossEntropy.apply(leaf[:0], wanted[:0], smoothing).shape == (0,)
 
 
 def test_what_may_not_be_said_has_no_chance_and_learns_nothing(logits, targets) -> None:
@@ -139,6 +141,6 @@ def test_what_may_not_be_said_has_no_chance_and_learns_nothing(logits, targets) 
 def test_what_a_time_reads_is_what_something_follows(targets) -> None:
     tokens = F.pad(targets, (1, 0), value=1)
     image_index = torch.zeros(CAPTIONS, dtype=torch.long)
-    read = Target(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), tokens, image_index).read
+    read = Target(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), tokens, image_index).input_tokens
     assert ((read != PAD) == (targets != PAD)).all()
     assert (read == tokens[:, :-1])[read != PAD].all()

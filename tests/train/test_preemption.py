@@ -17,7 +17,7 @@ from captionscale.train import checkpoints, generation, loop, preemption
 from captionscale.train.loop import train
 
 # Four batches of validation; twelve steps, scored after each sixth.
-CHANGES = ("train.epochs=4", "train.score_every=6", "train.save_every=100", "search.batch=2")
+CHANGES = ("train.epochs=4", "train.score_every=6", "train.save_every=100", "search.batch_size=2")
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +74,12 @@ def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_goes_on_as_if_nothi
             time.sleep(0.01)
         os.kill(children(process.pid)[1], signal.SIGUSR1)
         _, told = process.communicate(timeout=60)
-    assert process.returncode == PreemptedError.CODE
-    (step,) = checkpoints.steps(run)
+    assert process.returncode == PreemptedError.EXIT_CODE
+    (step,) = checkpoints.checkpoint_steps(run)
     assert step < 12, "it ended before it was asked to"
     last = lines(run)[-1]
-    assert (last["step"], last["left_for"]) == (step, "SIGUSR1")
-    assert 0 < last["left_after_s"] < 60
+    assert (last["step"], last["stop_reason"]) == (step, "SIGUSR1")
+    assert 0 < last["stop_save_s"] < 60
     assert f"step {step} was saved within" in told
     assert "Traceback" not in told
     train(settings, run)
@@ -96,18 +96,18 @@ def test_a_validation_that_is_broken_off_is_done_by_the_run_that_goes_on(
     for _ in range(2):
         # The second time, the first thing that the run does is broken off again.
         signal_in_the_first_batch(monkeypatch, signal.SIGTERM)
-        with pytest.raises(PreemptedError, match="SIGTERM: step 6 was saved"), preemption.listening():
+        with pytest.raises(PreemptedError, match="SIGTERM: step 6 was saved"), preemption.handle_signals():
             train(settings, run)
-        assert checkpoints.steps(run) == [6]
+        assert checkpoints.checkpoint_steps(run) == [6]
         assert scores(run) == []
     train(settings, run)
     assert logged_losses(run) == logged_losses(whole)
     assert scores(run) == scores(whole)
     assert max_abs_difference(load_weights(run), load_weights(whole)) == 0
-    ours, theirs = checkpoints.newest(run, pytest.fail), checkpoints.newest(whole, pytest.fail)
+    ours, theirs = checkpoints.find_latest(run, pytest.fail), checkpoints.find_latest(whole, pytest.fail)
     assert ours is not None
     assert theirs is not None
-    assert ours.standing == theirs.standing
+    assert ours.train_state == theirs.train_state
 
 
 def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
@@ -126,11 +126,11 @@ def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
         return real(*arguments)
 
     monkeypatch.setattr(generation, "generate_captions", captions)
-    with pytest.raises(PreemptedError, match="SIGTERM: step 12 was saved"), preemption.listening():
+    with pytest.raises(PreemptedError, match="SIGTERM: step 12 was saved"), preemption.handle_signals():
         train(settings, run)
-    left = checkpoints.newest(run, pytest.fail)
+    left = checkpoints.find_latest(run, pytest.fail)
     assert left is not None
-    assert (left.standing.captioned, left.standing.judged) == (12, 6)
+    assert (left.train_state.validated_step, left.train_state.scored_step) == (12, 6)
     monkeypatch.setattr(generation, "generate_captions", None)
     assert train(settings, run) == train(settings, whole)
     assert scores(run) == scores(whole)
@@ -142,14 +142,14 @@ def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
     real = loop.lr_factor
 
-    def rate(step: int, steps: int, warmup: float) -> float:
+    def rate(step: int, steps: int, warmup_ratio: float) -> float:
         if step == 4:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return real(step, steps, warmup)
+        return real(step, steps, warmup_ratio)
 
     # Asked in the fifth step, the ranks tell each other in the sixth, which is to be scored.
     monkeypatch.setattr(loop, "lr_factor", rate)
-    with pytest.raises(PreemptedError, match="SIGUSR1: step 6 was saved"), preemption.listening():
+    with pytest.raises(PreemptedError, match="SIGUSR1: step 6 was saved"), preemption.handle_signals():
         train(settings, run)
     assert not (run / "validation").exists()
     train(settings, run)
@@ -164,17 +164,17 @@ def test_the_end_of_the_job_s_time_is_a_signal(
     settings = tiny_config(tmp_path, packed, *CHANGES, "train.epochs=10000", "train.score_every=100000")
     with (
         pytest.raises(PreemptedError, match="end of the job's time: step"),
-        preemption.listening(settings.train.grace_s),
+        preemption.handle_signals(settings.train.grace_s),
     ):
-        assert train(settings, tmp_path / "run").step == checkpoints.steps(tmp_path / "run")[-1]
+        assert train(settings, tmp_path / "run").step == checkpoints.checkpoint_steps(tmp_path / "run")[-1]
     assert time.time() < int(os.environ["SLURM_JOB_END_TIME"])
 
 
 @pytest.mark.parametrize("end", ["0", "", "UNLIMITED"])
 def test_a_job_without_a_limit_has_no_end(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_END_TIME", end)
-    with preemption.listening(1e9):
-        assert not preemption.asked()
+    with preemption.handle_signals(1e9):
+        assert not preemption.requested()
 
 
 def test_a_job_too_short_for_any_progress_is_refused_or_it_would_be_requeued_for_ever(
@@ -182,50 +182,50 @@ def test_a_job_too_short_for_any_progress_is_refused_or_it_would_be_requeued_for
 ) -> None:
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
     signal_in_the_first_batch(monkeypatch, signal.SIGTERM)
-    with pytest.raises(PreemptedError), preemption.listening():
+    with pytest.raises(PreemptedError), preemption.handle_signals():
         train(settings, run)
     end = int(time.time()) + 100
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(end))
     with (
         pytest.raises(UserError, match=r"s left in this job.*ask for more --time"),
-        preemption.listening(120.0),
+        preemption.handle_signals(120.0),
     ):
         pass
     # Time for Python to start, but not for the validation that is owed.
-    with preemption.listening(98.0):
+    with preemption.handle_signals(98.0):
         time.sleep(max(0, end - 98 - time.time()))
         with pytest.raises(UserError, match="the job's time ended before step 7"):
             train(settings, run)
-    assert checkpoints.steps(run) == [6]
+    assert checkpoints.checkpoint_steps(run) == [6]
 
 
 def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back() -> None:
     before = [signal.getsignal(number) for number in preemption.SIGNALS]
-    with preemption.listening():
+    with preemption.handle_signals():
         os.kill(os.getpid(), signal.SIGINT)
-        assert preemption.asked()
-        assert preemption.notice()[1] == "SIGINT"
+        assert preemption.requested()
+        assert preemption.last_request()[1] == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
-    assert not preemption.asked()
-    with preemption.listening():
+    assert not preemption.requested()
+    with preemption.handle_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize(("left_s", "reason"), [(170, preemption.END_OF_TIME), (600, "SIGUSR1")])
+@pytest.mark.parametrize(("left_s", "reason"), [(170, preemption.TIME_LIMIT), (600, "SIGUSR1")])
 def test_usr1_shortly_before_the_end_of_the_job_is_its_end(
     left_s: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # SLURM announces the end with it: a job too short for any progress was taken for one that was asked to
     # leave, and was requeued for ever.
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left_s))
-    with preemption.listening(120.0):
+    with preemption.handle_signals(120.0):
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert preemption.notice()[1] == reason
+        assert preemption.last_request()[1] == reason
 
 
 def test_captioning_a_split_leaves_and_writes_nothing(

@@ -3,36 +3,36 @@ from pathlib import Path
 
 import pytest
 
-from captionscale.data.sampler import Order
+from captionscale.data.sampler import BatchSampler
 from captionscale.distributed.ranks import Ranks
 from captionscale.train import sample_log
-from captionscale.train.sample_log import Ledger
+from captionscale.train.sample_log import SampleLog
 
-ORDER = Order((4, 4), seed=0, global_batch=4, micro_batch=2, window=1)
+ORDER = BatchSampler((4, 4), seed=0, global_batch=4, micro_batch=2, window=1)
 IDS = [100 + item for item in range(8)]
 STEPS = 4
 
 
-def attempt(run: Path, rank: int, steps: range, order: Order = ORDER) -> Path:
+def attempt(run: Path, rank: int, steps: range, order: BatchSampler = ORDER) -> Path:
     """Write what the only rank of an attempt would, and return its file."""
     run.mkdir(exist_ok=True)
     with Ranks() as ranks:
         ranks.rank = rank
-        book = Ledger(run, ranks)
+        book = SampleLog(run, ranks)
     for step in steps:
         for number, items in order.micro_batches(step, 0, 1):
             book.write(step, number, [IDS[item] for item in items])
     book.close()
-    return max((run / "ledger").iterdir())
+    return max((run / "sample_log").iterdir())
 
 
 def found(run: Path, steps: int = STEPS) -> list[str]:
-    return sample_log.faults(sample_log.read(run), ORDER, IDS, steps)
+    return sample_log.find_errors(sample_log.read(run), ORDER, IDS, steps)
 
 
 def test_steps_done_again_after_a_kill_count_once_and_a_torn_line_not_at_all(tmp_path: Path) -> None:
     killed = attempt(tmp_path, 0, range(3))
-    killed.write_text(killed.read_text() + '{"step": 3, "number": 0, "image_ids": [10')
+    killed.write_text(killed.read_text() + '{"step": 3, "micro_batch": 0, "image_ids": [10')
     attempt(tmp_path, 0, range(2, STEPS))
     assert found(tmp_path) == []
     assert found(tmp_path, 3) == [

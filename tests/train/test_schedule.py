@@ -4,21 +4,21 @@ import pytest
 
 from captionscale.train.schedule import lr_factor
 
-RUNS = [(steps, warmup) for steps in (1, 2, 7, 100, 1001) for warmup in (0.0, 0.03, 0.5, 1.0)]
+RUNS = [(steps, warmup_ratio) for steps in (1, 2, 7, 100, 1001) for warmup_ratio in (0.0, 0.03, 0.5, 1.0)]
 
 
-@pytest.mark.parametrize(("steps", "warmup"), RUNS)
-def test_the_rate_rises_in_a_line_to_its_peak_and_then_never_rises(steps, warmup) -> None:
-    factors = [lr_factor(step, steps, warmup) for step in range(steps)]
-    rising = round(steps * warmup)
+@pytest.mark.parametrize(("steps", "warmup_ratio"), RUNS)
+def test_the_rate_rises_in_a_line_to_its_peak_and_then_never_rises(steps, warmup_ratio) -> None:
+    factors = [lr_factor(step, steps, warmup_ratio) for step in range(steps)]
+    rising = round(steps * warmup_ratio)
     assert factors[:rising] == pytest.approx([(step + 1) / rising for step in range(rising)])
     assert factors[rising:] == sorted(factors[rising:], reverse=True)
     assert max(factors) == 1
 
 
-@pytest.mark.parametrize(("steps", "warmup"), RUNS)
-def test_every_step_of_a_run_learns(steps, warmup) -> None:
-    assert all(0 < lr_factor(step, steps, warmup) <= 1 for step in range(steps))
+@pytest.mark.parametrize(("steps", "warmup_ratio"), RUNS)
+def test_every_step_of_a_run_learns(steps, warmup_ratio) -> None:
+    assert all(0 < lr_factor(step, steps, warmup_ratio) <= 1 for step in range(steps))
 
 
 def test_the_fall_is_half_a_cosine() -> None:

@@ -18,13 +18,13 @@ from captionscale.model.captioner import Captioner
 from captionscale.model.search.generate import search
 from captionscale.score.ciderd import cider_d
 from captionscale.train import checkpoints
-from captionscale.train.log_reader import figures
+from captionscale.train.log_reader import read_metric
 from captionscale.train.loop import train
-from captionscale.train.losses import cross_entropy, say_what_may_be_said
-from captionscale.train.scst import SelfCritical
-from captionscale.train.scst_checks import open_gate, refuse_collapse
-from captionscale.train.state import Standing
-from captionscale.vocab import END, PAD, SPECIALS, START, UNKNOWN, Vocabulary
+from captionscale.train.losses import cross_entropy, mask_unsampleable_tokens
+from captionscale.train.scst import ScstObjective
+from captionscale.train.scst_checks import check_collapse, check_rewards
+from captionscale.train.state import TrainState
+from captionscale.vocab import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary
 
 SCST = ("train.objective=scst", "train.lr=2e-4", "train.label_smoothing=0.0")
 
@@ -40,23 +40,23 @@ def source(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings_of(folder: Path, packed: Path, source: Path, *changes: str) -> Config:
-    return tiny_config(folder, packed, *SCST, f'train.start_from="{source}"', *changes)
+    return tiny_config(folder, packed, *SCST, f'train.init_from="{source}"', *changes)
 
 
 @pytest.fixture
-def objective(packed: Path, source: Path, tmp_path: Path) -> SelfCritical:
+def objective(packed: Path, source: Path, tmp_path: Path) -> ScstObjective:
     return objective_of(settings_of(tmp_path, packed, source), packed, source)
 
 
-def objective_of(settings: Config, packed: Path, source: Path) -> SelfCritical:
-    saved = checkpoints.open_run(source)
-    return SelfCritical(settings, saved.captioner(), Split(packed, "train"), saved.vocabulary())
+def objective_of(settings: Config, packed: Path, source: Path) -> ScstObjective:
+    saved = checkpoints.open_checkpoint(source)
+    return ScstObjective(settings, saved.captioner(), Split(packed, "train"), saved.vocabulary())
 
 
 def test_the_reward_is_cider_d_with_the_end_token_and_the_train_splits_document_frequencies(
-    objective: SelfCritical, packed: Path, source: Path
+    objective: ScstObjective, packed: Path, source: Path
 ) -> None:
-    split, vocabulary = Split(packed, "train"), checkpoints.open_run(source).vocabulary()
+    split, vocabulary = Split(packed, "train"), checkpoints.open_checkpoint(source).vocabulary()
     ids = split.index["image_id"].tolist()
     texts = [
         [" ".join(map(str, vocabulary.encode(caption, 8)[1:])) for caption in split.captions(item)]
@@ -73,9 +73,11 @@ def test_the_reward_is_cider_d_with_the_end_token_and_the_train_splits_document_
 
 def test_bleu_4_joins_the_reward_by_its_weight(packed: Path, source: Path, tmp_path: Path) -> None:
     only = objective_of(
-        settings_of(tmp_path, packed, source, "scst.cider_d=0.0", "scst.bleu_4=2.0"), packed, source
+        settings_of(tmp_path, packed, source, "scst.cider_d_weight=0.0", "scst.bleu_4_weight=2.0"),
+        packed,
+        source,
     )
-    split, vocabulary = Split(packed, "train"), checkpoints.open_run(source).vocabulary()
+    split, vocabulary = Split(packed, "train"), checkpoints.open_checkpoint(source).vocabulary()
     (image_id,) = split.index["image_id"][:1].tolist()
     said = vocabulary.encode(split.captions(0)[0], 8)[1:]
     # A caption that people wrote has all its n-grams; half of it is too short.
@@ -106,13 +108,13 @@ def test_the_gradient_is_that_of_the_expected_reward(
 ) -> None:
     settings = settings_of(tmp_path, packed, source, "data.max_words=2")
     # More than an experiment may ask for: the mean has to be near the expectation.
-    many = settings.scst.model_copy(update={"samples": 20_000})
+    many = settings.scst.model_copy(update={"samples_per_image": 20_000})
     settings = settings.model_copy(update={"scst": many})
     reader = Reader()
-    captioner = checkpoints.open_run(source).captioner()
+    captioner = checkpoints.open_checkpoint(source).captioner()
     split = Split(packed, "train")
-    words = Vocabulary((*SPECIALS, "red", "blue", "circle"))
-    objective = SelfCritical(settings, captioner, split, words)
+    words = Vocabulary((*SPECIAL_TOKENS, "red", "blue", "circle"))
+    objective = ScstObjective(settings, captioner, split, words)
     captioner.decoder = reader
     chances = reader.logits.clone()
     chances[:, [PAD, START, 3]] = -torch.inf
@@ -138,8 +140,8 @@ def test_the_gradient_is_that_of_the_expected_reward(
     )
     with Ranks() as ranks:
         (target,) = objective.targets([(0, batch)], 0, ranks)
-    assert target.sampled == 20000
-    logits = say_what_may_be_said(reader.logits[target.tokens[:, :-1]], target, None)
+    assert target.num_sampled == 20000
+    logits = mask_unsampleable_tokens(reader.logits[target.tokens[:, :-1]], target, None)
     losses = cross_entropy(logits, target.tokens[:, 1:], 0.0)
     # The gradient of a mean over captions, not over words.
     (losses @ target.weights(torch.tensor([20000.0, 0.0]), 0.0)).backward()
@@ -151,7 +153,7 @@ def test_the_gradient_is_that_of_the_expected_reward(
 def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
     packed: Path, source: Path, tmp_path: Path, baseline: str
 ) -> None:
-    settings = settings_of(tmp_path, packed, source, f"scst.baseline={baseline}", "scst.samples=3")
+    settings = settings_of(tmp_path, packed, source, f"scst.baseline={baseline}", "scst.samples_per_image=3")
     objective = objective_of(settings, packed, source)
     split = Split(packed, "train")
     pictures = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
@@ -163,7 +165,7 @@ def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
     assert torch.equal(one.tokens, same.tokens)
     assert one.tokens.shape != other.tokens.shape or not torch.equal(one.tokens, other.tokens)
     assert one.image_index.tolist() == [0, 0, 0, 1, 1, 1]
-    assert one.words[0] == int((one.tokens[:, 1:] != PAD).sum())
+    assert one.num_tokens[0] == int((one.tokens[:, 1:] != PAD).sum())
     captions = [[token for token in row if token != PAD] for row in one.tokens[:, 1:].tolist()]
     ids = [batch.image_ids[owner] for owner in one.image_index.tolist()]
     rewards = objective.rewards(ids, captions).reshape(2, 3)
@@ -173,9 +175,9 @@ def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
         assert advantages == pytest.approx(rewards - others, abs=1e-6)
         assert advantages.sum(1) == pytest.approx(np.zeros(2), abs=1e-5)
     else:
-        captioner = checkpoints.open_run(source).captioner()
+        captioner = checkpoints.open_checkpoint(source).captioner()
         features = captioner.encode(pictures)
-        greedy = search(captioner.decoder, features, beam=1, max_words=8, length_power=0.0)
+        greedy = search(captioner.decoder, features, beam=1, max_words=8, length_penalty=0.0)
         baseline_ = objective.rewards(batch.image_ids, [best[0].tokens for best in greedy])
         assert advantages == pytest.approx(rewards - baseline_[:, None], abs=1e-6)
 
@@ -185,36 +187,36 @@ def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_th
 ) -> None:
     settings = settings_of(tmp_path, packed, source)
     assert settings.model.decoder.dropout == 0.5
-    saved, split = checkpoints.open_run(source), Split(packed, "train")
+    saved, split = checkpoints.open_checkpoint(source), Split(packed, "train")
     captioner = saved.captioner()
-    objective = SelfCritical(settings, captioner, split, saved.vocabulary())
+    objective = ScstObjective(settings, captioner, split, saved.vocabulary())
     pictures, ids = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), split.index["image_id"][:2].tolist()
     batch = Batch(pictures, torch.zeros(2, 1, dtype=torch.long), torch.arange(2), ids)
     with Ranks() as ranks:
         (target,) = objective.targets([(0, batch)], 0, ranks)
     both = [
-        captioner.train(mode)(target.pictures, target.tokens[:, :-1], target.image_index)[0]
+        captioner.train(mode)(target.images, target.tokens[:, :-1], target.image_index)[0]
         for mode in (True, False)
     ]
     assert torch.equal(*both)
     rows = target.rows
     assert rows is not None
-    whole = say_what_may_be_said(both[0], target, None)
+    whole = mask_unsampleable_tokens(both[0], target, None)
     assert torch.equal(
-        say_what_may_be_said(both[0].flatten(0, 1)[rows], target, rows), whole.flatten(0, 1)[rows]
+        mask_unsampleable_tokens(both[0].flatten(0, 1)[rows], target, rows), whole.flatten(0, 1)[rows]
     )
-    assert (whole[:, :, [PAD, START, UNKNOWN]] == -torch.inf).all()
+    assert (whole[:, :, [PAD, START, UNK]] == -torch.inf).all()
     # Of people's captions, which come behind, the unknown token is a word like others.
     half = replace(target, sampled=4)
-    assert torch.equal(say_what_may_be_said(both[0], half, None)[4:], both[0][4:])
+    assert torch.equal(mask_unsampleable_tokens(both[0], half, None)[4:], both[0][4:])
 
 
 def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tmp_path: Path) -> None:
     settings = settings_of(tmp_path, packed, source, "model.decoder.dropout=0.0")
-    saved, split = checkpoints.open_run(source), Split(packed, "train")
+    saved, split = checkpoints.open_checkpoint(source), Split(packed, "train")
     captioner, loader = saved.captioner(), Loader(split, saved.vocabulary(), settings.data)
-    objective = SelfCritical(settings, captioner, split, saved.vocabulary())
-    (batch,) = loader.ahead([(np.arange(48), None)])
+    objective = ScstObjective(settings, captioner, split, saved.vocabulary())
+    (batch,) = loader.prefetch([(np.arange(48), None)])
     loader.close()
     with torch.no_grad():
         features = replace(batch, images=captioner.encode(batch.images).half())
@@ -222,13 +224,13 @@ def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tm
     with Ranks() as ranks:
         for step in range(40):
             (target,) = objective.targets([(0, features)], step, ranks)
-            logits, _ = captioner(target.pictures, target.tokens[:, :-1], target.image_index)
-            words = target.words.double()
-            weights_ = target.weights(words, objective.of_people)
+            logits, _ = captioner(target.images, target.tokens[:, :-1], target.image_index)
+            words = target.num_tokens.double()
+            weights_ = target.weights(words, objective.cross_entropy_weight)
             (cross_entropy(logits, target.tokens[:, 1:], 0.0) @ weights_).backward()
             adam.step()
             adam.zero_grad()
-            rewards.append(objective.figures.read(ranks)["reward"])
+            rewards.append(objective.sample_stats.compute(ranks)["reward"])
     assert np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:5])
 
 
@@ -239,8 +241,8 @@ def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
         "train.steps=4",
         "train.score_every=4",
         "train.save_every=1",
-        "scst.cross_entropy=0.2",
-        "train.average=0.9",
+        "scst.cross_entropy_weight=0.2",
+        "train.ema_decay=0.9",
         "train.log_every=2",
     )
     settings = settings_of(tmp_path, packed, source, *changes)
@@ -254,19 +256,19 @@ def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
     assert max_abs_difference(first, load_weights(source)) > 1e-4
     for run in runs[1:]:
         assert max_abs_difference(load_weights(run), first) < 2e-6
-    logged = [figures(run, "distinct")[4] for run in runs]
+    logged = [read_metric(run, "distinct")[4] for run in runs]
     assert logged == pytest.approx([logged[0]] * 3)
 
 
 def gate_of(settings: Config, packed: Path, source: Path, words: Vocabulary | None = None) -> None:
-    saved = checkpoints.open_run(source)
+    saved = checkpoints.open_checkpoint(source)
     split, captioner = Split(packed, "train"), saved.captioner()
     vocabulary = words or saved.vocabulary()
-    objective = SelfCritical(settings, captioner, split, vocabulary)
+    objective = ScstObjective(settings, captioner, split, vocabulary)
     loader = Loader(split, saved.vocabulary(), settings.data)
-    (batch,) = loader.ahead([(np.arange(48), None)])
+    (batch,) = loader.prefetch([(np.arange(48), None)])
     loader.close()
-    open_gate(objective, captioner, batch, saved.vocabulary(), 8)
+    check_rewards(objective, captioner, batch, saved.vocabulary(), 8)
 
 
 def test_the_gate_lets_through_what_can_learn_and_says_what_it_saw(
@@ -286,8 +288,8 @@ def test_a_high_learning_rate_is_refused_when_the_config_is_read(
 
 
 def test_the_gate_refuses_rewards_of_another_vocabulary(packed: Path, source: Path, tmp_path: Path) -> None:
-    words = checkpoints.open_run(source).vocabulary().words
-    shifted = Vocabulary((*SPECIALS, *words[len(SPECIALS) + 1 :], words[len(SPECIALS)]))
+    words = checkpoints.open_checkpoint(source).vocabulary().words
+    shifted = Vocabulary((*SPECIAL_TOKENS, *words[len(SPECIAL_TOKENS) + 1 :], words[len(SPECIAL_TOKENS)]))
     with pytest.raises(UserError, match="people's own captions earn 0"):
         gate_of(settings_of(tmp_path, packed, source), packed, source, shifted)
 
@@ -305,10 +307,10 @@ COLLAPSES = {
 
 @pytest.mark.parametrize("now", COLLAPSES)
 def test_a_collapse_stops_the_run(now: tuple[float, float]) -> None:
-    standing = Standing(step=70, best_step=60, began={"dangling": 0.1, "distinct": 0.9})
-    refuse_collapse(standing, {"dangling": 0.29, "distinct": 0.1}, Scst())
+    train_state = TrainState(step=70, best_step=60, initial_sample_stats={"dangling": 0.1, "distinct": 0.9})
+    check_collapse(train_state, {"dangling": 0.29, "distinct": 0.1}, Scst())
     with pytest.raises(UserError) as caught:
-        refuse_collapse(standing, dict(zip(("dangling", "distinct"), now, strict=True)), Scst())
+        check_collapse(train_state, dict(zip(("dangling", "distinct"), now, strict=True)), Scst())
     assert COLLAPSES[now] in str(caught.value)
 
 
@@ -316,30 +318,30 @@ def test_a_run_that_collapses_stops_and_keeps_its_checkpoints(
     packed: Path, source: Path, tmp_path: Path
 ) -> None:
     settings = settings_of(
-        tmp_path, packed, source, "scst.least_distinct=1.0", "train.save_every=1", "train.epochs=9"
+        tmp_path, packed, source, "scst.min_distinct_ratio=1.0", "train.save_every=1", "train.epochs=9"
     )
     with pytest.raises(UserError, match=r"collapsed: .* of sampled captions differ from each other"):
         train(settings, tmp_path / "run")
-    assert checkpoints.newest(tmp_path / "run", pytest.fail) is not None
+    assert checkpoints.find_latest(tmp_path / "run", pytest.fail) is not None
 
 
 def test_another_vocabulary_or_model_is_refused_to_start_from(
     packed: Path, source: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"train\.start_from = .*: has .* words, here they are other"):
+    with pytest.raises(UserError, match=r"train\.init_from = .*: has .* words, here they are other"):
         train(settings_of(tmp_path, packed, source, "data.min_count=30"), tmp_path / "run")
     with pytest.raises(
         UserError, match=r"weights are of another model, the first 'decoder.*take the section model of"
     ):
-        train(settings_of(tmp_path, packed, source, "model.decoder.hidden=8"), tmp_path / "run")
+        train(settings_of(tmp_path, packed, source, "model.decoder.hidden_size=8"), tmp_path / "run")
 
 
 def test_a_run_starts_from_the_averaged_weights_of_another(packed: Path, tmp_path: Path) -> None:
-    train(tiny_config(tmp_path, packed, "train.average=0.9", "train.lr=5e-3"), tmp_path / "first")
+    train(tiny_config(tmp_path, packed, "train.ema_decay=0.9", "train.lr=5e-3"), tmp_path / "first")
     nothing = ("train.steps=1", "train.lr=1e-12", "train.encoder_lr=1e-12", "train.weight_decay=0.0")
-    settings = tiny_config(tmp_path, packed, f'train.start_from="{tmp_path / "first"}"', *nothing)
+    settings = tiny_config(tmp_path, packed, f'train.init_from="{tmp_path / "first"}"', *nothing)
     train(settings, tmp_path / "second")
-    first = checkpoints.open_run(tmp_path / "first")
+    first = checkpoints.open_checkpoint(tmp_path / "first")
     assert isinstance(first.captioner(), Captioner)
-    assert max_abs_difference(load_weights(tmp_path / "second"), first.weights() | first.average()) < 1e-9
+    assert max_abs_difference(load_weights(tmp_path / "second"), first.weights() | first.ema_weights()) < 1e-9
     assert max_abs_difference(load_weights(tmp_path / "second"), first.weights()) > 1e-4

@@ -7,7 +7,7 @@ from pathlib import Path
 from experiment import spawn_ranks, tiny_config
 
 from captionscale import config
-from captionscale.data.packing import Options, pack
+from captionscale.data.packing import PackOptions, pack
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.train.loop import train
@@ -29,8 +29,8 @@ def test_ranks_that_find_different_shards_at_one_place_are_refused(
     other = tmp_path / "other"
     for split in ("train", "val"):
         captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
-        records = coco.official(synthetic_coco / f"{split}2017", captions, split)
-        pack(records, other, sources=[captions], options=Options(images_per_shard=8))
+        records = coco.read_official(synthetic_coco / f"{split}2017", captions, split)
+        pack(records, other, sources=[captions], options=PackOptions(images_per_shard=8))
     for rank, shards in enumerate((packed, other)):
         (tmp_path / str(rank)).mkdir()
         tiny_config(tmp_path / str(rank), shards, "train.steps=1")

@@ -13,9 +13,9 @@ from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.train import tracking
-from captionscale.train.log_writer import Log
+from captionscale.train.log_writer import LogWriter
 from captionscale.train.loop import train
-from captionscale.train.tracking import TRACKERS, Trackers, refuse_missing
+from captionscale.train.tracking import TRACKERS_FILE, Trackers, check_trackers_installed
 
 FAILING = """
 import mlflow
@@ -51,10 +51,12 @@ def settings(*names: str) -> Config:
 
 def told(run: Path, config: Config, *points: tuple[int, dict[str, Any]]) -> dict[str, str]:
     """Log points while trackers are open, and return the trackers' ids of the run."""
-    with closing(Log(run, 9, 9)) as log, closing(Trackers(run, config)):
+    with closing(LogWriter(run, 9, 9)) as log, closing(Trackers(run, config)):
         for step, values in points:
             log.write(step, **values)
-    ids: dict[str, str] = json.loads((run / TRACKERS).read_text()) if (run / TRACKERS).exists() else {}
+    ids: dict[str, str] = (
+        json.loads((run / TRACKERS_FILE).read_text()) if (run / TRACKERS_FILE).exists() else {}
+    )
     return ids
 
 
@@ -117,10 +119,10 @@ def test_a_tracker_that_fails_in_between_is_told_once_and_the_rest_arrives(
 
 
 def test_a_missing_package_is_refused_by_the_name_of_its_extra(monkeypatch) -> None:
-    refuse_missing(("wandb", "mlflow"))
+    check_trackers_installed(("wandb", "mlflow"))
     monkeypatch.setattr(tracking, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"'wandb' is not installed, .* pip install 'captionscale\[track\]'"):
-        refuse_missing(("wandb",))
+        check_trackers_installed(("wandb",))
 
 
 def test_an_unknown_tracker_is_refused() -> None:
@@ -134,6 +136,6 @@ def test_a_run_is_the_same_with_and_without_trackers(services, packed, tmp_path)
     alone = config.model_copy(update={"train": config.train.model_copy(update={"trackers": ()})})
     train(alone, tmp_path / "alone")
     assert logged_losses(tmp_path / "tracked") == logged_losses(tmp_path / "alone")
-    run_id = json.loads((tmp_path / "tracked" / TRACKERS).read_text())["mlflow"]
+    run_id = json.loads((tmp_path / "tracked" / TRACKERS_FILE).read_text())["mlflow"]
     assert curve(services, run_id, "loss") == logged_losses(tmp_path / "tracked")
     assert [step for step, _ in curve(services, run_id, "scores/CIDEr-D")] == [3]

@@ -22,7 +22,7 @@ CHANGES = (
     "train.steps=5",
     "train.save_every=1",
     "train.score_every=5",
-    "train.keep=9",
+    "train.keep_checkpoints=9",
 )
 PARTS = {"layer4": 2, "layer3.1": 3}
 

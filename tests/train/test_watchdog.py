@@ -20,23 +20,23 @@ from experiment import logged_losses, tiny_config
 from captionscale.config import Data
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
-from captionscale.data.storage import open_place
+from captionscale.data.storage import open_storage
 from captionscale.distributed.ranks import Ranks
-from captionscale.train.setup import order_of
-from captionscale.train.watchdog import STALLS, State, Watchdog, _blame
-from captionscale.vocab import SPECIALS, Vocabulary
+from captionscale.train.setup import make_sampler
+from captionscale.train.watchdog import STALLS_FILE, RankStatus, Watchdog, _blame
+from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
-CALM = State(
+CALM = RankStatus(
     rank=0,
     host="gpu01",
-    process=7,
+    pid=7,
     step=5,
-    still_s=60.0,
+    stalled_s=60.0,
     busy="",
     waiting=True,
     validating=False,
     stack=[],
-    number=1,
+    heartbeats=1,
 )
 
 
@@ -54,10 +54,10 @@ CALM = State(
         # All wait for each other.
         ([replace(CALM, rank=1)], [0, 1]),
         # It is slow, as one whose share of a validation takes longer, but it moves.
-        ([replace(CALM, rank=1, waiting=False, validating=True, still_s=1.0)], []),
+        ([replace(CALM, rank=1, waiting=False, validating=True, stalled_s=1.0)], []),
     ],
 )
-def test_whoever_keeps_the_others_waiting_is_blamed(others: list[State], blamed: list[int]) -> None:
+def test_whoever_keeps_the_others_waiting_is_blamed(others: list[RankStatus], blamed: list[int]) -> None:
     assert [state.rank for state in _blame([CALM, *others], 45.0)] == blamed
 
 
@@ -67,15 +67,15 @@ def test_a_process_that_does_not_move_is_told_once_with_its_stack_and_shards(
     def shards(step: int, rank: int) -> list[str]:
         return [f"train-of-step-{step}-and-rank-{rank}.tar"]
 
-    with Ranks() as ranks, Watchdog(tmp_path, ranks, 0.5, shards) as dog:
+    with Ranks() as ranks, Watchdog(tmp_path, ranks, 0.5, shards) as watchdog:
         for _ in range(10):
             time.sleep(0.1)
-            dog.beat(6)
-        with dog.busy("scoring"):
+            watchdog.beat(6)
+        with watchdog.busy("scoring"):
             time.sleep(1)
-        assert not (tmp_path / STALLS).exists()
+        assert not (tmp_path / STALLS_FILE).exists()
         time.sleep(1)
-    (line,) = (tmp_path / STALLS).read_text().splitlines()
+    (line,) = (tmp_path / STALLS_FILE).read_text().splitlines()
     (stalled,) = json.loads(line)["stalled"]
     assert (stalled["rank"], stalled["step"]) == (0, 7)
     assert stalled["shards"] == ["train-of-step-6-and-rank-0.tar"]
@@ -95,7 +95,9 @@ def test_a_process_that_never_moves_again_ends_with_an_error(tmp_path: Path) -> 
         process.start()
         process.join(30)
     assert process.exitcode == 1
-    warned, ended = [json.loads(line)["still_s"] for line in (tmp_path / STALLS).read_text().splitlines()]
+    warned, ended = [
+        json.loads(line)["stalled_s"] for line in (tmp_path / STALLS_FILE).read_text().splitlines()
+    ]
     assert 0.2 <= warned < 2 <= ended
 
 
@@ -105,10 +107,10 @@ def test_a_process_that_was_stopped_for_long_goes_on(tmp_path: Path) -> None:
     begun = context.Event()
 
     def work() -> None:
-        with Watchdog(tmp_path, ranks, 0.2, lambda *_: []) as dog:
+        with Watchdog(tmp_path, ranks, 0.2, lambda *_: []) as watchdog:
             begun.set()
             for step in range(10):
-                dog.beat(step)
+                watchdog.beat(step)
                 time.sleep(0.1)
 
     with Ranks() as ranks:
@@ -135,16 +137,16 @@ def test_a_download_may_take_its_time(packed: Path, tmp_path: Path) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Slow, directory=str(packed))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        split = Split(open_place(url, tmp_path / "cache"), "train")
+        split = Split(open_storage(url, tmp_path / "cache"), "train")
         data = Data(shards=url, image_size=32, workers=1)
         with (
-            closing(Loader(split, Vocabulary(SPECIALS), data)) as reader,
+            closing(Loader(split, Vocabulary(SPECIAL_TOKENS), data)) as reader,
             Ranks() as ranks,
             Watchdog(tmp_path, ranks, 0.3, lambda *_: []),
         ):
-            assert len(list(reader.ahead([(np.array([0]), 0)]))) == 1
+            assert len(list(reader.prefetch([(np.array([0]), 0)]))) == 1
         server.shutdown()
-    assert not (tmp_path / STALLS).exists()
+    assert not (tmp_path / STALLS_FILE).exists()
 
 
 def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_which_ends_all_at_once(
@@ -171,7 +173,7 @@ def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_wh
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         first, second = sorted(map(int, children))
         os.kill(second, signal.SIGSTOP)
-        wait_for((run / STALLS).exists, 5 * stall_s)
+        wait_for((run / STALLS_FILE).exists, 5 * stall_s)
         os.kill(first, signal.SIGKILL)
         began = time.monotonic()
         _, told = process.communicate(timeout=60)
@@ -180,14 +182,14 @@ def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_wh
     assert process.returncode == 128 + signal.SIGKILL
     assert "rank 0 on" in told
     assert "was killed by SIGKILL" in told
-    record = json.loads((run / STALLS).read_text().splitlines()[0])
+    record = json.loads((run / STALLS_FILE).read_text().splitlines()[0])
     (stalled,) = record["stalled"]
-    assert (stalled["rank"], stalled["process"], stalled["silent"]) == (1, second, True)
+    assert (stalled["rank"], stalled["pid"], stalled["silent"]) == (1, second, True)
     assert record["waiting"] == [0]
     split = Split(packed, "train")
-    work = order_of(split, config).micro_batches(stalled["step"] - 1, 1, 2)
+    work = make_sampler(split, config).micro_batches(stalled["step"] - 1, 1, 2)
     rows = np.unique(np.concatenate([split.index["shard"][items] for _, items in work]))
-    assert stalled["shards"] == [split.facts.shards[row].name for row in rows]
+    assert stalled["shards"] == [split.info.shards[row].name for row in rows]
     # The innermost frames: which, depends on where it was stopped.
     assert all(re.match(r".+:\d+ in \S+: ", line) for line in stalled["stack"])
     assert stalled["stack"]

@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from captionscale import errors, parsing
-from captionscale.data.sources.record import Record, in_order
+from captionscale.data.sources.record import Record, sort_records
 from captionscale.errors import UserError
 from captionscale.files import MB, read_file
 
@@ -18,9 +18,9 @@ from captionscale.files import MB, read_file
 ImageId = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 # Tells where to count image ids from, once the splits are known.
-FirstId = Callable[[set[str]], int]
+FirstImageId = Callable[[set[str]], int]
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 
 # Of what an error shows of a file, in letters: damaged files have names of megabytes.
 _LONGEST = 120
@@ -31,7 +31,7 @@ _T = TypeVar("_T")
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn what the system says against a file, or a folder with all in it, into the error that says so.
 
     Raises:
@@ -44,7 +44,7 @@ def reading(path: Path) -> Iterator[None]:
         raise UserError(f"{place}: {error.strerror}; wanted it to be readable; check the path") from error
 
 
-def decoded(data: bytes, place: str) -> str:
+def decode_utf8(data: bytes, place: str) -> str:
     """Return UTF-8 as text, without the mark that some editors put before it.
 
     Raises:
@@ -59,20 +59,20 @@ def decoded(data: bytes, place: str) -> str:
         ) from error
 
 
-def text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """Return a text file's content, which is not empty.
 
     Raises:
         UserError: It cannot be read, is not UTF-8, or is empty.
     """
-    with reading(path):
-        content = decoded(read_file(path, _MAX_BYTES), str(path))
+    with explain_os_errors(path):
+        content = decode_utf8(read_file(path, _MAX_BYTES), str(path))
     if not content.strip():
         raise UserError(f"{path}: the file is empty; wanted text; write or download it again")
     return content
 
 
-def document(path: Path, kind: type[_T], wanted: str) -> _T:
+def read_json(path: Path, kind: type[_T], wanted: str) -> _T:
     """Return a JSON file's content as a msgspec type.
 
     Args:
@@ -83,20 +83,20 @@ def document(path: Path, kind: type[_T], wanted: str) -> _T:
     Raises:
         UserError: It cannot be read, is not JSON, or is of another layout.
     """
-    with reading(path):
+    with explain_os_errors(path):
         data = read_file(path, _MAX_BYTES)
-    return parsed(data, msgspec.json.Decoder(kind), str(path), wanted)
+    return parse_json(data, msgspec.json.Decoder(kind), str(path), wanted)
 
 
-def parsed(data: bytes, decoder: msgspec.json.Decoder[_T], place: str, wanted: str) -> _T:
-    """Return JSON as the decoder's type; `wanted` and the errors are those of `document`."""
+def parse_json(data: bytes, decoder: msgspec.json.Decoder[_T], place: str, wanted: str) -> _T:
+    """Return JSON as the decoder's type; `wanted` and the errors are those of `read_json`."""
     try:
         return parsing.decode(data, decoder)
     except ValueError as error:
         raise UserError(f"{place}: {error}; {wanted}") from error
 
 
-def below(path: str, place: str) -> str:
+def normalize_path(path: str, place: str) -> str:
     """Return a path below the folder of the images in its one spelling.
 
     Args:
@@ -114,13 +114,13 @@ def below(path: str, place: str) -> str:
     return plain
 
 
-def stripped(captions: Iterable[str]) -> tuple[str, ...]:
+def strip_captions(captions: Iterable[str]) -> tuple[str, ...]:
     """Return captions without surrounding white space and without those that are empty."""
     return tuple(caption for raw in captions if (caption := raw.strip()))
 
 
-def proven(
-    records: Sequence[Record], images: Path, captions: Path | str, *, captioned: bool = True
+def validate_records(
+    records: Sequence[Record], images: Path, captions: Path | str, *, require_captions: bool = True
 ) -> list[Record]:
     """Return records in the order of shards, once all that they promise is proven to be there.
 
@@ -128,18 +128,18 @@ def proven(
         records: Of image files.
         images: The folder that holds all of them, directly or below.
         captions: The file that names them, or the words for several.
-        captioned: Whether each must have captions.
+        require_captions: Whether each must have captions.
 
     Raises:
         UserError: There is no record, an image file is missing, or has no captions.
     """
     # One listing: to ask for each of COCO's 118,287 files takes minutes on a cluster's file system.
-    there = {str(images): listing(images, "the folder of the images")}
+    there = {str(images): list_folder(images, "the folder of the images")}
     missing = []
     for record in records:
-        if captioned and not record.captions:
+        if require_captions and not record.captions:
             raise UserError(
-                f"{captions}: image {record.image_id} ({shown(record.name)}) has no captions, or only empty"
+                f"{captions}: image {record.image_id} ({printable_name(record.name)}) has no captions, or only empty"
                 " ones; wanted at least one; add a caption or take the image out"
             )
         folder, _, name = f"{record.source}/{record.name}".rpartition("/")
@@ -147,7 +147,7 @@ def proven(
             there[folder] = set()
             # The images of a folder that is not there are missing, each by its name.
             with suppress(UserError):
-                there[folder] = listing(Path(folder), "")
+                there[folder] = list_folder(Path(folder), "")
         if name not in there[folder]:
             missing.append(f"{folder}/{name}".removeprefix(f"{images}/"))
     if not records:
@@ -155,13 +155,13 @@ def proven(
     if missing:
         cure = _folder_with(images, missing[0]) or "that holds them, or download them"
         raise UserError(
-            f"{images}: {some(missing)} of {len(records)} missing; wanted each image of {captions};"
+            f"{images}: {name_some(missing)} of {len(records)} missing; wanted each image of {captions};"
             f" give the folder {cure}"
         )
-    return in_order(records)
+    return sort_records(records)
 
 
-def listing(folder: Path, wanted: str) -> set[str]:
+def list_folder(folder: Path, wanted: str) -> set[str]:
     """Return the names in a folder.
 
     Raises:
@@ -174,12 +174,12 @@ def listing(folder: Path, wanted: str) -> set[str]:
         raise UserError(f"{folder}: {error.strerror}; wanted {wanted}; check the path") from error
 
 
-def some(names: Sequence[str]) -> str:
+def name_some(names: Sequence[str]) -> str:
     """Return how many images these are, and the names of the first three, in one line."""
-    return errors.some([*map(shown, names)])
+    return errors.describe_images([*map(printable_name, names)])
 
 
-def shown(name: str) -> str:
+def printable_name(name: str) -> str:
     """Return a name as an error can show it in its one line."""
     return name[:_LONGEST] if name.isprintable() else repr(name[:_LONGEST])
 

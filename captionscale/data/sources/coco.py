@@ -37,7 +37,7 @@ class _Document(msgspec.Struct, gc=False):
     annotations: list[_Annotation] | msgspec.UnsetType = msgspec.UNSET
 
 
-def official(images: Path, captions: Path, split: str) -> list[Record]:
+def read_official(images: Path, captions: Path, split: str) -> list[Record]:
     """Read COCO of 2014 or 2017 as it is published, two layouts that differ in nothing but the file names.
 
     Args:
@@ -61,13 +61,13 @@ def official(images: Path, captions: Path, split: str) -> list[Record]:
     source = cache(lambda folder: str(images / folder))
     records = []
     for image_id, path in names.items():
-        folder, _, name = base.below(path, f"{captions}: image {image_id}").rpartition("/")
-        kept = base.stripped(texts.pop(image_id)) if texts else ()
+        folder, _, name = base.normalize_path(path, f"{captions}: image {image_id}").rpartition("/")
+        kept = base.strip_captions(texts.pop(image_id)) if texts else ()
         records.append(Record(image_id, split, kept, source(folder), name))
-    return base.proven(records, images, captions, captioned=texts is not None)
+    return base.validate_records(records, images, captions, require_captions=texts is not None)
 
 
-def with_lists(
+def read_karpathy_lists(
     images: Path, captions: Sequence[Path], lists: Path, restval: Literal["train", "drop"]
 ) -> list[Record]:
     """Read COCO 2014 by the splits that nearly every paper scores on, from the official annotations.
@@ -85,7 +85,7 @@ def with_lists(
         The records by split and image id.
 
     Raises:
-        UserError: As `official` does; and if the list of val or test is missing, a list has a line of another
+        UserError: As `read_official` does; and if the list of val or test is missing, a list has a line of another
             form or an image of no annotation, an image is in two lists, or an id differs from its file
             name's number.
 
@@ -112,26 +112,26 @@ def with_lists(
     for image_id, (folder, name) in paths.items():
         split = listed.get(image_id, rest)
         if split and not (split == "train" and folder == "val2014" and restval == "drop"):
-            kept = base.stripped(texts[image_id])
+            kept = base.strip_captions(texts[image_id])
             records.append(Record(image_id, split, kept, source[folder], name))
-    return base.proven(records, images, place)
+    return base.validate_records(records, images, place)
 
 
-def references(captions: Path) -> dict[int, list[str]]:
+def read_references(captions: Path) -> dict[int, list[str]]:
     """Read the captions of a COCO captions JSON alone, by image id; no image need be there.
 
     Args:
         captions: Such as `captions_val2014.json`.
 
     Raises:
-        UserError: As `official` does for its caption file, or it has no annotations.
+        UserError: As `read_official` does for its caption file, or it has no annotations.
     """
     return _captioned(captions)[1]
 
 
 def _read(captions: Path) -> tuple[dict[int, str], dict[int, list[str]] | None]:
     """Return the file name and, unless the file has no annotations, the raw captions of each image id."""
-    document = base.document(captions, _Document, _WANTED)
+    document = base.read_json(captions, _Document, _WANTED)
     names: dict[int, str] = {}
     for number, image in enumerate(document.images):
         if image.id in names:
@@ -173,13 +173,13 @@ def _path_2014(place: Path, image_id: int, name: str) -> tuple[str, str]:
 def _listed(lists: Path, paths: dict[int, tuple[str, str]]) -> dict[int, str]:
     """Return the split of each listed image id."""
     split_of: dict[int, str] = {}
-    there = base.listing(lists, "the folder of Karpathy's lists")
+    there = base.list_folder(lists, "the folder of Karpathy's lists")
     for split in _SPLITS:
         file = lists / f"karpathy_{split}_images.txt"
         # Without this one list the others still say all; without them, training would see what is scored.
         if split == "train" and file.name not in there:
             continue
-        for number, line in enumerate(base.text(file).split("\n"), start=1):
+        for number, line in enumerate(base.read_text(file).split("\n"), start=1):
             if not line.strip():
                 continue
             place = f"{file}: line {number}"

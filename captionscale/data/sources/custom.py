@@ -13,7 +13,7 @@ from captionscale.data.sources import base
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 from captionscale.files import MB, open_file
-from captionscale.parsing import fault_of
+from captionscale.parsing import describe_error
 from captionscale.progress import say
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -35,7 +35,7 @@ class _Row(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     image_id: base.ImageId | None = None
 
 
-def table(captions: Path, images: Path, split: str, first_id: base.FirstId) -> list[Record]:
+def read_table(captions: Path, images: Path, split: str, first_image_id: base.FirstImageId) -> list[Record]:
     """Read a table with a caption in each row, as CSV, TSV or JSON lines, told apart by the file's ending.
 
     A `.csv` or `.tsv` starts with the names of its columns: `image`, `caption` and, if need be, `split` and
@@ -47,7 +47,7 @@ def table(captions: Path, images: Path, split: str, first_id: base.FirstId) -> l
         captions: The table.
         images: The folder that the paths in `image` start from.
         split: The split of rows that name none.
-        first_id: Tells the first image id of these splits, if no row has one: ids are counted in
+        first_image_id: Tells the first image id of these splits, if no row has one: ids are counted in
             the order in which images appear.
 
     Returns:
@@ -60,18 +60,18 @@ def table(captions: Path, images: Path, split: str, first_id: base.FirstId) -> l
     found: dict[str, tuple[str, int | None, list[str]]] = {}
     names: dict[int, str] = {}
     for place, row in _rows(captions):
-        name = base.below(row.image, place)
-        place = f"{place}: {base.shown(name)}"
-        its_split = row.split or split
-        if not SPLIT_NAME.fullmatch(its_split):
+        name = base.normalize_path(row.image, place)
+        place = f"{place}: {base.printable_name(name)}"
+        row_split = row.split or split
+        if not SPLIT_NAME.fullmatch(row_split):
             raise UserError(
-                f"{place} is of split {its_split!r:.60}; wanted letters, digits, '_' and '-', as in train or"
+                f"{place} is of split {row_split!r:.60}; wanted letters, digits, '_' and '-', as in train or"
                 " val; rename it"
             )
-        known_split, known_id, texts = found.setdefault(name, (its_split, row.image_id, []))
-        if its_split != known_split:
+        known_split, known_id, texts = found.setdefault(name, (row_split, row.image_id, []))
+        if row_split != known_split:
             raise UserError(
-                f"{place} is of split {its_split!r} here, of {known_split!r} in an earlier row; wanted it in"
+                f"{place} is of split {row_split!r} here, of {known_split!r} in an earlier row; wanted it in"
                 " one split, or training sees what is scored; correct one"
             )
         if row.image_id != known_id:
@@ -82,25 +82,25 @@ def table(captions: Path, images: Path, split: str, first_id: base.FirstId) -> l
         if row.image_id is not None and names.setdefault(row.image_id, name) != name:
             raise UserError(
                 f"{place} has image_id {row.image_id}, which is that of"
-                f" {base.shown(names[row.image_id])}; wanted an id of its own; correct one"
+                f" {base.printable_name(names[row.image_id])}; wanted an id of its own; correct one"
             )
         texts.extend([row.caption] if isinstance(row.caption, str) else row.caption)
         texts.extend(row.captions)
     if names and (without := [name for name, (_, image_id, _) in found.items() if image_id is None]):
         raise UserError(
-            f"{captions}: {base.some(without)} of {len(found)} without image_id; wanted one for each"
+            f"{captions}: {base.name_some(without)} of {len(found)} without image_id; wanted one for each"
             " image or for none; add or delete them"
         )
-    first = first_id({its_split for its_split, _, _ in found.values()})
+    first = first_image_id({row_split for row_split, _, _ in found.values()})
     source = str(images)
     records = []
-    for number, (name, (its_split, image_id, texts)) in enumerate(found.items(), start=first):
+    for number, (name, (row_split, image_id, texts)) in enumerate(found.items(), start=first):
         key = number if image_id is None else image_id
-        records.append(Record(key, its_split, base.stripped(texts), source, name))
-    return base.proven(records, images, captions)
+        records.append(Record(key, row_split, base.strip_captions(texts), source, name))
+    return base.validate_records(records, images, captions)
 
 
-def folder(images: Path, split: str, first_id: base.FirstId) -> list[Record]:
+def read_folder(images: Path, split: str, first_image_id: base.FirstImageId) -> list[Record]:
     """Read images anywhere below a folder, each with its captions in a `.txt` of the same name beside it.
 
     Links to folders are followed. Names that start with a dot are left out.
@@ -108,7 +108,7 @@ def folder(images: Path, split: str, first_id: base.FirstId) -> list[Record]:
     Args:
         images: The folder.
         split: The split that all its images get.
-        first_id: Tells the first image id of the split; ids are counted in the order of the
+        first_image_id: Tells the first image id of the split; ids are counted in the order of the
             sorted paths.
 
     Returns:
@@ -129,19 +129,19 @@ def folder(images: Path, split: str, first_id: base.FirstId) -> list[Record]:
         )
     if not pairs:
         raise UserError(
-            f"{images}: no images; wanted .{', .'.join(base.IMAGE_ENDINGS)} here or below; check the path"
+            f"{images}: no images; wanted .{', .'.join(base.IMAGE_EXTENSIONS)} here or below; check the path"
         )
     without = [path for path, text in pairs if not text]
     if 0 < len(without) < len(pairs):
         raise UserError(
-            f"{images}: {base.some(without)} of {len(pairs)} without a .txt beside it; wanted one for"
+            f"{images}: {base.name_some(without)} of {len(pairs)} without a .txt beside it; wanted one for"
             " each image or for none; write them or take the images out"
         )
     records = []
-    for image_id, (path, text) in enumerate(pairs, start=first_id({split})):
-        lines = base.text(images / text).split("\n") if text else []
-        records.append(Record(image_id, split, base.stripped(lines), source, path))
-    return base.proven(records, images, images, captioned=not without)
+    for image_id, (path, text) in enumerate(pairs, start=first_image_id({split})):
+        lines = base.read_text(images / text).split("\n") if text else []
+        records.append(Record(image_id, split, base.strip_captions(lines), source, path))
+    return base.validate_records(records, images, images, require_captions=not without)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
@@ -153,14 +153,14 @@ def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
         decoder = msgspec.json.Decoder(_Row)
         for place, line in _lines(path):
             if line.strip():
-                yield place, base.parsed(line, decoder, place, _WANTED_OBJECTS)
+                yield place, base.parse_json(line, decoder, place, _WANTED_OBJECTS)
     else:
         endings = ", ".join((*_DELIMITERS, *_JSON_LINES))
         raise UserError(f"{path}: a table's ending tells its layout; wanted {endings}; rename it")
 
 
 def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
-    lines = (base.decoded(line, place) for place, line in _lines(path))
+    lines = (base.decode_utf8(line, place) for place, line in _lines(path))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
@@ -177,7 +177,9 @@ def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
                 cells = {column: field for column, field in zip(header, fields, strict=True) if field}
                 yield place, msgspec.convert(cells, _Row, strict=False)
     except msgspec.ValidationError as error:
-        raise UserError(f"{path}: line {reader.line_num}: {fault_of(error)}; {_WANTED_COLUMNS}") from error
+        raise UserError(
+            f"{path}: line {reader.line_num}: {describe_error(error)}; {_WANTED_COLUMNS}"
+        ) from error
     except csv.Error as error:
         raise UserError(
             f"{path}: line {reader.line_num}: {error}; wanted a field with quotes in quotes, and each quote"
@@ -186,7 +188,7 @@ def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    with base.reading(path), open_file(path) as file:
+    with base.explain_os_errors(path), open_file(path) as file:
         for number in count(1):
             line = file.readline(_MAX_LINE_BYTES)
             place = f"{path}: line {number}"
@@ -205,7 +207,7 @@ def _pairs(images: Path, others: list[str]) -> Iterator[tuple[str, str]]:
     What is neither goes into `others`.
     """
     seen: dict[tuple[int, int], str] = {}
-    with base.reading(images):
+    with base.explain_os_errors(images):
         for folder, inner, names in os.walk(images, onerror=_raise, followlinks=True):
             status = os.stat(folder)  # noqa: PTH116
             if (known := seen.setdefault((status.st_dev, status.st_ino), folder)) != folder:
@@ -218,9 +220,9 @@ def _pairs(images: Path, others: list[str]) -> Iterator[tuple[str, str]]:
                 stem, _, ending = name.rpartition(".")
                 if name.startswith("."):
                     continue
-                if ending.lower() not in base.IMAGE_ENDINGS:
+                if ending.lower() not in base.IMAGE_EXTENSIONS:
                     if ending.lower() != "txt":
-                        others.append(base.shown(name))
+                        others.append(base.printable_name(name))
                     continue
                 if not _is_utf8(f"{start}/{name}"):
                     raise UserError(

@@ -25,7 +25,7 @@ _KNOWN = {
 }
 
 
-def expect(records: Iterable[Record], expected: Mapping[str, int], place: str) -> None:
+def check_counts(records: Iterable[Record], expected: Mapping[str, int], place: str) -> None:
     """Make sure that each split has as many images as the data set is known for.
 
     Args:

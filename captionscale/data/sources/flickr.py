@@ -8,7 +8,7 @@ from captionscale.data.sources import base
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 
-LISTS = {
+SPLIT_OF_LIST = {
     "Flickr_8k.trainImages.txt": "train",
     "Flickr_8k.devImages.txt": "val",
     "Flickr_8k.testImages.txt": "test",
@@ -69,28 +69,28 @@ def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
     split_of = dict.fromkeys(texts, "train") if splits is None else _splits(splits)
     if unknown := [name for name in split_of if name not in texts]:
         raise UserError(
-            f"{splits}: {base.some(unknown)} listed, but not in {captions}; wanted captions of each"
+            f"{splits}: {base.name_some(unknown)} listed, but not in {captions}; wanted captions of each"
             " listed image; give lists and captions of one data set"
         )
     names: dict[int, str] = {}
     for name in split_of:
-        number = image_id(name, str(captions))
+        number = parse_image_id(name, str(captions))
         if names.setdefault(number, name) != name:
             raise UserError(
-                f"{captions}: image {base.shown(name)} has the number of"
-                f" {base.shown(names[number])}; {_WANTED_NUMBER}; rename one"
+                f"{captions}: image {base.printable_name(name)} has the number of"
+                f" {base.printable_name(names[number])}; {_WANTED_NUMBER}; rename one"
             )
     source = str(images)
     records = []
     for number, name in names.items():
         # By number alone: those without a number are all 0 and keep the file's order.
         numbered = sorted(texts[name], key=lambda pair: pair[0])
-        kept = base.stripped(text for _, text in numbered)
+        kept = base.strip_captions(text for _, text in numbered)
         records.append(Record(number, split_of[name], kept, source, name))
-    return base.proven(records, images, captions)
+    return base.validate_records(records, images, captions)
 
 
-def image_id(name: str, place: str) -> int:
+def parse_image_id(name: str, place: str) -> int:
     """Return the number that leads a Flickr image's file name.
 
     Args:
@@ -103,7 +103,7 @@ def image_id(name: str, place: str) -> int:
     lead = _NUMBER.match(name)
     if not lead:
         raise UserError(
-            f"{place}: image {base.shown(name)} has no number; {_WANTED_NUMBER}; rename it here, in"
+            f"{place}: image {base.printable_name(name)} has no number; {_WANTED_NUMBER}; rename it here, in"
             " the lists and in the folder"
         )
     return int(lead[1])
@@ -111,7 +111,7 @@ def image_id(name: str, place: str) -> int:
 
 def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
     """Yield each caption's image name, number (0 where it has none) and raw text, in the file's order."""
-    lines = base.text(path).split("\n")
+    lines = base.read_text(path).split("\n")
     if lines[0].strip() == "image,caption":
         layout, start, wanted = _CSV_LINE, 1, 'name.jpg,caption or name.jpg,"caption, with commas"'
     elif [field.strip() for field in lines[0].split("|")] == ["image_name", "comment_number", "comment"]:
@@ -125,7 +125,7 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
             found = match.groupdict()
             quoted = found.get("quoted")
             caption = found["caption"] if quoted is None else quoted.replace('""', '"')
-            name = base.below(found["name"].strip(), f"{path}: line {number}")
+            name = base.normalize_path(found["name"].strip(), f"{path}: line {number}")
             yield name, int(found.get("number", 0)), caption
         elif line.strip():
             raise UserError(f"{path}: line {number} is {line!r:.60}; wanted {wanted}; correct or delete it")
@@ -133,12 +133,12 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
 
 def _splits(folder: Path) -> dict[str, str]:
     """Return the split of each listed image."""
-    there = base.listing(folder, "the folder of the split lists")
-    if there.isdisjoint(LISTS):
-        raise UserError(f"{folder}: no split list; wanted {' or '.join(LISTS)}; check the path")
+    there = base.list_folder(folder, "the folder of the split lists")
+    if there.isdisjoint(SPLIT_OF_LIST):
+        raise UserError(f"{folder}: no split list; wanted {' or '.join(SPLIT_OF_LIST)}; check the path")
     split_of: dict[str, str] = {}
-    for file, split in LISTS.items():
-        lines = base.text(folder / file).split("\n") if file in there else []
+    for file, split in SPLIT_OF_LIST.items():
+        lines = base.read_text(folder / file).split("\n") if file in there else []
         for line in filter(None, map(str.strip, lines)):
             name = line if line.endswith(".jpg") else f"{line}.jpg"
             if split_of.setdefault(name, split) != split:

@@ -55,13 +55,13 @@ def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> lis
     Source:
         Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments" (arXiv:1412.2306).
     """
-    document = base.document(captions, _Document, _WANTED)
+    document = base.read_json(captions, _Document, _WANTED)
     source = cache(lambda folder: str(images / folder))
     records: dict[int, Record] = {}
     for number, image in enumerate(document.images):
         place = f"{captions}: images[{number}]"
         if document.dataset != "coco":
-            image_id = flickr.image_id(image.filename, place)
+            image_id = flickr.parse_image_id(image.filename, place)
         elif image.cocoid is not None:
             image_id = image.cocoid
         else:
@@ -69,9 +69,9 @@ def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> lis
         if image_id in records:
             raise UserError(f"{place} repeats image id {image_id}; wanted each id once; delete one")
         split = restval if image.split == "restval" else image.split
-        path = base.below(posixpath.join(image.filepath, image.filename), place)
+        path = base.normalize_path(posixpath.join(image.filepath, image.filename), place)
         folder, _, name = path.rpartition("/")
-        texts = base.stripped(sentence.raw for sentence in image.sentences)
+        texts = base.strip_captions(sentence.raw for sentence in image.sentences)
         records[image_id] = Record(image_id, split, texts, source(folder), name)
     kept = [record for record in records.values() if record.split != "drop"]
-    return base.proven(kept, images, captions)
+    return base.validate_records(kept, images, captions)

@@ -5,7 +5,7 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from captionscale.data.image_limits import MAX_BYTES
+from captionscale.data.image_limits import MAX_IMAGE_BYTES
 
 _SPLIT_ORDER = {"train": 0, "val": 1, "test": 2}
 
@@ -53,8 +53,8 @@ class Record:
             if not stat.S_ISREG(status.st_mode):
                 raise EOFError("no regular file")
             size = status.st_size if self.size is None else self.size
-            if size > MAX_BYTES:
-                raise EOFError(f"{size:,} bytes, expected at most {MAX_BYTES:,}")
+            if size > MAX_IMAGE_BYTES:
+                raise EOFError(f"{size:,} bytes, expected at most {MAX_IMAGE_BYTES:,}")
             data = os.pread(descriptor, size, self.offset)
         finally:
             os.close(descriptor)
@@ -68,6 +68,6 @@ class Record:
         return f"{self.source}/{self.name}" if self.size is None else self.source
 
 
-def in_order(records: Iterable[Record]) -> list[Record]:
+def sort_records(records: Iterable[Record]) -> list[Record]:
     """Return records as shards hold them: by split (train, val, test, others) and image id."""
     return sorted(records, key=lambda it: (_SPLIT_ORDER.get(it.split, 3), it.split, it.image_id))

@@ -12,7 +12,7 @@ import xxhash
 from captionscale import parsing
 from captionscale.data.manifest import MANIFEST
 from captionscale.data.sources import base
-from captionscale.data.sources.record import Record, in_order
+from captionscale.data.sources.record import Record, sort_records
 from captionscale.errors import UserError
 from captionscale.files import open_file
 
@@ -47,7 +47,7 @@ class _Image(msgspec.Struct):
     texts: list[str]
 
 
-def read(tars: Sequence[Path], split: str, first_id: base.FirstId) -> list[Record]:
+def read(tars: Sequence[Path], split: str, first_image_id: base.FirstImageId) -> list[Record]:
     """Read a WebDataset where it lies: the records point into its tars, nothing is unpacked.
 
     A sample is all members of one key: an image (jpg, jpeg, png, webp, bmp or gif) and its captions, the text
@@ -58,7 +58,7 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstId) -> list[Recor
     Args:
         tars: Tars, or folders that hold them; those of a folder are taken in the order of their names.
         split: The split that all images get.
-        first_id: Tells the first image id of the split, where no `.json` has a number as
+        first_image_id: Tells the first image id of the split, where no `.json` has a number as
             `image_id`; ids are counted in the order in which images appear.
 
     Returns:
@@ -75,9 +75,9 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstId) -> list[Recor
         https://github.com/rom1504/img2dataset.
     """
     found: dict[_Identity, _Image] = {}
-    for path in files(tars):
+    for path in find_tars(tars):
         samples = _samples(path)
-        with base.reading(path), open_file(path) as file:
+        with base.explain_os_errors(path), open_file(path) as file:
             for parts in samples:
                 name, offset, size = parts["image"]
                 facts = _facts(path, file.fileno(), parts)
@@ -98,26 +98,26 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstId) -> list[Recor
             f"{place}: image_id is {' or '.join(sorted(_KINDS[kind] for kind in kinds))}; wanted a number"
             " in each .json, a text in each, or none; write the tars again"
         )
-    first = first_id({split})
+    first = first_image_id({split})
     records: list[Record] = []
-    captions = {identity: base.stripped(image.texts) for identity, image in found.items()}
+    captions = {identity: base.strip_captions(image.texts) for identity, image in found.items()}
     captioned = any(captions.values())
     for identity, image in found.items():
         if captioned and not captions[identity]:
             if image.texts:
                 continue
             raise UserError(
-                f"{image.tar}: {base.shown(image.name)} has no captions, others have; wanted a .txt, or"
+                f"{image.tar}: {base.printable_name(image.name)} has no captions, others have; wanted a .txt, or"
                 " a .json with caption, beside each image or none; write the tar again"
             )
         image_id = identity if isinstance(identity, int) else first + len(records)
         records.append(
             Record(image_id, split, captions[identity], image.tar, image.name, image.offset, image.size)
         )
-    return in_order(records)
+    return sort_records(records)
 
 
-def files(tars: Sequence[Path]) -> list[Path]:
+def find_tars(tars: Sequence[Path]) -> list[Path]:
     """Return the tars that are meant: those given, and those in the folders given.
 
     Raises:
@@ -128,7 +128,7 @@ def files(tars: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        names = base.listing(path, "a tar or a folder of tars")
+        names = base.list_folder(path, "a tar or a folder of tars")
         chosen = sorted(name for name in names if name.endswith(_ENDINGS) and not name.startswith("."))
         if not chosen:
             raise UserError(f"{path}: no tars; wanted files .tar; check the path")
@@ -146,21 +146,21 @@ def files(tars: Sequence[Path]) -> list[Path]:
 def _samples(path: Path) -> list[dict[str, _Part]]:
     """Return the parts of each sample that has an image: name, offset and size of image, txt and json."""
     samples: dict[str, dict[str, _Part]] = {}
-    for member in members(path):
+    for member in iter_members(path):
         if member.issparse():
             raise UserError(
-                f"{path}: {base.shown(member.name)} is sparse; wanted whole members, to read"
+                f"{path}: {base.printable_name(member.name)} is sparse; wanted whole members, to read"
                 " by offset; write the tar again without --sparse"
             )
         found = _MEMBER.fullmatch(member.name) if member.isreg() else None
         if not found or _META.match(member.name):
             continue
         ending = found["ending"].lower()
-        part = "image" if ending in base.IMAGE_ENDINGS else ending
+        part = "image" if ending in base.IMAGE_EXTENSIONS else ending
         if part in ("image", "txt", "json"):
             parts = samples.setdefault(found["key"], {})
             if part in parts:
-                both = f"{base.shown(parts[part][0])} and {base.shown(member.name)}"
+                both = f"{base.printable_name(parts[part][0])} and {base.printable_name(member.name)}"
                 raise UserError(
                     f"{path}: {both} are of one sample; wanted one {part} in each; write the tar again"
                 )
@@ -168,13 +168,13 @@ def _samples(path: Path) -> list[dict[str, _Part]]:
     return [parts for parts in samples.values() if "image" in parts]
 
 
-def members(path: Path) -> Iterator[tarfile.TarInfo]:
+def iter_members(path: Path) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar, all of which lie within it.
 
     Raises:
         UserError: It cannot be read, or is compressed, damaged or cut short.
     """
-    with base.reading(path), open_file(path) as file:
+    with base.explain_os_errors(path), open_file(path) as file:
         if unpacker := _UNPACKERS.get(file.read(2)):
             raise UserError(
                 f"{path}: compressed; wanted a plain tar, to read by offset; unpack it with {unpacker}"
@@ -207,12 +207,12 @@ def _facts(path: Path, descriptor: int, parts: dict[str, _Part]) -> _Facts:
     if "json" not in parts:
         return _Facts()
     name, offset, size = parts["json"]
-    place = f"{path}: {base.shown(name)}"
+    place = f"{path}: {base.printable_name(name)}"
     try:
         # Not msgspec's reader: img2dataset writes NaN.
         return msgspec.convert(parsing.loads(os.pread(descriptor, size, offset)), _Facts)
     except msgspec.ValidationError as error:
-        raise UserError(f"{place}: {parsing.fault_of(error)}; {_WANTED_FACTS}") from error
+        raise UserError(f"{place}: {parsing.describe_error(error)}; {_WANTED_FACTS}") from error
     except ValueError as error:
         raise UserError(f"{place}: not JSON: {error}; {_WANTED_FACTS}") from error
 
@@ -226,7 +226,9 @@ def _texts(path: Path, descriptor: int, parts: dict[str, _Part], facts: _Facts) 
         texts.append(facts.caption or "")
     if "txt" in parts:
         name, offset, size = parts["txt"]
-        text = base.decoded(os.pread(descriptor, size, offset), f"{path}: {base.shown(name)}").strip()
+        text = base.decode_utf8(
+            os.pread(descriptor, size, offset), f"{path}: {base.printable_name(name)}"
+        ).strip()
         if text not in map(str.strip, texts):
             texts.append(text)
     return [_utf8(text) for text in texts]

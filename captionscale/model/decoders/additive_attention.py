@@ -15,9 +15,9 @@ def build_region_projection(settings: config.Decoder, feature_size: int) -> tupl
         settings: The config's section `model.decoder`.
         feature_size: Size of a region's feature.
     """
-    if settings.region == 0:
+    if settings.region_size == 0:
         return nn.Identity(), feature_size
-    size = settings.region or settings.attend
+    size = settings.region_size or settings.attention_size
     return nn.Linear(feature_size, size), size
 
 

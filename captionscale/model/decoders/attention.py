@@ -18,20 +18,20 @@ class AttentionDecoder(nn.Module):
     With a = relu(A regions), y_t the words, E y_t their vectors and h_t the last layer's state:
 
         z_t = attention(a, h_{t-1}), or beta_t times that        (4 to 6)
-        beta_t = sigmoid(F h_{t-1}), with `gate`                 (section 4.2.1)
+        beta_t = sigmoid(F h_{t-1}), with `attention_gate`                 (section 4.2.1)
         h_t = LSTM([E y_t, z_t], h_{t-1})                        (1 to 3)
-        p(y_{t+1}) = softmax(output(E y_t, h_t, z_t))            (7, with output = "deep")
+        p(y_{t+1}) = softmax(output(E y_t, h_t, z_t))            (7, with word_head = "deep")
 
     Further layers read the layer below. A layer with tanh reads the first states from the mean of a. With
-    `region` = 0, a is the regions: an encoder gives none below zero.
+    `region_size` = 0, a is the regions: an encoder gives none below zero.
 
     Source:
         Xu et al. 2015, "Show, Attend and Tell" (arXiv:1502.03044), soft attention, with its equations'
         numbers. There the gate is no option, the LSTM has one layer, two deeper networks read the first
         states, and attention looks at the encoder's own features. Ours looks at projected regions, as Rennie
         et al. 2017 do (arXiv:1612.00563): the recurrence then costs a quarter on ResNet-50's 2,048 features;
-        theirs is `region` = 0.
-        The doubly stochastic penalty is the loss's: `train.doubly_stochastic`.
+        theirs is `region_size` = 0.
+        The doubly stochastic penalty is the loss's: `train.doubly_stochastic_weight`.
     """
 
     def __init__(self, settings: config.Decoder, feature_size: int, vocab_size: int):
@@ -43,18 +43,18 @@ class AttentionDecoder(nn.Module):
             vocab_size: Size of the vocabulary.
         """
         super().__init__()
-        embed, hidden, layers = settings.embed, settings.hidden, settings.layers
+        embed, hidden, layers = settings.embed_size, settings.hidden_size, settings.num_layers
         self.embedding = word_head.build_embedding(settings, vocab_size)
-        self.dropout = Dropout(settings.dropout, settings.same_dropout)
+        self.dropout = Dropout(settings.dropout, settings.variational_dropout)
         self.region_projection, region = build_region_projection(settings, feature_size)
-        self.attention = AdditiveAttention(region, hidden, settings.attend)
+        self.attention = AdditiveAttention(region, hidden, settings.attention_size)
         self.initial_state = nn.Linear(region, 2 * layers * hidden)
         inputs = [embed + region] + [hidden] * (layers - 1)
         self.cells = nn.ModuleList(nn.LSTMCell(size, hidden) for size in inputs)
         self.from_word, self.from_hidden, self.from_context, self.output_projection = word_head.build_layers(
             settings, region, vocab_size
         )
-        self.gate = nn.Linear(hidden, 1) if settings.gate else None
+        self.gate = nn.Linear(hidden, 1) if settings.attention_gate else None
 
     def start(self, features: Float[Tensor, "batch region feature"]) -> AttentionState:
         """Return the state before any word."""

@@ -30,12 +30,12 @@ class PlainDecoder(nn.Module):
         h_t = LSTM(E y_t, h_{t-1})                   (11)
         p(y_{t+1}) = softmax(output(E y_t, h_t))     (12)
 
-    `picture_norm` normalises W x over the micro-batch, as a much-copied captioner of PyTorch tutorials does.
+    `image_batch_norm` normalises W x over the micro-batch, as a much-copied captioner of PyTorch tutorials does.
     Captioning takes a running mean and variance, which follow by 1 % at each micro-batch: those of rank 0.
 
     Source:
         Vinyals et al. 2015, "Show and Tell" (arXiv:1411.4555), with its equations' numbers. There the LSTM
-        has one layer, and words are read from its state alone (`output = "linear"`).
+        has one layer, and words are read from its state alone (`word_head = "linear"`).
     """
 
     def __init__(self, settings: config.Decoder, feature_size: int, vocab_size: int):
@@ -47,11 +47,13 @@ class PlainDecoder(nn.Module):
             vocab_size: Size of the vocabulary.
         """
         super().__init__()
-        self.image_projection = nn.Linear(feature_size, settings.embed)
-        self.picture_norm = nn.BatchNorm1d(settings.embed, momentum=0.01) if settings.picture_norm else None
+        self.image_projection = nn.Linear(feature_size, settings.embed_size)
+        self.image_batch_norm = (
+            nn.BatchNorm1d(settings.embed_size, momentum=0.01) if settings.image_batch_norm else None
+        )
         self.embedding = word_head.build_embedding(settings, vocab_size)
-        self.dropout = Dropout(settings.dropout, settings.same_dropout)
-        self.lstm = nn.LSTM(settings.embed, settings.hidden, settings.layers, batch_first=True)
+        self.dropout = Dropout(settings.dropout, settings.variational_dropout)
+        self.lstm = nn.LSTM(settings.embed_size, settings.hidden_size, settings.num_layers, batch_first=True)
         layers = word_head.build_layers(settings, None, vocab_size)
         self.from_word, self.from_hidden, self.from_context, self.output_projection = layers
 
@@ -80,7 +82,7 @@ class PlainDecoder(nn.Module):
 
     def _see(self, images: Float[Tensor, "batch feature"]) -> Float[Tensor, "batch embed"]:
         vectors: Tensor = self.image_projection(images)
-        norm = self.picture_norm
+        norm = self.image_batch_norm
         if norm is None:
             return vectors
         if not (self.training and vectors.shape[0] == 1):

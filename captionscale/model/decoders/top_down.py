@@ -38,12 +38,12 @@ class TopDownDecoder(nn.Module):
         h1_t = LSTM1([h2_{t-1}, m, E y_t], h1_{t-1})             (1, 2)
         z_t = attention(a, h1_t)                                 (3 to 5)
         h2_t = LSTM2([z_t, h1_t], h2_{t-1})                      (1, 6)
-        p(y_{t+1}) = softmax(output(E y_t, h2_t, z_t))           (7, with output = "linear")
+        p(y_{t+1}) = softmax(output(E y_t, h2_t, z_t))           (7, with word_head = "linear")
 
     Source:
         Anderson et al. 2018, "Bottom-Up and Top-Down Attention" (arXiv:1707.07998), section 3.2, with its
         equations' numbers. There regions are boxes of a detector, and their features are looked at as they
-        are; ours are the encoder's grid, projected, as Luo's self-critical.pytorch does, unless `region` = 0.
+        are; ours are the encoder's grid, projected, as Luo's self-critical.pytorch does, unless `region_size` = 0.
     """
 
     def __init__(self, settings: config.Decoder, feature_size: int, vocab_size: int):
@@ -55,12 +55,12 @@ class TopDownDecoder(nn.Module):
             vocab_size: Size of the vocabulary.
         """
         super().__init__()
-        hidden = settings.hidden
+        hidden = settings.hidden_size
         self.embedding = word_head.build_embedding(settings, vocab_size)
-        self.dropout = Dropout(settings.dropout, settings.same_dropout)
+        self.dropout = Dropout(settings.dropout, settings.variational_dropout)
         self.region_projection, region = build_region_projection(settings, feature_size)
-        self.attention = AdditiveAttention(region, hidden, settings.attend)
-        self.attention_lstm = nn.LSTMCell(hidden + region + settings.embed, hidden)
+        self.attention = AdditiveAttention(region, hidden, settings.attention_size)
+        self.attention_lstm = nn.LSTMCell(hidden + region + settings.embed_size, hidden)
         self.language_lstm = nn.LSTMCell(region + hidden, hidden)
         self.from_word, self.from_hidden, self.from_context, self.output_projection = word_head.build_layers(
             settings, region, vocab_size

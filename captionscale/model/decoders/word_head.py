@@ -50,10 +50,10 @@ class HasWordHead(Protocol):
 
 def build_embedding(settings: config.Decoder, vocab_size: int) -> nn.Embedding:
     """Return the words' vectors; if they are the output's matrix too, they begin as small as one."""
-    vectors = nn.Embedding(vocab_size, settings.embed, padding_idx=PAD)
-    if settings.tied or settings.unit_vectors:
+    vectors = nn.Embedding(vocab_size, settings.embed_size, padding_idx=PAD)
+    if settings.tie_weights or settings.embedding_init == "unit_norm":
         with torch.no_grad():
-            vectors.weight.div_(settings.embed**0.5)
+            vectors.weight.div_(settings.embed_size**0.5)
     return vectors
 
 
@@ -61,23 +61,26 @@ def build_layers(settings: config.Decoder, context: int | None, vocab_size: int)
     """Return the layers that `logits` reads words with.
 
     Args:
-        settings: `output` and `tied` choose.
+        settings: `word_head` and `tie_weights` choose.
         context: Size of what attention saw; None: the decoder has no attention.
         vocab_size: Size of the vocabulary.
     """
-    embed, hidden = settings.embed, settings.hidden
-    if settings.output == "linear":
-        size = embed if settings.tied else hidden
+    embed, hidden = settings.embed_size, settings.hidden_size
+    if settings.word_head == "linear":
+        size = embed if settings.tie_weights else hidden
         from_hidden = nn.Identity() if size == hidden else nn.Linear(hidden, size, bias=False)
         return WordHead(
-            None, from_hidden, None, OutputBias(vocab_size) if settings.tied else nn.Linear(size, vocab_size)
+            None,
+            from_hidden,
+            None,
+            OutputBias(vocab_size) if settings.tie_weights else nn.Linear(size, vocab_size),
         )
-    size = 2 * embed if settings.output == "maxout" else embed
+    size = 2 * embed if settings.word_head == "maxout" else embed
     return WordHead(
-        from_word=nn.Linear(embed, size, bias=False) if settings.output == "maxout" else nn.Identity(),
+        from_word=nn.Linear(embed, size, bias=False) if settings.word_head == "maxout" else nn.Identity(),
         from_hidden=nn.Linear(hidden, size),
         from_context=None if context is None else nn.Linear(context, size, bias=False),
-        output_projection=OutputBias(vocab_size) if settings.tied else nn.Linear(embed, vocab_size),
+        output_projection=OutputBias(vocab_size) if settings.tie_weights else nn.Linear(embed, vocab_size),
     )
 
 

@@ -46,7 +46,7 @@ class Encoder(nn.Module):
                 (name, part) for name, part in parts.items() if name not in ("avgpool", "fc", "classifier")
             )
         )
-        if settings.stride == 16:
+        if settings.output_stride == 16:
             _undo_last_stride(self.backbone)
         self.feature_size: int = getattr(
             network, "fc", getattr(network, "classifier", [None])[-1]
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
         # A call finds what is compiled; evaluation goes past that, with batches of any size.
         past = self._compiled and not self.training
         forward: Callable[[Tensor], Tensor] = self.backbone.forward if past else self.backbone
-        if learning and self.settings.checkpointing:
+        if learning and self.settings.grad_checkpointing:
             forward = self._forward_checkpointed
         with torch.set_grad_enabled(learning):
             grid = forward(images.contiguous(memory_format=torch.channels_last))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from captionscale import safetensors_file
 from captionscale.errors import UserError
 from captionscale.files import open_file
-from captionscale.progress import working
+from captionscale.progress import spinner
 
 _CLASSIFIERS = ("fc.", "classifier.")
 
@@ -57,7 +57,7 @@ def _download(name: str) -> dict[str, Tensor]:
     """
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
-        with working(f"loading torchvision's weights of {name}"):
+        with spinner(f"loading torchvision's weights of {name}"):
             state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
     except (URLError, OSError, RuntimeError) as error:
         reason = getattr(error, "reason", error)

@@ -74,7 +74,7 @@ def best_candidates(
     active: Int[Tensor, "row"],
     kept: Beam,
     layout: BeamLayout,
-    diversity: float,
+    diversity_penalty: float,
     transitions: Transitions | None,
 ) -> tuple[Float[Tensor, "slot"], Int[Tensor, "slot"], Int[Tensor, "slot"]]:
     """Return what is kept of all captions longer by a word: log-probability, slot it was in, and word.
@@ -84,7 +84,7 @@ def best_candidates(
         active: The slots of these.
         kept: All captions; the finished ones may stay.
         layout: Of the slots.
-        diversity: As `search` has it.
+        diversity_penalty: As `search` has it.
         transitions: As `transitions` gives them.
     """
     firsts = torch.arange(0, len(kept.log_probs), layout.slots_per_image, device=active.device).unsqueeze(1)
@@ -111,7 +111,7 @@ def best_candidates(
             log_probs = paid.masked_fill(log_probs == -torch.inf, -torch.inf)
         if group < layout.groups - 1:
             spoken = (log_probs > -torch.inf) & (words != PAD)
-            price.scatter_add_(1, words, diversity * spoken)
+            price.scatter_add_(1, words, diversity_penalty * spoken)
         parts.append((log_probs, slots, words))
     log_probs, slots, words = (torch.stack(part, 1).flatten() for part in zip(*parts, strict=True))
     return log_probs, slots, words

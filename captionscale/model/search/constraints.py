@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from captionscale.model.decoders.registry import Decoder
-from captionscale.vocab import END, PAD, START, UNKNOWN
+from captionscale.vocab import END, PAD, START, UNK
 
 Features: TypeAlias = Float[Tensor, "image region feature"] | tuple[Float[Tensor, "image _ _"], ...]
 """What a decoder starts from: of an ensemble, what each of its members sees."""
@@ -21,7 +21,7 @@ class Constraints:
     Padding and the start are never said.
     """
 
-    block_ngrams: int = 0
+    no_repeat_ngram_size: int = 0
     """No so many words in a row come twice, but for those of the prefix; 0: they may."""
     allow_unknown: bool = False
     """Whether the token of unknown words may be said."""
@@ -46,9 +46,9 @@ class Constraints:
             max_words: Greatest number of words.
         """
         time, end = sequences.shape[1], logits[:, END].clone()
-        for token in (PAD, START) if self.allow_unknown else (PAD, START, UNKNOWN):
+        for token in (PAD, START) if self.allow_unknown else (PAD, START, UNK):
             logits[:, token] = -torch.inf
-        size = self.block_ngrams
+        size = self.no_repeat_ngram_size
         if 0 < size <= time:
             ngrams = sequences.unfold(1, size, 1)
             begun = (ngrams[:, :, :-1] == sequences[:, None, time - size + 1 :]).all(2)

@@ -34,9 +34,9 @@ class Hypothesis:
     coverage_penalty: float = 0.0
     """What a ranking with coverage adds: 0 for having looked at all regions, less for some only."""
 
-    def score(self, length_power: float) -> float:
-        """Return what captions of one image are ranked by: log-probability / tokens**length_power."""
-        return self.log_prob / math.pow(max(len(self.tokens), 1), length_power) + self.coverage_penalty
+    def score(self, length_penalty: float) -> float:
+        """Return what captions of one image are ranked by: log-probability / tokens**length_penalty."""
+        return self.log_prob / math.pow(max(len(self.tokens), 1), length_penalty) + self.coverage_penalty
 
 
 @torch.no_grad()
@@ -46,10 +46,10 @@ def search(
     *,
     beam: int,
     max_words: int,
-    length_power: float,
+    length_penalty: float,
     groups: int = 1,
-    diversity: float = 0.0,
-    coverage: float = 0.0,
+    diversity_penalty: float = 0.0,
+    coverage_weight: float = 0.0,
     constraints: Constraints = UNCONSTRAINED,
 ) -> list[list[Hypothesis]]:
     """Return the captions that a beam search ends with, for each image, best first.
@@ -63,11 +63,11 @@ def search(
         features: Of each image.
         beam: Captions kept at each word; with required words, for each set of those that are said already.
         max_words: Greatest number of words.
-        length_power: Of `Hypothesis.score`, which ranks the results.
+        length_penalty: Of `Hypothesis.score`, which ranks the results.
         groups: Equal parts of the beam that choose their words one after another.
-        diversity: What a word costs a group, for choosing only, for each caption of an earlier group that
+        diversity_penalty: What a word costs a group, for choosing only, for each caption of an earlier group that
             says it at the same place.
-        coverage: Weight of `Hypothesis.coverage_penalty` in the ranking.
+        coverage_weight: Weight of `Hypothesis.coverage_penalty` in the ranking.
         constraints: What may be said, and what must.
 
     Raises:
@@ -95,9 +95,11 @@ def search(
         if layout.sets > 1:
             lacking = active % layout.slots_per_group < layout.slots_per_group - layout.width
             next_log_probs[:, END].masked_fill_(lacking, -torch.inf)
-        log_probs, slots, tokens = best_candidates(next_log_probs, active, kept, layout, diversity, ways)
+        log_probs, slots, tokens = best_candidates(
+            next_log_probs, active, kept, layout, diversity_penalty, ways
+        )
         attention_sum = kept.attention_sum
-        if coverage:
+        if coverage_weight:
             seen = _attended(attention)
             attention_sum = (attention_sum + attention_sum.new_zeros(1, seen.shape[1])).index_add_(
                 0, active, seen
@@ -123,7 +125,7 @@ def search(
         rows = torch.empty_like(slots)
         rows[before] = torch.arange(len(before), device=rows.device)
         state = select(state, rows[slots[active]])
-    return _read(kept, layout, length_power, coverage)
+    return _read(kept, layout, length_penalty, coverage_weight)
 
 
 def _first(begun: PrefixState, layout: BeamLayout, constraints: Constraints) -> Beam:
@@ -151,8 +153,8 @@ def _add(log_probs: Float[Tensor, "row"], logits: Float[Tensor, "row word"]) -> 
 def _attended(attention: Float[Tensor, "row region"] | None) -> Float[Tensor, "row region"]:
     if attention is None:
         raise UserError(
-            "search.coverage is above 0, but this model has no attention that could cover an image (an"
-            " ensemble has none either); set search.coverage=0"
+            "search.coverage_weight is above 0, but this model has no attention that could cover an image (an"
+            " ensemble has none either); set search.coverage_weight=0"
         )
     return attention.float()
 
@@ -166,14 +168,16 @@ def _decided(beam: Beam, layout: BeamLayout) -> Bool[Tensor, "image"]:
     return (active.amax(2) <= settled.amin(2)).all(1)
 
 
-def _covered(beam: Beam, coverage: float) -> Float[Tensor, "slot"]:
+def _covered(beam: Beam, coverage_weight: float) -> Float[Tensor, "slot"]:
     smallest = torch.finfo(beam.attention_sum.dtype).tiny
-    return coverage * beam.attention_sum.clamp(smallest, 1).log().sum(1)
+    return coverage_weight * beam.attention_sum.clamp(smallest, 1).log().sum(1)
 
 
-def _read(beam: Beam, layout: BeamLayout, length_power: float, coverage: float) -> list[list[Hypothesis]]:
+def _read(
+    beam: Beam, layout: BeamLayout, length_penalty: float, coverage_weight: float
+) -> list[list[Hypothesis]]:
     """Return the captions of each image that have all required words, best first."""
-    fields = (beam.log_probs, _covered(beam, coverage))
+    fields = (beam.log_probs, _covered(beam, coverage_weight))
     log_probs, covers = (layout.completed(values).flatten(1).tolist() for values in fields)
     sequences = beam.sequences.view(-1, *layout, beam.sequences.shape[1])[:, :, -1].flatten(1, 2).tolist()
     found = []
@@ -184,5 +188,5 @@ def _read(beam: Beam, layout: BeamLayout, length_power: float, coverage: float) 
             if total > -math.inf
         }
         # Groups may have found the same one.
-        found.append(sorted(each.values(), key=lambda caption: -caption.score(length_power)))
+        found.append(sorted(each.values(), key=lambda caption: -caption.score(length_penalty)))
     return found

@@ -10,7 +10,7 @@ import tomli_w
 
 from captionscale import parsing, subprocesses
 from captionscale.errors import UserError
-from captionscale.files import atomic, read_file
+from captionscale.files import atomic_write, read_file
 from captionscale.progress import SafeConsole, console, say
 from captionscale.tools.bench.race import Sheet
 
@@ -126,6 +126,6 @@ def _commit(measured: Ratios, machine: Mapping[str, Any]) -> None:
         "# How many times as fast ours was as each other way: captionscale bench --quick --write.\n"
         f"# The last ones written: {told}.\n"
     )
-    with atomic(RATIOS) as file:
+    with atomic_write(RATIOS) as file:
         file.write((text + "\n" + tomli_w.dumps(_committed() | rounded)).encode())
     say(f"{RATIOS}: {sum(len(ways) for each in rounded.values() for ways in each.values()):,} ratios written")

@@ -31,8 +31,8 @@ _SIZE, _BATCH, _CROP = 224, 32, (0.5, 1.0)
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 _CAPTIONS = ("A man on a bicycle rides down a busy street.",) * 5
 _KINDS = (
-    ("shorter side 256", packing.Options(short_side=256, quality=95)),
-    ("native size", packing.Options()),
+    ("shorter side 256", packing.PackOptions(short_side=256, quality=95)),
+    ("native size", packing.PackOptions()),
 )
 # What rounding leaves of one picture in two resizers.
 _MOST_STEPS, _MEAN_STEPS = 3, 0.5
@@ -90,7 +90,7 @@ def _records(pictures: Path | None, folder: Path, count: int) -> list[Record]:
     if pictures is None:
         say("note: drawn pictures, which are simpler than photographs; give --images for yours")
         pictures = folder / "drawn"
-        synthetic.draw(pictures, counts={"train": min(count, 100)}, size=560)
+        synthetic.write_coco(pictures, counts={"train": min(count, 100)}, size=560)
     files = sorted(path for path in pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
         raise UserError(f"{pictures}: no .jpg files; wanted a folder of photographs, such as COCO's val2017")
@@ -100,16 +100,16 @@ def _records(pictures: Path | None, folder: Path, count: int) -> list[Record]:
     ]
 
 
-def _store(records: list[Record], folder: Path, options: packing.Options) -> _Stored:
+def _store(records: list[Record], folder: Path, options: packing.PackOptions) -> _Stored:
     """Pack images into four shards, and lay their stored bytes out as files."""
-    four = packing.Options(-(-len(records) // 4), short_side=options.short_side, quality=options.quality)
+    four = packing.PackOptions(-(-len(records) // 4), short_side=options.short_side, quality=options.quality)
     packing.pack(records, folder / "shards", sources=[], options=four)
     split = Split(folder / "shards", "train")
     files = []
     for item in range(len(split)):
         files.append(folder / f"{item:06d}.jpg")
         files[-1].write_bytes(split.image(item))
-    return _Stored(split, [str(folder / "shards" / shard.name) for shard in split.facts.shards], files)
+    return _Stored(split, [str(folder / "shards" / shard.name) for shard in split.info.shards], files)
 
 
 def _one_core(kind: str, stored: _Stored, rounds: int) -> Heat:
@@ -182,9 +182,9 @@ def _through(batches: Callable[[], Iterator[Any]]) -> Callable[[], None]:
 
 
 def _loader(stored: _Stored, workers: int) -> Loader:
-    vocabulary = vocab.build(list(_CAPTIONS), min_count=1, max_vocabulary=None)
-    settings = {"image_size": _SIZE, "crop_scale": _CROP, "colour_jitter": 0.0, "workers": workers}
-    data = Data.model_validate({"shards": str(stored.split.place), **settings})
+    vocabulary = vocab.build(list(_CAPTIONS), min_count=1, max_vocab_size=None)
+    settings = {"image_size": _SIZE, "crop_scale": _CROP, "color_jitter": 0.0, "workers": workers}
+    data = Data.model_validate({"shards": str(stored.split.storage), **settings})
     return Loader(stored.split, vocabulary, data)
 
 
@@ -192,7 +192,7 @@ def _ours(loader: Loader, epoch: int | None = 0) -> Iterator[Tensor]:
     count = len(loader.split)
     items = np.arange(count) if epoch is None else np.random.default_rng(0).permutation(count)
     requests = ((items[start : start + _BATCH], epoch) for start in range(0, count, _BATCH))
-    return (batch.images for batch in loader.ahead(requests))
+    return (batch.images for batch in loader.prefetch(requests))
 
 
 def _training() -> v2.Compose:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from captionscale.config import Decoder
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
-from captionscale.data.storage import open_place
+from captionscale.data.storage import open_storage
 from captionscale.errors import UserError
 from captionscale.model.decoders.attention import AttentionDecoder
 from captionscale.model.search.generate import Hypothesis, search
 from captionscale.tools.bench.race import Heat, Way, limit, race
-from captionscale.train.checkpoints import open_run
-from captionscale.vocab import END, PAD, START, UNKNOWN
+from captionscale.train.checkpoints import open_checkpoint
+from captionscale.vocab import END, PAD, START, UNK
 
 _GRIDS, _FEATURE, _WORDS = (7, 14), 2048, 9490
-_BEAM, _MAX_WORDS, _LENGTH_POWER = 5, 20, 0.7
+_BEAM, _MAX_WORDS, _LENGTH_PENALTY = 5, 20, 0.7
 
 # Log-probabilities of one caption by two ways.
 _TOLERANCE = 5e-5
@@ -83,7 +83,7 @@ def talkative(settings: Decoder, feature: int, words: int) -> AttentionDecoder:
         words: Size of the vocabulary.
     """
     decoder = AttentionDecoder(settings, feature, words).eval()
-    cell, unit, hidden = decoder.cells[-1], 0, settings.hidden
+    cell, unit, hidden = decoder.cells[-1], 0, settings.hidden_size
     output, from_hidden, from_context = decoder.output_projection, decoder.from_hidden, decoder.from_context
     assert isinstance(cell, nn.LSTMCell)
     assert isinstance(output, nn.Linear)
@@ -96,7 +96,7 @@ def talkative(settings: Decoder, feature: int, words: int) -> AttentionDecoder:
             part[gate] *= varying
         cell.bias_ih[gate] = bias
     for first in (decoder.initial_state.weight, decoder.initial_state.bias):
-        first.view(2, settings.layers, hidden, -1)[:, -1, unit] = 0
+        first.view(2, settings.num_layers, hidden, -1)[:, -1, unit] = 0
     output.weight *= _PEAKED
     torch.nn.init.normal_(decoder.embedding.weight)
     for layer in (from_hidden, from_context):
@@ -121,7 +121,7 @@ def one_after_another(
     *,
     beam: int,
     max_words: int,
-    length_power: float,
+    length_penalty: float,
 ) -> Hypothesis:
     """Return a picture's best caption by beam search as captioners publish it.
 
@@ -133,7 +133,7 @@ def one_after_another(
         features: Of one picture.
         beam: Captions kept at each word.
         max_words: Greatest number of words.
-        length_power: Of the ranking.
+        length_penalty: Of the ranking.
 
     Source:
         The form of github.com/sgrvinod/a-PyTorch-Tutorial-to-Image-Captioning, caption.py, written anew with
@@ -157,7 +157,7 @@ def one_after_another(
             hiddens[layer] = below
         logits = decoder.output_projection(word + decoder.from_hidden(below) + decoder.from_context(context))
         chances = logits.log_softmax(1)
-        chances[:, [PAD, START, UNKNOWN]] = -torch.inf
+        chances[:, [PAD, START, UNK]] = -torch.inf
         chances += totals.unsqueeze(1)
         # All rows are one caption at first.
         best, places = (chances[0] if time == 0 else chances.flatten()).topk(beam)
@@ -174,34 +174,36 @@ def one_after_another(
         regions = regions[rows]
         hiddens, cells = ([part[rows] for part in parts] for parts in (hiddens, cells))
     found = [Hypothesis(tokens[1:], total) for total, tokens, _ in kept]
-    return max(found, key=lambda caption: caption.score(length_power))
+    return max(found, key=lambda caption: caption.score(length_penalty))
 
 
 def _of_run(run: Path, images: int) -> tuple[AttentionDecoder, Tensor, int]:
-    saved = open_run(run)
+    saved = open_checkpoint(run)
     config, captioner = saved.config(), saved.captioner()
     decoder, settings = captioner.decoder, config.model.decoder
     if (
         not isinstance(decoder, AttentionDecoder)
-        or settings.gate
-        or settings.output != "deep"
-        or settings.tied
+        or settings.attention_gate
+        or settings.word_head != "deep"
+        or settings.tie_weights
     ):
         raise UserError(
             f"{run}: its decoder is '{settings.name}' with options of its own, wanted 'attention' without"
             " gate, tied words or another output than 'deep'; take another run"
         )
-    split = Split(open_place(config.data.shards), config.data.val_split)
+    split = Split(open_storage(config.data.shards), config.data.val_split)
     loader = Loader(split, saved.vocabulary(), config.data, config.seed)
-    (batch,) = loader.ahead([(np.arange(min(images, len(split))), None)])
+    (batch,) = loader.prefetch([(np.arange(min(images, len(split))), None)])
     with torch.no_grad():
         return decoder, captioner.encode(batch.images), config.data.max_words
 
 
 def _race(decoder: AttentionDecoder, features: Tensor, max_words: int, name: str, rounds: int) -> Heat:
     each = [features[number : number + 1] for number in range(len(features))]
-    find = partial(search, decoder, beam=_BEAM, max_words=max_words, length_power=_LENGTH_POWER)
-    plain = partial(one_after_another, decoder, beam=_BEAM, max_words=max_words, length_power=_LENGTH_POWER)
+    find = partial(search, decoder, beam=_BEAM, max_words=max_words, length_penalty=_LENGTH_PENALTY)
+    plain = partial(
+        one_after_another, decoder, beam=_BEAM, max_words=max_words, length_penalty=_LENGTH_PENALTY
+    )
 
     def at_once() -> list[Hypothesis]:
         return [found[0] for found in find(features)]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from captionscale.data.sampler import Order
+from captionscale.data.sampler import BatchSampler
 from captionscale.data.shards import Split
-from captionscale.data.storage import open_place
+from captionscale.data.storage import open_storage
 from captionscale.progress import progress
 from captionscale.tools.bench.race import Sheet
 
@@ -44,7 +44,7 @@ def bench(shards: str | None, split: str) -> list[Sheet]:
 
 def _real(shards: str, name: str) -> Sheet:
     """Return what 1, 2, 4 and 8 ranks read of packed shards in an epoch; bytes as the index has them."""
-    split = Split(open_place(shards), name)
+    split = Split(open_storage(shards), name)
     sizes = split.index["image_size"] + split.index["json_size"]
     counts = tuple(split.shard_sizes.tolist())
     # As many samples for a step as half a split has, where it is tiny.
@@ -56,7 +56,7 @@ def _real(shards: str, name: str) -> Sheet:
 def _simulated() -> Sheet:
     """Return what 1 to 1,024 ranks read of 118 to 1,000,000 shards of images of one size."""
     rows = []
-    with progress("orders", len(_SPLITS) * len(_WORLDS), passing=True) as bar:
+    with progress("orders", len(_SPLITS) * len(_WORLDS), transient=True) as bar:
         for shards, images in _SPLITS:
             sizes = np.ones(shards * images, np.int64)
             for ranks in _WORLDS:
@@ -96,12 +96,12 @@ def _row(
     )
 
 
-def _order(counts: tuple[int, ...], streams: int, micro_batch: int) -> Order:
-    return Order(counts, 0, streams * micro_batch, micro_batch, _WINDOW)
+def _order(counts: tuple[int, ...], streams: int, micro_batch: int) -> BatchSampler:
+    return BatchSampler(counts, 0, streams * micro_batch, micro_batch, _WINDOW)
 
 
 def _of_rank(
-    order: Order,
+    order: BatchSampler,
     rank: int,
     ranks: int,
     shard_of: Int[np.ndarray, "sample"],

@@ -20,7 +20,7 @@ from captionscale import subprocesses
 from captionscale.data import decode, packing, resize, synthetic
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.files import cores
+from captionscale.files import cpu_count
 from captionscale.progress import say
 from captionscale.tools.bench.race import Heat, Way, race
 
@@ -54,7 +54,7 @@ def _copies(pictures: Path | None, folder: Path, count: int) -> list[Record]:
     if pictures is None:
         say("note: drawn pictures, which are simpler than photographs; give --images for yours")
         pictures = folder / "drawn"
-        synthetic.draw(pictures, counts={"train": 100}, size=560)
+        synthetic.write_coco(pictures, counts={"train": 100}, size=560)
     files = sorted(path for path in pictures.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
         raise UserError(f"{pictures}: no .jpg files; wanted a folder of photographs, such as COCO's val2017")
@@ -64,7 +64,7 @@ def _copies(pictures: Path | None, folder: Path, count: int) -> list[Record]:
     for image_id in range(count):
         record = Record(image_id, "train", _CAPTIONS, str(source), f"{image_id:012d}.jpg")
         file = files[image_id % len(files)]
-        decode.look(file.read_bytes(), str(file), whole=True)
+        decode.image_info(file.read_bytes(), str(file), full_decode=True)
         shutil.copyfile(file, source / record.name)
         (source / record.name).with_suffix(".json").write_text(json.dumps(_facts(record)))
         records.append(record)
@@ -96,7 +96,7 @@ def _originals(records: list[Record], folder: Path, rounds: int) -> Heat:
             for record in records:
                 file.write(record.read())
 
-    headers, whole = packing.Options(whole=False), packing.Options()
+    headers, whole = packing.PackOptions(full_decode=False), packing.PackOptions()
     ways = [
         Way("captionscale pack --no-decode", lambda: _pack(records, folder, headers), len(records)),
         Way("captionscale pack", lambda: _pack(records, folder, whole), len(records)),
@@ -125,20 +125,20 @@ def _shrinking(records: list[Record], rounds: int) -> Heat:
 
     def ours() -> None:
         for bits in data:
-            resize.resized(bits, "", side=_SIDE, quality=_QUALITY)
+            resize.resize_to_jpeg(bits, "", side=_SIDE, quality=_QUALITY)
 
     def opencv() -> None:
         for bits in data:
             picture = cv2.imdecode(np.frombuffer(bits, np.uint8), cv2.IMREAD_COLOR)
             assert picture is not None
-            height, width = resize.shrunk_size(picture.shape[0], picture.shape[1], _SIDE)
+            height, width = resize.resized_shape(picture.shape[0], picture.shape[1], _SIDE)
             small = cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA)
             cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, _QUALITY])
 
     def pillow() -> None:
         for bits in data:
             picture = Image.open(io.BytesIO(bits)).convert("RGB")
-            height, width = resize.shrunk_size(picture.height, picture.width, _SIDE)
+            height, width = resize.resized_shape(picture.height, picture.width, _SIDE)
             small = picture.resize((width, height), Image.Resampling.BICUBIC)
             small.save(io.BytesIO(), "JPEG", quality=_QUALITY)
 
@@ -157,10 +157,10 @@ def _shrinking(records: list[Record], rounds: int) -> Heat:
 
 
 def _closeness_db(data: bytes) -> float:
-    picture = decode.pixels(data, "")
-    height, width = resize.shrunk_size(picture.shape[0], picture.shape[1], _SIDE)
+    picture = decode.decode_image(data, "")
+    height, width = resize.resized_shape(picture.shape[0], picture.shape[1], _SIDE)
     theirs = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), float)
-    squares = (resize.scaled(picture, height, width) - theirs) ** 2
+    squares = (resize.resize_image(picture, height, width) - theirs) ** 2
     return float(10 * np.log10(255**2 / max(squares.mean(), 1e-12)))
 
 
@@ -170,9 +170,9 @@ def _scaling(records: list[Record], folder: Path, rounds: int) -> list[Heat]:
     # Resizing first: the server of the workers then has torch, and no later one waits for its import.
     # The faster a way, the more images, so that the start of the workers counts little.
     for name, times, options in (
-        (f"--resize {_SIDE}", 1, packing.Options(100, short_side=_SIDE, quality=_QUALITY)),
-        ("", 2, packing.Options(100)),
-        ("--no-decode", 16, packing.Options(500, whole=False)),
+        (f"--resize {_SIDE}", 1, packing.PackOptions(100, short_side=_SIDE, quality=_QUALITY)),
+        ("", 2, packing.PackOptions(100)),
+        ("--no-decode", 16, packing.PackOptions(500, full_decode=False)),
     ):
         memory: list[int] = []
         many = [replace(record, image_id=number) for number, record in enumerate(records * times)]
@@ -181,7 +181,7 @@ def _scaling(records: list[Record], folder: Path, rounds: int) -> list[Heat]:
             def watch(_: int) -> None:
                 memory.extend(_megabytes(child.pid) for child in multiprocessing.active_children())
 
-            _pack(many, folder, replace(options, workers=cores()), watch)
+            _pack(many, folder, replace(options, workers=cpu_count()), watch)
 
         def one_core(many: list[Record] = many, options: Any = options) -> None:
             own = os.sched_getaffinity(0)
@@ -190,7 +190,7 @@ def _scaling(records: list[Record], folder: Path, rounds: int) -> list[Heat]:
             os.sched_setaffinity(0, own)
 
         ways = [
-            Way(f"{cores()} cores", all_cores, len(many)),
+            Way(f"{cpu_count()} cores", all_cores, len(many)),
             Way("1 core", one_core, len(many), guarded=False),
         ]
         heat = race(f"captionscale pack {name}".strip() + ", all cores", "images", ways, rounds)
@@ -211,7 +211,7 @@ def _megabytes(process: int | None) -> int:
 def _pack(
     records: list[Record],
     folder: Path,
-    options: packing.Options,
+    options: packing.PackOptions,
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
     with _fresh(folder) as out:

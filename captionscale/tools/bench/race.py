@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from captionscale.files import cores
+from captionscale.files import cpu_count
 from captionscale.progress import SafeConsole, progress
 from captionscale.score.receipt import cpu_name
 
@@ -147,7 +147,7 @@ def race(title: str, unit: str, ways: Sequence[Way], rounds: int, *, by_cpu: boo
     """
     seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
     cores_used = one_core() if by_cpu else nullcontext()
-    with cores_used, progress(title, (rounds + 1) * len(ways), passing=True) as bar:
+    with cores_used, progress(title, (rounds + 1) * len(ways), transient=True) as bar:
         for turn in range(rounds + 1):
             for way in ways:
                 gc.collect()
@@ -207,7 +207,7 @@ def show(bench: str, tables: Sequence[Heat | Sheet], *, as_json: bool) -> None:
     sheets = [table.sheet() if isinstance(table, Heat) else table for table in tables]
     machine = {
         "processor": cpu_name(),
-        "cores": cores(),
+        "cores": cpu_count(),
         "python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
     }

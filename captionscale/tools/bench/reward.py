@@ -94,7 +94,7 @@ def _resident() -> int:
 
 
 def _tokens(references: Path) -> list[list[list[int]]]:
-    captions = [*coco.references(references).values()]
+    captions = [*coco.read_references(references).values()]
     vocabulary = build((caption for each in captions for caption in each), 1, None)
     return [[vocabulary.encode(caption, 50)[1:] for caption in each] for each in captions]
 

@@ -16,9 +16,9 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.model.captioner import Captioner
 from captionscale.tools.bench.race import Heat, Way, race
 from captionscale.train import checkpoints
-from captionscale.train.checkpoint_writer import Saver
-from captionscale.train.state import Standing
-from captionscale.vocab import SPECIALS, Vocabulary
+from captionscale.train.checkpoint_writer import CheckpointWriter
+from captionscale.train.state import TrainState
+from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
 # So many words occur five times in the captions of COCO's train images, in Karpathy's split.
 WORDS = 9490
@@ -43,29 +43,31 @@ def bench(config: Config, folder: Path | None, *, rounds: int) -> list[Heat]:
 
 
 def _saving(config: Config, folder: Path, ranks: Ranks, rounds: int) -> Heat:
-    vocabulary = Vocabulary((*SPECIALS, *(f"word{number}" for number in range(WORDS - len(SPECIALS)))))
+    vocabulary = Vocabulary(
+        (*SPECIAL_TOKENS, *(f"word{number}" for number in range(WORDS - len(SPECIAL_TOKENS))))
+    )
     captioner = Captioner(config.model, WORDS).to(ranks.device)
     learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
     engine = Engine(ranks, captioner, AdamW(learning, fused=True), config.train.clip_norm)
     for parameter in learning:
         parameter.grad = torch.randn_like(parameter)
-    engine.update()
-    saver, standing = Saver(folder, config, vocabulary, {}), Standing()
+    engine.step()
+    saver, train_state = CheckpointWriter(folder, config, vocabulary, {}), TrainState()
     saver.reserve(captioner)
 
     def beside() -> None:
-        standing.step += 1
-        saver.save(standing, captioner.state_dict(), engine.memory())
+        train_state.step += 1
+        saver.save(train_state, captioner.state_dict(), engine.optimizer_state())
 
     def at_once() -> None:
-        standing.step += 1
-        tensors = captioner.state_dict(), engine.memory()
-        checkpoints.save(folder, standing, {}, *tensors, config, vocabulary)
+        train_state.step += 1
+        tensors = captioner.state_dict(), engine.optimizer_state()
+        checkpoints.save(folder, train_state, {}, *tensors, config, vocabulary)
 
     def safetensors() -> None:
         for tensors, path in (
             (captioner.state_dict(), folder / "model.safetensors"),
-            (engine.memory(), folder / "optimizer.safetensors"),
+            (engine.optimizer_state(), folder / "optimizer.safetensors"),
         ):
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
             _flush(path)
@@ -73,13 +75,13 @@ def _saving(config: Config, folder: Path, ranks: Ranks, rounds: int) -> Heat:
     both = folder / "both.pth"
 
     def pickled() -> None:
-        torch.save({"model": captioner.state_dict(), "optimizer": engine.memory()}, both)
+        torch.save({"model": captioner.state_dict(), "optimizer": engine.optimizer_state()}, both)
 
     def pickled_and_flushed() -> None:
         pickled()
         _flush(both)
 
-    tensors = (*captioner.state_dict().values(), *engine.memory().values())
+    tensors = (*captioner.state_dict().values(), *engine.optimizer_state().values())
     megabytes = round(sum(tensor.nbytes for tensor in tensors) / 1e6)
     ways = [
         Way("captionscale", beside, megabytes, after=saver.wait),
@@ -94,7 +96,7 @@ def _saving(config: Config, folder: Path, ranks: Ranks, rounds: int) -> Heat:
         heat.notes.append(
             f"{lane.name}: the loop waits {median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})."
         )
-    written = median(seconds["save_s"] for seconds in saver.written().values())
+    written = median(seconds["save_s"] for seconds in saver.pop_timings().values())
     cpu = time.process_time()
     beside()
     saver.close()

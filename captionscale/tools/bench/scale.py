@@ -29,8 +29,8 @@ from captionscale.tools.bench.cluster import Work, predict
 from captionscale.tools.bench.race import Heat, Sheet, Way, race
 from captionscale.tools.bench.save import WORDS
 from captionscale.tools.bench.step import drawn
-from captionscale.train.loop import learn
-from captionscale.train.setup import Job, prepare
+from captionscale.train.loop import train_loop
+from captionscale.train.setup import Run, build_run
 
 _STEPS, _BATCHES = 4, 4
 
@@ -38,13 +38,13 @@ Take = Callable[[int], float]
 
 
 @dataclass(frozen=True)
-class _Waiting(Job):
+class _Waiting(Run):
     """A run that takes steps when it is told to, on the same batches again and again, from memory."""
 
     work: list[list[tuple[int, Batch]]]
     orders: Connection
 
-    def shares(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
+    def steps_with_batches(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
         """Yield as many steps as each order wants; answer with their seconds of processor time."""
         step = 0
         # If who orders is gone, the run ends.
@@ -217,9 +217,9 @@ def _work(rank: int, size: int, port: int, config: Config, run: Path, orders: Co
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     try:
         with Ranks(config.train.precision) as ranks, ExitStack() as stack:
-            job = prepare(config, run, ranks, stack)
-            work = [share for _, share in itertools.islice(job.shares(), _BATCHES)]
+            job = build_run(config, run, ranks, stack)
+            work = [share for _, share in itertools.islice(job.steps_with_batches(), _BATCHES)]
             orders.send(float(_learning(job.captioner)))
-            learn(_Waiting(**vars(job), work=work, orders=orders))
+            train_loop(_Waiting(**vars(job), work=work, orders=orders))
     except UserError as error:
         orders.send(error)

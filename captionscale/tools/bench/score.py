@@ -19,7 +19,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from captionscale.data import synthetic
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
-from captionscale.files import cores
+from captionscale.files import cpu_count
 from captionscale.progress import say
 from captionscale.score import bleu, ciderd, java, rouge
 from captionscale.score.metrics import METRICS, Evaluator, MetricScores, Scores, measure, pycocoevalcap_scores
@@ -51,7 +51,7 @@ def bench(results: Path | None, references: Path | None, *, count: int, rounds: 
         say("note: sentences about drawn scenes, of few words; give --captions and --references for yours")
         captions, human = _drawn(count)
     else:
-        captions, human = read_results(results), coco.references(references)
+        captions, human = read_results(results), coco.read_references(references)
     # What their tokenizer takes for a line end would move their captions to other images.
     captions = {image: LINE_BREAKS.sub(" ", captions[image]) for image in sorted(captions)}
     human = {image: [LINE_BREAKS.sub(" ", text) for text in human[image]] for image in captions}
@@ -67,7 +67,7 @@ def bench(results: Path | None, references: Path | None, *, count: int, rounds: 
 
 def _drawn(images: int) -> tuple[dict[int, str], Texts]:
     chance = Random(0)
-    alone, pairs = synthetic.world()
+    alone, pairs = synthetic.all_scenes()
     shown = islice(cycle(chance.sample(alone + pairs, len(alone + pairs))), images)
     written = {
         image: [synthetic.captions(scene, chance) for _ in range(2)] for image, scene in enumerate(shown)
@@ -151,7 +151,7 @@ def _scaling(captions: Mapping[int, str], human: Texts) -> Sheet:
     """All metrics on some of the cores."""
     own = os.sched_getaffinity(0)
     sheet = Sheet("All metrics by cores", ["cores", "once, s", "warm, s", "JVMs, warm, MB"], [])
-    for some in sorted({min(2**n, cores()) for n in range(5)}):
+    for some in sorted({min(2**n, cpu_count()) for n in range(5)}):
         os.sched_setaffinity(0, set(sorted(own)[:some]))
         with Evaluator() as evaluator:
             once = _seconds(lambda: measure(captions, human))

@@ -17,13 +17,13 @@ from captionscale import subprocesses
 from captionscale.config import Data
 from captionscale.data import packing, synthetic
 from captionscale.data.loader import Batch, Loader
-from captionscale.data.sampler import Order
+from captionscale.data.sampler import BatchSampler
 from captionscale.data.shards import Split
 from captionscale.data.sources import coco
-from captionscale.files import cores
+from captionscale.files import cpu_count
 from captionscale.progress import progress
 from captionscale.tools.bench.race import Heat, Sheet, Way, race
-from captionscale.vocab import SPECIALS, Vocabulary
+from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
 _IMAGES, _BATCH = 64, 32
 _SHARDS = 118
@@ -102,20 +102,20 @@ def bench(*, rounds: int) -> list[Heat | Sheet]:
 
 
 def _drawn(folder: Path) -> Split:
-    synthetic.draw(folder / "coco", counts={"train": _IMAGES}, size=256)
+    synthetic.write_coco(folder / "coco", counts={"train": _IMAGES}, size=256)
     captions = folder / "coco" / "annotations" / "captions_train2017.json"
-    records = coco.official(folder / "coco" / "train2017", captions, "train")
-    packing.pack(records, folder / "shards", sources=[captions], options=packing.Options())
+    records = coco.read_official(folder / "coco" / "train2017", captions, "train")
+    packing.pack(records, folder / "shards", sources=[captions], options=packing.PackOptions())
     return Split(folder / "shards", "train")
 
 
 def _verbs(rounds: int) -> Sheet:
-    """Start the command line as a user does, and import in a new process what a verb's handler imports."""
+    """Start the command line as a user does, and import in a new process what a command's handler imports."""
     names = _python("-c", _VERB).split()
     helps: dict[str, list[float]] = {name: [] for name in ("", *names)}
     imports: dict[str, list[float]] = {name: [] for name in names}
     torch: set[str] = set()
-    with progress("starts of verbs", rounds * (len(helps) + len(names)), passing=True) as bar:
+    with progress("starts of commands", rounds * (len(helps) + len(names)), transient=True) as bar:
         for _ in range(rounds):
             for name, times in helps.items():
                 began = time.perf_counter()
@@ -137,11 +137,11 @@ def _verbs(rounds: int) -> Sheet:
         )
         for name, times in helps.items()
     ]
-    columns = ("verb", "--help, s (median)", "--help, s (least)", "its imports, s (median)", "torch")
-    notes = ["Imports are those of the verb's own floor; what it needs only at times comes later."]
+    columns = ("command", "--help, s (median)", "--help, s (least)", "its imports, s (median)", "torch")
+    notes = ["Imports are those of the command's own floor; what it needs only at times comes later."]
     if sys.dont_write_bytecode:
         notes.append("PYTHONDONTWRITEBYTECODE is set: Python compiles anew what it finds no bytecode of.")
-    return Sheet("Starts of verbs", columns, list(rows), notes)
+    return Sheet("Starts of commands", columns, list(rows), notes)
 
 
 def _python(*arguments: str) -> str:
@@ -154,20 +154,20 @@ def _first_batches(split: Split, rounds: int) -> Heat:
     """Find out what comes first in a run, and read it: at an epoch's beginning, and near its end."""
 
     def start(share: float) -> None:
-        order = Order((1000,) * _SHARDS, 0, 8 * _BATCH, _BATCH, 4)
+        order = BatchSampler((1000,) * _SHARDS, 0, 8 * _BATCH, _BATCH, 4)
         _, items = order.micro_batches(int(share * order.steps_per_epoch), 0, 1)[0]
         _first_batch(split, items % len(split))
 
     ways = [Way("resumed at 90 % of an epoch", lambda: start(0.9), 1), Way("fresh", lambda: start(0.0), 1)]
     heat = race(f"First batch, {1000 * _SHARDS:,} images in an epoch", "starts", ways, rounds)
-    heat.notes.append("Order of the epoch, the loader's threads, and a batch of 32 images.")
+    heat.notes.append("BatchSampler of the epoch, the loader's threads, and a batch of 32 images.")
     return heat
 
 
 def _first_batch(split: Split, items: np.ndarray, workers: int = 2) -> tuple[Loader, Batch]:
-    data = Data.model_validate({"shards": str(split.place), "workers": workers})
-    loader = Loader(split, Vocabulary(SPECIALS), data)
-    batch = next(loader.ahead([(items, 0)]))
+    data = Data.model_validate({"shards": str(split.storage), "workers": workers})
+    loader = Loader(split, Vocabulary(SPECIAL_TOKENS), data)
+    batch = next(loader.prefetch([(items, 0)]))
     loader.close()
     return loader, batch
 
@@ -216,7 +216,7 @@ def _two_processes(rounds: int) -> Heat:
     with ExitStack() as stack:
         ways = []
         for name, settings in (
-            ("as `captionscale launch` sets them", {"OMP_NUM_THREADS": str(max(1, cores() // 2))}),
+            ("as `captionscale launch` sets them", {"OMP_NUM_THREADS": str(max(1, cpu_count() // 2))}),
             ("torch's own number, asleep while they wait", {"OMP_WAIT_POLICY": "passive"}),
             ("torch's own", {}),
         ):
@@ -235,7 +235,7 @@ def _two_processes(rounds: int) -> Heat:
             ways.append(Way(name, run, 2 * _STEPS_OF_A_RUN, guarded=False))
         heat = race("Two processes side by side", "steps", ways, rounds)
     heat.notes += [
-        f"On {cores()} cores; threads of the six processes: {', '.join(counts)}. Those of one process wait",
+        f"On {cpu_count()} cores; threads of the six processes: {', '.join(counts)}. Those of one process wait",
         "for each other at each operation, and spin while they wait.",
     ]
     return heat

@@ -30,9 +30,9 @@ from captionscale.progress import progress, say
 from captionscale.tools.bench import tutorial
 from captionscale.tools.bench.race import Heat, Sheet
 from captionscale.train import run_folder
-from captionscale.train.log_reader import figures
-from captionscale.train.loop import learn
-from captionscale.train.setup import Job, prepare
+from captionscale.train.log_reader import read_metric
+from captionscale.train.loop import train_loop
+from captionscale.train.setup import Run, build_run
 from captionscale.vocab import PAD
 
 Share = list[tuple[int, Batch]]
@@ -44,7 +44,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class _Alternating(Job):
+class _Alternating(Run):
     """A run that takes its own step and a bare one in turn, on the same batches, from memory."""
 
     work: list[Share]
@@ -52,7 +52,7 @@ class _Alternating(Job):
     seconds: list[tuple[float, float]]
     """Of each step, ours and bare."""
 
-    def shares(self) -> Iterator[tuple[int, Share]]:
+    def steps_with_batches(self) -> Iterator[tuple[int, Share]]:
         """Yield the steps; what passes until the next one is asked for is what the loop makes of one."""
         for step in range(self.steps):
             share = self.work[step % len(self.work)]
@@ -91,11 +91,11 @@ def bench(config: Config | None, *, images: int, rounds: int) -> list[Heat | She
 def drawn(folder: Path) -> Config:
     """Return quickstart's experiment on a few pictures of its kind."""
     say("note: quickstart's model, on drawn pictures; name a config for yours")
-    synthetic.draw(folder / "coco", counts=_COUNTS, size=96)
+    synthetic.write_coco(folder / "coco", counts=_COUNTS, size=96)
     for split in _COUNTS:
         captions = folder / "coco" / "annotations" / f"captions_{split}2017.json"
-        records = coco.official(folder / "coco" / f"{split}2017", captions, split)
-        packing.pack(records, folder / "shards", sources=[captions], options=packing.Options())
+        records = coco.read_official(folder / "coco" / f"{split}2017", captions, split)
+        packing.pack(records, folder / "shards", sources=[captions], options=packing.PackOptions())
     return toml.load("quickstart", [f"data.shards={folder / 'shards'}", "train.micro_batch=16"])
 
 
@@ -105,10 +105,10 @@ def _steps(config: Config, folder: Path, rounds: int) -> Sheet:
     run = folder / "steps"
     run.mkdir()
     with Ranks(settings.train.precision) as ranks, ExitStack() as stack:
-        job = prepare(settings, run, ranks, stack)
-        work = [share for _, share in itertools.islice(job.shares(), _BATCHES)]
+        job = build_run(settings, run, ranks, stack)
+        work = [share for _, share in itertools.islice(job.steps_with_batches(), _BATCHES)]
         seconds: list[tuple[float, float]] = []
-        learn(_Alternating(**vars(job), work=work, bare=_bare(job), seconds=seconds))
+        train_loop(_Alternating(**vars(job), work=work, bare=_bare(job), seconds=seconds))
     # The last step also scores and saves.
     kept = seconds[_WARM_UP:-1]
     costs = sorted(100 * (ours / bare - 1) for ours, bare in kept)
@@ -130,7 +130,7 @@ def _steps(config: Config, folder: Path, rounds: int) -> Sheet:
     )
 
 
-def _bare(job: Job) -> Callable[[Share], object]:
+def _bare(job: Run) -> Callable[[Share], object]:
     """Return what a plain loop does of a step, with a model and an optimiser of its own."""
     model = copy.deepcopy(job.captioner)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -167,7 +167,7 @@ def _starts(config: Config, folder: Path, rounds: int) -> Sheet:
     path.write_text(toml.dumps(settings), encoding="utf-8")
     fresh: list[float] = []
     resumed: list[float] = []
-    with progress("starts", 2 * rounds, passing=True) as bar:
+    with progress("starts", 2 * rounds, transient=True) as bar:
         for number in range(rounds):
             run = folder / f"start-{number}"
             for times in (fresh, resumed):
@@ -183,14 +183,14 @@ def _starts(config: Config, folder: Path, rounds: int) -> Sheet:
 
 def _start(path: Path, run: Path) -> float:
     """Return the seconds that a run takes to log a step of its own; end it when it has saved one."""
-    saved = max(run_folder.steps(run), default=0)
+    saved = max(run_folder.checkpoint_steps(run), default=0)
     began = time.time()
     command = [sys.executable, "-m", "captionscale", "train", str(path), "--out", str(run)]
     with subprocesses.start(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and max(figures(run, "loss", began), default=0) <= saved:
+        while process.poll() is None and max(read_metric(run, "loss", began), default=0) <= saved:
             time.sleep(_LOOK_S)
         seconds = time.time() - began
-        while process.poll() is None and max(run_folder.steps(run), default=0) <= saved:
+        while process.poll() is None and max(run_folder.checkpoint_steps(run), default=0) <= saved:
             time.sleep(_LOOK_S)
         process.kill()
         said = process.stderr.read() if process.stderr else ""

@@ -18,11 +18,18 @@ from captionscale.model.captioner import Captioner
 from captionscale.model.decoders.attention import AttentionDecoder
 from captionscale.model.encoders.cnn import Encoder
 from captionscale.tools.bench.race import Heat, Way, limit, race
-from captionscale.train.losses import Target, cross_entropy, uneven_attention
-from captionscale.vocab import END, PAD, START, UNKNOWN
+from captionscale.train.losses import Target, cross_entropy, doubly_stochastic_penalty
+from captionscale.vocab import END, PAD, START, UNK
 
 _DECODER = config.Decoder(
-    embed=512, hidden=512, attend=512, region=0, layers=1, gate=True, output="linear", dropout=0.0
+    embed_size=512,
+    hidden_size=512,
+    attention_size=512,
+    region_size=0,
+    num_layers=1,
+    attention_gate=True,
+    word_head="linear",
+    dropout=0.0,
 )
 """The tutorial's. Without dropout: the ways draw masks in another order."""
 _REGIONS = {0: "as they are", 512: "projected"}
@@ -116,7 +123,7 @@ def read(
 
 def _loss_of_tutorial(decoder: AttentionDecoder, features: Tensor, target: Target) -> Float[Tensor, ""]:
     """Return the loss of a word, with the doubly stochastic penalty that the tutorial has too."""
-    logits, looks, lengths, order = read(decoder, features, target.read)
+    logits, looks, lengths, order = read(decoder, features, target.input_tokens)
     said, wanted = (
         pack_padded_sequence(part, lengths, batch_first=True).data
         for part in (logits, target.tokens[order, 1:])
@@ -130,15 +137,15 @@ def _loss_of_ours(
 ) -> Float[Tensor, ""]:
     """Return the loss of a word, as the training loop works it out."""
     following, rows = target.tokens[:, 1:], target.rows
-    logits, looks = model(pictures, target.read, target.image_index, rows=rows)
-    surprise = cross_entropy(logits, following, 0.0, rows) + uneven_attention(looks, following)
-    return surprise.sum() / target.words.sum()
+    logits, looks = model(pictures, target.input_tokens, target.image_index, rows=rows)
+    surprise = cross_entropy(logits, following, 0.0, rows) + doubly_stochastic_penalty(looks, following)
+    return surprise.sum() / target.num_tokens.sum()
 
 
 def _decoders(sizes: Sizes, grid: int, region: int, rounds: int) -> Heat:
     """Race forward and backward through the decoder alone."""
     torch.manual_seed(0)
-    settings = _DECODER.model_copy(update={"region": region})
+    settings = _DECODER.model_copy(update={"region_size": region})
     decoder = AttentionDecoder(settings, _FEATURE, sizes.words).train()
     with torch.no_grad():
         # Where it looks everywhere alike, as at first, its gradient is little but rounding.
@@ -230,7 +237,7 @@ def _target(pictures: Tensor, captions: int, sizes: Sizes) -> Target:
     lengths = torch.normal(11.5, 2.4, (len(image_index), 1)).round().clamp(6, sizes.length)
     lengths[0] = sizes.length
     times = torch.arange(sizes.length + 1)
-    tokens = torch.randint(UNKNOWN, sizes.words, (len(image_index), len(times)))
+    tokens = torch.randint(UNK, sizes.words, (len(image_index), len(times)))
     tokens[:, 0] = START
     tokens = tokens.where(times != lengths, END).where(times <= lengths, PAD)
     return Target(pictures, tokens, image_index)

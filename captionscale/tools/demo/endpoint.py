@@ -35,8 +35,8 @@ class Options(BaseModel):
 
     method: Literal["beam", "sample"] | None = Field(None, description=_as_in_config("method"))
     beam: int | None = Field(None, ge=1, le=MAX_BEAMS, description=_as_in_config("beam"))
-    length_power: float | None = Field(None, ge=0, le=10, description=_as_in_config("length_power"))
-    block_ngrams: int | None = Field(None, ge=0, description=_as_in_config("block_ngrams"))
+    length_penalty: float | None = Field(None, ge=0, le=10, description=_as_in_config("length_penalty"))
+    no_repeat_ngram_size: int | None = Field(None, ge=0, description=_as_in_config("no_repeat_ngram_size"))
     temperature: float | None = Field(None, gt=0, description=_as_in_config("temperature"))
     top_k: int | None = Field(None, ge=1, description=_as_in_config("top_k"))
     top_p: float | None = Field(None, gt=0, le=1, description=_as_in_config("top_p"))

@@ -146,7 +146,7 @@ def _settings(service: Service) -> tuple[list[Any], gr.Button]:
     with gr.Group() as of_beams:
         width = min(max(search.beam, 2), _MOST_BEAMS)
         beam = gr.Slider(2, _MOST_BEAMS, width, step=1, label="Captions kept at each word")
-        power = min(search.length_power, 2)
+        power = min(search.length_penalty, 2)
         length = gr.Slider(0, 2, power, step=0.1, label="Length power: the higher, the longer")
     with gr.Group(visible=False) as of_samples:
         draws = gr.Slider(1, _MOST_DRAWS, 5, step=1, label="Captions drawn")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from captionscale.errors import UserError
-from captionscale.files import scratch
-from captionscale.progress import say, working
+from captionscale.files import temp_folder
+from captionscale.progress import say, spinner
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -62,17 +62,17 @@ def serve(
             " pip install 'captionscale[demo]'"
         )
     # First, as all else takes seconds.
-    with closing(_listen(host, port)) as listening, scratch("demo") as folder:
+    with closing(_listen(host, port)) as listening, temp_folder("demo") as folder:
         _return_freed_memory()
         # Read when gradio is imported. All that it writes goes with this folder, also after a kill.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
-        with working("making the page ready"):
+        with spinner("making the page ready"):
             from captionscale.tools.captioner_api import CaptionPipeline
             from captionscale.tools.demo.origins import OriginMiddleware, allowed_hosts
             from captionscale.tools.demo.service import Service
             from captionscale.tools.ensemble import open_ensemble
 
-            members = open_ensemble(run, others, checkpoint=checkpoint, changes=[])
+            members = open_ensemble(run, others, checkpoint=checkpoint, overrides=[])
             service = Service(CaptionPipeline(members))
             app = application(service, run.resolve().name, _samples(members, shards))
         public = _announce(host, listening.getsockname()[1], share)
@@ -128,12 +128,12 @@ def _listen(host: str, port: int) -> socket.socket:
 def _samples(members: "CheckpointEnsemble", shards: str | None) -> "Split | None":
     """Return the split whose pictures are offered; none, and a note, if it is not at hand."""
     from captionscale.data.shards import Split
-    from captionscale.data.storage import Folder, open_place
+    from captionscale.data.storage import LocalStorage, open_storage
 
     data = members.config.data
     try:
-        place = open_place(shards or data.shards, data.cache, data.cache_gb)
-        if isinstance(place, Folder):
+        place = open_storage(shards or data.shards, data.cache, data.cache_gb)
+        if isinstance(place, LocalStorage):
             return Split(place, data.val_split)
         reason = f"{place} is no folder of this machine"
     except UserError as error:

@@ -156,7 +156,7 @@ class Service:
 
         def run() -> None:
             with _telling(answer):
-                answer.set_result(reduced(decode.pixels(data, place)))
+                answer.set_result(reduced(decode.decode_image(data, place)))
 
         self._small.submit(look)
         return answer

@@ -15,7 +15,7 @@ from PIL import Image
 
 from captionscale.data import decode
 from captionscale.data.shards import Split
-from captionscale.data.transforms import centre_view
+from captionscale.data.transforms import center_crop
 from captionscale.errors import UserError
 from captionscale.escape import for_html
 from captionscale.tools.caption_result import CaptionResult, overlay
@@ -48,7 +48,7 @@ class SearchControls(NamedTuple):
 
     how: str
     beam: int
-    length_power: float
+    length_penalty: float
     draws: int
     temperature: float
     top_p: float
@@ -144,7 +144,7 @@ class PageHandlers:
         return rows, _as_csv(rows)
 
     def _wish(self, chosen: SearchControls) -> GenerationRequest:
-        search: dict[str, Any] = {"method": "beam", "groups": 1, "length_power": chosen.length_power}
+        search: dict[str, Any] = {"method": "beam", "groups": 1, "length_penalty": chosen.length_penalty}
         if chosen.how == "sampling":
             search = {"method": "sample", "temperature": chosen.temperature, "top_p": chosen.top_p}
             search["seed"] = int(chosen.seed or 0)
@@ -192,7 +192,7 @@ def _telling() -> Iterator[None]:
 
 def _square(picture: DecodedImage, side: int) -> Image.Image:
     """Return the centre square, which is what the model sees, as large as a page shows it."""
-    return Image.fromarray(centre_view(decode.pixels(picture.preview, "the preview"), side))
+    return Image.fromarray(center_crop(decode.decode_image(picture.preview, "the preview"), side))
 
 
 def _label(caption: CaptionResult) -> str:

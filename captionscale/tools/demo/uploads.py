@@ -14,7 +14,7 @@ from jaxtyping import UInt8
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from captionscale.data.resize import scaled, shrunk_size
+from captionscale.data.resize import resize_image, resized_shape
 from captionscale.errors import UserError
 from captionscale.tools.caption_result import View
 from captionscale.tools.demo.request_body import Body, TooLargeError
@@ -197,6 +197,6 @@ def _preview(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
     top, left = (height - high) // 2, (width - wide) // 2
     image = np.ascontiguousarray(pixels[top : top + high, left : left + wide])
     if short > PREVIEW_SIZE:
-        image = scaled(image, *shrunk_size(high, wide, PREVIEW_SIZE), "bilinear")
+        image = resize_image(image, *resized_shape(high, wide, PREVIEW_SIZE), "bilinear")
     jpeg: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(image), 90, colorsubsampling="444")
     return jpeg

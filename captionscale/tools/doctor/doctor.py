@@ -16,7 +16,7 @@ from rich.text import Text
 from captionscale import assets
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.progress import SafeConsole, working
+from captionscale.progress import SafeConsole, spinner
 from captionscale.tools.doctor import machine, network, storage, throughput
 from captionscale.tools.doctor.network import Rendezvous
 from captionscale.tools.doctor.plan import Plan, parse_slurm_time
@@ -82,11 +82,11 @@ def doctor(
             plan = _plan(load(), out, nodes or (meeting.count if meeting else 1), gpus, facts, limit, quick)
     except UserError as error:
         lines.append(replace(failure_of(error), check="config", host=host))
-    speaks = meeting is None or meeting.first
+    speaks = meeting is None or meeting.is_main
     for line in lines:
         show(line)
     for check in _checks(plan, meeting, quick):
-        with working(f"doctor: {check.name}", quiet=not speaks):
+        with spinner(f"doctor: {check.name}", quiet=not speaks):
             told = list(run_checks([check], host))
         for line in told:
             lines.append(line)

@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from captionscale.errors import UserError
-from captionscale.files import cores
+from captionscale.files import cpu_count
 from captionscale.score.java import find_java
 from captionscale.score.metrics import measure
 from captionscale.tools.doctor.plan import Plan
@@ -190,7 +190,7 @@ def workers(plan: Plan) -> Iterator[CheckResult]:
         found, _, cure = note.partition("; ")
         yield warning(found, cure)
     else:
-        yield ok(f"{asked} on {cores()} cores of {os.uname().nodename}")
+        yield ok(f"{asked} on {cpu_count()} cores of {os.uname().nodename}")
 
 
 def evaluator(_: Plan | None) -> Iterator[CheckResult]:

@@ -36,13 +36,13 @@ class Rendezvous:
     """By their numbers, of those that came."""
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this node speaks for all."""
         return self.node == 0
 
     def gather(self, lines: list[dict[str, object]], timeout_s: float) -> list[dict[str, object]]:
         """Give lines to the first node, which returns those of the others that came in time."""
-        if not self.first:
+        if not self.is_main:
             self.store.set(f"lines/{self.node}", json.dumps(lines))
             return []
         others, deadline = [], time.monotonic() + timeout_s
@@ -57,7 +57,7 @@ class Rendezvous:
 
     def share_verdict(self, refused: bool, timeout_s: float) -> bool:
         """Return the first node's verdict on all of them, or this node's own if that one is gone."""
-        if self.first:
+        if self.is_main:
             self.store.set("verdict", str(int(refused)))
             deadline = time.monotonic() + _PAIR_S
             # The store goes with this process.
@@ -110,7 +110,7 @@ def check_links(meeting: Rendezvous) -> Iterator[CheckResult]:
             break
         mine[f"{left}-{right}"] = _sum_up(meeting, left, right)
     meeting.store.set(f"pairs/{meeting.node}", json.dumps(mine))
-    if meeting.first:
+    if meeting.is_main:
         found: dict[str, float | str] = {}
         for node in meeting.hosts:
             if _wait(meeting.store, f"pairs/{node}", deadline + 2 * _PAIR_S):

@@ -12,13 +12,13 @@ import torch
 
 from captionscale import vocab
 from captionscale.config import Config
-from captionscale.data.sampler import Order
+from captionscale.data.sampler import BatchSampler
 from captionscale.data.shards import Split
-from captionscale.data.storage import Place, open_place
+from captionscale.data.storage import Storage, open_storage
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
-from captionscale.train.run_folder import checkpoint_of, steps
-from captionscale.train.setup import order_of
+from captionscale.train.run_folder import checkpoint_folder, checkpoint_steps
+from captionscale.train.setup import make_sampler
 from captionscale.vocab import Vocabulary
 
 _SAMPLED = 2000
@@ -54,38 +54,38 @@ class Plan:
         return bool(self.profile.get("use_cpu"))
 
     @cached_property
-    def place(self) -> Place:
+    def storage(self) -> Storage:
         """Where the shards are."""
         data = self.settings.data
-        return open_place(data.shards, data.cache, data.cache_gb)
+        return open_storage(data.shards, data.cache, data.cache_gb)
 
     @cached_property
     def split(self) -> Split:
         """To learn from."""
-        return Split(self.place, self.settings.data.train_split)
+        return Split(self.storage, self.settings.data.train_split)
 
     @cached_property
-    def order(self) -> Order:
+    def sampler(self) -> BatchSampler:
         """In which it is learned from."""
-        return order_of(self.split, self.settings)
+        return make_sampler(self.split, self.settings)
 
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return self.settings.train.steps or self.settings.train.epochs * self.order.steps_per_epoch
+        return self.settings.train.steps or self.settings.train.epochs * self.sampler.steps_per_epoch
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The run's words, or about so many: of some images only, or of the run's newest checkpoint."""
-        saved = steps(self.run) if self.run else []
+        saved = checkpoint_steps(self.run) if self.run else []
         if self.run and saved:
-            return vocab.load(checkpoint_of(self.run, saved[-1]) / "vocab.json")
+            return vocab.load(checkpoint_folder(self.run, saved[-1]) / "vocab.json")
         data = self.settings.data
         items = np.arange(len(self.split))
         if len(items) > _SAMPLED:
             items = np.random.default_rng(0).choice(items, _SAMPLED, replace=False)
         captions = (caption for item in items.tolist() for caption in self.split.captions(item))
-        return vocab.build(captions, data.min_count, data.max_vocabulary)
+        return vocab.build(captions, data.min_count, data.max_vocab_size)
 
     @cached_property
     def meta_captioner(self) -> Captioner:

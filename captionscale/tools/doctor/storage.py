@@ -12,28 +12,28 @@ import torchvision
 
 from captionscale import toml
 from captionscale.data.shards import Split
-from captionscale.data.storage import Remote, manifest_of
+from captionscale.data.storage import RemoteStorage, read_manifest
 from captionscale.data.verification import check_sample
 from captionscale.errors import UserError
-from captionscale.progress import duration
+from captionscale.progress import format_duration
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import CheckResult, failure, failure_of, ok, skipped, warning
 from captionscale.tools.profiles import check_process_count, pluralize
 from captionscale.train import checkpoints
-from captionscale.train.checkpoint_writer import checkpoint_bytes, refuse_full_disk
-from captionscale.train.log_reader import figures
-from captionscale.train.run_folder import steps
+from captionscale.train.checkpoint_writer import check_disk_space, checkpoint_bytes
+from captionscale.train.log_reader import read_metric
+from captionscale.train.run_folder import checkpoint_steps
 
 _SAMPLES, _QUICK_SAMPLES = 200, 20
 _PROBE_BYTES, _QUICK_PROBE_BYTES = 256 << 20, 32 << 20
 _PROBE_S = 5.0
-_KEPT = ("seed", "model.", "train.global_batch", "train.micro_batch", "train.objective", "train.average")
+_KEPT = ("seed", "model.", "train.global_batch", "train.micro_batch", "train.objective", "train.ema_decay")
 """Begins the names of settings that may not change within a run."""
 
 
 def shards(plan: Plan) -> Iterator[CheckResult]:
     """Compare the shards with the config: splits, captions, counts, and some samples' checksums."""
-    data, splits = plan.settings.data, manifest_of(plan.place).splits
+    data, splits = plan.settings.data, read_manifest(plan.storage).splits
     if data.train_split == data.val_split:
         yield failure(
             f"data.train_split and data.val_split are both '{data.train_split}': what is scored was learned",
@@ -42,23 +42,25 @@ def shards(plan: Plan) -> Iterator[CheckResult]:
     opened: list[Split] = []
     for name in dict.fromkeys((data.train_split, data.val_split)):
         try:
-            split = Split(plan.place, name)
-            split.need_captions("to train; pack the data set with its captions")
+            split = Split(plan.storage, name)
+            split.require_captions("to train; pack the data set with its captions")
         except UserError as error:
             yield failure_of(error)
         else:
             opened.append(split)
-    if isinstance(plan.place, Remote):
-        yield skipped(f"samples of {plan.place}: each shard is compared with its hash when it is downloaded")
+    if isinstance(plan.storage, RemoteStorage):
+        yield skipped(
+            f"samples of {plan.storage}: each shard is compared with its hash when it is downloaded"
+        )
     else:
         for split in opened:
             yield from _sampled(split, plan.quick)
     if opened:
         told = ", ".join(
-            f"{split.name} {split.facts.images:,} images with {split.facts.captions:,} captions"
+            f"{split.name} {split.info.images:,} images with {split.info.captions:,} captions"
             for split in opened
         )
-        yield ok(f"{plan.place}: {told}")
+        yield ok(f"{plan.storage}: {told}")
 
 
 def _sampled(split: Split, quick: bool) -> Iterator[CheckResult]:
@@ -69,7 +71,7 @@ def _sampled(split: Split, quick: bool) -> Iterator[CheckResult]:
     if found:
         more = f" (and {len(found) - 1} more of {count} samples)" if len(found) > 1 else ""
         line = failure_of(UserError(found[0]))
-        yield failure(line.found + more, f"{line.cure}; captionscale verify {split.place} names them all")
+        yield failure(line.found + more, f"{line.cure}; captionscale verify {split.storage} names them all")
     else:
         yield ok(f"{split.name}: checksums of {count:,} of {len(split):,} samples hold")
 
@@ -88,18 +90,18 @@ def batches(plan: Plan) -> Iterator[CheckResult]:
         )
     else:
         yield ok(f"{shares}: {count // plan.world_size} each")
-    order = plan.order
-    yield ok(f"{order.steps_per_epoch:,} steps in an epoch, {plan.steps:,} in the run")
+    sampler = plan.sampler
+    yield ok(f"{sampler.steps_per_epoch:,} steps in an epoch, {plan.steps:,} in the run")
 
 
 def weights(plan: Plan) -> Iterator[CheckResult]:
     """Look for the weights that the run begins with."""
-    encoder, start = plan.settings.model.encoder, plan.settings.train.start_from
-    if plan.run and steps(plan.run):
-        yield ok(f"{plan.run}: goes on from step {steps(plan.run)[-1]:,}")
+    encoder, start = plan.settings.model.encoder, plan.settings.train.init_from
+    if plan.run and checkpoint_steps(plan.run):
+        yield ok(f"{plan.run}: goes on from step {checkpoint_steps(plan.run)[-1]:,}")
     elif start is not None:
-        saved = checkpoints.open_run(start)
-        yield ok(f"train.start_from = {start}: step {saved.standing.step:,} is whole")
+        saved = checkpoints.open_checkpoint(start)
+        yield ok(f"train.init_from = {start}: step {saved.train_state.step:,} is whole")
     elif encoder.weights == "imagenet":
         name = Path(torchvision.models.get_model_weights(encoder.name).IMAGENET1K_V1.url).name
         path = Path(torch.hub.get_dir(), "checkpoints", name)
@@ -129,7 +131,7 @@ def run(plan: Plan) -> Iterator[CheckResult]:
         yield ok(f"{plan.run}: not there yet")
         return
     passed: list[str] = []
-    saved = checkpoints.newest(plan.run, passed.append)
+    saved = checkpoints.find_latest(plan.run, passed.append)
     for told in passed:
         yield warning(
             told.removeprefix("warning: "), "remove it, or leave it: the run goes on from an older one"
@@ -150,7 +152,7 @@ def run(plan: Plan) -> Iterator[CheckResult]:
             "set these back, or take another --out",
         )
     else:
-        yield ok(f"{plan.run}: step {saved.standing.step:,} is whole")
+        yield ok(f"{plan.run}: step {saved.train_state.step:,} is whole")
 
 
 def disk(plan: Plan) -> Iterator[CheckResult]:
@@ -166,15 +168,15 @@ def disk(plan: Plan) -> Iterator[CheckResult]:
         )
         return
     yield ok(f"{folder}: written to at {pace / 1e6:,.0f} MB/s")
-    size = checkpoint_bytes(plan.meta_captioner, bool(plan.settings.train.average))
-    keep = plan.settings.train.keep
-    refuse_full_disk(plan.run or folder, size, keep, folder)
+    size = checkpoint_bytes(plan.meta_captioner, bool(plan.settings.train.ema_decay))
+    keep = plan.settings.train.keep_checkpoints
+    check_disk_space(plan.run or folder, size, keep, folder)
     yield ok(f"{folder}: has room for {keep + 3} checkpoints of {size / 1e6:,.0f} MB")
     # What the run itself took counts more, as it also hashes.
-    took = max(figures(plan.run, "save_s").values(), default=0.0) if plan.run else 0.0
+    took = max(read_metric(plan.run, "save_s").values(), default=0.0) if plan.run else 0.0
     needed, grace = max(took, size / pace), plan.settings.train.grace_s
     source = f"as {plan.run}/log.jsonl says" if took > size / pace else "by this disk's pace"
-    told = f"a checkpoint takes {duration(needed)} ({source}), train.grace_s is {grace:g}"
+    told = f"a checkpoint takes {format_duration(needed)} ({source}), train.grace_s is {grace:g}"
     cure = f"set train.grace_s to {max(30, round(4 * needed))} or more, and SLURM's --signal likewise"
     if needed > grace:
         yield failure(told + ": a job whose time ends would lose its work", cure)

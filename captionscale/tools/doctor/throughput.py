@@ -12,13 +12,13 @@ from torch import Tensor
 from captionscale.data.loader import Batch, Loader
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
-from captionscale.progress import duration
+from captionscale.progress import format_duration
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import CheckResult, failure, ok, skipped, warning
-from captionscale.train.log_reader import figures
+from captionscale.train.log_reader import read_metric
 from captionscale.train.losses import cross_entropy
 from captionscale.train.optimizer import make_optimizer
-from captionscale.train.run_folder import steps
+from captionscale.train.run_folder import checkpoint_steps
 
 _LOAD_S = 4.0
 _STEPS, _STEPS_S = 4, 12.0
@@ -37,7 +37,7 @@ def _loaded(plan: Plan) -> float:
     items = np.random.default_rng(0).permutation(len(plan.split))
     requests = ((np.roll(items, -start)[:size], 0) for start in range(0, 10**9, size))
     try:
-        batches = loader.ahead(requests)
+        batches = loader.prefetch(requests)
         next(batches)  # Opens shards, starts threads.
         began, count = time.monotonic(), 0
         while (passed := time.monotonic() - began) < _LOAD_S:
@@ -65,7 +65,7 @@ def _learned(plan: Plan) -> tuple[float, str]:
     size = min(plan.settings.train.micro_batch, len(plan.split))
     # Encoders take long there, and pictures are much alike.
     size = size if gpu or cached else min(size, _PICTURES_ON_CPU)
-    (batch,) = loader.ahead([(np.arange(size), 0)])
+    (batch,) = loader.prefetch([(np.arange(size), 0)])
     loader.close()
     captioner = Captioner(plan.settings.model, len(plan.vocabulary)).to(device).train()
     optimizer = make_optimizer(captioner, plan.settings.train)
@@ -107,7 +107,7 @@ def _loss(captioner: Captioner, pictures: Tensor, batch: Batch) -> Tensor:
 
 def _logged(plan: Plan) -> float:
     """Return the pictures in a second that the run's own log tells, of all its processes; 0: none."""
-    rates = list(figures(plan.run, "images_per_s").values()) if plan.run else []
+    rates = list(read_metric(plan.run, "images_per_s").values()) if plan.run else []
     return median(rates[-_RECENT:]) if rates else 0.0
 
 
@@ -153,14 +153,14 @@ def finish(plan: Plan) -> Iterator[CheckResult]:
             yield skipped(f"the pace is unknown: {how}, and the run has no log yet")
             return
     epoch_s = len(plan.split) / rate
-    step_s = epoch_s / plan.order.steps_per_epoch
-    saved = steps(plan.run) if plan.run else []
+    step_s = epoch_s / plan.sampler.steps_per_epoch
+    saved = checkpoint_steps(plan.run) if plan.run else []
     left = max(0, plan.steps - (saved[-1] if saved else 0)) * step_s
     if not left:
         yield ok(f"all {plan.steps:,} steps are done")
         return
     told = (
-        f"{rate:,.0f} images/s ({source}): {duration(epoch_s)} an epoch, {duration(left)} to the end, and the"
+        f"{rate:,.0f} images/s ({source}): {format_duration(epoch_s)} an epoch, {format_duration(left)} to the end, and the"
         " time of validations"
     )
     if (hasty := list(_haste(plan, step_s))) or plan.time_limit_s is None:
@@ -170,21 +170,21 @@ def finish(plan: Plan) -> Iterator[CheckResult]:
     usable = plan.time_limit_s - plan.settings.train.grace_s
     if left > usable:
         yield warning(
-            f"{told}; the job ends after {duration(plan.time_limit_s)}: it takes about {-int(-left // usable)}"
+            f"{told}; the job ends after {format_duration(plan.time_limit_s)}: it takes about {-int(-left // usable)}"
             " such jobs, one after the other",
             "let it requeue itself, or ask for more --time, nodes or GPUs",
         )
     else:
-        yield ok(f"{told}; the job has {duration(plan.time_limit_s)}")
+        yield ok(f"{told}; the job has {format_duration(plan.time_limit_s)}")
 
 
 def _haste(plan: Plan, step_s: float) -> Iterator[CheckResult]:
     """Refuse a job that would end before it has done anything."""
     grace = plan.settings.train.grace_s
     if plan.time_limit_s is not None and plan.time_limit_s <= grace + step_s:
-        step = f" and a step takes {duration(step_s)}" if step_s else ""
+        step = f" and a step takes {format_duration(step_s)}" if step_s else ""
         yield failure(
-            f"the job has {duration(plan.time_limit_s)}, of which train.grace_s = {grace:g} are kept to save"
+            f"the job has {format_duration(plan.time_limit_s)}, of which train.grace_s = {grace:g} are kept to save"
             f" in{step}: it would do nothing",
             "ask for more --time, or lower train.grace_s",
         )

@@ -15,20 +15,20 @@ from safetensors.torch import save
 from torch import Tensor
 
 from captionscale.config import Config
-from captionscale.data.decode import pixels
+from captionscale.data.decode import decode_image
 from captionscale.data.shards import Split
-from captionscale.data.storage import open_place
-from captionscale.data.transforms import centre_view
+from captionscale.data.storage import open_storage
+from captionscale.data.transforms import center_crop
 from captionscale.errors import UserError
-from captionscale.files import unwritable
-from captionscale.progress import working
+from captionscale.files import not_writable
+from captionscale.progress import spinner
 from captionscale.tools.export import example
 from captionscale.tools.export.card import model_card
 from captionscale.tools.export.check import Check, check
 from captionscale.tools.export.parts import ExportedCaptioner, Part, Run, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
 from captionscale.train.checkpoint import Checkpoint
-from captionscale.train.checkpoints import open_run, seal
+from captionscale.train.checkpoints import open_checkpoint, write_metadata
 from captionscale.version import __version__
 
 Kind = Literal["onnx", "torch", "hub"]
@@ -59,19 +59,19 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
         missing := [it for it in ("onnx", "onnxruntime", "onnxscript") if not find_spec(it)]
     ):
         raise UserError(
-            f"export: {', '.join(missing)} is not installed, wanted it for --to onnx;"
+            f"export: {', '.join(missing)} is not installed, wanted it for --format onnx;"
             " pip install 'captionscale[export]'"
         )
     if batch is not None and (batch < 1 or to == "hub"):
-        raise UserError(f"--batch {batch}: wanted at least 1, and --to onnx or torch; leave it out")
-    saved = open_run(run, checkpoint)
+        raise UserError(f"--batch-size {batch}: wanted at least 1, and --format onnx or torch; leave it out")
+    saved = open_checkpoint(run, checkpoint)
     config = saved.config()
     with _new(out) as folder:
         if to == "hub":
             weights = saved.captioner().state_dict()
             # Not save_file: its error on a full disk is of no documented kind.
             (folder / _WEIGHTS).write_bytes(save({name: each.contiguous() for name, each in weights.items()}))
-            seal(folder, saved.standing, {}, _without_paths(config), saved.vocabulary())
+            write_metadata(folder, saved.train_state, {}, _without_paths(config), saved.vocabulary())
             checked = None
         else:
             pictures = _pictures(config, shards)
@@ -79,7 +79,7 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
             made = parts(captioner, config.data.image_size, batch or _EXAMPLE_BATCH)
             programs = {}
             for part in made:
-                with working(f"exporting {part.name}"):
+                with spinner(f"exporting {part.name}"):
                     programs[part.name] = _WRITERS[to](part, folder, batch)
             checked = check(
                 captioner, ExportedCaptioner(made, programs, batch), pictures, config.data.max_words
@@ -113,7 +113,7 @@ def _new(out: Path) -> Iterator[Path]:
         yield partial
         partial.rename(out)
     except OSError as error:
-        raise unwritable(out, error) from error
+        raise not_writable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -122,13 +122,13 @@ def _pictures(config: Config, shards: str | None) -> UInt8[Tensor, "image 3 heig
     """Return what the encoder sees of the first images of the val split."""
     data = config.data
     try:
-        split = Split(open_place(shards or data.shards, data.cache, data.cache_gb), data.val_split)
+        split = Split(open_storage(shards or data.shards, data.cache, data.cache_gb), data.val_split)
     except UserError as error:
         raise UserError(
             f"export: wanted images to compare with the run on, found none: {error}; --shards DIR says where"
         ) from None
     views = [
-        centre_view(pixels(split.image(item), f"image {item}"), data.image_size)
+        center_crop(decode_image(split.image(item), f"image {item}"), data.image_size)
         for item in range(min(len(split), _IMAGES))
     ]
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
@@ -144,8 +144,8 @@ def _settings(saved: Checkpoint, batch: int | None, checked: Check | None) -> di
         "image_size": config.data.image_size,
         "max_words": config.data.max_words,
         "beam": config.search.beam,
-        "length_power": config.search.length_power,
-        "batch": batch,
+        "length_penalty": config.search.length_penalty,
+        "batch_size": batch,
         "weights_sha256": saved.sha256,
         "checked": checked and checked.to_dict(),
     }
@@ -154,13 +154,13 @@ def _settings(saved: Checkpoint, batch: int | None, checked: Check | None) -> di
 def _without_paths(config: Config) -> Config:
     """Return settings that name no folders of this machine, which are nobody's business."""
     encoder, train = config.model.encoder, config.train
-    start = train.start_from and Path(train.start_from.name)
+    start = train.init_from and Path(train.init_from.name)
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"shards": Path(config.data.shards).name, "cache": None}),
             "model": config.model.model_copy(
                 update={"encoder": encoder.model_copy(update={"weights": Path(encoder.weights).name})}
             ),
-            "train": train.model_copy(update={"start_from": start}),
+            "train": train.model_copy(update={"init_from": start}),
         }
     )

@@ -3,14 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from captionscale.data.storage import manifest_of, open_place
+from captionscale.data.storage import open_storage, read_manifest
 from captionscale.errors import UserError
 from captionscale.escape import for_markdown, for_markdown_code
 from captionscale.progress import say
 from captionscale.score.receipt import Receipt
 from captionscale.tools.export.check import Check
 from captionscale.train.checkpoint import Checkpoint
-from captionscale.vocab import SPECIALS
+from captionscale.vocab import SPECIAL_TOKENS
 
 _HEAD = """---
 library_name: captionscale
@@ -87,8 +87,8 @@ def _model(saved: Checkpoint) -> Iterator[str]:
     yield (
         f"\nWrites a caption of a picture. A `{model.encoder.name}` reads the centre square at"
         f" {config.data.image_size} x {config.data.image_size} pixels; {kind} (`{model.decoder.name}`) writes"
-        f" at most {config.data.max_words} of {len(saved.vocabulary()) - len(SPECIALS):,} words. Trained for"
-        f" {saved.standing.step:,} steps by captionscale (last objective: {train.objective}).\n"
+        f" at most {config.data.max_words} of {len(saved.vocabulary()) - len(SPECIAL_TOKENS):,} words. Trained for"
+        f" {saved.train_state.step:,} steps by captionscale (last objective: {train.objective}).\n"
     )
 
 
@@ -130,7 +130,7 @@ def _data(saved: Checkpoint, shards: str | None) -> Iterator[str]:
     data = saved.config().data
     trained = f"{for_markdown_code(data.train_split)} of {for_markdown_code(Path(data.shards).name)}"
     try:
-        splits = manifest_of(open_place(shards or data.shards, data.cache, data.cache_gb)).splits
+        splits = read_manifest(open_storage(shards or data.shards, data.cache, data.cache_gb)).splits
     except UserError:
         yield f"\nTrained on split {trained}, which was not at hand for this card.\n"
         return

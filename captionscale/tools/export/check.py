@@ -52,14 +52,14 @@ def check(
         UserError: A logit differs by more than `TOLERANCE`, or a caption differs.
     """
     greatest = 0.0
-    with progress("comparing with the model", len(images), passing=True) as bar:
+    with progress("comparing with the model", len(images), transient=True) as bar:
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]
             features, theirs = captioner.encode(batch), exported.encode(batch)
             said, others = (
                 [
                     captions[0].tokens
-                    for captions in search(*each, beam=1, max_words=max_words, length_power=0.0)
+                    for captions in search(*each, beam=1, max_words=max_words, length_penalty=0.0)
                 ]
                 for each in ((captioner.decoder, features), (exported, theirs))
             )
@@ -68,7 +68,7 @@ def check(
                 found = f"logits differ by {greatest:.2g}" + " and so do captions" * (said != others)
                 raise UserError(
                     f"export: {found} among images {first} to {first + len(batch) - 1}, wanted a difference"
-                    f" of at most {TOLERANCE:g} and the same captions; nothing was written; try --to torch,"
+                    f" of at most {TOLERANCE:g} and the same captions; nothing was written; try --format torch,"
                     " or another version of torch, onnxscript or onnxruntime"
                 )
             bar.advance(len(batch))

@@ -16,7 +16,7 @@ import onnxruntime
 from PIL import Image, ImageOps
 
 HERE = Path(__file__).parent
-PAD, START, END, UNKNOWN = range(4)
+PAD, START, END, UNK = range(4)
 
 
 @cache
@@ -29,9 +29,11 @@ def run(program: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     """Run a program on rows of inputs, and return its outputs by their names."""
     size = program.get_inputs()[0].shape[0]
     rows = len(next(iter(inputs.values())))
-    if isinstance(size, int):  # Exported with --batch: rows that are missing repeat the last one.
+    if isinstance(size, int):  # Exported with --batch-size: rows that are missing repeat the last one.
         if rows > size:
-            raise SystemExit(f"{rows} rows, but this was exported with --batch {size}: take --beam {size}")
+            raise SystemExit(
+                f"{rows} rows, but this was exported with --batch-size {size}: take --beam {size}"
+            )
         inputs = {
             name: np.concatenate([value, np.repeat(value[-1:], size - rows, 0)])
             for name, value in inputs.items()
@@ -49,7 +51,7 @@ def load_image(path: Path, size: int) -> np.ndarray:
     return np.asarray(square).transpose(2, 0, 1)[None]
 
 
-def search(image: np.ndarray, beam: int, length_power: float, max_words: int) -> tuple[list[int], float]:
+def search(image: np.ndarray, beam: int, length_penalty: float, max_words: int) -> tuple[list[int], float]:
     """Return the best caption's tokens and log-probability; a beam of one is greedy search."""
     encoder, start, step = (load(name) for name in ("encoder", "start", "step"))
     state = run(start, features=run(encoder, images=image)["features"])
@@ -61,7 +63,7 @@ def search(image: np.ndarray, beam: int, length_power: float, max_words: int) ->
         logits = out["logits"] - out["logits"].max(1, keepdims=True)
         totals = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         totals += np.array([[total] for total, _ in going], totals.dtype)
-        totals[:, [PAD, START, UNKNOWN]] = -np.inf
+        totals[:, [PAD, START, UNK]] = -np.inf
         # A finished caption stays in the beam, until better ones push it out.
         places = [divmod(int(place), totals.shape[1]) for place in np.argsort(-totals, axis=None)[:beam]]
         longer = [(float(totals[row, word]), going[row][1] + [word], row) for row, word in places]
@@ -76,7 +78,7 @@ def search(image: np.ndarray, beam: int, length_power: float, max_words: int) ->
         # What the step changed is named next_...; the rest of a state stays as it is.
         state = {name: out.get(f"next_{name}", value)[rows] for name, value in state.items()}
         tokens = np.array([said[-1] for _, said in going])
-    total, said = max(done + going, key=lambda caption: caption[0] / len(caption[1]) ** length_power)
+    total, said = max(done + going, key=lambda caption: caption[0] / len(caption[1]) ** length_penalty)
     return said, total
 
 
@@ -93,7 +95,7 @@ def main() -> None:
             image = load_image(path, settings["image_size"])
         except (OSError, Image.DecompressionBombError) as error:
             raise SystemExit(f"{path}: no readable image ({error}); repair or remove it") from None
-        tokens, _ = search(image, options.beam, settings["length_power"], settings["max_words"])
+        tokens, _ = search(image, options.beam, settings["length_penalty"], settings["max_words"])
         print(f"{path}\t{' '.join(words[token] for token in tokens if token != END)}")
 
 

@@ -12,7 +12,7 @@ def read_coco(write, images, names):
         "images": [{"id": n, "file_name": name} for n, name in zip(ids, names, strict=True)],
         "annotations": [{"image_id": n, "caption": "a"} for n in ids],
     }
-    return coco.official(images, write("captions.csv", content), "val")
+    return coco.read_official(images, write("captions.csv", content), "val")
 
 
 def read_flickr(write, images, names):
@@ -26,7 +26,7 @@ def read_karpathy(write, images, names):
 
 def read_table(write, images, names):
     rows = "".join(f"{name},a\n" for name in names)
-    return custom.table(write("captions.csv", f"image,caption\n{rows}"), images, "val", lambda _: 1)
+    return custom.read_table(write("captions.csv", f"image,caption\n{rows}"), images, "val", lambda _: 1)
 
 
 readers = pytest.mark.parametrize("read", [read_coco, read_flickr, read_karpathy, read_table])
@@ -68,10 +68,10 @@ def test_an_image_folder_that_is_none_is_refused(tmp_path, write, read):
 @pytest.mark.parametrize(
     "read",
     [
-        lambda images, captions: coco.official(images, captions, "val"),
+        lambda images, captions: coco.read_official(images, captions, "val"),
         lambda images, captions: flickr.read(images, captions, None),
         lambda images, captions: karpathy.read(images, captions, "train"),
-        lambda images, captions: custom.table(captions, images, "val", lambda _: 1),
+        lambda images, captions: custom.read_table(captions, images, "val", lambda _: 1),
     ],
 )
 def test_a_caption_file_that_cannot_be_read_is_refused(tmp_path, touch, write, read):

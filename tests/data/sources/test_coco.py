@@ -28,7 +28,7 @@ def test_records_come_by_image_id_with_captions_in_the_order_of_the_file(touch, 
     images = touch("val", name.format(9), name.format(5), "unlisted.jpg")
     captions = [(5, " b\n"), (9, "z"), (5, "a"), (9, " ")]
     file = write("captions.json", document({9: name.format(9), 5: name.format(5)}, captions))
-    assert coco.official(images, file, "val") == [
+    assert coco.read_official(images, file, "val") == [
         Record(5, "val", ("b", "a"), str(images), name.format(5)),
         Record(9, "val", ("z",), str(images), name.format(9)),
     ]
@@ -36,13 +36,15 @@ def test_records_come_by_image_id_with_captions_in_the_order_of_the_file(touch, 
 
 def test_an_image_may_have_more_than_five_captions(touch, write):
     file = write("c.json", document({1: "1.jpg"}, [(1, f"caption {n}") for n in range(7)]))
-    (record,) = coco.official(touch("i", "1.jpg"), file, "test")
+    (record,) = coco.read_official(touch("i", "1.jpg"), file, "test")
     assert record.captions == tuple(f"caption {n}" for n in range(7))
 
 
 def test_a_folder_before_the_file_name_becomes_part_of_the_source(touch, write):
     images = touch("i", "val2017/1.jpg")
-    (record,) = coco.official(images, write("c.json", document({1: "./val2017/1.jpg"}, [(1, "a")])), "val")
+    (record,) = coco.read_official(
+        images, write("c.json", document({1: "./val2017/1.jpg"}, [(1, "a")])), "val"
+    )
     assert (record.source, record.name) == (f"{images}/val2017", "1.jpg")
 
 
@@ -51,12 +53,12 @@ def test_a_list_of_images_without_annotations_has_no_captions(touch, write):
     del content["annotations"]
     content["categories"] = [{"id": 1, "name": "person"}]
     images = touch("i", *(image["file_name"] for image in content["images"]))
-    records = coco.official(images, write("image_info_test2014.json", content), "test")
+    records = coco.read_official(images, write("image_info_test2014.json", content), "test")
     assert [(record.image_id, record.captions) for record in records] == [(1, ()), (2, ())]
 
 
 def test_the_largest_id_of_64_bits_is_one(touch, write):
-    (record,) = coco.official(
+    (record,) = coco.read_official(
         touch("i", "1.jpg"), write("c.json", document({2**63 - 1: "1.jpg"}, [(2**63 - 1, "a")])), "val"
     )
     assert record.image_id == 2**63 - 1
@@ -64,7 +66,7 @@ def test_the_largest_id_of_64_bits_is_one(touch, write):
 
 def test_a_mark_that_windows_puts_before_the_text_is_no_part_of_it(touch, write):
     file = write("c.json", b'\xef\xbb\xbf{"images": [{"id": 1, "file_name": "1.jpg"}]}\r\n')
-    assert len(coco.official(touch("i", "1.jpg"), file, "test")) == 1
+    assert len(coco.read_official(touch("i", "1.jpg"), file, "test")) == 1
 
 
 FAULTS = {
@@ -132,7 +134,7 @@ FAULTS = {
 def test_a_faulty_file_is_refused_with(tmp_path, touch, write, fault):
     content, words = FAULTS[fault]
     with pytest.raises(UserError, match=re.escape(words)) as refused:
-        coco.official(touch("i", "1.jpg"), write("c.json", content), "val")
+        coco.read_official(touch("i", "1.jpg"), write("c.json", content), "val")
     assert str(refused.value).startswith(f"{tmp_path}/c.json: ")
     assert str(refused.value).count(";") >= 2
     assert "\n" not in str(refused.value)
@@ -140,10 +142,10 @@ def test_a_faulty_file_is_refused_with(tmp_path, touch, write, fault):
 
 def test_references_need_no_image_but_captions(write):
     content = document({1: "1.jpg", 2: "2.jpg"}, [(2, "a "), (1, "b"), (2, "c")])
-    assert coco.references(write("c.json", content)) == {1: ["b"], 2: ["a ", "c"]}
+    assert coco.read_references(write("c.json", content)) == {1: ["b"], 2: ["a ", "c"]}
     del content["annotations"]
     with pytest.raises(UserError, match=r"c.json: no list 'annotations'; wanted COCO captions"):
-        coco.references(write("c.json", content))
+        coco.read_references(write("c.json", content))
 
 
 def test_a_record_with_five_captions_takes_half_a_kilobyte_beside_their_letters(touch, write):
@@ -152,9 +154,9 @@ def test_a_record_with_five_captions_takes_half_a_kilobyte_beside_their_letters(
     names = {n: f"{n:012}.jpg" for n in range(count)}
     file = write("c.json", document(names, [(n % count, caption) for n in range(5 * count)]))
     images = touch("i", *names.values())
-    coco.official(images, file, "train")
+    coco.read_official(images, file, "train")
     tracemalloc.start()
-    records = coco.official(images, file, "train")
+    records = coco.read_official(images, file, "train")
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     letters = 5 * (len(caption) + 49)
@@ -197,27 +199,27 @@ def splits(records):
 
 
 def test_an_image_in_no_list_is_of_train_and_restval_may_be_left_out(tmp_path, coco_2014):
-    records = coco.with_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "train")
+    records = coco.read_karpathy_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "train")
     assert splits(records) == {"train": [1, 2, 3, 7, 8, 9], "val": [4], "test": [5, 6]}
     assert records[0] == Record(
         1, "train", ("caption 1",), f"{tmp_path}/coco/train2014", name_2014(1, "train2014")
     )
-    dropped = coco.with_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "drop")
+    dropped = coco.read_karpathy_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "drop")
     assert splits(dropped) == {"train": [1, 2, 3], "val": [4], "test": [5, 6]}
 
 
 def test_with_a_list_of_train_images_in_no_list_are_left_out(tmp_path, coco_2014, write):
     write("lists/karpathy_train_images.txt", f"{line(1, 'train2014')}\n{line(9)}\n")
-    records = coco.with_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "train")
+    records = coco.read_karpathy_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "train")
     assert splits(records) == {"train": [1, 9], "val": [4], "test": [5, 6]}
-    dropped = coco.with_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "drop")
+    dropped = coco.read_karpathy_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "drop")
     assert splits(dropped) == {"train": [1], "val": [4], "test": [5, 6]}
 
 
 def test_only_images_of_a_split_need_captions_and_a_file(tmp_path, coco_2014, write):
     write("lists/karpathy_train_images.txt", f"{line(1, 'train2014')}\n")
     (tmp_path / "coco" / "val2014" / name_2014(9)).unlink()
-    assert len(coco.with_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "train")) == 4
+    assert len(coco.read_karpathy_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "train")) == 4
 
 
 LIST_FAULTS = {
@@ -255,7 +257,7 @@ def test_faulty_lists_are_refused_with(tmp_path, coco_2014, write, fault):
     for split, content in lists.items():
         write(f"other/karpathy_{split}_images.txt", content)
     with pytest.raises(UserError, match=re.escape(words)):
-        coco.with_lists(tmp_path / "coco", coco_2014, tmp_path / "other", "train")
+        coco.read_karpathy_lists(tmp_path / "coco", coco_2014, tmp_path / "other", "train")
 
 
 def test_half_of_the_annotations_or_those_of_2017_are_refused(tmp_path, coco_2014, write):
@@ -263,30 +265,30 @@ def test_half_of_the_annotations_or_those_of_2017_are_refused(tmp_path, coco_201
         with pytest.raises(
             UserError, match=r"wanted images of train2014 and of val2014 both; give captions_tr"
         ):
-            coco.with_lists(tmp_path / "coco", half, tmp_path / "lists", "train")
+            coco.read_karpathy_lists(tmp_path / "coco", half, tmp_path / "lists", "train")
     with pytest.raises(
         UserError, match=r"image 4 is in another file too; wanted it once; give captions_train"
     ):
-        coco.with_lists(tmp_path / "coco", [*coco_2014, coco_2014[1]], tmp_path / "lists", "train")
+        coco.read_karpathy_lists(tmp_path / "coco", [*coco_2014, coco_2014[1]], tmp_path / "lists", "train")
     for name in ("000000000012.jpg", name_2014(13)):
         other = write("captions_train2017.json", document({12: name}, [(12, "a")]))
         with pytest.raises(
             UserError, match=f"image 12 has the file name '{name}'; wanted COCO 2014's, as in"
         ):
-            coco.with_lists(tmp_path / "coco", [*coco_2014, other], tmp_path / "lists", "train")
+            coco.read_karpathy_lists(tmp_path / "coco", [*coco_2014, other], tmp_path / "lists", "train")
 
 
 def test_a_folder_that_lacks_the_images_is_told_from_the_one_that_has_them(tmp_path, coco_2014):
     with pytest.raises(
         UserError, match=r"9 images .* of 9 missing; wanted each .*; give the folder .*/coco$"
     ):
-        coco.with_lists(tmp_path / "coco" / "train2014", coco_2014, tmp_path / "lists", "train")
+        coco.read_karpathy_lists(tmp_path / "coco" / "train2014", coco_2014, tmp_path / "lists", "train")
     for file in (tmp_path / "coco" / "train2014").iterdir():
         file.unlink()
     with pytest.raises(
         UserError, match=r"3 images .train2014/COCO_train2014_000000000001.jpg, .* of 9 missing"
     ):
-        coco.with_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "train")
+        coco.read_karpathy_lists(tmp_path / "coco", coco_2014, tmp_path / "lists", "train")
 
 
 # ---- the real data
@@ -295,7 +297,7 @@ def test_a_folder_that_lacks_the_images_is_told_from_the_one_that_has_them(tmp_p
 def test_the_real_coco_sample_is_read_whole(real_data):
     root = real_data / "coco_sample"
     for split, images in [("train", 144), ("val", 60)]:
-        records = coco.official(
+        records = coco.read_official(
             root / f"{split}2017", root / "annotations" / f"captions_{split}2017.json", split
         )
         assert len(records) == images
@@ -305,14 +307,14 @@ def test_the_real_coco_sample_is_read_whole(real_data):
 
 def test_the_real_file_of_coco_2014_gives_25010_captions(real_data, touch):
     captions = real_data / "coco_karpathy" / "captions_test5k.json"
-    references = coco.references(captions)
+    references = coco.read_references(captions)
     images = touch("i", *(name_2014(image_id) for image_id in references))
-    records = coco.official(images, captions, "test")
+    records = coco.read_official(images, captions, "test")
     assert Counter(len(record.captions) for record in records) == {5: 4990, 6: 10}
     with pytest.raises(
         UserError, match=r"images\[0\]: Object missing required field `id`; wanted COCO capti"
     ):
-        coco.official(images, captions.with_name("dataset_coco_format_example.json"), "test")
+        coco.read_official(images, captions.with_name("dataset_coco_format_example.json"), "test")
 
 
 def test_the_real_lists_divide_the_real_captions(real_data, touch, write):
@@ -325,7 +327,7 @@ def test_the_real_lists_divide_the_real_captions(real_data, touch, write):
     train = write("train.json", document({1: name_2014(1, "train2014")}, [(1, "a")]))
     images = touch("i", *paths, f"train2014/{name_2014(1, 'train2014')}")
     captions = [root / "captions_val5k.json", root / "captions_test5k.json", train]
-    records = coco.with_lists(images, captions, root, "drop")
+    records = coco.read_karpathy_lists(images, captions, root, "drop")
     assert Counter(record.split for record in records) == {"train": 1, "val": 5000, "test": 5000}
     assert sum(len(record.captions) for record in records) == 1 + 2 * 25_010
     assert {Path(record.source).name for record in records} == {"train2014", "val2014"}

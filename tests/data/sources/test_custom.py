@@ -36,7 +36,7 @@ def test_rows_of_one_image_are_joined_and_images_counted_as_they_appear(images, 
     text = mark + CSV.replace("\n", ends)
     if name == "t.TSV":
         text = text.replace("image,", "image\t").replace("jpg,", "jpg\t")
-    assert custom.table(write(name, text), images, "val", lambda _: 7) == [
+    assert custom.read_table(write(name, text), images, "val", lambda _: 7) == [
         Record(7, "val", (f'A dog, a "hot" day{ends}and a cat', "Two dogs"), str(images), "b.jpg"),
         Record(8, "val", ("Ein Kätzchen",), str(images), "cats/a.jpg"),
     ]
@@ -50,30 +50,30 @@ def test_json_lines_say_the_same_with_one_caption_or_many(images, write, name):
         {"image": "b.jpg", "captions": [" Two dogs", ""]},
     ]
     text = "\ufeff" + "\r\n\n".join(map(json.dumps, lines))
-    assert custom.table(write(name, text), images, "val", lambda _: 7) == custom.table(
+    assert custom.read_table(write(name, text), images, "val", lambda _: 7) == custom.read_table(
         write("t.csv", CSV), images, "val", lambda _: 7
     )
 
 
 def test_a_row_may_name_its_split_and_its_image_id_in_any_order_of_columns(images, write):
     text = "split,image_id,caption,image\ntest,30,a,b.jpg\n,4,b,c.png\ntest,30,c,./b.jpg\n"
-    records = custom.table(write("t.csv", text), images, "train", lambda _: 1)
+    records = custom.read_table(write("t.csv", text), images, "train", lambda _: 1)
     assert facts(records) == [(4, "train", "c.png", ("b",)), (30, "test", "b.jpg", ("a", "c"))]
     keys = text.splitlines()[0].split(",")
     rows = [dict(zip(keys, row.split(","), strict=True)) for row in text.splitlines()[1:]]
     lines = [json.dumps(row | {"image_id": int(row["image_id"])}) for row in rows]
-    assert custom.table(write("t.jsonl", "\n".join(lines)), images, "train", lambda _: 1) == records
+    assert custom.read_table(write("t.jsonl", "\n".join(lines)), images, "train", lambda _: 1) == records
 
 
 def test_ids_are_counted_from_what_the_splits_of_the_table_tell(images, write):
     asked = []
 
-    def first_id(splits):
+    def first_image_id(splits):
         asked.append(splits)
         return 40
 
     table = write("t.csv", "image,caption,split\nc.png,a,val\nb.jpg,b,\n")
-    assert facts(custom.table(table, images, "train", first_id)) == [
+    assert facts(custom.read_table(table, images, "train", first_image_id)) == [
         (41, "train", "b.jpg", ("b",)),
         (40, "val", "c.png", ("a",)),
     ]
@@ -82,7 +82,7 @@ def test_ids_are_counted_from_what_the_splits_of_the_table_tell(images, write):
 
 def test_one_image_may_be_spelt_in_two_ways(images, write):
     table = write("t.csv", "image,caption\ncats/a.jpg,a\n./cats//a.jpg,b\ncats/../cats/a.jpg,c\n")
-    assert facts(custom.table(table, images, "train", lambda _: 1)) == [
+    assert facts(custom.read_table(table, images, "train", lambda _: 1)) == [
         (1, "train", "cats/a.jpg", ("a", "b", "c"))
     ]
 
@@ -237,7 +237,7 @@ TABLE_FAULTS = {
 def test_a_faulty_table_is_refused_with(tmp_path, images, write, fault):
     name, content, words = TABLE_FAULTS[fault]
     with pytest.raises(UserError, match=re.escape(words)) as refused:
-        custom.table(write(name, content), images, "train", lambda _: 1)
+        custom.read_table(write(name, content), images, "train", lambda _: 1)
     assert str(refused.value).startswith(f"{tmp_path}/{name}: ")
     assert str(refused.value).count(";") >= 2
     assert "\n" not in str(refused.value)
@@ -254,7 +254,7 @@ def test_images_anywhere_below_a_folder_have_their_captions_beside_them(touch, w
     write("i/a.b.TXT", "A cat\x0bor two\n")
     write("i/z/deep/1.txt", "Drei")
     write("i/LICENSE.txt", "all rights")
-    assert custom.folder(images, "train", lambda _: 5) == [
+    assert custom.read_folder(images, "train", lambda _: 5) == [
         Record(5, "train", ("A cat\x0bor two",), str(images), "a.b.PNG"),
         Record(6, "train", ("A dog", "Two dogs"), str(images), "b.jpg"),
         Record(7, "train", ("Drei",), str(images), "z/deep/1.jpeg"),
@@ -265,7 +265,7 @@ def test_a_folder_without_texts_can_be_captioned_only(touch):
     images = touch(
         "i", *(f"{n}.{ending}" for n, ending in enumerate(("jpg", "png", "webp", "bmp", "gif"))), "2.jpg"
     )
-    records = custom.folder(images, "test", lambda splits: len(splits) + 10)
+    records = custom.read_folder(images, "test", lambda splits: len(splits) + 10)
     assert facts(records)[:3] == [
         (11, "test", "0.jpg", ()),
         (12, "test", "1.png", ()),
@@ -278,7 +278,7 @@ def test_links_are_followed_but_no_folder_is_read_twice(touch):
     elsewhere = touch("elsewhere", "2.jpg")
     images = touch("i", "1.jpg", "sub/3.jpg")
     (images / "link").symlink_to(elsewhere)
-    assert [record.name for record in custom.folder(images, "test", lambda _: 1)] == [
+    assert [record.name for record in custom.read_folder(images, "test", lambda _: 1)] == [
         "1.jpg",
         "link/2.jpg",
         "sub/3.jpg",
@@ -287,40 +287,40 @@ def test_links_are_followed_but_no_folder_is_read_twice(touch):
     with pytest.raises(
         UserError, match=r"/i/sub/loop: leads to .*/i again; wanted each folder once; delete the"
     ):
-        custom.folder(images, "test", lambda _: 1)
+        custom.read_folder(images, "test", lambda _: 1)
 
 
 def test_faulty_folders_are_refused(tmp_path, touch, write):
     with pytest.raises(
         UserError, match=r"/none: No such file or directory; wanted it to be readable; check the"
     ):
-        custom.folder(tmp_path / "none", "test", lambda _: 1)
+        custom.read_folder(tmp_path / "none", "test", lambda _: 1)
     with pytest.raises(UserError, match=r"/file: Not a directory; wanted it to be readable; check the path"):
-        custom.folder(write("file", "x"), "test", lambda _: 1)
+        custom.read_folder(write("file", "x"), "test", lambda _: 1)
     with pytest.raises(UserError, match=r"/i: no images; wanted .jpg, .jpeg, .*, .gif here or below; check"):
-        custom.folder(touch("i", "a.txt", ".b.jpg"), "test", lambda _: 1)
+        custom.read_folder(touch("i", "a.txt", ".b.jpg"), "test", lambda _: 1)
     images = touch("i", *(f"{n}.jpg" for n in range(1, 6)))
     write("i/4.txt", "four")
     with pytest.raises(
         UserError, match=r"/i: 4 images \(1.jpg, 2.jpg, 3.jpg, ...\) of 5 without a .txt beside"
     ):
-        custom.folder(images, "test", lambda _: 1)
+        custom.read_folder(images, "test", lambda _: 1)
     for n in range(1, 6):
         write(f"i/{n}.txt", "  \n" if n == 2 else "a")
     with pytest.raises(
         UserError, match=r"/i/2.txt: the file is empty; wanted text; write or download it again"
     ):
-        custom.folder(images, "test", lambda _: 1)
+        custom.read_folder(images, "test", lambda _: 1)
     write("i/2.txt", b"caf\xe9")
     with pytest.raises(
         UserError, match=r"/i/2.txt: byte 3 is not UTF-8; wanted plain text; unpack it, save it"
     ):
-        custom.folder(images, "test", lambda _: 1)
+        custom.read_folder(images, "test", lambda _: 1)
     (images / "2.png").touch()
     with pytest.raises(
         UserError, match=r"/i/2.txt: beside 2\.(jpg|png) and 2\.(jpg|png); wanted a name of its"
     ):
-        custom.folder(images, "test", lambda _: 1)
+        custom.read_folder(images, "test", lambda _: 1)
 
 
 def test_a_name_that_no_file_can_say_in_utf8_is_refused(touch):
@@ -332,11 +332,11 @@ def test_a_name_that_no_file_can_say_in_utf8_is_refused(touch):
     with pytest.raises(
         UserError, match=r"caf\\udce9.jpg': the name is not UTF-8; wanted one that is; rename"
     ):
-        custom.folder(images, "test", lambda _: 1)
+        custom.read_folder(images, "test", lambda _: 1)
 
 
 def test_a_real_folder_of_photographs_is_read(real_data):
-    records = custom.folder(real_data / "coco_sample", "test", lambda _: 1)
+    records = custom.read_folder(real_data / "coco_sample", "test", lambda _: 1)
     assert len(records) == 204
     assert records[0].name.startswith("train2017/")
     assert all(record.read().startswith(b"\xff\xd8") for record in records[::50])

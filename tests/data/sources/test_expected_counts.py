@@ -12,9 +12,9 @@ def of(**images):
 
 
 def test_records_of_the_expected_totals_pass():
-    expected_counts.expect(of(train=3, val=2), {"train": 3, "val": 2}, "coco")
-    expected_counts.expect(of(train=3), {"train": 3, "val": 0}, "coco")
-    expected_counts.expect([], {}, "coco")
+    expected_counts.check_counts(of(train=3, val=2), {"train": 3, "val": 2}, "coco")
+    expected_counts.check_counts(of(train=3), {"train": 3, "val": 0}, "coco")
+    expected_counts.check_counts([], {}, "coco")
 
 
 def test_the_slip_that_is_the_fields_most_common_one_is_told():
@@ -24,12 +24,12 @@ def test_the_slip_that_is_the_fields_most_common_one_is_told():
         match=r"^coco: split 'train' has 82,783 images, wanted 113,287; 82,783 is COCO 2014's official"
         r" train, or Karpathy's train without the 30,504 restval images; give the files",
     ):
-        expected_counts.expect(records, {"train": 113_287}, "coco")
+        expected_counts.check_counts(records, {"train": 113_287}, "coco")
 
 
 def test_every_wrong_split_is_named_missing_and_surplus_ones_too():
     with pytest.raises(UserError) as refused:
-        expected_counts.expect(of(train=3, vla=2, test=1), {"train": 4, "val": 2, "test": 1}, "place")
+        expected_counts.check_counts(of(train=3, vla=2, test=1), {"train": 4, "val": 2, "test": 1}, "place")
     assert str(refused.value) == (
         "place: split 'train' has 3 images, wanted 4; no split 'val', wanted 2 images; split 'vla' has 2"
         " images, wanted no such split; give the files of the data set that is meant, whole, or correct what"

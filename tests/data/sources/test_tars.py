@@ -175,7 +175,7 @@ def test_tars_of_a_folder_come_by_name_beside_those_given(tar):
     records = tars.read([path, path.parent / "i"], "test", lambda splits: 7 if splits == {"test"} else 0)
     in_order = ["c.tar", *reversed(names)]
     assert facts(records) == [(7 + n, (), name.encode()) for n, name in enumerate(in_order)]
-    assert tars.files([path.parent / "i"]) == [path.parent / name for name in in_order[1:]]
+    assert tars.find_tars([path.parent / "i"]) == [path.parent / name for name in in_order[1:]]
 
 
 def test_captions_that_are_there_but_empty_leave_their_image_out(tar):

@@ -67,10 +67,10 @@ def test_an_upload_is_remembered_as_what_the_model_sees_and_a_preview(
     assert upload.name == file.name
     assert isinstance(upload.image, DecodedImage)
     assert (upload.image.view == service.pipeline.view(file)).all()
-    assert decode.pixels(upload.image.preview, "").shape == decode.read(file).shape
+    assert decode.decode_image(upload.image.preview, "").shape == decode.read_image(file).shape
     thin = uploads.get(second).image
     assert isinstance(thin, DecodedImage)
-    assert decode.pixels(thin.preview, "").shape == (10, 40, 3)
+    assert decode.decode_image(thin.preview, "").shape == (10, 40, 3)
     bad = uploads.get(third).image
     assert isinstance(bad, UserError)
     assert "no.txt: not a readable image" in str(bad)

@@ -21,13 +21,13 @@ from captionscale.tools.export import bundle
 from captionscale.tools.export.check import check
 from captionscale.tools.export.parts import ExportedCaptioner, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
-from captionscale.train.checkpoints import open_run
+from captionscale.train.checkpoints import open_checkpoint
 
 SIZE = 32
 OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {"picture_norm": True, "tied": True},
-    "attention": {"gate": True, "output": "maxout"},
-    "top_down": {"same_dropout": True},
+    "plain": {"image_batch_norm": True, "tie_weights": True},
+    "attention": {"attention_gate": True, "word_head": "maxout"},
+    "top_down": {"variational_dropout": True},
 }
 
 
@@ -46,7 +46,7 @@ def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def captioner(name: str) -> Captioner:
     torch.manual_seed(0)
-    settings = Decoder(name=name, embed=8, hidden=8, attend=8, **OPTIONS[name])
+    settings = Decoder(name=name, embed_size=8, hidden_size=8, attention_size=8, **OPTIONS[name])
     made = Captioner(Model(encoder=Encoder(name="resnet18", weights="none"), decoder=settings), 30)
     for parameter in made.decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -54,7 +54,7 @@ def captioner(name: str) -> Captioner:
 
 
 def export(run: Path, out: Path, to: str, *options: str) -> None:
-    main(["export", str(run), "--to", to, "--out", str(out), *options])
+    main(["export", str(run), "--format", to, "--out", str(out), *options])
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))
@@ -66,7 +66,7 @@ def test_programs_caption_as_the_model_does_whatever_the_batch(tmp_path: Path, n
     images = torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
     for beam in (1, 4):
         ours, theirs = (
-            search(each, features, beam=beam, max_words=8, length_power=0.7)
+            search(each, features, beam=beam, max_words=8, length_penalty=0.7)
             for each, features in ((model.decoder, model.encode(images)), (exported, exported.encode(images)))
         )
         for mine, other in zip(ours, theirs, strict=True):
@@ -88,7 +88,7 @@ def test_programs_that_say_something_else_are_refused(tmp_path: Path) -> None:
         check(model, ExportedCaptioner(made, programs, None), images, 8)
 
 
-@pytest.mark.parametrize("options", [(), ("--batch", "3")], ids=["any batch", "batches of 3"])
+@pytest.mark.parametrize("options", [(), ("--batch-size", "3")], ids=["any batch", "batches of 3"])
 def test_the_example_says_what_the_command_says_with_neither_this_package_nor_torch(
     run: Path, synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options
 ) -> None:
@@ -132,7 +132,9 @@ def test_the_card_has_the_scores_of_these_very_weights(run: Path, tmp_path: Path
     assert "not scored" in _card(run, tmp_path / "before")
     captions, references = {1: "a dog", 2: "a cat"}, {1: ["a dog runs"], 2: ["a cat sits"]}
     made = {"split": "test"}
-    mine = score(captions, references, ["BLEU-1"], provenance=made, hashes={"model": open_run(run).sha256})
+    mine = score(
+        captions, references, ["BLEU-1"], provenance=made, hashes={"model": open_checkpoint(run).sha256}
+    )
     other = score(captions, references, ["BLEU-2"], provenance=made, hashes={"model": "of another run"})
     mine.write(run / "receipt.json")
     other.write(run / "scores" / "other" / "receipt.json")
@@ -155,8 +157,8 @@ def test_what_cannot_be_exported_is_told_in_one_line_and_leaves_nothing(
     out = tmp_path / "out"
     refused: list[tuple[Path, str, list[str], str]] = [
         (tmp_path, "hub", [], "no checkpoint, so no run"),
-        (run, "hub", ["--batch", "2"], "--batch 2: wanted at least 1, and --to onnx or torch"),
-        (run, "torch", ["--batch", "0"], "--batch 0: wanted at least 1"),
+        (run, "hub", ["--batch-size", "2"], "--batch-size 2: wanted at least 1, and --format onnx or torch"),
+        (run, "torch", ["--batch-size", "0"], "--batch-size 0: wanted at least 1"),
         (run, "torch", ["--shards", str(tmp_path)], "wanted images to compare with the run on, found none"),
     ]
     for folder, to, options, told in refused:
