@@ -1,32 +1,56 @@
-# Every target makes the environment first, once: .venv holds all that captionscale needs.
+# Two environments in one folder, each made once: .venv/ready holds what captionscale needs to run, .venv/dev adds
+# what its tests and linters need.
 PYTHON ?= python3
 BIN := .venv/bin
+UV = $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --compile-bytecode
+# Of the tests; more than cores, as some tests wait.
+WORKERS ?= 3
+CHECKS := mypy docs imports ruff format
 
-.PHONY: quickstart test lint bench install clean
+.PHONY: quickstart test lint bench install dev clean $(CHECKS:%=lint-%)
 
 quickstart: .venv/ready
 	$(BIN)/captionscale quickstart
 
-test: .venv/ready
-	$(BIN)/pytest
+# Each worker takes whole files.  One test alone: .venv/bin/pytest FILE::NAME
+test: .venv/dev
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-lint: .venv/ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: .venv/dev
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=target $(CHECKS:%=lint-%)
+
+# The longest first.
+lint-mypy: .venv/dev
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+
+lint-docs: .venv/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+lint-imports: .venv/dev
+	$(BIN)/lint-imports
+
+lint-ruff: .venv/dev
+	$(BIN)/ruff check .
+
+lint-format: .venv/dev
+	$(BIN)/ruff format --check .
+
 # Slow: some minutes, on a machine that does nothing else.
-bench: .venv/ready
+bench: .venv/dev
 	$(BIN)/captionscale bench --quick --check
 
 install: .venv/ready
 
+dev: .venv/dev
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --compile-bytecode --editable '.[dev]'
+	$(UV) --editable .
+	touch $@
+
+.venv/dev: .venv/ready
+	$(UV) --editable '.[dev]'
 	touch $@
 
 clean:

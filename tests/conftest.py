@@ -4,6 +4,7 @@ captionscale is imported inside the fixtures: jaxtyping can check only what is i
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,18 @@ import pytest
 # Before torch is imported, here and in what tests start: they compute little, and threads of several
 # processes would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each worker and each process that a test starts would compile our modules again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 COUNTS = {"train": 48, "val": 8, "test": 8}
 IMAGES_PER_SHARD = 16
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the modules that take longest, so that no worker is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture(scope="session")
