@@ -26,8 +26,6 @@ CLUSTER = Path(__file__).with_name("cluster.sh")
 TOLERANCE = 1e-5
 # 60 steps of a tenth of a second, small checkpoints: there is always time to hit a run in its middle.
 CHANGES = (
-    "model.encoder.name=mobilenet_v2",
-    'model.encoder.trainable=["features.18"]',
     "train.epochs=20",
     "train.save_every=3",
     "train.score_every=30",

@@ -15,7 +15,7 @@ from captionscale.train.optimizer import make_optimizer, unfreeze
 
 TOLERANCE = 1e-5
 CHANGES = (
-    'model.encoder.trainable=["layer4", "layer3.1"]',
+    'model.encoder.trainable=["features.18", "features.17"]',
     "train.unfreeze_at=[2, 3]",
     "train.encoder_lr=[1e-3, 5e-4]",
     "train.clip_norm=0.3",
@@ -24,7 +24,7 @@ CHANGES = (
     "train.score_every=5",
     "train.keep_checkpoints=9",
 )
-PARTS = {"layer4": 2, "layer3.1": 3}
+PARTS = {"features.18.0": 2, "features.17.conv.2": 3}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def memory(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 def test_a_part_stays_as_it_is_until_its_step_and_costs_no_memory_either(alone: Path) -> None:
     for part, begins in PARTS.items():
-        name = f"{part}{'.1' * (part == 'layer4')}.conv1.weight"
+        name = f"{part}.weight"
         for step in range(2, 6):
             before, after = (
                 load_weights(alone, each)[f"encoder.backbone.{name}"] for each in (step - 1, step)
