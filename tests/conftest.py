@@ -24,7 +24,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the modules that take longest, so that no worker is left alone with one of them at the end."""
+    """Begin with the modules that take longest, so that none of them is left for the end."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

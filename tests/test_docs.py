@@ -24,6 +24,8 @@ from captionscale import toml
 from captionscale.cli import main
 from captionscale.commands.parser import parser
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",

@@ -12,6 +12,8 @@ from captionscale.data.shards import Split
 from captionscale.train import checkpoints, sample_log
 from captionscale.train.setup import make_sampler
 
+pytestmark = pytest.mark.long
+
 # A processor computes bf16 slowly.
 STEPS = {"fp32": 10, "bf16": 4}
 RANKS = (2, 3, 5, 8)

@@ -31,9 +31,12 @@ PUBLISHED = {
     "flickr30k": {"train": 29_000, "val": 1_014, "test": 1_000},
 }
 
-pytestmark = pytest.mark.skipif(
-    None in map(shutil.which, ("bash", "curl", "unzip")), reason="the recipes need bash, curl and unzip"
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        None in map(shutil.which, ("bash", "curl", "unzip")), reason="the recipes need bash, curl and unzip"
+    ),
+]
 
 
 class Mirror(ThreadingHTTPServer):

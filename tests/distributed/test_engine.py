@@ -17,6 +17,8 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.train import checkpoints
 from captionscale.train.loop import train
 
+pytestmark = pytest.mark.long
+
 TOLERANCE = 1e-5
 # Gradients of norm 0.7 to 0.8 are clipped at each of the three steps.
 CHANGES = ("train.epochs=1", "train.clip_norm=0.3", "train.save_every=1", "train.keep_checkpoints=3")

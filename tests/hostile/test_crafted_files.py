@@ -184,7 +184,10 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
     "10^5 layers": (setting("num_layers = 2", "num_layers = 100000"), "less than or equal to 64"),
     "64 layers": (setting("num_layers = 2", "num_layers = 64"), "tensors are not the model's"),
     "10^6 threads": (setting("workers = 1", "workers = 1000000"), "less than or equal to 1000"),
-    "another encoder": (setting('name = "mobilenet_v2"', 'name = "resnet152"'), "tensors are not the model's"),
+    "another encoder": (
+        setting('name = "mobilenet_v2"', 'name = "resnet152"'),
+        "tensors are not the model's",
+    ),
     "deep TOML": (setting("seed = 0", f"seed = {DEEP}"), "nested too deeply"),
     "a number of 5,000 digits": (setting("seed = 0", f"seed = {'9' * 5000}"), "not a TOML file"),
     "a number of 5,000 hex digits": (setting("seed = 0", f"seed = 0x{'f' * 5000}"), "thousands of digits"),

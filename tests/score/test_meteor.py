@@ -18,6 +18,8 @@ from captionscale.score import bleu, ciderd, java, meteor, paraphrases, rouge
 from captionscale.score.metrics import Evaluator, measure
 from captionscale.score.tokenizer import tokenize
 
+pytestmark = pytest.mark.long
+
 # Words and phrases that METEOR's table pairs, that it splits its own way, and that no table holds.
 PIECES = [
     *("in front of", "next to", "a lot of", "a man", "people", "the u.s.", "u.s.a.", "u.s. 3.5 percent", "%"),

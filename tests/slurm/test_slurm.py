@@ -21,6 +21,8 @@ from captionscale.data.sources import coco
 from captionscale.train import checkpoints
 from captionscale.train.loop import train
 
+pytestmark = pytest.mark.long
+
 CHECKOUT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
 TOLERANCE = 1e-5
@@ -88,6 +90,8 @@ def jobs(slurm: Slurm, synthetic_coco: Path, tmp_path_factory: pytest.TempPathFa
     within.chmod(0o755)
     with (folder / "slurm" / "site.sh").open("a") as site:
         site.write(f"inside=({within})\nexport CAPTIONSCALE_CACHE={folder}/disk\n")
+        # The other job begins with it, and this one starts four times.
+        site.write("export CAPTIONSCALE_DOCTOR=off\n")
     sbatch = ("sbatch", "--parsable", f"--output={folder}/%j.log")
     facts.hit_job = slurm(
         *(*sbatch, "slurm/multi_node.sbatch", folder / "experiment.toml", facts.hit),
@@ -155,7 +159,7 @@ def _run_out_of_time(slurm: Slurm, facts: SimpleNamespace) -> None:
 
 
 def _until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 600
     while not holds():
         assert time.monotonic() < deadline, f"waited too long for {what}"
         time.sleep(0.1)
@@ -222,7 +226,8 @@ def test_a_job_whose_time_is_over_ends_by_itself_with_the_weights_of_one_process
 def test_a_killed_rank_is_named_and_ends_the_job_at_once(jobs: SimpleNamespace) -> None:
     assert "rank 1 on" in _log(jobs, jobs.hit_job)
     assert "was killed by SIGKILL" in _log(jobs, jobs.hit_job)
-    assert jobs.ended_s < 15
+    # torch's launcher would wait half a minute for the others.
+    assert jobs.ended_s < 28
 
 
 def test_each_that_was_to_leave_saved_and_said_so_with_its_code(jobs: SimpleNamespace) -> None:

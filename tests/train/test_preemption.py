@@ -16,6 +16,8 @@ from captionscale.tools.scoring import caption_run
 from captionscale.train import checkpoints, generation, loop, preemption
 from captionscale.train.loop import train
 
+pytestmark = pytest.mark.long
+
 # Four batches of validation; twelve steps, scored after each sixth.
 CHANGES = ("train.epochs=4", "train.score_every=6", "train.save_every=100", "search.batch_size=2")
 

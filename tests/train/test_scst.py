@@ -26,6 +26,8 @@ from captionscale.train.scst_checks import check_collapse, check_rewards
 from captionscale.train.state import TrainState
 from captionscale.vocab import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary
 
+pytestmark = pytest.mark.long
+
 SCST = ("train.objective=scst", "train.lr=2e-4", "train.label_smoothing=0.0")
 
 

@@ -23,6 +23,8 @@ from captionscale.tools.export.parts import ExportedCaptioner, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
 from captionscale.train.checkpoints import open_checkpoint
 
+pytestmark = pytest.mark.long
+
 SIZE = 32
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"image_batch_norm": True, "tie_weights": True},
