@@ -94,7 +94,10 @@ def test_a_file_may_leave_to_a_change_what_has_no_default(tmp_path) -> None:
             f"{SMALL}[train]\nglobl_batch = 3",
             "train: unknown key 'globl_batch'; did you mean 'global_batch'?",
         ),
-        (f"{SMALL}[model.decoder]\nhiden_size = 3", "model.decoder: unknown key 'hiden_size'; did you mean 'hidden_size'?"),
+        (
+            f"{SMALL}[model.decoder]\nhiden_size = 3",
+            "model.decoder: unknown key 'hiden_size'; did you mean 'hidden_size'?",
+        ),
         (f"{SMALL}[trian]\nlr = 1", "unknown key 'trian'; did you mean 'train'?"),
         (f"zebra = 1\n{SMALL}", "unknown key 'zebra'; known: data, model, scst, search, seed, train"),
         ("seed = 1", "key 'data' is missing; add it to the file or pass --set data=..."),
