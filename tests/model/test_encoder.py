@@ -125,8 +125,8 @@ def test_a_compiled_trunk_learns_what_it_would_and_evaluation_does_not_compile(
 ) -> None:
     encoder = build("resnet18", trainable=("layer4",))
     # Three blocks of eight: the compiler takes its time for each.
-    encoder.trunk.layer1 = torch.nn.Identity()
-    for layer in (encoder.trunk.layer2, encoder.trunk.layer3, encoder.trunk.layer4):
+    encoder.backbone.layer1 = torch.nn.Identity()
+    for layer in (encoder.backbone.layer2, encoder.backbone.layer3, encoder.backbone.layer4):
         layer[1] = torch.nn.Identity()
     names, images = [*encoder.state_dict()], pictures(2, 32, 32)
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,9 +32,7 @@ CHANGES = (
     "train.save_every=3",
     "train.score_every=30",
 )
-# The first two thirds of a job's time are to start in, also where four jobs share two cores.
-TIME_S = 180
-GRACE_S = 60
+DEADLINE_S = 600
 
 Slurm = Callable[..., str]
 
@@ -104,16 +102,7 @@ def jobs(slurm: Slurm, synthetic_coco: Path, tmp_path_factory: pytest.TempPathFa
         *(*sbatch, "--cpus-per-task=1", "slurm/pack.sbatch", "coco", "--images", synthetic_coco / "test2017"),
         *("--captions", test, "--split", "test", "--out", folder / "shards", "--images-per-shard", "16"),
     )
-    said = slurm(
-        *("captionscale", "submit", folder / "experiment.toml", "--out", facts.chain, "--profile", "cpu"),
-        *("--time", f"{TIME_S // 60}", "--set", f"train.grace_s={GRACE_S}"),
-        SBATCH_SIGNAL="USR1@1",
-    )
-    [facts.chain_job] = re.findall(r"job (\d+)", said.splitlines()[0])
-    facts.score_job = slurm(
-        *(*sbatch, "--cpus-per-task=1", f"--dependency=afterok:{facts.pack_job}:{facts.chain_job}"),
-        *("slurm/score.sbatch", facts.chain, "--split", "test"),
-    )
+    facts.sbatch, facts.started = sbatch, Future()
     with ThreadPoolExecutor() as pool:
         both = [pool.submit(_hit, slurm, facts), pool.submit(_run_out_of_time, slurm, facts)]
         train(settings, facts.alone)
@@ -124,7 +113,9 @@ def jobs(slurm: Slurm, synthetic_coco: Path, tmp_path_factory: pytest.TempPathFa
 
 def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
     job, run = facts.hit_job, facts.hit
+    began = time.monotonic()
     _until(lambda: _trained(run, 1), "the first steps")
+    facts.started.set_result(time.monotonic() - began)
     # To the job's script as well, which is to stay.
     slurm("scancel", "--full", "--signal=USR1", job)
     _until(lambda: _restarted(slurm, job, 1), "the restart after USR1")
@@ -143,23 +134,35 @@ def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
 
 
 def _run_out_of_time(slurm: Slurm, facts: SimpleNamespace) -> None:
-    job = facts.chain_job
+    # Three times as long as the other job took to start: this one begins with the doctor, beside others.
+    leave_s = 30 + round(3 * facts.started.result(DEADLINE_S))
+    minutes = leave_s // 60 + 2
+    said = slurm(
+        *("captionscale", "submit", facts.folder / "experiment.toml", "--out", facts.chain),
+        *("--profile", "cpu", "--time", f"{minutes}", "--set", f"train.grace_s={60 * minutes - leave_s}"),
+        SBATCH_SIGNAL="USR1@1",
+    )
+    [facts.chain_job] = [job] = re.findall(r"job (\d+)", said.splitlines()[0])
+    facts.score_job = slurm(
+        *(*facts.sbatch, "--cpus-per-task=1", f"--dependency=afterok:{facts.pack_job}:{job}"),
+        *("slurm/score.sbatch", facts.chain, "--split", "test"),
+    )
     _until(lambda: _trained(facts.chain, 1), "the first steps")
     # So that it is in its middle when the time is over, however fast this machine is.  Where that was so slow
     # that the time was over before, it has restarted, and this stops what goes on.
     restarts = _restarts(slurm, job)
     slurm("scancel", "--signal=STOP", job)
     began = slurm("squeue", "--noheader", f"--job={job}", "--format=%S")
-    over = time.mktime(time.strptime(began, "%Y-%m-%dT%H:%M:%S")) + TIME_S - GRACE_S
+    over = time.mktime(time.strptime(began, "%Y-%m-%dT%H:%M:%S")) + leave_s
     time.sleep(max(0, over + 1 - time.time()))
     slurm("scancel", "--signal=CONT", job)
     _until(lambda: _restarts(slurm, job) > restarts, "the end of the time")
-    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    slurm("scontrol", "update", f"JobId={job}", f"TimeLimit={10 * minutes}")
     _until(lambda: _state(slurm, facts.score_job) == "COMPLETED", "the scores")
 
 
 def _until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 600
+    deadline = time.monotonic() + DEADLINE_S
     while not holds():
         assert time.monotonic() < deadline, f"waited too long for {what}"
         time.sleep(0.1)
