@@ -32,10 +32,6 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
         OPENED.append(str(arguments[0]))
 
 
-# Hooks stay as long as the process does.
-sys.addaudithook(_note)
-
-
 class Canary:
     """What an attack is after: a file, and a web server that nobody may ask."""
 
@@ -85,6 +81,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         folder = tmp_path_factory.mktemp("cache")
         use_cache(patch, folder)
         yield folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def opened_files() -> None:
+    # A hook stays as long as the process does, and slows it down.
+    sys.addaudithook(_note)
 
 
 @pytest.fixture(scope="module", autouse=True)
