@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint bench install clean
+.PHONY: quickstart test lint install clean
 
 quickstart: .venv/ready
 	$(BIN)/captionscale quickstart
@@ -16,10 +16,6 @@ lint: .venv/ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
-
-# Slow: some minutes, on a machine that does nothing else.
-bench: .venv/ready
-	$(BIN)/captionscale bench --quick --check
 
 install: .venv/ready
 

@@ -267,13 +267,13 @@ import sys, threading
 from captionscale.data import decode
 from captionscale.errors import UserError
 from captionscale.cli import main
-real = decode.pixels
+real = decode.decode_image
 def pixels(data, place):
     if place == "the image":
         print("stuck", flush=True)
         threading.Event().wait()
     return real(data, place)
-decode.pixels = pixels
+decode.decode_image = pixels
 main(sys.argv[1:])
 """
 

@@ -140,7 +140,9 @@ def _search_controls(service: Service) -> tuple[list[Any], gr.Button]:
     method = gr.Radio(list(_METHODS), value="beam", label="Search", elem_id="method")
     with gr.Group() as beam_group:
         beam = _slider("beam", "Beam size", min(search.beam, MAX_BEAM), 1, MAX_BEAM)
-        length = _slider("length_penalty", "Length penalty: the higher, the longer", search.length_penalty, 0.1)
+        length = _slider(
+            "length_penalty", "Length penalty: the higher, the longer", search.length_penalty, 0.1
+        )
     with gr.Group(visible=False) as sample_group:
         samples = gr.Slider(1, MAX_SAMPLES, 5, step=1, label="Samples")
         bounds = search_bounds("temperature")
