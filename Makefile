@@ -7,7 +7,7 @@ UV = $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt -
 WORKERS ?= 3
 CHECKS := mypy docs imports ruff format
 
-.PHONY: quickstart test lint bench install dev clean $(CHECKS:%=lint-%)
+.PHONY: quickstart test lint install dev clean $(CHECKS:%=lint-%)
 
 quickstart: .venv/ready
 	$(BIN)/captionscale quickstart
@@ -34,10 +34,6 @@ lint-ruff: .venv/dev
 
 lint-format: .venv/dev
 	$(BIN)/ruff format --check .
-
-# Slow: some minutes, on a machine that does nothing else.
-bench: .venv/dev
-	$(BIN)/captionscale bench --quick --check
 
 install: .venv/ready
 

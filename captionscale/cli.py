@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     make_safe()
     # Threads that spin while they wait keep other processes from the cores: with three processes on two cores
-    # all took nine times as long (`bench start`), while sleeping costs one that is alone 8 %.
+    # all took nine times as long, while sleeping costs one that is alone 8 %.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if arguments is None:
         # Jobs, trackers and receipts say by which command they were made.

@@ -1,4 +1,4 @@
-"""The demo's server in a thread of the test, as attacks see it."""
+"""The demo's server in a thread of the test."""
 
 import os
 import socket
@@ -12,14 +12,14 @@ import pytest
 
 
 @contextmanager
-def serve_app(app: Any, bounds: Any = None) -> Iterator[str]:
-    """Serve an application as the demo does; give its address."""
+def serve_app(app: Any, limits: Any = None) -> Iterator[str]:
+    """Serve an application as the demo does; yield its address."""
     from captionscale.tools.demo.connections import Server
     from captionscale.tools.demo.origins import OriginMiddleware, allowed_hosts
 
     app.add_middleware(OriginMiddleware, names=allowed_hosts("127.0.0.1", ["proxy.example"]), secure=set())
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        server = Server(app, lambda: None, bounds)
+        server = Server(app, lambda: None, limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -28,6 +28,6 @@ def serve_app(app: Any, bounds: Any = None) -> Iterator[str]:
 
 
 def use_cache(patch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Have gradio keep its files in a folder, and tell nobody of this run."""
+    """Have gradio keep its files in a folder, and report nothing."""
     patch.setitem(os.environ, "GRADIO_TEMP_DIR", str(folder))
     patch.setitem(os.environ, "GRADIO_ANALYTICS_ENABLED", "False")

@@ -58,7 +58,6 @@ def test_the_wheel_carries_the_configs(home: Path) -> None:
         "leaderboard",
         "demo",
         "export",
-        "bench",
         "config",
         "quickstart",
     ],

@@ -3,7 +3,6 @@
 import argparse
 
 from captionscale.commands import (
-    bench,
     leaderboards,
     monitoring,
     reporting,
@@ -26,6 +25,6 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"captionscale {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (shards, training, monitoring, scoring, reporting, leaderboards, sharing, bench):
+    for group in (shards, training, monitoring, scoring, reporting, leaderboards, sharing):
         group.add(subparsers)
     return parser

@@ -1,4 +1,4 @@
-"""Bounds of the demo's server hold while requests are received, and its end comes whatever is in work."""
+"""The demo's bounds hold while requests are received, and it stops whatever is in progress."""
 
 import asyncio
 import io
@@ -25,14 +25,13 @@ from PIL.PngImagePlugin import PngImageFile
 import captionscale
 from captionscale.data import decode
 from captionscale.errors import UserError
-from captionscale.tools.captioner_api import CaptionPipeline
 from captionscale.tools.demo.connections import ConnectionLimits
 from captionscale.tools.demo.endpoint import create_api
 from captionscale.tools.demo.request_body import BusyError, MemoryBudget, MinRate, TooSlowError, chunks
 from captionscale.tools.demo.service import Limits, Service
 
 JPEG = {"Content-Type": "image/jpeg"}
-PACE = MinRate(grace_s=0.3, bytes_per_s=1e6)
+RATE = MinRate(grace_s=0.3, bytes_per_s=1e6)
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +40,17 @@ def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def writer(run: Path) -> CaptionPipeline:
-    return captionscale.load(run)
-
-
-@pytest.fixture
-def service(writer: CaptionPipeline) -> Iterator[Service]:
-    service = Service(writer, Limits(min_rate=PACE, max_pixels=1_000_000, large_image_pixels=10_000))
+def service(run: Path) -> Iterator[Service]:
+    limits = Limits(min_rate=RATE, max_pixels=1_000_000, large_image_pixels=10_000)
+    service = Service(captionscale.load(run), limits)
     yield service
     service.close()
+
+
+@pytest.fixture(scope="module")
+def url(service: Service) -> Iterator[str]:
+    with serve_app(create_api(service, "tiny")) as url:
+        yield url
 
 
 @pytest.fixture
@@ -85,17 +86,16 @@ def png(width: int, height: int) -> bytes:
     ],
 )
 def test_other_hosts_and_origins_are_refused(
-    service: Service, photo: bytes, headers: dict[str, str], status: int
+    url: str, photo: bytes, headers: dict[str, str], status: int
 ) -> None:
-    with serve_app(create_api(service, "tiny")) as url:
-        answer = httpx.post(f"{url}/caption", content=photo, headers=JPEG | headers, timeout=60)
-        assert answer.status_code == status
-        linked = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
-        if "Host" not in headers and "Origin" not in headers:
-            assert httpx.get(f"{url}/docs", headers=headers | linked).status_code == 200
+    answer = httpx.post(f"{url}/caption", content=photo, headers=JPEG | headers, timeout=60)
+    assert answer.status_code == status
+    linked = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    if "Host" not in headers and "Origin" not in headers:
+        assert httpx.get(f"{url}/docs", headers=headers | linked).status_code == 200
 
 
-def test_no_decoded_image_leaves_the_threads_that_decode(
+def test_no_decoded_image_leaves_the_decoding_threads(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive, most, real = set[int](), 0, decode.decode_image
@@ -168,7 +168,7 @@ def test_the_slowest_body_is_dropped_when_the_memory_for_bodies_is_full() -> Non
         assert done.complete() == bytes(50)
         with memory.body() as late:
             late.add(bytes(45))
-            with pytest.raises(BusyError, match="ask later"):
+            with pytest.raises(BusyError, match="try again later"):
                 slow.add(b"x")
             # What is complete stays.
             with memory.body() as last, pytest.raises(BusyError):
@@ -178,20 +178,20 @@ def test_the_slowest_body_is_dropped_when_the_memory_for_bodies_is_full() -> Non
         body.add(bytes(100))
 
 
-def test_a_body_must_keep_its_pace() -> None:
+def test_a_body_that_is_too_slow_is_refused() -> None:
     async def drip() -> dict[str, object]:
         await asyncio.sleep(0.05)
         return {"type": "http.request", "body": b"x", "more_body": True}
 
     async def read() -> None:
-        async for _ in chunks(drip, PACE):
+        async for _ in chunks(drip, RATE):
             pass
 
     with pytest.raises(TooSlowError, match="expected at least 1,000,000 bytes per second"):
         asyncio.run(read())
 
 
-def test_slow_senders_and_half_headers_shut_nobody_out(service: Service, photo: bytes) -> None:
+def test_slow_senders_and_half_headers_lock_nobody_out(service: Service, photo: bytes) -> None:
     head = b"POST /caption HTTP/1.1\r\nHost: localhost\r\n"
     body = b"Content-Type: image/jpeg\r\nContent-Length: 1000000\r\n\r\n123"
     with serve_app(
@@ -213,24 +213,24 @@ def test_slow_senders_and_half_headers_shut_nobody_out(service: Service, photo: 
             each.close()
 
 
-def test_an_answer_that_is_never_read_is_given_up() -> None:
+def test_a_connection_that_does_not_read_its_answer_is_closed() -> None:
     app = FastAPI()
     app.get("/")(lambda: {"much": "x" * 50_000_000})
-    bounds = ConnectionLimits(write_timeout_s=0.5)
-    with serve_app(app, bounds) as url, socket.socket() as lazy:
+    limits = ConnectionLimits(write_timeout_s=0.5)
+    with serve_app(app, limits) as url, socket.socket() as lazy:
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         lazy.connect(("127.0.0.1", int(url.rpartition(":")[2])))
         lazy.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert lazy.recv(1)
-        assert bounds.addresses
+        assert limits.addresses
         until = time.monotonic() + 60
-        while bounds.addresses:
+        while limits.addresses:
             assert time.monotonic() < until
             threading.Event().wait(0.01)
 
 
-def test_what_its_client_left_is_not_decoded(
-    service: Service, photo: bytes, monkeypatch: pytest.MonkeyPatch
+def test_an_image_whose_client_has_left_is_not_decoded(
+    service: Service, url: str, photo: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun, release, decoded = threading.Event(), threading.Event(), []
     real = decode.decode_image
@@ -247,39 +247,38 @@ def test_what_its_client_left_is_not_decoded(
             service.decode(photo, "busy", service.pipeline.center_crop)
             for _ in range(service.limits.decode_threads)
         ]
-        with serve_app(create_api(service, "tiny")) as url:
-            assert begun.wait(60)
-            for _ in range(5):
-                with pytest.raises(httpx.ReadTimeout):
-                    httpx.post(f"{url}/caption", content=photo, headers=JPEG, timeout=0.3)
-            until = time.monotonic() + 60
-            while service._guests:
-                assert time.monotonic() < until
-                threading.Event().wait(0.01)
-            release.set()
-            for future in busy:
-                future.result(60)
-            assert service.decode(photo, "last", service.pipeline.center_crop).result(60).shape == (64, 64, 3)
+        assert begun.wait(60)
+        for _ in range(5):
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{url}/caption", content=photo, headers=JPEG, timeout=0.3)
+        until = time.monotonic() + 60
+        while service._admitted:
+            assert time.monotonic() < until
+            threading.Event().wait(0.01)
+        release.set()
+        for future in busy:
+            future.result(60)
+        assert service.decode(photo, "last", service.pipeline.center_crop).result(60).shape == (64, 64, 3)
     assert decoded.count("the image") == 0
 
 
 STUCK = """
 import sys, threading
-from captionscale.data import images
+from captionscale.data import decode
 from captionscale.errors import UserError
 from captionscale.cli import main
-real = images.pixels
+real = decode.decode_image
 def pixels(data, place):
     if place == "the image":
         print("stuck", flush=True)
         threading.Event().wait()
     return real(data, place)
-images.pixels = pixels
+decode.decode_image = pixels
 main(sys.argv[1:])
 """
 
 
-def test_a_signal_ends_the_server_whatever_is_in_work(run: Path, photo: bytes, tmp_path: Path) -> None:
+def test_a_signal_stops_the_server_whatever_is_in_progress(run: Path, photo: bytes, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, "demo", str(run), "--port", "0"],
         env=os.environ | {"TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"},

@@ -33,7 +33,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 class Canary:
-    """What an attack is after: a file, and a web server that nobody may ask."""
+    """What an attack is after: a file, and a web server that must get no request."""
 
     def __init__(self, folder: Path):
         self.file = folder / "private.jpg"
@@ -119,9 +119,9 @@ def service(
 
 @pytest.fixture(scope="module")
 def page(service: Service, packed: Path) -> Iterator[str]:
-    from captionscale.tools.demo.server import application
+    from captionscale.tools.demo.app import create_app
 
-    with serve_app(application(service, "tiny", Split(packed, "val"))) as url:
+    with serve_app(create_app(service, "tiny", Split(packed, "val"))) as url:
         yield url
 
 
@@ -232,9 +232,9 @@ def test_no_input_of_any_component_that_a_page_may_have_opens_what_a_request_nam
             count += 1
     assert count > 25
     app = FastAPI()
-    door = restrict_gradio(blocks, Uploads(service), service.limits)
-    app.router.lifespan_context = door.router.lifespan_context
-    app.mount("/", door)
+    restricted = restrict_gradio(blocks, Uploads(service), service.limits)
+    app.router.lifespan_context = restricted.router.lifespan_context
+    app.mount("/", restricted)
     before = set(cache.rglob("*"))
     with serve_app(app) as url:
         refused, ran = attack(url, canary)
@@ -259,7 +259,7 @@ def test_no_route_of_gradio_opens_what_a_request_names(page: str, canary: Canary
 
     with gr.Blocks(analytics_enabled=False) as blocks:
         gr.Textbox()
-    found = set(routes(App.create_app(blocks)))
+    found = {*routes(App.create_app(blocks)), ("GET", "/static-offline-docs/{path:path}")}
     assert len(found) > 60
     known = {path for _, path in found}
     assert {"/gradio_api/file={path_or_url:path}", "/gradio_api/proxy={url_path:path}"} <= known
@@ -321,7 +321,7 @@ def upload(page: str) -> Callable[[bytes], str]:
     return send
 
 
-def test_an_upload_is_found_by_its_name_and_never_as_a_file(
+def test_an_upload_is_found_by_its_token_and_never_as_a_file(
     page: str, synthetic_coco: Path, cache: Path, upload: Callable[[bytes], str]
 ) -> None:
     before = set(cache.rglob("*"))
@@ -375,10 +375,10 @@ def test_a_value_that_the_page_does_not_offer_is_refused_without_a_traceback(
 
 
 @pytest.mark.parametrize("body", [b"no form", b"--X\r\n\r\n\r\n" * 200])
-def test_a_bad_form_that_is_received_is_answered_at_once(page: str, body: bytes) -> None:
+def test_a_damaged_form_that_is_received_is_answered_at_once(page: str, body: bytes) -> None:
     headers = {"Content-Type": "multipart/form-data; boundary=X"}
-    # Less than the server reads on for.
+    # Shorter than the server reads on for.
     answer = httpx.post(
-        f"{page}/gradio_api/upload", content=body, headers=headers, timeout=Limits().pace.grace_s / 2
+        f"{page}/gradio_api/upload", content=body, headers=headers, timeout=Limits().min_rate.grace_s / 2
     )
     assert answer.status_code in (400, 413)

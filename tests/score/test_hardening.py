@@ -2,7 +2,7 @@
 
 Every program runs on its own, from an installation that is a copy made of links, so that what theirs writes
 into its package stays out of our environment.  What costs too much time (its JVM at each call, its slow sums)
-is no matter of tests: `captionscale bench score` measures it.
+is no matter of tests: benchmarks/score.py measures it.
 """
 
 import ctypes

@@ -10,11 +10,11 @@ import pytest
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
+from reward import PlainCiderD
 
 from captionscale.score import bleu
 from captionscale.score.ciderd import CiderDReward, cider_d
 from captionscale.score.rouge import rouge_l
-from captionscale.tools.bench.reward import _Plain
 
 END = 2
 
@@ -122,7 +122,7 @@ def sampled(seed, images=200, captions=300):
 def test_the_reward_equals_what_dictionaries_give():
     references, images, captions = sampled(0)
     found = CiderDReward(references)(images, captions)
-    np.testing.assert_allclose(found, _Plain(references)(np.array(images), captions), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(found, PlainCiderD(references)(np.array(images), captions), rtol=1e-12, atol=1e-14)
 
 
 def test_the_reward_of_a_caption_does_not_depend_on_the_others():

@@ -1,4 +1,4 @@
-"""uvicorn with bounds on connections and time, and an end that comes whatever is in work."""
+"""uvicorn with bounds on connections and time, and a shutdown that does not wait for requests in progress."""
 
 import asyncio
 import os
@@ -16,61 +16,58 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-_END_S = 5.0
+_SHUTDOWN_S = 5.0
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """What connections may take, and the connections of one server that take it."""
+    """Bounds of one server's connections, and the connections that count."""
 
     connections: int = 500
-    """Open at once. For one more, the one that has waited longest for a request's headers is closed."""
+    """Open at once. One more closes the connection that has waited longest for a request's headers."""
     max_per_address: int = 64
-    """Of these, from one address other than this machine's own."""
+    """From one address other than this machine's own."""
     headers_timeout_s: float = 10.0
-    """Until a request's headers must be complete."""
+    """Until a request's headers are complete."""
     write_timeout_s: float = 30.0
-    """That a client may leave an answer unread."""
-    waiting: dict["Connection", None] = field(default_factory=dict)
-    """Those without complete headers, in the order in which they began to wait."""
+    """For a client that does not read its answer."""
+    waiting: dict["_Connection", None] = field(default_factory=dict)
+    """Connections without complete headers, the longest wait first."""
     addresses: Counter[str] = field(default_factory=Counter)
 
 
-class Connection(H11Protocol):
+class _Connection(H11Protocol):
     """A connection whose client has to send headers and read answers in time."""
 
-    def __init__(self, bounds: ConnectionLimits, *arguments: Any, **keywords: Any):
+    def __init__(self, limits: ConnectionLimits, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
-        self._bounds = bounds
+        self._limits = limits
         self._headers_timer: asyncio.TimerHandle | None = None
-        self._answer_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Accept a connection, or close it."""
         super().connection_made(transport)
-        # asyncio does so only for sockets of a named protocol. Without it, each answer takes 40 ms.
+        # asyncio does this for named protocols only; without it, each answer takes 40 ms.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._address = self.client[0] if self.client else ""
-        self._bounds.addresses[self._address] += 1
-        from_there = self._bounds.addresses[self._address]
-        crowded = from_there > self._bounds.max_per_address and not _is_loopback(self._address)
-        if crowded or (len(self.connections) > self._bounds.connections and not self._close_another()):
+        limits, address = self._limits, self.client[0] if self.client else ""
+        self._address = address
+        limits.addresses[address] += 1
+        crowded = limits.addresses[address] > limits.max_per_address and not _is_loopback(address)
+        if crowded or (len(self.connections) > limits.connections and not self._close_oldest()):
             transport.abort()
         else:
-            self._bounds.waiting[self] = None
+            limits.waiting[self] = None
             self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget a connection."""
         super().connection_lost(exc)
         self._stop_waiting()
         self.resume_writing()
-        self._bounds.addresses[self._address] -= 1
-        if not self._bounds.addresses[self._address]:
-            del self._bounds.addresses[self._address]
+        self._limits.addresses[self._address] -= 1
+        if not self._limits.addresses[self._address]:
+            del self._limits.addresses[self._address]
 
     def data_received(self, data: bytes) -> None:
-        """Parse what was received."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
@@ -78,37 +75,34 @@ class Connection(H11Protocol):
             self._start_timer()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request."""
         super().on_response_complete()
         if self.cycle is None or self.cycle.response_complete:
-            self._bounds.waiting[self] = None
-            # Of an idle connection, uvicorn's timer runs; here the rest of a refused body is missing.
+            self._limits.waiting[self] = None
+            # uvicorn times idle connections, but not one that owes the rest of a refused body.
             if self.conn.their_state is h11.SEND_BODY:
                 self._start_timer()
 
     def pause_writing(self) -> None:
-        """Give the client some time to read."""
         super().pause_writing()
-        self._answer_timer = self.loop.call_later(self._bounds.write_timeout_s, self.transport.abort)
+        self._write_timer = self.loop.call_later(self._limits.write_timeout_s, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Write again."""
         super().resume_writing()
-        if self._answer_timer is not None:
-            self._answer_timer.cancel()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
 
     def _start_timer(self) -> None:
-        self._headers_timer = self.loop.call_later(self._bounds.headers_timeout_s, self.transport.abort)
+        self._headers_timer = self.loop.call_later(self._limits.headers_timeout_s, self.transport.abort)
 
     def _stop_waiting(self) -> None:
-        self._bounds.waiting.pop(self, None)
+        self._limits.waiting.pop(self, None)
         if self._headers_timer is not None:
             self._headers_timer.cancel()
             self._headers_timer = None
 
-    def _close_another(self) -> bool:
+    def _close_oldest(self) -> bool:
         """Close the connection that has waited longest for headers; return whether there was one."""
-        oldest = next(iter(self._bounds.waiting), None)
+        oldest = next(iter(self._limits.waiting), None)
         if oldest is not None:
             oldest._stop_waiting()
             oldest.transport.abort()
@@ -123,37 +117,29 @@ def _is_loopback(address: str) -> bool:
 
 
 class Server(uvicorn.Server):
-    """A server that a signal ends within seconds, even if a thread never comes back."""
+    """A server that a signal ends within seconds, even if a thread never returns."""
 
-    def __init__(self, app: Any, at_end: Callable[[], None], bounds: ConnectionLimits | None = None):
-        """Prepare.
+    def __init__(self, app: Any, cleanup: Callable[[], None], limits: ConnectionLimits | None = None):
+        """Configure the server.
 
         Args:
             app: The application.
-            at_end: What is to be done before the process is ended, if it does not end by itself.
-            bounds: Of connections.
+            cleanup: Called before the process is ended, if it does not end by itself.
+            limits: Of connections.
         """
-        http: Any = partial(Connection, bounds or ConnectionLimits())
-        # Pages keep connections open that would never end by themselves.
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=http,
-                ws="none",
-                log_level="critical",
-                timeout_keep_alive=60,
-                timeout_graceful_shutdown=2,
-            )
-        )
-        self._at_end = at_end
+        http: Any = partial(_Connection, limits or ConnectionLimits())
+        # Pages keep streams open that would never end by themselves.
+        timeouts: Any = {"timeout_keep_alive": 60, "timeout_graceful_shutdown": 2}
+        super().__init__(uvicorn.Config(app, http=http, ws="none", log_level="critical", **timeouts))
+        self._cleanup = cleanup
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End, and see to it that the process does."""
+        """Shut down, and end the process if that takes too long."""
         super().handle_exit(sig, frame)
-        timer = threading.Timer(_END_S, self._end)
+        timer = threading.Timer(_SHUTDOWN_S, self._exit)
         timer.daemon = True
         timer.start()
 
-    def _end(self) -> None:
-        self._at_end()
+    def _exit(self) -> None:
+        self._cleanup()
         os._exit(0)

@@ -1,4 +1,4 @@
-"""Captions over HTTP, for programs: POST /caption."""
+"""The HTTP endpoint for programs: POST /caption."""
 
 import asyncio
 from concurrent.futures import Future
@@ -6,41 +6,49 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive
 
 from captionscale.config import Search
 from captionscale.errors import UserError
-from captionscale.tools.demo.api_page import render_api_docs
-from captionscale.tools.demo.request_body import Body, BusyError, TooLargeError, TooSlowError, chunks
-from captionscale.tools.demo.service import Service
+from captionscale.escape import for_markdown_code
+from captionscale.tools.demo.request_body import Body, chunks
+from captionscale.tools.demo.service import MAX_BEAM, Service
 from captionscale.version import __version__
 
-MAX_BEAMS = 20
 _TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "image/gif", "application/octet-stream")
 _PLACE = "the image"
+_SEARCH = Search.model_json_schema()["properties"]
+_BOUNDS = {"minimum": "ge", "exclusiveMinimum": "gt", "maximum": "le"}
 _Answer = TypeVar("_Answer")
 
 
-def _as_in_config(key: str) -> str | None:
-    return Search.model_fields[key].description
+def search_bounds(key: str) -> dict[str, Any]:
+    """Return the bounds (ge, gt, le) of a key of the config's section `search`."""
+    schema = _SEARCH[key].get("anyOf", [_SEARCH[key]])[0]
+    return {bound: schema[name] for name, bound in _BOUNDS.items() if name in schema}
+
+
+def _option(key: str, **tighter: Any) -> Any:
+    return Field(None, description=Search.model_fields[key].description, **search_bounds(key) | tighter)
 
 
 class Options(BaseModel):
-    """How the caption is to be found; what is left out is as the run's config has it."""
+    """Search options; the run's config decides on the ones that are left out."""
 
     model_config = ConfigDict(extra="forbid")
 
-    method: Literal["beam", "sample"] | None = Field(None, description=_as_in_config("method"))
-    beam: int | None = Field(None, ge=1, le=MAX_BEAMS, description=_as_in_config("beam"))
-    length_penalty: float | None = Field(None, ge=0, le=10, description=_as_in_config("length_penalty"))
-    no_repeat_ngram_size: int | None = Field(None, ge=0, description=_as_in_config("no_repeat_ngram_size"))
-    temperature: float | None = Field(None, gt=0, description=_as_in_config("temperature"))
-    top_k: int | None = Field(None, ge=1, description=_as_in_config("top_k"))
-    top_p: float | None = Field(None, gt=0, le=1, description=_as_in_config("top_p"))
-    seed: int | None = Field(None, ge=0, description="Of a sampled caption, which is a function of it.")
+    method: Literal["beam", "sample"] | None = _option("method")
+    beam: int | None = _option("beam", le=MAX_BEAM)
+    length_penalty: float | None = _option("length_penalty")
+    no_repeat_ngram_size: int | None = _option("no_repeat_ngram_size")
+    temperature: float | None = _option("temperature")
+    top_k: int | None = _option("top_k")
+    top_p: float | None = _option("top_p")
+    seed: int | None = Field(None, ge=0, description="Random seed of a sampled caption.")
     prefix: str = Field("", max_length=200, description="Words that the caption begins with.")
 
 
@@ -48,43 +56,35 @@ class Word(BaseModel):
     """A word of a caption."""
 
     word: str
-    probability: float = Field(description="Given the picture and the words before it.")
+    probability: float = Field(description="Given the image and the words before it.")
 
 
 class CaptionResponse(BaseModel):
     """A caption."""
 
     caption: str
-    log_prob: float = Field(description="Natural logarithm, of all words and the end.")
+    log_prob: float = Field(description="Natural logarithm of its probability, end token included.")
     words: list[Word]
 
 
 class ErrorResponse(BaseModel):
     """Why there is no caption."""
 
-    error: str = Field(description="Where, what was found, what was wanted, and what to do.")
+    error: str = Field(description="Where, what was found, what was expected, and what to do.")
 
 
 class _WrongTypeError(UserError):
-    """The body says that it is no image."""
+    """The Content-Type is not an image's."""
+
+    status = 415
 
 
-_STATUS: tuple[tuple[type[Exception], int], ...] = (
-    (BusyError, 503),
-    (TooLargeError, 413),
-    (_WrongTypeError, 415),
-    (TooSlowError, 408),
-    (UserError, 422),
-)
-_REFUSALS: dict[int | str, dict[str, Any]] = {
-    408: {"model": ErrorResponse, "description": "The image did not arrive in time"},
-    413: {"model": ErrorResponse, "description": "An image of too many bytes"},
-    415: {"model": ErrorResponse, "description": "The Content-Type is no image's"},
-    422: {
-        "model": ErrorResponse,
-        "description": "No image, a damaged one or one of too many pixels; or a bad option",
-    },
-    503: {"model": ErrorResponse, "description": "Too many are waiting: ask again after Retry-After seconds"},
+_ERRORS = {
+    408: "The image did not arrive in time",
+    413: "The image has too many bytes",
+    415: "The Content-Type is not an image's",
+    422: "Not an image, a damaged one or one of too many pixels; or an invalid option",
+    503: "Too many requests are waiting: ask again after Retry-After seconds",
 }
 
 
@@ -93,75 +93,64 @@ def create_api(service: Service, name: str) -> FastAPI:
 
     Args:
         service: Decodes and captions.
-        name: Of the run.
+        name: The run's, for the documentation page.
     """
     limits = service.limits
-    app = FastAPI(
-        title=f"captionscale: {name}",
+    app = FastAPIOffline(
+        title="captionscale",
         version=__version__,
-        description=f"Captions of images of at most {limits.max_file_bytes:,} bytes and {limits.max_pixels:,} pixels."
-        " Nothing that is sent is kept.",
-        # FastAPI's own page loads its scripts from elsewhere and stays empty without a network.
-        docs_url=None,
+        description=f"Captions by {for_markdown_code(name)}, of images of at most {limits.max_file_bytes:,}"
+        f" bytes and {limits.max_pixels:,} pixels. Nothing that you send is kept.",
         redoc_url=None,
+        # Swagger UI would have a server elsewhere check openapi.json.
+        swagger_ui_parameters={"validatorUrl": "none"},
     )
+    image = {"schema": {"type": "string", "format": "binary"}}
+    body = {"required": True, "content": dict.fromkeys(_TYPES, image)}
 
     @app.post(
         "/caption",
         summary="Caption an image",
         description="The body is the image file itself: JPEG, PNG, WebP, BMP or GIF.",
-        responses=_REFUSALS,
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in _TYPES},
-            }
-        },
+        responses={status: {"model": ErrorResponse, "description": told} for status, told in _ERRORS.items()},
+        openapi_extra={"requestBody": body},
     )
     async def caption(request: Request, options: Annotated[Options, Query()]) -> CaptionResponse:
-        _refuse_head(request, service)
-        # The memory of the body is counted until it was decoded.
+        _check_headers(request, service)
+        # The body's memory counts until it is decoded.
         with service.memory_budget.body() as body:
             await _receive(request, service, body)
             with service.admit():
-                generation_request = service.pipeline.generation_request(
-                    **options.model_dump(exclude_none=True)
-                )
+                search = service.pipeline.generation_request(**options.model_dump(exclude_none=True))
                 view = service.decode(body.complete(), _PLACE, service.pipeline.center_crop)
-                answer = service.submit(await _unless_gone(view, request.receive), generation_request)
+                answer = service.submit(await _unless_gone(view, request.receive), search)
                 [found, *_] = await _unless_gone(answer, request.receive)
-        words = [
-            Word(word=word, probability=probability)
-            for word, probability in zip(found.words, found.probabilities, strict=True)
-        ]
+        pairs = zip(found.words, found.probabilities, strict=True)
+        words = [Word(word=word, probability=probability) for word, probability in pairs]
         return CaptionResponse(caption=found.caption, log_prob=found.log_prob, words=words)
 
     @app.get("/caption", include_in_schema=False)
     async def get() -> JSONResponse:
-        return _refuse(405, "GET /caption: wanted POST, with the image file as the body; see /docs")
-
-    @app.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> HTMLResponse:
-        return HTMLResponse(render_api_docs(app.openapi(), str(request.base_url).rstrip("/")))
+        return _refuse(405, "GET /caption: expected POST, with the image file as the body; see /docs")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"][1:]))
-        found = first.get("input")
-        return _refuse(422, f"{key}={found}: {first['msg'][:1].lower()}{first['msg'][1:]}; see /docs")
+        key, message = ".".join(map(str, first["loc"][1:])), first["msg"]
+        return _refuse(422, f"{key}={first.get('input')}: {message[:1].lower()}{message[1:]}; see /docs")
 
-    for kind, status in _STATUS:
-        app.add_exception_handler(kind, _handler(status))
+    @app.exception_handler(UserError)
+    async def refused(_: Request, error: UserError) -> JSONResponse:
+        return _refuse(getattr(error, "status", 422), str(error))
+
     return app
 
 
-def _refuse_head(request: Request, service: Service) -> None:
-    """Refuse a body by its headers."""
+def _check_headers(request: Request, service: Service) -> None:
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if kind not in _TYPES:
         raise _WrongTypeError(
-            f"Content-Type: found {kind}, wanted {', '.join(_TYPES)}; send the image file itself as the body"
+            f"Content-Type: found {kind}, expected {', '.join(_TYPES)}; send the image file as the body"
         )
     declared = request.headers.get("content-length", "")
     if declared.isdecimal():
@@ -176,7 +165,7 @@ async def _receive(request: Request, service: Service, body: Body) -> None:
 
 
 async def _unless_gone(future: Future[_Answer], receive: Receive) -> _Answer:
-    """Wait for an answer, as long as there is a client for it."""
+    """Wait for an answer as long as the client is connected."""
     answer, gone = asyncio.wrap_future(future), asyncio.ensure_future(receive())
     try:
         await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
@@ -188,13 +177,6 @@ async def _unless_gone(future: Future[_Answer], receive: Receive) -> _Answer:
         gone.cancel()
 
 
-def _handler(status: int) -> Any:
-    async def handle(_: Request, error: Exception) -> JSONResponse:
-        return _refuse(status, str(error))
-
-    return handle
-
-
 def _refuse(status: int, error: str) -> JSONResponse:
     headers = {"Retry-After": "1"} if status == 503 else None
-    return JSONResponse(ErrorResponse(error=error).model_dump(), status, headers)
+    return JSONResponse({"error": error}, status, headers)

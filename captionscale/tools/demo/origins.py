@@ -1,4 +1,4 @@
-"""Which hosts and origins are answered: this server's own."""
+"""Refuses requests to other hosts and from other origins than this server's own."""
 
 import ipaddress
 import re
@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _HOST = re.compile(r"(?P<name>[\w.-]+|\[[0-9a-fA-F:.]+\])(?::\d{1,5})?")
 _HEADERS = {
-    # No other site shows the page in a frame, nor takes its images.
+    # No other site may frame the page or embed its images.
     "Content-Security-Policy": "frame-ancestors 'self'",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "same-origin",
@@ -20,7 +20,7 @@ _HEADERS = {
 
 
 def allowed_hosts(host: str, others: Iterable[str]) -> set[str]:
-    """Return the names that the server is reached by, besides IP addresses.
+    """Return the names that this server answers to besides IP addresses.
 
     Args:
         host: Address or name to listen at.
@@ -33,9 +33,8 @@ def allowed_hosts(host: str, others: Iterable[str]) -> set[str]:
 class OriginMiddleware:
     """Refuses requests to other hosts, and those that pages of other origins make.
 
-    A site whose name leads to this machine (DNS rebinding) names itself as the host; a page elsewhere that a
-    user has open names itself as the origin. Programs send no origin. An IP address as the host is no site's
-    name.
+    A site whose name resolves to this machine (DNS rebinding) sends that name as `Host`; another page open in
+    the user's browser sends its own `Origin`. Programs send no origin, and an IP address is no site's name.
     """
 
     def __init__(self, app: ASGIApp, names: set[str], secure: set[str]):
@@ -43,47 +42,44 @@ class OriginMiddleware:
 
         Args:
             app: The application.
-            names: Of `allowed_hosts`; more may be added later.
-            secure: Of these, those that are reached by https.
+            names: From `allowed_hosts`.
+            secure: The names among them that are reached by https.
         """
         self._app, self._names, self._secure = app, names, secure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or pass it on."""
+        """Refuse a request, or pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if (refusal := self._refusal(scope["method"], headers)) is not None:
-            await refusal(scope, receive, send)
+        if refusal := self._refusal(scope["method"], headers):
+            status, error = refusal
+            await JSONResponse({"error": error}, status)(scope, receive, send)
             return
         if _name(headers["host"]) in self._secure:
             scope = {**scope, "scheme": "https"}
 
-        async def sent(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(_HEADERS)
             await send(message)
 
-        await self._app(scope, receive, sent)
+        await self._app(scope, receive, send_with_headers)
 
-    def _refusal(self, method: str, headers: Headers) -> JSONResponse | None:
+    def _refusal(self, method: str, headers: Headers) -> tuple[int, str] | None:
         hosts = headers.getlist("host")
         name = _name(hosts[0]) if len(hosts) == 1 else None
         if name is None or not (name in self._names or _is_address(name)):
             found = ", ".join(hosts) or "none"
-            return _refuse(
-                421, f"Host: found {found}, expected an address or name of this server; see --allow-host"
-            )
+            return 421, f"Host: found {found}, expected an address or name of this server; see --allow-host"
         for origin in headers.getlist("origin"):
             if origin.partition("://")[2].lower() != hosts[0].lower():
-                return _refuse(403, f"Origin: found {origin}, expected that of Host; use this server's page")
+                return 403, f"Origin: found {origin}, expected that of Host; use this server's page"
         site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
         linked = method == "GET" and mode == "navigate" and headers.get("sec-fetch-dest") == "document"
         if site not in ("none", "same-origin") and not linked:
-            return _refuse(
-                403, f"Sec-Fetch-Site: found {site}, expected same-origin; open this server's page"
-            )
+            return 403, f"Sec-Fetch-Site: found {site}, expected same-origin; open this server's page"
         return None
 
 
@@ -99,7 +95,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _refuse(status: int, error: str) -> JSONResponse:
-    return JSONResponse({"error": error}, status)

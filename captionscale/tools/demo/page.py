@@ -1,44 +1,46 @@
-"""How the page looks on which people try a run."""
+"""The page on which visitors try a run."""
 
+import math
 from typing import Any
 
 import gradio as gr
 
 from captionscale.data.shards import Split
 from captionscale.escape import for_markdown, for_markdown_code
-from captionscale.tools.demo.service import Service
-from captionscale.tools.demo.sessions import COLUMNS, METHODS, PageHandlers, percent
+from captionscale.tools.demo.endpoint import search_bounds
+from captionscale.tools.demo.service import MAX_BEAM, MAX_SAMPLES, Service
+from captionscale.tools.demo.sessions import COLUMNS, PageHandlers, percent
 from captionscale.tools.demo.uploads import Uploads
 
-SAMPLES = 8
-_MOST_BEAMS = 10
-_MOST_DRAWS = 10
-_KEPT_S = 3600
-_WELCOME = (
-    "<p>Here comes what the model says of your picture, how sure it was of each word, and where it looked for"
-    " it.</p>"
+_SAMPLE_IMAGES = 8
+_STATE_TTL_S = 3600
+_METHODS = (
+    ("greedy: the most likely word at each step", "greedy"),
+    ("beam search: the best of many captions", "beam"),
+    ("sampling: words drawn by their probability", "sample"),
 )
 CSS = """
 .gradio-container { width: 100% !important; max-width: min(1100px, 100vw) !important; margin: auto }
-/* What is wrong is told beside it, in words. */
+/* Errors are shown as text. */
 .wrap > .error { display: none }
-#looked img { width: 100%; max-width: min(448px, 48vh); border-radius: 6px }
-/* Nothing to see yet. */
+#image img { width: 100%; max-width: min(448px, 48vh); border-radius: 6px }
+#samples .grid-container { grid-template-columns: repeat(auto-fill, minmax(72px, 1fr)) !important }
+/* Nothing to show yet. */
 #words:has(.empty), .form:has(> #captions:not(:has(input))) { display: none }
 #words [role=button] { cursor: pointer }
-/* These would offer uploads again, which are gone. */
+/* Uploads are not kept. */
 #files .download { visibility: hidden }
 """
 
 
-def _by_name(place: Any) -> Any:
-    """Have a place for uploads pass on their names, by which `Uploads` knows them: gradio opens no file.
+def _by_token(part: Any) -> Any:
+    """Have an input pass on an upload's token: gradio opens no file.
 
-    The class stays, as gradio writes a file beside each subclass.
+    The class stays the same, as gradio writes a file beside each subclass.
     """
-    place.data_model, place.preprocess = None, lambda payload: payload
-    place.api_info = lambda: {"type": "string"}
-    return place
+    part.data_model, part.preprocess = None, lambda payload: payload
+    part.api_info = lambda: {"type": "string"}
+    return part
 
 
 def build_page(service: Service, name: str, samples: Split | None, uploads: Uploads) -> gr.Blocks:
@@ -46,23 +48,23 @@ def build_page(service: Service, name: str, samples: Split | None, uploads: Uplo
 
     Args:
         service: Decodes and captions.
-        name: Of the run.
-        samples: A split of which some pictures are offered.
-        uploads: What the page receives.
+        name: The run's.
+        samples: A split whose images the page offers.
+        uploads: The page's.
     """
-    visits = PageHandlers(service, samples, SAMPLES, uploads)
-    # Files that gradio writes are removed soon, and nobody is told that this page was opened.
+    handlers = PageHandlers(service, samples, _SAMPLE_IMAGES, uploads)
+    # gradio's own files are deleted soon, and it reports nothing.
     with gr.Blocks(title=f"captionscale: {name}", analytics_enabled=False, delete_cache=(60, 300)) as blocks:
         gr.Markdown(
-            f"# What does {for_markdown_code(name)} say of a picture, and where does it look?\nWhat you drop"
-            " is forgotten when you leave. Programs ask [POST /caption](/docs)."
+            f"# Captions by {for_markdown_code(name)}\nNothing that you upload is kept. Programs use"
+            " [POST /caption](/docs)."
         )
-        seen = gr.State(None, time_to_live=_KEPT_S)
-        with gr.Tab("One picture"), gr.Row():
-            with gr.Column():
-                drop = _by_name(
+        state = gr.State(None, time_to_live=_STATE_TTL_S)
+        with gr.Tab("One image"), gr.Row():
+            with gr.Column(min_width=280):
+                upload = _by_token(
                     gr.Image(
-                        label="Drop a picture",
+                        label="Drop an image",
                         sources=["upload", "clipboard"],
                         type="filepath",
                         height=260,
@@ -70,40 +72,38 @@ def build_page(service: Service, name: str, samples: Split | None, uploads: Uplo
                     )
                 )
                 if samples:
-                    gr.Markdown(f"or take one of the split '{for_markdown(samples.name)}':")
+                    gr.Markdown(f"or choose one of the split '{for_markdown(samples.name)}':")
                 gallery = gr.Gallery(
-                    visits.thumbnails() or None,
+                    handlers.thumbnails() or None,
                     show_label=False,
                     visible=samples is not None,
                     columns=4,
-                    height=260,
+                    height="auto",
                     allow_preview=False,
                     buttons=[],
                     elem_id="samples",
                 )
-                settings, again = _settings(service)
-            with gr.Column():
-                # The picture stays in sight of the words that are clicked.
+                controls, again = _search_controls(service)
+            with gr.Column(min_width=280):
+                # Above the image, so that both are in sight when a word is clicked.
                 words = gr.HighlightedText(
-                    label="Its caption, and how likely it found each word: click one to see where it looked",
+                    label="Caption, with each word's probability: click a word to see its attention",
                     color_map={percent(number): _shade(number / 100) for number in range(101)},
                     elem_id="words",
                 )
-                looked = gr.HTML(_WELCOME, elem_id="looked")
+                image = gr.HTML("<p>The caption and the model's attention appear here.</p>", elem_id="image")
                 captions = gr.Radio(
                     [],
-                    label="All captions that were found, the best first",
-                    info="Each with how often the model would say just these words if it drew them. The more"
-                    " words, the rarer, for which a search makes up by their number (length power).",
-                    # Otherwise gradio does not let it be used, as no event takes its value.
+                    label="All captions found, best first",
+                    info="With each caption's probability. Longer captions are less probable; beam search"
+                    " makes up for that by the length penalty.",
+                    # gradio's default is a guess from the events that take its value, and none does.
                     interactive=True,
                     elem_id="captions",
                 )
-        with gr.Tab("Many pictures"):
-            gr.Markdown(
-                f"At most {service.limits.max_files} files, captioned as the first tab's settings say."
-            )
-            files = _by_name(gr.File(file_count="multiple", label="Drop pictures", elem_id="files"))
+        with gr.Tab("Many images"):
+            gr.Markdown(f"At most {service.limits.max_files} files, captioned with the first tab's settings.")
+            files = _by_token(gr.File(file_count="multiple", label="Drop images", elem_id="files"))
             download = gr.HTML(elem_id="download")
             table = gr.Dataframe(
                 headers=list(COLUMNS),
@@ -112,53 +112,61 @@ def build_page(service: Service, name: str, samples: Split | None, uploads: Uplo
                 wrap=True,
                 elem_id="table",
             )
-        outcome: list[Any] = [seen, captions, words, looked]
+        shown: list[Any] = [state, captions, words, image]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
-        # These wait for the model: together they leave threads to all else that is answered.
+        # These wait for the model; the limit leaves threads to other events.
         slow = {**private, "concurrency_id": "model", "concurrency_limit": 8}
-        drop.input(visits.on_upload, [drop, *settings], outcome, **slow)
-        gallery.select(visits.on_sample_select, settings, outcome, **slow)
-        again.click(visits.caption, [seen, *settings], outcome, **slow)
-        settings[0].change(visits.caption, [seen, *settings], outcome, **slow)
-        files.upload(visits.on_files, [files, *settings], [table, download], **slow)
-        captions.select(visits.on_caption_select, seen, [seen, words, looked], **private)
-        words.select(visits.on_word_select, seen, looked, **private)
+        upload.input(handlers.on_upload, [upload, *controls], shown, **slow)
+        gallery.select(handlers.on_sample_select, controls, shown, **slow)
+        again.click(handlers.caption, [state, *controls], shown, **slow)
+        controls[0].change(handlers.caption, [state, *controls], shown, **slow)
+        files.upload(handlers.on_files, [files, *controls], [table, download], **slow)
+        captions.select(handlers.on_caption_select, state, [state, words, image], **private)
+        words.select(handlers.on_word_select, state, image, **private)
         blocks.queue(default_concurrency_limit=8, max_size=service.limits.max_requests)
     return blocks
 
 
 def _shade(probability: float) -> str:
-    """Return one hue for white letters, the darker the likelier: it reads the same without colour vision."""
+    """Return a color for white text, darker for a higher probability; hue carries no information."""
     pale, deep = (122, 144, 168), (12, 58, 110)
     red, green, blue = (round(a + (b - a) * probability) for a, b in zip(pale, deep, strict=True))
     return f"rgb({red}, {green}, {blue})"
 
 
-def _settings(service: Service) -> tuple[list[Any], gr.Button]:
-    """Return the controls that say how captions are found, in the order of `SearchControls`, and the button."""
+def _search_controls(service: Service) -> tuple[list[Any], gr.Button]:
+    """Return the controls in the order of `SearchControls`, and the button."""
     search = service.pipeline.ensemble.config.search
-    labels = (
-        "greedy: the likeliest word each time",
-        "beam: the likeliest of many captions",
-        "sampling: drawn as likely as the model finds them",
-    )
-    how = gr.Radio(list(zip(labels, METHODS, strict=True)), value="beam", label="How", elem_id="how")
-    with gr.Group() as of_beams:
-        width = min(max(search.beam, 2), _MOST_BEAMS)
-        beam = gr.Slider(2, _MOST_BEAMS, width, step=1, label="Captions kept at each word")
-        power = min(search.length_penalty, 2)
-        length = gr.Slider(0, 2, power, step=0.1, label="Length power: the higher, the longer")
-    with gr.Group(visible=False) as of_samples:
-        draws = gr.Slider(1, _MOST_DRAWS, 5, step=1, label="Captions drawn")
-        heat = gr.Slider(0.1, 2, 1, step=0.1, label="Temperature: below 1, likely words get likelier")
-        top_p = gr.Slider(
-            0.05, 1, 1, step=0.05, label="Top-p: only words that together have this probability"
+    method = gr.Radio(list(_METHODS), value="beam", label="Search", elem_id="method")
+    with gr.Group() as beam_group:
+        beam = _slider("beam", "Beam size", min(search.beam, MAX_BEAM), 1, MAX_BEAM)
+        length = _slider(
+            "length_penalty", "Length penalty: the higher, the longer", search.length_penalty, 0.1
         )
-        seed = gr.Number(0, precision=0, minimum=0, label="Seed: another one draws others")
-    how.change(
-        lambda how: (gr.Group(visible=how == "beam"), gr.Group(visible=how == "sampling")),
-        how,
-        [of_beams, of_samples],
+    with gr.Group(visible=False) as sample_group:
+        samples = gr.Slider(1, MAX_SAMPLES, 5, step=1, label="Samples")
+        bounds = search_bounds("temperature")
+        temperature = gr.Number(
+            1,
+            minimum=bounds["ge"],
+            maximum=bounds["le"],
+            step=0.1,
+            label="Temperature: below 1, likely words get likelier",
+        )
+        top_p = _slider("top_p", "Top-p: total probability of the words sampled from", 1, 0.05)
+        seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+    method.change(
+        lambda method: (gr.Group(visible=method == "beam"), gr.Group(visible=method == "sample")),
+        method,
+        [beam_group, sample_group],
         api_visibility="private",
     )
-    return [how, beam, length, draws, heat, top_p, seed], gr.Button("Caption again", elem_id="again")
+    return [method, beam, length, samples, temperature, top_p, seed], gr.Button(
+        "Caption again", elem_id="again"
+    )
+
+
+def _slider(key: str, label: str, value: Any, step: Any, maximum: Any = math.inf) -> gr.Slider:
+    """Return a slider within the bounds of a search option."""
+    bounds = search_bounds(key)
+    return gr.Slider(bounds.get("ge", step), min(bounds["le"], maximum), value, step=step, label=label)

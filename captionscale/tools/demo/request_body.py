@@ -1,4 +1,4 @@
-"""Request bodies in memory, within bounds of size, total memory and time."""
+"""Request bodies in memory, within bounds on size, total memory and time."""
 
 import asyncio
 import math
@@ -15,51 +15,56 @@ from captionscale.errors import UserError
 class TooLargeError(UserError):
     """A client sent more than is accepted."""
 
+    status = 413
+
 
 class BusyError(UserError):
-    """As many requests are in work as may be."""
+    """Too many requests are in progress."""
+
+    status = 503
 
 
 class TooSlowError(UserError):
     """A body did not arrive in time."""
 
+    status = 408
+
 
 @dataclass(frozen=True)
 class MinRate:
-    """How slowly a body may arrive: after t seconds, at least (t - grace_s) * bytes_per_s bytes."""
+    """Minimum upload rate: after t seconds, at least (t - grace_s) * bytes_per_s bytes have arrived."""
 
     grace_s: float = 10.0
     bytes_per_s: float = 50_000.0
-    """Bytes per second."""
 
 
-async def chunks(receive: Receive, pace: MinRate, timeout_s: float | None = None) -> AsyncIterator[bytes]:
+async def chunks(receive: Receive, rate: MinRate, timeout_s: float = math.inf) -> AsyncIterator[bytes]:
     """Yield a request's body as it arrives.
 
     Args:
-        receive: ASGI's.
-        pace: How slowly it may arrive.
-        timeout_s: Seconds that the whole body may take; none: no limit but the pace.
+        receive: The request's ASGI `receive`.
+        rate: Minimum rate.
+        timeout_s: Time limit for the whole body, in seconds.
 
     Raises:
-        TooSlowError: It arrives too slowly.
-        ClientDisconnect: The client has gone.
+        TooSlowError: The body is too slow.
+        ClientDisconnect: The client closed the connection.
     """
     time = asyncio.get_running_loop().time
     waited_s, received, more = 0.0, 0, True
     while more:
-        allowed_s = min(pace.grace_s + received / pace.bytes_per_s, timeout_s or math.inf)
-        begun = time()
+        allowed_s = min(rate.grace_s + received / rate.bytes_per_s, timeout_s)
+        started = time()
         try:
             async with asyncio.timeout(allowed_s - waited_s):
                 message = await receive()
         except TimeoutError:
             raise TooSlowError(
                 f"the body: {received:,} bytes in {allowed_s:.0f} s, expected at least"
-                f" {pace.bytes_per_s:,.0f} bytes per second; try a faster connection"
+                f" {rate.bytes_per_s:,.0f} bytes per second; use a faster connection"
             ) from None
-        # Without the time that its consumer takes.
-        waited_s += time() - begun
+        # The consumer's own time does not count.
+        waited_s += time() - started
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         more = message.get("more_body", False)
@@ -70,50 +75,45 @@ async def chunks(receive: Receive, pace: MinRate, timeout_s: float | None = None
 class Body:
     """Bytes received so far, counted in a `MemoryBudget`."""
 
-    def __init__(self, memory: "MemoryBudget"):
-        self._memory = memory
-        self._data = bytearray()
-        self.size = 0
-        self.dropped = False
+    def __init__(self, budget: "MemoryBudget"):
+        self._budget, self._data = budget, bytearray()
+        self.size, self.dropped = 0, False
 
     def add(self, data: bytes) -> None:
         """Append data.
 
         Raises:
-            BusyError: There is no memory for it, or another body took it.
+            BusyError: The budget is used up, or another body took this one's memory.
         """
-        self._memory.reserve(self, len(data))
+        self._budget.reserve(self, len(data))
         self._data += data
 
     def complete(self) -> bytes:
-        """Return all data. From now on, no other body takes its memory."""
-        self._memory.keep(self)
-        data = bytes(self._data)
-        self._data = bytearray()
+        """Return all data. From now on no other body can take its memory."""
+        self._budget.keep(self)
+        data, self._data = bytes(self._data), bytearray()
         return data
 
     def drop(self) -> None:
-        """Forget all data."""
-        self._data = bytearray()
-        self.dropped = True
+        """Discard all data."""
+        self._data, self.dropped = bytearray(), True
 
 
 class MemoryBudget:
     """Bounds the memory of all bodies that are being received or wait to be decoded.
 
-    When it is full, the body that has been arriving for longest is dropped: slow clients cannot keep others
-    out. To be used in the event loop only.
+    When it is used up, the body that started first is dropped, so slow clients cannot lock others out.
+    Call it from the event loop only.
     """
 
-    def __init__(self, most_bytes: int):
-        self._most_bytes = most_bytes
-        self._held = 0
-        # In the order of their begin.
+    def __init__(self, max_bytes: int):
+        self._max_bytes, self._used = max_bytes, 0
+        # Ordered by their start.
         self._arriving: dict[Body, None] = {}
 
     @contextmanager
     def body(self) -> Iterator[Body]:
-        """Give a body whose memory is freed at the end of the context."""
+        """Yield a body whose memory is released on exit."""
         body = Body(self)
         self._arriving[body] = None
         try:
@@ -124,25 +124,25 @@ class MemoryBudget:
 
     def reserve(self, body: Body, size: int) -> None:
         """Count more bytes of a body; see `Body.add`."""
-        while not body.dropped and self._held + size > self._most_bytes:
+        while not body.dropped and self._used + size > self._max_bytes:
             oldest = next(iter(self._arriving))
             del self._arriving[oldest]
             self._release(oldest)
             oldest.drop()
         if body.dropped:
             raise BusyError(
-                f"the body: more than {self._most_bytes:,} bytes are being received from all clients, and"
-                " this body took longest; ask later"
+                f"the body: all clients together are sending more than {self._max_bytes:,} bytes, expected"
+                " fewer, and this body took longest; try again later"
             )
-        self._held += size
+        self._used += size
         body.size += size
 
     def keep(self, body: Body) -> None:
-        """Count a body as complete."""
+        """Mark a body as complete."""
         if body.dropped:
             self.reserve(body, 0)
         del self._arriving[body]
 
     def _release(self, body: Body) -> None:
-        self._held -= body.size
+        self._used -= body.size
         body.size = 0

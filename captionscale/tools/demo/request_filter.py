@@ -1,7 +1,7 @@
-"""The door before gradio: a request that is not on its list does not reach gradio.
+"""The allowlist in front of gradio: requests that are not on it never reach gradio.
 
-Many of gradio's routes, and any object in an event, name files and URLs that gradio opens. Of the events that
-a page sends, only numbers, short text and names of uploads are passed on: never an object.
+Many of gradio's routes, and any object in an event, name files and URLs that gradio opens. Events pass on
+numbers, short text and upload tokens only, never an object.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from captionscale.errors import UserError
-from captionscale.tools.demo.request_body import BusyError, TooLargeError, TooSlowError, chunks
+from captionscale.tools.demo.request_body import TooLargeError, TooSlowError, chunks
 from captionscale.tools.demo.service import Limits
 from captionscale.tools.demo.uploads import Uploads
 
-_MOST_JSON = 200_000
-_PASSED = re.compile(
+_MAX_EVENT_BYTES = 200_000
+_ALLOWED = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/manifest\.json"
     r"|/(static|assets|svelte)(/(?!\.)[\w@+,.-]+)+"
     r"|/gradio_api/heartbeat/[\w-]{1,64}"
@@ -34,14 +34,14 @@ _STREAMS = re.compile(r"/gradio_api/(heartbeat/.*|queue/data)")
 _SESSION = re.compile(rb"session_hash=[\w-]{1,64}")
 _HEADERS = frozenset((b"accept", b"accept-encoding", b"host", b"if-none-match", b"user-agent"))
 
-# No control characters, as values are shown in messages.
+# Without control characters, as messages show values.
 _Text = Annotated[str, msgspec.Meta(max_length=1000, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 _Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]
 _Real = Annotated[float, msgspec.Meta(ge=-(2.0**53), le=2.0**53)]
 
 
 class _File(msgspec.Struct):
-    """How a page names an upload. All else that it says of it is ignored."""
+    """An upload in an event. Whatever else the page sends of it is ignored."""
 
     path: _Text
 
@@ -50,14 +50,10 @@ _Files = Annotated[list[_File], msgspec.Meta(max_length=1000)]
 
 
 class _Selected(msgspec.Struct):
-    """What was clicked: its place alone."""
-
     index: _Whole
 
 
 class _Event(msgspec.Struct):
-    """What a page sends when something is done on it."""
-
     data: Annotated[list[bool | _Whole | _Real | _Text | _File | _Files | None], msgspec.Meta(max_length=100)]
     fn_index: _Whole
     session_hash: Annotated[str, msgspec.Meta(pattern=r"^[\w-]{1,64}$")]
@@ -65,17 +61,17 @@ class _Event(msgspec.Struct):
     trigger_id: _Whole | None = None
 
 
-_EVENTS = msgspec.json.Decoder(_Event)
+_DECODER = msgspec.json.Decoder(_Event)
 
 
-def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look: Any) -> FastAPI:
+def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, css: str = "") -> FastAPI:
     """Return the application that serves a page.
 
     Args:
-        blocks: The page. Its inputs get uploads as the names that `uploads` gives them.
-        uploads: What the page receives.
+        blocks: The page. Its inputs get uploads as their tokens.
+        uploads: The page's.
         limits: Of streams, sessions and waiting events.
-        look: Passed to gradio.
+        css: The page's.
     """
     # Read when the page is mounted.
     blocks.state_session_capacity = limits.max_sessions
@@ -84,17 +80,18 @@ def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look:
         blocks,
         path="/",
         footer_links=[],
-        # Browsers would keep what was uploaded.
+        # Browsers would keep uploads.
         run_history=False,
         ssr_mode=False,
-        # Only what is meant for users is shown.
+        # Visitors see only the errors meant for them.
         show_error=False,
-        **look,
+        css=css,
     )
-    # gradio's own check of paths, which is off in a page that it did not launch: a second line of defence.
+    # Turns on gradio's own check of paths, off in pages that it did not launch: a second line of defense.
     blocks.has_launched = True
-    made = {path: Path(path).read_bytes() for path in _paths(_shown(blocks))}
-    gradio = _Passed(mounted, limits)
+    values = [part["props"].get("value") for part in blocks.config["components"]]
+    own_files = {path: Path(path).read_bytes() for path in _paths(values)}
+    gradio = _Gradio(mounted, limits)
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.router.lifespan_context = mounted.router.lifespan_context
 
@@ -109,27 +106,27 @@ def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look:
 
     @app.get("/gradio_api/upload_progress")
     async def progress() -> Response:
-        # The page asks for it at each upload; without an answer it shows none.
+        # The page asks for it at each upload, and shows none without an answer.
         return Response('data: {"msg": "done"}\n\n', media_type="text/event-stream")
 
     @app.get("/gradio_api/file={name:path}")
     async def file(name: str) -> Response:
-        if name in made:
-            return Response(made[name], media_type="image/webp")
+        if name in own_files:
+            return Response(own_files[name], media_type="image/webp")
         try:
-            found = uploads.get(name).image
+            image = uploads.get(name).image
         except UserError as error:
-            found = error
-        if isinstance(found, UserError):
-            return PlainTextResponse(str(found), 404)
-        return Response(found.preview, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
+            image = error
+        if isinstance(image, UserError):
+            return PlainTextResponse(str(image), 404)
+        return Response(image.preview, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 
     @app.post("/gradio_api/queue/join")
     async def join(request: Request) -> Response:
         try:
-            event = await _event(request, blocks, uploads, limits)
+            event = await _receive_event(request, blocks, uploads, limits)
         except UserError as error:
-            # Under this key gradio's scripts look for what to show.
+            # gradio's scripts show what is under this key.
             return JSONResponse({"detail": str(error)}, _status(error))
         _forget_unread(blocks._queue, event["session_hash"], limits.max_unread_messages)
         return _Forwarded(gradio, msgspec.json.encode(event))
@@ -138,15 +135,19 @@ def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, **look:
     return app
 
 
-async def _event(request: Request, blocks: gr.Blocks, uploads: Uploads, limits: Limits) -> dict[str, Any]:
-    """Return an event as gradio may see it."""
+async def _receive_event(
+    request: Request, blocks: gr.Blocks, uploads: Uploads, limits: Limits
+) -> dict[str, Any]:
+    """Return a request's event as gradio may see it."""
     data = bytearray()
     async for chunk in chunks(request.receive, limits.min_rate):
         data += chunk
-        if len(data) > _MOST_JSON:
-            raise TooLargeError(f"the event: more than {_MOST_JSON:,} bytes, expected what the page sends")
+        if len(data) > _MAX_EVENT_BYTES:
+            raise TooLargeError(
+                f"the event: more than {_MAX_EVENT_BYTES:,} bytes, expected fewer: reload the page"
+            )
     try:
-        event = _EVENTS.decode(data)
+        event = _DECODER.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
         raise UserError(f"the event: {error}; expected what the page sends: reload the page") from None
     known = blocks.fns.get(event.fn_index)
@@ -155,13 +156,13 @@ async def _event(request: Request, blocks: gr.Blocks, uploads: Uploads, limits: 
     if event.event_data is None and any(name == "select" for _, name in known.targets):
         raise UserError("the event: no event_data, expected what was clicked: reload the page")
     for part, value in zip(known.inputs, event.data, strict=True):
-        if not _fits(part, value):
+        if not _accepts(part, value):
             found = "a list or file" if isinstance(value, list | _File) else repr(value)
             raise UserError(
                 f"{part.label or 'the event'}: found {found}, expected what the page offers: reload the page"
             )
     return {
-        "data": [_plain(value, uploads) for value in event.data],
+        "data": [_tokens(value, uploads) for value in event.data],
         "fn_index": event.fn_index,
         "session_hash": event.session_hash,
         "event_data": event.event_data and {"index": event.event_data.index, "value": None},
@@ -169,13 +170,13 @@ async def _event(request: Request, blocks: gr.Blocks, uploads: Uploads, limits: 
     }
 
 
-def _fits(part: Any, value: Any) -> bool:
-    """Return whether an input can have a value: gradio prints a traceback of one that it cannot have."""
+def _accepts(part: Any, value: Any) -> bool:
+    """Return whether an input accepts a value; gradio prints a traceback for one that it does not."""
     if isinstance(part, gr.Slider | gr.Number):
-        least = -math.inf if part.minimum is None else part.minimum
-        most = math.inf if part.maximum is None else part.maximum
+        lowest = -math.inf if part.minimum is None else part.minimum
+        highest = math.inf if part.maximum is None else part.maximum
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return least <= value <= most if number else value is None and isinstance(part, gr.Number)
+        return lowest <= value <= highest if number else value is None and isinstance(part, gr.Number)
     if isinstance(part, gr.Radio):
         return value in [choice for _, choice in part.choices]
     if isinstance(part, gr.Image):
@@ -185,24 +186,16 @@ def _fits(part: Any, value: Any) -> bool:
     return value is None or not isinstance(part, gr.State)
 
 
-def _plain(value: Any, uploads: Uploads) -> Any:
-    """Return a value with uploads as their names.
-
-    Raises:
-        UserError: It names another file.
-    """
+def _tokens(value: Any, uploads: Uploads) -> Any:
+    """Return a value with uploads as tokens; raises UserError for any other file."""
     if isinstance(value, _File):
         uploads.get(value.path)
         return value.path
-    return [_plain(each, uploads) for each in value] if isinstance(value, list) else value
-
-
-def _shown(blocks: gr.Blocks) -> list[Any]:
-    return [part["props"].get("value") for part in blocks.config["components"]]
+    return [_tokens(each, uploads) for each in value] if isinstance(value, list) else value
 
 
 def _paths(value: Any) -> Iterator[str]:
-    """Find the files in a value that a page shows at first: the page itself made them."""
+    """Yield the files in initial values, which the page itself made."""
     if isinstance(value, dict):
         if isinstance(value.get("path"), str) and "meta" in value:
             yield value["path"]
@@ -212,14 +205,14 @@ def _paths(value: Any) -> Iterator[str]:
             yield from _paths(each)
 
 
-def _forget_unread(queue: Any, session: str, most: int) -> None:
-    """Bound what gradio keeps of answers that nobody fetches."""
+def _forget_unread(queue: Any, session: str, limit: int) -> None:
+    """Bound the messages that gradio keeps for pages that do not fetch them."""
     waiting = queue.pending_messages_per_session
     if session in waiting:
         waiting.move_to_end(session)
     unread = sum(messages.qsize() for messages in waiting.values())
     for messages in waiting.values():
-        while unread > most and not messages.empty():
+        while unread > limit and not messages.empty():
             messages.get_nowait()
             unread -= 1
     for each in queue.pending_event_ids_session.keys() - waiting.keys():
@@ -227,7 +220,7 @@ def _forget_unread(queue: Any, session: str, most: int) -> None:
 
 
 async def _drain(body: AsyncIterator[bytes], timeout_s: float) -> None:
-    """Read what is left for a while: browsers show no answer to what they are still sending."""
+    """Read the rest for a while: browsers show no answer to a request that they are still sending."""
     with suppress(TooSlowError, TimeoutError):
         async with asyncio.timeout(timeout_s):
             async for _ in body:
@@ -235,12 +228,12 @@ async def _drain(body: AsyncIterator[bytes], timeout_s: float) -> None:
 
 
 def _status(error: UserError) -> int:
-    kinds = ((TooLargeError, 413), (TooSlowError, 408), (BusyError, 503))
-    return next((status for kind, status in kinds if isinstance(error, kind)), 400)
+    status: int = getattr(error, "status", 400)
+    return status
 
 
-class _Passed:
-    """Passes what a page needs, and answers 404 to all else."""
+class _Gradio:
+    """Passes allowed requests to gradio, and answers 404 to all others."""
 
     def __init__(self, app: ASGIApp, limits: Limits):
         self._app, self._limits = app, limits
@@ -248,7 +241,7 @@ class _Passed:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not _PASSED.fullmatch(path):
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not _ALLOWED.fullmatch(path):
             await PlainTextResponse("not found", 404)(scope, receive, send)
         elif not _STREAMS.fullmatch(path):
             await self.forward(scope, receive, send)
@@ -259,11 +252,11 @@ class _Passed:
             finally:
                 self._streams -= 1
         else:
-            text = f"{self._streams} pages are open, expected at most so many; come again later"
+            text = f"{self._streams} streams are open, expected fewer; come again later"
             await PlainTextResponse(text, 503)(scope, receive, send)
 
     async def forward(self, scope: Scope, receive: Receive, send: Send, body: bytes | None = None) -> None:
-        """Have gradio answer, which sees no more of a request than it needs."""
+        """Pass on the parts of a request that gradio needs."""
         headers = [(name, value) for name, value in scope["headers"] if name in _HEADERS]
         if body is not None:
             headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
@@ -273,18 +266,18 @@ class _Passed:
 
 
 class _Forwarded(Response):
-    """An answer of gradio's to another body than was sent."""
+    """gradio's answer to another body than was sent."""
 
-    def __init__(self, gradio: _Passed, sent: bytes):
-        self._gradio, self._sent = gradio, sent
+    def __init__(self, gradio: _Gradio, body: bytes):
+        self._gradio, self._body = gradio, body
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        unread = [self._sent]
+        unread = [self._body]
 
-        async def body() -> Message:
+        async def replaced() -> Message:
             if unread:
                 return {"type": "http.request", "body": unread.pop(), "more_body": False}
             return await receive()
 
-        await self._gradio.forward(scope, body, send, self._sent)
+        await self._gradio.forward(scope, replaced, send, self._body)

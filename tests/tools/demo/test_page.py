@@ -1,4 +1,4 @@
-"""The page, as a person sees it: in a real browser, in front of the real command."""
+"""The page in a real browser, served by the real command."""
 
 import base64
 import os
@@ -16,7 +16,7 @@ WAIT_MS = 180_000
 
 
 def start(run: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the page; its temporary files go into a folder of their own."""
+    """Start the demo with a temporary folder of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "captionscale", "demo", str(run), "--port", "0", *options],
         env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
@@ -42,12 +42,12 @@ def url(packed: Path, tmp_path_factory: pytest.TempPathFactory, temporary: Path)
 
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"needs {CHROMIUM}")
-def test_a_picture_is_dropped_and_a_clicked_word_shows_where_the_model_looked(
+def test_an_image_is_dropped_and_a_clicked_word_shows_its_attention(
     url: str, synthetic_coco: Path, temporary: Path
 ) -> None:
     from playwright.sync_api import Request, sync_playwright
 
-    picture, text = sorted((synthetic_coco / "test2017").iterdir())[0], Path(__file__)
+    image, text = sorted((synthetic_coco / "test2017").iterdir())[0], Path(__file__)
     foreign: list[str] = []
 
     def note(request: Request) -> None:
@@ -59,14 +59,16 @@ def test_a_picture_is_dropped_and_a_clicked_word_shows_where_the_model_looked(
         page = browser.new_page()
         page.set_default_timeout(WAIT_MS)
         page.on("request", note)
+        page.goto(f"{url}/docs")
+        page.wait_for_selector(".opblock-summary")
         page.goto(url)
         page.wait_for_selector("#samples img")
-        # A sample comes with what people wrote of it.
+        # A sample comes with its references.
         page.locator("#samples button:has(img)").first.click()
-        page.wait_for_selector("#looked li")
-        page.locator("#drop input[type=file]").set_input_files(picture)
-        page.wait_for_selector("#looked:not(:has(li)) img")
-        plain = page.locator("#looked img").get_attribute("src") or ""
+        page.wait_for_selector("#image li")
+        page.locator("#drop input[type=file]").set_input_files(image)
+        page.wait_for_selector("#image:not(:has(li)) img")
+        plain = page.locator("#image img").get_attribute("src") or ""
         words = page.locator("#words [role=button]")
         assert page.locator("#captions input[type=radio]").count() > 1
         best = page.locator("#words").inner_text()
@@ -76,41 +78,41 @@ def test_a_picture_is_dropped_and_a_clicked_word_shows_where_the_model_looked(
         page.wait_for_function("old => document.querySelector('#words').innerText == old", arg=best)
         first, second = words.nth(0).inner_text().split()[0], words.nth(1).inner_text().split()[0]
         words.nth(1).click()
-        page.wait_for_function("old => document.querySelector('#looked img').src != old", arg=plain)
-        assert page.locator("#looked b").inner_text() == second
-        looked = page.locator("#looked img").get_attribute("src") or ""
-        assert base64.b64decode(looked.partition(",")[2])[:2] == b"\xff\xd8"
+        page.wait_for_function("old => document.querySelector('#image img').src != old", arg=plain)
+        assert page.locator("#image b").inner_text() == second
+        shown = page.locator("#image img").get_attribute("src") or ""
+        assert base64.b64decode(shown.partition(",")[2])[:2] == b"\xff\xd8"
         words.nth(0).click()
-        page.wait_for_function("old => document.querySelector('#looked img').src != old", arg=looked)
-        assert page.locator("#looked b").inner_text() == first
-        # No upload is kept: what lies there are the samples' thumbnails.
+        page.wait_for_function("old => document.querySelector('#image img').src != old", arg=shown)
+        assert page.locator("#image b").inner_text() == first
+        # No upload is on disk, only the samples' thumbnails.
         kept = [path for path in temporary.rglob("*") if path.is_file() and path.stat().st_size]
         assert {path.suffix for path in kept} <= {".webp"}
-        page.get_by_role("tab", name="Many pictures").click()
-        page.locator("#files input[type=file]").set_input_files([picture, text])
+        page.get_by_role("tab", name="Many images").click()
+        page.locator("#files input[type=file]").set_input_files([image, text])
         with page.expect_download() as download:
             page.locator("#download a").click()
         table = Path(download.value.path()).read_text(encoding="utf-8").splitlines()
         assert table[0] == "file,caption,log p,problem"
-        assert table[1].startswith(f"{picture.name},{first} {second}")
+        assert table[1].startswith(f"{image.name},{first} {second}")
         assert "not a readable image" in table[2]
         browser.close()
     assert foreign == []
 
 
-def test_a_port_in_use_and_a_folder_that_is_no_run_are_told_in_one_line(
+def test_a_port_in_use_or_a_folder_without_a_run_is_an_error_of_one_line(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from captionscale.cli import main
 
     port = url.rpartition(":")[2]
-    for options, told in (
+    for options, error in (
         (["--port", port], f"--port {port}: in use by another program"),
-        (["--port", "99999"], "--port 99999: cannot be listened at"),
-        (["--host", "192.0.2.1"], "--host 192.0.2.1 --port 7860: cannot be listened at"),
+        (["--port", "99999"], "--port 99999: cannot listen there"),
+        (["--host", "192.0.2.1"], "--host 192.0.2.1 --port 7860: cannot listen there"),
         (["--port", "0"], "no checkpoint, so no run"),
     ):
         with pytest.raises(SystemExit) as caught:
             main(["demo", str(tmp_path), *options])
         assert caught.value.code == 1
-        assert told in capsys.readouterr().err
+        assert error in capsys.readouterr().err

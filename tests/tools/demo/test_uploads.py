@@ -33,13 +33,13 @@ def uploads(service: Service) -> Uploads:
 
 
 def send(uploads: Uploads, *files: tuple[str, bytes]) -> list[str]:
-    """Send files as the page does; return the names that the server gives them."""
+    """Send files as the page does; return their tokens."""
     app = FastAPI()
 
     @app.post("/upload")
     async def upload(request: Request):
         try:
-            body = chunks(request.receive, Limits().pace)
+            body = chunks(request.receive, Limits().min_rate)
             return JSONResponse(await uploads.receive(request.headers["content-type"], body))
         except TooLargeError as error:
             return PlainTextResponse(str(error), 413)
@@ -54,7 +54,7 @@ def send(uploads: Uploads, *files: tuple[str, bytes]) -> list[str]:
     return answer.json()
 
 
-def test_an_upload_is_remembered_as_what_the_model_sees_and_a_preview(
+def test_an_upload_is_kept_as_the_model_s_view_and_a_preview(
     service: Service, uploads: Uploads, synthetic_coco: Path
 ) -> None:
     file = next((synthetic_coco / "test2017").iterdir())
@@ -74,18 +74,18 @@ def test_an_upload_is_remembered_as_what_the_model_sees_and_a_preview(
     bad = uploads.get(third).image
     assert isinstance(bad, UserError)
     assert "no.txt: not a readable image" in str(bad)
-    with pytest.raises(UserError, match="not there, wanted what was dropped"):
+    with pytest.raises(UserError, match="not there, expected an image dropped"):
         uploads.get(str(file))
 
 
-def test_files_too_many_or_too_large_are_refused_while_they_are_received(uploads: Uploads) -> None:
+def test_too_many_or_too_large_files_are_refused_while_they_are_received(uploads: Uploads) -> None:
     with pytest.raises(TooLargeError, match="more than 5 files"):
         send(uploads, *[("a", b"x")] * 6)
-    with pytest.raises(TooLargeError, match="wanted at most 100,000"):
+    with pytest.raises(TooLargeError, match="expected at most 100,000"):
         send(uploads, ("a", bytes(100_001)))
 
 
-def test_the_oldest_uploads_are_forgotten_first(uploads: Uploads) -> None:
+def test_the_oldest_uploads_are_removed_first(uploads: Uploads) -> None:
     tokens = [token for _ in range(2) for token in send(uploads, *[("a", b"x")] * 5)]
     for token in tokens[-7:]:
         uploads.get(token)
