@@ -93,7 +93,7 @@ def _compare(title: str, two: tuple[Take, int], one: tuple[Take, int], options: 
     candidates = {"two processes": two, "one process": one}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
 
-    def steps(name: str) -> None:
+    def checkpoint_steps(name: str) -> None:
         seconds[name].append(candidates[name][0](options.steps))
 
     table = compare(
