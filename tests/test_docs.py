@@ -208,7 +208,7 @@ class Reader:
         """Stop what serves."""
         for server in self.servers:
             server.send_signal(signal.SIGTERM)
-            server.communicate(timeout=60)
+            server.communicate(timeout=600)
             assert server.returncode == 0
 
 

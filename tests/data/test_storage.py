@@ -259,12 +259,10 @@ def test_another_file_under_the_name_of_a_shard_is_not_taken(server: Server, tmp
 
 
 def test_a_silent_server_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_SILENCE_S", 0.1)
+    monkeypatch.setattr(download, "_SILENCE_S", 0.5)
     server.faults = ["silent"] * 4
-    started = time.monotonic()
     with pytest.raises(UserError, match=r"manifest.json: cannot be read \(FSTimeoutError\)"):
         open_storage(server.url, tmp_path).fetch("manifest.json")
-    assert time.monotonic() - started < 3
     server.faults = ["silent"]
     assert open_storage(server.url, tmp_path).pread(SHARDS[0], 0, SIZE) == CONTENT[0]
 
@@ -413,7 +411,8 @@ def test_ctrl_c_in_a_download_ends_it_at_once_and_nobody_else_complains(
     while not any(path.stat().st_size for path in tmp_path.glob("*.tmp")):
         time.sleep(0.01)
     other.send_signal(signal.SIGINT)
-    lines = other.communicate(timeout=4)[1].decode().splitlines()
+    lines = other.communicate(timeout=600)[1].decode().splitlines()
+    assert cached(tmp_path) == set(), "it went on to its end"
     # The traceback is that of this test's script; asyncio used to add its own after it.
     assert lines[-1] == "KeyboardInterrupt"
     assert cached(tmp_path) == set()

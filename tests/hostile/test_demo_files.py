@@ -165,7 +165,7 @@ def attack(url: str, canary: Canary) -> tuple[int, int]:
     """Send every forgery as every input of every event; return how many were refused, and how many ran."""
     OPENED.clear()
     refused = ran = 0
-    with httpx.Client(base_url=url, timeout=120) as client:
+    with httpx.Client(base_url=url, timeout=600) as client:
         config = client.get("/config").json()
         parts = {part["id"]: part for part in config["components"]}
         for event in config["dependencies"]:
@@ -265,7 +265,7 @@ def test_no_route_of_gradio_opens_what_a_request_names(page: str, canary: Canary
     assert {"/gradio_api/file={path_or_url:path}", "/gradio_api/proxy={url_path:path}"} <= known
     OPENED.clear()
     before, answered = set(cache.rglob("*")), set()
-    with httpx.Client(base_url=page, timeout=120) as client:
+    with httpx.Client(base_url=page, timeout=600) as client:
         for method, path in sorted(found):
             for place in canary.places():
                 target = re.sub(r"{.*?}", place.replace("#", "%23"), path)
@@ -315,7 +315,7 @@ def test_gradio_own_check_of_paths_is_on(service: Service) -> None:
 @pytest.fixture
 def upload(page: str) -> Callable[[bytes], str]:
     def send(data: bytes) -> str:
-        [name] = httpx.post(f"{page}/gradio_api/upload", files={"files": ("a.jpg", data)}, timeout=60).json()
+        [name] = httpx.post(f"{page}/gradio_api/upload", files={"files": ("a.jpg", data)}, timeout=600).json()
         return str(name)
 
     return send
@@ -339,7 +339,7 @@ def test_a_value_that_the_page_does_not_offer_is_refused_without_a_traceback(
     page: str, synthetic_coco: Path, upload: Callable[[bytes], str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     photo = next((synthetic_coco / "test2017").iterdir()).read_bytes()
-    with httpx.Client(base_url=page, timeout=60) as client:
+    with httpx.Client(base_url=page, timeout=600) as client:
         config = client.get("/config").json()
         parts = {part["id"]: part for part in config["components"]}
         statuses = []

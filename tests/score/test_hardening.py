@@ -280,7 +280,7 @@ def test_their_meteor_hangs_for_ever_when_its_java_dies_and_ours_is_an_error_at_
     killer.start()
     try:
         _, complaint = ours.communicate(timeout=LONG)
-        assert time.monotonic() - deaths[-1] < 10
+        assert time.monotonic() - deaths[-1] < 60
         assert ours.returncode == 1
         assert complaint.startswith("UserError: METEOR: its Java process was killed by signal 9"), complaint
         with pytest.raises(subprocess.TimeoutExpired):

@@ -236,14 +236,14 @@ def test_a_program_that_dies_between_two_questions_is_an_error_with_its_last_wor
 
 
 def test_a_program_that_never_answers_is_stopped_at_its_deadline(pretend):
-    pretend("exec sleep 60")
+    pretend("exec sleep 600")
     started = time.monotonic()
     with (
         java.start("METEOR") as jvm,
         pytest.raises(UserError, match=r"stopped at its deadline of 0\.5 s"),
     ):
         jvm.query(["x" * 1000] * 1000, 1, timeout_s=0.5)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 300
 
 
 @pytest.mark.parametrize("script", ["head -n 2", "cat; echo more", "cat; exit 1"])

@@ -92,7 +92,7 @@ def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
 
     def hang() -> Iterator[CheckResult]:
         yield ok("so far")
-        over.wait(60)
+        over.wait(600)
         yield ok("too late")
 
     def refuse() -> Iterator[CheckResult]:
@@ -102,12 +102,12 @@ def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
     began = time.monotonic()
     checks = [
         Check("a", fail, 9),
-        Check("b", hang, 0.3),
+        Check("b", hang, 1),
         Check("c", refuse, 9),
         Check("d", lambda: [ok("d")], 9),
     ]
     lines = list(run_checks(checks, HOST))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60
     over.set()
     assert [(line.check, line.state, line.measured) for line in lines] == [
         ("a", "ok", True),
@@ -118,7 +118,7 @@ def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
         ("d", "ok", True),
     ]
     assert "RuntimeError: broken" in lines[1].found
-    assert "no answer within 0.3 s" in lines[3].found
+    assert "no answer within 1 s" in lines[3].found
     assert (lines[4].found, lines[4].cure) == ("place: found, wanted", "cure")
 
 
@@ -273,15 +273,15 @@ def test_a_line_that_came_at_the_last_moment_does_not_hide_that_others_did_not()
 
     def hang() -> Iterator[CheckResult]:
         yield ok("so far")
-        over.wait(60)
+        over.wait(600)
 
     found = []
-    for line in run_checks([Check("slow", hang, 0.3)], HOST):
+    for line in run_checks([Check("slow", hang, 1)], HOST):
         found.append(line.found)
         # Whoever shows it may take longer than is left.
-        time.sleep(0.4)
+        time.sleep(1.1)
     over.set()
-    assert found == ["so far", "no answer within 0.3 s"]
+    assert found == ["so far", "no answer within 1 s"]
 
 
 # As nvidia-smi prints it: with a tab before each column, and on newer drivers an underlined head.
@@ -428,7 +428,7 @@ def _visit(count: int, port: str, out: Path) -> None:
 
 def test_nodes_that_came_are_measured_and_the_one_that_did_not_is_named(tmp_path, unused_port) -> None:
     for process in spawn_ranks(2, _visit, 3, str(unused_port), tmp_path):
-        process.join(120)
+        process.join(600)
         assert process.exitcode == 0
     (first, refused), (second, heard) = (
         json.loads((tmp_path / f"{node}.json").read_text()) for node in (0, 1)
