@@ -77,8 +77,8 @@ def check_core_count(config: Config, local_processes: int) -> None:
     if config.data.workers > cpu_count():
         raise UserError(
             f"data.workers = {config.data.workers}: found {cpu_count()} cores for this job on this node,"
-            f" expected one for each decoding thread; --set data.workers={max(1, cpu_count() // local_processes)},"
-            " or ask for more cores"
+            " expected one for each decoding thread;"
+            f" --set data.workers={max(1, cpu_count() // local_processes)}, or ask for more cores"
         )
 
 
