@@ -19,9 +19,8 @@ from rich.table import Table as RichTable
 from torch.utils.flop_counter import FlopCounterMode
 
 from captionscale.errors import UserError
-from captionscale.files import cpu_count
+from captionscale.machine import cpu_count, cpu_name
 from captionscale.progress import SafeConsole, progress
-from captionscale.score.receipt import cpu_name
 
 _MATRIX = 2048
 """Rows of the matrices whose product gives the machine's best rate."""

@@ -22,7 +22,7 @@ import gpu_speed
 import torch
 from gpu_model import Report
 
-from captionscale.files import cpu_count
+from captionscale.machine import cpu_count
 from captionscale.version import __version__
 
 Section = Callable[[Report, Path, bool], None]

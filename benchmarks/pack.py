@@ -29,7 +29,7 @@ from captionscale import subprocesses
 from captionscale.data import decode, packing, resize
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.files import cpu_count
+from captionscale.machine import cpu_count
 
 _SIDE, _QUALITY = 256, 95
 

@@ -26,7 +26,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from captionscale.data import synthetic
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
-from captionscale.files import cpu_count
+from captionscale.machine import cpu_count
 from captionscale.progress import say
 from captionscale.score import bleu, ciderd, java, rouge
 from captionscale.score.metrics import METRICS, Evaluator, MetricScores, Scores, measure, pycocoevalcap_scores

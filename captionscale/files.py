@@ -1,48 +1,50 @@
-"""Files that are whole or absent, and folders that one process writes."""
+"""Atomic files, bounded reads, scratch folders, and folders locked for one writer."""
 
 import errno
-import fcntl
 import hashlib
 import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryFile, gettempdir, mkdtemp
 from typing import BinaryIO
 
+import psutil
 from blake3 import blake3
+from filelock import FileLock, Timeout
 
 from captionscale.errors import UserError
 from captionscale.escape import for_terminal
 
 LOCK = ".lock"
 MB = 10**6
-_SCRATCH = "captionscale-scratch-"
-# As `mkdtemp` ends them: a user's own folder has another name.
+# Another prefix than of version 0.1, which did not lock a file within.
+_SCRATCH = "captionscale-work-"
+# With the ending of `mkdtemp`: a user's own folder is never removed.
 _SCRATCH_NAME = re.compile(rf"{_SCRATCH}.+-[a-z0-9_]{{8}}")
 _MAX_HOLDER = 200
+_HOLDER = re.compile(r".*, process (\d{1,9}) on (\S+)")
 _OWN_PIPE = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/\d+")
 
 
 class UnfitFileError(OSError):
-    """A path is a folder, a pipe or a device, or a file larger than its kind may be."""
+    """A path is no regular file, or the file is larger than allowed."""
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Open a regular file for reading; nothing else is opened, or waited for, but this process's own pipes.
+    """Open a regular file, or a pipe of this process such as a shell's `<(command)`, for reading.
 
     Raises:
         UnfitFileError: It is something else.
         OSError: It cannot be opened.
     """
-    # A named pipe would wait for a writer for ever.
+    # Opening a named pipe would block until it has a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        # A shell's `<(command)` has its writer already.
         if not (_OWN_PIPE.fullmatch(str(path)) and stat.S_ISFIFO(os.fstat(descriptor).st_mode)):
             _need_regular(descriptor, path)
         os.set_blocking(descriptor, True)
@@ -53,16 +55,16 @@ def open_file(path: Path) -> BufferedReader:
 
 
 def read_file(path: Path, max_bytes: int = MB) -> bytes:
-    """Return the content of a file, as `open_file` opens it, that is no larger than its kind may be.
+    """Return the content of a file that `open_file` accepts, of at most `max_bytes`.
 
     Raises:
-        UnfitFileError: It is larger, or no file that may be opened.
+        UnfitFileError: It is larger, or no regular file.
         OSError: It cannot be read.
     """
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         data = file.read(size) if size <= max_bytes else b""
-        # It may grow, and files of the system say 0 and hold more.
+        # The file may grow, and files of the kernel report a size of 0.
         while size <= max_bytes and len(data) <= max_bytes and (more := file.read(MB)):
             data += more
     if (size := max(size, len(data))) > max_bytes:
@@ -73,7 +75,7 @@ def read_file(path: Path, max_bytes: int = MB) -> bytes:
 
 
 def append_lines(path: Path, *lines: bytes) -> None:
-    """Add lines to a file, which is made if need be; never to the torn line of a killed process.
+    """Append lines to a file, which is created if missing; a torn last line is ended first.
 
     Raises:
         UnfitFileError: It is no regular file.
@@ -90,7 +92,7 @@ def append_lines(path: Path, *lines: bytes) -> None:
 
 
 def _need_regular(descriptor: int, path: Path) -> int:
-    """Return the size of what is open; refuse all but a regular file."""
+    """Return the size of an open regular file; refuse anything else."""
     status = os.fstat(descriptor)
     if stat.S_ISDIR(status.st_mode):
         raise UnfitFileError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -109,31 +111,26 @@ def blake3_of(path: Path) -> str:
     """Return a large file's BLAKE3 in hexadecimal, as `b3sum` prints it.
 
     Source:
-        O'Connor et al. 2020, "BLAKE3, one function, fast everywhere": as safe as SHA-256, at thrice its pace.
+        O'Connor et al. 2020, "BLAKE3, one function, fast everywhere": as safe as SHA-256, three times faster.
     """
     hasher = blake3()
-    # A map would be a little faster, but kills the process where a disk fails or the file shrinks.
+    # A memory map would be a little faster, but a failing disk or a shrinking file would kill the process.
     with open_file(path) as file:
         while chunk := file.raw.read(1 << 20):
             hasher.update(chunk)
     return hasher.hexdigest()
 
 
-def cpu_count() -> int:
-    """Return how many cores this process may use, which in a job is fewer than the machine has."""
-    return len(os.sched_getaffinity(0))
-
-
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes its name only when it is complete and on the disk.
+    """Open a file that appears at `path` only once it is complete and on disk.
 
-    On any error the partial file is removed and what stood at `path` before stays.
+    On any error the partial file is removed and an earlier file at `path` stays.
 
     Raises:
         UserError: The disk is full, or the folder is read-only.
     """
-    # No user's file has this name: what is there is the rest of a killed process.
+    # A file of this name was left by a killed process.
     partial = path.with_name(f".captionscale-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:32]}.tmp")
     try:
         partial.unlink(missing_ok=True)
@@ -151,16 +148,15 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: Path) -> None:
-    """Prove, before long work, that a file can be written at its end; nothing is made, not even its folder.
+    """Check before long work that a file can be written; neither it nor its folder is created.
 
     Raises:
-        UserError: It is a folder, or its folder is read-only, full, or cannot be made.
+        UserError: It is a folder, or its folder is read-only, full, or cannot be created.
     """
     if path.is_dir():
-        raise UserError(f"{path}: is a folder, wanted a place for a file; add the file's name")
+        raise UserError(f"{path}: is a folder, expected a file; add the file's name")
     folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     try:
-        # It has no name, or loses it at once.
         with TemporaryFile(dir=folder) as file:
             file.write(b"\0")
     except OSError as error:
@@ -168,119 +164,117 @@ def check_writable(path: Path) -> None:
 
 
 def not_writable(path: Path, error: OSError) -> UserError:
-    """Return what to tell of a file or folder that the system did not let us write."""
+    """Return the error for a file or folder that cannot be written."""
     return UserError(
-        f"{path}: cannot be written ({error.strerror}), wanted a writable folder with free space;"
-        " correct the path or its rights, free the disk, or take another place"
+        f"{path}: cannot be written ({error.strerror}), expected a writable folder with free space;"
+        " correct the path or its permissions, free the disk, or choose another place"
     )
 
 
 @contextmanager
 def temp_folder(name: str) -> Iterator[Path]:
-    """Make a temporary folder, and remove it; first those of processes that were killed are removed.
+    """Create a temporary folder and remove it at the end, together with those that killed processes left.
 
     Args:
-        name: Part of the folder's.
+        name: Part of the folder's name.
     """
     for other in Path(gettempdir()).glob(f"{_SCRATCH}*"):
-        if not _SCRATCH_NAME.fullmatch(other.name):
-            continue
-        # Whoever uses it holds its lock, of which the system lets go when that process dies.
-        with suppress(OSError), _locked(other, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            rmtree(other, ignore_errors=True)
+        # The kernel releases the lock of a process that dies.
+        with suppress(OSError):
+            if _SCRATCH_NAME.fullmatch(other.name):
+                with _lock_of(other):
+                    rmtree(other, ignore_errors=True)
     while True:
         folder = Path(mkdtemp(prefix=f"{_SCRATCH}{name}-"))
-        with ExitStack() as held:
-            # Some file systems have no locks: what is left there stays.
-            with suppress(OSError):
-                held.enter_context(_locked(folder, fcntl.LOCK_EX))
+        held = _lock_of(folder)
+        # On a file system without locks, a folder left behind is never removed.
+        with suppress(OSError):
+            held.acquire(timeout=-1)
+        try:
             # Another process may have removed it before it was locked.
             if folder.exists():
-                try:
-                    yield folder
-                finally:
-                    rmtree(folder, ignore_errors=True)
+                yield folder
                 return
+        finally:
+            rmtree(folder, ignore_errors=True)
+            held.release()
 
 
-@contextmanager
-def _locked(folder: Path, how: int) -> Iterator[None]:
-    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(opened, how)
-        yield
-    finally:
-        os.close(opened)
+def _lock_of(folder: Path) -> FileLock:
+    # Without the fallback, which a killed process would leave locked.
+    return FileLock(folder / LOCK, timeout=0, thread_local=False, fallback_to_soft=False)
 
 
 @contextmanager
 def lock(folder: Path, who: str) -> Iterator[None]:
-    """Be the only process that writes into a folder; the system lets go of it if the process dies.
+    """Hold a folder as its only writer; the kernel releases the lock if the process dies.
 
     Args:
-        folder: Made if need be, and removed again if nothing came into it.
-        who: Command that the next one is told of.
+        folder: Created if missing, and removed again if nothing was written into it.
+        who: Command named to a process that is refused.
 
     Raises:
         UserError: Another process holds it.
     """
     made = not folder.exists()
     if not made and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, wanted a folder; take another --out")
+        raise UserError(f"{folder}: is a file, expected a folder; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOCK
+    path, held = folder / LOCK, _lock_of(folder)
     try:
-        # Not through a link: what it leads to would be emptied.
-        how = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(path, how, 0o666)
+        held.acquire()
+        file = path.open("r+b", buffering=0)
+    except Timeout:
+        raise UserError(
+            f"{folder}: in use by {lock_holder(folder) or 'another process'}, expected no other writer;"
+            " wait for it, stop it, or choose another --out"
+        ) from None
     except OSError as error:
-        raise _no_lock(path, error) from None
-    try:
-        try:
-            _need_regular(descriptor, path)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: in use by {_holder(descriptor) or 'another process'}; wanted to be the only"
-                " writer; wait for it, stop it, or take another --out"
-            ) from None
-        except UnfitFileError as error:
+        # An error of the lock itself names no file.
+        if error.filename is not None:
             raise _no_lock(path, error) from None
-        except OSError as error:
-            raise UserError(
-                f"{folder}: its file system has no locks ({error.strerror}), wanted one that has;"
-                " mount it with flock, or take --out elsewhere"
-            ) from None
-        try:
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"{who}, process {os.getpid()} on {os.uname().nodename}".encode())
-        except OSError as error:
-            raise not_writable(path, error) from None
-        try:
-            yield
-        finally:
-            os.ftruncate(descriptor, 0)
-            if made and [each.name for each in folder.iterdir()] == [LOCK]:
-                path.unlink()
-                with suppress(OSError):
-                    folder.rmdir()
+        raise UserError(
+            f"{folder}: its file system has no locks ({error.strerror}), expected one that has;"
+            " mount it with flock, or choose another --out"
+        ) from None
+    try:
+        with file:
+            try:
+                _need_regular(file.fileno(), path)
+                file.truncate()
+                os.write(file.fileno(), f"{who}, process {os.getpid()} on {os.uname().nodename}".encode())
+            except UnfitFileError as error:
+                raise _no_lock(path, error) from None
+            except OSError as error:
+                raise not_writable(path, error) from None
+            try:
+                yield
+            finally:
+                file.truncate(0)
+                if made and [each.name for each in folder.iterdir()] == [LOCK]:
+                    path.unlink()
+                    with suppress(OSError):
+                        folder.rmdir()
     finally:
-        os.close(descriptor)
+        held.release()
 
 
 def lock_holder(folder: Path) -> str:
-    """Return what the process that writes into a folder says of itself; nothing if it says nothing.
+    """Return what the process that writes into a folder says of itself; empty if none does.
 
     Raises:
         OSError: There is no lock, or it is no regular file.
     """
     with open_file(folder / LOCK) as file:
-        return _holder(file.fileno())
+        return for_terminal(os.pread(file.fileno(), _MAX_HOLDER, 0).decode(errors="replace").strip())
 
 
-def _holder(descriptor: int) -> str:
-    text = os.pread(descriptor, _MAX_HOLDER, 0).decode(errors="replace")
-    return for_terminal(text.strip())
+def is_alive(holder: str) -> bool | None:
+    """Return whether the process that `lock_holder` names exists; None if it is on another machine."""
+    found = _HOLDER.fullmatch(holder)
+    if found is None or found[2] != os.uname().nodename:
+        return None
+    return bool(psutil.pid_exists(int(found[1])))
 
 
 def _no_lock(path: Path, error: OSError) -> UserError:

@@ -170,7 +170,7 @@ def _verify(options: argparse.Namespace) -> None:
 def _verify_place(place: "Storage", options: argparse.Namespace) -> None:
     from captionscale.data.storage import read_manifest
     from captionscale.data.verification import verify
-    from captionscale.files import cpu_count
+    from captionscale.machine import cpu_count
     from captionscale.progress import progress, say
 
     splits = read_manifest(place).splits

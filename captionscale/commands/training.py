@@ -114,7 +114,7 @@ def _launch(options: argparse.Namespace) -> None:
         processes=options.processes,
         dry_run=options.dry_run,
         logs=options.log_dir,
-        settings=load_config(inner) if inner.command_name == "train" else None,
+        config=load_config(inner) if inner.command_name == "train" else None,
     )
 
 

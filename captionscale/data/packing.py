@@ -22,7 +22,8 @@ from captionscale.data.pack_workers import write_shards
 from captionscale.data.shard_writer import RejectedImage, ShardJob, WrittenShard, read_rejected
 from captionscale.data.sources.record import Record, sort_records
 from captionscale.errors import UserError
-from captionscale.files import atomic_write, cpu_count, lock, read_file, sha256_of
+from captionscale.files import atomic_write, lock, read_file, sha256_of
+from captionscale.machine import cpu_count
 from captionscale.progress import spinner
 
 REJECTED = "rejected.jsonl"

@@ -18,7 +18,8 @@ from torch import Tensor
 from captionscale.data.decode import decode_pil
 from captionscale.data.shards import Split
 from captionscale.errors import UserError, did_you_mean
-from captionscale.files import cpu_count, sha256_of
+from captionscale.files import sha256_of
+from captionscale.machine import cpu_count
 from captionscale.progress import Bar, progress
 from captionscale.score.optional_metrics import OptionalMetrics
 

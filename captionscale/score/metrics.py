@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from captionscale.errors import UserError, describe_images, did_you_mean
-from captionscale.files import cpu_count
+from captionscale.machine import cpu_count
 from captionscale.score import bleu, ciderd, meteor, rouge
 from captionscale.score.tokenizer import tokenize
 

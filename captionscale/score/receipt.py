@@ -14,7 +14,8 @@ from jaxtyping import Float64
 
 from captionscale import parsing
 from captionscale.errors import UserError
-from captionscale.files import MB, atomic_write, cpu_count, read_file
+from captionscale.files import MB, atomic_write, read_file
+from captionscale.machine import cpu_count, cpu_name
 from captionscale.score import intervals, receipt_schema
 from captionscale.score.diagnostics import Diagnostics, diagnose
 from captionscale.score.metrics import METRICS, Scores, measure
@@ -306,14 +307,6 @@ def _notes(found: Scores, empty: int) -> Iterator[str]:
         yield "measured by pycocoevalcap's own classes"
     if images == 1 and "CIDEr-D" in found.values:
         yield "CIDEr-D of a lone image is 0: no word is rarer than another"
-
-
-def cpu_name() -> str:
-    """Return the name of this machine's processor."""
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _rounded(figures: Any) -> Float64[np.ndarray, "..."]:

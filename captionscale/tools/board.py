@@ -130,7 +130,7 @@ def page(tables: Sequence[Table]) -> str:
 
 def style() -> str:
     """Return what a page of ours looks like, as CSS."""
-    return Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    return (Path(__file__).parents[1] / "templates" / "page.css").read_text(encoding="utf-8")
 
 
 def section(table: Table) -> str:

@@ -1,4 +1,4 @@
-"""A model that is ready to caption images from anywhere: what `captionscale.load` returns."""
+"""`CaptionPipeline`, which `captionscale.load` returns: a run's model, ready to caption images."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -22,21 +22,20 @@ from captionscale.train.generation import generate_tokens, make_constraints
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """How captions are to be found, proven to be possible."""
+    """Validated search settings, constraints and seed."""
 
     search: config.Search
     constraints: Constraints
     seed: int
-    """Of sampled captions."""
 
 
 class CaptionPipeline:
     """A run's model, or several as an ensemble, on the GPU if there is one."""
 
-    def __init__(self, members: CheckpointEnsemble):
-        self.ensemble = members
-        self.vocabulary = members.checkpoints[0].vocabulary()
-        self.captioner = members.captioner().to("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, ensemble: CheckpointEnsemble):
+        self.ensemble = ensemble
+        self.vocabulary = ensemble.checkpoints[0].vocabulary()
+        self.captioner = ensemble.captioner().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def caption(
         self,
@@ -50,26 +49,26 @@ class CaptionPipeline:
         """Return the best caption of each image, or a sampled one.
 
         Args:
-            images: Files, or images of Pillow's, of any size.
-            prefix: What every caption begins with.
-            require: Words that every caption holds.
-            seed: Of sampled captions, which depend on it and on their image's place; none: the run's.
-            search: Keys of the config's section `search`, such as `beam=3` or `method="sample"`, instead of
+            images: Files or Pillow images, of any size.
+            prefix: Beginning of every caption.
+            require: Words that every caption contains.
+            seed: Of sampled captions, which depend on it and on their image's position; None: the run's.
+            search: Keys of the config's section `search`, such as `beam=3` or `method="sample"`, replacing
                 the run's own.
 
         Raises:
-            UserError: A file that is missing or no image, an unknown key, or a wish that cannot be fulfilled.
+            UserError: A file that is missing or no image, an unknown key, or constraints that cannot be met.
         """
         if isinstance(images, str | Path | Image.Image):
-            raise ValueError("wanted a list of images, found one; write [image]")
-        generation_request = self.generation_request(prefix=prefix, require=require, seed=seed, **search)
+            raise ValueError("images: found one image, expected a list; write [image]")
+        request = self.generation_request(prefix=prefix, require=require, seed=seed, **search)
         views = [self.view(image) for image in images]
-        return self.generate_best(views, generation_request, range(len(views)))
+        return self.generate_best(views, request, range(len(views)))
 
     def generation_request(
         self, *, prefix: str = "", require: Sequence[str] = (), seed: int | None = None, **search: Any
     ) -> GenerationRequest:
-        """Settle how captions are to be found; as `caption`."""
+        """Validate how captions are to be generated; as `caption`."""
         settings = self.ensemble.config
         overrides = [
             f"search.{key}={json.dumps(value)}" for key, value in search.items() if value is not None
@@ -81,7 +80,7 @@ class CaptionPipeline:
         return GenerationRequest(settings.search, constraints, settings.seed if seed is None else seed)
 
     def view(self, image: Path | str | Image.Image) -> View:
-        """Return what the model sees of an image: its centre square."""
+        """Return what the model sees of an image: its center square."""
         if isinstance(image, Image.Image):
             return self.center_crop(decode.pil_to_rgb(image))
         return self.center_crop(decode.read_image(Path(image)))
@@ -91,21 +90,17 @@ class CaptionPipeline:
         return center_crop(image, self.ensemble.config.data.image_size)
 
     def generate_best(
-        self, views: Sequence[View], generation_request: GenerationRequest, numbers: Sequence[int]
+        self, views: Sequence[View], request: GenerationRequest, numbers: Sequence[int]
     ) -> list[CaptionResult]:
-        """Return the best caption of each of any number of images; as `generate`."""
-        size = generation_request.search.batch_size
+        """Return the best caption of each of any number of images, in batches; as `generate`."""
+        size = request.search.batch_size
         parts = (slice(first, first + size) for first in range(0, len(views), size))
-        return [
-            found[0]
-            for part in parts
-            for found in self.generate(views[part], generation_request, numbers[part])
-        ]
+        return [found[0] for part in parts for found in self.generate(views[part], request, numbers[part])]
 
     def generate(
         self,
         views: Sequence[View],
-        generation_request: GenerationRequest,
+        request: GenerationRequest,
         numbers: Sequence[int],
         *,
         return_all: bool = False,
@@ -114,18 +109,18 @@ class CaptionPipeline:
 
         Args:
             views: What the model sees of each.
-            generation_request: How captions are to be found.
-            numbers: Of each image, of which and of the seed its sampled caption is a function.
-            return_all: All that a beam search ends with, not the best alone.
+            request: How captions are to be generated.
+            numbers: Of each image; a sampled caption is a function of it and the seed.
+            return_all: All final captions of a beam search instead of the best.
         """
         features, decoder = encode_views(self.captioner, views), self.captioner.decoder
         found = generate_tokens(
             decoder,
             features,
-            generation_request.search,
+            request.search,
             self.ensemble.config.data.max_words,
-            generation_request.constraints,
-            [(generation_request.seed, number) for number in numbers],
+            request.constraints,
+            [(request.seed, number) for number in numbers],
         )
         if not return_all:
             found = [captions[:1] for captions in found]
@@ -136,5 +131,5 @@ class CaptionPipeline:
             if isinstance(features, torch.Tensor)
             else tuple(it[image_index] for it in features)
         )
-        gazes = iter(build_caption_results(decoder, seen, flat, self.vocabulary))
-        return [[next(gazes) for _ in captions] for captions in found]
+        results = iter(build_caption_results(decoder, seen, flat, self.vocabulary))
+        return [[next(results) for _ in captions] for captions in found]

@@ -1,4 +1,4 @@
-"""What a data set is like, before anything is trained on it: a page of numbers, and a picture of them."""
+"""Statistics of a data set's shards, as a table and as a figure."""
 
 import os
 import time
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 _MAX_WORDS: int = Data.model_fields["max_words"].default
 _IMAGE_SIZE: int = Data.model_fields["image_size"].default
-_MANY = 0.1
+_MANY_SMALL = 0.1
 _SHOWN_WORDS = 8
 _SHOWN_IMAGES = 3
 
 _ENDINGS = (".png", ".pdf", ".svg")
-# Okabe and Ito, "Color Universal Design", 2008; without their yellow, which is lost on white paper.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito, "Color Universal Design", 2008, without yellow, which is illegible on white.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _LINES = ("-", "--", ":", "-.")
 _GUIDE: dict[str, Any] = {"color": "0.4", "linewidth": 1, "linestyle": (0, (1, 1))}
 
 
 @dataclass(frozen=True)
 class _Counted:
-    """A split, how many words each caption has, and how often each word is there."""
+    """A split, the number of words of each caption, and the count of each word."""
 
     split: Split
     lengths: Int[np.ndarray, "caption"]
@@ -48,46 +48,42 @@ class _Counted:
 
 @dataclass(frozen=True)
 class _Vocabulary:
-    """What becomes of the words of a split.
-
-    Attributes:
-        source: Name of the split.
-        ranked: Its words and how often each is there, most frequent first.
-        min_count: A word is kept if it is there at least so often.
-        kept: Number of such words.
-    """
+    """The vocabulary that training would build from a split."""
 
     source: str
+    """Name of the split."""
     ranked: list[tuple[str, int]]
+    """Its words and their counts, most frequent first."""
     min_count: int
     kept: int
+    """Words that occur at least `min_count` times."""
 
     def coverage(self, words: Counter[str]) -> Float[np.ndarray, "rank"]:
-        """Return the share of caption words that are among the first 0, 1, 2, ... ranked words."""
+        """Return the fraction of `words` among the first 0, 1, 2, ... ranked words."""
         return np.cumsum([0, *(words[word] for word, _ in self.ranked)]) / words.total()
 
 
 def print_stats(where: Storage | Path, *, min_count: int, plot: Path | None = None) -> None:
-    """Print what shards hold, and draw it.
+    """Print statistics of shards, and draw them.
 
     The vocabulary is that of the split `train`, or else of the first one that has words.
 
     Args:
         where: What `captionscale pack` wrote.
-        min_count: A word is in the vocabulary if that split's captions hold it at least so often.
-        plot: Where the picture goes, if one is wanted; the ending says of what kind it is.
+        min_count: Least count of a word of the vocabulary.
+        plot: PNG, PDF or SVG file for the figure, if any.
 
     Raises:
-        UserError: No finished shards, damaged ones, or a picture of no known kind or in no writable place.
+        UserError: No finished shards, damaged ones, or a figure of unknown format or in no writable place.
     """
     if plot is not None and plot.suffix.lower() not in _ENDINGS:
-        raise UserError(f"{plot}: ends in '{plot.suffix}', wanted {' or '.join(_ENDINGS)}; name it so")
+        raise UserError(f"{plot}: ends in '{plot.suffix}', expected {' or '.join(_ENDINGS)}; rename it")
     place = as_storage(where)
     found = read_manifest(place)
     if not found.splits:
-        raise UserError(f"{place}/{manifest.MANIFEST}: no splits, wanted at least one; {manifest.CURE}")
+        raise UserError(f"{place}/{manifest.MANIFEST}: no splits, expected at least one; {manifest.CURE}")
     counted = [_count(Split(place, name)) for name in found.splits]
-    # The vocabulary's split comes first, the others stay in their order.
+    # The split of the vocabulary comes first.
     worded = sorted((each for each in counted if each.words), key=lambda each: each.split.name != "train")
     vocabulary = _vocabulary(worded[0], min_count) if worded else None
     print(f"{place}: images stored as: {found.images}\n\n{_table(counted, vocabulary)}\n")
@@ -111,7 +107,7 @@ def _count(split: Split) -> _Counted:
 
 
 def _watched(items: Sequence[int], title: str) -> Iterator[int]:
-    """Yield items, under a bar once that has taken longer than people wait gladly."""
+    """Yield items, with a progress bar once it takes long."""
     started, done = time.monotonic(), 0
     while done < len(items) and time.monotonic() - started < SHORT_S:
         yield items[done]
@@ -129,9 +125,9 @@ def _vocabulary(counted: _Counted, min_count: int) -> _Vocabulary:
 
 
 def _table(counted: Sequence[_Counted], vocabulary: _Vocabulary | None) -> str:
-    """Return a line for each number, with a column for each split."""
+    """Return a line for each statistic, with a column for each split."""
     columns = [_column(each, vocabulary) for each in counted]
-    # What is known of captioned splits only stands last, so no column's order can differ from another's.
+    # Statistics of captioned splits only come last, so all columns have one order.
     labels = list(dict.fromkeys(label for column in columns for label in column))
     cells = [["", *labels]]
     for each, column in zip(counted, columns, strict=True):
@@ -183,7 +179,7 @@ def _small(split: Split) -> float:
 def _remarks(
     counted: Sequence[_Counted], worded: Sequence[_Counted], vocabulary: _Vocabulary | None
 ) -> Iterator[str]:
-    """Yield what no table holds: words and images by name, and what a person should think about."""
+    """Yield unknown words, smallest images, and notes."""
     if vocabulary is not None:
         yield (
             f"vocabulary of {vocabulary.source}: {len(vocabulary.ranked):,} words,"
@@ -198,10 +194,13 @@ def _remarks(
         smallest = each.split.index[np.argsort(_short_sides(each.split), kind="stable")[:_SHOWN_IMAGES]]
         shown = ", ".join(f"{row['width']} x {row['height']} (image {row['image_id']})" for row in smallest)
         yield f"smallest images of {each.split.name}: {shown}"
-    silent = [each.split.name for each in counted if not each.split.info.captions]
-    if silent:
-        yield f"note: no captions in {', '.join(silent)}: to be captioned, but neither trained nor scored on"
-    small = [each.split.name for each in counted if _small(each.split) > _MANY]
+    uncaptioned = [each.split.name for each in counted if not each.split.info.captions]
+    if uncaptioned:
+        yield (
+            f"note: no captions in {', '.join(uncaptioned)}: these splits can be captioned, but not used for"
+            " training or scoring"
+        )
+    small = [each.split.name for each in counted if _small(each.split) > _MANY_SMALL]
     if small:
         yield (
             f"note: many images of {', '.join(small)} have a side below {_IMAGE_SIZE} pixels, the default of"
@@ -212,7 +211,7 @@ def _remarks(
 def _draw(
     counted: Sequence[_Counted], worded: Sequence[_Counted], vocabulary: _Vocabulary | None, path: Path
 ) -> None:
-    # A notebook names its own backend here for all that it starts, and without that one there is no import.
+    # A notebook sets this for its children, in which its backend cannot be imported.
     os.environ.pop("MPLBACKEND", None)
     from matplotlib.figure import Figure
 
@@ -220,8 +219,8 @@ def _draw(
     figure = Figure(figsize=(5 * side, 4 * side), dpi=200, layout="constrained")
     panels = list(figure.subplots(side, side, squeeze=False).flat)
     for panel in panels:
-        # Seven colours and four lines: 28 splits before two look the same.
-        panel.set_prop_cycle(color=_COLOURS * len(_LINES), linestyle=_LINES * len(_COLOURS))
+        # Seven colors and four line styles: 28 splits before two look the same.
+        panel.set_prop_cycle(color=_COLORS * len(_LINES), linestyle=_LINES * len(_COLORS))
         panel.grid(color="0.92")
         panel.set_axisbelow(True)
     _draw_sizes(panels[-1], counted)
@@ -235,11 +234,11 @@ def _draw(
 
 def _draw_lengths(axes: "Axes", worded: Sequence[_Counted]) -> None:
     for each in worded:
-        # One length more than there is, so that the line comes down to zero.
+        # One more length, so that the line reaches zero.
         counts = np.bincount(each.lengths, minlength=each.lengths.max() + 2)
         axes.plot(100 * counts / len(each.lengths), label=each.split.name)
     axes.axvline(_MAX_WORDS, label=f"data.max_words = {_MAX_WORDS}", **_GUIDE)
-    # A few captions are whole stories and would press all others into a corner.
+    # A few very long captions would squeeze all others into a corner.
     most = max(float(np.percentile(each.lengths, 99)) for each in worded)
     axes.margins(y=0.3)
     axes.set(xlim=(0, 1.3 * max(most, _MAX_WORDS)), ylim=(0, None))
@@ -271,7 +270,7 @@ def _draw_sizes(axes: "Axes", counted: Sequence[_Counted]) -> None:
     indices = [each.split.index for each in counted]
     both = np.concatenate([np.stack([index["width"], index["height"]]) for index in indices], axis=1)
     (widths, heights), images = np.unique(both, axis=1, return_counts=True)
-    # As a picture even in vector files: they would hold a hundred thousand dots.
+    # Rasterized in vector files too, which would otherwise hold a hundred thousand dots.
     areas = 4 + 400 * images / images.sum()
     axes.scatter(widths, heights, s=areas, alpha=0.5, linewidths=0, rasterized=True)
     low, high = min(both.min(), _IMAGE_SIZE) / 2, max(both.max(), _IMAGE_SIZE) * 2
@@ -284,6 +283,8 @@ def _draw_sizes(axes: "Axes", counted: Sequence[_Counted]) -> None:
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     axes.set(
-        title="Image sizes, a dot's area is its share", xlabel="width in pixels", ylabel="height in pixels"
+        title="Image sizes (area of a dot: share of images)",
+        xlabel="width in pixels",
+        ylabel="height in pixels",
     )
     axes.legend(loc="lower right", fontsize="small")

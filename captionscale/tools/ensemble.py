@@ -1,4 +1,4 @@
-"""The runs whose models write captions: one, or several as an ensemble."""
+"""Runs that caption images together: one, or several as an ensemble."""
 
 import hashlib
 import json
@@ -18,27 +18,27 @@ from captionscale.train.checkpoints import open_checkpoint
 
 @dataclass(frozen=True)
 class CheckpointEnsemble:
-    """Checkpoints that caption together, and the settings by which they do."""
+    """Checkpoints that caption together, and their common settings."""
 
     runs: tuple[Path, ...]
     checkpoints: tuple[Checkpoint, ...]
     config: Config
-    """The first run's, with another section `search` if one was asked for."""
+    """The first run's, with the requested overrides of the section `search`."""
 
     def captioner(self) -> Captioner | Ensemble:
-        """Return the captioner as it was saved, or all of them as one, in evaluation mode."""
+        """Return the saved captioner, or the ensemble of all, in evaluation mode."""
         captioners = [saved.captioner() for saved in self.checkpoints]
         return captioners[0] if len(captioners) == 1 else Ensemble(captioners).eval()
 
     @property
     def sha256(self) -> str:
-        """Hash of the weights; of several members, of their hashes."""
+        """Hash of the weights, or of the members' hashes."""
         hashes = [saved.sha256 for saved in self.checkpoints]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
     @property
     def search_label(self) -> str:
-        """What the name of results says of how they were found: method, width, and a hash of all else."""
+        """Part of a result's name: search method, beam width, and a hash of all other search settings."""
         search = self.config.search
         how = f"beam{search.beam}" if search.method == "beam" else search.method
         searches = [
@@ -51,7 +51,7 @@ class CheckpointEnsemble:
         return f"{how}-{hashlib.sha256(made.encode()).hexdigest()[:8]}"
 
     def provenance(self) -> dict[str, Any]:
-        """Return what a receipt says of an ensemble; of one run it says so anyway."""
+        """Return what a receipt records about an ensemble; of a single run it records the same anyway."""
         if len(self.checkpoints) == 1:
             return {}
         return {
@@ -71,28 +71,28 @@ def open_ensemble(
         run: The --out of captionscale train.
         others: More of them, for an ensemble.
         checkpoint: `best`, `last` or a step, of each.
-        overrides: `search.key=value` each, instead of the first run's own.
+        overrides: `search.key=value` each, replacing the first run's own.
 
     Raises:
-        UserError: No run or checkpoint, settings that cannot be, or runs that cannot write together.
+        UserError: No run or checkpoint, invalid settings, or runs that cannot caption together.
     """
     saved = [open_checkpoint(each, checkpoint) for each in (run, *others)]
     first, *rest = saved
-    words, data = first.vocabulary(), first.config().data
+    vocabulary, data = first.vocabulary(), first.config().data
     for other, member in zip(others, rest, strict=True):
         theirs = member.vocabulary()
-        if theirs.sha256 != words.sha256:
+        if theirs.sha256 != vocabulary.sha256:
             raise UserError(
-                f"--ensemble {other}: its vocabulary has {len(theirs):,} words (sha256 {theirs.sha256[:8]}...),"
-                f" that of {run} {len(words):,} ({words.sha256[:8]}...), wanted the same words; leave it"
-                " out, or train both with the same shards, data.min_count and data.max_vocab_size"
+                f"--ensemble {other}: its vocabulary has {len(theirs):,} words (sha256"
+                f" {theirs.sha256[:8]}...), that of {run} {len(vocabulary):,}"
+                f" ({vocabulary.sha256[:8]}...), expected the same; leave it out, or train both with the same shards, data.min_count and data.max_vocab_size"
             )
         settings = member.config().data
         for key in ("image_size", "max_words"):
             if getattr(settings, key) != getattr(data, key):
                 raise UserError(
                     f"--ensemble {other}: its data.{key} is {getattr(settings, key)}, that of {run}"
-                    f" {getattr(data, key)}, wanted the same; leave it out, or train both alike"
+                    f" {getattr(data, key)}, expected the same; leave it out, or train both alike"
                 )
     return CheckpointEnsemble(
         (run, *others), tuple(saved), toml.override(first.config(), overrides, "search")

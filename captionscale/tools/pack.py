@@ -1,4 +1,4 @@
-"""The command `pack`: any data set in, shards out."""
+"""The command `pack`: read a data set, write shards."""
 
 import signal
 from argparse import Namespace
@@ -9,7 +9,7 @@ from captionscale.data import packing
 from captionscale.data.sources import coco, custom, expected_counts, flickr, karpathy, tars
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.files import cpu_count
+from captionscale.machine import cpu_count
 from captionscale.progress import progress, say, spinner
 
 
@@ -17,19 +17,19 @@ def pack(options: Namespace) -> None:
     """Read a data set and write its shards.
 
     Args:
-        options: As the command line gives them.
+        options: Parsed by the command line.
 
     Raises:
-        UserError: As the readers and `packing.pack` do; other totals than expected.
+        UserError: As by the readers and `packing.pack`; or totals other than expected.
     """
     with spinner("reading the data set"):
         records, sources = _read(options)
     if options.expect:
         expected_counts.check_counts(records, dict(options.expect), str(sources[0]))
     if not any(record.captions for record in records):
-        say("note: no captions, so these shards can be captioned, but neither trained nor scored on")
+        say("note: no captions, so these shards can be captioned, but not used for training or scoring")
     if options.quality is not None and options.resize is None:
-        raise UserError("pack: --quality is that of shrunk images, wanted --resize with it; leave it out")
+        raise UserError("pack: --quality applies to resized images, expected --resize with it; leave it out")
     how = packing.PackOptions(
         images_per_shard=options.images_per_shard,
         short_side=options.resize,
@@ -38,13 +38,13 @@ def pack(options: Namespace) -> None:
         max_rejected=options.max_rejected,
         workers=options.workers or cpu_count(),
     )
-    # A scheduler ends jobs by this signal: what is in hand is finished, and the next call goes on.
-    ours = signal.signal(signal.SIGTERM, _stop)
+    # Schedulers end jobs with this signal: finished shards are kept for the next call.
+    previous = signal.signal(signal.SIGTERM, _stop)
     try:
         with progress("packing", len(records)) as bar:
             manifest = packing.pack(records, options.out, sources=sources, options=how, progress=bar.advance)
     finally:
-        signal.signal(signal.SIGTERM, ours)
+        signal.signal(signal.SIGTERM, previous)
     for split in {record.split: None for record in records}:
         facts = manifest.splits[split]
         rejected = f", {facts.rejected:,} rejected (see {packing.REJECTED})" if facts.rejected else ""
@@ -52,11 +52,11 @@ def pack(options: Namespace) -> None:
 
 
 def _stop(*_: object) -> None:
-    raise UserError("pack: stopped by SIGTERM; finished shards are kept, and the same command goes on")
+    raise UserError("pack: stopped by SIGTERM; finished shards are kept, and the same command resumes")
 
 
 def _read(options: Namespace) -> tuple[list[Record], list[Path]]:
-    """Return a data set's records, and the files that they were read from."""
+    """Return a data set's records, and the files they were read from."""
 
     def first_image_id(splits: set[str]) -> int:
         return packing.first_image_id(options.out, splits)
@@ -65,14 +65,16 @@ def _read(options: Namespace) -> tuple[list[Record], list[Path]]:
     match options.kind:
         case "coco" if options.lists:
             if options.split is not None:
-                raise UserError("pack coco: --lists say the split of each image; leave out --split")
+                raise UserError(
+                    "pack coco: found --split with --lists, expected one of them; leave out --split"
+                )
             records = coco.read_karpathy_lists(options.images, options.captions, options.lists, restval)
             return records, [*options.captions, *sorted(options.lists.glob("karpathy_*_images.txt"))]
         case "coco":
             if options.split is None or len(options.captions) != 1 or options.restval is not None:
                 raise UserError(
-                    "pack coco: wanted one --captions file and the --split that it is,"
-                    " or both files of 2014 and --lists, with or without --restval"
+                    "pack coco: expected one --captions file with its --split, or both files of 2014 with"
+                    " --lists; --restval only with --lists"
                 )
             return coco.read_official(options.images, options.captions[0], options.split), options.captions
         case "karpathy":

@@ -1,4 +1,4 @@
-"""The main job, end to end, on drawn pictures, by the commands that a user gives for COCO."""
+"""The whole pipeline on synthetic images, with the commands that a user runs on COCO."""
 
 import sys
 from pathlib import Path
@@ -18,24 +18,22 @@ from captionscale.score.receipt import Receipt
 COUNTS = {"train": 2000, "val": 150, "test": 250}
 SIZE = 96
 _SAMPLES = 5
-_LEAST_RATIO = 3
+_MIN_RATIO = 3
 
 
 def quickstart(out: Path) -> None:
-    """Draw, pack, verify, train, score, caption, report, and show what came of it.
-
-    What an earlier call has done already is not done again.
+    """Draw, pack, verify, train, score, caption, report; finished steps are not repeated.
 
     Args:
-        out: Folder for pictures, shards and run.
+        out: Folder for images, shards and run.
 
     Raises:
-        SystemExit: A command failed; it has told why.
+        SystemExit: A command failed; it has reported why.
         UserError: The captioner has learned next to nothing, so this installation does not work.
     """
     drawn, packed, run = out / "coco", out / "shards", out / "run"
     if not (packed / manifest.MANIFEST).exists() or manifest.read(packed).splits.keys() != COUNTS.keys():
-        say(f"drawing {sum(COUNTS.values()):,} pictures into {drawn}, in the layout of COCO 2017")
+        say(f"drawing {sum(COUNTS.values()):,} images into {drawn}, in the layout of COCO 2017")
         synthetic.write_coco(drawn, counts=COUNTS, size=SIZE)
         for split in COUNTS:
             images, captions = drawn / f"{split}2017", _captions(drawn, split)
@@ -44,49 +42,46 @@ def quickstart(out: Path) -> None:
             )
     _run("verify", packed)
     _run("train", "quickstart", "--set", f"data.shards={packed}", "--out", run)
-    # Where the report finds it, whatever checkpoint it is of.
     receipt = run / "receipt.json"
     _run("score", run, "--split", "test", "--out", receipt)
-    pictures = sorted((drawn / "test2017").iterdir())[:_SAMPLES]
-    said = _run("caption", run, *pictures)
+    samples = sorted((drawn / "test2017").iterdir())[:_SAMPLES]
+    output = _run("caption", run, *samples)
     _run("report", run, "--out", out / "report.html")
-    _show(drawn, receipt, [line.split("\t")[1] for line in said.splitlines()])
-    say("", f"all of it as a page, with pictures of where the model looked: open {out / 'report.html'}")
+    _show(drawn, receipt, [line.split("\t")[1] for line in output.splitlines()])
+    say("", f"all results on one page, with attention: open {out / 'report.html'}")
 
 
 def random_captions(train: dict[int, list[str]], image_ids: list[int]) -> dict[int, str]:
-    """Return a caption drawn at random from the training set for each image: what knowing nothing scores."""
+    """Return a random training caption for each image, a baseline without any knowledge of the images."""
     pool = [caption for captions in train.values() for caption in captions]
     picks = np.random.default_rng(0).integers(len(pool), size=len(image_ids))
     return {image_id: pool[pick] for image_id, pick in zip(image_ids, picks, strict=True)}
 
 
-def _show(drawn: Path, receipt: Path, said: list[str]) -> None:
-    """Print the scores beside those of random captions, and what was said beside what people say."""
+def _show(drawn: Path, receipt: Path, captions: list[str]) -> None:
+    """Print the scores with those of random captions, and captions with their references."""
     references = coco.read_references(_captions(drawn, "test"))
     train = coco.read_references(_captions(drawn, "train"))
     chance = measure(random_captions(train, list(references)), references).values
     found = Receipt.read(receipt).scores
-    table = Table(title=f"{len(references)} scenes that training never saw")
+    table = Table(title=f"{len(references)} images not used in training")
     for heading in ("metric", "captionscale", "random training captions", "ratio"):
         table.add_column(heading, justify="left" if heading == "metric" else "right")
     for name in METRICS:
         ratio = f"{found[name] / chance[name]:.1f}" if chance[name] else "-"
         table.add_row(name, f"{found[name]:.3f}", f"{chance[name]:.3f}", ratio)
-    # What came of it is the result, and goes where results go.
     out = SafeConsole()
     out.print(table)
-    pictures = sorted((drawn / "test2017").iterdir())
-    for picture, caption in zip(pictures, said, strict=False):
-        out.print(f"\n{picture}")
+    for image, caption in zip(sorted((drawn / "test2017").iterdir()), captions, strict=False):
+        out.print(f"\n{image}")
         out.print(f"  {caption}", style="bold")
-        for reference in references[int(picture.stem)][:3]:
+        for reference in references[int(image.stem)][:3]:
             out.print(f"  {reference}", style="dim")
     model, random = found["CIDEr-D"], chance["CIDEr-D"]
-    if model < _LEAST_RATIO * random:
+    if model < _MIN_RATIO * random:
         raise UserError(
-            f"{receipt}: CIDEr-D {model:.3f}, wanted {_LEAST_RATIO} times the {random:.3f} of random"
-            " captions: this installation does not learn; run make test to see what is broken"
+            f"{receipt}: CIDEr-D {model:.3f}, expected {_MIN_RATIO} times the {random:.3f} of random"
+            " captions, so this installation does not learn; run make test to see what is broken"
         )
 
 

@@ -1,4 +1,4 @@
-"""What there is of a run to tell people of, whatever state it is in."""
+"""What a report reads of a run: log, validations, newest checkpoint, receipts and shards."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,7 @@ from captionscale.config import Config
 from captionscale.data.shards import Split
 from captionscale.data.storage import open_storage
 from captionscale.errors import UserError
+from captionscale.escape import for_shell
 from captionscale.score.receipt import Receipt
 from captionscale.train import run_folder
 from captionscale.train.checkpoints import open_checkpoint
@@ -19,43 +20,43 @@ T = TypeVar("T")
 
 
 class RunArtifacts:
-    """What there is of a run, which may be at work, half-written or of another version."""
+    """What can be read of a run that may be training, incomplete or of another version."""
 
     def __init__(self, folder: Path, shards: str | None):
-        """Look at a run.
+        """Read a run.
 
         Args:
-            folder: The run's.
-            shards: Instead of the run's own.
+            folder: The run's folder.
+            shards: Shards to use instead of the run's own.
 
         Raises:
-            UserError: There is nothing of a run.
+            UserError: It is no run.
         """
         require_run(folder)
         self.folder = folder
         self.name = folder.resolve().name
         self.missing: list[str] = []
+        """What could not be read, and why."""
         if not (folder / LOG_FILE).is_file() and not checkpoint_steps(folder):
             raise UserError(
-                f"{folder}: no checkpoint and no {LOG_FILE}, so no run; wanted the --out of captionscale train;"
+                f"{folder}: no checkpoint and no {LOG_FILE}, expected the --out of captionscale train;"
                 " correct the path"
             )
         self.log = self.try_load(lambda: RunLog(folder))
         self.validations = run_folder.validation_files(folder)
-        """The captions of each scored step of the validation split."""
+        """The captions file of each scored step of the validation split."""
         self.missing += [
             *filter(None, [self.log.warning if self.log else ""]),
             *run_folder.unknown_file_warnings(folder),
         ]
         self.checkpoint = self.try_load(lambda: open_checkpoint(folder))
-        saved = self.checkpoint
-        self.config: Config | None = self.try_load(saved.config) if saved else None
+        self.config: Config | None = self.try_load(self.checkpoint.config) if self.checkpoint else None
         found = [self.try_load(partial(Receipt.read, path)) for path in sorted(folder.rglob("receipt.json"))]
         self.receipts = sorted(filter(None, found), key=lambda receipt: str(receipt.environment.get("time")))
         self.shards = shards
 
     def try_load(self, work: Callable[[], T]) -> T | None:
-        """Return what can be had; of what cannot, the reason becomes a part of the page."""
+        """Return the result of `work`, or None after noting its `UserError` as missing."""
         try:
             return work()
         except UserError as error:
@@ -63,7 +64,7 @@ class RunArtifacts:
             return None
 
     def split(self, name: str) -> Split | None:
-        """Return a split of the run's shards, if they are at hand."""
+        """Return a split of the run's shards, if they can be opened."""
         if self.config is None:
             return None
         data = self.config.data
@@ -71,5 +72,15 @@ class RunArtifacts:
         return self.try_load(lambda: Split(open_storage(shards, data.cache, data.cache_gb), name))
 
     def metric(self, key: str) -> dict[int, float]:
-        """Return one figure of the log by step."""
+        """Return the values of one log key by step."""
         return self.log.metric(key) if self.log else {}
+
+    @property
+    def scored_splits(self) -> list[str]:
+        """The splits with receipts, the latest first."""
+        return list(dict.fromkeys(str(each.provenance.get("split", "?")) for each in reversed(self.receipts)))
+
+    def score_command(self, split: str = "") -> str:
+        """Return the command that scores this run, on its validation split by default."""
+        split = split or (self.config.data.val_split if self.config else "val")
+        return for_shell("captionscale", "score", str(self.folder), "--split", split)

@@ -1,6 +1,5 @@
-"""`captionscale watch`: follow a run by what it writes, from any machine that sees its folder."""
+"""The command `watch`: follow a run through the files in its folder."""
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from rich.text import Text
 from captionscale import parsing, toml
 from captionscale.config import Config
 from captionscale.errors import UserError
-from captionscale.files import LOCK, lock_holder
+from captionscale.files import LOCK, is_alive, lock_holder
 from captionscale.progress import SafeConsole, format_duration
 from captionscale.train import log_reader
 from captionscale.train.log_reader import JsonLinesReader
@@ -35,9 +34,9 @@ from captionscale.train.run_folder import (
 
 _RECENT = 20
 _LATE = 5
-"""Times its rhythm after which a run that says nothing is late; scoring and saving may take so long."""
+"""Times the usual interval of the log after which a run is silent; scoring and saving may take as long."""
 _LEAST_S = 60.0
-_MARKS = {
+_STYLES = {
     "alive": "green",
     "silent": "yellow",
     "stalled": "bold red",
@@ -63,183 +62,174 @@ _STALL = msgspec.json.Decoder(_Stall)
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run stands."""
+    """The state of a run."""
 
     state: str
     reason: str
     facts: dict[str, str]
-    """What else there is to say, by name."""
     fraction_done: float
-    """Of its steps that are done; 0: unknown."""
+    """Of the run's steps; 0: unknown."""
     finished: bool
-    """Whether nothing more will come."""
 
     def line(self) -> str:
         """Return it in one line."""
-        return "  ".join(
-            [*(f"{name} {value}" for name, value in self.facts.items()), f"{self.state}: {self.reason}"]
-        )
+        facts = [f"{name} {value}" for name, value in self.facts.items()]
+        return "  ".join([*facts, f"{self.state}: {self.reason}"])
 
 
 class RunWatcher:
-    """Looks at one run."""
+    """Reads the state of one run."""
 
     def __init__(self, run: Path):
-        """Name a run's folder.
+        """Open a run's folder.
 
         Raises:
-            UserError: It is not there, or no run.
+            UserError: It does not exist, or holds no run.
         """
         require_run(run)
         signs = (LOG_FILE, LOCK, CONFIG_FILE, "job.sbatch", "checkpoints")
         if not any((run / sign).exists() for sign in signs):
             raise UserError(
-                f"{run}: holds no {LOG_FILE}, so no run; wanted the --out of captionscale train or submit; correct"
-                " the path"
+                f"{run}: holds no {LOG_FILE}, so no run, expected the --out of captionscale train or submit;"
+                " correct the path"
             )
         self._run = run
         self._log = JsonLinesReader(run / LOG_FILE, log_reader.parse_line)
         self._stalls = JsonLinesReader(run / STALLS_FILE, lambda line: parsing.decode(line, _STALL))
 
     def status(self) -> RunStatus:
-        """Return how the run stands now.
+        """Return the current state.
 
         Raises:
-            UserError: Its folder is gone, or cannot be read.
+            UserError: The folder is gone, or cannot be read.
         """
         if not self._run.is_dir():
-            raise UserError(f"{self._run}: is gone; wanted the run's folder; correct the path")
+            raise UserError(f"{self._run}: is gone, expected the run's folder; correct the path")
         try:
             self._log.read()
             self._stalls.read()
         except OSError as error:
             raise UserError(
-                f"{error.filename}: cannot be read ({error.strerror}); make it readable"
+                f"{error.filename}: cannot be read ({error.strerror}), expected a readable file; correct its"
+                " permissions"
             ) from None
         config = self._config()
-        learned = [line for line in self._log.lines if "loss" in line]
-        last = learned[-1] if learned else {}
+        trained = [line for line in self._log.lines if "loss" in line]
+        last = trained[-1] if trained else {}
         step = max((line["step"] for line in self._log.lines if "step" in line), default=0)
-        total = _total(config, learned)
-        rhythm_s = _rhythm(config, learned)
+        total = _total(config, trained)
+        interval_s = _interval_s(config, trained)
         facts = dict(_facts(config, last, step, total))
-        pace = _steps_per_s(config, learned)
+        pace = _steps_per_s(config, trained)
         if pace and total > step:
             facts["left"] = f"about {format_duration((total - step) / pace)}"
         facts |= _scores(config, self._log.lines)
         saved = checkpoint_steps(self._run)
         facts["checkpoints"] = ", ".join(f"{each:,}" for each in saved) or "none yet"
         if damaged := [f"{it.path.name} {it.damaged:,}" for it in (self._log, self._stalls) if it.damaged]:
-            facts["damaged lines"] = f"{', '.join(damaged)} (passed over)"
-        state, why = self._state(step, total, rhythm_s)
+            facts["damaged lines"] = f"{', '.join(damaged)} (skipped)"
+        state, why = self._state(step, total, interval_s)
         return RunStatus(state, why, facts, min(1.0, step / total) if total else 0.0, state == "ended")
 
     def _config(self) -> Config | None:
         saved = checkpoint_steps(self._run)
         newest = [checkpoint_folder(self._run, saved[-1]) / CONFIG_FILE] if saved else []
         for path in (self._run / CONFIG_FILE, *newest, self._run / "job.toml"):
-            # One of another version says nothing that could be relied on.
+            # One of another version is not used.
             with suppress(UserError, OSError):
                 if path.is_file():
                     return toml.load(path)
         return None
 
-    def _state(self, step: int, total: int, rhythm_s: float) -> tuple[str, str]:
-        """Return one of `_MARKS`, and why."""
-        holder, at_work = _holder(self._run)
+    def _state(self, step: int, total: int, interval_s: float) -> tuple[str, str]:
+        """Return one of `_STYLES`, and why."""
+        holder, running = _holder(self._run)
         age_s = _age(self._run / LOG_FILE)
-        silent = (
-            f"its log's last line came {format_duration(age_s)} ago" if age_s is not None else "no log yet"
-        )
-        if rhythm_s:
-            silent += f", usually each {format_duration(rhythm_s)}"
-        if total and step >= total and not at_work:
+        last_line = f"last log line {format_duration(age_s)} ago" if age_s is not None else "no log yet"
+        if interval_s:
+            last_line += f", usually every {format_duration(interval_s)}"
+        if total and step >= total and not running:
             return "ended", f"all {total:,} steps are done"
-        if at_work is False:
+        if running is False:
             last = self._log.lines[-1] if self._log.lines else {}
             if "stop_reason" in last:
-                return "not running", f"it left for {last['stop_reason']}; the same command goes on"
+                return "not running", f"stopped by {last['stop_reason']}; the same command resumes it"
             if not holder and age_s is None:
-                return "not running", "it has not started; squeue tells of its job"
-            died = (
-                f"{holder} is gone without a word" if holder else "stopped early, by a signal or by an error"
+                return "not running", "it has not started; see squeue for its job"
+            ending = (
+                f"{holder} died without a message" if holder else "stopped early, by a signal or an error"
             )
-            return "not running", f"{died}; {silent}"
-        late = age_s is not None and age_s > max(_LEAST_S, _LATE * rhythm_s)
+            return "not running", f"{ending}; {last_line}"
         stall = self._stalls.lines[-1] if self._stalls.lines else None
         if stall and (age_s is None or stall.time > time.time() - age_s):
             who = ", ".join(f"rank {it.rank} on {it.host}" for it in stall.stalled)
-            return "stalled", f"{who or 'a rank'} keeps the others waiting (stalls.jsonl); {silent}"
-        if late:
-            return "silent", f"{silent}; it may score or save, or have died: look at the job's log"
-        return "alive", silent
+            return "stalled", f"the others wait for {who or 'a rank'} ({STALLS_FILE}); {last_line}"
+        if age_s is not None and age_s > max(_LEAST_S, _LATE * interval_s):
+            return "silent", f"{last_line}; it may be scoring or saving, or have died: see the job's log"
+        return "alive", last_line
 
 
 def watch(run: Path, *, once: bool, every_s: float) -> None:
-    """Show how a run stands, again and again until it has ended.
+    """Show the state of a run, again and again until it has ended.
 
     Args:
         run: Its folder.
-        once: Only now.
-        every_s: Seconds between two looks.
+        once: Show it once.
+        every_s: Seconds between two updates.
 
     Raises:
-        UserError: No run.
+        UserError: It is no run.
     """
-    watched = RunWatcher(run)
+    watcher = RunWatcher(run)
     out = SafeConsole()
     if once:
-        out.print(_picture(run, watched.status()))
+        out.print(_renderable(run, watcher.status()))
         return
-    # Ctrl-C is how one leaves.
+    # Ctrl-C is the way to end it.
     with suppress(KeyboardInterrupt):
         if out.is_terminal:
             with Live(console=out, auto_refresh=False) as live:
-                for glance in _glances(watched, every_s):
-                    live.update(_picture(run, glance), refresh=True)
+                for status in _updates(watcher, every_s):
+                    live.update(_renderable(run, status), refresh=True)
             return
-        said: object = None
-        for glance in _glances(watched, every_s):
-            # Why changes with every second.
-            if (news := (glance.state, glance.facts)) != said:
-                said = news
-                print(f"{time.strftime('%H:%M:%S')}  {glance.line()}", flush=True)
+        shown: object = None
+        for status in _updates(watcher, every_s):
+            # The reason changes every second.
+            if (news := (status.state, status.facts)) != shown:
+                shown = news
+                print(f"{time.strftime('%H:%M:%S')}  {status.line()}", flush=True)
     sys.stdout.flush()
 
 
-def _glances(watched: RunWatcher, every_s: float) -> Iterator[RunStatus]:
+def _updates(watcher: RunWatcher, every_s: float) -> Iterator[RunStatus]:
     while True:
-        glance = watched.status()
-        yield glance
-        if glance.finished:
+        status = watcher.status()
+        yield status
+        if status.finished:
             return
         time.sleep(every_s)
 
 
-def _picture(run: Path, glance: RunStatus) -> Group:
+def _renderable(run: Path, status: RunStatus) -> Group:
     table = Table.grid(padding=(0, 2))
-    if glance.fraction_done:
-        table.add_row(
-            "", ProgressBar(1.0, glance.fraction_done, 50, complete_style="cyan", finished_style="cyan")
-        )
-    for name, value in glance.facts.items():
+    if status.fraction_done:
+        bar = ProgressBar(1.0, status.fraction_done, 50, complete_style="cyan", finished_style="cyan")
+        table.add_row("", bar)
+    for name, value in status.facts.items():
         table.add_row(Text(name, "dim"), value)
     title = Text()
     title.append(f"{run}  ", "bold")
-    title.append(glance.state, _MARKS[glance.state])
-    title.append(f"  {glance.reason}")
+    title.append(status.state, _STYLES[status.state])
+    title.append(f"  {status.reason}")
     return Group(title, table)
 
 
 def _facts(config: Config | None, last: dict[str, Any], step: int, total: int) -> Iterator[tuple[str, str]]:
     yield "step", f"{step:,} of {total:,}" if total else f"{step:,}"
     if "epoch" in last:
-        of = f" of {config.train.epochs}" if config and not config.train.steps else ""
-        yield "epoch", f"{last['epoch']:.2f}{of}"
-    if "loss" in last:
-        yield "loss", f"{last['loss']:.3f}"
-    if "reward" in last:
-        yield "reward", f"{last['reward']:.3f}"
+        total_epochs = f" of {config.train.epochs}" if config and not config.train.steps else ""
+        yield "epoch", f"{last['epoch']:.2f}{total_epochs}"
+    yield from ((key, f"{last[key]:.3f}") for key in ("loss", "reward") if key in last)
     if "images_per_s" in last:
         yield "images/s", f"{last['images_per_s']:,.0f}"
 
@@ -249,34 +239,34 @@ def _scores(config: Config | None, lines: list[dict[str, Any]]) -> dict[str, str
     if not scored:
         return {}
     last = scored[-1]
-    told = ", ".join(f"{name} {value:.4f}" for name, value in last["scores"].items())
-    facts = {"scores": f"{told} (step {last['step']:,})"}
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in last["scores"].items())
+    facts = {"scores": f"{shown} (step {last['step']:,})"}
     metric = config.train.score_metric if config else "CIDEr-D"
     if ranked := [line for line in scored if metric in line["scores"]]:
-        # The first of equals, as training takes it.
+        # The first of equals, as in training.
         best = max(ranked, key=lambda line: line["scores"][metric])
         facts["best"] = f"{metric} {best['scores'][metric]:.4f} (step {best['step']:,})"
     return facts
 
 
-def _total(config: Config | None, learned: list[dict[str, Any]]) -> int:
+def _total(config: Config | None, trained: list[dict[str, Any]]) -> int:
     """Return the steps of the whole run; 0: unknown."""
     if config is None:
         return 0
     if config.train.steps:
         return config.train.steps
-    epoch = learned[-1].get("epoch") if learned else 0
-    return round(config.train.epochs * learned[-1]["step"] / epoch) if epoch else 0
+    epoch = trained[-1].get("epoch") if trained else 0
+    return round(config.train.epochs * trained[-1]["step"] / epoch) if epoch else 0
 
 
-def _steps_per_s(config: Config | None, learned: list[dict[str, Any]]) -> float:
-    rates = [line["images_per_s"] for line in learned[-_RECENT:] if line.get("images_per_s")]
+def _steps_per_s(config: Config | None, trained: list[dict[str, Any]]) -> float:
+    rates = [line["images_per_s"] for line in trained[-_RECENT:] if line.get("images_per_s")]
     return median(rates) / config.train.global_batch if rates and config else 0.0
 
 
-def _rhythm(config: Config | None, learned: list[dict[str, Any]]) -> float:
-    """Return the seconds between two lines of the log; 0: unknown."""
-    pace = _steps_per_s(config, learned)
+def _interval_s(config: Config | None, trained: list[dict[str, Any]]) -> float:
+    """Return the usual seconds between two lines of the log; 0: unknown."""
+    pace = _steps_per_s(config, trained)
     return config.train.log_every / pace if pace and config else 0.0
 
 
@@ -289,15 +279,10 @@ def _age(path: Path) -> float | None:
 
 
 def _holder(run: Path) -> tuple[str, bool | None]:
-    """Return who says to be at work in a run's folder, and whether that is so; none: unknown, elsewhere."""
+    """Return the process that writes a run, and whether it exists; None: it is on another machine."""
+    # Its lock is not tried: a run that starts at that moment would be refused.
     try:
         holder = lock_holder(run)
     except OSError:
-        return "", False
-    if not holder:
-        return "", False
-    # As `files.lock` writes it. Its lock is not tried: a run that starts just then would be refused.
-    words = holder.split()
-    if len(words) < 3 or words[-1] != os.uname().nodename or not words[-3].isdecimal():
-        return holder, None
-    return holder, Path("/proc", words[-3]).exists()
+        holder = ""
+    return holder, is_alive(holder) if holder else False

@@ -220,13 +220,13 @@ def test_only_names_that_are_our_own_are_removed(tmp_path: Path, monkeypatch: py
         run / "checkpoints" / "best.tmp",
         shards / "features" / "notes.tmp",
         shards / "features" / "train-0123456789abcdef.npy.tmp.mine",
-        tmp_path / "captionscale-scratch-mine",
+        tmp_path / "captionscale-work-mine",
         tmp_path / "model.tmp",
     ]
     removed = [
         run / "checkpoints" / "step-00000001.tmp",
         shards / "features" / "train-0123456789abcdef.npy.tmp",
-        tmp_path / "captionscale-scratch-java-abcdefgh",
+        tmp_path / "captionscale-work-java-abcdefgh",
     ]
     for path in (*kept, *removed):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -56,7 +56,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(name, run, packed, tmp_path,
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("captionscale: ")]
     assert len(lines) == 1
     assert f"captionscale: {tmp_path}" in lines[0]
-    assert "cannot be written (File too large), wanted a writable folder with free space" in lines[0]
+    assert "cannot be written (File too large), expected a writable folder with free space" in lines[0]
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     assert sorted(run.rglob("*")) == before
 

@@ -122,7 +122,9 @@ def sampled(seed, images=200, captions=300):
 def test_the_reward_equals_what_dictionaries_give():
     references, images, captions = sampled(0)
     found = CiderDReward(references)(images, captions)
-    np.testing.assert_allclose(found, PlainCiderD(references)(np.array(images), captions), rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(
+        found, PlainCiderD(references)(np.array(images), captions), rtol=1e-12, atol=1e-14
+    )
 
 
 def test_the_reward_of_a_caption_does_not_depend_on_the_others():

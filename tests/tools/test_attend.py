@@ -1,4 +1,4 @@
-"""Pictures of where a model looks; the run is the journey's: trained by the command line."""
+"""Attention figures of a run that the command line trained."""
 
 from pathlib import Path
 
@@ -38,27 +38,27 @@ def photos(synthetic_coco: Path) -> list[Path]:
     return sorted((synthetic_coco / "test2017").iterdir())[:2]
 
 
-def test_a_picture_shows_the_caption_that_the_command_caption_writes(run, photos, tmp_path, capsys) -> None:
-    said = _say(capsys, "attend", run, *photos, "--out", tmp_path / "out", "--beam", "3")
-    written = [line.split("\t") for line in said.splitlines()]
-    plain = _say(capsys, "caption", run, *photos, "--beam", "3").splitlines()
-    assert [caption for _, caption in written] == [line.split("\t")[1] for line in plain]
-    for place, _ in written:
-        with Image.open(place) as picture:
-            assert picture.width > 500
+def test_a_figure_shows_the_caption_of_the_command_caption(run, photos, tmp_path, capsys) -> None:
+    output = _say(capsys, "attend", run, *photos, "--out", tmp_path / "out", "--beam", "3")
+    written = [line.split("\t") for line in output.splitlines()]
+    captions = _say(capsys, "caption", run, *photos, "--beam", "3").splitlines()
+    assert [caption for _, caption in written] == [line.split("\t")[1] for line in captions]
+    for path, _ in written:
+        with Image.open(path) as figure:
+            assert figure.width > 500
 
 
-def test_two_images_of_one_name_have_two_pictures(run, photos, tmp_path, capsys) -> None:
+def test_two_images_of_one_name_have_two_figures(run, photos, tmp_path, capsys) -> None:
     other = tmp_path / "other" / photos[0].name
     other.parent.mkdir()
     other.write_bytes(photos[1].read_bytes())
-    said = _say(capsys, "attend", run, photos[0], other, "--out", tmp_path / "out")
-    places = [Path(line.split("\t")[0]) for line in said.splitlines()]
-    assert len(set(places)) == 2
-    assert all(place.is_file() for place in places)
+    output = _say(capsys, "attend", run, photos[0], other, "--out", tmp_path / "out")
+    paths = [Path(line.split("\t")[0]) for line in output.splitlines()]
+    assert len(set(paths)) == 2
+    assert all(path.is_file() for path in paths)
 
 
-def test_a_split_becomes_pages_of_ten_images_and_of_the_first_alone_if_asked(run, tmp_path, capsys) -> None:
+def test_a_split_becomes_pages_of_ten_images_up_to_the_limit(run, tmp_path, capsys) -> None:
     main(["attend", str(run), "--split", "train", "--limit", "12", "--out", str(tmp_path), "--beam", "1"])
     heard = capsys.readouterr()
     assert "12 of 48 images of train on 2 pages\n" in heard.err
@@ -66,30 +66,30 @@ def test_a_split_becomes_pages_of_ten_images_and_of_the_first_alone_if_asked(run
     assert [page.name for page in pages] == ["train-001.png", "train-002.png"]
     heights = []
     for page in pages:
-        with Image.open(page) as picture:
-            heights.append(picture.height)
+        with Image.open(page) as figure:
+            heights.append(figure.height)
     assert heights[1] < heights[0] / 2, "two rows after ten"
     assert "wanted --split with it" in _refuse(
         capsys, "attend", run, "photo.jpg", "--limit", "3", "--out", tmp_path
     )
 
 
-def test_the_maps_of_each_word_add_up_to_one_and_are_the_grid_s(run, photos) -> None:
+def test_the_map_of_each_word_sums_to_one_over_the_grid(run, photos) -> None:
     from captionscale.tools.captioner_api import CaptionPipeline
     from captionscale.tools.ensemble import open_ensemble
 
     for stride in (32, 16):
-        writer = CaptionPipeline(open_ensemble(run, (), checkpoint="best", overrides=["search.beam=2"]))
-        size = writer.ensemble.config.data.image_size
+        pipeline = CaptionPipeline(open_ensemble(run, (), checkpoint="best", overrides=["search.beam=2"]))
+        size = pipeline.ensemble.config.data.image_size
         if stride == 16:
             from captionscale.model.captioner import Captioner
 
-            model = writer.ensemble.config.model
+            model = pipeline.ensemble.config.model
             finer = model.encoder.model_copy(update={"output_stride": 16})
             model = model.model_copy(update={"encoder": finer})
-            writer.captioner = Captioner(model, len(writer.vocabulary)).eval()
-        views = [writer.view(photo) for photo in photos]
-        for each in writer.generate_best(views, writer.generation_request(), range(len(views))):
+            pipeline.captioner = Captioner(model, len(pipeline.vocabulary)).eval()
+        views = [pipeline.view(photo) for photo in photos]
+        for each in pipeline.generate_best(views, pipeline.generation_request(), range(len(views))):
             assert len(each.words) == len(each.probabilities) == len(each.attention_maps or ())
             assert all(0 < probability <= 1 for probability in each.probabilities)
             for weights in each.attention_maps or ():
@@ -97,7 +97,7 @@ def test_the_maps_of_each_word_add_up_to_one_and_are_the_grid_s(run, photos) -> 
                 assert weights.sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_map_lies_over_the_picture_the_right_way_up() -> None:
+def test_the_overlay_is_the_right_way_up() -> None:
     from captionscale.tools.caption_result import overlay
 
     weights = np.zeros((2, 3), np.float32)
@@ -114,7 +114,7 @@ def test_the_map_lies_over_the_picture_the_right_way_up() -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"not an image"])
-def test_what_is_no_image_is_refused_before_anything_is_written(
+def test_files_that_are_no_images_are_refused_before_anything_is_written(
     content, run, photos, tmp_path, capsys
 ) -> None:
     bad = tmp_path / "bad.jpg"
@@ -130,14 +130,14 @@ def test_an_image_of_a_hundred_megapixels_is_refused(run, tmp_path, capsys) -> N
     assert "huge.png: more than 89,478,485 pixels" in error
 
 
-def test_a_plain_decoder_says_that_it_has_no_attention(packed, tmp_path, capsys, photos) -> None:
+def test_a_plain_decoder_is_refused(packed, tmp_path, capsys, photos) -> None:
     tiny_config(tmp_path, packed, "train.steps=1", "model.decoder.name=plain", "model.decoder.num_layers=1")
     main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run")])
     error = _refuse(capsys, "attend", tmp_path / "run", *photos, "--out", tmp_path / "out")
     assert "its decoder is 'plain'" in error
 
 
-def test_places_and_runs_that_are_none_are_refused(run, photos, tmp_path, capsys) -> None:
+def test_missing_runs_and_unwritable_folders_are_refused(run, photos, tmp_path, capsys) -> None:
     assert "no: no such folder" in _refuse(capsys, "attend", tmp_path / "no", photos[0], "--out", tmp_path)
     assert "no checkpoint, so no run" in _refuse(capsys, "attend", tmp_path, photos[0], "--out", tmp_path)
     assert "wanted either" in _refuse(capsys, "attend", run, "--out", tmp_path)

@@ -203,7 +203,7 @@ def test_the_command_says_what_it_showed_and_what_it_cannot_show(tmp_path, capsy
         write_board([tmp_path / "empty"], out)
     with pytest.raises(UserError, match="nothere"):
         write_board([tmp_path / "nothere"], out)
-    with pytest.raises(UserError, match="is a folder, wanted a place for a file"):
+    with pytest.raises(UserError, match="is a folder, expected a file"):
         write_board([tmp_path / "runs"], tmp_path / "runs")
 
 

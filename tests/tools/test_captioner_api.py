@@ -12,7 +12,7 @@ from captionscale.errors import UserError
 from captionscale.tools.captioner_api import CaptionPipeline
 
 
-def pictures(synthetic_coco: Path) -> list[Path]:
+def images(synthetic_coco: Path) -> list[Path]:
     return sorted((synthetic_coco / "test2017").iterdir())
 
 
@@ -26,10 +26,10 @@ def writer(run: Path) -> CaptionPipeline:
     return captionscale.load(run)
 
 
-def test_three_lines_of_python_say_what_the_command_says(
+def test_python_gives_the_captions_of_the_command(
     writer: CaptionPipeline, run: Path, synthetic_coco: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = pictures(synthetic_coco)
+    files = images(synthetic_coco)
     main(["caption", str(run), *map(str, files), "--beam", "3"])
     said = [line.split("\t")[1] for line in capsys.readouterr().out.splitlines()]
     found = writer.caption(files, beam=3)
@@ -44,22 +44,22 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"
 
 
-def test_a_file_and_its_picture_have_one_caption_whichever_batch_they_are_in(
+def test_a_file_and_its_pillow_image_have_one_caption_in_any_batch(
     writer: CaptionPipeline, synthetic_coco: Path
 ) -> None:
-    files = pictures(synthetic_coco)
+    files = images(synthetic_coco)
     together = writer.caption(files, batch_size=3)
     opened = [Image.open(file) for file in files]
-    for file, picture, caption in zip(files, opened, together, strict=True):
-        [alone], [other] = writer.caption([str(file)]), writer.caption([picture])
+    for file, image, caption in zip(files, opened, together, strict=True):
+        [alone], [other] = writer.caption([str(file)]), writer.caption([image])
         assert alone.words == other.words == caption.words
         assert alone.log_prob == pytest.approx(caption.log_prob, abs=1e-4)
 
 
-def test_a_picture_lies_upright_and_on_white_as_its_file_would(
+def test_a_pillow_image_is_turned_upright_on_white_like_its_file(
     writer: CaptionPipeline, synthetic_coco: Path, tmp_path: Path
 ) -> None:
-    picture = Image.open(pictures(synthetic_coco)[0]).rotate(90).convert("RGBA")
+    picture = Image.open(images(synthetic_coco)[0]).rotate(90).convert("RGBA")
     picture.putalpha(120)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -69,10 +69,10 @@ def test_a_picture_lies_upright_and_on_white_as_its_file_would(
     assert (by_file != writer.view(picture.convert("RGB"))).any()
 
 
-def test_sampled_captions_are_functions_of_seed_and_place(
+def test_sampled_captions_are_functions_of_seed_and_position(
     writer: CaptionPipeline, synthetic_coco: Path
 ) -> None:
-    files = pictures(synthetic_coco)[:1] * 5
+    files = images(synthetic_coco)[:1] * 5
     first, again, other = (
         [caption.words for caption in writer.caption(files, method="sample", seed=seed)] for seed in (1, 1, 2)
     )
@@ -80,34 +80,32 @@ def test_sampled_captions_are_functions_of_seed_and_place(
     assert len({tuple(words) for words in first}) > 1
 
 
-def test_every_caption_of_a_beam_is_given_best_first(writer: CaptionPipeline, synthetic_coco: Path) -> None:
-    views = [writer.view(file) for file in pictures(synthetic_coco)[:2]]
-    generation_request = writer.generation_request(beam=4, length_penalty=0.0)
-    best = writer.generate(views, generation_request, [0, 1])
-    for all_of, [first] in zip(
-        writer.generate(views, generation_request, [0, 1], return_all=True), best, strict=True
-    ):
-        chances = [caption.log_prob for caption in all_of]
+def test_all_captions_of_a_beam_come_best_first(writer: CaptionPipeline, synthetic_coco: Path) -> None:
+    views = [writer.view(file) for file in images(synthetic_coco)[:2]]
+    request = writer.generation_request(beam=4, length_penalty=0.0)
+    best = writer.generate(views, request, [0, 1])
+    for all_of, [first] in zip(writer.generate(views, request, [0, 1], return_all=True), best, strict=True):
+        log_probs = [caption.log_prob for caption in all_of]
         assert len(all_of) == 4
         assert all_of[0].words == first.words
-        assert chances == sorted(chances, reverse=True)
+        assert log_probs == sorted(log_probs, reverse=True)
 
 
 @pytest.mark.parametrize(
-    ("wish", "told"),
+    ("request_", "told"),
     [
         ({"baem": 3}, "search.baem=3: unknown key 'baem'; did you mean 'beam'?"),
         ({"beam": 0}, "search.beam=0: beam = 0: input should be greater than or equal to 1"),
         ({"prefix": "zebrafish"}, "the run has no word 'zebrafish'"),
     ],
 )
-def test_wishes_that_cannot_be_are_refused_by_name(writer: CaptionPipeline, wish, told) -> None:
+def test_invalid_requests_are_refused_by_name(writer: CaptionPipeline, request_, told) -> None:
     with pytest.raises(UserError) as caught:
-        writer.caption([], **wish)
+        writer.caption([], **request_)
     assert str(caught.value).startswith(told) or told in str(caught.value)
     assert "--set" not in str(caught.value)
 
 
-def test_one_picture_that_is_not_in_a_list_is_not_read_letter_by_letter(writer: CaptionPipeline) -> None:
-    with pytest.raises(ValueError, match="wanted a list of images"):
+def test_a_single_image_outside_a_list_is_refused(writer: CaptionPipeline) -> None:
+    with pytest.raises(ValueError, match="expected a list"):
         writer.caption("photo.jpg")

@@ -18,7 +18,7 @@ from captionscale.data.packing import PackOptions, pack
 from captionscale.data.sources import coco
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.tools import dataset_stats as room
+from captionscale.tools import dataset_stats
 from captionscale.tools.dataset_stats import print_stats
 from captionscale.vocab import split_words
 
@@ -102,7 +102,7 @@ def test_the_numbers_are_those_counted_by_hand(small: Path, capsys: pytest.Captu
         "smallest images of train: 100 x 50 (image 1), 224 x 400 (image 4), 301 x 301 (image 2)\n"
         "smallest images of val: 500 x 224 (image 6)\n"
         "smallest images of test: 700 x 500 (image 7)\n"
-        "note: no captions in test: to be captioned, but neither trained nor scored on\n"
+        "note: no captions in test: these splits can be captioned, but not used for training or scoring\n"
         "note: many images of train have a side below 224 pixels, the default of data.image_size;"
         " they will be enlarged\n"
     )
@@ -196,7 +196,9 @@ def test_a_picture_is_of_the_kind_that_its_ending_says(small: Path, tmp_path: Pa
 def test_another_picture_is_refused_before_anything_is_counted(
     small: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UserError, match=rf"{name}: ends in '.*', wanted \.png or \.pdf or \.svg; name it so"):
+    with pytest.raises(
+        UserError, match=rf"{name}: ends in '.*', expected \.png or \.pdf or \.svg; rename it"
+    ):
         print_stats(small, min_count=2, plot=tmp_path / name)
     assert capsys.readouterr().out == ""
 
@@ -206,7 +208,7 @@ def test_a_picture_that_cannot_be_written_costs_no_numbers(
 ) -> None:
     (tmp_path / "folder.png").mkdir()
     for plot in (tmp_path / "nowhere" / "it.png", tmp_path / "folder.png"):
-        with pytest.raises(UserError, match=rf"{plot}: cannot be written \(.*\), wanted a writable folder"):
+        with pytest.raises(UserError, match=rf"{plot}: cannot be written \(.*\), expected a writable folder"):
             print_stats(small, min_count=2, plot=plot)
         assert "vocabulary of train" in capsys.readouterr().out
     assert not list(tmp_path.glob("*.tmp"))
@@ -234,7 +236,7 @@ def test_a_bar_comes_only_where_it_takes_long_and_nothing_is_lost_to_it(
     print_stats(small, min_count=2)
     quick = capsys.readouterr()
     assert quick.err == ""
-    for each in (room, progress):
+    for each in (dataset_stats, progress):
         monkeypatch.setattr(each, "SHORT_S", 0.0)
     print_stats(small, min_count=2)
     slow = capsys.readouterr()
@@ -246,7 +248,7 @@ def test_a_bar_comes_only_where_it_takes_long_and_nothing_is_lost_to_it(
 def test_a_manifest_without_splits_is_refused(tmp_path: Path) -> None:
     empty = manifest.Manifest(manifest.FORMAT, manifest.Images(), {})
     (tmp_path / manifest.MANIFEST).write_bytes(empty.dumps())
-    with pytest.raises(UserError, match=rf"{manifest.MANIFEST}: no splits, wanted at least one; "):
+    with pytest.raises(UserError, match=rf"{manifest.MANIFEST}: no splits, expected at least one; "):
         print_stats(tmp_path, min_count=5)
 
 

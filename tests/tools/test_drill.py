@@ -1,4 +1,4 @@
-"""The command `drill`: real launches and kills, and the verdict where two runs are not one."""
+"""The command `drill`: real launches and kills, and its verdict on runs that differ."""
 
 import json
 from pathlib import Path
@@ -7,24 +7,23 @@ import pytest
 from experiment import tiny_config
 
 from captionscale.errors import UserError
-from captionscale.tools import drill as room
-from captionscale.tools.drill import drill
+from captionscale.tools import drill
 
 
 def run_drill(folder: Path, packed: Path, *changes: str, **options: object) -> bool:
     settings = tiny_config(folder, packed, *changes)
     given = {"profile": "cpu", "ranks": (1, 2), "kills": 1, "steps": 6, "seed": 0, **options}
-    return drill(settings, folder / "drill", **given)
+    return drill.drill(settings, folder / "drill", **given)
 
 
-def test_a_run_killed_and_resumed_is_one_result_and_a_book_that_was_cooked_is_told(
+def test_a_run_killed_and_resumed_is_one_result_and_a_changed_sample_log_is_found(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_drill(tmp_path, packed, "train.micro_batch=4")
     said = capsys.readouterr().out
     assert "each sample of each epoch exactly once" in said
     assert said.splitlines()[-1].startswith("one result: 6 steps, killed 1 times on ")
-    with pytest.raises(UserError, match="holds an earlier drill, wanted none"):
+    with pytest.raises(UserError, match="holds an earlier drill, expected none"):
         run_drill(tmp_path, packed)
 
     out = tmp_path / "drill"
@@ -37,10 +36,10 @@ def test_a_run_killed_and_resumed_is_one_result_and_a_book_that_was_cooked_is_to
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     lines[-1]["loss"] = lines[-1].get("loss", 0) + 1
     log.write_text("\n".join(map(json.dumps, lines)))
-    split = room.Split(packed, "train")
-    settings = room.toml.load(out / "experiment.toml")
-    order = room.make_sampler(split, settings)
-    assert not room._judge(out / "alone", out / "killed", [], order, split, settings)
+    split = drill.Split(packed, "train")
+    settings = drill.toml.load(out / "experiment.toml")
+    order = drill.make_sampler(split, settings)
+    assert not drill._compare(out / "uninterrupted", out / "killed", [], order, split, settings)
     said = capsys.readouterr().out
     assert "1 samples too many" in said
     assert said.splitlines()[-1].startswith("DIFFERS: ")

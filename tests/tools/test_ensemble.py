@@ -27,7 +27,7 @@ def saved(folder: Path, name: str, *changes: str, words: tuple[str, ...] = ("a",
     return folder / name
 
 
-def test_members_write_as_one_and_say_who_they_are(tmp_path: Path) -> None:
+def test_members_caption_as_one_and_are_recorded(tmp_path: Path) -> None:
     run, other = saved(tmp_path, "run"), saved(tmp_path, "other", "model.decoder.name=plain")
     alone, both, turned = (
         open_ensemble(run, others, checkpoint="best", overrides=changes)
@@ -50,7 +50,7 @@ def test_members_write_as_one_and_say_who_they_are(tmp_path: Path) -> None:
     assert turned.checkpoints[0].config().search.no_repeat_ngram_size == 0
 
 
-def test_runs_that_cannot_write_together_are_refused_by_name(tmp_path: Path) -> None:
+def test_runs_that_cannot_caption_together_are_refused_by_name(tmp_path: Path) -> None:
     run = saved(tmp_path, "run")
     for name, other, told in (
         ("words", saved(tmp_path, "words", words=("a", "cat")), "has 6 words"),

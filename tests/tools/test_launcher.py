@@ -9,11 +9,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-from captionscale import config, toml
+from captionscale import toml
+from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.tools.launcher import launch
 
-VERB = ["train", "quickstart", "--out", "a run", "--set", "train.lr=2e-4"]
+COMMAND = ["train", "quickstart", "--out", "a run", "--set", "train.lr=2e-4"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def dry_run(capsys: pytest.CaptureFixture[str]):
     """Return the environment of a launch and its arguments, as Accelerate understands them."""
 
     def run(profile: str | Path = "cpu", processes: int | None = None, **more):
-        launch(VERB, profile=str(profile), processes=processes, dry_run=True, **more)
+        launch(COMMAND, profile=str(profile), processes=processes, dry_run=True, **more)
         words = shlex.split(capsys.readouterr().out)
         start = words.index("accelerate")
         assert words[start : start + 2] == ["accelerate", "launch"]
@@ -58,11 +59,11 @@ def profile(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("processes", [None, 1, 3])
-def test_on_one_machine_every_process_runs_the_verb(dry_run, processes) -> None:
+def test_on_one_machine_every_process_runs_the_command(dry_run, processes) -> None:
     _, arguments = dry_run(processes=processes)
     assert (arguments.num_processes, arguments.num_machines) == (processes or 2, 1)
     assert arguments.module
-    assert [arguments.training_script, *arguments.training_script_args] == ["captionscale", *VERB]
+    assert [arguments.training_script, *arguments.training_script_args] == ["captionscale", *COMMAND]
     # Port 0: any free one, so that two runs on one machine do not meet.
     assert arguments.main_process_port == 0
 
@@ -136,7 +137,7 @@ def test_in_the_batch_script_of_one_machine_there_is_no_step(dry_run, slurm, mon
     with pytest.raises(UserError) as caught:
         dry_run()
     assert str(caught.value) == (
-        "SLURM: 1 launcher on 2 machines, wanted one on each; start it by srun --ntasks-per-node=1"
+        "SLURM: 1 launcher on 2 nodes, expected one on each; start it with srun --ntasks-per-node=1"
     )
 
 
@@ -147,14 +148,14 @@ def test_a_container_that_hides_what_slurm_says_is_told_which(dry_run, slurm, mo
     with pytest.raises(UserError) as caught:
         dry_run()
     assert str(caught.value) == (
-        f"SLURM_{name}: not set, wanted as srun sets it on 4 machines; start it by srun --ntasks-per-node=1,"
-        " and let a container have its environment"
+        f"SLURM_{name}: not set, expected as srun sets it on 4 nodes; start it with srun --ntasks-per-node=1,"
+        " and pass its environment into a container"
     )
 
 
 def test_a_launcher_for_each_gpu_is_refused(dry_run, slurm) -> None:
     slurm(STEP_NUM_TASKS="32")
-    with pytest.raises(UserError, match=r"^SLURM: 32 launchers on 4 machines, wanted one on each"):
+    with pytest.raises(UserError, match=r"^SLURM: 32 launchers on 4 nodes, expected one on each"):
         dry_run()
 
 
@@ -164,7 +165,7 @@ def test_under_another_launcher_it_is_refused(dry_run, monkeypatch, name) -> Non
     with pytest.raises(UserError) as caught:
         dry_run()
     assert str(caught.value) == (
-        f"{name} = 3: another launcher has started this process as one of several, wanted to be the only one;"
+        f"{name} = 3: another launcher has started this process, expected captionscale to be the only one;"
         " leave out `captionscale launch --`, or that launcher"
     )
 
@@ -175,34 +176,34 @@ def test_processes_are_counted_over_all_machines(dry_run) -> None:
     with pytest.raises(UserError) as caught:
         dry_run("gpu", 6)
     assert str(caught.value) == (
-        "--processes 6: 4 machines cannot share them evenly; wanted a multiple of 4; change --processes"
+        "--processes 6: 4 nodes cannot share them evenly, expected a multiple of 4; change --processes"
     )
 
 
-def settings(*changes: str) -> config.Config:
-    """Those of an experiment with 16 micro-batches in a step."""
+def experiment(*changes: str) -> Config:
+    """Return an experiment with 16 micro-batches in a step."""
     return toml.load("attention", ["train.global_batch=256", "train.micro_batch=16", *changes])
 
 
 @pytest.mark.parametrize(
     ("profile", "processes", "ending"),
     [
-        ("gpu", 17, "wanted at least one for each process; take 16 processes, or lower train.micro_batch"),
+        ("gpu", 17, "expected at least one for each process; take 16 processes, or lower train.micro_batch"),
         (
             "zero2",
             3,
-            "wanted a multiple of the processes under ZeRO; take 2 processes, or take --profile gpu",
+            "expected a multiple of the processes under ZeRO; take 2 processes, or take --profile gpu",
         ),
         (
             "zero2",
             32,
-            "wanted a multiple of the processes under ZeRO; take 16 processes, or lower train.micro_batch",
+            "expected a multiple of the processes under ZeRO; take 16 processes, or lower train.micro_batch",
         ),
     ],
 )
 def test_processes_that_cannot_share_a_step_are_refused(dry_run, profile, processes, ending) -> None:
     with pytest.raises(UserError) as caught:
-        dry_run(profile, processes, settings=settings())
+        dry_run(profile, processes, config=experiment())
     assert str(caught.value) == (
         f"{processes} processes: train.global_batch = 256 holds 16 micro-batches of train.micro_batch = 16,"
         f" {ending}"
@@ -211,23 +212,25 @@ def test_processes_that_cannot_share_a_step_are_refused(dry_run, profile, proces
 
 @pytest.mark.parametrize(("profile", "processes"), [("gpu", 16), ("gpu", 3), ("zero2", 8)])
 def test_processes_that_can_share_a_step_are_not(dry_run, profile, processes) -> None:
-    assert dry_run(profile, processes, settings=settings())[1].num_processes == processes
+    assert dry_run(profile, processes, config=experiment())[1].num_processes == processes
 
 
 @pytest.mark.usefixtures("slurm")
 def test_the_cure_fits_the_machines(dry_run) -> None:
     with pytest.raises(UserError, match="; take 16 processes, or lower"):
-        dry_run("gpu", settings=settings())
+        dry_run("gpu", config=experiment())
     with pytest.raises(
         UserError, match=r"holds 3 micro-batches .* for each process; lower train.micro_batch$"
     ):
-        dry_run("gpu", 4, settings=settings("train.global_batch=48"))
+        dry_run("gpu", 4, config=experiment("train.global_batch=48"))
 
 
 def test_more_decoding_threads_than_cores_are_noted(monkeypatch, capsys) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
     for workers in (2, 4):
-        launch(VERB, profile="gpu", processes=8, dry_run=True, settings=settings(f"data.workers={workers}"))
+        launch(
+            COMMAND, profile="gpu", processes=8, dry_run=True, config=experiment(f"data.workers={workers}")
+        )
     assert capsys.readouterr().err == (
         "note: 8 processes with data.workers = 4 on 16 cores; ask SLURM for --cpus-per-task=32,"
         " or lower data.workers\n"
@@ -237,7 +240,7 @@ def test_more_decoding_threads_than_cores_are_noted(monkeypatch, capsys) -> None
 def test_more_decoding_threads_in_one_process_than_cores_are_refused(monkeypatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     with pytest.raises(UserError, match=r"data\.workers = 3: found 2 cores .*--set data\.workers=1"):
-        launch(VERB, profile="cpu", processes=2, dry_run=False, settings=settings("data.workers=3"))
+        launch(COMMAND, profile="cpu", processes=2, dry_run=False, config=experiment("data.workers=3"))
 
 
 def test_threads_that_the_user_chose_are_kept(dry_run, monkeypatch) -> None:
@@ -272,7 +275,7 @@ def test_what_is_no_profile_is_refused(dry_run, tmp_path, text) -> None:
         dry_run(path)
     assert str(caught.value).startswith(f"{path}: not a profile (")
     assert str(caught.value).endswith(
-        "; wanted an Accelerate config with num_processes, such as launch/cpu.yaml"
+        ", expected an Accelerate config with num_processes; see launch/cpu.yaml"
     )
 
 
@@ -285,8 +288,8 @@ def test_a_profile_for_what_the_engine_cannot_do_is_refused(dry_run, tmp_path, k
     with pytest.raises(UserError) as caught:
         dry_run(path)
     assert str(caught.value) == (
-        f"{path}: distributed_type is {found}, wanted MULTI_GPU, on CPUs too, or DEEPSPEED; set it,"
-        " as launch/cpu.yaml and launch/zero2.yaml do"
+        f"{path}: distributed_type is {found}, expected MULTI_GPU, on CPUs too, or DEEPSPEED; set it"
+        " as in launch/cpu.yaml or launch/zero2.yaml"
     )
 
 
@@ -295,7 +298,7 @@ def test_what_accelerate_refuses_in_a_profile_is_one_line(monkeypatch, tmp_path,
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     path = profile(tmp_path, f"num_processes: 2\ndistributed_type: MULTI_GPU\n{line}\n")
     with pytest.raises(UserError) as caught:
-        launch(VERB, profile=str(path), processes=2, dry_run=False)
+        launch(COMMAND, profile=str(path), processes=2, dry_run=False)
     assert str(caught.value).startswith(f"{path}: Accelerate refuses it (")
 
 
@@ -312,6 +315,6 @@ def test_a_signal_stops_the_processes_in_one_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr("accelerate.commands.launch.launch_command", interrupted)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
     with pytest.raises(SystemExit) as caught:
-        launch(VERB, profile="cpu", processes=2, dry_run=False)
+        launch(COMMAND, profile="cpu", processes=2, dry_run=False)
     assert caught.value.code == 128 + signal.SIGINT
     assert capsys.readouterr().err.count("\n") == 1

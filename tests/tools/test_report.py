@@ -68,17 +68,17 @@ def test_a_scored_run_shows_its_table_and_what_changed_against_another(copy, pac
     _receipt(other, packed, "a cat")
     page = _write(copy, "--against", other)
     assert "Not scored yet" not in page
-    assert "Against other" in page
+    assert "Compared with other" in page
     assert "Their settings are the same" in page
     assert "Best, by CIDEr-D" in page
-    assert "where the model looked for" in page
+    assert "attention of the word" in page
     from captionscale.score import Receipt
     from captionscale.score.comparison import compare
 
     receipts = [Receipt.read(each / "scores" / "test" / "receipt.json") for each in (other, copy)]
     difference = {each.metric: each for each in compare(*receipts).differences}["BLEU-4"]
     assert f"<td>{100 * difference.difference:+.1f}</td>" in page
-    assert "Difference: run less other; won: images at which run scores higher" in page
+    assert "Difference: run minus other; won: images on which run scores higher" in page
 
 
 def test_against_a_run_that_is_not_scored_says_which_command_scores_it(copy, packed, tmp_path) -> None:
@@ -87,9 +87,10 @@ def test_against_a_run_that_is_not_scored_says_which_command_scores_it(copy, pac
     _receipt(copy, packed, "a red ball")
     page = _write(copy, "--against", other)
     assert (
-        f"other is not scored, so scores cannot be compared: captionscale score {other} --split test" in page
+        f"other is not scored, so scores cannot be compared: run captionscale score {other} --split test"
+        in page
     )
-    assert "have other references" not in page
+    assert "have different references" not in page
 
 
 def test_only_the_best_and_the_last_validation_are_scored_again_for_their_intervals(copy) -> None:
@@ -108,7 +109,7 @@ def test_a_receipt_whose_images_have_names_is_shown_without_them(copy, packed) -
     _receipt(copy, packed, "a red ball", "photo-{}".format)
     page = _write(copy)
     assert "Best, by CIDEr-D" in page
-    assert "where the model looked for" not in page
+    assert "attention of the word" not in page
 
 
 def test_a_run_that_is_at_work_or_was_killed_has_a_page_of_its_log(copy) -> None:
@@ -117,14 +118,14 @@ def test_a_run_that_is_at_work_or_was_killed_has_a_page_of_its_log(copy) -> None
     log = (copy / "log.jsonl").read_text(encoding="utf-8")
     (copy / "log.jsonl").write_text(log[:-20], encoding="utf-8")
     page = _write(copy)
-    assert "A run without a checkpoint" in page
+    assert "A run without a readable checkpoint" in page
     assert ">Loss<" in page
 
 
 def test_without_its_shards_a_page_has_no_images_and_says_why(copy, tmp_path) -> None:
     page = _write(copy, "--shards", tmp_path / "nowhere")
     assert "no manifest.json" in page
-    assert "The shards are not at hand" in page
+    assert "The shards were not found" in page
     assert "data:image/jpeg" not in page
 
 
@@ -146,9 +147,9 @@ def test_what_a_receipt_or_config_holds_is_text_and_never_markup(copy, packed) -
     ("name", "out", "error"),
     [
         ("no run", "page.html", "no such folder, wanted the --out of captionscale train; correct the path"),
-        ("run/checkpoints", "page.html", "no checkpoint and no log.jsonl, so no run"),
+        ("run/checkpoints", "page.html", "no checkpoint and no log.jsonl, expected the --out"),
         ("experiment.toml", "page.html", "is a file, wanted the --out of captionscale train"),
-        ("run", "page.txt", "wanted .html"),
+        ("run", "page.txt", "expected .html"),
         ("run", "experiment.toml/page.html", "cannot be written"),
     ],
 )

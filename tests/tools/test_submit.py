@@ -17,12 +17,13 @@ ROOT = Path(__file__).parents[2]
 
 def written(capsys: pytest.CaptureFixture[str], run: str = "runs/a run", nodes: int = 2) -> str:
     """Return the job that would be submitted."""
-    settings = toml.load("attention")
-    submit(settings, Path(run), nodes=nodes, gpus=8, time="4:00:00", profile="gpu", dry_run=True)
+    submit(
+        toml.load("attention"), Path(run), nodes=nodes, gpus=8, time="4:00:00", profile="gpu", dry_run=True
+    )
     return capsys.readouterr().out
 
 
-def test_a_job_holds_all_that_it_runs(capsys) -> None:
+def test_a_job_contains_all_that_it_runs(capsys) -> None:
     job = written(capsys)
     assert "\nsource slurm/" not in job
     assert subprocess.run(["bash", "-n"], input=job, text=True, check=False).returncode == 0
@@ -31,7 +32,7 @@ def test_a_job_holds_all_that_it_runs(capsys) -> None:
 
 
 # SLURM looks no further than the first command, and takes the last of two options.
-def test_what_was_asked_for_comes_after_the_scripts_own_options_and_before_its_commands(capsys) -> None:
+def test_requested_options_follow_the_scripts_own_and_precede_its_commands(capsys) -> None:
     lines = written(capsys).splitlines()
     commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
     options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
@@ -62,7 +63,7 @@ def test_a_job_of_one_machine_may_share_it_and_asks_for_a_core_for_each_decoding
         ("multi_node.sbatch", ROOT, "0", "1 words after the script's name, wanted EXPERIMENT RUN"),
     ],
 )
-def test_a_script_that_was_called_wrongly_says_how(tmp_path, script, folder, end, said) -> None:
+def test_a_wrongly_called_script_prints_its_usage(tmp_path, script, folder, end, said) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": end} if end else {}
     done = subprocess.run(
@@ -86,13 +87,13 @@ def test_without_slurm_it_is_refused_before_anything_is_written(monkeypatch, tmp
     monkeypatch.setattr(shutil, "which", lambda _: None)
     settings = toml.load("attention")
     with pytest.raises(
-        UserError, match=r"^sbatch: not found, wanted a machine .*; log in there, or train here"
+        UserError, match=r"^sbatch: not found, expected a login node .*; log in there, or train here"
     ):
         submit(settings, tmp_path / "run", nodes=1, gpus=1, time=None, profile="gpu", dry_run=False)
     assert not (tmp_path / "run").exists()
 
 
-def test_what_sbatch_refuses_is_told_with_its_own_words(monkeypatch, tmp_path) -> None:
+def test_an_error_of_sbatch_is_shown(monkeypatch, tmp_path) -> None:
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
@@ -101,7 +102,7 @@ def test_what_sbatch_refuses_is_told_with_its_own_words(monkeypatch, tmp_path) -
     settings = toml.load("attention")
     with pytest.raises(UserError) as caught:
         submit(settings, tmp_path / "run", nodes=1, gpus=1, time=None, profile="gpu", dry_run=False)
-    assert "job.sbatch: sbatch refuses (sbatch: error: invalid partition); correct the options" in str(
+    assert "job.sbatch: sbatch refuses it (sbatch: error: invalid partition), expected a job" in str(
         caught.value
     )
     assert toml.load(tmp_path / "run" / "job.toml") == settings

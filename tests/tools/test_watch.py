@@ -18,7 +18,7 @@ STEPS_PER_EPOCH = 50
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run of 100 steps, at work on another machine, ten steps into its second epoch."""
+    """A run of 100 steps, training on another machine, ten steps into its second epoch."""
     folder = tmp_path / "run"
     folder.mkdir()
     settings = toml.load("quickstart", ["train.epochs=2", "train.global_batch=32", "train.log_every=10"])
@@ -35,34 +35,34 @@ def run(tmp_path: Path) -> Path:
 
 
 def age(run: Path, seconds: float) -> None:
-    """Let the log be as old as this."""
+    """Set the age of the log."""
     then = time.time() - seconds
     os.utime(run / "log.jsonl", (then, then))
 
 
-def shown(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+def show(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
     watch(run, once=True, every_s=1.0)
     return capsys.readouterr().out
 
 
-def test_a_run_at_work_shows_where_it_is_and_when_it_ends(run, capsys) -> None:
-    glance = RunWatcher(run).status()
-    assert glance.state == "alive"
-    assert not glance.finished
-    assert glance.facts == {
+def test_a_training_run_shows_its_progress_and_when_it_ends(run, capsys) -> None:
+    status = RunWatcher(run).status()
+    assert status.state == "alive"
+    assert not status.finished
+    assert status.facts == {
         "step": "60 of 100",
         "epoch": "1.20 of 2",
         "loss": "1.000",
         "images/s": "64",
-        # 40 steps of 32 pictures at 64 in a second.
+        # 40 steps of 32 images at 64 images/s.
         "left": "about 20 s",
         "scores": "CIDEr-D 0.7500, BLEU-4 0.2500 (step 50)",
         "best": "CIDEr-D 0.7500 (step 50)",
         "checkpoints": "50",
     }
-    said = shown(run, capsys)
+    said = show(run, capsys)
     assert "alive" in said
-    assert all(value in said for value in glance.facts.values())
+    assert all(value in said for value in status.facts.values())
 
 
 def test_the_best_of_two_equal_scores_is_the_first(run) -> None:
@@ -74,41 +74,41 @@ def test_the_best_of_two_equal_scores_is_the_first(run) -> None:
     assert facts["scores"] == "CIDEr-D 0.5000 (step 70)"
 
 
-def test_a_run_that_is_late_against_its_rhythm_is_called_silent(run) -> None:
-    # A line each 5 s; validation may take its time.
+def test_a_run_whose_log_is_late_is_silent(run) -> None:
+    # A line every 5 s; validation can take longer.
     age(run, 50)
     assert RunWatcher(run).status().state == "alive"
     age(run, 400)
-    glance = RunWatcher(run).status()
-    assert glance.state == "silent"
-    assert "came 7 min ago, usually each 5.0 s" in glance.reason
+    status = RunWatcher(run).status()
+    assert status.state == "silent"
+    assert "last log line 7 min ago, usually every 5.0 s" in status.reason
 
 
 def test_a_stall_names_the_rank_until_the_run_moves_again(run) -> None:
     stall = {"time": time.time(), "stalled": [{"rank": 3, "host": "node9"}], "waiting": [0, 1]}
     (run / "stalls.jsonl").write_text(json.dumps(stall) + "\n")
     age(run, 60)
-    glance = RunWatcher(run).status()
-    assert (glance.state, "rank 3 on node9" in glance.reason) == ("stalled", True)
+    status = RunWatcher(run).status()
+    assert (status.state, "rank 3 on node9" in status.reason) == ("stalled", True)
     stall["time"] = time.time() - 100
     (run / "stalls.jsonl").write_text(json.dumps(stall) + "\n")
     age(run, 1)
     assert RunWatcher(run).status().state == "alive"
 
 
-def test_a_run_that_left_says_why_and_that_it_goes_on(run) -> None:
+def test_a_preempted_run_says_why_and_how_to_resume(run) -> None:
     (run / ".lock").write_text("")
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 60, "stop_reason": "SIGUSR1", "stop_save_s": 0.5}\n')
-    glance = RunWatcher(run).status()
-    assert (glance.state, glance.reason) == ("not running", "it left for SIGUSR1; the same command goes on")
+    status = RunWatcher(run).status()
+    assert (status.state, status.reason) == ("not running", "stopped by SIGUSR1; the same command resumes it")
 
 
-def test_a_process_of_this_machine_that_is_gone_is_told(run) -> None:
+def test_a_process_of_this_machine_that_died_is_named(run) -> None:
     with Path("/proc/sys/kernel/pid_max").open() as file:
         nobody = int(file.read())
     (run / ".lock").write_text(f"captionscale train, process {nobody} on {os.uname().nodename}")
-    assert "is gone without a word" in RunWatcher(run).status().reason
+    assert "died without a message" in RunWatcher(run).status().reason
     (run / ".lock").write_text(f"captionscale train, process {os.getpid()} on {os.uname().nodename}")
     assert RunWatcher(run).status().state == "alive"
 
@@ -123,14 +123,14 @@ def test_a_finished_run_ends_the_watch(run, capsys) -> None:
     assert "ended: all 100 steps are done" in line
 
 
-def test_a_run_that_goes_on_takes_back_what_it_will_do_again(run) -> None:
-    watched = RunWatcher(run)
-    assert watched.status().facts["step"] == "60 of 100"
+def test_a_resumed_run_drops_the_steps_that_it_repeats(run) -> None:
+    watcher = RunWatcher(run)
+    assert watcher.status().facts["step"] == "60 of 100"
     LogWriter(run, 50, 50).close()
-    assert watched.status().facts["step"] == "50 of 100"
+    assert watcher.status().facts["step"] == "50 of 100"
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 60, "epoch": 1.2, "loss": 0.5, "images_per_s": 64.0}\n{"step": 70, "ep')
-    assert watched.status().facts["step"] == "60 of 100"
+    assert watcher.status().facts["step"] == "60 of 100"
 
 
 def test_only_what_is_new_is_read(tmp_path) -> None:
@@ -150,7 +150,7 @@ def test_only_what_is_new_is_read(tmp_path) -> None:
     assert reader.lines == [{"step": 9}]
 
 
-def test_it_is_there_at_once_as_it_needs_no_torch(run) -> None:
+def test_watch_imports_no_torch(run) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "captionscale", "watch", str(run), "--once"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "60 of 100" in done.stdout
@@ -170,20 +170,20 @@ def test_ctrl_c_ends_it_quietly(run, monkeypatch, capsys) -> None:
 
 def test_a_run_that_has_only_been_submitted_has_not_started(tmp_path) -> None:
     (tmp_path / "job.sbatch").write_text("")
-    glance = RunWatcher(tmp_path).status()
-    assert (glance.state, glance.reason) == ("not running", "it has not started; squeue tells of its job")
+    status = RunWatcher(tmp_path).status()
+    assert (status.state, status.reason) == ("not running", "it has not started; see squeue for its job")
 
 
-def test_a_log_and_a_lock_of_another_version_only_leave_things_unsaid(run) -> None:
+def test_a_log_and_a_lock_of_another_version_only_leave_facts_out(run) -> None:
     (run / ".lock").write_text("somebody")
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 70, "loss": 0.5}\n')
-    glance = RunWatcher(run).status()
-    assert glance.state == "alive"
-    assert glance.facts["step"] == "70"
+    status = RunWatcher(run).status()
+    assert status.state == "alive"
+    assert status.facts["step"] == "70"
 
 
-def test_settings_of_another_version_only_leave_things_unsaid(run) -> None:
+def test_a_config_of_another_version_only_leaves_facts_out(run) -> None:
     (run / "config.toml").write_text("[data]\nshards = 'x'\nnew_key = 1\n")
     facts = RunWatcher(run).status().facts
     assert facts["step"] == "60"
@@ -196,7 +196,7 @@ def test_what_is_no_run_is_refused(tmp_path, run) -> None:
     for name, said in (("gone", "no such folder"), ("file", "is a file"), ("empty", "so no run")):
         with pytest.raises(UserError, match=said):
             RunWatcher(tmp_path / name)
-    watched = RunWatcher(run)
+    watcher = RunWatcher(run)
     run.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="is gone"):
-        watched.status()
+        watcher.status()

@@ -239,7 +239,7 @@ def test_captioning_a_split_leaves_and_writes_nothing(
         caption_run(whole, "test", checkpoint="last", shards=None, out=out)
     assert not out.exists()
     # A place that cannot be written is told before, and what was done is remembered.
-    with pytest.raises(UserError, match="is a folder, wanted a place for a file"):
+    with pytest.raises(UserError, match="is a folder, expected a file"):
         caption_run(whole, "test", checkpoint="last", shards=None, out=tmp_path)
     assert caption_run(whole, "test", checkpoint="last", shards=None, out=out) == 8
     line = json.loads((whole / "scores" / "history.jsonl").read_text().splitlines()[-1])

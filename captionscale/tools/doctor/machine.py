@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from captionscale.errors import UserError
-from captionscale.files import cpu_count
+from captionscale.machine import cpu_count
 from captionscale.score.java import find_java
 from captionscale.score.metrics import measure
 from captionscale.tools.doctor.plan import Plan
