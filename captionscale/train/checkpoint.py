@@ -145,25 +145,10 @@ class Checkpoint:
         captioner.load_state_dict(weights)
         return captioner.eval()
 
-    def check_fingerprint(self, fingerprint: Mapping[str, Any]) -> None:
-        """Refuse to go on with another experiment than this checkpoint's.
-
-        Args:
-            fingerprint: What the run that goes on would do.
-
-        Raises:
-            UserError: It would not be the same run; names what differs.
-        """
-        saved = self._state.fingerprint
-        differing = [key for key in {**saved, **fingerprint} if saved.get(key) != fingerprint.get(key)]
-        if differing:
-            changes = "; ".join(
-                f"{key} was {_short(saved.get(key))}, now {_short(fingerprint.get(key))}" for key in differing
-            )
-            raise UserError(
-                f"{self.folder}: cannot go on with another experiment: {changes};"
-                " set these back, or take another --out"
-            )
+    @property
+    def fingerprint(self) -> Mapping[str, Any]:
+        """What a resume may not change, as `make_fingerprint` gave it."""
+        return self._state.fingerprint
 
     def weights(self, captioner: Captioner | None = None) -> dict[str, Tensor]:
         """Return the captioner's weights.
@@ -222,8 +207,3 @@ def _refuse_other_files(names: Iterable[str]) -> None:
         raise ValueError(f"{STATE_FILE}: sha256 of {odd[0]!r:.80}, which no checkpoint holds")
     if missing := sorted(_NEEDED - set(names)):
         raise ValueError(f"{STATE_FILE}: no sha256 of {missing[0]}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 24 else text[:12] + "...'"

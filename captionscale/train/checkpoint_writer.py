@@ -20,6 +20,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
 from captionscale.train import checkpoints
+from captionscale.train.run_folder import checkpoints_folder
 from captionscale.train.state import TrainState
 from captionscale.vocab import Vocabulary
 
@@ -198,7 +199,7 @@ def check_disk_space(run: Path, size: int, keep: int, folder: Path | None = None
         UserError: There is no room, or a quota.
     """
     folder = folder or run
-    held = sum(path.stat().st_size for path in (run / "checkpoints").glob("*/*"))
+    held = sum(path.stat().st_size for path in checkpoints_folder(run).glob("*/*"))
     missing = (keep + 3) * size - held
     if missing <= 0:
         return

@@ -25,6 +25,7 @@ from captionscale.errors import UserError
 from captionscale.files import sha256_of
 from captionscale.progress import say
 from captionscale.train.checkpoint import FORMAT, Checkpoint, CheckpointVersionError
+from captionscale.train.fingerprint import resume_conflicts
 from captionscale.train.run_folder import (
     CONFIG_FILE,
     EMA_FILE,
@@ -182,7 +183,11 @@ def resume(run: Path, fingerprint: Mapping[str, Any], tell: Callable[[str], None
     remove_partial(run)
     saved = find_latest(run, tell)
     if saved is not None:
-        saved.check_fingerprint(fingerprint)
+        if conflicts := resume_conflicts(saved.fingerprint, fingerprint):
+            raise UserError(
+                f"{saved.folder}: cannot go on with another experiment: {'; '.join(conflicts)};"
+                " set these back, or take another --out"
+            )
         tell(f"{run}: going on from step {saved.train_state.step:,}")
     return saved
 

@@ -48,7 +48,7 @@ def handle_signals(grace_s: float = 10.0) -> Iterator[None]:
         PreemptedError: The run has left, as `mark_preempted` told.
     """
     global _state
-    _state = _State(leave_at=_end_of_time() - grace_s)
+    _state = _State(leave_at=job_end_time() - grace_s)
     if (left := _state.leave_at - time.time()) <= 0:
         raise UserError(
             f"SLURM_JOB_END_TIME: {left + grace_s:,.0f} s left in this job, wanted more than the"
@@ -92,7 +92,7 @@ def _take_note(number: int, _: FrameType | None) -> None:
             raise KeyboardInterrupt
         _state.interrupted = True
     if not _state.reason:
-        announced = number == signal.SIGUSR1 and time.time() >= _end_of_time() - _ANNOUNCED_S
+        announced = number == signal.SIGUSR1 and time.time() >= job_end_time() - _ANNOUNCED_S
         _ask(TIME_LIMIT if announced else signal.Signals(number).name)
 
 
@@ -100,7 +100,7 @@ def _ask(reason: str) -> None:
     _state.reason, _state.since = reason, time.monotonic()
 
 
-def _end_of_time() -> float:
+def job_end_time() -> float:
+    """Return when the SLURM job ends, in seconds since the epoch; infinity: no job, or no limit."""
     text = os.environ.get("SLURM_JOB_END_TIME", "")
-    # 0, or a word: no limit.
     return float(text) if text.isdecimal() and int(text) else float("inf")

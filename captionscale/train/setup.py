@@ -27,6 +27,7 @@ from captionscale.train import checkpoints
 from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.ema import ModelEMA
 from captionscale.train.feature_cache import cache_features
+from captionscale.train.fingerprint import make_fingerprint
 from captionscale.train.losses import CrossEntropyObjective
 from captionscale.train.optimizer import make_optimizer, unfreeze
 from captionscale.train.run_folder import CONFIG_FILE
@@ -60,7 +61,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return self.config.train.steps or self.config.train.epochs * self.sampler.steps_per_epoch
+        return total_steps(self.config, self.sampler)
 
     def save(self) -> None:
         """Begin to write a checkpoint of where the run stands; it is on the disk after `wait_for_save`."""
@@ -137,7 +138,7 @@ def build_run(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Run:
     ranks.run_on_main(_refuse_too_large, config, len(vocabulary))
     ranks.seed(config.seed)
     captioner = Captioner(config.model, len(vocabulary))
-    fingerprint = _fingerprint(config, split, vocabulary)
+    fingerprint = make_fingerprint(config, shards=split.sha256, vocabulary=vocabulary.sha256)
     # Rank 0 chooses where to go on from, and all go on from there: another rank may not yet see the newest.
     saved = ranks.run_on_main(checkpoints.resume, run, fingerprint, say)
     if saved is None:
@@ -268,6 +269,11 @@ def make_sampler(split: Split, config: Config) -> BatchSampler:
     )
 
 
+def total_steps(config: Config, sampler: BatchSampler) -> int:
+    """Return the number of steps of a whole run."""
+    return config.train.steps or config.train.epochs * sampler.steps_per_epoch
+
+
 def _refuse_differing(shards: str, read: list[tuple[str, str]]) -> None:
     # Each machine may have a copy of its own, and one of them an older one.
     if others := [str(rank) for rank, hashes in enumerate(read) if hashes != read[0]]:
@@ -310,14 +316,3 @@ def _counted(items: range, bar: Bar) -> Iterator[int]:
     for item in items:
         yield item
         bar.advance()
-
-
-def _fingerprint(config: Config, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Return what may not change within a run, and nothing else: not ranks, nodes, workers or paths."""
-    settings = toml.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
-    for free in ("data.shards", "data.cache", "data.cache_gb", "data.workers", "model.encoder.weights"):
-        del settings[free]
-    kept = {"global_batch", "micro_batch", "score_metric", "objective", "ema_decay", "init_from"}
-    train = toml.flatten({"train": config.train.model_dump(mode="json", include=kept)})
-    scst = {f"scst.{key}": value for key, value in config.scst if config.train.objective == "scst"}
-    return {"shards": split.sha256, "vocabulary": vocabulary.sha256, **settings, **train, **scst}

@@ -12,6 +12,7 @@ from captionscale.score.worker import BackgroundScorer
 from captionscale.train import preemption
 from captionscale.train.generation import caption_split
 from captionscale.train.log_writer import LogWriter
+from captionscale.train.run_folder import captions_file
 from captionscale.train.setup import Run
 from captionscale.train.watchdog import Watchdog
 
@@ -147,7 +148,7 @@ class Validation:
 
     @property
     def _captions(self) -> Path:
-        return self._job.folder / "validation" / f"step-{self._job.train_state.validated_step:08d}.json"
+        return captions_file(self._job.folder, self._job.train_state.validated_step)
 
     def _take_up(self) -> str:
         """Hand over the captions that an earlier process wrote; return why that cannot be, if it cannot."""

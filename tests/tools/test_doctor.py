@@ -15,6 +15,7 @@ from experiment import TINY_OVERRIDES, spawn_ranks, tiny_config
 from captionscale import toml
 from captionscale.commands.parser import parser
 from captionscale.config import Config
+from captionscale.data.shards import Split
 from captionscale.errors import UserError
 from captionscale.model.encoders.cnn import Encoder
 from captionscale.score.metrics import METRICS, measure
@@ -24,6 +25,7 @@ from captionscale.tools.doctor.network import _rounds, report_links
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import Check, CheckResult, ok, run_checks, verdict
 from captionscale.train import checkpoints
+from captionscale.train.fingerprint import make_fingerprint
 from captionscale.train.state import TrainState
 from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
@@ -243,18 +245,25 @@ def test_a_folder_that_cannot_be_written_is_refused(packed, tmp_path, capsys) ->
     assert "cannot be written" in refusals(lines)["disk"]
 
 
-def test_a_run_of_another_experiment_is_refused_by_the_keys_that_differ(packed, tmp_path) -> None:
+def test_a_resume_that_train_would_refuse_is_refused_by_the_keys_that_differ(packed, tmp_path) -> None:
     settings = tiny_config(tmp_path, packed)
     run, small = tmp_path / "run", {"a": torch.rand(3)}
     words = Vocabulary((*SPECIAL_TOKENS, "dog"))
-    checkpoints.save(run, TrainState(step=1), {}, small, small, settings, words)
-    other = toml.load(tmp_path / "experiment.toml", ["model.decoder.hidden_size=99", "train.lr=1e-9"])
-    (line,) = storage.run(Plan(other, run, {}, 1, 1, None, True, False))
+    fingerprint = make_fingerprint(settings, shards=Split(packed, "train").sha256, vocabulary=words.sha256)
+    checkpoints.save(run, TrainState(step=1), fingerprint, small, small, settings, words)
+
+    def look_at_run(*changes: str) -> CheckResult:
+        changed = toml.load(tmp_path / "experiment.toml", changes)
+        (line,) = storage.run(Plan(changed, run, {}, 1, 1, None, True, False))
+        return line
+
+    line = look_at_run("data.image_size=99", "train.score_metric=BLEU-4")
     assert line.state == "failure"
-    hidden = settings.model.decoder.hidden_size
-    assert line.found.endswith(f"is of another experiment: model.decoder.hidden_size was {hidden}, now 99")
-    (line,) = storage.run(Plan(settings, run, {}, 1, 1, None, True, False))
-    assert line.state == "ok"
+    assert line.found.endswith(
+        "is of another experiment: data.image_size was 32, now 99;"
+        " train.score_metric was 'CIDEr-D', now 'BLEU-4'"
+    )
+    assert look_at_run("model.encoder.weights=imagenet", "train.lr=1e-9").state == "ok"
 
 
 def test_a_run_whose_time_has_no_room_for_all_steps_comes_in_several_jobs(packed, tmp_path, capsys) -> None:

@@ -207,7 +207,7 @@ def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_th
     )
     assert (whole[:, :, [PAD, START, UNK]] == -torch.inf).all()
     # Of people's captions, which come behind, the unknown token is a word like others.
-    half = replace(target, sampled=4)
+    half = replace(target, num_sampled=4)
     assert torch.equal(mask_unsampleable_tokens(both[0], half, None)[4:], both[0][4:])
 
 

@@ -1,6 +1,7 @@
 """`captionscale doctor`: whether a job will work, before it is submitted and when it starts."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -23,6 +24,7 @@ from captionscale.tools.doctor.plan import Plan, parse_slurm_time
 from captionscale.tools.doctor.report import Check, CheckResult, document, failure_of, run_checks, verdict
 from captionscale.tools.launcher import detect_nodes
 from captionscale.tools.profiles import pluralize, read_profile
+from captionscale.train import preemption
 
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 _PORT_AFTER = 1000
@@ -77,7 +79,8 @@ def doctor(
     plan = None
     try:
         facts = read_profile(assets.find("launch", profile, ".yaml")) if profile else {}
-        limit = parse_slurm_time(time_limit) if time_limit else _time_left()
+        left_s = preemption.job_end_time() - time.time()
+        limit = parse_slurm_time(time_limit) if time_limit else left_s if math.isfinite(left_s) else None
         if load is not None:
             plan = _plan(load(), out, nodes or (meeting.count if meeting else 1), gpus, facts, limit, quick)
     except UserError as error:
@@ -147,11 +150,6 @@ def _checks(plan: Plan | None, meeting: Rendezvous | None, quick: bool) -> list[
     if not quick:
         checks.append(Check("evaluator", lambda: machine.evaluator(plan), slow))
     return checks
-
-
-def _time_left() -> float | None:
-    text = os.environ.get("SLURM_JOB_END_TIME", "")
-    return float(text) - time.time() if text.isdecimal() and int(text) else None
 
 
 def _shown(as_json: bool) -> Callable[[CheckResult], None]:

@@ -17,8 +17,8 @@ from captionscale.data.shards import Split
 from captionscale.data.storage import Storage, open_storage
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
-from captionscale.train.run_folder import checkpoint_folder, checkpoint_steps
-from captionscale.train.setup import make_sampler
+from captionscale.train.run_folder import VOCAB_FILE, checkpoint_folder, checkpoint_steps
+from captionscale.train.setup import make_sampler, total_steps
 from captionscale.vocab import Vocabulary
 
 _SAMPLED = 2000
@@ -72,14 +72,14 @@ class Plan:
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return self.settings.train.steps or self.settings.train.epochs * self.sampler.steps_per_epoch
+        return total_steps(self.settings, self.sampler)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The run's words, or about so many: of some images only, or of the run's newest checkpoint."""
         saved = checkpoint_steps(self.run) if self.run else []
         if self.run and saved:
-            return vocab.load(checkpoint_folder(self.run, saved[-1]) / "vocab.json")
+            return vocab.load(checkpoint_folder(self.run, saved[-1]) / VOCAB_FILE)
         data = self.settings.data
         items = np.arange(len(self.split))
         if len(items) > _SAMPLED:

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import torchvision
 
-from captionscale import toml
 from captionscale.data.shards import Split
 from captionscale.data.storage import RemoteStorage, read_manifest
 from captionscale.data.verification import check_sample
@@ -21,14 +20,13 @@ from captionscale.tools.doctor.report import CheckResult, failure, failure_of, o
 from captionscale.tools.profiles import check_process_count, pluralize
 from captionscale.train import checkpoints
 from captionscale.train.checkpoint_writer import check_disk_space, checkpoint_bytes
+from captionscale.train.fingerprint import make_fingerprint, resume_conflicts
 from captionscale.train.log_reader import read_metric
 from captionscale.train.run_folder import checkpoint_steps
 
 _SAMPLES, _QUICK_SAMPLES = 200, 20
 _PROBE_BYTES, _QUICK_PROBE_BYTES = 256 << 20, 32 << 20
 _PROBE_S = 5.0
-_KEPT = ("seed", "model.", "train.global_batch", "train.micro_batch", "train.objective", "train.ema_decay")
-"""Begins the names of settings that may not change within a run."""
 
 
 def shards(plan: Plan) -> Iterator[CheckResult]:
@@ -139,16 +137,10 @@ def run(plan: Plan) -> Iterator[CheckResult]:
     if saved is None:
         yield ok(f"{plan.run}: no checkpoint yet")
         return
-    trees = (each.model_dump(mode="json") for each in (saved.config(), plan.settings))
-    old, new = (toml.flatten(tree) for tree in trees)
-    differing = [
-        f"{key} was {old.get(key)}, now {new.get(key)}"
-        for key in {**old, **new}
-        if key.startswith(_KEPT) and old.get(key) != new.get(key)
-    ]
-    if differing:
+    conflicts = resume_conflicts(saved.fingerprint, make_fingerprint(plan.settings, shards=plan.split.sha256))
+    if conflicts:
         yield failure(
-            f"{saved.folder}: is of another experiment: {', '.join(differing)}",
+            f"{saved.folder}: is of another experiment: {'; '.join(conflicts)}",
             "set these back, or take another --out",
         )
     else:
