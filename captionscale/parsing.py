@@ -73,14 +73,19 @@ def toml(text: str) -> dict[str, Any]:
         raise ValueError(_TOO_DEEP) from None
 
 
-def convert(tree: Any, kind: type[T]) -> T:
+def convert(tree: Any, kind: type[T], dec_hook: Callable[[type, Any], Any] | None = None) -> T:
     """Return parsed JSON as a type.
+
+    Args:
+        tree: Parsed JSON.
+        kind: Its type.
+        dec_hook: Makes values of types that msgspec does not know.
 
     Raises:
         ValueError: It has another layout.
     """
     try:
-        return msgspec.convert(tree, kind)
+        return msgspec.convert(tree, kind, dec_hook=dec_hook)
     except msgspec.ValidationError as error:
         raise ValueError(describe_error(error)) from None
 

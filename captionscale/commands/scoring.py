@@ -62,6 +62,7 @@ def add(subparsers: Subparsers) -> None:
     score.add_argument(
         "--clip-model", default="ViT-B-32-quickgelu", help="of open_clip (default: %(default)s)"
     )
+    _add_metric(score, "a metric of your own too; repeatable")
     score.set_defaults(command_name="score", handler=_score_or_stop)
 
     compare = subparsers.add_parser(
@@ -72,8 +73,13 @@ def add(subparsers: Subparsers) -> None:
     compare.add_argument(
         "--top", type=positive, default=5, metavar="N", help="images that changed most (default: %(default)s)"
     )
+    _add_metric(compare, "a metric of your own in both receipts; repeatable")
     compare.add_argument("--json", action="store_true", help="for machines")
     compare.set_defaults(command_name="compare", handler=_compare)
+
+
+def _add_metric(command: argparse.ArgumentParser, help: str) -> None:  # noqa: A002
+    command.add_argument("--metric", action="append", default=[], metavar="MODULE:CLASS", help=help)
 
 
 def _caption(options: argparse.Namespace) -> None:
@@ -162,12 +168,15 @@ def _score(options: argparse.Namespace) -> None:
             measure=by,
             spice_jars=options.spice,
             clip=(options.clip, options.clip_model) if options.clip else None,
+            metrics=options.metric,
         )
     else:
         # Without what it takes to run a model, whose import takes seconds.
         from captionscale.tools.score_file import score_file
 
-        receipt = score_file(options.captions, options.references, options.out, by, options.spice)
+        receipt = score_file(
+            options.captions, options.references, options.out, by, options.spice, options.metric
+        )
         place = options.out
     if receipt is None:
         return
@@ -195,7 +204,7 @@ def _compare(options: argparse.Namespace) -> None:
     from captionscale.score.comparison import compare, find_receipt, table
 
     first, second = (find_receipt(path) for path in (options.first, options.second))
-    found = compare(Receipt.read(first), Receipt.read(second), top=options.top)
+    found = compare(Receipt.read(first), Receipt.read(second), top=options.top, metrics=options.metric)
     if options.json:
         print(json.dumps({"first": str(first), "second": str(second), **found.to_dict()}, indent=1))
     else:

@@ -1,5 +1,6 @@
-"""Scores and what they are worth; importing this imports no torch."""
+"""Metrics, receipts and comparisons; importing this does not import torch."""
 
-from captionscale.score.receipt import Receipt, score
+from captionscale.score.evaluation import score
+from captionscale.score.receipt import Receipt
 
 __all__ = ["Receipt", "score"]

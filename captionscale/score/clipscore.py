@@ -1,4 +1,4 @@
-"""CLIPScore: does a caption fit its image, as CLIP sees it?"""
+"""CLIPScore: how well a caption fits its image, according to CLIP."""
 
 import logging
 import warnings
@@ -21,18 +21,18 @@ from captionscale.errors import UserError, did_you_mean
 from captionscale.files import sha256_of
 from captionscale.machine import cpu_count
 from captionscale.progress import Bar, progress
-from captionscale.score.optional_metrics import OptionalMetrics
+from captionscale.score.metric import ComputedMetric
 
 PROMPT = "A photo depicts "
 WEIGHT = 2.5
 MODEL = "ViT-B-32-quickgelu"
-"""The paper's, OpenAI's ViT-B/32: its activation is the quick GELU."""
+"""The paper's model, OpenAI's ViT-B/32, whose activation is the quick GELU."""
 
-Rows = Float[np.ndarray, "row feature"]
+Features = Float[np.ndarray, "row feature"]
 
 
 class Clip(NamedTuple):
-    """A CLIP with the functions that prepare what it reads, as open_clip makes them."""
+    """A CLIP model with its preprocessing, from open_clip."""
 
     model: Any
     preprocess: Callable[[Image.Image], Tensor]
@@ -44,11 +44,7 @@ class Clip(NamedTuple):
 def clip_s(
     images: Float[np.ndarray, "image feature"], captions: Float[np.ndarray, "image feature"]
 ) -> Float64[np.ndarray, "image"]:
-    """Return each caption's CLIP-S, 0 to 2.5.
-
-    Args:
-        images: CLIP's features.
-        captions: CLIP's features of `PROMPT` and the caption.
+    """Return each caption's CLIP-S, 0 to 2.5, from CLIP's features of images and prompted captions.
 
     Source:
         Hessel et al. 2021, "CLIPScore: A Reference-free Evaluation Metric for Image Captioning"
@@ -65,7 +61,7 @@ def ref_clip_s(
     references: Float[np.ndarray, "reference feature"],
     counts: Int[np.ndarray, "image"],
 ) -> Float64[np.ndarray, "image"]:
-    """Return each caption's RefCLIPScore: CLIP-S and the likeness to the nearest reference, harmonic mean.
+    """Return each caption's RefCLIPScore: harmonic mean of CLIP-S and the cosine to the nearest reference.
 
     Args:
         scores: CLIP-S.
@@ -74,10 +70,10 @@ def ref_clip_s(
         counts: How many references each image has, at least one.
 
     Source:
-        As `clip_s`; where one of both is 0, so is the mean.
+        As `clip_s`; the mean is 0 where one of the two is.
     """
-    likeness = (np.repeat(_unit(captions), counts, axis=0) * _unit(references)).sum(axis=1)
-    nearest = np.maximum(np.maximum.reduceat(likeness, np.cumsum(counts) - counts), 0.0)
+    cosines = (np.repeat(_unit(captions), counts, axis=0) * _unit(references)).sum(axis=1)
+    nearest = np.maximum(np.maximum.reduceat(cosines, np.cumsum(counts) - counts), 0.0)
     total = scores + nearest
     total[total == 0] = 1.0
     means: Float64[np.ndarray, "image"] = 2 * scores * nearest / total
@@ -91,21 +87,21 @@ def measure(
     clip: Clip,
     *,
     batch: int = 64,
-) -> OptionalMetrics:
+) -> list[ComputedMetric]:
     """Compute CLIPScore and RefCLIPScore of one caption for each image of a split.
 
     Args:
         split: Its images are read.
-        captions: The caption of each image, as it was written.
-        references: The human captions of each image.
-        clip: Which `load` returns.
-        batch: Images or texts that CLIP reads at once.
+        captions: The caption of each image, not tokenized.
+        references: The human references of each image.
+        clip: From `load`.
+        batch: Images or texts in one forward pass.
 
     Raises:
         UserError: A damaged image.
 
     Source:
-        As `clip_s`.  Everything is fp32, as the authors' code is on a CPU; on a GPU theirs is fp16, which
+        As `clip_s`. Everything is fp32, as in the authors' code on a CPU; theirs is fp16 on a GPU, which
         changes the third digit.
     """
     clip.model.to(clip.device)
@@ -119,23 +115,23 @@ def measure(
         images = _images(clip, split, items, batch, bar)
     scores = clip_s(images, candidates)
     counts = np.array([len(group) for group in human])
-    return OptionalMetrics(
-        {"CLIPScore": scores, "RefCLIPScore": ref_clip_s(scores, candidates, others, counts)}, clip.signature
-    )
+    with_references = ref_clip_s(scores, candidates, others, counts)
+    return [
+        ComputedMetric("CLIPScore", scores, clip.signature, (0.0, WEIGHT)),
+        ComputedMetric("RefCLIPScore", with_references, clip.signature, (0.0, WEIGHT)),
+    ]
 
 
 def load(weights: Path, name: str = MODEL) -> Clip:
-    """Load a CLIP from a file; nothing is downloaded.
-
-    The model stays in the main memory until `measure` takes it to the device.
+    """Load a CLIP model from a file into main memory; nothing is downloaded.
 
     Args:
-        weights: What open_clip saves, a state dict in PyTorch's or the safetensors format, or one of OpenAI's
-            own files, such as ViT-B-32.pt.
+        weights: A state dict in PyTorch's or the safetensors format, as open_clip saves it, or one of
+            OpenAI's own files, such as ViT-B-32.pt.
         name: Of open_clip's model.
 
     Raises:
-        UserError: open_clip is not installed, knows no such model, or the file is not that model's.
+        UserError: open_clip is not installed or has no such model, or the file is of another one.
     """
     try:
         import open_clip
@@ -147,7 +143,7 @@ def load(weights: Path, name: str = MODEL) -> Clip:
     if not weights.is_file():
         found = "a folder" if weights.is_dir() else "no such file"
         raise UserError(
-            f"{weights}: {found}, wanted CLIP's weights, which are never downloaded; fetch them, such as"
+            f"{weights}: {found}, expected CLIP's weights, which are never downloaded; get them, such as"
             " OpenAI's ViT-B-32.pt, and give their path as --clip"
         )
     configuration = open_clip.get_model_config(name)
@@ -155,29 +151,29 @@ def load(weights: Path, name: str = MODEL) -> Clip:
         raise UserError(f"--clip-model: unknown '{name}'; {did_you_mean(name, open_clip.list_models())}")
     if configuration["text_cfg"].keys() & {"hf_model_name", "hf_tokenizer_name"}:
         raise UserError(
-            f"--clip-model: {name} reads its tokenizer from the internet, wanted a model that open_clip"
-            f" carries whole; take another, such as {MODEL}"
+            f"--clip-model: {name} downloads its tokenizer, expected a model that open_clip contains whole;"
+            f" take another, such as {MODEL}"
         )
     archive = _is_torchscript(weights)
     if archive and not configuration.get("quick_gelu"):
         raise UserError(
-            f"{weights}: OpenAI's own weights, which have the quick GELU, but --clip-model {name} has not;"
+            f"{weights}: OpenAI's own weights, with the quick GELU, but --clip-model {name} is without it;"
             f" take --clip-model {name}-quickgelu"
         )
     try:
-        # By an absolute path: a bare name such as `openai` is a tag, and is downloaded.
+        # An absolute path, because a bare name such as `openai` is a tag, and would be downloaded.
         file = None if archive else str(weights.resolve())
         with _quietly():
             model, _, preprocess = open_clip.create_model_and_transforms(
                 name, pretrained=file, precision="fp32"
             )
             if archive:
-                model.load_state_dict(_of_archive(weights))
-    # What a damaged or foreign file makes PyTorch and pickle raise is of many kinds.
+                model.load_state_dict(_torchscript_state(weights))
+    # PyTorch and pickle raise errors of many types on a damaged or foreign file.
     except Exception as error:
         raise UserError(
-            f"{weights}: no weights of {name} ({' '.join(str(error).split()):.200}); name their model by"
-            " --clip-model, or fetch the file again"
+            f"{weights}: no weights of {name} ({' '.join(str(error).split()):.200}), expected these; name"
+            " their model by --clip-model, or get the file again"
         ) from None
     return Clip(
         model=model.eval(),
@@ -190,7 +186,7 @@ def load(weights: Path, name: str = MODEL) -> Clip:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    # open_clip warns of a model without weights, which come next; PyTorch of the format of OpenAI's files.
+    # open_clip warns that the model has no weights yet, PyTorch that the format of OpenAI's files is old.
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
@@ -207,14 +203,14 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in file.namelist())
 
 
-def _of_archive(path: Path) -> dict[str, Tensor]:
-    facts = {"input_resolution", "context_length", "vocab_size"}
+def _torchscript_state(path: Path) -> dict[str, Tensor]:
+    constants = {"input_resolution", "context_length", "vocab_size"}
     state = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-    return {name: tensor.float() for name, tensor in state.items() if name not in facts}
+    return {name: tensor.float() for name, tensor in state.items() if name not in constants}
 
 
 @torch.inference_mode()
-def _texts(clip: Clip, texts: Sequence[str], batch: int, bar: Bar) -> Rows:
+def _texts(clip: Clip, texts: Sequence[str], batch: int, bar: Bar) -> Features:
     rows = []
     for start in range(0, len(texts), batch):
         prompted = [PROMPT + text for text in texts[start : start + batch]]
@@ -224,7 +220,7 @@ def _texts(clip: Clip, texts: Sequence[str], batch: int, bar: Bar) -> Rows:
 
 
 @torch.inference_mode()
-def _images(clip: Clip, split: Split, items: Int[np.ndarray, "image"], batch: int, bar: Bar) -> Rows:
+def _images(clip: Clip, split: Split, items: Int[np.ndarray, "image"], batch: int, bar: Bar) -> Features:
     rows = []
     for views in _views(clip, split, items, batch):
         rows.append(clip.model.encode_image(views.to(clip.device)).float().cpu().numpy())

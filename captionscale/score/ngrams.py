@@ -1,10 +1,9 @@
-"""Where the words of texts stand in other texts: what BLEU, ROUGE-L and CIDEr-D are made of.
+"""Match n-grams of candidates and references by bit masks, for BLEU, ROUGE-L and CIDEr-D.
 
-Words are numbers.  For each word of a candidate a mask, one integer, says at which places of a reference it
-stands.  An n-gram stands where its first word does if its second stands one place later, and so on: masks are
-shifted and joined by AND, and a bit count is how often the n-gram is in the reference.  Nothing is sorted or
-looked up, whatever the vocabulary.  Texts of up to 64 words fit machine integers; longer ones get Python's,
-in the same arrays and by the same code.
+Words are integers. For each word of a candidate, bit i of a mask is set if word i of the reference is the
+same. Shifted masks joined by AND are the matches of an n-gram, and their bit count is how often the reference
+contains it: nothing is sorted or looked up, whatever the vocabulary. Texts of up to 64 words fit machine
+integers; longer ones use Python's, in the same arrays and by the same code.
 """
 
 from collections import defaultdict
@@ -18,117 +17,109 @@ from jaxtyping import Bool, Int, Integer, Shaped
 
 MAX_ORDER = 4
 
-# The bits of masks, from the cheapest on, and what holds longer ones.
+# Widths of masks, the cheapest first, and their types; Python integers hold longer ones.
 _BITS = np.array([8, 12, 16, 20, 24, 32, 64])
 _MASKS = (np.uint8, np.uint16, np.uint16, np.uint32, np.uint32, np.uint32, np.uint64, np.object_)
 
-# Behind a text is a word that no text of 16 bits has, and none of 32.
-_NOWHERE = 2**16 - 1
+# A padding word that occurs in no text of 16-bit words.
+_PADDING = 2**16 - 1
 
-# Masks of a block: they stay in a core's cache.
+# Masks of a block, few enough to stay in a core's cache.
 _CELLS = 2**16
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts as word numbers, end to end.
-
-    Attributes:
-        words: Of all texts.
-        starts: Where each text begins in `words`, and where the last one ends.
-    """
+    """Concatenated texts of integer words; text i is `words[starts[i] : starts[i + 1]]`."""
 
     words: Int[np.ndarray, "word"]
     starts: Int[np.ndarray, "text_and_end"]
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]]) -> "Texts":
-        """Return texts given as rows of numbers."""
+        """Return texts from lists of words."""
         starts = np.cumsum([0, *map(len, rows)])
         return cls(np.fromiter(chain.from_iterable(rows), np.int32, starts[-1]), starts)
 
     @cached_property
     def lengths(self) -> Int[np.ndarray, "text"]:
-        """Words of each text."""
+        """Number of words of each text."""
         return np.diff(self.starts)
 
     @cached_property
     def left(self) -> Int[np.ndarray, "word"]:
-        """Words of its text from each word on."""
+        """Number of words from each word to the end of its text."""
         return np.repeat(self.starts[1:], self.lengths) - np.arange(len(self.words))
 
     @cached_property
     def short(self) -> Integer[np.ndarray, "word"]:
-        """The words, in 16 bits if they fit: half as many bytes to compare."""
-        return self.words.astype(np.uint16) if self.words.max(initial=0) < _NOWHERE else self.words
+        """The words, in 16 bits if they fit: half the bytes to compare."""
+        return self.words.astype(np.uint16) if self.words.max(initial=0) < _PADDING else self.words
 
-    def places(self, which: Int[np.ndarray, "*rest row"], width: int) -> Int[np.ndarray, "*rest place row"]:
-        """Return where in `words` the first `width` words of texts are, and what is behind a shorter one."""
-        places: Int[np.ndarray, "*rest place row"] = (
+    def positions(
+        self, which: Int[np.ndarray, "*rest row"], width: int
+    ) -> Int[np.ndarray, "*rest position row"]:
+        """Return the indices of the first `width` words of texts, also past the end of shorter ones."""
+        positions: Int[np.ndarray, "*rest position row"] = (
             self.starts[which][..., None, :] + np.arange(width)[:, None]
         )
-        return places
+        return positions
 
-    def rows(self, which: Int[np.ndarray, "*rest row"], width: int) -> Integer[np.ndarray, "*rest place row"]:
-        """Return the first `width` words of texts, and whatever is behind a shorter one."""
-        places = self.places(which, width)
-        return self.short.take(places, mode="clip") if len(self.words) else np.zeros(places.shape, np.uint16)
+    def rows(
+        self, which: Int[np.ndarray, "*rest row"], width: int
+    ) -> Integer[np.ndarray, "*rest position row"]:
+        """Return the first `width` words of texts; past the end of a shorter one they are arbitrary."""
+        positions = self.positions(which, width)
+        return (
+            self.short.take(positions, mode="clip")
+            if len(self.words)
+            else np.zeros(positions.shape, np.uint16)
+        )
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The references of each image.
-
-    Attributes:
-        texts: Those of the first image, then of the second, and so on.
-        starts: Which of `texts` is each image's first, and their number.
-    """
+    """The references of each image; those of image i are `texts[starts[i] : starts[i + 1]]`."""
 
     texts: Texts
     starts: Int[np.ndarray, "image_and_end"]
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Sequence[int]]]) -> "Groups":
-        """Return references given as rows of numbers.
-
-        Raises:
-            ValueError: An image has none.
-        """
+        """Return references from lists of words, at least one for each image (ValueError)."""
         return cls(Texts.of([*chain.from_iterable(groups)]), _offsets(groups))
 
 
 @dataclass(frozen=True)
 class Block:
-    """Candidates beside as many references each; text 0 is the candidate itself.
+    """Candidates with equally many references each, compared; text 0 is the candidate itself.
 
     Attributes:
-        rows: Which candidates.
-        texts: Which references.
+        rows: The candidates' indices.
+        texts: The references' indices.
         lengths: Words of each text.
-        masks: For each text and place of the candidate, at which places of the text the word there stands.
-            Beyond the candidate's end they say nothing.
+        masks: For each text and position in the candidate, the positions in the text of the candidate's word;
+            arbitrary past the candidate's end.
     """
 
     rows: Int[np.ndarray, "row"]
     texts: Int[np.ndarray, "reference row"]
     lengths: Int[np.ndarray, "text row"]
-    masks: Shaped[np.ndarray, "text place row"]
+    masks: Shaped[np.ndarray, "text position row"]
 
     def n_grams(
         self,
-    ) -> tuple[Integer[np.ndarray, "n text place row"], Bool[np.ndarray, "n place row"]]:
-        """Return how often the candidate's n-gram of each place is in each text, for n of 1 to 4.
+    ) -> tuple[Integer[np.ndarray, "n text position row"], Bool[np.ndarray, "n position row"]]:
+        """Count the candidate's n-grams in each text, by the position where they begin, for n from 1 to 4.
 
-        Beside it, whether an n-gram begins there, and for the first time in the candidate; where not, the
-        former says nothing.
+        Also return whether an n-gram begins there for the first time; elsewhere the count is arbitrary.
         """
         width = self.masks.shape[1]
         found = np.zeros((MAX_ORDER, *self.masks.shape), self.masks.dtype)
         found[0] = self.masks
         for n in range(1, min(MAX_ORDER, width)):
             np.bitwise_and(found[n - 1, :, :-n], self.masks[:, n:] >> n, out=found[n, :, :-n])
-        # Mostly a text has it once or never, and counting bits is slow. Of what is there once, no longer
-        # n-gram is there more often.
+        # Counting bits is slow, and needed only where a word occurs twice: n-grams are no more frequent.
         counts = (found != 0).astype(np.int64) if found.dtype == object else (found != 0).view(np.uint8)
         several = np.flatnonzero(self.masks & (self.masks - self.masks.dtype.type(1)) != 0)
         flat = (MAX_ORDER, -1)
@@ -139,7 +130,7 @@ class Block:
 
 
 def low_bit_masks(bits: Int[np.ndarray, "*any"], dtype: np.dtype) -> Shaped[np.ndarray, "*any"]:
-    """Return masks of the lowest bits."""
+    """Return masks of the given numbers of low bits."""
     masks = (1 << np.arange(bits.max(initial=0) + 1, dtype=object)) - 1
     return masks.astype(dtype).take(bits)
 
@@ -147,12 +138,12 @@ def low_bit_masks(bits: Int[np.ndarray, "*any"], dtype: np.dtype) -> Shaped[np.n
 def blocks(
     candidates: Texts, references: Groups, images: Int[np.ndarray, "candidate"] | None = None
 ) -> Iterator[Block]:
-    """Yield all candidates, those of like size together.
+    """Yield all candidates in blocks of similar size.
 
     Args:
         candidates: Texts.
-        references: What they stand beside.
-        images: Whose references each candidate stands beside; None: of none.
+        references: To compare them with.
+        images: The index of each candidate's image in the references; None: compare with no reference.
     """
     longest, counts = candidates.lengths, np.zeros(len(candidates.lengths), np.int64)
     first = counts
@@ -163,13 +154,13 @@ def blocks(
     kinds = np.searchsorted(_BITS, longest)
     order = np.lexsort((candidates.lengths, longest, counts))
     changes = (np.diff(kinds[order]) != 0) | (np.diff(counts[order]) != 0)
-    for alike in np.split(order, np.flatnonzero(changes) + 1):
-        if not len(alike):
+    for similar in np.split(order, np.flatnonzero(changes) + 1):
+        if not len(similar):
             return
-        others, longest_here = int(counts[alike[0]]), int(longest[alike[-1]])
+        others, longest_here = int(counts[similar[0]]), int(longest[similar[-1]])
         rows_at_once = max(1, _CELLS // ((1 + others) * max(1, longest_here)))
-        for start in range(0, len(alike), rows_at_once):
-            rows = alike[start : start + rows_at_once]
+        for start in range(0, len(similar), rows_at_once):
+            rows = similar[start : start + rows_at_once]
             texts = first[rows] + np.arange(others)[:, None]
             yield _block(candidates, references.texts, rows, texts, _MASKS[kinds[rows[0]]])
 
@@ -184,18 +175,18 @@ def _block(
     lengths = np.concatenate([candidates.lengths[rows][None], references.lengths[texts]])
     width, own_width = (int(each.max(initial=0)) for each in (lengths, lengths[0]))
     words = np.concatenate([candidates.rows(rows, width)[None], references.rows(texts, width)])
-    # Only where candidates and references both have 16 bits is there no word of this number.
-    nowhere = _NOWHERE if words.dtype == np.uint16 else -1
+    # No word has this number where both candidates and references have 16 bits.
+    padding = _PADDING if words.dtype == np.uint16 else -1
     own = np.where(
-        np.arange(own_width)[:, None] < lengths[0], words[0, :own_width], words.dtype.type(nowhere)
+        np.arange(own_width)[:, None] < lengths[0], words[0, :own_width], words.dtype.type(padding)
     )
     masks = np.zeros((len(words), *own.shape), dtype)
     equal, byte = np.empty(masks.shape, bool), np.empty(masks.shape, np.uint8)
-    # Eight places at a time, from the last on: bytes are faster than what they are part of.
+    # Eight positions at a time, the last first: bytes are faster than wider masks.
     for start in reversed(range(0, width, 8)):
         byte.fill(0)
-        for place in reversed(range(start, min(start + 8, width))):
-            np.equal(words[:, place, None], own, out=equal)
+        for position in reversed(range(start, min(start + 8, width))):
+            np.equal(words[:, position, None], own, out=equal)
             np.add(byte, byte, out=byte)
             np.bitwise_or(byte, equal.view(np.uint8), out=byte)
         masks = byte.astype(dtype) | (masks << 8 if start + 8 < width else 0)
@@ -205,14 +196,14 @@ def _block(
 
 @dataclass(frozen=True)
 class EncodedCorpus:
-    """Candidates beside the references of their images."""
+    """Candidates and the references of their images."""
 
     candidates: Texts
     references: Groups
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """All of it."""
+        """All candidates, each compared with its references."""
         images = np.arange(len(self.candidates.lengths))
         return list(blocks(self.candidates, self.references, images))
 
@@ -220,27 +211,27 @@ class EncodedCorpus:
 def encode_corpus(
     candidates: Sequence[str], references: Sequence[Sequence[str]], *, by_spaces: bool = False
 ) -> EncodedCorpus:
-    """Return texts as numbers; the last ones are kept, for the metric that asks next.
+    """Return texts as integers; the last corpus is cached for the next metric.
 
     Args:
         candidates: One for each image.
-        references: Of each image, one or more.
-        by_spaces: Each single space parts two words, which may be empty; else any white space does.
+        references: One or more for each image.
+        by_spaces: Split at each single space, so words may be empty; else at any white space.
 
     Raises:
-        ValueError: More images in one than in the other, or one without a reference.
+        ValueError: Different numbers of images, or an image without a reference.
     """
     if len(candidates) != len(references):
-        raise ValueError(f"{len(candidates)} candidates for {len(references)} images, wanted one for each")
-    spaced, whole = _numbered(tuple(candidates), tuple(map(tuple, references)))
-    return spaced if by_spaces else whole
+        raise ValueError(f"{len(candidates)} candidates for {len(references)} images, expected one for each")
+    by_space, by_white_space = _encode(tuple(candidates), tuple(map(tuple, references)))
+    return by_space if by_spaces else by_white_space
 
 
 @lru_cache(maxsize=1)
-def _numbered(
+def _encode(
     candidates: tuple[str, ...], references: tuple[tuple[str, ...], ...]
 ) -> tuple[EncodedCorpus, EncodedCorpus]:
-    """Return texts as parted by single spaces, and by white space."""
+    """Return texts split at single spaces, and at white space."""
     texts = [*candidates, *chain.from_iterable(references)]
     words = " ".join(texts).split(" ") if texts else []
     numbers: defaultdict[str, int] = defaultdict(count().__next__)
@@ -248,19 +239,19 @@ def _numbered(
         np.fromiter(map(numbers.__getitem__, words), np.int32, len(words)),
         np.cumsum([0, *(text.count(" ") + 1 for text in texts)]),
     )
-    spaced = _parted(by_spaces, references)
+    spaced = _split(by_spaces, references)
     distinct = list(numbers)
     if " ".join(distinct).split() == distinct:
         return spaced, spaced
-    # Some words are none for white space, or several.
+    # Some words are empty or contain white space.
     parts = Texts.of([[numbers[part] for part in word.split()] for word in distinct])
     sizes = parts.lengths[by_spaces.words]
     ends = np.append(0, np.cumsum(sizes))
     by_white_space = Texts(parts.words[_runs(parts.starts[by_spaces.words], sizes)], ends[by_spaces.starts])
-    return spaced, _parted(by_white_space, references)
+    return spaced, _split(by_white_space, references)
 
 
-def _parted(texts: Texts, references: tuple[tuple[str, ...], ...]) -> EncodedCorpus:
+def _split(texts: Texts, references: tuple[tuple[str, ...], ...]) -> EncodedCorpus:
     images = len(references)
     own = int(texts.starts[images])
     return EncodedCorpus(
@@ -270,19 +261,15 @@ def _parted(texts: Texts, references: tuple[tuple[str, ...], ...]) -> EncodedCor
 
 
 def _offsets(groups: Sequence[Sequence[object]]) -> Int[np.ndarray, "image_and_end"]:
-    """Return where each image's references begin in a list of all.
-
-    Raises:
-        ValueError: An image has none.
-    """
+    """Return the index of each image's first reference in a list of all; each needs one (ValueError)."""
     sizes = [*map(len, groups)]
     if 0 in sizes:
-        raise ValueError(f"image {sizes.index(0)} in order has no reference, wanted one or more")
+        raise ValueError(f"image {sizes.index(0)} in order has no reference, expected one or more")
     return np.cumsum([0, *sizes])
 
 
 def _runs(starts: Int[np.ndarray, "run"], sizes: Int[np.ndarray, "run"]) -> Int[np.ndarray, "number"]:
-    """Return start, start + 1, ... of all runs, end to end."""
+    """Return start, start + 1, ... of all runs, concatenated."""
     runs: Int[np.ndarray, "number"] = np.repeat(starts - np.cumsum(sizes) + sizes, sizes)
     runs += np.arange(len(runs))
     return runs

@@ -1,14 +1,12 @@
-"""METEOR's paraphrase table, cut down to what some texts can use.
+"""Filter METEOR's paraphrase table for given texts.
 
-The whole table has 5.3 million pairs of phrases, and METEOR takes ten seconds and a gigabyte to load it.  A
-pair counts only where one of its phrases stands in a candidate and the other one in a reference: what is left
-out here cannot, so no digit changes.  (METEOR's own jar has a tool for this, FilterParaphrase; it is slower
-than loading the whole table.)
+The whole table has 5.3 million pairs of phrases, and METEOR needs ten seconds and a gigabyte to load it. A
+pair matters only if one of its phrases is in a candidate and the other in a reference: the other pairs are
+dropped, which changes no digit. (FilterParaphrase in METEOR's jar is slower than loading the whole table.)
 
-METEOR splits texts into words its own way (the class Normalizer in its jar): it parts, turns or drops
-punctuation.  What it leaves alone are runs of the letters a to z and digits, but for single dots that it
-drops ("u.s." becomes "us").  Phrases are looked up by these runs.  So some pairs are kept that match nowhere,
-but none is left out that does.
+METEOR's own tokenizer (Normalizer in its jar) splits, replaces or drops punctuation. It keeps runs of the
+letters a to z and digits, except single dots, which it drops ("u.s." becomes "us"). Phrases are looked up by
+these runs, so some pairs are kept that match nowhere, but none is dropped that matches.
 """
 
 import re
@@ -25,29 +23,29 @@ from pycocoevalcap.meteor import meteor
 
 from captionscale.errors import UserError
 
-# Runs of a phrase that is looked up: no phrase of the table has more but a few that are always kept.
+# Most runs in a phrase that is looked up; the few longer phrases of the table are always kept.
 _LONGEST = 7
 
 _END, _SPACE = b"\n "
-# Any odd number: an inverse is all that is asked of it.
+# Any odd number has an inverse modulo 2**64.
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _SIEVE_BITS = 24
+# Lines hashed together: the sums take eight bytes for each letter.
 _LINES = 4096
-"""That are hashed together: the sums take eight bytes for each letter."""
 
 _DOTS = re.compile(rb"\.\.+")
 _RUN = re.compile(rb"[a-z0-9]+")
 _PIECE = 1 << 17
+# They filter blocks of the table while it is decompressed; NumPy releases the GIL.
 _THREADS = 3
-"""That look at pieces of the table, while it is unpacked: most of it is done outside of Python."""
 _ODD = bytes(letter not in b"abcdefghijklmnopqrstuvwxyz0123456789 \n" for letter in range(256))
 
 
 class PhraseIndex:
-    """What may be looked up in texts: all n-grams of their runs of letters and digits, and the empty one.
+    """All n-grams of runs of letters and digits in texts, and the empty one.
 
-    Only their hashes are kept, as millions of phrases would take a gigabyte. Two phrases of one hash are
-    taken for each other: a pair more is kept, which matches nowhere.
+    Only hashes are stored, as millions of phrases would take a gigabyte. A collision keeps a pair that
+    matches nowhere.
     """
 
     def __init__(self, texts: Iterable[str]):
@@ -57,15 +55,15 @@ class PhraseIndex:
         empty = np.zeros(1, np.uint64)
         self._hashes = np.unique(np.concatenate([empty, *(np.unique(_n_grams(block)) for block in blocks)]))
         self._sieve = np.zeros(1 << _SIEVE_BITS, bool)
-        self._sieve[_places(self._hashes)] = True
+        self._sieve[_positions(self._hashes)] = True
 
     def may_contain(self, hashes: UInt64[np.ndarray, "phrase"]) -> Bool[np.ndarray, "phrase"]:
-        """Tell of millions of phrases whether they are among these, and sometimes say yes for no."""
-        held: Bool[np.ndarray, "phrase"] = self._sieve[_places(hashes)]
+        """Return whether phrases are in the index, fast, with false positives."""
+        held: Bool[np.ndarray, "phrase"] = self._sieve[_positions(hashes)]
         return held
 
     def contains(self, phrases: Sequence[bytes]) -> Bool[np.ndarray, "phrase"]:
-        """Tell whether phrases are among these."""
+        """Return whether phrases are in the index."""
         _, _, hashes = _lines(b"\n".join([*phrases, b""]) if phrases else b"")
         at = np.searchsorted(self._hashes, hashes).clip(max=len(self._hashes) - 1)
         held: Bool[np.ndarray, "phrase"] = self._hashes[at] == hashes
@@ -75,12 +73,12 @@ class PhraseIndex:
 def filter_table(
     references: PhraseIndex, candidates: PhraseIndex | None, stopped: Callable[[], bool] = lambda: False
 ) -> list[bytes]:
-    """Return the entries of METEOR's table that these texts can use, as it stores them and in its order.
+    """Return the entries of METEOR's table that can match these texts, in its format and order.
 
     Args:
-        references: Their phrases.
-        candidates: Theirs; none: any candidate.
-        stopped: Asked now and then: after a yes nobody wants what is returned.
+        references: Phrases of the references.
+        candidates: Phrases of the candidates; None: any candidate.
+        stopped: Called repeatedly; once true, the result is empty and of no use.
 
     Raises:
         UserError: The table is missing or damaged.
@@ -94,7 +92,7 @@ def filter_table(
         else:
             hits = candidates.may_contain(left) & references.may_contain(right)
             hits |= candidates.may_contain(right) & references.may_contain(left)
-        # Looked up by something else than what they are.
+        # Phrases with other characters are looked up by another key than their own text.
         odd = np.searchsorted(ends, np.flatnonzero(np.frombuffer(block.translate(_ODD), bool)))
         hits[odd[odd % 3 > 0] // 3] = True
         entries = np.flatnonzero(hits)
@@ -102,9 +100,8 @@ def filter_table(
         if candidates is None:
             kept = references.contains(a) | references.contains(b)
         else:
-            kept = candidates.contains(a) & references.contains(b) | candidates.contains(
-                b
-            ) & references.contains(a)
+            kept = candidates.contains(a) & references.contains(b)
+            kept |= candidates.contains(b) & references.contains(a)
         return [block[starts[3 * at] : ends[3 * at + 2] + 1] for at in entries[kept]]
 
     kept: list[bytes] = []
@@ -121,8 +118,8 @@ def filter_table(
     return kept
 
 
-def _places(hashes: UInt64[np.ndarray, "phrase"]) -> UInt64[np.ndarray, "phrase"]:
-    """Return where in a sieve phrases are."""
+def _positions(hashes: UInt64[np.ndarray, "phrase"]) -> UInt64[np.ndarray, "phrase"]:
+    """Return the positions of phrases in the sieve."""
     return hashes * np.uint64(_MULTIPLIER) >> np.uint64(64 - _SIEVE_BITS)
 
 
@@ -132,7 +129,7 @@ def _n_grams(block: bytes) -> UInt64[np.ndarray, "phrase"]:
     ends = np.flatnonzero((letters == _END) | (letters == _SPACE))
     starts = np.append(0, ends[:-1] + 1)
     lines = np.cumsum(letters[ends] == _END)
-    # The word that ends a line is of that line still.
+    # The last word of a line belongs to it.
     lines -= letters[ends] == _END
     found = []
     for longer in range(_LONGEST):
@@ -145,7 +142,7 @@ def _n_grams(block: bytes) -> UInt64[np.ndarray, "phrase"]:
 def _lines(
     block: bytes,
 ) -> tuple[Int64[np.ndarray, "line"], Int64[np.ndarray, "line"], UInt64[np.ndarray, "line"]]:
-    """Return where each line begins and ends, and its hash."""
+    """Return the start, end and hash of each line."""
     ends = np.flatnonzero(np.frombuffer(block, np.uint8) == _END)
     starts = np.append(0, ends[:-1] + 1)[: len(ends)]
     return starts, ends, _hashes(block, starts, ends)
@@ -154,7 +151,7 @@ def _lines(
 def _hashes(
     block: bytes, starts: Int64[np.ndarray, "part"], ends: Int64[np.ndarray, "part"]
 ) -> UInt64[np.ndarray, "part"]:
-    """Return a hash of each part of a block: the sum of letter i times m**i."""
+    """Return a polynomial hash of each part of a block."""
     powers, inverses = _powers(1 << len(block).bit_length())
     sums = np.zeros(len(block) + 1, np.uint64)
     np.cumsum(np.frombuffer(block, np.uint8) * powers[: len(block)], out=sums[1:])
@@ -179,25 +176,25 @@ def _runs(text: bytes) -> tuple[bytes, ...]:
 
 
 def _key(phrase: bytes) -> bytes:
-    """Return what a phrase is looked up by; most hold nothing odd and stand for themselves."""
+    """Return the key of a phrase; for most it is the phrase itself."""
     runs = _runs(phrase)
-    # Nothing to look it up by, or too much: it is kept.
+    # Without a key, or with too long a one, a phrase is always kept.
     return b" ".join(runs) if len(runs) <= _LONGEST else b""
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """Yield the table piece by piece: whole entries of three lines, of which the first is the weight."""
+    """Yield blocks of the table: whole entries of three lines, a weight and two phrases."""
     unpack, rest = zlib.decompressobj(wbits=31), b""
     try:
         with path.open("rb") as file, ThreadPoolExecutor(1) as thread:
 
-            def unpacked() -> bytes:
+            def decompress_next() -> bytes:
                 return unpack.decompress(file.read(_PIECE))
 
-            # The next piece is unpacked while this one is looked at.
-            following = thread.submit(unpacked)
+            # The next piece is decompressed while this one is filtered.
+            following = thread.submit(decompress_next)
             while piece := following.result():
-                following = thread.submit(unpacked)
+                following = thread.submit(decompress_next)
                 block = rest + piece
                 ends = np.flatnonzero(np.frombuffer(block, np.uint8) == _END)
                 whole = ends[len(ends) // 3 * 3 - 1] + 1 if len(ends) >= 3 else 0

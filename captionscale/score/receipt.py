@@ -1,68 +1,58 @@
-"""What a score is worth: the figures beside all that made them, in one file."""
+"""The receipt: scores with everything that they depend on, in one file."""
 
 import hashlib
 import json
-import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import msgspec
 import numpy as np
 from jaxtyping import Float64
 
 from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import MB, atomic_write, read_file
-from captionscale.machine import cpu_count, cpu_name
-from captionscale.score import intervals, receipt_schema
-from captionscale.score.diagnostics import Diagnostics, diagnose
-from captionscale.score.metrics import METRICS, Scores, measure
-from captionscale.score.optional_metrics import OptionalMetrics
-from captionscale.score.signature import metric_signature, signature
-from captionscale.vocab import split_words
+from captionscale.score.diagnostics import Diagnostics
+from captionscale.score.metric import Metric
+from captionscale.score.metrics import METRICS
+from captionscale.score.signature import metric_signature
 
 FORMAT = 3
-_SEED = 0
-_DIGITS = 10
+_COUNTS = ("images", "captions", "empty_captions", "words", "references")
+_HASHES = ("captions", "references")
 
-Captions: TypeAlias = Mapping[int, str] | Mapping[str, str]
-"""The caption of each image."""
 References: TypeAlias = Mapping[int, Sequence[str]] | Mapping[str, Sequence[str]]
-"""The human captions of each image."""
-Measure: TypeAlias = Callable[[Mapping[int, str], Mapping[int, Sequence[str]], Sequence[str]], Scores]
-"""`metrics.measure`, or an evaluator's."""
+"""The human references of each image."""
 
 
-@dataclass(frozen=True, eq=False)
-class ImageResults:
-    """What a receipt holds of each image, all in the order of `ids`."""
+class ImageResults(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
+    """What a receipt holds of each image, in the order of `ids`."""
 
-    ids: list[int] | list[str]
+    ids: list[Any]
+    """All int, or all str."""
     captions: list[str]
-    scores: dict[str, Float64[np.ndarray, "image"]]
+    scores: dict[str, Float64[np.ndarray, "_"]]
     """Of each metric."""
-    statistics: dict[str, Float64[np.ndarray, "image _"]]
-    """Of each family of metrics: their sums over any images give these images' corpus figures."""
+    statistics: dict[str, Float64[np.ndarray, "_ _"]]
+    """Of each family of metrics: their sums over any images give the corpus values of these images."""
 
 
-@dataclass(frozen=True, eq=False)
-class Receipt:
-    """Scores, and what they are of.
+class Receipt(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
+    """Scores, and everything that they depend on.
 
     Attributes:
-        scores: The corpus figure of each metric, 0 to 1 (CIDEr-D: 0 to 10; CLIPScore: 0 to 2.5).
-        intervals: Of each, where 95 % of the figures of other sets of images lie.
-        bootstrap: How these were drawn.
-        diagnostics: What the captions look like, beside people's.
-        counts: Images, captions, empty ones among them, their words, references.
-        hashes: SHA-256 of captions and references, and of what the captions were made with.
-        signature: What was measured with what, in parts between `|`; see `metric_signature`.
-        provenance: What made the captions.
-        notes: What a reader of the figures must know.
-        environment: When, where and on what machine; everything else is the same wherever the command is given again.
-        images: Each one's caption, scores and statistics.
+        scores: The corpus value of each metric, 0 to 1 (CIDEr-D: 0 to 10; CLIPScore: 0 to 2.5).
+        intervals: The 95 % bootstrap interval of each.
+        bootstrap: How it was drawn.
+        diagnostics: Statistics of the captions and of the references.
+        counts: Images, captions, empty captions, words of captions, references.
+        hashes: SHA-256 of captions and references, and of what generated the captions.
+        signature: How everything was measured and generated, in parts joined by `|`; see `metric_signature`.
+        provenance: What generated the captions.
+        notes: What a reader of the scores must know.
+        environment: Time, host and hardware; everything else is the same wherever the command runs again.
+        images: Each image's caption, scores and statistics.
     """
 
     scores: dict[str, float]
@@ -79,7 +69,7 @@ class Receipt:
 
     @property
     def metric_signature(self) -> dict[str, str]:
-        """What the figures were measured with: parts of the signature by their first word.
+        """The parts of the signature on the measurement, by their first word.
 
         Two receipts may be ranked together if no part that both have differs.
         """
@@ -87,18 +77,18 @@ class Receipt:
 
     @property
     def sha256(self) -> str:
-        """Hash of everything but `environment`: two receipts that share it are the same."""
+        """Hash of everything but `environment`; receipts with the same hash are the same."""
         return _hash({name: value for name, value in self._to_dict().items() if name != "environment"})
 
     def write(self, path: Path | str) -> None:
         """Write the receipt as JSON.
 
         Raises:
-            UserError: The place cannot be written.
+            UserError: The file cannot be written.
         """
         tree = self._to_dict()
         images = tree.pop("images")
-        # A key a line, so that people can read the head.
+        # One key a line, so the head is readable.
         lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in tree.items()]
         lines += [f'"sha256": "{self.sha256}"', f'"images": {json.dumps(images, separators=(",", ":"))}']
         path = Path(path)
@@ -108,215 +98,99 @@ class Receipt:
 
     @staticmethod
     def read(path: Path) -> "Receipt":
-        """Read what `write` wrote, and prove that nobody has changed it since (but for `environment`).
+        """Read a receipt, and verify that nothing but `environment` has changed since it was written.
 
         Raises:
-            UserError: No receipt, one that was cut short or edited, or one of another version.
+            UserError: No receipt, a truncated or edited one, or one of another format.
         """
         if not path.exists():
-            raise UserError(f"{path}: not there, wanted a receipt, or a run that is scored; correct the path")
+            raise UserError(f"{path}: does not exist, expected a receipt, or a scored run; correct the path")
         try:
             tree = parsing.loads(read_file(path, 512 * MB))
             if not isinstance(tree, dict) or "format" not in tree:
                 raise ValueError("it has no key 'format'")
-            if tree.pop("format") != FORMAT:
+            if tree["format"] != FORMAT:
                 raise UserError(
-                    f"{path}: a receipt of another version, wanted format {FORMAT}; score the captions again"
+                    f"{path}: a receipt of another format, expected {FORMAT}; score the captions again"
                 )
-            written, environment = tree.pop("sha256"), tree.pop("environment")
-            if _hash({"format": FORMAT, **tree}) != written:
+            written = tree.pop("sha256")
+            if _hash({name: value for name, value in tree.items() if name != "environment"}) != written:
                 raise UserError(
                     f"{path}: was changed after it was written: its own sha256 {str(written)[:12]}... does"
-                    " not fit; wanted it as it was; take the original, or score the captions again"
+                    " not match; expected the original; get it, or score the captions again"
                 )
-            receipt_schema.check({**tree, "environment": environment})
-            images = tree.pop("images")
-            bounds = {metric: (low, high) for metric, (low, high) in tree.pop("intervals").items()}
-            return Receipt(
-                **tree,
-                intervals=bounds,
-                environment=environment,
-                images=ImageResults(
-                    images["ids"],
-                    images["captions"],
-                    {metric: np.asarray(figures, float) for metric, figures in images["scores"].items()},
-                    {family: np.asarray(rows, float) for family, rows in images["statistics"].items()},
-                ),
-            )
+            del tree["format"]
+            receipt = parsing.convert(tree, Receipt, _to_array)
+            _check(receipt)
+            return receipt
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{path}: no receipt, or not a whole one ({getattr(error, 'strerror', error)}); wanted what"
+                f"{path}: no receipt, or a damaged one ({getattr(error, 'strerror', error)}); expected what"
                 " captionscale score writes; score the captions again"
             ) from None
 
     def _to_dict(self) -> dict[str, Any]:
-        facts = {"format": FORMAT} | {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return facts | {
-            "intervals": {metric: list(bounds) for metric, bounds in self.intervals.items()},
-            "images": {
-                "ids": self.images.ids,
-                "captions": self.images.captions,
-                "scores": {metric: figures.tolist() for metric, figures in self.images.scores.items()},
-                "statistics": {name: _plain(rows) for name, rows in self.images.statistics.items()},
-            },
-        }
-
-
-def score(
-    captions: Captions,
-    references: References,
-    metrics: Sequence[str] = METRICS,
-    *,
-    measure: Measure = measure,
-    optional_metrics: Sequence[OptionalMetrics] = (),
-    train_captions: Sequence[str] | None = None,
-    vocabulary_size: int | None = None,
-    provenance: Mapping[str, Any] | None = None,
-    hashes: Mapping[str, str] | None = None,
-    hardware: Mapping[str, str] | None = None,
-    notes: Sequence[str] = (),
-) -> Receipt:
-    """Score one caption for each image against what people wrote about it.
-
-    Args:
-        captions: The caption of each image. An image's id is a number or a text, such as its file's name.
-        references: The human captions of each image, any number from one up.
-        metrics: Which of `metrics.METRICS`.
-        measure: How; `metrics.Evaluator.measure` is faster where other captions follow.
-        optional_metrics: Figures of other metrics, of the same images by ascending id.
-        train_captions: All captions that the model was trained on, to tell what is novel.
-        vocabulary_size: How many words the model can say.
-        provenance: What made the captions, for the receipt.
-        hashes: SHA-256 of things in it.
-        hardware: What else to say of the machine.
-        notes: What a reader of the figures must know.
-
-    Returns:
-        The scores with what they are of. The same call gives the same receipt, but for `environment`.
-
-    Raises:
-        UserError: As `metrics.measure`.
-
-    Examples:
-        >>> captions = {"dog.jpg": "a dog runs", "cat.jpg": "a cat on a mat"}
-        >>> references = {"dog.jpg": ["A dog is running."], "cat.jpg": ["A cat sits on a mat.", "a cat"]}
-        >>> receipt = score(captions, references, ["BLEU-1", "CIDEr-D"])
-        >>> round(receipt.scores["BLEU-1"], 4)
-        0.6815
-    """
-    ids, captions_by_number, references_by_number = _numbered(captions, references)
-    found = measure(captions_by_number, references_by_number, metrics)
-    figures = {metric: _rounded(values) for metric, values in found.per_image.items()}
-    statistics, values = dict(found.statistics), dict(found.values)
-    for extra in optional_metrics:
-        values |= extra.values
-        for metric, each in extra.per_image.items():
-            figures[metric] = _rounded(each)
-            statistics[metric] = np.stack([each, np.ones(len(each))], axis=1)
-    statistics = {family: _rounded(rows) for family, rows in statistics.items()}
-    values = {metric: round(value, _DIGITS) for metric, value in values.items()}
-    drawn = intervals.bootstrap_scores(statistics, list(values), seed=_SEED)
-    provenance = dict(provenance or {})
-    look = diagnose(captions, references, train_captions=train_captions, vocabulary_size=vocabulary_size)
-    empty = round(look["captions"]["empty"] * len(ids))
-    return Receipt(
-        scores=values,
-        intervals={metric: intervals.interval(each) for metric, each in drawn.items()},
-        bootstrap={
-            "confidence": intervals.CONFIDENCE,
-            "method": "percentile, over images",
-            "resamples": intervals.RESAMPLES,
-            "seed": _SEED,
-        },
-        diagnostics=look,
-        counts={
-            "images": len(ids),
-            "captions": len(captions),
-            "empty_captions": empty,
-            "words": sum(len(split_words(caption)) for caption in captions.values()),
-            "references": sum(map(len, references.values())),
-        },
-        hashes={
-            "captions": _hash(sorted([image_id, caption] for image_id, caption in captions.items())),
-            "references": references_sha256(references),
-            **(hashes or {}),
-        },
-        signature=signature(metrics, references_sha256(references), len(ids), optional_metrics, provenance),
-        provenance=provenance,
-        notes=[*notes, *_notes(found, empty)],
-        environment={
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "host": platform.node(),
-            "hardware": {"cpu": cpu_name(), "cores": cpu_count(), **(hardware or {})},
-            "python": platform.python_version(),
-        },
-        images=ImageResults(ids, [captions[image_id] for image_id in ids], figures, statistics),
-    )
+        return {"format": FORMAT, **msgspec.to_builtins(self, enc_hook=_from_array)}
 
 
 def references_sha256(references: References) -> str:
-    """Return a hash that two sets of references share if they score alike.
+    """Return a hash that two sets of references share if they give the same scores.
 
-    White space and the order of an image's captions, in which copies of one data set differ, do not count.
+    White space and the order of an image's references, in which copies of one data set differ, are ignored.
     """
     plain = {image_id: [" ".join(text.split()) for text in texts] for image_id, texts in references.items()}
     return _hash([[image_id, sorted(plain[image_id])] for image_id in sorted(plain)])
 
 
-def _numbered(captions: Any, references: Any) -> tuple[Any, dict[int, str], dict[int, Sequence[str]]]:
-    """Return the ids in their order, and captions and references by number, as the evaluator knows images."""
-    for image_id, caption in captions.items():
-        if not isinstance(caption, str):
-            raise UserError(
-                f"score: the caption of image {image_id!r} is {caption!r:.40}, wanted a str; give one"
-            )
-    for image_id, texts in references.items():
-        if not (isinstance(texts, Sequence) and all(isinstance(text, str) for text in texts)):
-            raise UserError(
-                f"score: the references of image {image_id!r} are {texts!r:.40}, wanted a list of str;"
-                " give one"
-            )
-    kinds = {type(image_id) for image_id in (*captions, *references)}
-    if not kinds <= {int} and not kinds <= {str}:
-        found = " and ".join(sorted(kind.__name__ for kind in kinds))
-        raise UserError(
-            f"score: images are named by {found}, wanted int alone or str alone; name them alike in captions"
-            " and references"
-        )
-    ids = sorted({*captions, *references})
-    if kinds <= {int}:
-        return ids, captions, references
-    if odd := captions.keys() ^ references.keys():
-        raise UserError(
-            f"score: image {min(odd)!r} has {'a caption' if min(odd) in captions else 'references'} alone;"
-            " wanted both for each image; give both for the same images"
-        )
-    numbers = dict(enumerate(ids))
-    return (
-        ids,
-        {number: captions[name] for number, name in numbers.items()},
-        {number: references[name] for number, name in numbers.items()},
-    )
+def captions_sha256(captions: Mapping[Any, str]) -> str:
+    """Return a hash of captions."""
+    return _hash(sorted([image_id, caption] for image_id, caption in captions.items()))
 
 
-def _notes(found: Scores, empty: int) -> Iterator[str]:
-    images = len(found.image_ids)
-    if empty:
-        yield f"{empty:,} of {images:,} captions are empty"
-    if found.reference_implementation:
-        yield "measured by pycocoevalcap's own classes"
-    if images == 1 and "CIDEr-D" in found.values:
-        yield "CIDEr-D of a lone image is 0: no word is rarer than another"
+def families(metrics: Iterable[str]) -> dict[str, Metric | None]:
+    """Return the families of metrics, each with one of its metrics if it is captionscale's own."""
+    known = ((name, METRICS.get(name)) for name in metrics)
+    return {metric.family if metric else name: metric for name, metric in known}
 
 
-def _rounded(figures: Any) -> Float64[np.ndarray, "..."]:
-    """Return figures without the digits in which processors differ."""
-    return np.asarray(figures, dtype=np.float64).round(_DIGITS)
+def _check(receipt: Receipt) -> None:
+    """Verify that the parts of a receipt fit each other (ValueError)."""
+    images, names = receipt.images, receipt.scores.keys()
+    count = len(images.ids)
+    if {type(image_id) for image_id in images.ids} not in ({int}, {str}):
+        raise ValueError("images.ids are not all numbers, nor all texts")
+    if not names:
+        raise ValueError("it has no scores")
+    for place, values, required in (("counts", receipt.counts, _COUNTS), ("hashes", receipt.hashes, _HASHES)):
+        if missing := [key for key in required if key not in values]:
+            raise ValueError(f"{place} are without {missing[0]}")
+    own = families(names)
+    for place, found, expected in (
+        ("intervals", receipt.intervals, names),
+        ("images.scores", images.scores, names),
+        ("images.statistics", images.statistics, own.keys()),
+    ):
+        if odd := set(found) ^ set(expected):
+            raise ValueError(f"{place} and scores are not of the same metrics ({min(odd):.40})")
+    lengths = {len(images.captions), *map(len, images.scores.values()), *map(len, images.statistics.values())}
+    if lengths != {count}:
+        raise ValueError(f"images has not {count} of each thing")
+    for name, rows in images.statistics.items():
+        metric = own[name]
+        if metric and rows.shape[1] != metric.width:
+            raise ValueError(f"images.statistics.{name:.40} has rows of another length")
 
 
-def _plain(rows: Float64[np.ndarray, "image _"]) -> list[list[int | float]]:
-    """Return rows as lists in which whole numbers are short."""
-    return [[int(each) if each.is_integer() else each for each in row] for row in rows.tolist()]
+def _to_array(_: type, values: Any) -> Float64[np.ndarray, "..."]:
+    nested = isinstance(values, list) and values and isinstance(values[0], list)
+    return np.asarray(msgspec.convert(values, list[list[float]] if nested else list[float]), np.float64)
+
+
+def _from_array(values: Float64[np.ndarray, "..."]) -> list[Any]:
+    """Return lists; whole numbers of statistics are short."""
+    if values.ndim == 1:
+        return list(values.tolist())
+    return [[int(each) if each.is_integer() else each for each in row] for row in values.tolist()]
 
 
 def _hash(tree: Any) -> str:

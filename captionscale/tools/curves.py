@@ -176,8 +176,9 @@ def _intervals(
         with Evaluator() as evaluator, progress("intervals of validation", len(files), transient=True) as bar:
             for step, path in files.items():
                 metrics = [metric for metric in scores[step] if metric != "METEOR"]
-                rows = evaluator.measure(read_results(path), references, metrics).statistics
-                for metric, figures in intervals.bootstrap_scores(rows, metrics).items():
+                measured = evaluator.measure(read_results(path), references, metrics)
+                resampled = intervals.bootstrap_scores(measured.statistics, measured.metrics)
+                for metric, figures in zip(metrics, resampled.values(), strict=True):
                     low, high = intervals.interval(figures)
                     found.setdefault(metric, {})[step] = (100 * low, 100 * high)
                 bar.advance()

@@ -1,4 +1,4 @@
-"""Scores that others published, each with its source: context for ours, never ranked with them."""
+"""Scores that others published, each with its source: context for the board, never ranked."""
 
 from functools import cache
 from pathlib import Path
@@ -9,24 +9,24 @@ EVIDENCE = {
     "V": "read in the named repository or issue",
     "V2": "seen in a secondary transcription of the named paper, the paper itself not checked",
 }
-"""What a row's mark says about how its figures were found."""
+"""What a row's mark says about how its scores were found."""
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"group": "class"}):
-    """What one source says about one model.
+    """Scores of one model from one source.
 
     Attributes:
         split: Key of `Published.splits`.
-        group: Key of `Published.classes`: rows of different ones are no match for each other.
+        group: Key of `Published.classes`; rows of different classes are not comparable.
         model: Its name.
-        encoder: And the form of its features.
+        encoder: Encoder and form of its features.
         source: Key of `Published.sources`.
         evidence: Key of `EVIDENCE`.
-        scores: Of each metric that the source gives, times 100.
-        loss: Trained by what, if the source says so.
-        beam: Decoded by what, if the source says so.
+        scores: Of each metric in the source, times 100.
+        loss: Training objective, if the source names it.
+        beam: Beam size, if the source names it.
         note: What a reader must know.
-        incomparable: Metrics whose figure is not what its name says elsewhere; the note says why.
+        incomparable: Metrics whose score is not what its name means elsewhere; the note says why.
     """
 
     split: str
@@ -41,23 +41,28 @@ class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"grou
     note: str = ""
     incomparable: tuple[str, ...] = ()
 
+    @property
+    def details(self) -> str:
+        """Encoder, loss and beam."""
+        return " · ".join(filter(None, (self.encoder, self.loss, f"beam {self.beam}" if self.beam else "")))
+
 
 class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where figures are from: in words, and at which address if they are on the web."""
+    """A citation, and its address if it is on the web."""
 
     citation: str
     url: str = ""
 
 
 class Split(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A split that is scored on, and the hash by which a receipt tells it; empty: not known."""
+    """A split, and the hash of its references in receipts; empty: not known."""
 
     title: str
     references_sha256: str
 
 
 class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All that `published.toml` holds."""
+    """The content of `published.toml`."""
 
     classes: dict[str, str]
     splits: dict[str, Split]
@@ -65,7 +70,7 @@ class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: tuple[Row, ...]
 
     def find_split(self, references_sha256: str) -> str | None:
-        """Return the key of the split that has these references."""
+        """Return the key of the split with these references."""
         keys = {split.references_sha256: key for key, split in self.splits.items()}
         return keys.get(references_sha256)
 
@@ -80,5 +85,5 @@ class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @cache
 def published() -> Published:
-    """Return what is in `published.toml`."""
+    """Return the content of `published.toml`."""
     return msgspec.toml.decode(Path(__file__).with_name("published.toml").read_bytes(), type=Published)

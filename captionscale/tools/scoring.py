@@ -18,11 +18,12 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.errors import PreemptedError, UserError
 from captionscale.files import append_lines, check_writable
 from captionscale.progress import progress, say, spinner
-from captionscale.score import clipscore, spice
-from captionscale.score.receipt import Measure, Receipt, score
+from captionscale.score import clipscore
+from captionscale.score.evaluation import Measure, score
+from captionscale.score.receipt import Receipt
 from captionscale.score.results import Result, write_results
 from captionscale.tools.ensemble import CheckpointEnsemble, open_ensemble
-from captionscale.tools.score_file import missing_metrics
+from captionscale.tools.score_file import all_metrics, missing_metrics
 from captionscale.train import preemption
 from captionscale.train.generation import caption_split
 from captionscale.vocab import SPECIAL_TOKENS
@@ -42,6 +43,7 @@ def score_run(
     measure: Measure,
     spice_jars: Path | None = None,
     clip: tuple[Path, str] | None = None,
+    metrics: Sequence[str] = (),
 ) -> tuple[Receipt | None, Path]:
     """Caption a split with a run's model, over all ranks and in fp32, and score it.
 
@@ -57,10 +59,11 @@ def score_run(
         others: Runs that write together with this one.
         measure: As `receipt.score` has it.
         spice_jars: Folder of Stanford CoreNLP's jars; none: no SPICE.
-        clip: CLIP's weights and its model's name; none: no CLIPScore.
+        clip: CLIP's weights and its model's name; without them, no CLIPScore.
+        metrics: The user's own, as `module:Class`.
 
     Returns:
-        The receipt (on ranks other than the first: none), and where it is.
+        The receipt (None on ranks other than the first), and its path.
 
     Raises:
         UserError: No run or split, one without captions, damaged files, or a metric that failed.
@@ -68,12 +71,10 @@ def score_run(
     """
     members = open_ensemble(run, others, checkpoint=checkpoint, overrides=overrides)
     saved, config = members.checkpoints[0], members.config
-    # Whatever these lack is told before an hour of captioning, not after it.
-    if spice_jars:
-        spice.find_jars(spice_jars)
-        spice.find_java()
-    # It fills the memory of one process, not of each.
-    eye = clipscore.load(*clip) if clip and _first() else None
+    # What these lack is an error before an hour of captioning, not after it.
+    chosen = [*all_metrics(spice_jars, metrics)]
+    # Only one process needs its memory.
+    loaded = clipscore.load(*clip) if clip and _first() else None
     split = _open_split(config, shards, split_name)
     split.require_captions("to score against; captionscale caption --split only captions it")
     step = saved.train_state.step
@@ -88,14 +89,14 @@ def score_run(
     train, notes = _train_captions(config)
     vocabulary = saved.vocabulary()
     captions, references = {result["image_id"]: result["caption"] for result in results}, split.references()
-    optional_metrics = [spice.measure(captions, references, spice_jars)] if spice_jars else []
-    optional_metrics += [clipscore.measure(split, captions, references, eye)] if eye else []
+    if loaded:
+        chosen += clipscore.measure(split, captions, references, loaded)
     with spinner(f"scoring {len(captions):,} captions"):
         receipt = score(
             captions,
             references,
+            chosen,
             measure=measure,
-            optional_metrics=optional_metrics,
             train_captions=train,
             vocabulary_size=len(vocabulary) - len(SPECIAL_TOKENS),
             provenance={

@@ -64,24 +64,25 @@ def test_the_formulas_are_the_papers_and_a_caption_that_points_away_scores_zero(
 def test_a_split_scores_as_by_hand_whatever_the_batch(weights: Path, packed: Path) -> None:
     split = Split(packed, "val")
     references = split.references()
-    captions = {image_id: f"a picture, number {image_id}" for image_id in references}
+    captions = {image_id: f"an image, number {image_id}" for image_id in references}
     clip = clipscore.load(weights, "tiny")
-    found = clipscore.measure(split, captions, references, clip, batch=3)
+    found = {metric.name: metric for metric in clipscore.measure(split, captions, references, clip, batch=3)}
     rows = []
     for image_id in sorted(references):
         item = int(np.flatnonzero(split.index["image_id"] == image_id)[0])
-        picture = clip.preprocess(Image.open(io.BytesIO(split.image(item))).convert("RGB"))
+        view = clip.preprocess(Image.open(io.BytesIO(split.image(item))).convert("RGB"))
         prompts = ["A photo depicts " + text for text in (captions[image_id], *references[image_id])]
         with torch.inference_mode():
-            image = clip.model.encode_image(picture[None].to(clip.device)).cpu().double().numpy()[0]
+            image = clip.model.encode_image(view[None].to(clip.device)).cpu().double().numpy()[0]
             texts = clip.model.encode_text(clip.tokenizer(prompts).to(clip.device)).cpu().double().numpy()
         rows.append(by_hand(image, texts[0], list(texts[1:])))
     expected = dict(zip(("CLIPScore", "RefCLIPScore"), zip(*rows, strict=True), strict=True))
     for metric, figures in expected.items():
-        np.testing.assert_allclose(found.per_image[metric], figures, rtol=1e-4, atol=1e-6)
-        assert found.values[metric] == pytest.approx(np.mean(figures), abs=1e-5)
-    assert found.signature.startswith("clipscore open_clip-")
-    assert " tiny sha256=" in found.signature
+        rows = found[metric].statistics([""] * len(figures), [])
+        np.testing.assert_allclose(rows[:, 0], figures, rtol=1e-4, atol=1e-6)
+        assert found[metric].corpus_value(rows) == pytest.approx(np.mean(figures), abs=1e-5)
+        assert found[metric].signature.startswith("clipscore open_clip-")
+        assert " tiny sha256=" in found[metric].signature
 
 
 def test_openais_own_kind_of_file_gives_the_same_model_and_wants_the_quick_gelu(
@@ -103,7 +104,7 @@ def test_openais_own_kind_of_file_gives_the_same_model_and_wants_the_quick_gelu(
         torch.jit.script(module).save(archive)
     same = clipscore.load(archive, "tiny").model.state_dict()
     assert all(torch.equal(tensor, same[name]) for name, tensor in clip.model.state_dict().items())
-    with pytest.raises(UserError, match="have the quick GELU, but --clip-model tiny-slow has not"):
+    with pytest.raises(UserError, match="with the quick GELU, but --clip-model tiny-slow is without it"):
         clipscore.load(archive, "tiny-slow")
 
 
@@ -111,10 +112,10 @@ def test_what_cannot_be_loaded_says_why(weights: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(weights.read_bytes()[:-1000])
     for file, name, found in [
-        (tmp_path / "none.pt", "tiny", "no such file, wanted CLIP's weights, which are never downloaded"),
-        (tmp_path, "tiny", "a folder, wanted"),
+        (tmp_path / "none.pt", "tiny", "no such file, expected CLIP's weights, which are never downloaded"),
+        (tmp_path, "tiny", "a folder, expected"),
         (weights, "tinny", "unknown 'tinny'; did you mean 'tiny'"),
-        (weights, "xlm-roberta-base-ViT-B-32", "reads its tokenizer from the internet"),
+        (weights, "xlm-roberta-base-ViT-B-32", "downloads its tokenizer"),
         (weights, "ViT-B-32", "no weights of ViT-B-32"),
         (damaged, "tiny", "no weights of tiny"),
     ]:

@@ -1,7 +1,7 @@
 import json
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,7 +11,7 @@ from captionscale.score import Receipt, bleu
 from captionscale.score.comparison import compare, find_receipt, p_value
 from captionscale.score.diagnostics import diagnose
 from captionscale.score.intervals import bootstrap_scores, interval
-from captionscale.score.metrics import corpus_score, family
+from captionscale.score.metrics import METRICS
 from captionscale.score.receipt import ImageResults
 
 WORDS = np.array(["a", "dog", "cat", "runs", "sits", "on", "the", "grass", "red", "ball"])
@@ -33,11 +33,9 @@ def receipt(captions: list[str], cider: np.ndarray, signature: str = SIGNATURE) 
         "CIDEr-D": np.stack([cider, np.ones(len(cider))], axis=1),
     }
     per_image = {"BLEU-4": bleu.corpus_score(statistics["BLEU"])[:, 3], "CIDEr-D": cider}
-    scores = {
-        metric: float(corpus_score(metric, statistics[family(metric)].sum(axis=0, keepdims=True))[0])
-        for metric in per_image
-    }
-    drawn = bootstrap_scores(statistics, list(scores))
+    metrics = [METRICS[name] for name in per_image]
+    scores = {metric.name: metric.corpus_value(statistics[metric.family]) for metric in metrics}
+    drawn = bootstrap_scores(statistics, metrics)
     ids = list(range(len(captions)))
     return Receipt(
         scores=scores,
@@ -111,13 +109,14 @@ def test_between_equals_every_p_value_is_as_likely(systems: tuple[Receipt, Recei
     first, second = (each.images.statistics for each in systems)
     random = np.random.default_rng(2)
     found: dict[str, list[float]] = {"BLEU-4": [], "CIDEr-D": []}
+    metrics = [METRICS[name] for name in found]
     for seed in range(250):
         swap = random.integers(2, size=(400, 1), dtype=bool)
         sides = [
             {family: np.where(swap == turned, first[family], second[family]) for family in first}
             for turned in (False, True)
         ]
-        drawn = [bootstrap_scores(side, list(found), resamples=400, seed=seed) for side in sides]
+        drawn = [bootstrap_scores(side, metrics, resamples=400, seed=seed) for side in sides]
         for metric, p in found.items():
             p.append(p_value(drawn[1][metric] - drawn[0][metric]))
     for p in found.values():
@@ -144,12 +143,12 @@ def test_what_was_measured_otherwise_is_not_compared(
     systems: tuple[Receipt, Receipt], change: dict[str, object], found: str
 ) -> None:
     with pytest.raises(UserError, match=found):
-        compare(systems[0], replace(systems[1], **change))
+        compare(systems[0], msgspec.structs.replace(systems[1], **change))
 
 
 def test_another_beam_or_a_metric_that_only_one_has_does_not_hinder(systems: tuple[Receipt, Receipt]) -> None:
     other = systems[1].signature.replace("beam 5", "beam 1").replace("|bleu", "|spice 1.0|bleu")
-    assert len(compare(systems[0], replace(systems[1], signature=other)).differences) == 2
+    assert len(compare(systems[0], msgspec.structs.replace(systems[1], signature=other)).differences) == 2
 
 
 def test_the_verb_takes_files_and_runs(
@@ -171,7 +170,7 @@ def test_the_verb_takes_files_and_runs(
     found = json.loads(capsys.readouterr().out)
     assert [each["metric"] for each in found["differences"]] == ["BLEU-4", "CIDEr-D"]
     systems[0].write(run / "scores" / "test-step-1" / "receipt.json")
-    with pytest.raises(UserError, match=r"2 receipts, wanted one; name one of scores/test-step-1/receipt"):
+    with pytest.raises(UserError, match=r"2 receipts, expected one; name one of scores/test-step-1/receipt"):
         find_receipt(run)
-    with pytest.raises(UserError, match="no receipt, wanted one; score the run first"):
+    with pytest.raises(UserError, match="no receipt; score the run first"):
         find_receipt(tmp_path / "run" / "scores")

@@ -331,7 +331,7 @@ def test_the_cider_of_one_image_is_zero_by_definition_and_only_ours_says_so(mach
     assert (code, out) == (0, "0.0"), complaint
     receipt = score(*one)
     assert receipt.scores == {"CIDEr-D": 0.0}
-    assert receipt.notes == ["CIDEr-D of a lone image is 0: no word is rarer than another"]
+    assert receipt.notes == ["CIDEr-D of a single image is 0: no word is rarer than another"]
 
 
 def _children(process: int) -> dict[int, str]:

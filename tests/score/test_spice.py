@@ -8,9 +8,9 @@ import pytest
 from captionscale.errors import UserError
 from captionscale.score import spice
 
-CAPTIONS = {7: "Two cats!", 3: "", 2**60 + 1: "a crêpe"}
-REFERENCES = {7: ["two kittens"], 2**60 + 1: ["a crêpe", "pan cake"], 3: ["a"]}
-SCORES = {"3": 0, "7": 0.25, str(2**60 + 1): 1}
+CANDIDATES = ["", "two cats", "a crêpe"]
+REFERENCES = [["a"], ["two kittens"], ["a crêpe", "pan cake"]]
+SCORES = {"0": 0, "1": 0.25, "2": 1}
 
 # Answers as SPICE does, in an order of its own, but with the scores of a table.
 PROGRAM = """#!{python}
@@ -45,7 +45,7 @@ def folder(tmp_path: Path) -> Path:
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str = PROGRAM, **facts: object) -> None:
     """Let a program be the Java of JAVA_HOME, an old one."""
-    texts = {str(key): [CAPTIONS[key].lower().strip("!"), *REFERENCES[key]] for key in CAPTIONS}
+    texts = {str(key): [CANDIDATES[key], *REFERENCES[key]] for key in range(3)}
     defaults = {"version": "1.8.0_452", "scores": SCORES, "jars": list(spice.JARS), "texts": texts}
     launcher = folder / "old" / "bin" / "java"
     launcher.parent.mkdir(parents=True, exist_ok=True)
@@ -61,10 +61,11 @@ def test_scores_stay_at_their_images_whatever_the_order_of_the_answers(
     place = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr("tempfile.tempdir", str(place))
     install(folder, monkeypatch)
-    found = spice.measure(CAPTIONS, REFERENCES, folder, memory_gb=1.5)
-    assert found.per_image["SPICE"].tolist() == [0, 0.25, 1]
-    assert found.values == {"SPICE": pytest.approx(1.25 / 3)}
-    assert [part.partition("=")[0] for part in found.signature.split()] == [
+    metric = spice.Spice(folder, memory_gb=1.5)
+    rows = metric.statistics(CANDIDATES, REFERENCES)
+    assert rows.tolist() == [[0, 1], [0.25, 1], [1, 1]]
+    assert metric.corpus_value(rows) == pytest.approx(1.25 / 3)
+    assert [part.partition("=")[0] for part in metric.signature.split()] == [
         *("spice", "1.0", "corenlp-3.6.0", "program", "corenlp", "models")
     ]
     assert not list(place.iterdir())
@@ -80,17 +81,17 @@ def test_scores_stay_at_their_images_whatever_the_order_of_the_answers(
         (json.dumps([{"image_id": 1, "scores": {"All": {"f": None}}}]), r"no result \(TypeError"),
         (json.dumps([{"image_id": 1, "scores": {"All": {"f": 0.5}}}]), "1 results for 2 images"),
         (json.dumps([{"image_id": 1, "scores": {"All": {"f": 0.5}}}] * 2), "2 results for 2 images"),
-        (json.dumps([{"image_id": i, "scores": {"All": {"f": 0.5}}} for i in (1, 3)]), "2 results for 2"),
-        (json.dumps([{"image_id": i, "scores": {"All": {"f": 2 * i}}} for i in (1, 2)]), "2.0 for image 1"),
+        (json.dumps([{"image_id": i, "scores": {"All": {"f": 0.5}}} for i in (0, 2)]), "2 results for 2"),
+        (json.dumps([{"image_id": i, "scores": {"All": {"f": 2 * i}}} for i in (0, 1)]), "2.0 for image 1"),
         (
-            '[{"image_id": 1, "scores": {"All": {"f": NaN}}}, {"image_id": 2, "scores": {"All": {"f": 0}}}]',
+            '[{"image_id": 1, "scores": {"All": {"f": NaN}}}, {"image_id": 0, "scores": {"All": {"f": 0}}}]',
             "nan",
         ),
     ],
 )
 def test_what_is_not_one_number_for_each_image_is_refused(text: str, found: str) -> None:
     with pytest.raises(UserError, match=found):
-        spice.parse(text, [1, 2])
+        spice.parse(text, 2)
 
 
 def test_a_missing_or_damaged_jar_is_told_before_anything_runs(
@@ -101,11 +102,13 @@ def test_a_missing_or_damaged_jar_is_told_before_anything_runs(
     whole = models.read_bytes()
     for damaged in (b"", b"<html>404</html>", whole[:-200], whole.replace(b"nothing", b"nothinG", 1)):
         models.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"models\.jar: damaged .*; fetch it again: unzip nlp\.stanford"):
-            spice.measure(CAPTIONS, REFERENCES, folder)
+        with pytest.raises(
+            UserError, match=r"models\.jar: damaged .*; download it again: unzip nlp\.stanford"
+        ):
+            spice.Spice(folder)
     models.unlink()
-    with pytest.raises(UserError, match=r"models\.jar: no such file, wanted a jar of Stanford"):
-        spice.measure(CAPTIONS, REFERENCES, folder)
+    with pytest.raises(UserError, match=r"models\.jar: no such file, expected a jar of Stanford"):
+        spice.Spice(folder)
 
 
 def test_a_java_that_cannot_write_the_results_is_told_before_the_captions_are_parsed(
@@ -114,8 +117,8 @@ def test_a_java_that_cannot_write_the_results_is_told_before_the_captions_are_pa
     install(folder, monkeypatch, version="15.0.1")
     monkeypatch.setattr(spice.java, "find_java", lambda: str(folder / "none" / "java"))
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(UserError, match=r"java \(15\), .*none/java \(does not start\), wanted .* 8 to 14"):
-        spice.measure(CAPTIONS, REFERENCES, folder)
+    with pytest.raises(UserError, match=r"java \(15\), .*none/java \(does not start\), expected .* 8 to 14"):
+        spice.Spice(folder)
     install(folder, monkeypatch, version="14.0.2")
     assert spice.find_java() == str(folder / "old" / "bin" / "java")
 
@@ -126,7 +129,7 @@ def test_a_failing_program_is_an_error_with_its_last_words(
     program = PROGRAM.replace("assert ", "sys.exit('java.lang.OutOfMemoryError') # ", 1)
     install(folder, monkeypatch, program)
     with pytest.raises(UserError, match=r"SPICE: its Java process .* words: java\.lang\.OutOfMemoryError\)"):
-        spice.measure(CAPTIONS, REFERENCES, folder)
+        spice.Spice(folder).statistics(CANDIDATES, REFERENCES)
     install(folder, monkeypatch, PROGRAM.replace("assert ", "import time; time.sleep(60) # ", 1))
     with pytest.raises(UserError, match=r"stopped at its deadline of 0\.5 s"):
-        spice.measure(CAPTIONS, REFERENCES, folder, timeout_s=0.5)
+        spice.Spice(folder, timeout_s=0.5).statistics(CANDIDATES, REFERENCES)

@@ -1,10 +1,10 @@
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -12,7 +12,7 @@ from captionscale.cli import main
 from captionscale.data.sources import coco
 from captionscale.errors import UserError
 from captionscale.score.diagnostics import diagnose
-from captionscale.score.metrics import METRICS, family
+from captionscale.score.metrics import METRICS
 from captionscale.score.receipt import ImageResults, Receipt, references_sha256
 from captionscale.tools.board import group_into_tables, write_board
 from captionscale.tools.published import EVIDENCE, published
@@ -34,7 +34,8 @@ def receipt(
 ) -> Receipt:
     """A receipt with the given CIDEr-D, and a third of it for every other metric."""
     scores = {metric: cider if metric == "CIDEr-D" else cider / 3 for metric in metrics}
-    sums = {family(metric): np.ones((1, 10 if family(metric) == "BLEU" else 2)) for metric in metrics}
+    known = [(name, METRICS.get(name)) for name in metrics]
+    sums = {each.family if each else name: np.ones((1, each.width if each else 2)) for name, each in known}
     return Receipt(
         scores=scores,
         intervals={metric: (score - width, score + width) for metric, score in scores.items()},
@@ -170,8 +171,8 @@ def test_captions_that_only_a_reward_likes_are_flagged(tmp_path) -> None:
     hacked = receipt(1.2, caption="a dog with a dog with a", objective="scst", end_token_rewarded=False)
     plain = receipt(0.9, objective="cross-entropy", end_token_rewarded=False, seed=3, step=12_000)
     [[(_, [first, second])]] = board(tmp_path, {"hacked": hacked, "plain": plain}).tables
-    assert "100.0% of captions end in 'a', 'with' or the like (people's: 0.0%)" in first[1][1]
-    assert "say three words twice" in first[1][1]
+    assert "100.0% of captions end in 'a', 'with' or the like (references: 0.0%)" in first[1][1]
+    assert "have the same three words twice" in first[1][1]
     assert "the end of a caption was not rewarded" in first[1][1]
     assert second[1][1] == "plainobjective cross-entropy · seed 3 · step 12,000"
 
@@ -212,7 +213,7 @@ def test_a_broken_receipt_is_told_and_left_out_and_the_others_are_shown(tmp_path
     for path in places.values():
         receipt(0.9, split=["a", "list"], search=5).write(path)
     places["cut"].write_bytes(places["cut"].read_bytes()[:-9])
-    replace(receipt(0.9), intervals={}).write(places["odd"])
+    msgspec.structs.replace(receipt(0.9), intervals={}).write(places["odd"])
     (tmp_path / "empty").mkdir()
     out = tmp_path / "board.html"
     main(["board", str(tmp_path / "in"), str(tmp_path / "empty"), str(tmp_path / "none"), "--out", str(out)])
@@ -226,9 +227,9 @@ def test_a_broken_receipt_is_told_and_left_out_and_the_others_are_shown(tmp_path
     # None is left: the page of before stays.  Nor is a broken receipt written over.
     with pytest.raises(SystemExit, match="1"):
         main(["board", str(places["cut"]), str(places["odd"]), "--out", str(out)])
-    assert capsys.readouterr().err.count("no receipt, or not a whole one") == 2
+    assert capsys.readouterr().err.count("no receipt, or a damaged one") == 2
     assert Page(out).tables
-    with pytest.raises(UserError, match="is a receipt, wanted a place for the page"):
+    with pytest.raises(UserError, match="is a receipt, expected a path for the page"):
         write_board([tmp_path / "in"], places["cut"])
 
 

@@ -1,0 +1,39 @@
+"""Load a user's own class, named `module:Class`."""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from captionscale.errors import UserError
+
+T = TypeVar("T")
+
+
+def is_plugin(name: str) -> bool:
+    """Return whether a name is `module:Class`, and not one of captionscale's own."""
+    return ":" in name
+
+
+def load(name: str, base: type[T]) -> type[T]:
+    """Import a class; modules are found as in Python, and in the current folder last.
+
+    Args:
+        name: `module:Class`.
+        base: What the class must derive from.
+
+    Raises:
+        UserError: No such module or class, an error while it is imported, or a class that is no `base`.
+    """
+    module, _, attribute = name.partition(":")
+    cure = f"expected MODULE:CLASS, derived from {base.__module__}.{base.__name__}; see docs/extending.md"
+    if (folder := str(Path.cwd())) not in sys.path:
+        sys.path.append(folder)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    # A module of the user's may raise anything.
+    except Exception as error:
+        raise UserError(f"{name}: cannot be imported ({type(error).__name__}: {error}); {cure}") from error
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(f"{name}: found {found!r:.60}; {cure}")
+    return found
