@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from captionscale import credentials
+from captionscale import credentials, plugins
 from captionscale.config_checks import find_conflicts
 
 _LINE = r"^[^\x00-\x1f\x7f]*$"
@@ -176,6 +176,16 @@ class Model(Section):
     decoder: Decoder = Decoder()
 
 
+SCORE_METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
+
+
+def _known_metric(name: str) -> str:
+    if name not in SCORE_METRICS and not plugins.is_plugin(name):
+        expected = f"{', '.join(map(repr, SCORE_METRICS))} or module:Class"
+        raise PydanticKnownError("literal_error", {"expected": expected})
+    return name
+
+
 class Train(Section):
     """How the captioner learns."""
 
@@ -226,8 +236,8 @@ class Train(Section):
     """Steps between two checkpoints. Without it: each epoch."""
     score_every: Count | None = None
     """Steps between two scorings of the validation split. Without it: each epoch."""
-    score_metric: Literal["BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D"] = "CIDEr-D"
-    """Metric of generated captions that names the best checkpoint."""
+    score_metric: Annotated[Text, AfterValidator(_known_metric)] = "CIDEr-D"
+    """Metric of generated captions that names the best checkpoint, or `module:Class`."""
     patience: Count = 5
     """Stop after so many scorings without a better one; scores count at the next scoring."""
     keep_checkpoints: Count = 2

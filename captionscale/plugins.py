@@ -15,18 +15,20 @@ def is_plugin(name: str) -> bool:
     return ":" in name
 
 
-def load(name: str, base: type[T]) -> type[T]:
+def load(name: str, base: type[T], expected: str | None = None) -> type[T]:
     """Import a class; modules are found as in Python, and in the current folder last.
 
     Args:
         name: `module:Class`.
         base: What the class must derive from.
+        expected: Name of that class in errors, where it is not `base`'s.
 
     Raises:
         UserError: No such module or class, an error while it is imported, or a class that is no `base`.
     """
     module, _, attribute = name.partition(":")
-    cure = f"expected MODULE:CLASS, derived from {base.__module__}.{base.__name__}; see docs/extending.md"
+    expected = expected or f"{base.__module__}.{base.__name__}"
+    cure = f"expected MODULE:CLASS, derived from {expected}; see docs/extending.md"
     if (folder := str(Path.cwd())) not in sys.path:
         sys.path.append(folder)
     try:

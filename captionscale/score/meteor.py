@@ -108,7 +108,7 @@ class Meteor(Metric):
             return super().corpus_value(statistics)
         # Sums of integers are exact.
         total = " ".join(map(str, statistics.sum(0).tolist()))
-        [value] = self._jvms[0].query([f"SING ||| {total}"], 1, timeout_s=300)
+        [value] = self._jvms[0].query([f"SING ||| {total}"], 1, timeout_s=300.0)
         return _number(value)
 
     def reference(self, statistics: Statistics) -> tuple[float, list[float]]:

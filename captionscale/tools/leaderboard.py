@@ -1,4 +1,4 @@
-"""Write the files that leaderboards take, proven complete against the official list of images."""
+"""Write the files that leaderboards take, verified complete against the official list of images."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from captionscale.files import atomic_write
 from captionscale.score.results import read_results
 from captionscale.score.tokenizer import INVISIBLE
 
-# The parts of a file's name are parted by underscores.
+# Underscores delimit the parts of a file name.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 
 
@@ -24,53 +24,50 @@ class Leaderboard:
     """A set of images that a leaderboard scores.
 
     Attributes:
-        file: Name of the results file; `{name}` is the algorithm's.
         images: How many there are.
-        image_list: The file that lists them, and where it is from.
-        archive: What the results files are uploaded in; empty: the file itself is uploaded.
+        file: Name of the results file; `{name}` is the algorithm's.
+        image_list: The file that lists the images, and its source.
+        archive: The uploaded archive of results files; empty: the file itself is uploaded.
         archived_with: The other set whose file must be in the archive too.
     """
 
-    file: str
     images: int
+    file: str
     image_list: str
     archive: str = ""
     archived_with: str = ""
 
 
+def _coco(part: str, images: int, listed: str, archived: str, **archive: str) -> Leaderboard:
+    source = f"{listed}, in http://images.cocodataset.org/annotations/{archived}"
+    return Leaderboard(images, f"captions_{part}_{{name}}_results.json", source, **archive)
+
+
+def _nocaps(part: str, images: int) -> Leaderboard:
+    listed = f"nocaps_{part}_image_info.json"
+    source = f"{listed}, from https://s3.amazonaws.com/nocaps/{listed}"
+    return Leaderboard(images, f"nocaps_{part}_{{name}}_results.json", source)
+
+
+# fmt: off
 LEADERBOARDS = {
-    "coco2014-val": Leaderboard(
-        file="captions_val2014_{name}_results.json",
-        images=40_504,
-        image_list="captions_val2014.json, in http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
-        archive="results.zip",
-        archived_with="coco2014-test",
+    "coco2014-val": _coco(
+        "val2014", 40_504, "captions_val2014.json", "annotations_trainval2014.zip",
+        archive="results.zip", archived_with="coco2014-test",
     ),
-    "coco2014-test": Leaderboard(
-        file="captions_test2014_{name}_results.json",
-        images=40_775,
-        image_list="image_info_test2014.json, in http://images.cocodataset.org/annotations/image_info_test2014.zip",
-        archive="results.zip",
-        archived_with="coco2014-val",
+    "coco2014-test": _coco(
+        "test2014", 40_775, "image_info_test2014.json", "image_info_test2014.zip",
+        archive="results.zip", archived_with="coco2014-val",
     ),
-    "coco2017-test": Leaderboard(
-        file="captions_test2017_{name}_results.json",
-        images=40_670,
-        image_list="image_info_test2017.json, in http://images.cocodataset.org/annotations/image_info_test2017.zip",
+    "coco2017-test": _coco(
+        "test2017", 40_670, "image_info_test2017.json", "image_info_test2017.zip",
         archive="captions_test2017_{name}_results.zip",
     ),
-    "nocaps-val": Leaderboard(
-        file="nocaps_val_{name}_results.json",
-        images=4_500,
-        image_list="nocaps_val_image_info.json, from https://s3.amazonaws.com/nocaps/nocaps_val_image_info.json",
-    ),
-    "nocaps-test": Leaderboard(
-        file="nocaps_test_{name}_results.json",
-        images=10_600,
-        image_list="nocaps_test_image_info.json, from https://s3.amazonaws.com/nocaps/nocaps_test_image_info.json",
-    ),
+    "nocaps-val": _nocaps("val", 4_500),
+    "nocaps-test": _nocaps("test", 10_600),
 }
-"""The sets, by the name that the command line has for them.
+# fmt: on
+"""The sets, by their names on the command line.
 
 Source:
     COCO: https://cocodataset.org/#captions-upload and #download; nocaps: https://nocaps.org/download and
@@ -80,14 +77,14 @@ Source:
 
 @dataclass(frozen=True)
 class Submission:
-    """What was written.
+    """The files written.
 
     Attributes:
         file: The results of one set.
-        captions: How many are in it.
-        empty: How many of them have no letter.
-        upload: What to upload; none: it waits for the results of `missing_set`.
-        missing_set: The set whose results are not there yet.
+        captions: How many it contains.
+        empty: How many of them are empty.
+        upload: The file to upload; None until there are results of `missing_set`.
+        missing_set: The set without results.
     """
 
     file: Path
@@ -108,21 +105,20 @@ class _Document(msgspec.Struct, gc=False):
 def write_submission(
     board_name: str, captions: Sequence[Path], images: Path | None, name: str, out: Path
 ) -> Submission:
-    """Write the results of a set under their official name, and the archive once all that it holds is there.
+    """Write the results of a set under their official name, and the archive once its files are complete.
 
-    The same captions make the same bytes.
+    The same captions give the same bytes.
 
     Args:
         board_name: One of `LEADERBOARDS`.
         captions: COCO results, in one file or in parts.
         images: The official list of the set's images.
         name: Of the algorithm.
-        out: The folder for one algorithm's files.
+        out: The folder for this algorithm's files.
 
     Raises:
-        UserError: An unknown set, no official list or another one, captions that are missing, surplus or
-            doubled, a name that would break the file's, files of another algorithm in the folder, or a folder
-            that cannot be written.
+        UserError: An unknown set, no official list or that of another set, captions that are missing, surplus
+            or repeated, an unusable name, files of another algorithm in the folder, or an unwritable folder.
     """
     if board_name not in LEADERBOARDS:
         raise UserError(
@@ -131,14 +127,14 @@ def write_submission(
     board = LEADERBOARDS[board_name]
     if not _NAME.fullmatch(name):
         raise UserError(
-            f"--name {name!r:.60}: stands in a file's name between two underscores; wanted English letters,"
-            " digits, '.' and '-', such as captionscale-attention; choose such a name"
+            f"--name {name!r:.60}: is delimited by underscores in a file name, expected letters a to z,"
+            " digits, '.' and '-', such as captionscale-attention; choose another name"
         )
-    wanted = _official(board_name, images)
+    expected = _official_ids(board_name, images)
     found = _merged(captions)
-    _prove_complete(captions, found, wanted, images)
+    _check_complete(captions, found, expected, images)
     texts = {image_id: INVISIBLE.sub(" ", found[image_id]).strip() for image_id in sorted(found)}
-    _prove_one_algorithm(out, name)
+    _check_one_algorithm(out, name)
     out.mkdir(parents=True, exist_ok=True)
     file = out / board.file.format(name=name)
     with atomic_write(file) as stream:
@@ -151,29 +147,30 @@ def write_submission(
         other = out / LEADERBOARDS[board.archived_with].file.format(name=name)
         if not other.exists():
             return Submission(file, len(texts), empty, upload=None, missing_set=board.archived_with)
-        _prove_whole(other, board.archived_with)
+        _check_whole(other, board.archived_with)
         files.append(other)
     archive = out / board.archive.format(name=name)
     _zip(files, archive)
     return Submission(file, len(texts), empty, upload=archive)
 
 
-def _official(board_name: str, images: Path | None) -> set[int]:
+def _official_ids(board_name: str, images: Path | None) -> set[int]:
     """Return the ids of a set's images."""
     board = LEADERBOARDS[board_name]
     cure = f"give {board.image_list}"
     if images is None:
         raise UserError(
-            f"leaderboard: no --images; wanted the official list of {board_name}, to prove that no image is"
-            f" missing; {cure}"
+            f"leaderboard: no --images, expected the official list of {board_name}, to verify that no"
+            f" image is missing; {cure}"
         )
-    document = base.read_json(images, _Document, f"wanted the official list of {board_name}; {cure}")
+    document = base.read_json(images, _Document, f"expected the official list of {board_name}; {cure}")
     ids = {image.id for image in document.images}
     if len(ids) != board.images:
         others = [name for name, other in LEADERBOARDS.items() if other.images == len(ids)]
         guess = f" (as many as {others[0]} has)" if others else ""
         raise UserError(
-            f"{images}: lists {len(ids):,} images{guess}, wanted the {board.images:,} of {board_name}; {cure}"
+            f"{images}: lists {len(ids):,} images{guess}, expected the {board.images:,} of"
+            f" {board_name}; {cure}"
         )
     return ids
 
@@ -185,43 +182,43 @@ def _merged(files: Sequence[Path]) -> dict[int, str]:
         part = read_results(file)
         if both := part.keys() & merged.keys():
             raise UserError(
-                f"{file}: {describe_images(sorted(both))} captioned in another part too; wanted one caption for each"
-                " image; give each part once"
+                f"{file}: {describe_images(sorted(both))} captioned in another part too; expected one caption"
+                " for each image; give each part once"
             )
         merged |= part
     return merged
 
 
-def _prove_complete(
-    captions: Sequence[Path], found: Collection[int], wanted: set[int], images: Path | None
+def _check_complete(
+    captions: Sequence[Path], found: Collection[int], expected: set[int], images: Path | None
 ) -> None:
-    faults = {"missing": wanted - set(found), "of no image in the list": set(found) - wanted}
+    faults = {"missing": expected - set(found), "of no image in the list": set(found) - expected}
     told = ", ".join(f"{describe_images(sorted(ids))} {fault}" for fault, ids in faults.items() if ids)
     if told:
         raise UserError(
-            f"{', '.join(map(str, captions))}: {len(found):,} captions, {told}; wanted one for each of the"
-            f" {len(wanted):,} images of {images}; caption that set with captionscale caption RUN --split"
+            f"{', '.join(map(str, captions))}: {len(found):,} captions, {told}; expected one for each of the"
+            f" {len(expected):,} images of {images}; caption that set with captionscale caption RUN --split"
         )
 
 
-def _prove_one_algorithm(out: Path, name: str) -> None:
-    """Refuse a folder in which an archive could be of another algorithm than the file beside it."""
+def _check_one_algorithm(out: Path, name: str) -> None:
+    """Refuse a folder with files of another algorithm."""
     patterns = [board.file.partition("{name}") for board in LEADERBOARDS.values()]
     for path in sorted(out.glob("*")) if out.is_dir() else []:
         for start, _, end in patterns:
             other = path.name.removeprefix(start).removesuffix(end)
             if path.name == f"{start}{other}{end}" and other != name:
                 raise UserError(
-                    f"{out}: has {path.name}, of the algorithm {other!r}; wanted only files of {name!r};"
+                    f"{out}: has {path.name}, of the algorithm {other!r}; expected only files of {name!r};"
                     " take another --out for each algorithm"
                 )
 
 
-def _prove_whole(file: Path, board_name: str) -> None:
-    count, wanted = len(read_results(file)), LEADERBOARDS[board_name].images
-    if count != wanted:
+def _check_whole(file: Path, board_name: str) -> None:
+    count, expected = len(read_results(file)), LEADERBOARDS[board_name].images
+    if count != expected:
         raise UserError(
-            f"{file}: {count:,} captions, wanted {wanted:,}; write it again with --eval-set {board_name}"
+            f"{file}: {count:,} captions, expected {expected:,}; write it again with --eval-set {board_name}"
         )
 
 
@@ -233,12 +230,8 @@ def _results(texts: dict[int, str]) -> bytes:
 def _zip(files: Sequence[Path], archive: Path) -> None:
     with atomic_write(archive) as stream, zipfile.ZipFile(stream, "w") as packed:
         for file in sorted(files):
-            # At the top, where the server looks; with one fixed time, so that the same captions make the same
-            # bytes.
+            # At the top, where the server looks; ZipInfo has a fixed time, so the bytes are reproducible.
             entry = zipfile.ZipInfo(file.name)
-            entry.compress_type, entry.external_attr, entry.create_system = (
-                zipfile.ZIP_DEFLATED,
-                0o644 << 16,
-                3,
-            )
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            entry.create_system = 3
             packed.writestr(entry, file.read_bytes())

@@ -1,4 +1,4 @@
-"""Score a run, or captions from anywhere, and write the receipt."""
+"""Caption a split with a run's model, and score it."""
 
 import hashlib
 import json
@@ -47,18 +47,18 @@ def score_run(
 ) -> tuple[Receipt | None, Path]:
     """Caption a split with a run's model, over all ranks and in fp32, and score it.
 
-    Each one, of whatever split, leaves a line in `scores/history.jsonl` of the run's folder.
+    Each call adds a line to `scores/history.jsonl` in the run folder.
 
     Args:
         run: The --out of captionscale train.
         split_name: Of the run's shards.
         checkpoint: `best`, `last` or a step.
-        shards: Instead of the run's own.
-        out: Where the receipt goes; none: beside the captions, in the run's folder `scores`.
-        overrides: `search.key=value` each, instead of the run's own.
-        others: Runs that write together with this one.
-        measure: As `receipt.score` has it.
-        spice_jars: Folder of Stanford CoreNLP's jars; none: no SPICE.
+        shards: Shards to use instead of the run's own.
+        out: The receipt's file; default: next to the captions, in the run's folder `scores`.
+        overrides: `search.key=value` each.
+        others: Other runs of the ensemble.
+        measure: As in `evaluation.score`.
+        spice_jars: Folder of Stanford CoreNLP's jars; without it, no SPICE.
         clip: CLIP's weights and its model's name; without them, no CLIPScore.
         metrics: The user's own, as `module:Class`.
 
@@ -67,7 +67,7 @@ def score_run(
 
     Raises:
         UserError: No run or split, one without captions, damaged files, or a metric that failed.
-        PreemptedError: A signal asked it to leave while it captioned.
+        PreemptedError: A signal stopped it while captioning.
     """
     members = open_ensemble(run, others, checkpoint=checkpoint, overrides=overrides)
     saved, config = members.checkpoints[0], members.config
@@ -138,25 +138,25 @@ def caption_run(
 ) -> int | None:
     """Caption a split with a run's model, over all ranks and in fp32, and write COCO results.
 
-    It leaves a line in the run's history, as `score_run` does.
+    Like `score_run`, it adds a line to the run's history.
 
     Args:
         run: The --out of captionscale train.
         split_name: Of the run's shards; it need not have captions.
         checkpoint: `best`, `last` or a step.
-        shards: Instead of the run's own.
-        out: Where the results go.
-        overrides: `search.key=value` each, instead of the run's own.
-        others: Runs that write together with this one.
-        prefix: What every caption begins with.
-        require: Words that every caption holds.
+        shards: Shards to use instead of the run's own.
+        out: The results file.
+        overrides: `search.key=value` each.
+        others: Other runs of the ensemble.
+        prefix: Words that every caption begins with.
+        require: Words that every caption contains.
 
     Returns:
-        How many images were captioned; on ranks other than the first nothing.
+        How many images were captioned; None on ranks other than the first.
 
     Raises:
-        UserError: No run or split, damaged files, or a place that cannot be written.
-        PreemptedError: A signal asked it to leave while it captioned.
+        UserError: No run or split, damaged files, or an output that cannot be written.
+        PreemptedError: A signal stopped it while captioning.
     """
     members = open_ensemble(run, others, checkpoint=checkpoint, overrides=overrides)
     split = _open_split(members.config, shards, split_name)
@@ -175,18 +175,18 @@ def _open_split(config: Config, shards: str | None, name: str) -> Split:
 
 
 def _first() -> bool:
-    """Tell whether this is the first rank, before the ranks have met."""
+    """Return whether this is rank 0, before the process group exists."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _check_writable(*places: Path) -> None:
-    # An hour of captioning would be lost. Only the first rank writes.
+    # Otherwise an hour of captioning is lost. Only rank 0 writes.
     for place in places if _first() else ():
         check_writable(place)
 
 
 def _remember(run: Path, members: CheckpointEnsemble, split: Split, **result: object) -> None:
-    """Add a line to the run's history: how often one has looked at a split must be known."""
+    """Add a line to the run's history, which shows how often a split was used."""
     history = run / "scores" / HISTORY
     line = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -201,18 +201,14 @@ def _remember(run: Path, members: CheckpointEnsemble, split: Split, **result: ob
         history.parent.mkdir(exist_ok=True)
         append_lines(history, json.dumps(line).encode())
     except OSError as error:
-        # What was asked for is there.
+        # The result itself was written.
         say(f"{history}: cannot be written ({error.strerror}), so this is not in it; make it writable")
 
 
 def _caption(
     members: CheckpointEnsemble, split: Split, *, prefix: str = "", require: Sequence[str] = ()
 ) -> list[Result] | None:
-    """Return a split's captions; on ranks other than the first nothing.
-
-    Raises:
-        PreemptedError: A signal asked this or another rank to leave.
-    """
+    """Return a split's captions, or None on other ranks than the first; raise PreemptedError on a signal."""
     saved, config = members.checkpoints[0], members.config
     loader = Loader(split, saved.vocabulary(), config.data, config.seed)
     with preemption.handle_signals(), Ranks() as ranks:
@@ -235,12 +231,12 @@ def _caption(
 
 
 def _train_captions(config: Config) -> tuple[list[str] | None, list[str]]:
-    """Return what the model was trained on, or none and why not."""
+    """Return the train captions, or None and the reason."""
     data = config.data
     try:
         place = open_storage(data.shards, data.cache, data.cache_gb)
         if not isinstance(place, LocalStorage):
-            # They lie among the pictures, all of which would have to be downloaded.
+            # All images would have to be downloaded with them.
             return None, [f"novel captions were not counted: {place} is no folder of this machine"]
         split = Split(place, data.train_split, check_sizes=False)
         with progress("train captions", len(split), transient=True) as bar:

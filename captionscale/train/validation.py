@@ -7,6 +7,7 @@ from pathlib import Path
 from captionscale.errors import UserError
 from captionscale.progress import Bar
 from captionscale.score.java import find_java
+from captionscale.score.metrics import resolve
 from captionscale.score.results import Result, read_results, write_results
 from captionscale.score.worker import BackgroundScorer
 from captionscale.train import preemption
@@ -41,6 +42,7 @@ class Validation:
         self._scorer: BackgroundScorer | None = None
         # Not after an epoch in vain.
         job.ranks.run_on_main(find_java)
+        job.ranks.run_on_main(lambda: [each.name for each in resolve([job.config.train.score_metric])])
         if self._owed and (fault := job.ranks.run_on_main(self._take_up)):
             bar.say(f"warning: {fault}; step {job.train_state.validated_step:,} will have no scores")
             job.train_state.validated_step = job.train_state.scored_step

@@ -92,9 +92,9 @@ def test_both_sets_of_coco_2014_go_into_one_archive_under_their_official_names(t
     # An archive never holds half a set, nor two algorithms.
     (out / "captions_test2014_alg-1.0_results.json").write_text("[]")
     said = refused("coco2014-val", parts, tmp_path / "coco2014-val.json", "alg-1.0", out)
-    assert "0 captions, wanted 40,775; write it again with --eval-set coco2014-test" in said
+    assert "0 captions, expected 40,775; write it again with --eval-set coco2014-test" in said
     said = refused("coco2014-val", parts, tmp_path / "coco2014-val.json", "other", out)
-    assert "of the algorithm 'alg-1.0'; wanted only files of 'other'" in said
+    assert "of the algorithm 'alg-1.0'; expected only files of 'other'" in said
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_what_is_not_the_whole_set_is_refused_with_the_ids(tmp_path) -> None:
     captions.write_text(json.dumps([*lines[:-5], {"image_id": 1, "caption": "x"}]))
     said = refused(SET, [captions], images, "a", out)
     assert "4,496 captions, 5 images (0, 3, 6, ...) missing, 1 image (1) of no image in the list" in said
-    assert "wanted one for each of the 4,500 images" in said
+    assert "expected one for each of the 4,500 images" in said
     captions.write_text(json.dumps([*lines, lines[0]]))
     assert "image 13497 has more than one caption" in refused(SET, [captions], images, "a", out)
     said = refused(SET, [tmp_path / f"{SET}-captions.json"] * 2, images, "a", out)
@@ -141,11 +141,11 @@ def test_what_is_not_the_whole_set_is_refused_with_the_ids(tmp_path) -> None:
 def test_the_official_list_is_asked_for_and_known_by_its_total(tmp_path) -> None:
     captions, out = whole(tmp_path, SET), tmp_path / "out"
     said = refused(SET, [captions], None, "a", out)
-    assert "no --images; wanted the official list of nocaps-val" in said
+    assert "no --images, expected the official list of nocaps-val" in said
     assert "from https://s3.amazonaws.com/nocaps/nocaps_val_image_info.json" in said
     said = refused(SET, [captions], listed(tmp_path, "nocaps-test"), "a", out)
-    assert "lists 10,600 images (as many as nocaps-test has), wanted the 4,500 of nocaps-val" in said
-    assert "wanted the official list of nocaps-val" in refused(SET, [captions], captions, "a", out)
+    assert "lists 10,600 images (as many as nocaps-test has), expected the 4,500 of nocaps-val" in said
+    assert "expected the official list of nocaps-val" in refused(SET, [captions], captions, "a", out)
     assert "Is a directory; wanted it to be readable" in refused(SET, [captions], tmp_path, "a", out)
     assert "did you mean 'nocaps-val'?" in refused("nocap-val", [captions], None, "a", out)
 
@@ -153,4 +153,4 @@ def test_the_official_list_is_asked_for_and_known_by_its_total(tmp_path) -> None
 @pytest.mark.parametrize("name", ["", "two_parts", "../up", "a b", "é", ".hidden", "x\n"])
 def test_a_name_that_would_break_the_files_is_refused(name, tmp_path) -> None:
     said = refused(SET, [tmp_path / "none.json"], None, name, tmp_path)
-    assert "stands in a file's name between two underscores" in said
+    assert "is delimited by underscores in a file name" in said

@@ -1,0 +1,76 @@
+"""The examples of docs/extending.md work from files outside the package."""
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import metric_contract
+import pytest
+
+from captionscale.cli import main
+from captionscale.score import Receipt
+from captionscale.score.metrics import METRICS
+from captionscale.score.worker import BackgroundScorer
+
+PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
+EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with the page's examples."""
+    for name, text in EXAMPLES.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in EXAMPLES:
+        monkeypatch.delitem(importlib.sys.modules, name, raising=False)
+
+
+def test_a_metric_of_ones_own_is_scored_and_compared_like_any_other(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    my_metrics = importlib.import_module("my_metrics")
+    for metric in (my_metrics.WordCount(), my_metrics.Brevity()):
+        metric_contract.check(metric)
+    captions, human = {1: "A dog runs.", 2: "two cats"}, [(1, "a dog"), (2, "two cats sleep"), (2, "a cat")]
+    Path("captions.json").write_text(
+        json.dumps([{"image_id": key, "caption": text} for key, text in captions.items()])
+    )
+    notes = [{"id": at, "image_id": key, "caption": text} for at, (key, text) in enumerate(human)]
+    images = [{"id": key, "file_name": f"{key}.jpg"} for key in captions]
+    Path("references.json").write_text(json.dumps({"images": images, "annotations": notes}))
+    inputs = ["--captions", "captions.json", "--references", "references.json", "--out", "receipt.json"]
+    own = ["--metric", "my_metrics:WordCount", "--metric", "my_metrics:Brevity"]
+    main(["score", *inputs, *own])
+    assert "WordCount 2.5000000000  [2.0000, 3.0000]" in capsys.readouterr().out
+    receipt = Receipt.read(folder / "receipt.json")
+    assert list(receipt.scores) == [*METRICS, "WordCount", "Brevity"]
+    assert receipt.scores["WordCount"] == 2.5
+    assert receipt.scores["Brevity"] == 1
+    assert receipt.images.scores["WordCount"].tolist() == [3, 2]
+    assert receipt.metric_signature["wordcount"].startswith("wordcount my_metrics:WordCount ")
+
+    # A mean needs no class to be compared; of another metric the class must be named.
+    arguments = ["compare", "receipt.json", "receipt.json", "--json"]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "Brevity = 1, expected what the receipt's statistics give" in capsys.readouterr().err
+    main([*arguments, "--metric", "my_metrics:Brevity"])
+    differences = json.loads(capsys.readouterr().out)["differences"]
+    assert [each["metric"] for each in differences] == list(receipt.scores)
+
+
+@pytest.mark.usefixtures("folder")
+def test_training_scores_by_a_metric_of_ones_own() -> None:
+    scorer = BackgroundScorer({1: ["a dog"]}, ["BLEU-4", "my_metrics:WordCount"])
+    try:
+        scorer.submit({1: "a dog runs"})
+        scores = scorer.result(timeout_s=300.0)
+    finally:
+        scorer.close()
+    assert scores is not None
+    assert scores["my_metrics:WordCount"] == 3
