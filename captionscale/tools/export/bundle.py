@@ -1,4 +1,4 @@
-"""A run as others take it: ONNX graphs, PyTorch programs, or a folder for the Hugging Face hub."""
+"""The command `export`: write a run as ONNX graphs, PyTorch programs, or a Hugging Face hub folder."""
 
 import json
 import shutil
@@ -41,40 +41,42 @@ _WRITERS: dict[str, Callable[[Part, Path, int | None], Run]] = {"onnx": write_on
 
 
 def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | None, checkpoint: str) -> str:
-    """Write a run for others, proven to say what the run says, and return what was done in a line.
+    """Export a run, check the programs against it, and return a line about the result.
 
     Args:
         run: The --out of captionscale train.
-        to: What others take.
-        out: A new folder, which is whole or not there.
-        batch: Pictures or captions that the programs take at once; None: any number.
-        shards: Where the images come from that it is checked on, instead of the run's own.
+        to: The format.
+        out: A new folder, written atomically.
+        batch: Fixed batch size of the programs; None: any.
+        shards: Shards with the images to check on, instead of the run's own.
         checkpoint: `best`, `last` or a step.
 
     Raises:
-        UserError: No run, a folder that is there already, no package for it, no images to check it on, or
-            programs that say something else; or the folder cannot be written.
+        UserError: No run, an existing folder, a missing package, no images to check on, programs that differ
+            from the model, or a folder that cannot be written.
     """
     if to == "onnx" and (
         missing := [it for it in ("onnx", "onnxruntime", "onnxscript") if not find_spec(it)]
     ):
         raise UserError(
-            f"export: {', '.join(missing)} is not installed, wanted it for --format onnx;"
+            f"export: {', '.join(missing)} is not installed, expected it for --format onnx;"
             " pip install 'captionscale[export]'"
         )
     if batch is not None and (batch < 1 or to == "hub"):
-        raise UserError(f"--batch-size {batch}: wanted at least 1, and --format onnx or torch; leave it out")
+        raise UserError(
+            f"--batch-size {batch}: expected at least 1, and --format onnx or torch; leave it out"
+        )
     saved = open_checkpoint(run, checkpoint)
     config = saved.config()
     with _new(out) as folder:
         if to == "hub":
             weights = saved.captioner().state_dict()
-            # Not save_file: its error on a full disk is of no documented kind.
+            # save_file raises an undocumented error on a full disk.
             (folder / _WEIGHTS).write_bytes(save({name: each.contiguous() for name, each in weights.items()}))
             write_metadata(folder, saved.train_state, {}, _without_paths(config), saved.vocabulary())
             checked = None
         else:
-            pictures = _pictures(config, shards)
+            images = _images(config, shards)
             captioner = saved.captioner()
             made = parts(captioner, config.data.image_size, batch or _EXAMPLE_BATCH)
             programs = {}
@@ -82,18 +84,18 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
                 with spinner(f"exporting {part.name}"):
                     programs[part.name] = _WRITERS[to](part, folder, batch)
             checked = check(
-                captioner, ExportedCaptioner(made, programs, batch), pictures, config.data.max_words
+                captioner, ExportedCaptioner(made, programs, batch), images, config.data.max_words
             )
             saved.vocabulary().save(folder / "vocab.json")
         if to == "onnx":
             shutil.copy(example.__file__, folder / "example.py")
-        # The hub knows by this name what a folder is.
+        # The hub expects this name.
         name = "config.json" if to == "hub" else "export.json"
         (folder / name).write_text(json.dumps(_settings(saved, batch, checked), indent=1), encoding="utf-8")
         text = model_card(run, saved, to, checked, shards)
         (folder / "README.md").write_text(text, encoding="utf-8")
     if checked is None:
-        return f"{out}: whole; captionscale.load({str(out)!r}) reads it, and README.md is to be gone through"
+        return f"{out}: complete; load it with captionscale.load({str(out)!r}), and review its README.md"
     return (
         f"{out}: checked on {checked.images} images of split '{config.data.val_split}': greatest difference"
         f" of logits {checked.logits:.1e} (at most {checked.tolerance:g}), the same captions by greedy search"
@@ -102,10 +104,10 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
 
 @contextmanager
 def _new(out: Path) -> Iterator[Path]:
-    """Give a folder that takes its name when it is complete."""
+    """Yield a folder that gets its name once it is complete."""
     if out.exists():
-        raise UserError(f"{out}: is there already, wanted a new folder; remove it, or take another --out")
-    # A name that nobody else gives: what a killed export left is removed.
+        raise UserError(f"{out}: exists already, expected a new folder; remove it, or choose another --out")
+    # A folder of this name was left by a killed export.
     partial = out.with_name(f".{out.name}.captionscale-export")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -118,14 +120,14 @@ def _new(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _pictures(config: Config, shards: str | None) -> UInt8[Tensor, "image 3 height width"]:
-    """Return what the encoder sees of the first images of the val split."""
+def _images(config: Config, shards: str | None) -> UInt8[Tensor, "image 3 height width"]:
+    """Return the first images of the validation split as the encoder sees them."""
     data = config.data
     try:
         split = Split(open_storage(shards or data.shards, data.cache, data.cache_gb), data.val_split)
     except UserError as error:
         raise UserError(
-            f"export: wanted images to compare with the run on, found none: {error}; --shards DIR says where"
+            f"export: found no images to check on ({error}), expected the run's shards; pass --shards DIR"
         ) from None
     views = [
         center_crop(decode_image(split.image(item), f"image {item}"), data.image_size)
@@ -152,7 +154,7 @@ def _settings(saved: Checkpoint, batch: int | None, checked: Check | None) -> di
 
 
 def _without_paths(config: Config) -> Config:
-    """Return settings that name no folders of this machine, which are nobody's business."""
+    """Return the config without the folders of this machine."""
     encoder, train = config.model.encoder, config.train
     start = train.init_from and Path(train.init_from.name)
     return config.model_copy(

@@ -1,4 +1,4 @@
-"""Prove that exported programs say what the model says."""
+"""Check exported programs against the model."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,15 +21,15 @@ _BATCH = 20
 
 @dataclass(frozen=True)
 class Check:
-    """By how much they differ."""
+    """Result of the comparison."""
 
     images: int
     logits: float
-    """Greatest difference of any logit, over all words of all captions."""
+    """Greatest difference of any logit, over all tokens of all captions."""
     tolerance: float = TOLERANCE
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return it for JSON."""
         return asdict(self)
 
 
@@ -40,7 +40,7 @@ def check(
     images: UInt8[Tensor, "image 3 height width"],
     max_words: int,
 ) -> Check:
-    """Compare exported programs with the model that they were made from.
+    """Compare exported programs with their model.
 
     Args:
         captioner: In evaluation mode.
@@ -56,20 +56,17 @@ def check(
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]
             features, theirs = captioner.encode(batch), exported.encode(batch)
-            said, others = (
-                [
-                    captions[0].tokens
-                    for captions in search(*each, beam=1, max_words=max_words, length_penalty=0.0)
-                ]
+            captions, others = (
+                [found[0].tokens for found in search(*each, beam=1, max_words=max_words, length_penalty=0.0)]
                 for each in ((captioner.decoder, features), (exported, theirs))
             )
-            greatest = max(greatest, _difference(captioner, exported, features, theirs, said))
-            if greatest > TOLERANCE or said != others:
-                found = f"logits differ by {greatest:.2g}" + " and so do captions" * (said != others)
+            greatest = max(greatest, _difference(captioner, exported, features, theirs, captions))
+            if greatest > TOLERANCE or captions != others:
+                found = f"logits differ by {greatest:.2g}" + " and so do captions" * (captions != others)
                 raise UserError(
-                    f"export: {found} among images {first} to {first + len(batch) - 1}, wanted a difference"
-                    f" of at most {TOLERANCE:g} and the same captions; nothing was written; try --format torch,"
-                    " or another version of torch, onnxscript or onnxruntime"
+                    f"export: {found} among images {first} to {first + len(batch) - 1}, expected a"
+                    f" difference of at most {TOLERANCE:g} and the same captions, so nothing was written;"
+                    " try --format torch, or another version of torch, onnxscript or onnxruntime"
                 )
             bar.advance(len(batch))
     return Check(len(images), greatest)
@@ -80,19 +77,19 @@ def _difference(
     exported: ExportedCaptioner,
     features: Tensor,
     theirs: Tensor,
-    said: Sequence[Sequence[int]],
+    captions: Sequence[Sequence[int]],
 ) -> float:
-    """Return by how much any logit differs while both read the same captions."""
+    """Return the greatest difference of any logit when both read the same captions."""
     ours: Any = captioner.decoder.start(features)
     state = exported.start(theirs)
-    tokens = torch.full((len(said),), START)
+    tokens = torch.full((len(captions),), START)
     greatest = 0.0
-    for time in range(max(map(len, said))):
+    for time in range(max(map(len, captions))):
         logits, ours, _ = captioner.decoder.step(tokens, ours)
         found, state, _ = exported.step(tokens, state)
-        reading = torch.tensor([time < len(caption) for caption in said])
+        reading = torch.tensor([time < len(caption) for caption in captions])
         difference = (logits - found).abs()[reading].max()
-        # No number is no agreement.
+        # NaN is a difference.
         greatest = max(greatest, float(torch.nan_to_num(difference, nan=torch.inf)))
-        tokens = torch.tensor([caption[time] if time < len(caption) else START for caption in said])
+        tokens = torch.tensor([caption[time] if time < len(caption) else START for caption in captions])
     return greatest

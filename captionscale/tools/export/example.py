@@ -1,4 +1,4 @@
-"""Caption images with the programs beside this file.
+"""Caption images with the exported programs in this folder.
 
     python example.py photo.jpg --beam 5
 
@@ -29,7 +29,7 @@ def run(program: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     """Run a program on rows of inputs, and return its outputs by their names."""
     size = program.get_inputs()[0].shape[0]
     rows = len(next(iter(inputs.values())))
-    if isinstance(size, int):  # Exported with --batch-size: rows that are missing repeat the last one.
+    if isinstance(size, int):  # Exported with --batch-size: filled up with the last row.
         if rows > size:
             raise SystemExit(
                 f"{rows} rows, but this was exported with --batch-size {size}: take --beam {size}"
@@ -43,7 +43,7 @@ def run(program: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def load_image(path: Path, size: int) -> np.ndarray:
-    """Return an image's centre square as the encoder takes it: bytes, channels first."""
+    """Return an image's center square as the encoder takes it: bytes, channels first."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
@@ -55,31 +55,31 @@ def search(image: np.ndarray, beam: int, length_penalty: float, max_words: int) 
     """Return the best caption's tokens and log-probability; a beam of one is greedy search."""
     encoder, start, step = (load(name) for name in ("encoder", "start", "step"))
     state = run(start, features=run(encoder, images=image)["features"])
-    going: list[tuple[float, list[int]]] = [(0.0, [])]
+    alive: list[tuple[float, list[int]]] = [(0.0, [])]
     done: list[tuple[float, list[int]]] = []
     tokens = np.array([START])
     for _ in range(max_words):
         out = run(step, tokens=tokens, **state)
         logits = out["logits"] - out["logits"].max(1, keepdims=True)
         totals = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        totals += np.array([[total] for total, _ in going], totals.dtype)
+        totals += np.array([[total] for total, _ in alive], totals.dtype)
         totals[:, [PAD, START, UNK]] = -np.inf
-        # A finished caption stays in the beam, until better ones push it out.
+        # A finished caption stays in the beam until better ones replace it.
         places = [divmod(int(place), totals.shape[1]) for place in np.argsort(-totals, axis=None)[:beam]]
-        longer = [(float(totals[row, word]), going[row][1] + [word], row) for row, word in places]
+        longer = [(float(totals[row, word]), alive[row][1] + [word], row) for row, word in places]
         best = sorted([*longer, *((*caption, -1) for caption in done)], key=lambda caption: -caption[0])[
             :beam
         ]
-        done = [(total, said) for total, said, _ in best if said[-1] == END]
-        rows = [row for _, said, row in best if said[-1] != END]
-        going = [(total, said) for total, said, _ in best if said[-1] != END]
-        if not going:
+        done = [(total, ids) for total, ids, _ in best if ids[-1] == END]
+        rows = [row for _, ids, row in best if ids[-1] != END]
+        alive = [(total, ids) for total, ids, _ in best if ids[-1] != END]
+        if not alive:
             break
-        # What the step changed is named next_...; the rest of a state stays as it is.
+        # The step's outputs next_... replace their part of the state.
         state = {name: out.get(f"next_{name}", value)[rows] for name, value in state.items()}
-        tokens = np.array([said[-1] for _, said in going])
-    total, said = max(done + going, key=lambda caption: caption[0] / len(caption[1]) ** length_penalty)
-    return said, total
+        tokens = np.array([ids[-1] for _, ids in alive])
+    total, ids = max(done + alive, key=lambda caption: caption[0] / len(caption[1]) ** length_penalty)
+    return ids, total
 
 
 def main() -> None:

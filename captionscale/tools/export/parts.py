@@ -1,4 +1,4 @@
-"""A captioner as three programs: images to features, these to a state, word and state to the next ones."""
+"""A captioner as three programs: images to features, features to state, token and state to the next state."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from captionscale.model.captioner import Captioner
 
 NEXT_PREFIX = "next_"
-"""Begins the name of what a step changes of its state."""
+"""Prefix of the name of a state tensor that a step changes."""
 
 Run = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-"""A program that was exported: from its inputs to its outputs, both in the part's order."""
+"""An exported program, from inputs to outputs in the part's order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One of the programs, before it is exported; all its inputs and outputs have the batch first."""
+    """A program before its export; the first dimension of all inputs and outputs is the batch."""
 
     name: str
     module: nn.Module
     inputs: dict[str, Tensor]
-    """Examples of a batch."""
+    """Example batch."""
     outputs: tuple[str, ...]
 
 
@@ -62,12 +62,12 @@ class _Step(nn.Module):
 
 @torch.no_grad()
 def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
-    """Return the encoder, and the two functions of the decoder.
+    """Return the encoder and the two functions of the decoder.
 
     Args:
         captioner: In evaluation mode, on the CPU.
         image_size: Side of the images, in pixels.
-        batch: Of the examples.
+        batch: Size of the example batch.
     """
     images = torch.randint(256, (batch, 3, image_size, image_size), dtype=torch.uint8)
     features = captioner.encode(images)
@@ -75,9 +75,9 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
     tokens = torch.ones(batch, dtype=torch.long)
     _, after, attention = captioner.decoder.step(tokens, state)
     names = [name for name, value in state._asdict().items() if isinstance(value, Tensor)]
-    # What attention looks at stays as it is.
+    # Attention keys and values do not change.
     changing = [name for name in names if getattr(after, name) is not getattr(state, name)]
-    # Of a tensor that comes twice, a program would make one input.
+    # A tensor that occurs twice would become one input.
     tensors = {name: getattr(state, name).clone() for name in names}
     said = ("logits", *(() if attention is None else ("attention",)))
     return [
@@ -93,15 +93,15 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
 
 
 class ExportedCaptioner:
-    """Exported programs, as search knows a captioner: `encode`, `start` and `step`."""
+    """Exported programs with the interface that search uses: `encode`, `start` and `step`."""
 
     def __init__(self, parts: Sequence[Part], programs: dict[str, Run], batch: int | None):
-        """Put programs together.
+        """Combine programs.
 
         Args:
-            parts: What was exported.
-            programs: By the names of the parts.
-            batch: That the programs take; None: any.
+            parts: Before the export.
+            programs: By name of the part.
+            batch: Fixed batch size; None: any.
         """
         self._programs, self._batch = programs, batch
         step = parts[-1]
@@ -131,7 +131,7 @@ class ExportedCaptioner:
         size = self._batch or rows
         batches = []
         for first in range(0, rows, size):
-            # A program of a fixed batch reads the last row again and again.
+            # A fixed batch is filled up with the last row.
             chosen = torch.arange(first, first + size).clamp(max=rows - 1)
             batches.append(program([each[chosen] for each in inputs]))
         return [torch.cat(outputs)[:rows] for outputs in zip(*batches, strict=True)]

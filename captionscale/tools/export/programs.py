@@ -1,4 +1,4 @@
-"""Write parts of a captioner as programs, and read them back: ONNX, or PyTorch's own."""
+"""Export parts of a captioner with ONNX or torch.export, and load them back."""
 
 import io
 import warnings
@@ -13,12 +13,12 @@ from captionscale.tools.export.parts import Part, Run
 
 
 def write_onnx(part: Part, folder: Path, batch: int | None) -> Run:
-    """Write a part as an ONNX graph, and return how ONNX Runtime runs it.
+    """Write a part as an ONNX graph, and return a function that runs it with ONNX Runtime.
 
     Args:
         part: In evaluation mode.
-        folder: Where `NAME.onnx` goes.
-        batch: The only one that it takes; None: any.
+        folder: For `NAME.onnx`.
+        batch: Fixed batch size; None: any.
     """
     import onnxruntime
 
@@ -34,7 +34,7 @@ def write_onnx(part: Part, folder: Path, batch: int | None) -> Run:
             verbose=False,
         )
         assert program is not None
-        # Not program.save, whose error on a full disk is of no documented kind.
+        # program.save raises an undocumented error on a full disk.
         path.write_bytes(program.model_proto.SerializeToString())
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -46,7 +46,7 @@ def write_onnx(part: Part, folder: Path, batch: int | None) -> Run:
 
 
 def write_torch(part: Part, folder: Path, batch: int | None) -> Run:
-    """Write a part as a program of torch.export, and return how PyTorch runs it; as `write_onnx`."""
+    """Write a part with torch.export, and return a function that runs it; as `write_onnx`."""
     path = folder / f"{part.name}.pt2"
     with _quiet():
         program = torch.export.export(
@@ -54,7 +54,7 @@ def write_torch(part: Part, folder: Path, batch: int | None) -> Run:
         )
         written = io.BytesIO()
         torch.export.save(program, written)
-        # Not straight into the file, where a full disk is a RuntimeError.
+        # torch.export.save raises a RuntimeError on a full disk.
         path.write_bytes(written.getbuffer())
         module = torch.export.load(path).module()
 
@@ -66,7 +66,7 @@ def write_torch(part: Part, folder: Path, batch: int | None) -> Run:
 
 
 def _shapes(part: Part, batch: int | None) -> tuple[tuple[dict[int, object], ...]] | None:
-    """Say which dimensions may change: the batch of each input."""
+    """Return the dynamic dimensions: the batch of each input."""
     if batch is not None:
         return None
     size = torch.export.Dim("batch", min=1, max=4096)
@@ -76,6 +76,6 @@ def _shapes(part: Part, batch: int | None) -> tuple[tuple[dict[int, object], ...
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings(), torch.no_grad():
-        # Of PyTorch's own insides, which change from version to version; what comes out is checked.
+        # Warnings about PyTorch's internals; the result is checked.
         warnings.simplefilter("ignore")
         yield

@@ -79,19 +79,19 @@ def test_programs_caption_as_the_model_does_whatever_the_batch(tmp_path: Path, n
     assert check(model, exported, images, 8).logits < 1e-4
 
 
-def test_programs_that_say_something_else_are_refused(tmp_path: Path) -> None:
+def test_programs_that_differ_from_the_model_are_refused(tmp_path: Path) -> None:
     model = captioner("plain")
     made = parts(model, SIZE, 2)
     programs = {part.name: write_torch(part, tmp_path, None) for part in made}
     step = programs["step"]
     programs["step"] = lambda inputs: [step(inputs)[0] + 0.01, *step(inputs)[1:]]
     images = torch.randint(256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
-    with pytest.raises(UserError, match=r"logits differ by 0\.01.*among images 0 to 1, wanted"):
+    with pytest.raises(UserError, match=r"logits differ by 0\.01.*among images 0 to 1, expected"):
         check(model, ExportedCaptioner(made, programs, None), images, 8)
 
 
 @pytest.mark.parametrize("options", [(), ("--batch-size", "3")], ids=["any batch", "batches of 3"])
-def test_the_example_says_what_the_command_says_with_neither_this_package_nor_torch(
+def test_the_example_writes_the_captions_of_the_command_without_this_package_or_torch(
     run: Path, synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options
 ) -> None:
     export(run, tmp_path / "out", "onnx", *options)
@@ -112,7 +112,7 @@ def test_the_example_says_what_the_command_says_with_neither_this_package_nor_to
         assert done.stdout == capsys.readouterr().out
 
 
-def test_the_hubs_folder_is_loaded_and_proven_and_names_no_folder_of_this_machine(
+def test_a_hub_folder_is_loaded_and_verified_and_names_no_folder_of_this_machine(
     run: Path, packed: Path, synthetic_coco: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "hub"
@@ -130,7 +130,7 @@ def test_the_hubs_folder_is_loaded_and_proven_and_names_no_folder_of_this_machin
         captionscale.load(out)
 
 
-def test_the_card_has_the_scores_of_these_very_weights(run: Path, tmp_path: Path) -> None:
+def test_the_card_has_the_scores_of_exactly_these_weights(run: Path, tmp_path: Path) -> None:
     assert "not scored" in _card(run, tmp_path / "before")
     captions, references = {1: "a dog", 2: "a cat"}, {1: ["a dog runs"], 2: ["a cat sits"]}
     made = {"split": "test"}
@@ -153,15 +153,20 @@ def _card(run: Path, out: Path) -> str:
     return (out / "README.md").read_text(encoding="utf-8")
 
 
-def test_what_cannot_be_exported_is_told_in_one_line_and_leaves_nothing(
+def test_a_refused_export_is_one_line_and_leaves_nothing(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     refused: list[tuple[Path, str, list[str], str]] = [
         (tmp_path, "hub", [], "no checkpoint, so no run"),
-        (run, "hub", ["--batch-size", "2"], "--batch-size 2: wanted at least 1, and --format onnx or torch"),
-        (run, "torch", ["--batch-size", "0"], "--batch-size 0: wanted at least 1"),
-        (run, "torch", ["--shards", str(tmp_path)], "wanted images to compare with the run on, found none"),
+        (
+            run,
+            "hub",
+            ["--batch-size", "2"],
+            "--batch-size 2: expected at least 1, and --format onnx or torch",
+        ),
+        (run, "torch", ["--batch-size", "0"], "--batch-size 0: expected at least 1"),
+        (run, "torch", ["--shards", str(tmp_path)], "export: found no images to check on"),
     ]
     for folder, to, options, told in refused:
         with pytest.raises(SystemExit) as caught:
@@ -177,5 +182,5 @@ def test_what_cannot_be_exported_is_told_in_one_line_and_leaves_nothing(
     before = json.loads((out / "state.json").read_text())
     with pytest.raises(SystemExit):
         export(run, out, "hub")
-    assert "is there already, wanted a new folder" in capsys.readouterr().err
+    assert "exists already, expected a new folder" in capsys.readouterr().err
     assert json.loads((out / "state.json").read_text()) == before
