@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import version
 from statistics import median
 from typing import Any
@@ -114,7 +115,7 @@ def compare(
     """
     seconds: dict[str, list[tuple[float, float]]] = {each.name: [] for each in candidates}
     threads = one_thread() if by_cpu else nullcontext()
-    with threads, progress(title, (rounds + 1) * len(candidates), transient=True) as bar:
+    with threads, _frozen(), progress(title, (rounds + 1) * len(candidates), transient=True) as bar:
         for number in range(rounds + 1):
             for candidate in candidates:
                 gc.collect()
@@ -143,6 +144,17 @@ def compare(
     return table
 
 
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Spare the collections between runs what was there before."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def product_bound(run: Callable[[], object], cpu_ms: float, precision: torch.dtype = torch.float32) -> str:
     """Return the share of a run's processor time that its matrix products need at the machine's best rate.
 
@@ -153,19 +165,24 @@ def product_bound(run: Callable[[], object], cpu_ms: float, precision: torch.dty
     """
     with FlopCounterMode(display=False) as counter:
         run()
-    matrix = torch.randn(_MATRIX, _MATRIX).to(precision)
-    seconds = []
-    with one_thread():
-        for _ in range(5):
-            start = time.process_time()
-            matrix @ matrix
-            seconds.append(time.process_time() - start)
-    gflop, rate = counter.get_total_flops() / 1e9, 2 * _MATRIX**3 / min(seconds) / 1e9
+    gflop, rate = counter.get_total_flops() / 1e9, _best_gflops(precision)
     least_ms = gflop / rate * 1000
     return (
         f"Lower bound: {gflop:,.0f} GFLOP of products at {rate:,.0f} GFLOP/s ({_MATRIX:,}^3) take"
         f" {least_ms:,.0f} ms of processor time, {100 * least_ms / cpu_ms:.0f} % of ours."
     )
+
+
+@cache
+def _best_gflops(precision: torch.dtype) -> float:
+    matrix = torch.randn(_MATRIX, _MATRIX).to(precision)
+    seconds = []
+    with one_thread():
+        for _ in range(3):
+            start = time.process_time()
+            matrix @ matrix
+            seconds.append(time.process_time() - start)
+    return 2 * _MATRIX**3 / min(seconds) / 1e9
 
 
 def run(

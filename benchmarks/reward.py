@@ -23,8 +23,7 @@ from captionscale.vocab import END, build
 
 _TOLERANCE = 1e-6
 _LENGTH = 12
-# A step of self-critical training.
-_IMAGES, _SAMPLES = 256, 5
+_SAMPLES = 5
 _REFERENCES, _WORDS = 5, 9000
 _ORDERS, _SIGMA = 4, 6.0
 
@@ -38,23 +37,24 @@ def main(arguments: Sequence[str] | None = None) -> list[Table]:
         "reward.py", description="CIDEr-D as the reward of self-critical training."
     )
     parser.add_argument("--references", type=Path, help="COCO captions JSON (default: random captions)")
-    # `corpus`: images of the random captions; `times`: runs of ours per round, as processor time has ticks;
-    # `scored`: captions after which memory is read again.
-    full = {"corpus": 5000, "times": 100, "scored": 1_000_000}
+    # `images` of a step; `corpus`: images of the random captions; `times`: runs of ours per round, as
+    # processor time has ticks; `scored`: captions after which memory is read again.
+    full = {"images": 256, "corpus": 5000, "times": 100, "scored": 1_000_000}
     return run(
         _measure,
         parser,
         arguments,
         full={"rounds": 5, **full},
         quick={"rounds": 2, **full},
-        tiny={"rounds": 1, "corpus": 20, "times": 1, "scored": 2000},
+        tiny={"rounds": 1, "images": 4, "corpus": 20, "times": 1, "scored": 2000},
     )
 
 
 def _measure(options: argparse.Namespace) -> Iterator[Table]:
     random = np.random.default_rng(0)
     tokens = _tokens(options.references) if options.references else _random_captions(random, options.corpus)
-    images = np.repeat(random.choice(len(tokens), _IMAGES, replace=len(tokens) < _IMAGES), _SAMPLES)
+    chosen = random.choice(len(tokens), options.images, replace=len(tokens) < options.images)
+    images = np.repeat(chosen, _SAMPLES)
     words = np.concatenate([caption[:-1] for captions in tokens for caption in captions])
     samples = [_sample(random, tokens[image], words) for image in images]
     reward, published, plain = CiderDReward(tokens), PublishedCiderD(tokens), PlainCiderD(tokens)

@@ -66,9 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> list[Table]:
         _measure,
         parser,
         arguments,
-        full={"rounds": 5, "steps": 4, "train": 320, "batch": None},
-        quick={"rounds": 2, "steps": 4, "train": 320, "batch": None},
-        tiny={"rounds": 1, "steps": 1, "train": 32, "batch": 4},
+        full={"rounds": 5, "steps": 4, "train": 320, "batch": None, "weak": True},
+        quick={"rounds": 2, "steps": 4, "train": 320, "batch": None, "weak": True},
+        tiny={"rounds": 1, "steps": 1, "train": 32, "batch": 4, "weak": False},
     )
 
 
@@ -81,10 +81,15 @@ def _measure(options: argparse.Namespace) -> Iterator[Table]:
         with (
             _processes(1, _endless(config, images), folder / "one") as one,
             _processes(2, _endless(config, images), folder / "strong") as strong,
-            _processes(2, _endless(config, 2 * images), folder / "weak") as weak,
         ):
             title = f"Strong scaling: {images:,} images per step"
             yield _compare(title, (strong, images), (one, images), options)
+        if not options.weak:
+            return
+        with (
+            _processes(1, _endless(config, images), folder / "one-again") as one,
+            _processes(2, _endless(config, 2 * images), folder / "weak") as weak,
+        ):
             title = f"Weak scaling: {images:,} images per step and process"
             yield _compare(title, (weak, 2 * images), (one, images), options)
 

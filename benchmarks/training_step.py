@@ -104,7 +104,7 @@ def _decoders(options: argparse.Namespace, grid: int, region: int) -> Table:
             parameter.mul_(_SHARP)
     features = torch.randn(options.images, grid**2, _FEATURE).relu().requires_grad_()
     target, learning = _target(features, 1, options), [features, *decoder.parameters()]
-    ours = _step(lambda: _our_loss(decoder, features, target), learning, options.dtype)
+    ours = _step(lambda: _our_loss(decoder.teacher_forced, features, target), learning, options.dtype)
     theirs = _step(lambda: tutorial_loss(decoder, features, target), learning, options.dtype)
     note = _check_equal(ours(), theirs(), options.dtype)
     table = compare(

@@ -19,7 +19,7 @@ BENCHMARKS = {
     "loading": 4,
     "pack": 5,
     "reward": 1,
-    "scale": 2,
+    "scale": 1,
     "score": 1,
     "training_step": 4,
 }
@@ -27,8 +27,11 @@ BENCHMARKS = {
 
 
 @pytest.fixture(autouse=True)
-def _open_files() -> Iterator[None]:
+def _open_files(request: pytest.FixtureRequest) -> Iterator[None]:
     """webdataset leaves its last tar open in a reference cycle: collect it here, without the warning."""
+    if "loading" not in request.node.name and "pack" not in request.node.name:
+        yield
+        return
     with warnings.catch_warnings(action="ignore", category=ResourceWarning):
         yield
         gc.collect()

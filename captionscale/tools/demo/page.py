@@ -24,10 +24,12 @@ CSS = """
 /* Errors are shown as text. */
 .wrap > .error { display: none }
 #image img { width: 100%; max-width: min(448px, 48vh); border-radius: 6px }
+#samples .grid-wrap { min-height: 0 }
 #samples .grid-container { grid-template-columns: repeat(auto-fill, minmax(72px, 1fr)) !important }
 /* Nothing to show yet. */
 #words:has(.empty), .form:has(> #captions:not(:has(input))) { display: none }
 #words [role=button] { cursor: pointer }
+.dark #words [role=button] * { color: white !important }
 /* Uploads are not kept. */
 #files .download { visibility: hidden }
 """
@@ -107,7 +109,7 @@ def build_page(service: Service, name: str, samples: Split | None, uploads: Uplo
             download = gr.HTML(elem_id="download")
             table = gr.Dataframe(
                 headers=list(COLUMNS),
-                column_widths=["20%", "35%", "10%", "35%"],
+                column_widths=["18%", "30%", "24%", "28%"],
                 interactive=False,
                 wrap=True,
                 elem_id="table",

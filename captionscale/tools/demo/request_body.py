@@ -90,13 +90,10 @@ class Body:
 
     def complete(self) -> bytes:
         """Return all data. From now on no other body can take its memory."""
-        self._budget.keep(self)
+        self._budget.reserve(self, 0)
+        del self._budget.arriving[self]
         data, self._data = bytes(self._data), bytearray()
         return data
-
-    def drop(self) -> None:
-        """Discard all data."""
-        self._data, self.dropped = bytearray(), True
 
 
 class MemoryBudget:
@@ -109,26 +106,26 @@ class MemoryBudget:
     def __init__(self, max_bytes: int):
         self._max_bytes, self._used = max_bytes, 0
         # Ordered by their start.
-        self._arriving: dict[Body, None] = {}
+        self.arriving: dict[Body, None] = {}
 
     @contextmanager
     def body(self) -> Iterator[Body]:
         """Yield a body whose memory is released on exit."""
         body = Body(self)
-        self._arriving[body] = None
+        self.arriving[body] = None
         try:
             yield body
         finally:
-            self._arriving.pop(body, None)
+            self.arriving.pop(body, None)
             self._release(body)
 
     def reserve(self, body: Body, size: int) -> None:
         """Count more bytes of a body; see `Body.add`."""
         while not body.dropped and self._used + size > self._max_bytes:
-            oldest = next(iter(self._arriving))
-            del self._arriving[oldest]
+            oldest = next(iter(self.arriving))
+            del self.arriving[oldest]
             self._release(oldest)
-            oldest.drop()
+            oldest._data, oldest.dropped = bytearray(), True
         if body.dropped:
             raise BusyError(
                 f"the body: all clients together are sending more than {self._max_bytes:,} bytes, expected"
@@ -136,12 +133,6 @@ class MemoryBudget:
             )
         self._used += size
         body.size += size
-
-    def keep(self, body: Body) -> None:
-        """Mark a body as complete."""
-        if body.dropped:
-            self.reserve(body, 0)
-        del self._arriving[body]
 
     def _release(self, body: Body) -> None:
         self._used -= body.size

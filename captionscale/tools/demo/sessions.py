@@ -18,6 +18,7 @@ from captionscale.data.shards import Split
 from captionscale.data.transforms import center_crop
 from captionscale.errors import UserError
 from captionscale.escape import for_html
+from captionscale.html import render
 from captionscale.tools.caption_result import CaptionResult, overlay
 from captionscale.tools.captioner_api import GenerationRequest
 from captionscale.tools.demo.service import Service
@@ -211,26 +212,17 @@ def _shown(state: PageState) -> tuple[Any, ...]:
 def _attention_html(state: PageState, word: int | None) -> str:
     """Return the image, with the attention of a word if there is one, and the image's references."""
     caption, image = state.caption, _square(state.image, PREVIEW_SIZE)
-    text = "The model sees this center square only. Click a word above to see its attention."
-    if caption.attention_maps is None:
-        text = (
-            "The model sees this center square only. It is encoded once, before the first word: a decoder"
-            " without attention, and an ensemble, have no attention to show."
-        )
-    elif word is not None:
+    values: dict[str, Any] = {"word": None}
+    if caption.attention_maps is not None and word is not None:
         weights = caption.attention_maps[word]
         image = overlay(image, weights, caption.max_attention)
-        text = (
-            f"Attention of <b>{for_html(caption.words[word])}</b> (probability"
-            f" {percent(round(100 * caption.probabilities[word]))}) over {len(weights)} x {weights.shape[1]}"
-            " regions: brighter is more."
-        )
+        values = {"word": caption.words[word], "percent": percent(round(100 * caption.probabilities[word]))}
+        values["rows"], values["columns"] = weights.shape
     out = io.BytesIO()
     image.save(out, "JPEG", quality=90)
-    source = base64.b64encode(out.getvalue()).decode()
-    references = "".join(f"<li>{for_html(each)}</li>" for each in state.references)
-    listed = f"<p>References:</p><ul>{references}</ul>" if references else ""
-    return f'<p>{text}</p><img alt="the image" src="data:image/jpeg;base64,{source}">{listed}'
+    values["jpeg"] = base64.b64encode(out.getvalue()).decode()
+    has_attention = caption.attention_maps is not None
+    return render("demo_image.html", has_attention=has_attention, references=state.references, **values)
 
 
 def _csv_link(rows: Sequence[Sequence[str]]) -> str:

@@ -96,13 +96,8 @@ def test_fifty_at_once_with_bad_ones_among_them_each_have_their_own_answer(
     assert max(pipeline.batches) <= LIMITS.max_batch_size
 
 
-<<<<<<< HEAD
 def test_get_is_answered_with_how_to_ask(url: str) -> None:
-    answer = httpx.get(f"{url}/caption", timeout=60)
-=======
-def test_who_asks_by_get_is_told_how_to_ask(url: str) -> None:
     answer = httpx.get(f"{url}/caption", timeout=600)
->>>>>>> 94c85f7 (Deadlines of tests are generous)
     assert answer.status_code == 405
     assert "expected POST" in answer.json()["error"]
 
@@ -177,26 +172,14 @@ def test_an_error_in_a_batch_reaches_all_requests_in_it_and_the_next_are_served(
             raise MemoryError("no memory")
         return real(*arguments, **keywords)
 
-<<<<<<< HEAD
     monkeypatch.setattr(pipeline, "generate", generate)
     # Both are in the first batch, however busy the machine is.
     service = Service(pipeline, Limits(max_batch_size=2, max_queue_delay_s=600.0))
     for answer in [service.submit(view, request) for _ in range(2)]:
         with pytest.raises(MemoryError, match="no memory"):
-            answer.result(60)
-    both = [service.submit(view, request) for _ in range(2)]
-    assert [answer.result(60)[0].words for answer in both] == [expected.words] * 2
-=======
-    monkeypatch.setattr(writer, "generate", generate)
-    both = [service.submit(view, writer.generation_request(), 0) for _ in range(2)]
-    for answer in both:
-        with pytest.raises(MemoryError, match="no room"):
             answer.result(600)
-    assert (
-        service.submit(view, writer.generation_request()).result(600)[0].words
-        == real([view], writer.generation_request(), [0])[0][0].words
-    )
->>>>>>> 94c85f7 (Deadlines of tests are generous)
+    both = [service.submit(view, request) for _ in range(2)]
+    assert [answer.result(600)[0].words for answer in both] == [expected.words] * 2
     service.close()
 
 
