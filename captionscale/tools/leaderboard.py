@@ -164,7 +164,7 @@ def _official(board_name: str, images: Path | None) -> set[int]:
     cure = f"give {board.image_list}"
     if images is None:
         raise UserError(
-            f"leaderboard: no --images; wanted the official list of {board_name}, to prove that no image is"
+            f"leaderboard: no --image-info; wanted the official list of {board_name}, to prove that no image is"
             f" missing; {cure}"
         )
     document = base.read_json(images, _Document, f"wanted the official list of {board_name}; {cure}")
