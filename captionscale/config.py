@@ -43,7 +43,7 @@ PlainPath = Annotated[Path, AfterValidator(_one_line)]
 """A path without control characters."""
 
 DEFAULT_CACHE_GB = 100.0
-"""What `data.cache_gb` is by default."""
+"""Default of `data.cache_gb`."""
 
 _ONLY_WITH = {
     "region_size": ("attention", "top_down"),
@@ -71,38 +71,38 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    """What is read, and the choices that turn stored facts into a batch."""
+    """What training reads, and how samples become batches."""
 
     shards: Text
     """Folder that `captionscale pack` wrote, or its URL: https://, s3:// or gs://."""
     cache: PlainPath | None = None
-    """Folder for the shards of a URL. Without it: $CAPTIONSCALE_CACHE, or ~/.cache/captionscale."""
+    """Cache folder for the shards of a URL. Default: $CAPTIONSCALE_CACHE, or ~/.cache/captionscale."""
     cache_gb: float = Field(default=DEFAULT_CACHE_GB, gt=0)
-    """Most that this folder may hold, in 10^9 bytes; the least recently used shards make way."""
+    """Size limit of the cache, in 10^9 bytes; the least recently used shards are deleted."""
     train_split: Text = "train"
-    """Split to learn from."""
+    """Split to train on."""
     val_split: Text = "val"
-    """Split that early stopping looks at."""
+    """Split to validate on, which early stopping uses."""
     image_size: int = Field(default=224, ge=32, le=2048)
-    """Side of the square picture that the encoder sees, in pixels."""
+    """Side of the encoder's square input, in pixels."""
     crop_scale: tuple[Fraction, Fraction] = (0.5, 1.0)
-    """Least and greatest share of the picture's area that a random crop keeps. [1, 1]: the centre square."""
+    """Range of a random crop's area, as a fraction of the image's. [1, 1]: the center square."""
     flip: bool = True
-    """Mirror half of the training pictures. Switch it off where captions say left and right."""
+    """Mirror half of the training images. Turn it off if captions say left and right."""
     color_jitter: Fraction = 0.2
-    """How far brightness, contrast and saturation may go from 1 in training."""
+    """Largest change of brightness, contrast and saturation in training."""
     rotate: float = Field(default=0.0, ge=0, le=45)
-    """Greatest angle, in degrees, by which training turns a picture to either side."""
+    """Largest rotation in training, in degrees, to either side."""
     min_count: Count = 5
-    """A word is in the vocabulary if the train captions hold it at least so often."""
+    """A word is in the vocabulary if it occurs at least so often in the train captions."""
     max_vocab_size: Count | None = None
-    """Keep only so many of the most frequent words."""
+    """Size limit of the vocabulary: the most frequent words stay."""
     max_words: SmallCount = 20
-    """Longest caption, in words; training cuts longer ones, search stops there."""
+    """Longest caption, in words: training truncates references, decoding stops."""
     shuffle_window_shards: Count = 4
-    """Samples are shuffled within windows of so many shards, whose order is shuffled too."""
+    """Samples are shuffled within windows of so many shards; the shards are shuffled too."""
     workers: SmallCount = 2
-    """Threads that decode pictures, in each process."""
+    """Threads that decode images, per process."""
 
 
 class Encoder(Section):
@@ -187,127 +187,124 @@ def _known_metric(name: str) -> str:
 
 
 class Train(Section):
-    """How the captioner learns."""
+    """How the captioner is trained."""
 
     epochs: Count = 30
     """Passes over the train split."""
     steps: Count | None = None
-    """Steps of the whole run. Without it: those of all epochs."""
+    """Steps of the whole run. Default: those of all epochs."""
     global_batch: Annotated[int, Field(ge=1, le=10**6)] = 256
-    """Pictures in one optimiser step, over all processes. Each brings all its captions."""
+    """Images per optimizer step, over all processes; each with all its captions."""
     micro_batch: Annotated[int, Field(ge=1, le=10**6)] = 32
-    """Pictures in one forward pass. The unit of work: results do not depend on who does it."""
+    """Images per forward pass. Results do not depend on which process computes it."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Arithmetic of the forward pass; weights and optimiser stay in fp32."""
+    """Precision of the forward pass; weights and optimizer state stay in fp32."""
     lr: Rate = 5e-4
     """Peak learning rate of the decoder."""
     encoder_lr: Rate | tuple[Rate, ...] = 5e-5
-    """Peak learning rate of the encoder's trainable parts: one for all, or one for each."""
+    """Peak learning rate of the encoder's trainable stages: one for all, or one each."""
     unfreeze_at: Step | tuple[Step, ...] = 0
-    """Step from which the encoder's trainable parts learn: one for all, or one for each."""
+    """Step from which the encoder's trainable stages train: one for all, or one each."""
     cache_features: bool = False
-    """Encode each picture only once, and keep that in a file beside the shards; for a frozen encoder, without
+    """Compute each image's features once, and cache them next to the shards; needs a frozen encoder and no
     augmentation."""
     compile_encoder: bool = False
-    """Let PyTorch compile the encoder's training pass: minutes when a run starts, then faster steps."""
+    """torch.compile the encoder's training pass: a start that takes minutes, then faster steps."""
     warmup_ratio: Fraction = 0.03
-    """Share of all steps in which the learning rate rises; a cosine then brings it to zero."""
+    """Fraction of all steps with linear warmup; a cosine decays the learning rate to zero."""
     weight_decay: Weight = 0.01
-    """AdamW's, on matrices only."""
+    """Weight decay of AdamW, on matrices only."""
     clip_norm: float = Field(default=5.0, gt=0)
-    """Greatest norm of the gradient."""
+    """Gradient clipping: largest norm."""
     compress_gradients: bool = False
-    """Send gradients between processes in bf16: half the bytes; results then depend on their number."""
+    """All-reduce gradients in bf16: half the bytes, but results depend on the number of processes."""
     label_smoothing: Fraction = 0.1
-    """Share of a target's weight that goes to all words alike (cross-entropy only)."""
+    """Label smoothing of the cross-entropy loss."""
     scheduled_sampling: Fraction = 0.0
-    """Share of words that training reads from the decoder's own predictions at its end; rises in a line."""
+    """Final probability of feeding the decoder's own prediction; it rises linearly from 0."""
     doubly_stochastic_weight: Weight = 0.0
-    """Weight of the penalty on looking at some regions more than at others, over a whole caption."""
+    """Weight of the doubly stochastic attention penalty."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Decay, at each step, of the moving average of weights that is scored and captions; 0: the weights."""
+    """Decay per step of the weights' moving average (EMA), which is evaluated; 0: no average."""
     init_from: PlainPath | None = None
-    """Run whose best weights are the first ones; it must have the same words and the same model."""
+    """Run whose best weights initialize the model; same model and vocabulary required."""
     objective: Literal["cross-entropy", "scst"] = "cross-entropy"
-    """Predict the words of people's captions, or write captions that get a high reward: see `scst`."""
+    """Cross-entropy of human references, or self-critical training: see `scst`."""
     log_every: Count = 10
-    """Steps between two lines of log.jsonl."""
+    """Steps between lines of log.jsonl."""
     save_every: Count | None = None
-    """Steps between two checkpoints. Without it: each epoch."""
+    """Steps between checkpoints. Default: one epoch."""
     score_every: Count | None = None
-    """Steps between two scorings of the validation split. Without it: each epoch."""
+    """Steps between validations. Default: one epoch."""
     score_metric: Annotated[Text, AfterValidator(_known_metric)] = "CIDEr-D"
-    """Metric of generated captions that names the best checkpoint, or `module:Class`."""
+    """Metric of generated captions that selects the best checkpoint, or `module:Class`."""
     patience: Count = 5
-    """Stop after so many scorings without a better one; scores count at the next scoring."""
+    """Early stopping: validations without improvement; a score counts at the next one."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints that stay on disk, beside the best one."""
+    """Newest checkpoints to keep, besides the best one."""
     grace_s: float = Field(default=120.0, ge=0, le=10**9)
-    """Seconds before the end of a SLURM job's time at which a run saves and leaves."""
+    """Seconds before a SLURM job's time limit at which a run saves and exits."""
     stall_s: float = Field(default=45.0, gt=0, le=10**6)
-    """Seconds without progress after which a stalled rank is named; after ten times as long the run ends."""
+    """Seconds without progress after which the stalled rank is named; the run ends after ten times as many."""
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
-    """Where metrics go besides TensorBoard; needs captionscale's extra `track`, see docs/running.md."""
+    """Trackers besides TensorBoard; they need captionscale's extra `track`, see docs/running.md."""
     sample_log: bool = False
     """Record the images of every micro-batch in sample_log/, as `captionscale drill` does to prove them."""
 
 
 class Scst(Section):
-    """Self-critical training: sampled captions count by how much better they are than others."""
+    """Self-critical sequence training."""
 
     samples_per_image: Annotated[int, Field(ge=2, le=1000)] = 5
-    """Captions sampled for each picture."""
+    """Sampled captions per image."""
     baseline: Literal["samples", "greedy"] = "samples"
-    """What a sample's reward is compared with: the mean of the picture's other samples, or greedy search."""
+    """Baseline of the reward: the mean of the image's other samples, or the greedy caption's reward."""
     cider_d_weight: Weight = 1.0
-    """Weight of CIDEr-D in the reward, where it is 0 to 10."""
+    """Weight of CIDEr-D (0 to 10) in the reward."""
     bleu_4_weight: Weight = 0.0
-    """Weight of a caption's own BLEU-4 in the reward, where it is 0 to 1."""
+    """Weight of sentence BLEU-4 (0 to 1) in the reward."""
     cross_entropy_weight: Fraction = 0.0
-    """Share of the loss that is still cross-entropy of people's captions."""
+    """Weight of the references' cross-entropy in the loss."""
     max_dangling_increase: Fraction = 0.2
-    """Share of captions ending in `with a` or the like, above that of the captions it began with, that stops
-    the run."""
+    """The run stops when the fraction of captions ending in `with a` or the like has risen by more."""
     min_distinct_ratio: Fraction = 0.1
-    """Different captions for each caption, relative to when it began, below which the run stops."""
+    """The run stops when the fraction of distinct captions falls below this part of its first value."""
 
 
 class Search(Section):
-    """How captions are found."""
+    """Decoding strategy."""
 
     method: Literal["beam", "sample"] = "beam"
-    """`beam` finds likely captions; `sample` draws one by its probability."""
+    """Beam search, or sampling."""
     beam: SmallCount = 5
-    """Captions kept at each word; 1 is greedy search."""
+    """Beam size; 1 is greedy search."""
     groups: SmallCount = 1
-    """Diverse beam search: parts of the beam that avoid each other's words."""
+    """Groups of diverse beam search (beam only)."""
     diversity_penalty: Weight = 0.5
-    """What a word costs for each caption of earlier groups that says it at the same place (with groups)."""
+    """Hamming diversity penalty between groups (with groups)."""
     length_penalty: Annotated[float, Field(ge=0, le=10)] = 0.7
-    """Captions are ranked by log-probability / tokens**length_penalty; 0 favours short ones."""
-    coverage_weight: Weight = 0.0
-    """Weight, in that ranking, of having looked at all regions (not plain)."""
+    """Captions are ranked by log-probability / tokens**length_penalty; 0 favors short ones."""
     temperature: float = Field(default=1.0, ge=1e-6, le=10**6)
-    """Divides logits before a word is drawn: below 1 likely words get likelier (sample only)."""
+    """Divides the logits (sample only)."""
     top_k: Count | None = None
-    """Draw only from so many of the likeliest words (sample only)."""
+    """Sample only from the k most likely words (sample only)."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Draw only from the likeliest words that have this probability together (sample only)."""
+    """Nucleus sampling: sample from the most likely words with this total probability (sample only)."""
     no_repeat_ngram_size: Annotated[int, Field(ge=0, le=1000)] = 0
-    """Never say so many words in a row that the caption already holds; 0 allows it."""
+    """No n-gram of this size occurs twice in a caption; 0: no limit."""
     allow_unknown: bool = False
-    """Whether the token for unknown words may be said."""
+    """Whether captions may contain the token for unknown words."""
     allow_dangling: bool = True
     """Whether a caption may end in `with a` or the like."""
     batch_size: Annotated[int, Field(ge=1, le=10**4)] = 32
-    """Pictures captioned at once."""
+    """Images per batch."""
 
 
 class Config(Section):
-    """An experiment."""
+    """A whole config."""
 
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """All randomness is a function of it and of the step."""
+    """Seed of all randomness, which is a function of it and of the step."""
     data: Data
     model: Model = Model()
     train: Train = Train()
@@ -315,7 +312,7 @@ class Config(Section):
     search: Search = Search()
 
     def with_beam(self, beam: int | None) -> "Config":
-        """Return these settings with a plain beam search of this width; with these, if there is none."""
+        """Return the config with a plain beam search of this size; unchanged if it is None."""
         if beam is None:
             return self
         plain = {"method": "beam", "beam": beam, "groups": 1}

@@ -1,4 +1,4 @@
-"""Settings that cannot go together, each told in one line with its cure."""
+"""Settings that exclude each other: the only place that says so."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from captionscale.config import Config
 
-# Above it, self-critical training makes captions fall apart.
+# Higher rates make the captions of self-critical training collapse.
 _MAX_SCST_LR = 2e-4
 
 
 def find_conflicts(config: "Config") -> Iterator[str]:
-    """Yield what cannot be done as a config says it."""
+    """Yield one line for each conflict, with its cure."""
     yield from _data_conflicts(config)
     yield from _encoder_conflicts(config)
     yield from _plain_decoder_conflicts(config)
@@ -19,21 +19,16 @@ def find_conflicts(config: "Config") -> Iterator[str]:
         yield from _scst_conflicts(config)
     if config.train.global_batch % config.train.micro_batch:
         yield (
-            f"train.global_batch = {config.train.global_batch} is no whole number of"
+            f"train.global_batch = {config.train.global_batch} is not a multiple of"
             f" train.micro_batch = {config.train.micro_batch}; change one of them"
         )
-    search = config.search
-    if search.groups > 1 and search.beam % search.groups:
-        yield (
-            f"search.beam = {search.beam} is no whole number of search.groups = {search.groups}; change one"
-            " of them"
-        )
+    yield from _search_conflicts(config)
 
 
 def _data_conflicts(config: "Config") -> Iterator[str]:
     data, trainable = config.data, config.model.encoder.trainable
     if data.crop_scale[0] > data.crop_scale[1] or data.crop_scale[0] <= 0:
-        yield f"data.crop_scale = {list(data.crop_scale)}: wanted [least, greatest], both above 0"
+        yield f"data.crop_scale = {list(data.crop_scale)}: expected [least, greatest], both above 0"
     if config.train.cache_features:
         changing = {
             f"model.encoder.trainable = {trainable!r}": trainable != "none",
@@ -44,8 +39,8 @@ def _data_conflicts(config: "Config") -> Iterator[str]:
         }
         for setting in (setting for setting, changes in changing.items() if changes):
             yield (
-                "train.cache_features wants a frozen encoder and pictures without augmentation, found"
-                f" {setting}; set it back, or leave out the cache"
+                "train.cache_features needs a frozen encoder and images without augmentation, found"
+                f" {setting}; change it, or set train.cache_features = false"
             )
 
 
@@ -58,7 +53,7 @@ def _encoder_conflicts(config: "Config") -> Iterator[str]:
             "train.cache_features": config.train.cache_features,
         }
         for key in (key for key, on in others.items() if on):
-            yield f"train.compile_encoder and {key} cannot go together; leave one of them out"
+            yield f"train.compile_encoder and {key} exclude each other; leave one of them out"
     for key in ("encoder_lr", "unfreeze_at"):
         value = getattr(config.train, key)
         if isinstance(value, tuple) and len(value) != parts:
@@ -72,22 +67,35 @@ def _plain_decoder_conflicts(config: "Config") -> Iterator[str]:
     if config.model.decoder.name == "plain":
         wanting = {
             "train.doubly_stochastic_weight": config.train.doubly_stochastic_weight,
-            "search.coverage_weight": config.search.coverage_weight,
         }
         for key, value in wanting.items():
             if value:
                 yield (
-                    f"{key} = {value:g}, wanted 0 with decoder 'plain', which has no attention; leave it out,"
-                    " or change model.decoder.name"
+                    f"{key} = {value:g}, expected 0 with decoder 'plain', which has no attention; leave it"
+                    " out, or change model.decoder.name"
                 )
+
+
+def _search_conflicts(config: "Config") -> Iterator[str]:
+    search = config.search
+    if search.groups > 1 and search.method == "sample":
+        yield (
+            f"search.groups = {search.groups} with search.method = 'sample', expected 1, as only a beam has"
+            " groups; set search.groups = 1 or search.method = 'beam'"
+        )
+    elif search.groups > 1 and search.beam % search.groups:
+        yield (
+            f"search.beam = {search.beam} is not a multiple of search.groups = {search.groups}; change one of"
+            " them"
+        )
 
 
 def _scst_conflicts(config: "Config") -> Iterator[str]:
     train = config.train
     if train.init_from is None:
         yield (
-            "train.objective = 'scst' without train.init_from: random captions earn nothing, wanted a run"
-            " that was trained by cross-entropy; set it to that run's folder"
+            "train.objective = 'scst' without train.init_from: random captions have no reward,"
+            " expected a run trained with cross-entropy; set it to that run's folder"
         )
     rates: dict[str, float | tuple[float, ...]] = {"lr": train.lr}
     if config.model.encoder.trainable != "none":
@@ -95,14 +103,14 @@ def _scst_conflicts(config: "Config") -> Iterator[str]:
     for key, value in rates.items():
         if max(value if isinstance(value, tuple) else (value,)) > _MAX_SCST_LR:
             yield (
-                f"train.{key} = {value} with train.objective = 'scst', wanted at most {_MAX_SCST_LR}, as"
-                " higher ones make captions fall apart; set it to 5e-5 or so"
+                f"train.{key} = {value} with train.objective = 'scst', expected at most {_MAX_SCST_LR},"
+                " as captions collapse with higher ones; set it to 5e-5 or so"
             )
     for key in ("scheduled_sampling", "doubly_stochastic_weight"):
         if value := getattr(train, key):
             yield (
-                f"train.{key} = {value:g}, wanted 0 with train.objective = 'scst', as it is for captions that"
-                " people wrote; leave it out"
+                f"train.{key} = {value:g}, expected 0 with train.objective = 'scst', as it applies to"
+                " human references only; leave it out"
             )
     if not (config.scst.cider_d_weight or config.scst.bleu_4_weight):
-        yield "scst.cider_d_weight and scst.bleu_4_weight are both 0, wanted a reward; set one of them"
+        yield "scst.cider_d_weight and scst.bleu_4_weight are both 0, expected a reward; set one of them"

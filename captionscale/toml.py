@@ -1,4 +1,4 @@
-"""Experiments as TOML files: read into a config, and written back."""
+"""Configs as TOML files."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import reduce
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from captionscale import assets, credentials, parsing
 from captionscale.config import Config, Section
+from captionscale.config_renames import RENAMED
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import read_file
 
@@ -19,21 +20,21 @@ _MAX_SHOWN = 200
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read an experiment.
+    """Read a config.
 
     Args:
         source: A path, or the name of a file in `configs/`.
         overrides: `section.key=value` each, the value as TOML writes it (a bare word is a string).
 
     Raises:
-        UserError: No such file, no TOML, an unknown key, or a value out of its range.
+        UserError: No such file, not TOML, an unknown key, or a value out of range.
     """
     path = assets.find("configs", str(source), ".toml")
     try:
         tree = parsing.toml(read_file(path).decode())
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}), expected an experiment; correct the path"
+            f"{path}: cannot be read ({error.strerror}), expected a config; correct the path"
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: not a TOML file: {error}; correct that line") from None
@@ -41,21 +42,21 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def override(config: Config, overrides: Sequence[str], section: str, *, option: str = "--set ") -> Config:
-    """Return settings with other values in one section.
+    """Return a config with other values in one section.
 
     Args:
-        config: As it was.
-        overrides: As `load` has them.
-        section: The one that may change.
-        option: What errors put before a change.
+        config: The config to change.
+        overrides: As in `load`.
+        section: The section that may change.
+        option: What error messages put before an override.
 
     Raises:
-        UserError: A key of another section, an unknown one, or a value out of its range.
+        UserError: A key of another section, an unknown key, or a value out of range.
     """
     for each in overrides:
         if not each.strip().startswith(f"{section}."):
             raise UserError(
-                f"{option}{each}: wanted a key of section {section}, as the others were settled in training;"
+                f"{option}{each}: expected a key of section {section}, as training has fixed the others;"
                 f" see {section} in captionscale config, and write --set {section}.key=value"
             )
     place = option.strip() or section
@@ -65,13 +66,17 @@ def override(config: Config, overrides: Sequence[str], section: str, *, option: 
 def _validate(
     place: Path | str, tree: dict[str, Any], overrides: Sequence[str], option: str = "--set "
 ) -> Config:
-    """Return a tree as settings, after overrides."""
+    """Return a tree as a config, after overrides."""
     for each in overrides:
         _put(tree, each)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = _explain(place, overrides, tree, error.errors(), option)
+        findings = error.errors()
+        lines = [
+            *_explain_renamed(place, overrides, findings, option),
+            *_explain(place, overrides, tree, [each for each in findings if not _new_name(each)], option),
+        ]
         raise UserError(*map(credentials.strip, lines)) from None
 
 
@@ -102,7 +107,7 @@ def _put(tree: dict[str, Any], change: str) -> None:
         change.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"--set {change}: not UTF-8, expected text that a TOML file can hold; rename what it names"
+            f"--set {change}: not UTF-8, expected text that a TOML file can hold; rename the file or folder"
         ) from None
     try:
         value = parsing.toml(f"value = {text}")["value"]
@@ -119,7 +124,7 @@ def _put(tree: dict[str, Any], change: str) -> None:
 def _explain(
     path: Path | str, overrides: Sequence[str], tree: dict[str, Any], findings: Iterable[Any], option: str
 ) -> Iterator[str]:
-    """Turn pydantic's findings into place, found, wanted, cure: one line for each key."""
+    """Turn pydantic's findings into place, found, expected, cure: one line for each key."""
     for (section, key), group in groupby(findings, lambda found: _locate(found["loc"])):
         first, *others = group
         if first["type"] == "value_error":
@@ -140,6 +145,23 @@ def _explain(
             meaning = " ".join((section.model_fields[name].description or "a section").split())
             value = _shown(reduce(getitem, key, tree))
             yield f"{place}: {name} = {value}: {' or '.join(messages)} ({meaning})"
+
+
+def _new_name(finding: Any) -> str | None:
+    """Return what an unknown key of version 0.1 is called now."""
+    return RENAMED.get(".".join(map(str, finding["loc"]))) if finding["type"] == "extra_forbidden" else None
+
+
+def _explain_renamed(
+    path: Path | str, overrides: Sequence[str], findings: Iterable[Any], option: str
+) -> Iterator[str]:
+    for finding in findings:
+        if new := _new_name(finding):
+            old = ".".join(finding["loc"])
+            place = next(
+                (f"{option}{each}" for each in overrides if each.partition("=")[0].strip() == old), path
+            )
+            yield f"{place}: {old} is a key of version 0.1, expected {new}; rename it"
 
 
 def _shown(value: Any) -> str:

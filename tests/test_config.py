@@ -5,6 +5,7 @@ from pydantic import ValidationError
 
 from captionscale import assets
 from captionscale.config import Config, Search
+from captionscale.config_renames import RENAMED
 from captionscale.errors import UserError
 from captionscale.toml import dumps, flatten, load
 
@@ -120,16 +121,16 @@ def test_a_file_may_leave_to_a_change_what_has_no_default(tmp_path) -> None:
             f"{SMALL}[train]\nscore_metric = 'BLEU'",
             (
                 "train: score_metric = 'BLEU': input should be 'BLEU-4', 'METEOR', 'ROUGE-L', 'CIDEr-D' or"
-                " module:Class (Metric of generated captions that names the best checkpoint, or `module:Class`.)"
+                " module:Class (Metric of generated captions that selects the best checkpoint, or `module:Class`.)"
             ),
         ),
         (
             f"{SMALL}[train]\nglobal_batch = 32\nmicro_batch = 7",
-            "train.global_batch = 32 is no whole number of train.micro_batch = 7; change one of them",
+            "train.global_batch = 32 is not a multiple of train.micro_batch = 7; change one of them",
         ),
         (
             f"{SMALL}crop_scale = [0.9, 0.5]",
-            "data.crop_scale = [0.9, 0.5]: wanted [least, greatest], both above 0",
+            "data.crop_scale = [0.9, 0.5]: expected [least, greatest], both above 0",
         ),
         (
             f"model = 3\n{SMALL}",
@@ -152,10 +153,10 @@ def test_what_a_file_has_wrong_is_told_in_one_line_with_its_place(tmp_path, text
             "model.encoder.trainable=[3]",
             "trainable = [3]: input should be 'all' or 'none' or ",
         ),
-        ("data.crop_scale=[0.5]", "crop_scale = [0.5]: field required (Least and greatest share"),
+        ("data.crop_scale=[0.5]", "crop_scale = [0.5]: field required (Range of a random crop"),
         (
             "data.crop_scale=[2, 3]",
-            "crop_scale = [2, 3]: input should be less than or equal to 1 (Least",
+            "crop_scale = [2, 3]: input should be less than or equal to 1 (Range",
         ),
     ],
 )
@@ -218,3 +219,29 @@ def test_without_any_file_the_defaults_stand() -> None:
     config = Config.model_validate({"data": {"shards": "x"}})
     assert config.train.global_batch % config.train.micro_batch == 0
     assert set(flatten({"a": {}, "b": {"c": {"d": 1}}})) == {"b.c.d"}
+
+
+def test_a_key_of_version_0_1_is_refused_with_its_new_name(tmp_path) -> None:
+    assert refused(tmp_path, f"{SMALL}[train]\nkeep = 3", "search.length_power=1").splitlines() == [
+        "train.keep is a key of version 0.1, expected train.keep_checkpoints; rename it",
+        (
+            "--set search.length_power=1: search.length_power is a key of version 0.1, expected"
+            " search.length_penalty; rename it"
+        ),
+    ]
+    assert refused(tmp_path, SMALL, "model.decoder.embed=3").endswith(
+        "expected model.decoder.embed_size; rename it"
+    )
+
+
+def test_new_names_are_keys_and_old_names_are_not(tmp_path) -> None:
+    keys = {"data.max_vocab_size", "train.init_from", "model.decoder.image_batch_norm"}
+    for decoder in ("plain", "attention"):
+        keys |= set(flatten(load(write(tmp_path, SMALL), [f"model.decoder.name={decoder}"]).model_dump()))
+    assert set(RENAMED.values()) <= keys
+    assert keys.isdisjoint(RENAMED)
+
+
+def test_only_a_beam_has_groups(tmp_path) -> None:
+    error = refused(tmp_path, f"{SMALL}[search]\nmethod = 'sample'\ngroups = 3")
+    assert error.startswith("search.groups = 3 with search.method = 'sample', expected 1")

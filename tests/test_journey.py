@@ -50,7 +50,7 @@ def test_coco_goes_from_raw_files_to_verified_shards(
         assert said == f"{out}: {split}: {images} images, {5 * images} captions\n"
     assert _say(capsys, "verify", out) == f"{out}: as packed: images: train 48, val 8\n"
     image = next(iter((synthetic_coco / "val2017").iterdir()))
-    said = _say(capsys, "show", out, str(int(image.stem)), "--save", tmp_path / "saved.jpg")
+    said = _say(capsys, "show", out, str(int(image.stem)), "--out", tmp_path / "saved.jpg")
     assert f"{image.name}  split val" in said
     assert len(said.splitlines()) == 2 + 5
     assert (tmp_path / "saved.jpg").read_bytes() == image.read_bytes()
@@ -90,7 +90,7 @@ def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
     other = Receipt.read(tmp_path / "other.json")
     assert (other.scores, other.intervals) == (receipt.scores, receipt.intervals)
     assert other.metric_signature == receipt.metric_signature
-    assert "p     won" in _say(capsys, "compare", run, tmp_path / "other.json", "--top", "1")
+    assert "p     won" in _say(capsys, "compare", run, tmp_path / "other.json", "--limit", "1")
 
     from pycocotools.coco import COCO
 
@@ -142,7 +142,7 @@ def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on
     others.write_text(json.dumps(rest))
     said = _say(
         capsys, "leaderboard", "--eval-set", "nocaps-val", "--captions", out, others,
-        "--images", listed, "--name", "tiny", "--out", tmp_path / "upload",
+        "--image-info", listed, "--name", "tiny", "--out", tmp_path / "upload",
     )  # fmt: skip
     assert said.endswith(f"upload {tmp_path / 'upload' / 'nocaps_val_tiny_results.json'}\n")
     wanted = "8 of 8 images of split 'test' have no captions; wanted them to score against"
@@ -150,8 +150,8 @@ def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on
     tiny_config(tmp_path, shards, "data.train_split=test", "data.val_split=test")
     said = _refuse(capsys, "train", tmp_path / "experiment.toml", "--out", tmp_path / "run")
     assert "have no captions; wanted them to train; pack the data set with its captions" in said
-    assert "wanted either RUN IMAGE ..." in _refuse(capsys, "caption", run, images[0], "--split", "test")
-    assert "wanted either RUN IMAGE ..." in _refuse(capsys, "caption", run)
+    assert "expected either RUN IMAGE ..." in _refuse(capsys, "caption", run, images[0], "--split", "test")
+    assert "expected either RUN IMAGE ..." in _refuse(capsys, "caption", run)
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def test_bad_input_is_told_in_one_line(
     assert "no checkpoint, so no run" in _refuse(capsys, "caption", tmp_path, text)
     assert "no split 'vla'; did you mean 'val'?" in _refuse(capsys, "score", run, "--split", "vla")
     assert "no --split" in _refuse(capsys, "score", run)
-    assert "wanted either RUN" in _refuse(capsys, "score")
+    assert "expected either RUN" in _refuse(capsys, "score")
     assert "no image 4242 in any split" in _refuse(capsys, "show", packed, "4242")
     assert "run captionscale pack first" in _refuse(capsys, "verify", tmp_path)
     assert "did you mean 'attention'?" in _refuse(capsys, "config", "atention")

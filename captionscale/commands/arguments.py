@@ -1,30 +1,71 @@
-"""What several commands take."""
+"""Arguments that several commands take, each defined once."""
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from captionscale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from captionscale.config import Config
 
-Subparsers: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-"""To which each group of commands adds its own."""
+Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
+
+
+class Commands:
+    """The commands of one group."""
+
+    def __init__(self, subparsers: Subparsers):
+        self.subparsers = subparsers
+        self.summaries: dict[str, str] = {}
+
+    def add(
+        self, name: str, summary: str, handler: "Callable[[argparse.Namespace], None]", *, example: str
+    ) -> argparse.ArgumentParser:
+        """Add a command.
+
+        Args:
+            name: What the user types.
+            summary: What it does, for both levels of help.
+            handler: Runs it; gets the parsed options.
+            example: A call, without `captionscale`, that its help ends with.
+        """
+        self.summaries[name] = summary
+        parser = add_parser(self.subparsers, name, summary, example)
+        parser.set_defaults(command_name=name, handler=handler)
+        return parser
+
+
+def add_parser(
+    subparsers: Subparsers, name: str, summary: str, example: str, **options: Any
+) -> argparse.ArgumentParser:
+    """Add a parser whose help ends with an example."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example:\n  captionscale {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options,
+    )
+    return parser
 
 
 def positive(text: str) -> int:
     """Read a number of at least one."""
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: wanted at least 1")
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
     return number
 
 
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add CONFIG and --set, which `load_config` reads."""
     parser.add_argument(
-        "config", metavar="CONFIG", nargs=None if required else "?", help="a path, or a name in configs/"
+        "config", metavar="CONFIG", nargs=None if required else "?", help="a TOML file, or a name in configs/"
     )
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value", dest="overrides")
+    _add_set(parser, "section.key=value")
 
 
 def load_config(options: argparse.Namespace) -> "Config":
@@ -34,19 +75,33 @@ def load_config(options: argparse.Namespace) -> "Config":
     return toml.load(options.config, options.overrides)
 
 
+def add_run(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add RUN; `require_run` is called before anything heavy is imported."""
+    parser.add_argument(
+        "run", type=Path, nargs=None if required else "?", metavar="RUN", help="folder of the run"
+    )
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Add IMAGE ..., and --split, which replaces it."""
+    parser.add_argument("images", type=Path, nargs="*", metavar="IMAGE", help="image files")
+    parser.add_argument("--split", help="instead of image files: a split of the run's shards")
+
+
 def add_search(parser: argparse.ArgumentParser) -> None:
     """Add --beam and --set, which `search_overrides` reads, and --checkpoint."""
-    parser.add_argument(
-        "--beam", type=positive, help="captions kept at each word (default: the run's config)"
-    )
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="search.key=value",
-        dest="overrides",
-        help="another search than the run's config has; repeatable",
-    )
+    parser.add_argument("--beam", type=positive, metavar="N", help="beam size (default: the run's config)")
+    _add_set(parser, "search.key=value")
+    add_checkpoint(parser)
+
+
+def search_overrides(options: argparse.Namespace) -> list[str]:
+    """Return --set and --beam as overrides of the config."""
+    return [*options.overrides, *([f"search.beam={options.beam}"] if options.beam else [])]
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add --checkpoint."""
     parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
 
 
@@ -59,10 +114,56 @@ def add_ensemble(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="RUN",
         dest="others",
-        help="let this run, of the same words, write together with the first; repeatable",
+        help="add this run to an ensemble with the first (same vocabulary required); repeatable",
     )
 
 
-def search_overrides(options: argparse.Namespace) -> list[str]:
-    """Return what is asked of the search as --set has it."""
-    return [*options.overrides, *([f"search.beam={options.beam}"] if options.beam else [])]
+def add_shards(parser: argparse.ArgumentParser) -> None:
+    """Add --shards."""
+    parser.add_argument(
+        "--shards", metavar="DIR", help="folder or URL of other shards than those of the run's config"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add --json."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def add_profile(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Add --profile, the launch profile."""
+    parser.add_argument(
+        "--profile",
+        default=default,
+        help=f"launch profile: a file, or a name in launch/ (default: {default or 'one process'})",
+    )
+
+
+def add_job_size(parser: argparse.ArgumentParser, nodes: int | None) -> None:
+    """Add --nodes, --gpus and --time."""
+    parser.add_argument(
+        "--nodes", type=positive, default=nodes, metavar="N", help="nodes (default: this job's, or 1)"
+    )
+    parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs of each node")
+    parser.add_argument("--time", metavar="H:MM:SS", help="time limit of the job, such as 4:00:00")
+
+
+def require_images_or_split(options: argparse.Namespace, usage: str) -> None:
+    """Check that image files or a split is given, and not both.
+
+    Raises:
+        UserError: None of them, or both.
+    """
+    if bool(options.images) == bool(options.split):
+        raise UserError(f"{options.command_name}: expected either {usage}")
+
+
+def _add_set(parser: argparse.ArgumentParser, metavar: str) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar=metavar,
+        dest="overrides",
+        help="change a key of the config; repeatable",
+    )

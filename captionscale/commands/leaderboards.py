@@ -1,47 +1,62 @@
-"""The commands that put scores side by side, here and on the leaderboards."""
+"""`board` and `leaderboard`: receipts in one table, and files for the servers of COCO and nocaps."""
 
 import argparse
 from pathlib import Path
 
-from captionscale.commands.arguments import Subparsers
+from captionscale.commands.arguments import Commands
 
 
-def add(subparsers: Subparsers) -> None:
+def add(commands: Commands) -> None:
     """Add them to the command line."""
-    board = subparsers.add_parser(
-        "board", help="show receipts side by side, and what others published, as a page"
+    board = commands.add(
+        "board",
+        "write a page that compares receipts with each other and with published results",
+        _board,
+        example="board runs --out board.html",
     )
     board.add_argument(
-        "receipts", type=Path, nargs="+", metavar="RECEIPTS", help="files, or folders that hold receipt.json"
+        "receipts",
+        type=Path,
+        nargs="+",
+        metavar="RECEIPT",
+        help="receipt.json files, or folders that hold them",
     )
     board.add_argument(
-        "--out", type=Path, default=Path("board.html"), metavar="PAGE", help="(default: %(default)s)"
+        "--out", type=Path, default=Path("board.html"), metavar="FILE", help="page (default: %(default)s)"
     )
-    board.set_defaults(command_name="board", handler=_board)
 
-    leaderboard = subparsers.add_parser(
-        "leaderboard", help="write the files that COCO's and nocaps' servers take"
+    leaderboard = commands.add(
+        "leaderboard",
+        "write the files that the servers of COCO and nocaps accept",
+        _leaderboard,
+        example="leaderboard --eval-set nocaps-val --captions results.json"
+        " --image-info nocaps_val_image_info.json --name mine --out upload",
     )
     leaderboard.add_argument(
         "--eval-set",
         required=True,
-        dest="board",
         help="coco2014-val, coco2014-test, coco2017-test, nocaps-val or nocaps-test",
     )
     leaderboard.add_argument(
-        "--captions", type=Path, nargs="+", required=True, metavar="RESULTS", help="COCO results, or parts"
-    )
-    leaderboard.add_argument(
-        "--images",
+        "--captions",
         type=Path,
-        metavar="LIST",
-        help="the set's official list, such as image_info_test2014.json",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="captions in COCO results format, in one file or in parts",
     )
-    leaderboard.add_argument("--name", required=True, metavar="ALGORITHM", help="part of the files' names")
     leaderboard.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="for the files of one algorithm"
+        "--image-info",
+        type=Path,
+        metavar="FILE",
+        help="the set's official list of images, such as image_info_test2014.json",
     )
-    leaderboard.set_defaults(command_name="leaderboard", handler=_leaderboard)
+    leaderboard.add_argument(
+        "--name", required=True, metavar="ALGORITHM", help="algorithm, a part of the files' names"
+    )
+    leaderboard.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of this algorithm's files"
+    )
 
 
 def _board(options: argparse.Namespace) -> None:
@@ -58,9 +73,9 @@ def _board(options: argparse.Namespace) -> None:
 def _leaderboard(options: argparse.Namespace) -> None:
     from captionscale.tools.leaderboard import write_submission
 
-    done = write_submission(options.board, options.captions, options.images, options.name, options.out)
+    done = write_submission(options.eval_set, options.captions, options.image_info, options.name, options.out)
     empty = f", {done.empty:,} of them empty" if done.empty else ""
-    print(f"{done.file}: {done.captions:,} captions{empty}, one for each image of {options.board}")
+    print(f"{done.file}: {done.captions:,} captions{empty}, one for each image of {options.eval_set}")
     if done.upload:
         print(f"upload {done.upload}")
     else:

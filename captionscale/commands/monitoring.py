@@ -1,38 +1,47 @@
-"""The commands that look after a run: before it starts, and while it is at work."""
+"""`doctor` and `watch`: check a job before it starts, and follow it."""
 
 import argparse
 import sys
 from pathlib import Path
 
-from captionscale.commands.arguments import Subparsers, add_config, load_config, positive
+from captionscale.commands.arguments import (
+    Commands,
+    add_config,
+    add_job_size,
+    add_json,
+    add_profile,
+    add_run,
+    load_config,
+    positive,
+)
 
 
-def add(subparsers: Subparsers) -> None:
+def add(commands: Commands) -> None:
     """Add them to the command line."""
-    doctor = subparsers.add_parser(
+    doctor = commands.add(
         "doctor",
-        help="look whether a job will work, before it is submitted",
-        description="Look whether a job will work. Without CONFIG, look at this machine alone.",
+        "check whether a job will work, before it is submitted; without CONFIG, check this machine",
+        _doctor,
+        example="doctor attention --out runs/attention --nodes 2 --gpus 8 --profile gpu",
     )
     add_config(doctor, required=False)
-    doctor.add_argument("--out", type=Path, metavar="RUN", help="folder of the run, there or to come")
-    doctor.add_argument("--nodes", type=positive, help="machines (default: those of this job, or this one)")
-    doctor.add_argument("--gpus", type=positive, help="of each node (default: as the profile says)")
-    doctor.add_argument("--time", help="of the job, such as 4:00:00 (default: that of this job)")
-    doctor.add_argument(
-        "--profile", help="a file, or a name in launch/ (default: one process, as captionscale train)"
-    )
+    doctor.add_argument("--out", type=Path, metavar="RUN", help="folder of the run, new or existing")
+    add_job_size(doctor, None)
+    add_profile(doctor, None)
     doctor.add_argument("--quick", action="store_true", help="leave out what takes more than a moment")
-    doctor.add_argument("--json", action="store_true", help="print a document for programs")
-    doctor.set_defaults(command_name="doctor", handler=_doctor)
+    add_json(doctor)
 
-    watch = subparsers.add_parser("watch", help="follow a run, from any machine that sees its folder")
-    watch.add_argument("run", type=Path, metavar="RUN", help="its folder")
-    watch.add_argument("--once", action="store_true", help="print how it stands, and end")
-    watch.add_argument(
-        "--interval", type=positive, default=5, metavar="S", help="seconds between two looks (default: 5)"
+    watch = commands.add(
+        "watch",
+        "follow a run, from any machine that sees its folder",
+        _watch,
+        example="watch runs/attention",
     )
-    watch.set_defaults(command_name="watch", handler=_watch)
+    add_run(watch)
+    watch.add_argument("--once", action="store_true", help="print the state of the run once, and exit")
+    watch.add_argument(
+        "--interval", type=positive, default=5, metavar="S", help="seconds between updates (default: 5)"
+    )
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -11,20 +11,38 @@ from captionscale.commands import (
     sharing,
     training,
 )
+from captionscale.commands.arguments import Commands
+from captionscale.commands.unknown_options import CommandParser
 from captionscale.version import __version__
+
+_GROUPS = (
+    ("data", (shards,)),
+    ("training", (training, monitoring)),
+    ("captions and scores", (scoring, leaderboards)),
+    ("looking at a run, and sharing it", (reporting, sharing)),
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line.
 
-    It reads the name of a command into `command_name`, and into `handler` what does it, a function of all that was said.
+    It puts the name of a command into `command_name`, and the function that runs it into `handler`.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "captionscale",
-        description="Train image captioners on any number of GPUs, and score them like the leaderboards.",
+        usage="captionscale [-h] [--version] COMMAND ...",
+        description="Train image captioners on any number of GPUs, and score them as the leaderboards do.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"captionscale {__version__}")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for group in (shards, training, monitoring, scoring, reporting, leaderboards, sharing):
-        group.add(subparsers)
+    subparsers = parser.add_subparsers(
+        required=True, metavar="COMMAND", help=argparse.SUPPRESS, prog="captionscale"
+    )
+    lines = []
+    for title, modules in _GROUPS:
+        commands = Commands(subparsers)
+        for module in modules:
+            module.add(commands)
+        lines += [f"{title}:", *(f"  {name:<13}{text}" for name, text in commands.summaries.items()), ""]
+    parser.epilog = "\n".join([*lines, "captionscale COMMAND --help has the options and an example of each."])
     return parser

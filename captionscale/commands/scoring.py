@@ -1,4 +1,4 @@
-"""The commands that caption and score."""
+"""`caption`, `score` and `compare`."""
 
 import argparse
 import json
@@ -8,74 +8,112 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from captionscale.commands.arguments import Subparsers, add_ensemble, add_search, positive, search_overrides
+from captionscale.commands.arguments import (
+    Commands,
+    add_ensemble,
+    add_images,
+    add_json,
+    add_run,
+    add_search,
+    add_shards,
+    positive,
+    require_images_or_split,
+    search_overrides,
+)
 from captionscale.errors import UserError
 from captionscale.escape import for_terminal
 from captionscale.train.run_folder import require_run
 
-_STOPPED = "score: stopped by {}; no receipt was written, and the same command starts anew"
+_STOPPED = "score: stopped by {}; no receipt was written, run the same command again"
 
 
-def add(subparsers: Subparsers) -> None:
+def add(commands: Commands) -> None:
     """Add them to the command line."""
-    caption = subparsers.add_parser("caption", help="caption image files, or a whole split")
-    caption.add_argument("run", type=Path, metavar="RUN")
-    caption.add_argument("images", type=Path, nargs="*", metavar="IMAGE")
-    caption.add_argument("--split", help="instead of images: a split of the run's shards")
-    caption.add_argument("--shards", help="other shards than the run was trained on: folder, or URL")
-    caption.add_argument("--out", type=Path, metavar="RESULTS", help="of a split: where COCO results go")
+    caption = commands.add(
+        "caption",
+        "caption image files, or a whole split",
+        _caption,
+        example="caption runs/attention photo.jpg another.jpg --beam 5",
+    )
+    add_run(caption)
+    add_images(caption)
+    add_shards(caption)
+    caption.add_argument(
+        "--out", type=Path, metavar="FILE", help="with --split: file of the captions, in COCO results format"
+    )
     add_search(caption)
     add_ensemble(caption)
-    caption.add_argument("--prefix", default="", metavar="WORDS", help="what every caption begins with")
+    caption.add_argument("--prefix", default="", metavar="WORDS", help="words that every caption begins with")
     caption.add_argument(
-        "--require", action="append", default=[], metavar="WORD", help="that every caption holds; repeatable"
+        "--require",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="word that every caption contains; repeatable",
     )
-    caption.set_defaults(command_name="caption", handler=_caption)
+    add_json(caption)
 
-    score = subparsers.add_parser("score", help="score a run on a split, or a file of captions")
-    score.add_argument("run", type=Path, nargs="?", metavar="RUN")
+    score = commands.add(
+        "score",
+        "score a run on a split, or a file of captions",
+        _score_or_stop,
+        example="score runs/attention --split val --beam 5",
+    )
+    add_run(score, required=False)
     score.add_argument("--split", help="split of the run's shards")
-    score.add_argument("--shards", help="other shards than the run was trained on: folder, or URL")
+    add_shards(score)
     add_search(score)
     add_ensemble(score)
     score.add_argument(
-        "--captions", type=Path, metavar="RESULTS", help="without a run: captions in COCO results format"
+        "--captions",
+        type=Path,
+        metavar="FILE",
+        help="without a run: the captions to score, in COCO results format",
     )
     score.add_argument(
-        "--references", type=Path, metavar="CAPTIONS", help="without a run: captions in COCO format"
+        "--references", type=Path, metavar="FILE", help="without a run: references, in COCO captions format"
     )
     score.add_argument(
-        "--out", type=Path, metavar="RECEIPT", help="where the receipt goes (with a run: beside it)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="receipt (default: in RUN/scores/; without a run, none is written)",
     )
     score.add_argument(
-        "--meteor-gb", type=_gigabytes, metavar="GB", help="most memory that METEOR's Java may take"
+        "--meteor-gb", type=_gigabytes, metavar="GB", help="memory limit of METEOR's Java processes"
     )
     score.add_argument(
-        "--reference-implementation", action="store_true", help="by pycocoevalcap's own classes: slower"
+        "--reference-implementation", action="store_true", help="use pycocoevalcap's own classes: slower"
     )
     score.add_argument(
-        "--spice", type=Path, metavar="DIR", help="SPICE too: folder with Stanford CoreNLP 3.6.0"
+        "--spice", type=Path, metavar="DIR", help="also compute SPICE: folder with Stanford CoreNLP 3.6.0"
     )
     score.add_argument(
-        "--clip", type=Path, metavar="WEIGHTS", help="with a run, CLIPScore too: CLIP's weights, a file"
+        "--clip", type=Path, metavar="FILE", help="with a run, also compute CLIPScore: CLIP's weights"
     )
     score.add_argument(
-        "--clip-model", default="ViT-B-32-quickgelu", help="of open_clip (default: %(default)s)"
+        "--clip-model", default="ViT-B-32-quickgelu", help="open_clip model of --clip (default: %(default)s)"
     )
     _add_metric(score, "a metric of your own too; repeatable")
-    score.set_defaults(command_name="score", handler=_score_or_stop)
+    add_json(score)
 
-    compare = subparsers.add_parser(
-        "compare", help="tell whether one receipt is better than another, or lucky"
+    compare = commands.add(
+        "compare",
+        "test whether one receipt is better than another",
+        _compare,
+        example="compare runs/attention runs/attention_scst",
     )
-    compare.add_argument("first", type=Path, metavar="A", help="a receipt, or a run that has but one")
-    compare.add_argument("second", type=Path, metavar="B")
+    compare.add_argument("first", type=Path, metavar="A", help="a receipt, or a run that has only one")
+    compare.add_argument("second", type=Path, metavar="B", help="the other one")
     compare.add_argument(
-        "--top", type=positive, default=5, metavar="N", help="images that changed most (default: %(default)s)"
+        "--limit",
+        type=positive,
+        default=5,
+        metavar="N",
+        help="show the N images that changed most (default: %(default)s)",
     )
     _add_metric(compare, "a metric of your own in both receipts; repeatable")
-    compare.add_argument("--json", action="store_true", help="for machines")
-    compare.set_defaults(command_name="compare", handler=_compare)
+    add_json(compare)
 
 
 def _add_metric(command: argparse.ArgumentParser, help: str) -> None:  # noqa: A002
@@ -83,11 +121,10 @@ def _add_metric(command: argparse.ArgumentParser, help: str) -> None:  # noqa: A
 
 
 def _caption(options: argparse.Namespace) -> None:
-    if bool(options.images) == bool(options.split) or bool(options.split) != bool(options.out):
-        raise UserError(
-            "caption: wanted either RUN IMAGE ... without --out, as captions are printed, or RUN --split NAME"
-            " --out RESULTS"
-        )
+    usage = "RUN IMAGE ... without --out, as captions are printed, or RUN --split NAME --out FILE"
+    require_images_or_split(options, usage)
+    if bool(options.split) != bool(options.out):
+        raise UserError(f"caption: expected either {usage}")
     require_run(options.run)
     from captionscale.tools.captioner_api import CaptionPipeline
     from captionscale.tools.ensemble import open_ensemble
@@ -114,6 +151,13 @@ def _caption(options: argparse.Namespace) -> None:
     captions = CaptionPipeline(members).caption(
         options.images, prefix=options.prefix, require=options.require
     )
+    if options.json:
+        pairs = zip(options.images, captions, strict=True)
+        tree = [
+            {"image": str(path), "caption": each.caption, "log_prob": each.log_prob} for path, each in pairs
+        ]
+        print(json.dumps(tree, indent=1))
+        return
     for path, found in zip(options.images, captions, strict=True):
         print(f"{for_terminal(str(path))}\t{for_terminal(found.caption)}")
 
@@ -130,15 +174,15 @@ def _score(options: argparse.Namespace) -> None:
     if by_run and not options.split:
         raise UserError(f"score {options.run}: no --split; say which, such as --split val")
     if not by_run and (options.run is not None or not (options.captions and options.references)):
-        raise UserError("score: wanted either RUN --split NAME, or --captions RESULTS --references CAPTIONS")
+        raise UserError("score: expected either RUN --split NAME, or --captions FILE --references FILE")
     if not by_run and (options.split or options.shards or search_overrides(options) or options.others):
         raise UserError(
-            "score: found --split, --shards, --beam, --set or --ensemble beside --captions, which already says"
-            " what is scored; leave them out"
+            "score: found --split, --shards, --beam, --set or --ensemble with --captions, which sets what is"
+            " scored; leave them out"
         )
     if options.clip and not by_run:
         raise UserError(
-            "score --clip: found --captions and no images, wanted a run's split; leave out --clip, or give"
+            "score --clip: found --captions and no images, expected a run's split; leave out --clip, or give"
             " RUN --split NAME"
         )
     if by_run:
@@ -146,14 +190,14 @@ def _score(options: argparse.Namespace) -> None:
     from captionscale.score.diagnostics import table
     from captionscale.score.metrics import measure
 
-    # Schedulers end jobs by it: Java and its files are then put away, as after Ctrl-C.
+    # Schedulers end jobs with it: Java and its files are cleaned up, as after Ctrl-C.
     signal.signal(signal.SIGTERM, _stop)
     changes: dict[str, Any] = {}
     if options.meteor_gb is not None:
         changes["meteor_gb"] = options.meteor_gb
     if options.reference_implementation:
         changes["reference_implementation"] = True
-    by = partial(measure, **changes)
+    metrics = partial(measure, **changes)
     if by_run:
         from captionscale.tools.scoring import score_run
 
@@ -165,20 +209,24 @@ def _score(options: argparse.Namespace) -> None:
             out=options.out,
             overrides=search_overrides(options),
             others=options.others,
-            measure=by,
+            measure=metrics,
             spice_jars=options.spice,
             clip=(options.clip, options.clip_model) if options.clip else None,
             metrics=options.metric,
         )
     else:
-        # Without what it takes to run a model, whose import takes seconds.
+        # It does not import torch, which takes seconds.
         from captionscale.tools.score_file import score_file
 
         receipt = score_file(
-            options.captions, options.references, options.out, by, options.spice, options.metric
+            options.captions, options.references, options.out, metrics, options.spice, options.metric
         )
         place = options.out
     if receipt is None:
+        return
+    if options.json:
+        tree = {"scores": receipt.scores, "intervals": receipt.intervals, "receipt": place and str(place)}
+        print(json.dumps(tree, indent=1))
         return
     width = max(map(len, receipt.scores))
     for name, value in receipt.scores.items():
@@ -195,7 +243,7 @@ def _stop(*_: object) -> None:
 def _gigabytes(text: str) -> float:
     gigabytes = float(text)
     if not math.isfinite(gigabytes):
-        raise argparse.ArgumentTypeError(f"{text}: wanted a number, such as 1.3")
+        raise argparse.ArgumentTypeError(f"{text}: expected a number, such as 1.3")
     return gigabytes
 
 
@@ -204,7 +252,7 @@ def _compare(options: argparse.Namespace) -> None:
     from captionscale.score.comparison import compare, find_receipt, table
 
     first, second = (find_receipt(path) for path in (options.first, options.second))
-    found = compare(Receipt.read(first), Receipt.read(second), top=options.top, metrics=options.metric)
+    found = compare(Receipt.read(first), Receipt.read(second), top=options.limit, metrics=options.metric)
     if options.json:
         print(json.dumps({"first": str(first), "second": str(second), **found.to_dict()}, indent=1))
     else:

@@ -1,4 +1,4 @@
-"""The commands that write and read shards."""
+"""`pack`, `verify`, `show` and `stats`: write and read shards."""
 
 import argparse
 import json
@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captionscale.commands.arguments import Subparsers, positive
+from captionscale.commands.arguments import Commands, Subparsers, add_json, add_parser, positive
 from captionscale.errors import UserError, first_few
 from captionscale.escape import for_terminal
 
 if TYPE_CHECKING:
+    from captionscale.data.decode import ImageInfo
+    from captionscale.data.shards import Sample
     from captionscale.data.storage import Storage
 
 _DATASETS = {
@@ -25,103 +27,148 @@ _DATASETS = {
 }
 
 
-def add(subparsers: Subparsers) -> None:
+def add(commands: Commands) -> None:
     """Add them to the command line."""
-    pack = subparsers.add_parser(
-        "pack", help="write a data set as shards", description="Write a data set as shards."
+    pack = commands.add(
+        "pack",
+        "write a data set as shards",
+        _pack,
+        example="pack table --images photos --captions mine.csv --out data/mine",
     )
     kinds = pack.add_subparsers(required=True, metavar="DATASET")
     for kind, text in _DATASETS.items():
-        reader = kinds.add_parser(kind, help=text, description=f"Pack {text}.")
-        if kind == "webdataset":
-            reader.add_argument(
-                "--tars", type=Path, nargs="+", required=True, help="tar files, or their folders"
-            )
-        else:
-            reader.add_argument("--images", type=Path, required=True, help="folder of the image files")
-        if kind == "coco":
-            reader.add_argument(
-                "--captions",
-                type=Path,
-                nargs="+",
-                required=True,
-                help="official file; with --lists, both of 2014",
-            )
-            reader.add_argument("--lists", type=Path, help="folder of karpathy_{train,val,test}_images.txt")
-        elif kind not in ("folder", "webdataset"):
-            reader.add_argument("--captions", type=Path, required=True, help="the data set's caption file")
-        if kind in ("coco", "karpathy"):
-            reader.add_argument(
-                "--restval",
-                choices=("train", "drop"),
-                help="images of COCO's val2014 outside Karpathy's val and test (default: train)",
-            )
-        if kind in ("flickr8k", "flickr30k"):
-            reader.add_argument(
-                "--splits", type=Path, help="folder of the official lists of each split's images"
-            )
-        elif kind != "karpathy":
-            default = None if kind == "coco" else "train"
-            reader.add_argument(
-                "--split", default=default, help="name of the split" + " (default: train)" * bool(default)
-            )
-        reader.set_defaults(command_name="pack", handler=_pack, kind=kind)
-        _add_packing(reader)
+        _add_dataset(kinds, kind, text)
 
-    verify = subparsers.add_parser("verify", help="prove that shards are what was packed")
-    verify.add_argument("shards", help="folder, or URL")
+    verify = commands.add(
+        "verify",
+        "compare shards with their checksums, and look for images that are in two splits",
+        _verify,
+        example="verify data/coco --deep",
+    )
+    _add_shards(verify)
     verify.add_argument("--deep", action="store_true", help="decode every image too")
     verify.add_argument(
-        "--allow-leaks", action="store_true", help="note the same image in two splits, no more"
+        "--allow-leaks", action="store_true", help="the same image in two splits is a note, no problem"
     )
-    verify.add_argument("--workers", type=positive, metavar="N", help="threads (default: one for each core)")
-    verify.add_argument("--json", action="store_true", help="for machines, with every problem and note")
-    verify.set_defaults(command_name="verify", handler=_verify)
+    _add_workers(verify)
+    add_json(verify)
 
-    show = subparsers.add_parser("show", help="show one sample of the shards")
-    show.add_argument("shards", help="folder, or URL")
-    show.add_argument("image_id", type=int, metavar="ID")
-    show.add_argument("--save", type=Path, metavar="FILE", help="write the stored image bytes there")
-    show.set_defaults(command_name="show", handler=_show)
+    show = commands.add(
+        "show", "print one sample of the shards", _show, example="show data/coco 391895 --out image.jpg"
+    )
+    _add_shards(show)
+    show.add_argument("image_id", type=int, metavar="ID", help="image id")
+    show.add_argument("--out", type=Path, metavar="FILE", help="write the stored image there")
+    add_json(show)
 
-    stats = subparsers.add_parser("stats", help="count what the shards hold")
-    stats.add_argument("shards", help="folder, or URL")
+    stats = commands.add(
+        "stats", "count images, captions and words of the shards", _stats, example="stats data/coco"
+    )
+    _add_shards(stats)
     stats.add_argument(
         "--min-count", type=positive, default=5, metavar="N", help="as data.min_count (default: 5)"
     )
-    stats.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .png, .pdf or .svg")
-    stats.set_defaults(command_name="stats", handler=_stats)
+    stats.add_argument("--out", type=Path, metavar="FILE", help="also draw them: a .png, .pdf or .svg")
+
+
+def _add_shards(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", metavar="SHARDS", help="folder or URL of the shards")
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=positive, metavar="N", help="workers (default: one for each core)")
+
+
+def _add_dataset(kinds: Subparsers, kind: str, text: str) -> None:
+    """Add what one kind of data set takes."""
+    tars, official = kind == "webdataset", kind in ("flickr8k", "flickr30k")
+    example = [f"pack {kind}", "--tars tars" if tars else "--images images"]
+    example += ["--captions captions.json"] * (kind not in ("folder", "webdataset"))
+    example += ["--split train"] * (kind == "coco")
+    example += ["--splits lists"] * official
+    reader = add_parser(kinds, kind, f"pack {text}", " ".join([*example, "--out shards"]), help=text)
+    reader.set_defaults(kind=kind)
+    if tars:
+        reader.add_argument(
+            "--tars", type=Path, nargs="+", required=True, metavar="PATH", help="tar files, or their folders"
+        )
+    else:
+        reader.add_argument(
+            "--images", type=Path, required=True, metavar="DIR", help="folder of the image files"
+        )
+    if kind == "coco":
+        reader.add_argument(
+            "--captions",
+            type=Path,
+            nargs="+",
+            required=True,
+            metavar="FILE",
+            help="official file; with --lists, both of 2014",
+        )
+        reader.add_argument(
+            "--lists", type=Path, metavar="DIR", help="folder of karpathy_{train,val,test}_images.txt"
+        )
+    elif kind not in ("folder", "webdataset"):
+        reader.add_argument(
+            "--captions", type=Path, required=True, metavar="FILE", help="the data set's caption file"
+        )
+    if kind in ("coco", "karpathy"):
+        reader.add_argument(
+            "--restval",
+            choices=("train", "drop"),
+            help="images of COCO's val2014 outside Karpathy's val and test (default: train)",
+        )
+    if official:
+        reader.add_argument(
+            "--splits", type=Path, metavar="DIR", help="folder of the official lists of each split's images"
+        )
+    elif kind != "karpathy":
+        default = None if kind == "coco" else "train"
+        reader.add_argument(
+            "--split", default=default, help="name of the split" + " (default: train)" * bool(default)
+        )
+    _add_packing(reader)
 
 
 def _add_packing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the shards; a second split is added"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the shards; it may hold other splits",
     )
-    parser.add_argument("--images-per-shard", type=positive, default=1000, metavar="N")
+    parser.add_argument(
+        "--images-per-shard",
+        type=positive,
+        default=1000,
+        metavar="N",
+        help="images in each shard (default: %(default)s)",
+    )
     parser.add_argument(
         "--resize",
         type=positive,
         metavar="PIXELS",
-        help="shrink images to this shorter side (default: as they are)",
+        help="shrink images to this shorter side (default: original size)",
     )
     parser.add_argument(
         "--quality",
         type=int,
         choices=range(1, 101),
         metavar="1..100",
-        help="of shrunk JPEGs (default: 95)",
+        help="JPEG quality of shrunk images (default: 95)",
     )
     parser.add_argument(
         "--no-decode",
         action="store_true",
-        help="look at the images' headers alone: faster, and damage is found later",
+        help="check only the images' headers: faster, but damage is found later",
     )
     parser.add_argument(
         "--max-rejected",
-        type=_share,
+        type=_fraction,
         default=0.001,
-        metavar="SHARE",
-        help="of unreadable images (default: 0.001)",
+        metavar="FRACTION",
+        help="largest fraction of unreadable images (default: 0.001)",
     )
     parser.add_argument(
         "--expect",
@@ -129,27 +176,25 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SPLIT=IMAGES",
-        help="refuse other totals",
+        help="fail if a split has another number of images; repeatable",
     )
-    parser.add_argument(
-        "--workers", type=positive, metavar="N", help="processes (default: one for each core)"
-    )
+    _add_workers(parser)
 
 
-def _share(text: str) -> float:
+def _fraction(text: str) -> float:
     try:
-        share = float(text)
+        fraction = float(text)
     except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: wanted 0 to 1, such as 0.001")
-    return share
+        fraction = -1.0
+    if not 0 <= fraction <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 0 to 1, such as 0.001")
+    return fraction
 
 
 def _expected(text: str) -> tuple[str, int]:
     split, _, images = text.partition("=")
     if not split or not images.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted a split and its images, such as train=113287")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a split and its images, such as train=113287")
     return split, int(images)
 
 
@@ -163,7 +208,7 @@ def _verify(options: argparse.Namespace) -> None:
     from captionscale.data.storage import open_storage
 
     with tempfile.TemporaryDirectory(prefix="captionscale-") as fresh:
-        # What a URL gives now, not what an earlier download left.
+        # A fresh cache: what the URL serves now is verified, not an earlier download.
         _verify_place(open_storage(options.shards, Path(fresh)), options)
 
 
@@ -206,17 +251,26 @@ def _show(options: argparse.Namespace) -> None:
     data = split.image(item)
     info = decode.image_info(data, f"image {options.image_id}", full_decode=True)
     sample = split.sample(item)
-    print(f"image {options.image_id}  {for_terminal(sample.file)}  split {split.name}")
-    print(f"{info.width} x {info.height} pixels, {len(data):,} bytes of {info.extension}")
+    if options.json:
+        facts = {"width": info.width, "height": info.height, "bytes": len(data), "format": info.extension}
+        tree = {"id": options.image_id, "file": sample.file, "split": split.name, **facts}
+        print(json.dumps({**tree, "captions": list(sample.captions)}, indent=1))
+    else:
+        _print_sample(options.image_id, split.name, sample, info, len(data))
+    if options.out:
+        with atomic_write(options.out) as file:
+            file.write(data)
+
+
+def _print_sample(image_id: int, split: str, sample: "Sample", info: "ImageInfo", size_bytes: int) -> None:
+    print(f"image {image_id}  {for_terminal(sample.file)}  split {split}")
+    print(f"{info.width} x {info.height} pixels, {size_bytes:,} bytes of {info.extension}")
     for caption in sample.captions:
         print(f"  {for_terminal(caption)}")
-    if options.save:
-        with atomic_write(options.save) as file:
-            file.write(data)
 
 
 def _stats(options: argparse.Namespace) -> None:
     from captionscale.data.storage import open_storage
     from captionscale.tools.dataset_stats import print_stats
 
-    print_stats(open_storage(options.shards), min_count=options.min_count, plot=options.plot)
+    print_stats(open_storage(options.shards), min_count=options.min_count, plot=options.out)

@@ -1,91 +1,126 @@
-"""The commands that train."""
+"""`train`, and the commands that start it or prepare it."""
 
 import argparse
+import json
 from pathlib import Path
 
-from captionscale.commands.arguments import Subparsers, add_config, load_config, positive
+from captionscale.commands.arguments import (
+    Commands,
+    add_config,
+    add_job_size,
+    add_json,
+    add_profile,
+    load_config,
+    positive,
+)
+
+_DRY_RUN = "print what would be started, and exit"
 
 
-def add(subparsers: Subparsers) -> None:
+def add(commands: Commands) -> None:
     """Add them to the command line."""
-    train = subparsers.add_parser("train", help="train a captioner, or go on with one")
-    add_config(train)
-    train.add_argument(
-        "--out", type=Path, required=True, metavar="RUN", help="folder of the run; if it exists, resume"
+    train = commands.add(
+        "train",
+        "train a captioner; if the run exists, resume it",
+        _train,
+        example="train attention --set train.lr=2e-4 --out runs/attention",
     )
+    add_config(train)
+    train.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     train.add_argument(
-        "--profile",
+        "--trace-steps",
         type=positive,
         default=0,
         metavar="N",
-        help="also write where the time of N steps goes, into RUN/profile/",
+        help="write a PyTorch profiler trace of N steps to RUN/profile/",
     )
-    train.set_defaults(command_name="train", handler=_train)
 
-    launch = subparsers.add_parser(
-        "launch", help="run a command on several processes", description="Run a command in several processes."
+    launch = commands.add(
+        "launch",
+        "run a command in several processes",
+        _launch,
+        example="launch --profile gpu --processes 4 -- train attention --out runs/attention",
     )
+    add_profile(launch, "cpu")
     launch.add_argument(
-        "--profile", default="cpu", help="a file, or a name in launch/ (default: %(default)s)"
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="number of processes over all nodes (default: the profile's)",
     )
-    launch.add_argument(
-        "--processes", type=positive, help="how many, over all machines (default: the profile's)"
-    )
-    launch.add_argument(
-        "--log-dir", type=Path, metavar="DIR", help="also keep what each process says, in files there"
-    )
-    launch.add_argument("--dry-run", action="store_true", help="print the command and stop")
-    launch.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
-    launch.set_defaults(command_name="launch", handler=_launch)
+    launch.add_argument("--log-dir", type=Path, metavar="DIR", help="also write each process's output there")
+    launch.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+    launch.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
 
-    submit = subparsers.add_parser(
-        "submit", help="train as a SLURM job", description="Write a SLURM job that trains, and submit it."
+    submit = commands.add(
+        "submit",
+        "submit a SLURM job that trains, and resumes as the next job when its time is over",
+        _submit,
+        example="submit attention --nodes 2 --gpus 8 --time 4:00:00",
     )
     add_config(submit)
     submit.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/CONFIG)")
-    submit.add_argument("--nodes", type=positive, default=1, help="machines (default: %(default)s)")
-    submit.add_argument("--gpus", type=positive, help="of each node (default: none is asked for)")
-    submit.add_argument("--time", help="longest, such as 4:00:00; then it goes on as the next job")
-    submit.add_argument(
-        "--profile", default="gpu", help="a file, or a name in launch/ (default: %(default)s)"
-    )
-    submit.add_argument("--dry-run", action="store_true", help="print the job and stop")
-    submit.set_defaults(command_name="submit", handler=_submit)
+    add_job_size(submit, 1)
+    add_profile(submit, "gpu")
+    submit.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
 
-    drill = subparsers.add_parser(
-        "drill", help="kill a run at random, resume it on other ranks, prove the result"
+    drill = commands.add(
+        "drill",
+        "kill a short run at random, resume it on other numbers of processes, and compare the result",
+        _drill,
+        example="drill attention --kills 6 --processes 1,2,3",
     )
     add_config(drill)
-    drill.add_argument("--kills", type=positive, default=6, metavar="N", help="(default: %(default)s)")
     drill.add_argument(
-        "--ranks", type=_ranks, default=(1, 2, 3), metavar="N,...", help="to choose from (default: 1,2,3)"
+        "--kills", type=positive, default=6, metavar="N", help="number of kills (default: %(default)s)"
     )
     drill.add_argument(
-        "--steps", type=positive, default=20, metavar="N", help="of the run (default: %(default)s)"
+        "--processes",
+        type=_numbers,
+        default=(1, 2, 3),
+        metavar="N,...",
+        help="numbers of processes to choose from (default: 1,2,3)",
     )
-    drill.add_argument("--seed", type=int, default=0, help="of the accidents (default: %(default)s)")
-    drill.add_argument("--profile", default="cpu", help="as of launch (default: %(default)s)")
     drill.add_argument(
-        "--out", type=Path, default=Path("drill"), help="folder for both runs (default: %(default)s)"
+        "--steps", type=positive, default=20, metavar="N", help="steps of the run (default: %(default)s)"
     )
-    drill.set_defaults(command_name="drill", handler=_drill)
+    drill.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the kills (default: %(default)s)"
+    )
+    add_profile(drill, "cpu")
+    drill.add_argument(
+        "--out",
+        type=Path,
+        default=Path("drill"),
+        metavar="DIR",
+        help="folder of both runs (default: %(default)s)",
+    )
 
-    config = subparsers.add_parser(
-        "config", help="print a config with all its defaults; without a name, list them"
+    config = commands.add(
+        "config",
+        "print a config with all its defaults; without CONFIG, list the configs that ship",
+        _config,
+        example="config attention --set train.lr=2e-4",
     )
     add_config(config, required=False)
-    config.set_defaults(command_name="config", handler=_config)
+    add_json(config)
 
-    quickstart = subparsers.add_parser(
-        "quickstart", help="everything once, on drawn pictures: draw, pack, train, score, caption, report"
+    quickstart = commands.add(
+        "quickstart",
+        "run every step once, on drawn images: draw, pack, train, score, caption, report",
+        _quickstart,
+        example="quickstart --out quickstart",
     )
     quickstart.add_argument(
-        "--out", type=Path, default=Path("quickstart"), help="folder for it all (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("quickstart"),
+        metavar="DIR",
+        help="folder of all its files (default: %(default)s)",
     )
-    quickstart.set_defaults(command_name="quickstart", handler=_quickstart)
 
 
-def _ranks(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     return tuple(positive(number) for number in text.split(","))
 
 
@@ -94,11 +129,11 @@ def _train(options: argparse.Namespace) -> None:
 
     from captionscale.train import preemption
 
-    # From here on: it takes seconds to import what trains.
+    # The imports below take seconds, in which a signal may come.
     with preemption.handle_signals(config.train.grace_s):
         from captionscale.train.loop import train
 
-        train(config, options.out, options.profile)
+        train(config, options.out, options.trace_steps)
 
 
 def _launch(options: argparse.Namespace) -> None:
@@ -106,7 +141,7 @@ def _launch(options: argparse.Namespace) -> None:
     from captionscale.tools.launcher import launch
 
     command = options.command[options.command[:1] == ["--"] :]
-    # What no process can do is refused here, once, and not by each of them.
+    # What is wrong is reported here once, not by each process.
     inner = parser().parse_args(command)
     launch(
         command,
@@ -139,7 +174,7 @@ def _drill(options: argparse.Namespace) -> None:
         load_config(options),
         options.out,
         profile=options.profile,
-        ranks=options.ranks,
+        ranks=options.processes,
         kills=options.kills,
         steps=options.steps,
         seed=options.seed,
@@ -152,7 +187,10 @@ def _config(options: argparse.Namespace) -> None:
     from captionscale import assets, toml
 
     if options.config is None:
-        print("\n".join(assets.names("configs", ".toml")))
+        names = assets.names("configs", ".toml")
+        print(json.dumps(names) if options.json else "\n".join(names))
+    elif options.json:
+        print(load_config(options).model_dump_json(indent=1))
     else:
         print(toml.dumps(load_config(options)), end="")
 

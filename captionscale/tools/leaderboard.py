@@ -160,7 +160,7 @@ def _official_ids(board_name: str, images: Path | None) -> set[int]:
     cure = f"give {board.image_list}"
     if images is None:
         raise UserError(
-            f"leaderboard: no --images, expected the official list of {board_name}, to verify that no"
+            f"leaderboard: no --image-info, expected the official list of {board_name}, to verify that no"
             f" image is missing; {cure}"
         )
     document = base.read_json(images, _Document, f"expected the official list of {board_name}; {cure}")

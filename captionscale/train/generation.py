@@ -110,7 +110,7 @@ def caption_split(
         COCO results, by image id, the same on every rank; none if a rank left before its last batch.
 
     Raises:
-        UserError: As `make_constraints`, and coverage without attention.
+        UserError: As `make_constraints`.
     """
     max_words = loader.data.max_words
     constraints = make_constraints(settings, loader.vocabulary, max_words, prefix=prefix, require=require)
@@ -227,7 +227,6 @@ def generate_tokens(
         length_penalty=settings.length_penalty,
         groups=settings.groups,
         diversity_penalty=settings.diversity_penalty,
-        coverage_weight=settings.coverage_weight,
         constraints=constraints,
     )
     return [[caption.tokens for caption in captions] for captions in found]

@@ -1,4 +1,4 @@
-"""Where the time of training steps goes: `captionscale train ... --profile N`."""
+"""Where the time of training steps goes: `captionscale train ... --trace-steps N`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ def profiling(run: Path, steps: int, start: int, say: Callable[..., None]) -> It
     with profile(activities=activities, schedule=phases, on_trace_ready=tell) as profiler:
         yield profiler.step
     if not told:
-        say(f"--profile: no trace, as no step came after {WARMUP_STEPS} of warm-up")
+        say(f"--trace-steps: no trace, as no step came after {WARMUP_STEPS} of warm-up")
 
 
 def _table(profiler: profile) -> list[str]:

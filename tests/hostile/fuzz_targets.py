@@ -31,7 +31,7 @@ verify shards --workers 1
 verify shards --workers 1 --deep
 stats shards
 show shards 13
-show shards 2 --save out.jpg
+show shards 2 --out out.jpg
 caption run --split val --shards shards --out out.json --beam 1 > run
 {_PACK_COCO.format("test")} shards > shards
 pack folder --images folder --split test --workers 1 --out shards > shards
@@ -110,7 +110,7 @@ submit experiment.toml --profile profile.yaml --dry-run --out out
         "results.json references.json",
         """
 score --captions results.json --references references.json --out out.json
-leaderboard --eval-set nocaps-val --captions results.json --images references.json --name x --out out
+leaderboard --eval-set nocaps-val --captions results.json --image-info references.json --name x --out out
 """,
         4,
     ),

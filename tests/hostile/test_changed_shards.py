@@ -105,7 +105,7 @@ def test_show_refuses_a_changed_sample(
 ) -> None:
     place = change(copy, "train", part)
     image_id = re.findall(r"image (\d+)", place)[0]
-    assert place in refused(["show", copy, image_id, "--save", tmp_path / "saved"], capsys)
+    assert place in refused(["show", copy, image_id, "--out", tmp_path / "saved"], capsys)
     assert not (tmp_path / "saved").exists()
 
 

@@ -384,7 +384,7 @@ def test_no_reader_hangs_or_stumbles(
         "score": ["score", "--captions", path, "--references", path, "--out", tmp_path / "receipt.json"],
         "leaderboard": [
             *("leaderboard", "--eval-set", "nocaps-val", "--captions", path),
-            *("--images", path, "--name", "x", "--out", out),
+            *("--image-info", path, "--name", "x", "--out", out),
         ],
         "coco": ["pack", "coco", "--images", images, "--captions", path, "--split", "val", "--out", out],
         "karpathy": ["pack", "karpathy", "--images", images, "--captions", path, "--out", out],

@@ -31,8 +31,8 @@ def full_disk() -> Iterator[None]:
 
 
 COMMANDS = {
-    "show": "show SHARDS 1 --save OUT/a.jpg",
-    "stats": "stats SHARDS --plot OUT/a.png",
+    "show": "show SHARDS 1 --out OUT/a.jpg",
+    "stats": "stats SHARDS --out OUT/a.png",
     "report": "report RUN --out OUT/a.html",
     "attend": "attend RUN --split val --limit 1 --out OUT",
     "caption": "caption RUN --split val --beam 1 --out OUT/a.json",
@@ -65,12 +65,12 @@ def test_a_file_that_was_there_stays(packed: Path, tmp_path: Path) -> None:
     saved = tmp_path / "a.jpg"
     saved.write_bytes(b"mine")
     with full_disk(), pytest.raises(SystemExit, match="1"):
-        main(["show", str(packed), "1", "--save", str(saved)])
+        main(["show", str(packed), "1", "--out", str(saved)])
     assert saved.read_bytes() == b"mine"
 
 
 def test_show_saves_nothing_of_an_image_that_is_not_there(packed: Path, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit, match="1"):
-        main(["show", str(packed), "99999", "--save", str(tmp_path / "a.jpg")])
+        main(["show", str(packed), "99999", "--out", str(tmp_path / "a.jpg")])
     assert "99999" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -162,7 +162,7 @@ def test_the_verb_takes_files_and_runs(
         == find_receipt(run / "scores" / "val-step-1")
         == run / "scores" / "val-step-1" / "receipt.json"
     )
-    main(["compare", str(run), str(tmp_path / "other.json"), "--top", "2"])
+    main(["compare", str(run), str(tmp_path / "other.json"), "--limit", "2"])
     said = capsys.readouterr().out
     assert "400 images" in said
     assert said.count("\n    A: ") == said.count("\n    B: ") == 2

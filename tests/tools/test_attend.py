@@ -140,7 +140,7 @@ def test_a_plain_decoder_is_refused(packed, tmp_path, capsys, photos) -> None:
 def test_missing_runs_and_unwritable_folders_are_refused(run, photos, tmp_path, capsys) -> None:
     assert "no: no such folder" in _refuse(capsys, "attend", tmp_path / "no", photos[0], "--out", tmp_path)
     assert "no checkpoint, so no run" in _refuse(capsys, "attend", tmp_path, photos[0], "--out", tmp_path)
-    assert "wanted either" in _refuse(capsys, "attend", run, "--out", tmp_path)
+    assert "expected either" in _refuse(capsys, "attend", run, "--out", tmp_path)
     assert "no such file" in _refuse(capsys, "attend", run, tmp_path / "no.jpg", "--out", tmp_path)
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in _refuse(capsys, "attend", run, photos[0], "--out", tmp_path / "file")

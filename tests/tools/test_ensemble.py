@@ -69,7 +69,7 @@ def test_runs_that_cannot_caption_together_are_refused_by_name(tmp_path: Path) -
         ("train.lr=1", "--set train.lr=1: wanted a key of section search"),
         ("search", "--set search: wanted a key of section search"),
         ("search.baem=3", "unknown key 'baem'; did you mean 'beam'?"),
-        ("search.groups=2", "search.beam = 5 is no whole number of search.groups = 2"),
+        ("search.groups=2", "search.beam = 5 is not a multiple of search.groups = 2"),
         ("search.top_p=2", "--set search.top_p=2: top_p = 2"),
     ],
 )

@@ -46,11 +46,11 @@ def test_both_sets_of_coco_2014_go_into_one_archive_under_their_official_names(t
     for board in ("coco2014-val", "coco2014-test"):
         captions, images = whole(tmp_path, board), listed(tmp_path, board)
         words = (
-            "--set",
+            "--eval-set",
             board,
             "--captions",
             captions,
-            "--images",
+            "--image-info",
             images,
             "--name",
             "alg-1.0",

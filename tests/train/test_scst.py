@@ -284,7 +284,7 @@ def test_a_high_learning_rate_is_refused_when_the_config_is_read(
     packed: Path, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        UserError, match=r"train\.lr = 0\.0005 with train\.objective = 'scst', wanted at most"
+        UserError, match=r"train\.lr = 0\.0005 with train\.objective = 'scst', expected at most"
     ):
         settings_of(tmp_path, packed, source, "train.lr=5e-4")
 
