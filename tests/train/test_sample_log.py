@@ -8,7 +8,7 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.train import sample_log
 from captionscale.train.sample_log import SampleLog
 
-ORDER = BatchSampler((4, 4), seed=0, global_batch=4, micro_batch=2, window=1)
+ORDER = BatchSampler((4, 4), seed=0, global_batch=4, micro_batch=2, shuffle_window=1)
 IDS = [100 + item for item in range(8)]
 STEPS = 4
 
