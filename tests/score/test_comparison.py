@@ -172,5 +172,5 @@ def test_the_verb_takes_files_and_runs(
     systems[0].write(run / "scores" / "test-step-1" / "receipt.json")
     with pytest.raises(UserError, match=r"2 receipts, expected one; name one of scores/test-step-1/receipt"):
         find_receipt(run)
-    with pytest.raises(UserError, match="no receipt; score the run first"):
+    with pytest.raises(UserError, match="no receipt, expected one; score the run first"):
         find_receipt(tmp_path / "run" / "scores")

@@ -83,13 +83,13 @@ def test_it_says_what_was_counted_and_measured(receipt: Receipt) -> None:
     parts = receipt.signature.split("|")
     assert [part.split()[0] for part in parts] == [
         *("references", "pycocoevalcap", "ptb", "bleu", "rouge-l", "cider-d"),
-        *("captionscale", "beam", "length-power", "end"),
+        *("captionscale", "beam", "length-penalty", "end"),
     ]
     assert parts[0] == f"references {references_sha256(REFERENCES)[:12]} (4 images)"
     # sha256sum of the jar that pycocoevalcap 1.2 carries.
     assert parts[1] == f"pycocoevalcap {version('pycocoevalcap')}"
     assert parts[2] == "ptb stanford-corenlp-3.4.1 2fcb91bb"
-    assert parts[-3:] == ["beam 3", "length-power 0.7", "end not rewarded"]
+    assert parts[-3:] == ["beam 3", "length-penalty 0.7", "end not rewarded"]
     assert list(receipt.metric_signature.values()) == parts[:6]
     for metric, (low, high) in receipt.intervals.items():
         assert 0 <= low <= receipt.scores[metric] <= high
