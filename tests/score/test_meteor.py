@@ -236,7 +236,7 @@ def test_closing_while_it_starts_ends_it_until_it_is_opened(monkeypatch):
         jvms.close()
 
 
-def test_each_text_is_tokenised_alike_in_any_company(random_captions):
+def test_each_text_is_tokenized_independently_of_the_others(random_captions):
     captions, references = random_captions
     texts = [*captions.values(), *(text for group in references.values() for text in group)]
     together = tokenize(texts)
@@ -246,7 +246,7 @@ def test_each_text_is_tokenised_alike_in_any_company(random_captions):
         assert tokenize([texts[place]]) == [together[place]]
 
 
-def test_phrases_are_kept_by_what_the_normaliser_leaves_alone():
+def test_phrases_are_looked_up_as_the_normalizer_splits_them():
     found = paraphrases.PhraseIndex(["the U.S. t-shirt..cost $1,000", "a dog"])
     assert found.contains([b"", b"us", b"the us t", b"t shirt", b"shirt cost 1 000", b"a dog"]).all()
     assert not found.contains([b"shirtcost", b"000 a", b"the us t shirt cost 1 000 a", b"the us "]).any()

@@ -51,7 +51,7 @@ def written(receipt: Receipt, tmp_path: Path) -> Path:
     return tmp_path / "new" / "receipt.json"
 
 
-def test_what_is_read_is_what_was_written(receipt: Receipt, written: Path) -> None:
+def test_reading_returns_what_was_written(receipt: Receipt, written: Path) -> None:
     again = Receipt.read(written)
     assert again.sha256 == receipt.sha256
     for name in (
@@ -266,7 +266,7 @@ def test_a_receipt_says_who_measured_and_takes_any_facts_of_who_wrote() -> None:
         (b"[" * 100_000, "no COCO results"),
     ],
 )
-def test_what_are_no_results_is_refused_with_the_form_that_is_wanted(
+def test_what_are_no_results_is_refused_with_the_expected_form(
     content: bytes, found: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "results.json"
@@ -371,8 +371,8 @@ for case in {list(WRONG)!r}:
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for told, wanted in zip(done.stdout.splitlines(), WRONG.values(), strict=True):
-        assert wanted in told
+    for error, expected in zip(done.stdout.splitlines(), WRONG.values(), strict=True):
+        assert expected in error
 
 
 def test_a_receipt_does_not_take_the_place_of_what_is_scored(tmp_path: Path) -> None:
