@@ -172,6 +172,8 @@ class Reader:
                     for script in group if alone else ["\n".join(group)]:
                         self._run(script)
             case "python":
+                if name := re.match(r"# (\w+\.py)\n", block.text):
+                    Path(name[1]).write_text(block.text, encoding="utf-8")
                 exec(compile(block.text, str(block), "exec"), self.names)
             case "pycon":
                 test = doctest.DocTestParser().get_doctest(block.text, self.names, str(block), None, 0)

@@ -61,16 +61,11 @@ class Bleu(Metric):
     family = "BLEU"
     signature = "bleu coco"
     width = 2 * MAX_ORDER + 2
+    statistics = staticmethod(statistics)
 
     def __init__(self, order: int):
         """Take n from 1 to 4."""
         self.name, self._order = f"BLEU-{order}", order
-
-    def statistics(
-        self, candidates: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> Float64[np.ndarray, "image 10"]:
-        """Return the counts that all orders share."""
-        return statistics(candidates, references)
 
     def corpus_score(self, sums: Float[np.ndarray, "*sets 10"]) -> Float64[np.ndarray, "*sets"]:
         """Return BLEU of this order."""

@@ -42,12 +42,7 @@ class CiderD(MeanMetric):
     name = "CIDEr-D"
     range = (0.0, 10.0)
     signature = "cider-d n4 sigma6 df=references ({images} images)"
-
-    def per_image(
-        self, candidates: Sequence[str], references: Sequence[Sequence[str]]
-    ) -> Float64[np.ndarray, "image"]:
-        """Return CIDEr-D of each image."""
-        return cider_d(candidates, references)
+    per_image = staticmethod(cider_d)
 
 
 class CiderDReward:

@@ -49,7 +49,7 @@ class Meteor(Metric):
     width = _FIELDS
     external = True
 
-    def __init__(self, *, workers: int = 1, gb: float = DEFAULT_GB, full: bool = False, once: bool = True):
+    def __init__(self, *, workers: int = 1, gb: float = DEFAULT_GB, full: bool = False, once: bool = False):
         """Start no JVM yet.
 
         Args:

@@ -10,7 +10,6 @@ Source:
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TypeAlias
 
 import numpy as np
@@ -92,9 +91,7 @@ class Evaluator:
         """Return the evaluator."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """End the JVMs."""
         self.close()
 

@@ -143,11 +143,6 @@ def section(table: Table) -> Markup:
     )
 
 
-def style() -> str:
-    """Return the style sheet of pages."""
-    return (Path(__file__).parents[1] / "templates" / "page.css").read_text(encoding="utf-8")
-
-
 def warnings(receipt: Receipt) -> list[str]:
     """Return signs that a receipt's captions exploit their reward."""
     ours, human = receipt.diagnostics["captions"], receipt.diagnostics["references"]

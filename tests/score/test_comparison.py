@@ -70,7 +70,7 @@ def systems() -> tuple[Receipt, Receipt]:
     return receipt(weak, cider), receipt(strong, cider + np.arange(400) % 2)
 
 
-def test_a_receipt_beside_itself_differs_in_nothing(systems: tuple[Receipt, Receipt]) -> None:
+def test_a_receipt_compared_with_itself_has_no_difference(systems: tuple[Receipt, Receipt]) -> None:
     found = compare(systems[0], systems[0])
     assert found.most_changed == []
     for each in found.differences:
@@ -97,7 +97,7 @@ def test_a_better_system_is_better_beyond_chance_and_the_images_that_changed_mos
         assert change.captions == (systems[0].images.captions[at], REFERENCES[at][0])
 
 
-def test_exchanging_both_exchanges_the_signs(systems: tuple[Receipt, Receipt]) -> None:
+def test_swapping_the_systems_swaps_the_signs(systems: tuple[Receipt, Receipt]) -> None:
     there, back = compare(*systems), compare(*reversed(systems))
     for one, other in zip(there.differences, back.differences, strict=True):
         assert (one.p_value, one.won, one.difference) == (other.p_value, other.lost, -other.difference)
@@ -139,7 +139,7 @@ def test_between_equals_every_p_value_is_as_likely(systems: tuple[Receipt, Recei
         ({"scores": {"SPICE": 0.2}}, "share no metric"),
     ],
 )
-def test_what_was_measured_otherwise_is_not_compared(
+def test_scores_measured_differently_are_not_compared(
     systems: tuple[Receipt, Receipt], change: dict[str, object], found: str
 ) -> None:
     with pytest.raises(UserError, match=found):
@@ -151,7 +151,7 @@ def test_another_beam_or_a_metric_that_only_one_has_does_not_hinder(systems: tup
     assert len(compare(systems[0], msgspec.structs.replace(systems[1], signature=other)).differences) == 2
 
 
-def test_the_verb_takes_files_and_runs(
+def test_the_command_takes_files_and_runs(
     systems: tuple[Receipt, Receipt], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -172,5 +172,5 @@ def test_the_verb_takes_files_and_runs(
     systems[0].write(run / "scores" / "test-step-1" / "receipt.json")
     with pytest.raises(UserError, match=r"2 receipts, expected one; name one of scores/test-step-1/receipt"):
         find_receipt(run)
-    with pytest.raises(UserError, match="no receipt; score the run first"):
+    with pytest.raises(UserError, match="no receipt, expected one; score the run first"):
         find_receipt(tmp_path / "run" / "scores")

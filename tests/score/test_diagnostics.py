@@ -15,7 +15,7 @@ CAPTIONS = {
 REFERENCES = {image_id: ["Two birds sit", f"unused {image_id}"] for image_id in CAPTIONS}
 
 
-def test_what_hacked_captions_have_is_counted_beside_what_people_wrote() -> None:
+def test_diagnostics_of_captions_and_references() -> None:
     found = diagnose(CAPTIONS, REFERENCES, train_captions=["Two birds, sit!", "a zebra"], vocabulary_size=100)
     ours, human = found["captions"], found["references"]
     assert ours["captions"] == human["captions"] == 8

@@ -325,7 +325,7 @@ def test_without_java_theirs_leaves_a_file_in_its_package_and_ours_has_its_own(
     assert machine.leaks() == []
 
 
-def test_the_cider_of_one_image_is_zero_by_definition_and_only_ours_says_so(machine: Machine) -> None:
+def test_the_cider_of_one_image_is_zero_and_only_ours_says_so(machine: Machine) -> None:
     one = {1: "a dog runs"}, {1: ["a dog runs"]}, ["CIDEr-D"]
     code, out, complaint = machine.run(THEIRS, *one)
     assert (code, out) == (0, "0.0"), complaint

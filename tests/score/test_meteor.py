@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def _random_texts(count, seed):
 
 @pytest.fixture(scope="module")
 def random_captions():
-    captions = dict(enumerate(_random_texts(1000, seed=1)))
+    captions = dict(enumerate(_random_texts(300, seed=1)))
     others = _random_texts(3 * len(captions), seed=2)
     references = {image: others[3 * image : 3 * image + 1 + image % 3] for image in captions}
     # Some repeat a reference, wholly or in part: perfect matches are counted in their own way.
@@ -137,7 +138,7 @@ def test_a_part_of_the_table_and_many_jvms_give_the_digits_of_the_whole_table_an
     assert once.values == warm.values == whole.values
     assert (once.statistics["METEOR"] == whole.statistics["METEOR"]).all()
     # Something was at stake: paraphrases did match.
-    assert (whole.statistics["METEOR"][:, 16:20] > 0).any(axis=1).sum() > 50
+    assert (whole.statistics["METEOR"][:, 16:20] > 0).any(axis=1).sum() > 15
     assert meteor.corpus_score(whole.statistics["METEOR"]) == pytest.approx(
         whole.per_image["METEOR"], abs=1e-12
     )
@@ -146,42 +147,35 @@ def test_a_part_of_the_table_and_many_jvms_give_the_digits_of_the_whole_table_an
     )
 
 
-def test_captions_score_alike_in_a_batch_one_by_one_and_in_any_order(random_captions, evaluator):
+def test_scores_do_not_depend_on_order_ids_or_the_batch(random_captions, evaluator):
     captions, references = random_captions
-    metrics = ["BLEU-1", "BLEU-4", "METEOR", "ROUGE-L"]
-    batch = evaluator.measure(captions, references, metrics)
+    batch = evaluator.measure(captions, references, ["METEOR"])
     order = random.Random(3).sample(list(captions), len(captions))
-    shuffled = evaluator.measure(
-        {image: captions[image] for image in order},
-        {image: references[image] for image in reversed(order)},
-        metrics,
-    )
-    assert (shuffled.per_image, shuffled.image_ids) == (batch.per_image, batch.image_ids)
-    # Other numbers for the images: they are dealt to other JVMs and stand in other places.
-    renamed = {image: 10_000 - place for place, image in enumerate(order)}
+    # Other ids: the images are dealt to other JVMs, in another order.
+    ids = {image: 10_000 - place for place, image in enumerate(order)}
     moved = evaluator.measure(
-        {renamed[image]: captions[image] for image in order},
-        {renamed[image]: references[image] for image in order},
-        metrics,
+        {ids[image]: captions[image] for image in order},
+        {ids[image]: references[image] for image in reversed(order)},
+        ["METEOR"],
     )
-    at = {image: place for place, image in enumerate(moved.image_ids)}
-    for metric in metrics:
-        assert [moved.per_image[metric][at[renamed[image]]] for image in captions] == batch.per_image[metric]
-    for image in order[:8]:
-        if any(tokenize(references[image])):
-            alone = evaluator.measure({image: captions[image]}, {image: references[image]}, metrics)
-            assert alone.per_image == {metric: [batch.per_image[metric][image]] for metric in metrics}
+    per_image = dict(zip(moved.image_ids, moved.per_image["METEOR"], strict=True))
+    assert [per_image[ids[image]] for image in captions] == batch.per_image["METEOR"]
+    texts = tokenize([text for image in order[:100] for text in (captions[image], *references[image])])
+    for image in order[:100]:
+        caption, *group = (texts.pop(0) for _ in range(1 + len(references[image])))
+        [alone] = evaluator._meteor.statistics([caption], [group])
+        assert alone.tolist() == batch.statistics["METEOR"][image].tolist()
 
 
 @pytest.fixture(scope="module")
-def thousands():
+def many_captions():
     """Candidates and their references, tokenized."""
-    texts = tokenize(_random_texts(9000, seed=5))
-    return texts[:3000], [texts[3000 + 2 * place :][: 1 + place % 3] for place in range(3000)]
+    texts = tokenize(_random_texts(3000, seed=5))
+    return texts[:990], [texts[990 + 2 * place :][: 1 + place % 3] for place in range(990)]
 
 
-def test_thousands_of_captions_score_alike_alone_and_in_any_order(thousands):
-    candidates, references = thousands
+def test_bleu_and_rouge_l_do_not_depend_on_order_or_the_batch(many_captions):
+    candidates, references = many_captions
     order = random.Random(6).sample(range(len(candidates)), len(candidates))
     shuffled = [candidates[place] for place in order], [references[place] for place in order]
     for figures in (bleu.statistics, rouge.rouge_l):
@@ -191,14 +185,14 @@ def test_thousands_of_captions_score_alike_alone_and_in_any_order(thousands):
         assert (np.concatenate(alone) == batch).all()
 
 
-def test_thousands_of_captions_have_the_same_cider_d_alone_and_in_any_order(thousands):
-    # Alone against all references, whose document frequencies are part of the measure.
+def test_cider_d_does_not_depend_on_order_or_the_batch(many_captions):
+    # Alone against all references, whose document frequencies are part of the metric.
     ids = defaultdict(count().__next__)
 
     def ended(text):
         return [ids[word] for word in [*text.split(), "END"]]
 
-    candidates, references = thousands
+    candidates, references = many_captions
     reward = ciderd.CiderDReward([[ended(text) for text in group] for group in references])
     texts = [ended(text) for text in candidates]
     batch = reward(range(len(texts)), texts)
@@ -211,29 +205,24 @@ def test_thousands_of_captions_have_the_same_cider_d_alone_and_in_any_order(thou
     assert ciderd.cider_d(*words) == close(batch)
     shuffled = ([part[place] for place in order] for part in (candidates, references))
     assert ciderd.cider_d(*shuffled) == close(ciderd.cider_d(candidates, references)[order])
-    assert (batch > 0).sum() > 1000
+    assert (batch > 0).sum() > 300
 
 
-def test_hundreds_of_captions_have_the_same_meteor_alone_as_in_a_batch(thousands):
-    candidates, references = (part[:300] for part in thousands)
-    jvms = meteor.Meteor(workers=2, once=False)
-    try:
-        rows = jvms.statistics(candidates, references)
-        for caption, group, row in zip(candidates, references, rows, strict=True):
-            alone = jvms.statistics([caption], [group])
-            assert alone.tolist() == [row.tolist()]
-            assert jvms.corpus_value(alone) == pytest.approx(jvms.corpus_score(row), abs=1e-12)
-    finally:
+def test_closing_while_it_starts_ends_it_until_it_is_opened(monkeypatch):
+    jvms, before = meteor.Meteor(workers=1, once=True), set(_java_children(os.getpid()))
+    filter_table, started, closed = paraphrases.filter_table, Event(), Event()
+
+    def wait_and_filter(*arguments):
+        started.set()
+        assert closed.wait(600)
+        return filter_table(*arguments)
+
+    monkeypatch.setattr(paraphrases, "filter_table", wait_and_filter)
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(jvms.statistics, ["a dog"], [["a dog runs"]])
+        assert started.wait(600)
         jvms.close()
-
-
-def test_closing_while_it_starts_ends_it_for_good_until_it_is_opened():
-    # After an error beside it, it loaded its table to the end, and left its JVMs to run.
-    jvms, before = meteor.Meteor(workers=1, once=False), set(_java_children(os.getpid()))
-    with ThreadPoolExecutor(1) as beside:
-        waiting = beside.submit(jvms.statistics, ["a dog"], [["a dog runs"]])
-        time.sleep(0.3)
-        jvms.close()
+        closed.set()
         with pytest.raises(UserError, match="closed while it started"):
             waiting.result(timeout=600)
     assert not jvms._jvms
@@ -247,17 +236,17 @@ def test_closing_while_it_starts_ends_it_for_good_until_it_is_opened():
         jvms.close()
 
 
-def test_each_text_is_tokenised_alike_in_any_company(random_captions):
+def test_each_text_is_tokenized_independently_of_the_others(random_captions):
     captions, references = random_captions
     texts = [*captions.values(), *(text for group in references.values() for text in group)]
     together = tokenize(texts)
     order = random.Random(4).sample(range(len(texts)), len(texts))
     assert tokenize([texts[place] for place in order]) == [together[place] for place in order]
-    for place in order[:8]:
+    for place in order[:2]:
         assert tokenize([texts[place]]) == [together[place]]
 
 
-def test_phrases_are_kept_by_what_the_normaliser_leaves_alone():
+def test_phrases_are_looked_up_as_the_normalizer_splits_them():
     found = paraphrases.PhraseIndex(["the U.S. t-shirt..cost $1,000", "a dog"])
     assert found.contains([b"", b"us", b"the us t", b"t shirt", b"shirt cost 1 000", b"a dog"]).all()
     assert not found.contains([b"shirtcost", b"000 a", b"the us t shirt cost 1 000 a", b"the us "]).any()

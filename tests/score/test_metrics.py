@@ -172,7 +172,7 @@ def test_the_reference_implementation_is_pycocoevalcaps_own_classes(both):
     assert theirs.values == pytest.approx({metric: both[1][metric][0] for metric in N_GRAMS}, rel=1e-12)
 
 
-def test_references_are_tokenised_once(monkeypatch):
+def test_references_are_tokenized_once(monkeypatch):
     sent = []
     monkeypatch.setattr(metrics, "tokenize", lambda texts: sent.append(list(texts)) or tokenize(texts))
     with Evaluator() as evaluator:
@@ -203,7 +203,7 @@ def test_a_caption_with_any_line_separator_stays_at_its_own_image():
     assert tokenize(texts) == ["a dog runs", "two cats", "three birds", "", ""] * len(SEPARATORS)
 
 
-def test_tokenising_leaves_no_file_behind(monkeypatch, tmp_path):
+def test_the_tokenizer_leaves_no_file_behind(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     package = Path(pycocoevalcap.__path__[0], "tokenizer")
     before = package.stat().st_mtime_ns

@@ -50,7 +50,7 @@ def check(candidates, references):
     [
         pytest.param(invent(0, 1000, 40, range(14)), id="empty texts and frequent words"),
         pytest.param(invent(1, 300, 2, range(1, 22)), id="words that repeat"),
-        pytest.param(invent(2, 1, 9, [8]), id="a lone image"),
+        pytest.param(invent(2, 1, 9, [8]), id="a single image"),
         pytest.param(invent(3, 50, 9, [0, 5], (1, 1)), id="one reference each"),
         pytest.param(invent(4, 4, 9, [5], (150, 300)), id="hundreds of references"),
         pytest.param(invent(5, 60, 30, [6, 62, 63, 64, 65, 66, 130]), id="about as many words as bits"),
@@ -148,7 +148,7 @@ def test_references_without_the_end_token_are_refused():
         CiderDReward([[[5, 6, END]], [[5, 7]]])
 
 
-def test_an_image_is_wanted_for_each_caption():
+def test_each_caption_needs_an_image():
     with pytest.raises(ValueError, match="1 captions of 2 images"):
         CiderDReward([[[5, END]]])([0, 0], [[5, END]])
 

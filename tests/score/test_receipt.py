@@ -51,7 +51,7 @@ def written(receipt: Receipt, tmp_path: Path) -> Path:
     return tmp_path / "new" / "receipt.json"
 
 
-def test_what_is_read_is_what_was_written(receipt: Receipt, written: Path) -> None:
+def test_reading_returns_what_was_written(receipt: Receipt, written: Path) -> None:
     again = Receipt.read(written)
     assert again.sha256 == receipt.sha256
     for name in (
@@ -83,13 +83,13 @@ def test_it_says_what_was_counted_and_measured(receipt: Receipt) -> None:
     parts = receipt.signature.split("|")
     assert [part.split()[0] for part in parts] == [
         *("references", "pycocoevalcap", "ptb", "bleu", "rouge-l", "cider-d"),
-        *("captionscale", "beam", "length-power", "end"),
+        *("captionscale", "beam", "length-penalty", "end"),
     ]
     assert parts[0] == f"references {references_sha256(REFERENCES)[:12]} (4 images)"
     # sha256sum of the jar that pycocoevalcap 1.2 carries.
     assert parts[1] == f"pycocoevalcap {version('pycocoevalcap')}"
     assert parts[2] == "ptb stanford-corenlp-3.4.1 2fcb91bb"
-    assert parts[-3:] == ["beam 3", "length-power 0.7", "end not rewarded"]
+    assert parts[-3:] == ["beam 3", "length-penalty 0.7", "end not rewarded"]
     assert list(receipt.metric_signature.values()) == parts[:6]
     for metric, (low, high) in receipt.intervals.items():
         assert 0 <= low <= receipt.scores[metric] <= high
@@ -266,7 +266,7 @@ def test_a_receipt_says_who_measured_and_takes_any_facts_of_who_wrote() -> None:
         (b"[" * 100_000, "no COCO results"),
     ],
 )
-def test_what_are_no_results_is_refused_with_the_form_that_is_wanted(
+def test_what_are_no_results_is_refused_with_the_expected_form(
     content: bytes, found: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "results.json"
@@ -371,8 +371,8 @@ for case in {list(WRONG)!r}:
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    for told, wanted in zip(done.stdout.splitlines(), WRONG.values(), strict=True):
-        assert wanted in told
+    for error, expected in zip(done.stdout.splitlines(), WRONG.values(), strict=True):
+        assert expected in error
 
 
 def test_a_receipt_does_not_take_the_place_of_what_is_scored(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_each_set_of_captions_gets_its_own_scores(scorer: BackgroundScorer) -> N
         result(scorer)
 
 
-def test_signals_are_for_training(scorer: BackgroundScorer) -> None:
+def test_signals_do_not_stop_the_scorer(scorer: BackgroundScorer) -> None:
     before = children(os.getpid())
     scorer.submit({3: "a cat", 7: "a dog"})
     first = result(scorer)
@@ -58,7 +58,7 @@ def test_signals_are_for_training(scorer: BackgroundScorer) -> None:
     assert process in children(os.getpid())
 
 
-def test_it_ends_with_the_process_that_it_works_for() -> None:
+def test_it_ends_with_its_parent_process() -> None:
     code = f"""
 from captionscale.score.worker import BackgroundScorer
 scorer = BackgroundScorer({REFERENCES!r}, {METRICS!r})

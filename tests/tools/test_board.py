@@ -111,12 +111,12 @@ def test_every_published_row_has_a_source_a_class_and_figures_that_were_checked(
 
 
 @pytest.mark.parametrize("part", ["test", "val"])
-def test_karpathys_splits_are_known_by_their_references(part, real_data) -> None:
+def test_karpathys_splits_are_recognized_by_their_references(part, real_data) -> None:
     references = coco.read_references(real_data / "coco_karpathy" / f"captions_{part}5k.json")
     assert published().find_split(references_sha256(references)) == f"karpathy-{part}"
 
 
-def test_what_was_not_measured_alike_is_never_ranked_together(tmp_path) -> None:
+def test_only_comparable_receipts_are_ranked_together(tmp_path) -> None:
     signatures = [SIGNATURE, SIGNATURE + "|spice 1.0", SIGNATURE + "|spice 1.1", "ptb other|bleu coco"]
     receipts = {
         f"{number}-{references[:2]}": receipt(1 + number / 10, references=references, signature=signature)
@@ -139,7 +139,7 @@ def test_what_was_not_measured_alike_is_never_ranked_together(tmp_path) -> None:
     assert group_into_tables([]) == []
 
 
-def test_published_rows_stand_beside_receipts_of_their_split_and_have_no_rank(tmp_path) -> None:
+def test_published_rows_are_next_to_receipts_of_their_split_and_have_no_rank(tmp_path) -> None:
     page = board(tmp_path, {"a": receipt(0.9, references=KARPATHY), "b": receipt(1.1)})
     of_karpathy, of_other = sorted(page.tables, key=len, reverse=True)
     assert [kind for kind, _ in of_other] == ["ours"]
@@ -156,7 +156,7 @@ def test_published_rows_stand_beside_receipts_of_their_split_and_have_no_rank(tm
     ]
 
 
-def test_ours_are_ranked_and_what_the_best_does_not_surely_beat_is_marked(tmp_path) -> None:
+def test_ours_are_ranked_and_ties_with_the_best_are_marked(tmp_path) -> None:
     page = board(tmp_path, {"weak": receipt(0.8), "near": receipt(0.98), "best": receipt(1.0)})
     [[(_, rows)]] = page.tables
     assert [(row[0][1], row[1][1]) for row in rows] == [("1", "best"), ("2", "near"), ("3", "weak")]
@@ -167,7 +167,7 @@ def test_ours_are_ranked_and_what_the_best_does_not_surely_beat_is_marked(tmp_pa
     assert alone.tables[0][0][1][0][3] == ("", "100.098.0 to 102.0")
 
 
-def test_captions_that_only_a_reward_likes_are_flagged(tmp_path) -> None:
+def test_captions_that_exploit_their_reward_are_flagged(tmp_path) -> None:
     hacked = receipt(1.2, caption="a dog with a dog with a", objective="scst", end_token_rewarded=False)
     plain = receipt(0.9, objective="cross-entropy", end_token_rewarded=False, seed=3, step=12_000)
     [[(_, [first, second])]] = board(tmp_path, {"hacked": hacked, "plain": plain}).tables
@@ -208,7 +208,7 @@ def test_the_command_says_what_it_showed_and_what_it_cannot_show(tmp_path, capsy
         write_board([tmp_path / "runs"], tmp_path / "runs")
 
 
-def test_a_broken_receipt_is_told_and_left_out_and_the_others_are_shown(tmp_path, capsys) -> None:
+def test_a_broken_receipt_is_named_and_left_out(tmp_path, capsys) -> None:
     places = {name: tmp_path / "in" / name / "receipt.json" for name in ("good", "cut", "odd")}
     for path in places.values():
         receipt(0.9, split=["a", "list"], search=5).write(path)

@@ -123,7 +123,7 @@ def test_a_caption_is_one_line_of_text_that_any_reader_takes(tmp_path) -> None:
     assert done.empty == 2
 
 
-def test_what_is_not_the_whole_set_is_refused_with_the_ids(tmp_path) -> None:
+def test_an_incomplete_set_is_refused_with_the_ids(tmp_path) -> None:
     images, out = listed(tmp_path, SET), tmp_path / "out"
     lines = json.loads(whole(tmp_path, SET).read_text())
     captions = tmp_path / "r.json"
@@ -138,10 +138,10 @@ def test_what_is_not_the_whole_set_is_refused_with_the_ids(tmp_path) -> None:
     assert not out.exists()
 
 
-def test_the_official_list_is_asked_for_and_known_by_its_total(tmp_path) -> None:
+def test_the_official_list_is_required_and_recognized_by_its_length(tmp_path) -> None:
     captions, out = whole(tmp_path, SET), tmp_path / "out"
     said = refused(SET, [captions], None, "a", out)
-    assert "no --images, expected the official list of nocaps-val" in said
+    assert "no --image-info, expected the official list of nocaps-val" in said
     assert "from https://s3.amazonaws.com/nocaps/nocaps_val_image_info.json" in said
     said = refused(SET, [captions], listed(tmp_path, "nocaps-test"), "a", out)
     assert "lists 10,600 images (as many as nocaps-test has), expected the 4,500 of nocaps-val" in said
