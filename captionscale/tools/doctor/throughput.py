@@ -18,7 +18,7 @@ from captionscale.tools.doctor.report import CheckResult, failure, ok, skipped, 
 from captionscale.train.log_reader import read_metric
 from captionscale.train.losses import cross_entropy
 from captionscale.train.optimizer import make_optimizer
-from captionscale.train.run_folder import checkpoint_steps
+from captionscale.train.run_folder import LOG_FILE, checkpoint_steps
 
 _LOAD_S = 4.0
 _STEPS, _STEPS_S = 4, 12.0
@@ -139,7 +139,7 @@ def loading(plan: Plan) -> Iterator[CheckResult]:
 
 def finish(plan: Plan) -> Iterator[CheckResult]:
     """Estimate the time of an epoch and of the run, and compare it with the job's time limit."""
-    rate, source = _logged(plan), f"by {plan.run}/log.jsonl"
+    rate, source = _logged(plan), f"by {plan.run}/{LOG_FILE}"
     if not rate:
         if plan.quick:
             yield from _check_job_time(plan, 0.0)
@@ -160,8 +160,8 @@ def finish(plan: Plan) -> Iterator[CheckResult]:
         yield ok(f"all {plan.steps:,} steps are done")
         return
     summary = (
-        f"{rate:,.0f} images/s ({source}): {format_duration(epoch_s)} an epoch, {format_duration(left)} to the"
-        " end, without validations"
+        f"{rate:,.0f} images/s ({source}): {format_duration(epoch_s)} an epoch, {format_duration(left)} to"
+        " the end, without validations"
     )
     if (too_short := list(_check_job_time(plan, step_s))) or plan.time_limit_s is None:
         yield from too_short
