@@ -98,7 +98,7 @@ def _scores(ours: RunArtifacts, theirs: RunArtifacts | None) -> Markup:
     entries = [board.Entry(run.name, each) for run in (ours, theirs) if run for each in run.receipts]
     if not entries:
         return Markup()
-    tables = [Markup(board.section(table)) for table in board.group_into_tables(entries)]
+    tables = [board.section(table) for table in board.group_into_tables(entries)]
     return render("report_scores.html", tie=board.TIE, tables=tables)
 
 

@@ -12,6 +12,7 @@ from captionscale.errors import UserError
 from captionscale.escape import for_shell, for_terminal
 from captionscale.files import atomic_write
 from captionscale.tools.profiles import check_process_count, read_profile
+from captionscale.train.run_folder import JOB_CONFIG, JOB_SCRIPT
 
 _SOURCE = re.compile(r"^(?:\[\[ -f slurm.*\n)?source slurm/(\S+)\n", re.MULTILINE)
 
@@ -64,7 +65,7 @@ def submit(
     options += [f"--time={time}"] if time else []
     # Several nodes are allocated whole.
     options += [f"--cpus-per-task={local_processes * config.data.workers}"] if nodes == 1 else []
-    job, experiment = run / "job.sbatch", run / "job.toml"
+    job, experiment = run / JOB_SCRIPT, run / JOB_CONFIG
     script = _script("multi_node" if nodes > 1 else "single_node", options, profile, experiment, run)
     _check_syntax(script)
     if dry_run:

@@ -25,10 +25,13 @@ from captionscale.train import log_reader
 from captionscale.train.log_reader import JsonLinesReader
 from captionscale.train.run_folder import (
     CONFIG_FILE,
+    JOB_CONFIG,
+    JOB_SCRIPT,
     LOG_FILE,
     STALLS_FILE,
     checkpoint_folder,
     checkpoint_steps,
+    checkpoints_folder,
     require_run,
 )
 
@@ -87,8 +90,8 @@ class RunWatcher:
             UserError: It does not exist, or holds no run.
         """
         require_run(run)
-        signs = (LOG_FILE, LOCK, CONFIG_FILE, "job.sbatch", "checkpoints")
-        if not any((run / sign).exists() for sign in signs):
+        signs = [run / name for name in (LOG_FILE, LOCK, CONFIG_FILE, JOB_SCRIPT)]
+        if not any(path.exists() for path in (*signs, checkpoints_folder(run))):
             raise UserError(
                 f"{run}: holds no {LOG_FILE}, so no run, expected the --out of captionscale train or submit;"
                 " correct the path"
@@ -134,7 +137,7 @@ class RunWatcher:
     def _config(self) -> Config | None:
         saved = checkpoint_steps(self._run)
         newest = [checkpoint_folder(self._run, saved[-1]) / CONFIG_FILE] if saved else []
-        for path in (self._run / CONFIG_FILE, *newest, self._run / "job.toml"):
+        for path in (self._run / CONFIG_FILE, *newest, self._run / JOB_CONFIG):
             # One of another version is not used.
             with suppress(UserError, OSError):
                 if path.is_file():
@@ -250,7 +253,7 @@ def _scores(config: Config | None, lines: list[dict[str, Any]]) -> dict[str, str
 
 
 def _total(config: Config | None, trained: list[dict[str, Any]]) -> int:
-    """Return the steps of the whole run; 0: unknown."""
+    """Return the steps of the whole run, estimated from the log if the config gives epochs; 0: unknown."""
     if config is None:
         return 0
     if config.train.steps:

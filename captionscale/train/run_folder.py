@@ -10,6 +10,8 @@ LOG_FILE = "log.jsonl"
 CONFIG_FILE = "config.toml"
 """What a run is being trained with, written when it starts or goes on; each checkpoint has its own one."""
 STALLS_FILE = "stalls.jsonl"
+JOB_SCRIPT, JOB_CONFIG = "job.sbatch", "job.toml"
+"""Written by `captionscale submit`."""
 MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE, VOCAB_FILE = (
     "model.safetensors",
     "optimizer.safetensors",

@@ -22,7 +22,7 @@ from captionscale.train import checkpoints
 from captionscale.train.checkpoint_writer import check_disk_space, checkpoint_bytes
 from captionscale.train.fingerprint import make_fingerprint, resume_conflicts
 from captionscale.train.log_reader import read_metric
-from captionscale.train.run_folder import checkpoint_steps
+from captionscale.train.run_folder import LOG_FILE, checkpoint_steps
 
 _SAMPLES, _QUICK_SAMPLES = 200, 20
 _PROBE_BYTES, _QUICK_PROBE_BYTES = 256 << 20, 32 << 20
@@ -167,7 +167,7 @@ def disk(plan: Plan) -> Iterator[CheckResult]:
     # Measured saves include hashing.
     took = max(read_metric(plan.run, "save_s").values(), default=0.0) if plan.run else 0.0
     needed, grace = max(took, size / speed), plan.settings.train.grace_s
-    source = f"by {plan.run}/log.jsonl" if took > size / speed else "at this disk's speed"
+    source = f"by {plan.run}/{LOG_FILE}" if took > size / speed else "at this disk's speed"
     summary = f"a checkpoint takes {format_duration(needed)} ({source}), train.grace_s is {grace:g}"
     cure = f"set train.grace_s to {max(30, round(4 * needed))} or more, and SLURM's --signal accordingly"
     if needed > grace:

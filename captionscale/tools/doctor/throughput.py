@@ -1,4 +1,4 @@
-"""Checks of time: loading against the step, an epoch, and the end of the run against that of the job."""
+"""Checks of throughput: loading against the training step, and the run against the job's time limit."""
 
 import time
 from collections.abc import Iterator
@@ -18,22 +18,22 @@ from captionscale.tools.doctor.report import CheckResult, failure, ok, skipped, 
 from captionscale.train.log_reader import read_metric
 from captionscale.train.losses import cross_entropy
 from captionscale.train.optimizer import make_optimizer
-from captionscale.train.run_folder import checkpoint_steps
+from captionscale.train.run_folder import LOG_FILE, checkpoint_steps
 
 _LOAD_S = 4.0
 _STEPS, _STEPS_S = 4, 12.0
 _PICTURES_ON_CPU = 4
 _ENOUGH = 1.1
-"""Times what a step reads: loading is never quite even."""
+"""Factor above the throughput of a step, as loading is uneven."""
 _RECENT = 20
 
 
 @cache
 def _loaded(plan: Plan) -> float:
-    """Return the pictures that one process loads in a second, with the config's own settings."""
+    """Return the images per second that one process loads."""
     loader = Loader(plan.split, plan.vocabulary, plan.settings.data, plan.settings.seed)
     size = min(plan.settings.train.micro_batch, 16, len(plan.split))
-    # Over all shards, as training reads; again from the start where there are few.
+    # From all shards, as in training; repeated if there are few.
     items = np.random.default_rng(0).permutation(len(plan.split))
     requests = ((np.roll(items, -start)[:size], 0) for start in range(0, 10**9, size))
     try:
@@ -106,51 +106,51 @@ def _loss(captioner: Captioner, pictures: Tensor, batch: Batch) -> Tensor:
 
 
 def _logged(plan: Plan) -> float:
-    """Return the pictures in a second that the run's own log tells, of all its processes; 0: none."""
+    """Return the images per second of all processes in the run's log; 0: no log."""
     rates = list(read_metric(plan.run, "images_per_s").values()) if plan.run else []
     return median(rates[-_RECENT:]) if rates else 0.0
 
 
 def loading(plan: Plan) -> Iterator[CheckResult]:
-    """Compare what a process loads with what it learns from."""
+    """Compare the throughput of loading with that of training steps."""
     if plan.settings.train.cache_features:
-        yield skipped("train.cache_features: features are read, and no picture is decoded")
+        yield skipped("train.cache_features: no image is decoded")
         return
     data = plan.settings.data
     loads = _loaded(plan)
-    told = f"a process loads {loads:,.0f} images/s with data.workers = {data.workers} on this machine"
+    summary = f"a process loads {loads:,.0f} images/s with data.workers = {data.workers} on this machine"
     needs, how = _learned(plan)
     if not needs:
-        yield skipped(f"{told}; what a step needs is unknown: {how}")
+        yield skipped(f"{summary}; the throughput of a step is unknown: {how}")
         return
-    told += f", a step takes {needs:,.3g} images/s ({how})"
+    summary += f", a step takes {needs:,.3g} images/s ({how})"
     if loads < needs:
         more = max(data.workers + 1, round(data.workers * needs * _ENOUGH / max(loads, 1e-9)))
         yield warning(
-            f"{told}: {1 - loads / needs:.0%} of the time it would wait for pictures",
-            f"set data.workers to {more} if there are so many cores, or pack with --resize"
+            f"{summary}: it would wait for images {1 - loads / needs:.0%} of the time",
+            f"set data.workers to {more} if there are as many cores, or pack with --resize"
             f" {round(data.image_size * 1.2)}",
         )
     elif loads < _ENOUGH * needs:
-        yield warning(f"{told}: that is just enough", "set data.workers higher if there are cores")
+        yield warning(f"{summary}: barely enough", "raise data.workers if there are more cores")
     else:
-        yield ok(told)
+        yield ok(summary)
 
 
 def finish(plan: Plan) -> Iterator[CheckResult]:
-    """Foretell how long an epoch and the whole run take, and compare that with the job's time."""
-    rate, source = _logged(plan), f"by {plan.run}/log.jsonl"
+    """Estimate the time of an epoch and of the run, and compare it with the job's time limit."""
+    rate, source = _logged(plan), f"by {plan.run}/{LOG_FILE}"
     if not rate:
         if plan.quick:
-            yield from _haste(plan, 0.0)
-            yield skipped("the run has no log yet that would tell its pace")
+            yield from _check_job_time(plan, 0.0)
+            yield skipped("the run has no log yet to estimate its time from")
             return
         learns, how = _learned(plan)
         loads = learns if plan.settings.train.cache_features else _loaded(plan)
         rate, source = min(learns, loads) * plan.world_size, f"at best, by {how}"
         if not rate:
-            yield from _haste(plan, 0.0)
-            yield skipped(f"the pace is unknown: {how}, and the run has no log yet")
+            yield from _check_job_time(plan, 0.0)
+            yield skipped(f"the throughput is unknown: {how}, and the run has no log yet")
             return
     epoch_s = len(plan.split) / rate
     step_s = epoch_s / plan.sampler.steps_per_epoch
@@ -159,32 +159,33 @@ def finish(plan: Plan) -> Iterator[CheckResult]:
     if not left:
         yield ok(f"all {plan.steps:,} steps are done")
         return
-    told = (
-        f"{rate:,.0f} images/s ({source}): {format_duration(epoch_s)} an epoch, {format_duration(left)} to the end, and the"
-        " time of validations"
+    summary = (
+        f"{rate:,.0f} images/s ({source}): {format_duration(epoch_s)} an epoch, {format_duration(left)} to"
+        " the end, without validations"
     )
-    if (hasty := list(_haste(plan, step_s))) or plan.time_limit_s is None:
-        yield from hasty
-        yield ok(told)
+    if (too_short := list(_check_job_time(plan, step_s))) or plan.time_limit_s is None:
+        yield from too_short
+        yield ok(summary)
         return
     usable = plan.time_limit_s - plan.settings.train.grace_s
     if left > usable:
+        jobs = -int(-left // usable)
         yield warning(
-            f"{told}; the job ends after {format_duration(plan.time_limit_s)}: it takes about {-int(-left // usable)}"
-            " such jobs, one after the other",
+            f"{summary}; the job ends after {format_duration(plan.time_limit_s)}: it takes about {jobs}"
+            " such jobs in sequence",
             "let it requeue itself, or ask for more --time, nodes or GPUs",
         )
     else:
-        yield ok(f"{told}; the job has {format_duration(plan.time_limit_s)}")
+        yield ok(f"{summary}; the job has {format_duration(plan.time_limit_s)}")
 
 
-def _haste(plan: Plan, step_s: float) -> Iterator[CheckResult]:
-    """Refuse a job that would end before it has done anything."""
+def _check_job_time(plan: Plan, step_s: float) -> Iterator[CheckResult]:
+    """Refuse a job too short for a single step."""
     grace = plan.settings.train.grace_s
     if plan.time_limit_s is not None and plan.time_limit_s <= grace + step_s:
         step = f" and a step takes {format_duration(step_s)}" if step_s else ""
         yield failure(
-            f"the job has {format_duration(plan.time_limit_s)}, of which train.grace_s = {grace:g} are kept to save"
-            f" in{step}: it would do nothing",
+            f"the job has {format_duration(plan.time_limit_s)}, of which train.grace_s = {grace:g} are"
+            f" reserved for saving{step}: it would do nothing",
             "ask for more --time, or lower train.grace_s",
         )

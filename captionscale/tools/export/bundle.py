@@ -29,12 +29,12 @@ from captionscale.tools.export.parts import ExportedCaptioner, Part, Run, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
 from captionscale.train.checkpoint import Checkpoint
 from captionscale.train.checkpoints import open_checkpoint, write_metadata
+from captionscale.train.run_folder import MODEL_FILE, VOCAB_FILE
 from captionscale.version import __version__
 
 Kind = Literal["onnx", "torch", "hub"]
 
 FORMAT = 1
-_WEIGHTS = "model.safetensors"
 _IMAGES = 100
 _EXAMPLE_BATCH = 2
 _WRITERS: dict[str, Callable[[Part, Path, int | None], Run]] = {"onnx": write_onnx, "torch": write_torch}
@@ -72,7 +72,9 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
         if to == "hub":
             weights = saved.captioner().state_dict()
             # save_file raises an undocumented error on a full disk.
-            (folder / _WEIGHTS).write_bytes(save({name: each.contiguous() for name, each in weights.items()}))
+            (folder / MODEL_FILE).write_bytes(
+                save({name: each.contiguous() for name, each in weights.items()})
+            )
             write_metadata(folder, saved.train_state, {}, _without_paths(config), saved.vocabulary())
             checked = None
         else:
@@ -86,7 +88,7 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
             checked = check(
                 captioner, ExportedCaptioner(made, programs, batch), images, config.data.max_words
             )
-            saved.vocabulary().save(folder / "vocab.json")
+            saved.vocabulary().save(folder / VOCAB_FILE)
         if to == "onnx":
             shutil.copy(example.__file__, folder / "example.py")
         # The hub expects this name.

@@ -79,7 +79,7 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
     changing = [name for name in names if getattr(after, name) is not getattr(state, name)]
     # A tensor that occurs twice would become one input.
     tensors = {name: getattr(state, name).clone() for name in names}
-    said = ("logits", *(() if attention is None else ("attention",)))
+    common = ("logits", *(() if attention is None else ("attention",)))
     return [
         Part("encoder", _Encoder(captioner), {"images": images}, ("features",)),
         Part("start", _Start(captioner, names), {"features": features}, (*names,)),
@@ -87,7 +87,7 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
             "step",
             _Step(captioner, type(state), names, changing),
             {"tokens": tokens, **tensors},
-            (*said, *(NEXT_PREFIX + name for name in changing)),
+            (*common, *(NEXT_PREFIX + name for name in changing)),
         ),
     ]
 
