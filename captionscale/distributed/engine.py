@@ -64,7 +64,7 @@ class Engine:
             clip_norm: Greatest norm of a step's gradient.
             compress_gradients: Whether gradients travel in bf16.
         """
-        self._ranks, self._module, self._clip_norm = ranks, model, clip_norm
+        self.ranks, self._module, self._clip_norm = ranks, model, clip_norm
         self._accelerator = ranks.accelerator
         self._adamw, self._compress = optimizer, compress_gradients
         self._model: Any
@@ -184,9 +184,9 @@ class ZeroEngine(Engine):
     """
 
     def _prepare(self, compress_gradients: bool) -> None:
-        deepspeed = _deepspeed(self._ranks)
+        deepspeed = _deepspeed(self.ranks)
         self._groups = [list(group["params"]) for group in self._adamw.param_groups]
-        self._partitioned = bool(self._ranks.zero_stage)
+        self._partitioned = bool(self.ranks.zero_stage)
         # Accelerate gives the forward pass its precision, here as under DDP. DeepSpeed sends and flattens
         # parameters as if they were contiguous.
         model = self._accelerator.prepare_model(self._module, evaluation_mode=True)
@@ -199,7 +199,7 @@ class ZeroEngine(Engine):
             "communication_data_type": "bf16" if compress_gradients else "fp32",
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
-                "stage": self._ranks.zero_stage,
+                "stage": self.ranks.zero_stage,
                 "reduce_bucket_size": _BUCKET_ELEMENTS,
                 "allgather_bucket_size": _BUCKET_ELEMENTS,
             },
@@ -238,7 +238,7 @@ class ZeroEngine(Engine):
         """Clip the gradient, take the step, and return what the gradient's norm was."""
         if self._partitioned:
             self._model.step()
-            return torch.as_tensor(self._model.get_global_grad_norm(), device=self._ranks.device)
+            return torch.as_tensor(self._model.get_global_grad_norm(), device=self.ranks.device)
         norm = nn.utils.clip_grad_norm_(self._module.parameters(), self._clip_norm)
         self._model.step()
         return norm

@@ -26,6 +26,15 @@ from captionscale.progress import say
 T = TypeVar("T")
 P = ParamSpec("P")
 
+# What launchers set, as Accelerate reads it.
+_ALONE = {
+    "LOCAL_RANK": -1,
+    "WORLD_SIZE": 1,
+    "PMI_SIZE": 1,
+    "OMPI_COMM_WORLD_SIZE": 1,
+    "MV2_COMM_WORLD_SIZE": 1,
+}
+
 
 class Ranks:
     """This process among its peers: one by itself, or those that `accelerate launch` started.
@@ -33,20 +42,24 @@ class Ranks:
     Without a launcher there is one rank, and each call costs nothing.
     """
 
-    def __init__(self, precision: str = "fp32"):
+    def __init__(self, precision: str = "fp32", *, alone: bool = False, cpu: bool = False):
         """Join the peers.
 
         Args:
             precision: `fp32`, `bf16` or `fp16`: arithmetic of the forward pass.
+            alone: Be the only rank, whatever a launcher has set.
+            cpu: Use no GPU; without a GPU, or if the launcher says so, none is used anyway.
 
         Raises:
             UserError: The device or the engine does not have this precision, or the launch profile asks for
                 a stage of ZeRO that is not there.
         """
-        self.zero_stage = _zero_stage()
+        self.zero_stage = None if alone else _zero_stage()
         """Stage of DeepSpeed's ZeRO that the launch profile asks for, if it does."""
         cpu = (
-            os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+            cpu
+            or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+            or not torch.cuda.is_available()
         )
         if precision == "fp16" and cpu:
             raise UserError(
@@ -62,7 +75,7 @@ class Ranks:
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         try:
             # Accelerate would start DeepSpeed on GPUs only, and with the model itself in half precision.
-            with patch_environment(accelerate_use_deepspeed="false"):
+            with patch_environment(accelerate_use_deepspeed="false", **_ALONE if alone else {}):
                 self.accelerator = Accelerator(
                     mixed_precision={"fp32": "no"}.get(precision, precision),
                     cpu=cpu,

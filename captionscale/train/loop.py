@@ -5,7 +5,6 @@ import math
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from captionscale.config import Config
@@ -16,16 +15,14 @@ from captionscale.files import lock
 from captionscale.progress import Bar, progress
 from captionscale.train import preemption
 from captionscale.train.log_writer import LogWriter, Throughput
-from captionscale.train.losses import cross_entropy, doubly_stochastic_penalty, mask_unsampleable_tokens
 from captionscale.train.nan_guard import NanGuard
-from captionscale.train.preemption_flag import PreemptionFlag
+from captionscale.train.preemption import PreemptionFlag
 from captionscale.train.profiling import profiling
 from captionscale.train.sample_log import SampleLog
 from captionscale.train.schedule import lr_factor
-from captionscale.train.scst import ScstObjective
-from captionscale.train.scst_checks import check_collapse
 from captionscale.train.setup import Run, build_run
 from captionscale.train.state import TrainState
+from captionscale.train.step import training_step
 from captionscale.train.tracking import Trackers
 from captionscale.train.validation import Validation
 from captionscale.train.watchdog import Watchdog
@@ -102,7 +99,24 @@ def train_loop(job: Run, profile_steps: int = 0) -> TrainState:
             if leaving := vote.is_set():
                 break
             job.unfreeze(step)
-            loss, norm, losses = _train_step(job, step, share, sample_log, watchdog, vote)
+
+            def after_micro_batch(number: int, batch: Batch, step: int = step) -> None:
+                if sample_log:
+                    sample_log.write(step, number, batch.image_ids)
+                watchdog.beat(step)
+
+            loss, norm, losses = training_step(
+                job.engine,
+                job.objective,
+                share,
+                job.config,
+                step,
+                job.steps,
+                flag=vote,
+                after_micro_batch=after_micro_batch,
+            )
+            if job.ema:
+                job.ema.update(step)
 
             done = train_state.step = step + 1
             rate.update([batch for _, batch in share])
@@ -141,54 +155,6 @@ def train_loop(job: Run, profile_steps: int = 0) -> TrainState:
     return train_state
 
 
-def _train_step(
-    job: Run,
-    step: int,
-    share: list[tuple[int, Batch]],
-    sample_log: SampleLog | None,
-    watchdog: Watchdog,
-    vote: PreemptionFlag,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Take one optimiser step.
-
-    Returns:
-        The loss of each word, over all ranks, the gradient's norm, and the loss of each micro-batch.
-    """
-    config, ranks, engine = job.config, job.ranks, job.engine
-    settings, done = config.train, step / job.steps
-    work = job.objective.targets([(number, batch.to(ranks.device)) for number, batch in share], step, ranks)
-    counts = torch.stack([target.num_tokens for target in work]).sum(0)
-    *words, leaving = ranks.sum(*counts, preemption.requested())
-    vote.update(leaving)
-    for group in engine.param_groups:
-        group["lr"] = group["peak_lr"] * lr_factor(step, job.steps, settings.warmup_ratio)
-    losses = []
-    for (number, batch), target in engine.micro_batches(zip(share, work, strict=True)):
-        ranks.seed(config.seed, step, number)
-        sampling_prob = settings.scheduled_sampling * done
-        following, rows = target.tokens[:, 1:], target.rows
-        logits, attention = engine(
-            target.images, target.input_tokens, target.image_index, sampling_prob, rows
-        )
-        logits = mask_unsampleable_tokens(logits, target, rows)
-        surprise = cross_entropy(logits, following, job.objective.label_smoothing, rows)
-        if settings.doubly_stochastic_weight and attention is not None:
-            surprise = surprise + settings.doubly_stochastic_weight * doubly_stochastic_penalty(
-                attention, following
-            )
-        loss = surprise @ target.weights(torch.stack(words), job.objective.cross_entropy_weight)
-        # DDP takes the mean over ranks, and a word weighs the same on each of them.
-        engine.backward(loss * ranks.world_size)
-        losses.append(loss.detach())
-        if sample_log:
-            sample_log.write(step, number, batch.image_ids)
-        watchdog.beat(step)
-    norm = engine.step()
-    if job.ema:
-        job.ema.update(step)
-    return ranks.sum(sum(losses))[0], norm, losses
-
-
 def _log(job: Run, log: LogWriter | None, bar: Bar, loss: Tensor, norm: Tensor, rate: Throughput) -> None:
     step, settings = job.train_state.step, job.config.train
     values = {
@@ -197,17 +163,16 @@ def _log(job: Run, log: LogWriter | None, bar: Bar, loss: Tensor, norm: Tensor, 
         "grad_norm": norm.item() if math.isfinite(norm.item()) else None,
         **rate.compute(job.ranks),
     }
-    told = "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s"
-    if isinstance(job.objective, ScstObjective):
-        sampled = job.objective.sample_stats.compute(job.ranks)
-        job.train_state.initial_sample_stats = job.train_state.initial_sample_stats or sampled
-        values |= sampled
-        told += "  reward {reward:.3f}"
-    bar.note(told.format_map(values))
+    figures = job.objective.figures(job.ranks)
+    job.train_state.initial_figures = job.train_state.initial_figures or figures
+    values |= figures
+    told = "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s".format_map(
+        values
+    )
+    bar.note("  ".join([told, *(f"{name} {values[name]:.3f}" for name in job.objective.progress_figures)]))
     if log:
         log.write(step, epoch=step / job.sampler.steps_per_epoch, **values)
-    if isinstance(job.objective, ScstObjective):
-        job.ranks.run_on_main(check_collapse, job.train_state, sampled, job.config.scst)
+    job.ranks.run_on_main(job.objective.check_figures, job.train_state, figures)
 
 
 def _log_saves(job: Run, log: LogWriter | None) -> None:

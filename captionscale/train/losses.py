@@ -1,6 +1,6 @@
 """What training minimises: the negative log-probability of captions, each with a weight of its own."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from captionscale.data.loader import Batch
-from captionscale.distributed.ranks import Ranks
 from captionscale.model.decoders.recurrence import CACHE_ELEMENTS
 from captionscale.vocab import PAD, START, UNK
 
@@ -67,21 +65,6 @@ class Target:
         if self.advantages:
             weights[: self.num_sampled] = self.advantages() * ((1 - cross_entropy_weight) / sampled).float()
         return weights
-
-
-class CrossEntropyObjective:
-    """Makes people's captions likelier."""
-
-    cross_entropy_weight = 1.0
-    """Share of the loss that is people's captions."""
-
-    def __init__(self, label_smoothing: float):
-        """Take the share of a target's weight that goes to all words alike."""
-        self.label_smoothing = label_smoothing
-
-    def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:  # noqa: ARG002
-        """Return what each micro-batch of a step is to make likelier, as `ScstObjective` does."""
-        return [Target(batch.images, batch.tokens, batch.image_index) for _, batch in share]
 
 
 def mask_unsampleable_tokens(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from captionscale.errors import PreemptedError, UserError
 
@@ -84,6 +85,33 @@ def mark_preempted(parting: str) -> None:
         parting: What is kept, for the user; nothing on ranks other than the first, which leave in silence.
     """
     _state.parting = parting
+
+
+class PreemptionFlag:
+    """Whether any rank was asked to stop when the last step began; all ranks read the same.
+
+    It travels with the number of tokens and is read one step later, so that no rank waits for its device.
+    """
+
+    def __init__(self) -> None:
+        self._requests: Any = None
+        self._copied: Any = None
+
+    def update(self, requests: Any) -> None:
+        """Take the number of ranks that were asked, a tensor summed over all ranks."""
+        self._requests = requests.to("cpu", non_blocking=True)
+        if requests.is_cuda:
+            # This module is imported before torch, which takes seconds.
+            import torch
+
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def is_set(self) -> bool:
+        """Return whether any rank was asked."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._requests is not None and bool(self._requests)
 
 
 def _take_note(number: int, _: FrameType | None) -> None:

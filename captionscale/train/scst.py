@@ -1,6 +1,6 @@
 """Self-critical training: the decoder's own captions, weighted by how good they turn out to be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,12 +20,15 @@ from captionscale.score import bleu
 from captionscale.score.ciderd import CiderDReward
 from captionscale.score.diagnostics import DANGLING
 from captionscale.train.losses import Target
+from captionscale.train.objective import Objective
+from captionscale.train.scst_checks import CHECKED_IMAGES, check_collapse, check_rewards
+from captionscale.train.state import TrainState
 from captionscale.vocab import END, PAD, START, Vocabulary
 
 _BLEU_4 = 3
 
 
-class ScstObjective:
+class ScstObjective(Objective):
     """Samples captions of each picture, and says by how much each is better than the others.
 
     A sampled caption's weight is its reward less the baseline, which is the mean reward of the picture's
@@ -40,6 +43,9 @@ class ScstObjective:
         samples'; the end token: Hu et al. 2023 (arXiv:2305.12254).
     """
 
+    check_images = CHECKED_IMAGES
+    progress_figures = ("reward",)
+
     def __init__(self, config: Config, captioner: Captioner, split: Split, vocabulary: Vocabulary):
         """Read all train captions, and count their n-grams.
 
@@ -49,12 +55,9 @@ class ScstObjective:
             split: That is trained on.
             vocabulary: The captioner's.
         """
+        super().__init__(config, captioner, split, vocabulary)
         self._settings, self._max_words, self._seed = config.scst, config.data.max_words, config.seed
         self.cross_entropy_weight = config.scst.cross_entropy_weight
-        """Share of the loss that is people's captions."""
-        self.label_smoothing = 0.0
-        """No word of a sampled caption but its own has the reward."""
-        self._captioner = captioner
         # Not by evaluation mode: the update keeps batch statistics, and LSTMs on GPUs want training mode.
         captioner.decoder.dropout.p = 0.0
         self._references = [
@@ -76,12 +79,24 @@ class ScstObjective:
             ranks: This process among its peers.
         """
         self.sample_stats = SampleStats()
-        training = self._captioner.training
-        self._captioner.eval()
+        training = self.captioner.training
+        self.captioner.eval()
         with torch.no_grad(), ranks.autocast():
             targets = [self._target(batch, (self._seed, step, number, 1), ranks) for number, batch in share]
-        self._captioner.train(training)
+        self.captioner.train(training)
         return targets
+
+    def check_start(self, batch: Batch) -> None:
+        """Refuse to train if rewards teach nothing, or something else; see `check_rewards`."""
+        check_rewards(self.rewards, self.scale, self.captioner, batch, self.vocabulary, self._max_words)
+
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """Return `reward`, `dangling` and `distinct` of the last step's samples."""
+        return self.sample_stats.compute(ranks)
+
+    def check_figures(self, state: TrainState, figures: Mapping[str, float]) -> None:
+        """Stop a run whose captions only the reward likes; see `check_collapse`."""
+        check_collapse(state, figures, self._settings)
 
     @property
     def scale(self) -> float:
@@ -108,8 +123,8 @@ class ScstObjective:
         return rewards
 
     def _target(self, batch: Batch, seed: tuple[int, ...], ranks: Ranks) -> Target:
-        settings, decoder = self._settings, self._captioner.decoder
-        features = self._captioner.encode(batch.images)
+        settings, decoder = self._settings, self.captioner.decoder
+        features = self.captioner.encode(batch.images)
         ranks.seed(*seed)
         sampled, _ = sample(
             decoder, features, samples_per_image=settings.samples_per_image, max_words=self._max_words
@@ -134,7 +149,7 @@ class ScstObjective:
 
         tokens = pad_sequence([*tokens, *people], batch_first=True, padding_value=PAD)
         # What does not learn sees the same again.
-        pictures = batch.images if self._captioner.encoder.is_trainable else features
+        pictures = batch.images if self.captioner.encoder.is_trainable else features
         return Target(pictures, tokens, image_index, len(sampled), advantages)
 
     def _advantages(

@@ -1,9 +1,10 @@
 """What self-critical training must show before its first step, and what stops it later."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 
 from captionscale.config import Scst
 from captionscale.data.loader import Batch
@@ -13,12 +14,11 @@ from captionscale.model.search.generate import search
 from captionscale.progress import say
 from captionscale.score.ciderd import CiderDReward
 from captionscale.score.metrics import measure
-from captionscale.train.scst import ScstObjective
 from captionscale.train.state import TrainState
 from captionscale.vocab import END, UNK, Vocabulary
 
 CHECKED_IMAGES = 256
-"""Train images that it looks at."""
+"""Train images that `check_rewards` is given."""
 
 _LEAST_REWARD = 1.0
 _LEAST_AGREEMENT = 0.1
@@ -28,7 +28,8 @@ _STAND_INS = {END: "endofcaption", UNK: "unknownword"}
 
 
 def check_rewards(
-    objective: ScstObjective,
+    rewards: Callable[[Sequence[int], Sequence[Sequence[int]]], Float64[np.ndarray, "caption"]],
+    scale: float,
     captioner: Captioner,
     batch: Batch,
     vocabulary: Vocabulary,
@@ -37,7 +38,8 @@ def check_rewards(
     """Refuse self-critical training that would learn nothing, or something else.
 
     Args:
-        objective: What gives the rewards.
+        rewards: Reward of each caption, given its image id and tokens.
+        scale: Reward of a good caption that is no better than a reference.
         captioner: With the weights that training begins with.
         batch: Some train images on the captioner's device, with all their captions.
         vocabulary: The captioner's.
@@ -49,7 +51,7 @@ def check_rewards(
     """
     people = [[token for token in row[1:].tolist() if token] for row in batch.tokens.cpu()]
     image_index = batch.image_index.tolist()
-    human_reward = float(objective.rewards([batch.image_ids[owner] for owner in image_index], people).mean())
+    human_reward = float(rewards([batch.image_ids[owner] for owner in image_index], people).mean())
     references: list[list[list[int]]] = [[] for _ in batch.image_ids]
     for owner, caption in zip(image_index, people, strict=True):
         references[owner].append(caption)
@@ -67,16 +69,16 @@ def check_rewards(
         },
         ["CIDEr-D"],
     ).values["CIDEr-D"]
-    greedy_reward = float(objective.rewards(batch.image_ids, greedy).mean())
+    greedy_reward = float(rewards(batch.image_ids, greedy).mean())
     say(
         f"self-critical training begins: on {len(greedy):,} train images, people's captions have a reward of"
         f" {human_reward:.3f}, those of greedy search {greedy_reward:.3f}; CIDEr-D of the latter among these"
         f" images is {ours:.4f} as a reward, {theirs:.4f} by the evaluator"
     )
-    if human_reward < _LEAST_REWARD * objective.scale:
+    if human_reward < _LEAST_REWARD * scale:
         raise UserError(
             f"self-critical training: people's own captions earn {human_reward:.3f}, wanted at least"
-            f" {_LEAST_REWARD * objective.scale:g}; the rewards are not of these captions' words: report this"
+            f" {_LEAST_REWARD * scale:g}; the rewards are not of these captions' words: report this"
         )
     if len(pairs) > 1 and agreement.mean() < _LEAST_AGREEMENT:
         raise UserError(
@@ -103,7 +105,7 @@ def check_collapse(train_state: TrainState, now: Mapping[str, float], settings: 
     Raises:
         UserError: Too many captions end in `with a` or the like, or too few differ.
     """
-    step, best_step, began = train_state.step, train_state.best_step, train_state.initial_sample_stats
+    step, best_step, began = train_state.step, train_state.best_step, train_state.initial_figures
     best = f"step {best_step:,} is the best so far" if best_step else "no captions were scored yet"
     cure = f"{best}; lower train.lr, or raise scst.cross_entropy_weight"
     dangling, most = now["dangling"], began["dangling"] + settings.max_dangling_increase

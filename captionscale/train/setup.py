@@ -28,11 +28,9 @@ from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.ema import ModelEMA
 from captionscale.train.feature_cache import cache_features
 from captionscale.train.fingerprint import make_fingerprint
-from captionscale.train.losses import CrossEntropyObjective
+from captionscale.train.objective import Objective, objective_class
 from captionscale.train.optimizer import make_optimizer, unfreeze
 from captionscale.train.run_folder import CONFIG_FILE
-from captionscale.train.scst import ScstObjective
-from captionscale.train.scst_checks import CHECKED_IMAGES, check_rewards
 from captionscale.train.state import TrainState
 from captionscale.train.tracking import check_trackers_installed
 from captionscale.vocab import Vocabulary
@@ -50,7 +48,7 @@ class Run:
     val_loader: Loader
     vocabulary: Vocabulary
     captioner: Captioner
-    objective: CrossEntropyObjective | ScstObjective
+    objective: Objective
     ema: ModelEMA | None
     engine: Engine
     """What moves the captioner."""
@@ -164,12 +162,10 @@ def build_run(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Run:
         # Now that all ranks have the weights of the first.
         cache_features(captioner.encoder, (loader, val_loader), ranks, settings.precision)
     average = ModelEMA(captioner, settings.ema_decay) if settings.ema_decay else None
-    objective: CrossEntropyObjective | ScstObjective = CrossEntropyObjective(settings.label_smoothing)
-    if settings.objective == "scst":
-        with spinner("counting the n-grams of the train captions", quiet=not ranks.is_main):
-            objective = ScstObjective(config, captioner, split, vocabulary)
-        if saved is None:
-            ranks.run_on_main(_look_ahead, config, captioner, loader, objective, ranks)
+    with spinner("preparing the objective", quiet=not ranks.is_main):
+        objective = objective_class(settings.objective)(config, captioner, split, vocabulary)
+    if saved is None:
+        ranks.run_on_main(_check_start, objective, loader, ranks)
     ranks.run_on_main(_keep_settings, run, config)
     train_state = TrainState()
     if saved is not None:
@@ -235,20 +231,13 @@ def _begin(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) ->
     say(f"starting from {saved.folder}")
 
 
-def _look_ahead(
-    config: Config, captioner: Captioner, loader: Loader, objective: ScstObjective, ranks: Ranks
-) -> None:
-    """Let self-critical training show on some images that it can learn."""
-    items = np.arange(min(CHECKED_IMAGES, len(loader.split)))
-    (batch,) = loader.prefetch([(items, None)])
-    with ranks.autocast():
-        check_rewards(
-            objective,
-            captioner,
-            batch.to(ranks.device),
-            loader.vocabulary,
-            config.data.max_words,
-        )
+def _check_start(objective: Objective, loader: Loader, ranks: Ranks) -> None:
+    """Let the objective look at some images before the first step."""
+    items = np.arange(min(objective.check_images, len(loader.split)))
+    if len(items):
+        (batch,) = loader.prefetch([(items, None)])
+        with ranks.autocast():
+            objective.check_start(batch.to(ranks.device))
 
 
 def _keep_settings(run: Path, config: Config) -> None:

@@ -25,8 +25,8 @@ class TrainState:
     """Step of the last one whose scores count; they come later than its captions."""
     scaler: dict[str, int | float] = field(default_factory=dict)
     """The fp16 loss scaler's state."""
-    initial_sample_stats: dict[str, float] = field(default_factory=dict)
-    """Figures of the first captions that self-critical training sampled."""
+    initial_figures: dict[str, float] = field(default_factory=dict)
+    """First figures of the objective."""
 
     def record_score(self, step: int, score: float) -> None:
         """Take the score of a step into account."""

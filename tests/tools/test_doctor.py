@@ -357,7 +357,7 @@ def test_a_step_that_exceeds_gpu_memory_is_refused(packed, capsys, monkeypatch) 
     def full(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 
-    monkeypatch.setattr(throughput, "_loss", full)
+    monkeypatch.setattr(throughput, "training_step", full)
     fine, lines = run_doctor(packed, capsys, quick=False)
     assert not fine
     assert "does not fit into the GPU's memory (CUDA out of memory" in failures(lines)["finish"]

@@ -29,7 +29,7 @@ def test_a_run_saves_resumes_and_captions_with_the_average(packed, tmp_path, mon
     settings = tiny_config(tmp_path, packed, "train.ema_decay=0.9", "train.save_every=3", "train.lr=5e-3")
     half = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": 3})})
     # The schedule must not know that it is to stop.
-    monkeypatch.setattr("captionscale.train.loop.lr_factor", lambda step, _, __: 1 / (1 + step))
+    monkeypatch.setattr("captionscale.train.step.lr_factor", lambda step, _, __: 1 / (1 + step))
     train(settings, tmp_path / "unbroken")
     train(half, tmp_path / "broken")
     train(settings, tmp_path / "broken")

@@ -13,7 +13,7 @@ from experiment import load_weights, logged_losses, max_abs_difference, tiny_con
 from captionscale.errors import UserError
 from captionscale.files import lock
 from captionscale.score import worker
-from captionscale.train import checkpoints, generation, loop, validation
+from captionscale.train import checkpoints, generation, schedule, validation
 from captionscale.train.loop import train
 
 
@@ -43,18 +43,18 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_n
 ) -> None:
     settings = tiny_config(tmp_path, packed, "train.save_every=1")
     killed_at = 4
-    real = loop.lr_factor
+    real = schedule.lr_factor
 
     def die(step: int, steps: int, warmup_ratio: float) -> float:
         if step == killed_at:
             raise KeyboardInterrupt
         return real(step, steps, warmup_ratio)
 
-    monkeypatch.setattr(loop, "lr_factor", die)
+    monkeypatch.setattr("captionscale.train.step.lr_factor", die)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path / "run")
     assert checkpoints.checkpoint_steps(tmp_path / "run")[-1] == killed_at
-    monkeypatch.setattr(loop, "lr_factor", real)
+    monkeypatch.setattr("captionscale.train.step.lr_factor", real)
     train(settings, tmp_path / "run")
     assert max_abs_difference(load_weights(tmp_path / "run"), load_weights(done)) == 0
     assert logged_losses(tmp_path / "run") == logged_losses(done)
@@ -65,18 +65,18 @@ def test_a_run_that_goes_on_stops_where_one_that_did_not_stop_would_have(
 ) -> None:
     changes = ("train.lr=1e-12", "train.encoder_lr=1e-12", "train.epochs=6", "train.patience=1")
     settings, run = tiny_config(tmp_path, packed, *changes), tmp_path / "run"
-    real = loop.lr_factor
+    real = schedule.lr_factor
 
     def die(step: int, steps: int, warmup_ratio: float) -> float:
         if step == 7:
             raise KeyboardInterrupt
         return real(step, steps, warmup_ratio)
 
-    monkeypatch.setattr(loop, "lr_factor", die)
+    monkeypatch.setattr("captionscale.train.step.lr_factor", die)
     with pytest.raises(KeyboardInterrupt):
         train(settings, run)
     assert checkpoints.checkpoint_steps(run)[-1] == 6
-    monkeypatch.setattr(loop, "lr_factor", real)
+    monkeypatch.setattr("captionscale.train.step.lr_factor", real)
     # The scores of step 6, no better than those of step 3, count at step 9.
     assert train(settings, run).step == 9
 

@@ -13,7 +13,7 @@ from experiment import load_weights, logged_losses, max_abs_difference, tiny_con
 
 from captionscale.errors import PreemptedError, UserError
 from captionscale.tools.scoring import caption_run
-from captionscale.train import checkpoints, generation, loop, preemption
+from captionscale.train import checkpoints, generation, preemption, schedule
 from captionscale.train.loop import train
 
 pytestmark = pytest.mark.long
@@ -142,7 +142,7 @@ def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
     whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
-    real = loop.lr_factor
+    real = schedule.lr_factor
 
     def rate(step: int, steps: int, warmup_ratio: float) -> float:
         if step == 4:
@@ -150,7 +150,7 @@ def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
         return real(step, steps, warmup_ratio)
 
     # Asked in the fifth step, the ranks tell each other in the sixth, which is to be scored.
-    monkeypatch.setattr(loop, "lr_factor", rate)
+    monkeypatch.setattr("captionscale.train.step.lr_factor", rate)
     with pytest.raises(PreemptedError, match="SIGUSR1: step 6 was saved"), preemption.handle_signals():
         train(settings, run)
     assert not (run / "validation").exists()

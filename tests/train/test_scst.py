@@ -22,7 +22,7 @@ from captionscale.train.log_reader import read_metric
 from captionscale.train.loop import train
 from captionscale.train.losses import cross_entropy, mask_unsampleable_tokens
 from captionscale.train.scst import ScstObjective
-from captionscale.train.scst_checks import check_collapse, check_rewards
+from captionscale.train.scst_checks import check_collapse
 from captionscale.train.state import TrainState
 from captionscale.vocab import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary
 
@@ -270,7 +270,7 @@ def gate_of(settings: Config, packed: Path, source: Path, words: Vocabulary | No
     loader = Loader(split, saved.vocabulary(), settings.data)
     (batch,) = loader.prefetch([(np.arange(48), None)])
     loader.close()
-    check_rewards(objective, captioner, batch, saved.vocabulary(), 8)
+    objective.check_start(batch)
 
 
 def test_the_gate_lets_through_what_can_learn_and_says_what_it_saw(
@@ -309,7 +309,7 @@ COLLAPSES = {
 
 @pytest.mark.parametrize("now", COLLAPSES)
 def test_a_collapse_stops_the_run(now: tuple[float, float]) -> None:
-    train_state = TrainState(step=70, best_step=60, initial_sample_stats={"dangling": 0.1, "distinct": 0.9})
+    train_state = TrainState(step=70, best_step=60, initial_figures={"dangling": 0.1, "distinct": 0.9})
     check_collapse(train_state, {"dangling": 0.29, "distinct": 0.1}, Scst())
     with pytest.raises(UserError) as caught:
         check_collapse(train_state, dict(zip(("dangling", "distinct"), now, strict=True)), Scst())
