@@ -9,7 +9,8 @@ from experiment import join_all, load_weights, logged_losses, max_abs_difference
 
 from captionscale.config import Config
 from captionscale.data.shards import Split
-from captionscale.train import checkpoints, sample_log
+from captionscale.train import sample_log
+from captionscale.train.run_folder import checkpoint_steps
 from captionscale.train.setup import make_sampler
 
 pytestmark = pytest.mark.long
@@ -96,7 +97,7 @@ def test_a_run_killed_at_random_and_resumed_on_other_ranks_ends_as_if_nothing_ha
             join_all(processes)
             break
         deadline = time.monotonic() + 600
-        while max(checkpoints.checkpoint_steps(run), default=0) < target and processes[0].is_alive():
+        while max(checkpoint_steps(run), default=0) < target and processes[0].is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(chance.random() / 5)

@@ -13,7 +13,7 @@ from captionscale.data import manifest, shard_writer
 from captionscale.score import receipt
 from captionscale.tools.doctor import report
 from captionscale.tools.export import bundle
-from captionscale.train import checkpoints, watchdog
+from captionscale.train import checkpoint, watchdog
 from captionscale.train.loop import train
 
 PAGE = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def test_it_names_what_seldom_is_written() -> None:
     ("place", "number"),
     [
         ("`manifest.json`:", manifest.FORMAT),
-        ("`state.json`:", checkpoints.FORMAT),
+        ("`state.json`:", checkpoint.FORMAT),
         ("(#receipt) |", receipt.FORMAT),
         ("(running.md#doctor-will-the-job-work) |", report.FORMAT),
         ("`config.json`:", bundle.FORMAT),

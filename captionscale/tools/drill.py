@@ -22,7 +22,8 @@ from captionscale.data.shards import Split
 from captionscale.data.storage import open_storage
 from captionscale.errors import UserError
 from captionscale.progress import SafeConsole, progress
-from captionscale.train import checkpoints, run_folder, sample_log
+from captionscale.train import run_folder, sample_log
+from captionscale.train.checkpoint import open_checkpoint
 from captionscale.train.log_reader import read_metric
 from captionscale.train.setup import make_sampler
 
@@ -233,7 +234,7 @@ def _compare(
     """Print how the runs compare, and return whether they have one result."""
     steps = settings.train.steps or 0
     weights_tolerance, losses_tolerance = _TOLERANCE[settings.train.precision]
-    weights = _distance(*(checkpoints.open_checkpoint(run, "last").weights() for run in (killed, reference)))
+    weights = _distance(*(open_checkpoint(run, "last").weights() for run in (killed, reference)))
     losses = [read_metric(run, "loss") for run in (killed, reference)]
     max_difference = max(abs(losses[0].get(step, math.inf) - loss) for step, loss in losses[1].items())
     histories = [sample_log.read(run) for run in (killed, reference)]

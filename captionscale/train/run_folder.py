@@ -1,7 +1,9 @@
 """Where things lie in a run's folder; who looks for them needs no torch."""
 
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from captionscale.errors import UserError
@@ -18,6 +20,8 @@ MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE, VOCAB_FILE = (
     "vocab.json",
 )
 """What else is in each checkpoint's folder."""
+OLD_SUFFIX = ".old.tmp"
+"""Of a checkpoint while another one of the same step replaces it."""
 _CHECKPOINTS, _VALIDATION, _STEP = "checkpoints", "validation", "step-"
 # Never more zeros than it needs: a step has one name.
 _NUMBER = r"(?P<step>[0-9]{8}|[1-9][0-9]{8,11})"
@@ -54,6 +58,19 @@ def validation_files(run: Path) -> dict[int, Path]:
 def partial_checkpoints(run: Path) -> list[Path]:
     """Return checkpoints that are being written or on their way out; a user's folder has another name."""
     return [path for path in _entries(checkpoints_folder(run)) if _PARTIAL_NAME.fullmatch(path.name)]
+
+
+def remove_partial_checkpoints(run: Path) -> None:
+    """Remove checkpoints that a killed process was writing, and those no longer kept."""
+    for path in partial_checkpoints(run):
+        whole = path.with_name(path.name.removesuffix(OLD_SUFFIX))
+        if path.name.endswith(OLD_SUFFIX) and not whole.exists():
+            # Its replacement was never completed.
+            with suppress(OSError):
+                path.rename(whole)
+            continue
+        # On NFS a folder stays while another process reads in it; the next save tries again.
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def unknown_file_warnings(run: Path) -> Iterator[str]:

@@ -14,8 +14,8 @@ from torch import nn
 
 from captionscale.distributed.engine import Engine
 from captionscale.distributed.ranks import Ranks
-from captionscale.train import checkpoints
 from captionscale.train.loop import train
+from captionscale.train.run_folder import checkpoint_steps
 
 pytestmark = pytest.mark.long
 
@@ -73,13 +73,11 @@ def _zero(stage: int) -> dict[str, str]:
 
 
 def _memory(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(
-        run / "checkpoints" / f"step-{checkpoints.checkpoint_steps(run)[-1]:08d}" / "optimizer.safetensors"
-    )
+    return load_file(run / "checkpoints" / f"step-{checkpoint_steps(run)[-1]:08d}" / "optimizer.safetensors")
 
 
 def _back_to(step: int, run: Path) -> None:
-    for later in checkpoints.checkpoint_steps(run):
+    for later in checkpoint_steps(run):
         if later > step:
             shutil.rmtree(run / "checkpoints" / f"step-{later:08d}")
 

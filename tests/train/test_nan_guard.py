@@ -8,9 +8,9 @@ from experiment import tiny_config
 from captionscale.data.loader import Batch
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
-from captionscale.train import checkpoints
 from captionscale.train.loop import train
 from captionscale.train.nan_guard import NanGuard
+from captionscale.train.run_folder import checkpoint_steps
 
 GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
 
@@ -55,4 +55,4 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(packed: Path, tmp_pa
     changes = (*rates, "train.log_every=1000", "train.save_every=1")
     with pytest.raises(UserError, match=r"step 2: loss nan \(first in micro-batch 0: images \d+, \d+"):
         train(tiny_config(tmp_path, packed, *changes), tmp_path / "run")
-    assert checkpoints.checkpoint_steps(tmp_path / "run") == [1]
+    assert checkpoint_steps(tmp_path / "run") == [1]

@@ -17,7 +17,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.generate import search
 from captionscale.score.ciderd import cider_d
-from captionscale.train import checkpoints
+from captionscale.train.checkpoint import find_latest, open_checkpoint
 from captionscale.train.log_reader import read_metric
 from captionscale.train.loop import train
 from captionscale.train.losses import cross_entropy, mask_unsampleable_tokens
@@ -51,14 +51,14 @@ def objective(packed: Path, source: Path, tmp_path: Path) -> ScstObjective:
 
 
 def objective_of(settings: Config, packed: Path, source: Path) -> ScstObjective:
-    saved = checkpoints.open_checkpoint(source)
+    saved = open_checkpoint(source)
     return ScstObjective(settings, saved.captioner(), Split(packed, "train"), saved.vocabulary())
 
 
 def test_the_reward_is_cider_d_with_the_end_token_and_the_train_splits_document_frequencies(
     objective: ScstObjective, packed: Path, source: Path
 ) -> None:
-    split, vocabulary = Split(packed, "train"), checkpoints.open_checkpoint(source).vocabulary()
+    split, vocabulary = Split(packed, "train"), open_checkpoint(source).vocabulary()
     ids = split.index["image_id"].tolist()
     texts = [
         [" ".join(map(str, vocabulary.encode(caption, 8)[1:])) for caption in split.captions(item)]
@@ -79,7 +79,7 @@ def test_bleu_4_joins_the_reward_by_its_weight(packed: Path, source: Path, tmp_p
         packed,
         source,
     )
-    split, vocabulary = Split(packed, "train"), checkpoints.open_checkpoint(source).vocabulary()
+    split, vocabulary = Split(packed, "train"), open_checkpoint(source).vocabulary()
     (image_id,) = split.index["image_id"][:1].tolist()
     said = vocabulary.encode(split.captions(0)[0], 8)[1:]
     # A caption that people wrote has all its n-grams; half of it is too short.
@@ -113,7 +113,7 @@ def test_the_gradient_is_that_of_the_expected_reward(
     many = settings.scst.model_copy(update={"samples_per_image": 20_000})
     settings = settings.model_copy(update={"scst": many})
     reader = Reader()
-    captioner = checkpoints.open_checkpoint(source).captioner()
+    captioner = open_checkpoint(source).captioner()
     split = Split(packed, "train")
     words = Vocabulary((*SPECIAL_TOKENS, "red", "blue", "circle"))
     objective = ScstObjective(settings, captioner, split, words)
@@ -177,7 +177,7 @@ def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
         assert advantages == pytest.approx(rewards - others, abs=1e-6)
         assert advantages.sum(1) == pytest.approx(np.zeros(2), abs=1e-5)
     else:
-        captioner = checkpoints.open_checkpoint(source).captioner()
+        captioner = open_checkpoint(source).captioner()
         features = captioner.encode(pictures)
         greedy = search(captioner.decoder, features, beam=1, max_words=8, length_penalty=0.0)
         baseline_ = objective.rewards(batch.image_ids, [best[0].tokens for best in greedy])
@@ -189,7 +189,7 @@ def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_th
 ) -> None:
     settings = settings_of(tmp_path, packed, source)
     assert settings.model.decoder.dropout == 0.5
-    saved, split = checkpoints.open_checkpoint(source), Split(packed, "train")
+    saved, split = open_checkpoint(source), Split(packed, "train")
     captioner = saved.captioner()
     objective = ScstObjective(settings, captioner, split, saved.vocabulary())
     pictures, ids = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), split.index["image_id"][:2].tolist()
@@ -215,7 +215,7 @@ def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_th
 
 def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tmp_path: Path) -> None:
     settings = settings_of(tmp_path, packed, source, "model.decoder.dropout=0.0")
-    saved, split = checkpoints.open_checkpoint(source), Split(packed, "train")
+    saved, split = open_checkpoint(source), Split(packed, "train")
     captioner, loader = saved.captioner(), Loader(split, saved.vocabulary(), settings.data)
     objective = ScstObjective(settings, captioner, split, saved.vocabulary())
     (batch,) = loader.prefetch([(np.arange(48), None)])
@@ -263,7 +263,7 @@ def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
 
 
 def gate_of(settings: Config, packed: Path, source: Path, words: Vocabulary | None = None) -> None:
-    saved = checkpoints.open_checkpoint(source)
+    saved = open_checkpoint(source)
     split, captioner = Split(packed, "train"), saved.captioner()
     vocabulary = words or saved.vocabulary()
     objective = ScstObjective(settings, captioner, split, vocabulary)
@@ -290,7 +290,7 @@ def test_a_high_learning_rate_is_refused_when_the_config_is_read(
 
 
 def test_the_gate_refuses_rewards_of_another_vocabulary(packed: Path, source: Path, tmp_path: Path) -> None:
-    words = checkpoints.open_checkpoint(source).vocabulary().words
+    words = open_checkpoint(source).vocabulary().words
     shifted = Vocabulary((*SPECIAL_TOKENS, *words[len(SPECIAL_TOKENS) + 1 :], words[len(SPECIAL_TOKENS)]))
     with pytest.raises(UserError, match="people's own captions earn 0"):
         gate_of(settings_of(tmp_path, packed, source), packed, source, shifted)
@@ -324,13 +324,13 @@ def test_a_run_that_collapses_stops_and_keeps_its_checkpoints(
     )
     with pytest.raises(UserError, match=r"collapsed: .* of sampled captions differ from each other"):
         train(settings, tmp_path / "run")
-    assert checkpoints.find_latest(tmp_path / "run", pytest.fail) is not None
+    assert find_latest(tmp_path / "run", pytest.fail) is not None
 
 
 def test_another_vocabulary_or_model_is_refused_to_start_from(
     packed: Path, source: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"train\.init_from = .*: has .* words, here they are other"):
+    with pytest.raises(UserError, match=r"train\.init_from = .*: its vocabulary of .* words is not this"):
         train(settings_of(tmp_path, packed, source, "data.min_count=30"), tmp_path / "run")
     with pytest.raises(
         UserError, match=r"weights are of another model, the first 'decoder.*take the section model of"
@@ -343,7 +343,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(packed: Path, tmp_pat
     nothing = ("train.steps=1", "train.lr=1e-12", "train.encoder_lr=1e-12", "train.weight_decay=0.0")
     settings = tiny_config(tmp_path, packed, f'train.init_from="{tmp_path / "first"}"', *nothing)
     train(settings, tmp_path / "second")
-    first = checkpoints.open_checkpoint(tmp_path / "first")
+    first = open_checkpoint(tmp_path / "first")
     assert isinstance(first.captioner(), Captioner)
     assert max_abs_difference(load_weights(tmp_path / "second"), first.weights() | first.ema_weights()) < 1e-9
     assert max_abs_difference(load_weights(tmp_path / "second"), first.weights()) > 1e-4
