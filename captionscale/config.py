@@ -262,8 +262,6 @@ class Train(Section):
     """Seconds without progress after which the stalled rank is named; the run ends after ten times as many."""
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Trackers besides TensorBoard; they need captionscale's extra `track`, see docs/running.md."""
-    sample_log: bool = False
-    """Record the images of every micro-batch in sample_log/, as `captionscale drill` does to prove them."""
 
 
 class Scst(Section):

@@ -127,7 +127,7 @@ def _join(
 def _train(toml: str, run: Path) -> None:
     from captionscale.train.loop import train
 
-    train(config.Config.model_validate(tomllib.loads(toml)), run)
+    train(config.Config.model_validate(tomllib.loads(toml)), run, sample_log=True)
 
 
 def load_weights(run: Path, step: int | None = None) -> dict[str, Tensor]:

@@ -24,8 +24,8 @@ NAMED = {word for code in re.findall(r"`([^`]+)`", PAGE) for word in re.findall(
 @pytest.fixture(scope="module")
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
-    changes = ("train.steps=2", "train.sample_log=true", "train.ema_decay=0.9", "data.image_size=32")
-    train(tiny_config(folder, packed, *changes), folder / "run")
+    changes = ("train.steps=2", "train.ema_decay=0.9", "data.image_size=32")
+    train(tiny_config(folder, packed, *changes), folder / "run", sample_log=True)
     return folder / "run"
 
 

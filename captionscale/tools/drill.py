@@ -67,7 +67,7 @@ def drill(
         UserError: The experiment cannot be drilled, or a start failed by itself.
     """
     # Scoring, once at the end, is not part of the drill.
-    fixed = {"steps": steps, "log_every": 1, "score_every": steps, "sample_log": True}
+    fixed = {"steps": steps, "log_every": 1, "score_every": steps}
     settings = config.model_copy(update={"train": config.train.model_copy(update=fixed)})
     _refuse(settings, out, kills, steps)
     split = Split(open_storage(config.data.shards, config.data.cache), config.data.train_split)
@@ -144,7 +144,7 @@ def _start(
 def _launched(run: Path, profile: str, ranks: int, save_every: int) -> Iterator[subprocess.Popen[bytes]]:
     """Train in processes that end with this context."""
     launch = ["launch", "--profile", profile, "--processes", str(ranks), "--"]
-    train = ["train", str(run.with_name(_EXPERIMENT)), "--out", str(run)]
+    train = ["train", str(run.with_name(_EXPERIMENT)), "--out", str(run), "--sample-log"]
     train += ["--set", f"train.save_every={save_every}"]
     with _output(run).open("ab") as output:
         process = subprocesses.start(

@@ -81,7 +81,7 @@ def _step_times(plan: Plan, batch: Batch, ranks: Ranks) -> list[float]:
     captioner = Captioner(config.model, len(plan.vocabulary)).to(ranks.device).train()
     if config.train.cache_features:
         with torch.no_grad():
-            batch = replace(batch, images=captioner.encode(batch.images.to(ranks.device)))
+            batch = replace(batch, images=captioner.encode(batch.images.to(ranks.device)).half())
     optimizer = make_optimizer(captioner, config.train)
     engine = create_engine(ranks, captioner, optimizer, config.train.clip_norm)
     objective = CrossEntropyObjective(config, captioner, plan.split, plan.vocabulary)
