@@ -80,7 +80,8 @@ class Ranks:
                 )
         except ValueError as error:
             raise UserError(
-                f"train.precision = {precision}: not available on this device ({error}); set train.precision to fp32"
+                f"train.precision = {precision}: refused by this device ({error}); set train.precision to"
+                " fp32"
             ) from None
         self.world_size: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index

@@ -266,8 +266,8 @@ def _refuse_differing(shards: str, read: list[tuple[str, str]]) -> None:
     # Each machine may have its own copy, one of them older.
     if others := [str(rank) for rank, hashes in enumerate(read) if hashes != read[0]]:
         raise UserError(
-            f"{shards}: rank {', '.join(others)} finds other shards there than rank 0, expected the same on all"
-            " machines; copy or pack them there again"
+            f"{shards}: rank {', '.join(others)} finds other shards there than rank 0, expected the same on"
+            " all machines; copy or pack them there again"
         )
 
 
@@ -275,9 +275,9 @@ def _refuse_uneven(sampler: BatchSampler, ranks: Ranks) -> None:
     # ZeRO-2 reduces gradients in each backward pass, so all ranks must do equally many.
     if ranks.zero_stage is not None and sampler.micro_batches_per_step % ranks.world_size:
         raise UserError(
-            f"train.global_batch = {sampler.global_batch} holds {sampler.micro_batches_per_step} micro-batches"
-            f" of train.micro_batch = {sampler.micro_batch}, which {ranks.world_size} processes cannot share"
-            " evenly, as ZeRO requires; start a number of processes that divides them, or take --profile gpu"
+            f"train.global_batch = {sampler.global_batch} holds {sampler.micro_batches_per_step}"
+            f" micro-batches of train.micro_batch = {sampler.micro_batch}, which {ranks.world_size} processes cannot"
+            " share evenly, as ZeRO requires; start a number of processes that divides them, or take --profile gpu"
         )
 
 

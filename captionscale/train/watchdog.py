@@ -1,7 +1,7 @@
 """The watchdog names a stalled rank, with its step, shards and stack.
 
-A thread of each rank writes the state of its main thread to a common store, ten times in `train.stall_s`. When
-rank 0 stalls, it reads the states of the others to find the rank it waits for; rank 1 does so too, in case
+A thread of each rank writes the state of its main thread to a common store, ten times in `train.stall_s`.
+When rank 0 stalls, it reads the states of the others to find the rank it waits for; rank 1 does so too, in case
 that is rank 0. Of a process that is stopped or gone, the last state is used.
 """
 
