@@ -23,8 +23,7 @@ from captionscale.config import Config
 from captionscale.distributed.engine import Engine
 from captionscale.distributed.ranks import Ranks
 from captionscale.model.captioner import Captioner
-from captionscale.train import checkpoints
-from captionscale.train.checkpoint_writer import CheckpointWriter
+from captionscale.train.checkpoint_writer import CheckpointWriter, write_checkpoint
 from captionscale.train.state import TrainState
 from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
@@ -84,7 +83,7 @@ def _saving(config: Config, folder: Path, ranks: Ranks, options: argparse.Namesp
 
     def synchronous() -> None:
         state.step += 1
-        checkpoints.save(
+        write_checkpoint(
             folder, state, {}, captioner.state_dict(), engine.optimizer_state(), config, vocabulary
         )
 

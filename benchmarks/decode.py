@@ -24,7 +24,7 @@ from captionscale.data.storage import open_storage
 from captionscale.errors import UserError
 from captionscale.model.decoders.attention import AttentionDecoder
 from captionscale.model.search.generate import Hypothesis, search
-from captionscale.train.checkpoints import open_checkpoint
+from captionscale.train.checkpoint import open_checkpoint
 from captionscale.vocab import END
 
 _BEAM, _MAX_WORDS, _LENGTH_PENALTY = 5, 20, 0.7

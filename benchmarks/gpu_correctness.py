@@ -31,7 +31,7 @@ from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample
 from captionscale.train import loop
 from captionscale.train.losses import cross_entropy
-from captionscale.train.preemption_flag import PreemptionFlag
+from captionscale.train.preemption import PreemptionFlag
 from captionscale.train.run_folder import checkpoint_folder
 
 _DECODERS = {

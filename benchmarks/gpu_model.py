@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +17,11 @@ from captionscale.data.loader import Batch
 from captionscale.distributed.engine import Engine
 from captionscale.distributed.ranks import Ranks
 from captionscale.model.captioner import Captioner
-from captionscale.train import loop
 from captionscale.train.ema import ModelEMA
-from captionscale.train.losses import CrossEntropyObjective
+from captionscale.train.objective import objective_class
 from captionscale.train.optimizer import make_optimizer, unfreeze
-from captionscale.train.preemption_flag import PreemptionFlag
+from captionscale.train.preemption import PreemptionFlag
+from captionscale.train.step import training_step
 from captionscale.vocab import END, START
 
 GPU = torch.cuda.is_available()
@@ -108,6 +108,7 @@ def build_model(config: Config, words: int, ranks: Ranks) -> Any:
     captioner = Captioner(config.model, words).to(ranks.device).train()
     unfreeze(captioner, config.train, 10**9)
     engine = Engine(ranks, captioner, make_optimizer(captioner, config.train), config.train.clip_norm)
+    no_data: Any = None
     return SimpleNamespace(
         config=config,
         ranks=ranks,
@@ -115,7 +116,7 @@ def build_model(config: Config, words: int, ranks: Ranks) -> Any:
         captioner=captioner,
         ema=ModelEMA(captioner, config.train.ema_decay) if config.train.ema_decay else None,
         steps=10**6,
-        objective=CrossEntropyObjective(config.train.label_smoothing),
+        objective=objective_class("cross-entropy")(config, captioner, no_data, no_data),
     )
 
 
@@ -142,15 +143,11 @@ def random_batch(images: int, words: int, size: int | tuple[int, int], seed: int
     return Batch(data, torch.from_numpy(tokens), image_index, list(range(images)))
 
 
-class _NoWatchdog:
-    def beat(self, step: int | None = None) -> None:
-        pass
-
-    def busy(self, _: str) -> Any:
-        return nullcontext()
-
-
 def train_step(model: Any, step: int, batches: list[Batch], flag: PreemptionFlag) -> None:
     """Take the training loop's own step."""
     flag.is_set()
-    loop._train_step(model, step, list(enumerate(batches)), None, _NoWatchdog(), flag)  # type: ignore[arg-type]
+    training_step(
+        model.engine, model.objective, list(enumerate(batches)), model.config, step, model.steps, flag=flag
+    )
+    if model.ema:
+        model.ema.update(step)

@@ -33,7 +33,7 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.model.search.generate import search
 from captionscale.train import profiling
 from captionscale.train.losses import cross_entropy
-from captionscale.train.preemption_flag import PreemptionFlag
+from captionscale.train.preemption import PreemptionFlag
 from captionscale.train.scst import ScstObjective
 from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 

@@ -42,6 +42,20 @@ Text = Annotated[str, Field(pattern=_LINE, max_length=4096)]
 PlainPath = Annotated[Path, AfterValidator(_one_line)]
 """A path without control characters."""
 
+OBJECTIVES = {
+    "cross-entropy": "captionscale.train.objective:CrossEntropyObjective",
+    "scst": "captionscale.train.scst:ScstObjective",
+}
+"""Classes of objectives by name."""
+
+
+def _known_objective(name: str) -> str:
+    if name not in OBJECTIVES and not plugins.is_plugin(name):
+        expected = f"{', '.join(map(repr, OBJECTIVES))} or module:Class"
+        raise PydanticKnownError("literal_error", {"expected": expected})
+    return name
+
+
 DEFAULT_CACHE_GB = 100.0
 """Default of `data.cache_gb`."""
 
@@ -228,8 +242,8 @@ class Train(Section):
     """Decay per step of the weights' moving average (EMA), which is evaluated; 0: no average."""
     init_from: PlainPath | None = None
     """Run whose best weights initialize the model; same model and vocabulary required."""
-    objective: Literal["cross-entropy", "scst"] = "cross-entropy"
-    """Cross-entropy of human references, or self-critical training: see `scst`."""
+    objective: Annotated[Text, AfterValidator(_known_objective)] = "cross-entropy"
+    """`cross-entropy` on references, `scst` for a high reward of sampled captions, or `module:Class`."""
     log_every: Count = 10
     """Steps between lines of log.jsonl."""
     save_every: Count | None = None
@@ -248,8 +262,6 @@ class Train(Section):
     """Seconds without progress after which the stalled rank is named; the run ends after ten times as many."""
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Trackers besides TensorBoard; they need captionscale's extra `track`, see docs/running.md."""
-    sample_log: bool = False
-    """Record the images of every micro-batch in sample_log/, as `captionscale drill` does to prove them."""
 
 
 class Scst(Section):

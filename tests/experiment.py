@@ -18,7 +18,8 @@ from captionscale import config, toml
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
 from captionscale.model.captioner import Captioner
-from captionscale.train import checkpoints
+from captionscale.train.checkpoint_writer import write_checkpoint
+from captionscale.train.run_folder import checkpoint_steps
 from captionscale.train.state import TrainState
 from captionscale.vocab import build
 
@@ -73,7 +74,7 @@ def peaked_run(folder: Path, packed: Path) -> Path:
         regions.weight /= features.std() * features.shape[1] ** 0.5 / 4
         regions.bias.copy_(-(regions.weight @ features.mean(0)))
     run = folder / "run"
-    checkpoints.save(run, TrainState(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
+    write_checkpoint(run, TrainState(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
     return run
 
 
@@ -126,12 +127,12 @@ def _join(
 def _train(toml: str, run: Path) -> None:
     from captionscale.train.loop import train
 
-    train(config.Config.model_validate(tomllib.loads(toml)), run)
+    train(config.Config.model_validate(tomllib.loads(toml)), run, sample_log=True)
 
 
 def load_weights(run: Path, step: int | None = None) -> dict[str, Tensor]:
     """Return the weights of a run's checkpoint; the newest, if no step is named."""
-    step = step or checkpoints.checkpoint_steps(run)[-1]
+    step = step or checkpoint_steps(run)[-1]
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
 
 

@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import metric_contract
+import objective_contract
 import pytest
 
 from captionscale.cli import main
 from captionscale.score import Receipt
 from captionscale.score.metrics import METRICS
 from captionscale.score.worker import BackgroundScorer
+from captionscale.train.objective import objective_class
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
@@ -74,3 +76,9 @@ def test_training_scores_by_a_metric_of_ones_own() -> None:
         scorer.close()
     assert scores is not None
     assert scores["my_metrics:WordCount"] == 3
+
+
+def test_training_has_an_objective_of_ones_own(folder: Path, packed: Path) -> None:
+    name = "my_objective:LongestReference"
+    config = objective_contract.config_of(name, folder, packed)
+    objective_contract.check(objective_class(name), config, packed)

@@ -13,7 +13,7 @@ from captionscale.data import manifest, shard_writer
 from captionscale.score import receipt
 from captionscale.tools.doctor import report
 from captionscale.tools.export import bundle
-from captionscale.train import checkpoints, watchdog
+from captionscale.train import checkpoint, watchdog
 from captionscale.train.loop import train
 
 PAGE = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
@@ -24,8 +24,8 @@ NAMED = {word for code in re.findall(r"`([^`]+)`", PAGE) for word in re.findall(
 @pytest.fixture(scope="module")
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
-    changes = ("train.steps=2", "train.sample_log=true", "train.ema_decay=0.9", "data.image_size=32")
-    train(tiny_config(folder, packed, *changes), folder / "run")
+    changes = ("train.steps=2", "train.ema_decay=0.9", "data.image_size=32")
+    train(tiny_config(folder, packed, *changes), folder / "run", sample_log=True)
     return folder / "run"
 
 
@@ -50,7 +50,7 @@ def test_it_names_what_seldom_is_written() -> None:
     ("place", "number"),
     [
         ("`manifest.json`:", manifest.FORMAT),
-        ("`state.json`:", checkpoints.FORMAT),
+        ("`state.json`:", checkpoint.FORMAT),
         ("(#receipt) |", receipt.FORMAT),
         ("(running.md#doctor-will-the-job-work) |", report.FORMAT),
         ("`config.json`:", bundle.FORMAT),

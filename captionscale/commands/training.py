@@ -34,6 +34,8 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="write a PyTorch profiler trace of N steps to RUN/profile/",
     )
+    # For `drill`, which compares the images of all steps.
+    train.add_argument("--sample-log", action="store_true", help=argparse.SUPPRESS)
 
     launch = commands.add(
         "launch",
@@ -133,7 +135,7 @@ def _train(options: argparse.Namespace) -> None:
     with preemption.handle_signals(config.train.grace_s):
         from captionscale.train.loop import train
 
-        train(config, options.out, options.trace_steps)
+        train(config, options.out, options.trace_steps, sample_log=options.sample_log)
 
 
 def _launch(options: argparse.Namespace) -> None:

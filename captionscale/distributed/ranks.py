@@ -1,4 +1,4 @@
-"""The processes of a run and what they agree on."""
+"""The processes of a run, and their collective operations."""
 
 import os
 import platform
@@ -26,27 +26,37 @@ from captionscale.progress import say
 T = TypeVar("T")
 P = ParamSpec("P")
 
+# What launchers set, as Accelerate reads it.
+_ALONE = {
+    "LOCAL_RANK": -1,
+    "WORLD_SIZE": 1,
+    "PMI_SIZE": 1,
+    "OMPI_COMM_WORLD_SIZE": 1,
+    "MV2_COMM_WORLD_SIZE": 1,
+}
+
 
 class Ranks:
-    """This process among its peers: one by itself, or those that `accelerate launch` started.
+    """This process and its peers, as started by `accelerate launch`; one rank without a launcher."""
 
-    Without a launcher there is one rank, and each call costs nothing.
-    """
-
-    def __init__(self, precision: str = "fp32"):
-        """Join the peers.
+    def __init__(self, precision: str = "fp32", *, alone: bool = False, cpu: bool = False):
+        """Join the process group.
 
         Args:
-            precision: `fp32`, `bf16` or `fp16`: arithmetic of the forward pass.
+            precision: Of the forward pass: `fp32`, `bf16` or `fp16`.
+            alone: Be the only rank, whatever a launcher has set.
+            cpu: Use no GPU; without a GPU, or if the launcher says so, none is used anyway.
 
         Raises:
-            UserError: The device or the engine does not have this precision, or the launch profile asks for
-                a stage of ZeRO that is not there.
+            UserError: The device or the engine lacks this precision, or the launch profile asks for another
+                stage of ZeRO than 1 or 2.
         """
-        self.zero_stage = _zero_stage()
-        """Stage of DeepSpeed's ZeRO that the launch profile asks for, if it does."""
+        self.zero_stage = None if alone else _zero_stage()
+        """Of DeepSpeed's ZeRO; None without it."""
         cpu = (
-            os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or not torch.cuda.is_available()
+            cpu
+            or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+            or not torch.cuda.is_available()
         )
         if precision == "fp16" and cpu:
             raise UserError(
@@ -57,12 +67,12 @@ class Ranks:
                 "train.precision = fp16 has no loss scaling under ZeRO; set train.precision to bf16 or fp32,"
                 " or take --profile gpu"
             )
-        # Ranks wait while rank 0 scores: the 40,504 images of COCO's val2014 can take it half an hour.
+        # Ranks wait while rank 0 scores: COCO's val2014 can take half an hour.
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         try:
-            # Accelerate would start DeepSpeed on GPUs only, and with the model itself in half precision.
-            with patch_environment(accelerate_use_deepspeed="false"):
+            # Accelerate would start DeepSpeed on GPUs only, with the model itself in half precision.
+            with patch_environment(accelerate_use_deepspeed="false", **_ALONE if alone else {}):
                 self.accelerator = Accelerator(
                     mixed_precision={"fp32": "no"}.get(precision, precision),
                     cpu=cpu,
@@ -70,12 +80,13 @@ class Ranks:
                 )
         except ValueError as error:
             raise UserError(
-                f"train.precision = {precision}: this device refuses ({error}); set train.precision to fp32"
+                f"train.precision = {precision}: refused by this device ({error}); set train.precision to"
+                " fp32"
             ) from None
         self.world_size: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
-        # Others compute it by converting each number.
+        # Other CPUs emulate it.
         has_bf16 = (
             torch.backends.cpu.get_cpu_capability().startswith("AVX512") or platform.machine() == "aarch64"
         )
@@ -90,29 +101,28 @@ class Ranks:
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        # A rank that fails alone must not wait for its peers to take leave with it: they wait elsewhere.
+        # A rank that fails alone must not wait for peers that wait elsewhere.
         if error is None or self.world_size == 1 or self._all_fail:
-            # The launcher kills the others once one has failed, and rank 0 may still have to finish a
-            # checkpoint and to tell of the error.
+            # The launcher kills all ranks once one has failed, and rank 0 may still be writing.
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
-            # This process may join others later, in another precision.
+            # This process may join again, in another precision.
             AcceleratorState._reset_state(reset_partial_state=True)
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which alone writes and speaks."""
+        """Whether this is rank 0, which alone writes and prints."""
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which a forward pass has the run's precision."""
+        """Return the context of a forward pass in the run's precision."""
         context: AbstractContextManager[Any] = self.accelerator.autocast()
         return context
 
     def seed(self, *key: int) -> None:
-        """Make the randomness of what follows a function of these integers alone."""
+        """Seed torch with a hash of these integers."""
         seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-        # Not torch.manual_seed, which asks for every kind of device: that was half a millisecond.
+        # torch.manual_seed looks for every kind of device, which takes half a millisecond.
         torch.default_generator.manual_seed(seed)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
@@ -127,16 +137,16 @@ class Ranks:
         return total
 
     def gather(self, items: list[T]) -> list[T]:
-        """Return the items of all ranks, rank after rank."""
+        """Return the items of all ranks, in the order of the ranks."""
         if self.world_size == 1:
             return items
         gathered: list[T] = gather_object(items)
         return gathered
 
     def run_on_main(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Let rank 0 do something, and return its result on every rank.
+        """Call a function on rank 0, and return its result on every rank.
 
-        An error ends the other ranks too, when rank 0 has let go of all it held; rank 0 alone tells of it.
+        An error ends the other ranks too; rank 0 alone reports it.
         """
         outcome: list[Any] = [None, False]
         failure = None
@@ -156,24 +166,24 @@ class Ranks:
         return result
 
     def broadcast_buffers_from_main(self, model: nn.Module) -> None:
-        """Give all ranks the buffers of rank 0, such as the batch statistics that a checkpoint holds."""
+        """Broadcast the buffers of rank 0, such as batch statistics."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
 
     def local_indices(self, count: int) -> range:
-        """Return this rank's part of `count` things: every size-th, from its own number on."""
+        """Return this rank's part of `count` indices: rank, rank + world_size, ..."""
         return range(self.rank, count, self.world_size)
 
 
 def _zero_stage() -> int | None:
-    """Return what `accelerate launch` has set from a profile of DeepSpeed's; none: it is not one."""
+    """Return the ZeRO stage of the launch profile; None without DeepSpeed."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
         return None
     stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "none")
-    if stage not in ("0", "1", "2"):
+    if stage not in ("1", "2"):
         raise UserError(
-            f"launch profile: deepspeed_config.zero_stage is {stage}, wanted 0, 1 or 2, such as in"
-            " launch/zero2.yaml; set it"
+            f"launch profile: deepspeed_config.zero_stage is {stage}, expected 1 or 2, as in"
+            " launch/zero2.yaml; change it"
         )
     return int(stage)

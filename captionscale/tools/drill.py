@@ -22,7 +22,8 @@ from captionscale.data.shards import Split
 from captionscale.data.storage import open_storage
 from captionscale.errors import UserError
 from captionscale.progress import SafeConsole, progress
-from captionscale.train import checkpoints, run_folder, sample_log
+from captionscale.train import run_folder, sample_log
+from captionscale.train.checkpoint import open_checkpoint
 from captionscale.train.log_reader import read_metric
 from captionscale.train.setup import make_sampler
 
@@ -66,7 +67,7 @@ def drill(
         UserError: The experiment cannot be drilled, or a start failed by itself.
     """
     # Scoring, once at the end, is not part of the drill.
-    fixed = {"steps": steps, "log_every": 1, "score_every": steps, "sample_log": True}
+    fixed = {"steps": steps, "log_every": 1, "score_every": steps}
     settings = config.model_copy(update={"train": config.train.model_copy(update=fixed)})
     _refuse(settings, out, kills, steps)
     split = Split(open_storage(config.data.shards, config.data.cache), config.data.train_split)
@@ -143,7 +144,7 @@ def _start(
 def _launched(run: Path, profile: str, ranks: int, save_every: int) -> Iterator[subprocess.Popen[bytes]]:
     """Train in processes that end with this context."""
     launch = ["launch", "--profile", profile, "--processes", str(ranks), "--"]
-    train = ["train", str(run.with_name(_EXPERIMENT)), "--out", str(run)]
+    train = ["train", str(run.with_name(_EXPERIMENT)), "--out", str(run), "--sample-log"]
     train += ["--set", f"train.save_every={save_every}"]
     with _output(run).open("ab") as output:
         process = subprocesses.start(
@@ -233,7 +234,7 @@ def _compare(
     """Print how the runs compare, and return whether they have one result."""
     steps = settings.train.steps or 0
     weights_tolerance, losses_tolerance = _TOLERANCE[settings.train.precision]
-    weights = _distance(*(checkpoints.open_checkpoint(run, "last").weights() for run in (killed, reference)))
+    weights = _distance(*(open_checkpoint(run, "last").weights() for run in (killed, reference)))
     losses = [read_metric(run, "loss") for run in (killed, reference)]
     max_difference = max(abs(losses[0].get(step, math.inf) - loss) for step, loss in losses[1].items())
     histories = [sample_log.read(run) for run in (killed, reference)]

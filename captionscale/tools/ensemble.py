@@ -12,8 +12,7 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.ensemble import Ensemble
-from captionscale.train.checkpoint import Checkpoint
-from captionscale.train.checkpoints import open_checkpoint
+from captionscale.train.checkpoint import Checkpoint, open_checkpoint
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from captionscale.tools import board, example_captions
 from captionscale.tools.curves import curves
 from captionscale.tools.run_artifacts import RunArtifacts
 from captionscale.tools.run_diff import compare_runs
-from captionscale.train.checkpoint import Checkpoint
-from captionscale.train.checkpoints import open_checkpoint
+from captionscale.train.checkpoint import Checkpoint, open_checkpoint
 from captionscale.train.run_folder import checkpoint_steps
 from captionscale.version import __version__
 

@@ -12,7 +12,7 @@ from captionscale.errors import UserError
 from captionscale.escape import for_shell
 from captionscale.score.receipt import Receipt
 from captionscale.train import run_folder
-from captionscale.train.checkpoints import open_checkpoint
+from captionscale.train.checkpoint import open_checkpoint
 from captionscale.train.log_reader import RunLog
 from captionscale.train.run_folder import LOG_FILE, checkpoint_steps, require_run
 

@@ -1,48 +1,62 @@
-"""Checkpoints are written while training goes on; a step waits only until its tensors are copied."""
+"""Asynchronous writing of checkpoints: training waits only until the tensors are copied."""
 
 import copy
 import ctypes
 import errno
+import json
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import UserError
+from captionscale.files import sha256_of
 from captionscale.model.captioner import Captioner
 from captionscale.progress import say
-from captionscale.train import checkpoints
-from captionscale.train.run_folder import checkpoints_folder
+from captionscale.train.checkpoint import FORMAT
+from captionscale.train.disk_space import aligned, check_disk_space, checkpoint_bytes
+from captionscale.train.run_folder import (
+    CONFIG_FILE,
+    EMA_FILE,
+    MODEL_FILE,
+    OLD_SUFFIX,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    VOCAB_FILE,
+    checkpoint_folder,
+    checkpoint_steps,
+    remove_partial_checkpoints,
+)
 from captionscale.train.state import TrainState
+from captionscale.version import __version__
 from captionscale.vocab import Vocabulary
 
-# No number type is wider, so that each tensor may begin at any multiple of it.
-_ALIGNMENT_BYTES = 16
 _DENSE = (torch.contiguous_format, torch.channels_last)
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time, in a thread of its own.
+    """Writes a run's checkpoints in a background thread, one at a time.
 
-    The thread does nothing but what lets other threads run: writing, hashing, waiting for the disk.
+    All that the thread does releases the GIL: writing, hashing, waiting for the disk.
     """
 
     def __init__(self, run: Path, config: Config, vocabulary: Vocabulary, fingerprint: Mapping[str, Any]):
-        """Take what is the same in each of a run's checkpoints.
+        """Start the thread.
 
         Args:
             run: The run's folder.
             config: The experiment.
-            vocabulary: Its words.
-            fingerprint: What may not change within the run.
+            vocabulary: The run's.
+            fingerprint: What a resume may not change.
         """
         self._run, self._config, self._vocabulary = run, config, vocabulary
         self._fingerprint = copy.deepcopy(dict(fingerprint))
@@ -52,10 +66,10 @@ class CheckpointWriter:
         self._written: dict[int, dict[str, float]] = {}
 
     def reserve(self, captioner: Captioner) -> None:
-        """Make ready to save a captioner: the disk can hold all that will be kept, the copies have memory.
+        """Check disk space and allocate the buffer for the copies.
 
         Raises:
-            UserError: The disk cannot.
+            UserError: Too little disk space.
         """
         size = checkpoint_bytes(captioner, bool(self._config.train.ema_decay))
         check_disk_space(self._run, size, self._config.train.keep_checkpoints)
@@ -68,16 +82,16 @@ class CheckpointWriter:
         optimizer_state: Mapping[str, Tensor],
         ema: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Copy what is to be saved and begin to write it; first wait for the one before, if need be.
+        """Wait for the checkpoint before, copy the tensors, and begin to write.
 
         Args:
-            train_state: How far the run is.
+            train_state: Progress of the run.
             weights: The captioner's.
-            optimizer_state: The optimiser's, as `Engine.optimizer_state` gives it.
-            ema: The weights' moving average, if the run has one.
+            optimizer_state: As `Engine.optimizer_state` gives it.
+            ema: Moving average of the weights, if the run has one.
 
         Raises:
-            UserError: The one before could not be written.
+            UserError: The checkpoint before could not be written.
         """
         began = time.monotonic()
         self.wait()
@@ -86,7 +100,7 @@ class CheckpointWriter:
         self._writing = self._thread.submit(self._timed, copy.deepcopy(train_state), wait_s, copies)
 
     def wait(self) -> None:
-        """Return when what was saved is on the disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
             UserError: It could not be written.
@@ -97,10 +111,10 @@ class CheckpointWriter:
             self._written[step] = seconds
 
     def pop_timings(self) -> dict[int, dict[str, float]]:
-        """Return the checkpoints that came to the disk since the last call, without waiting for any.
+        """Return the checkpoints completed since the last call, without waiting.
 
         Returns:
-            For each step, the seconds that the loop waited (`save_wait_s`) and the writing took (`save_s`).
+            For each step, the seconds that training waited (`save_wait_s`) and writing took (`save_s`).
 
         Raises:
             UserError: One could not be written.
@@ -111,13 +125,13 @@ class CheckpointWriter:
         return written
 
     def close(self) -> None:
-        """Let the one that is being written come to its end, whatever ended the run."""
+        """Wait for the last checkpoint, whatever ended the run."""
         try:
             self.wait()
         except UserError as error:
             say(f"warning: {error}")
         self._thread.shutdown()
-        # Pinned memory is dear, and the process may live on.
+        # Pinned memory is scarce, and the process may live on.
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def _timed(
@@ -125,7 +139,7 @@ class CheckpointWriter:
     ) -> tuple[int, dict[str, float]]:
         began = time.monotonic()
         weights, optimizer_state, ema = copies
-        checkpoints.save(
+        write_checkpoint(
             self._run,
             train_state,
             self._fingerprint,
@@ -138,9 +152,9 @@ class CheckpointWriter:
         return train_state.step, {"save_wait_s": wait_s, "save_s": time.monotonic() - began}
 
     def _copies(self, *groups: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Return the tensors as they are now, one after the other in this host's memory."""
+        """Copy tensors into the buffer, one after the other."""
         tensors = [tensor for group in groups for tensor in group.values()]
-        sizes = [_aligned(tensor.nbytes) for tensor in tensors]
+        sizes = [aligned(tensor.nbytes) for tensor in tensors]
         if sum(sizes) > len(self._buffer):
             self._make_buffer(sum(sizes), tensors[0].device)
         places = iter(torch.split(self._buffer[: sum(sizes)], sizes))
@@ -151,76 +165,116 @@ class CheckpointWriter:
 
     def _make_buffer(self, size: int, device: torch.device) -> None:
         self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        # The system hands memory out when it is first written to, which is to be now and not in a step.
+        # Touch the pages now, so that no step waits for the system to map them.
         self._buffer.zero_()
+
+
+def write_checkpoint(
+    run: Path,
+    train_state: TrainState,
+    fingerprint: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor],
+    config: Config,
+    vocabulary: Vocabulary,
+    ema: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write a checkpoint, then remove those that `train.keep_checkpoints` does not keep.
+
+    It gets its name once it is on disk, so a kill, a full disk or a power cut never leaves a torn one.
+
+    Args:
+        run: The run's folder.
+        train_state: Progress of the run.
+        fingerprint: What a resume may not change.
+        weights: The captioner's.
+        optimizer_state: As `Engine.optimizer_state` gives it.
+        config: The experiment.
+        vocabulary: The run's.
+        ema: Moving average of the weights, if the run has one.
+
+    Raises:
+        UserError: The disk is full or cannot be written.
+    """
+    folder = checkpoint_folder(run, train_state.step)
+    partial = _partial(folder)
+    try:
+        remove_partial_checkpoints(run)
+        partial.mkdir(parents=True)
+        for tensors, name in ((weights, MODEL_FILE), (optimizer_state, OPTIMIZER_FILE), (ema, EMA_FILE)):
+            if tensors is not None:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
+        write_metadata(partial, train_state, fingerprint, config, vocabulary)
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if folder.exists():
+            folder.rename(folder.with_name(folder.name + OLD_SUFFIX))
+        partial.rename(folder)
+        for path in (folder.parent, run):
+            _sync(path)
+        # Later ones are damaged: the run was resumed from before them.
+        earlier = [step for step in checkpoint_steps(run) if step <= train_state.step]
+        kept = {*earlier[-config.train.keep_checkpoints :], train_state.best_step}
+        if train_state.scored_step < train_state.validated_step:
+            kept.add(train_state.validated_step)  # It may turn out to be the best.
+        for step in checkpoint_steps(run):
+            if step not in kept:
+                checkpoint_folder(run, step).rename(_partial(checkpoint_folder(run, step)))
+        remove_partial_checkpoints(run)
+    # OSError, or the error that safetensors makes of it.
+    except Exception as error:
+        remove_partial_checkpoints(run)
+        raise UserError(
+            f"{folder}: cannot be written ({error}); the checkpoints before it are whole;"
+            " free the disk and train again with the same --out"
+        ) from None
+
+
+def write_metadata(
+    folder: Path,
+    train_state: TrainState,
+    fingerprint: Mapping[str, Any],
+    config: Config,
+    vocabulary: Vocabulary,
+) -> None:
+    """Complete a checkpoint's folder with config, vocabulary, state and the checksums of all files."""
+    (folder / CONFIG_FILE).write_text(toml.dumps(config), encoding="utf-8")
+    vocabulary.save(folder / VOCAB_FILE)
+    state = {
+        "format": FORMAT,
+        "captionscale": __version__,
+        **asdict(train_state),
+        "fingerprint": dict(fingerprint),
+        "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+    }
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".tmp")
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync folders.
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def _copied(tensor: Tensor, place: Tensor) -> Tensor:
     flat = place[: tensor.nbytes].view(tensor.dtype)
     if not any(tensor.is_contiguous(memory_format=form) for form in _DENSE):
         return flat.view(tensor.shape).copy_(tensor, non_blocking=True)
-    # In its own order: the thread that writes has the time to change it.
+    # In its own memory format; the writing thread has time to reorder it.
     copied = flat.as_strided(tensor.shape, tensor.stride())
     if tensor.device.type != "cpu":
         return copied.copy_(tensor, non_blocking=True)
-    # Past the processor's caches, where `copy_` first reads what it is to overwrite.
+    # Bypasses the caches; `copy_` would first read what it overwrites.
     ctypes.memmove(copied.data_ptr(), tensor.data_ptr(), tensor.nbytes)
     return copied
-
-
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-
-
-def checkpoint_bytes(captioner: Captioner, averaged: bool) -> int:
-    """Return how large a captioner's checkpoint is.
-
-    Args:
-        captioner: It may be on the device `meta`.
-        averaged: Whether the run keeps a moving average.
-    """
-    weights = list(captioner.state_dict().values())
-    learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
-    # AdamW keeps two moments of each parameter, and a count of its steps.
-    tensors = (*weights, *(weights if averaged else []), *learning, *learning)
-    return sum(_aligned(tensor.nbytes) for tensor in tensors) + len(learning) * _ALIGNMENT_BYTES
-
-
-def check_disk_space(run: Path, size: int, keep: int, folder: Path | None = None) -> None:
-    """Refuse a disk that cannot hold a run's checkpoints: kept, best, being scored, being written.
-
-    Args:
-        run: The run's folder.
-        size: Of a checkpoint, in bytes.
-        keep: As `train.keep_checkpoints`.
-        folder: On the same disk, if that of the run is not there yet.
-
-    Raises:
-        UserError: There is no room, or a quota.
-    """
-    folder = folder or run
-    held = sum(path.stat().st_size for path in checkpoints_folder(run).glob("*/*"))
-    missing = (keep + 3) * size - held
-    if missing <= 0:
-        return
-    try:
-        free = shutil.disk_usage(folder).free
-        found = f"{free / 1e9:,.2f} GB are free" if free < missing else _no_allocation(folder, missing)
-    except OSError as error:
-        found = f"cannot be written ({error.strerror})"
-    if found:
-        raise UserError(
-            f"{run}: {found}, wanted {missing / 1e9:,.2f} GB more for {keep + 3:,} checkpoints of"
-            f" {size / 1e9:,.2f} GB (train.keep_checkpoints = {keep:,}, the best, one being scored, one being written);"
-            " free the disk, lower train.keep_checkpoints, or take --out elsewhere"
-        )
-
-
-def _no_allocation(run: Path, size: int) -> str:
-    """Return why the disk does not give so many bytes: a quota is in no count of what is free."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    with tempfile.TemporaryFile(dir=run) as file:
-        # Not os.posix_fallocate: where a file system cannot allocate, it writes each block, for minutes.
-        failed = libc.fallocate(file.fileno(), 0, ctypes.c_int64(0), ctypes.c_int64(size))
-    code = ctypes.get_errno()
-    return os.strerror(code).lower() if failed and code in (errno.ENOSPC, errno.EDQUOT) else ""

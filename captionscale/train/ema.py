@@ -1,4 +1,4 @@
-"""A moving average of the weights: often a better captioner than the weights themselves."""
+"""Exponential moving average (EMA) of the weights."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,25 +6,22 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_SOON = 10
+_WARMUP = 10
 
 
 class ModelEMA:
-    """The exponential moving average of what changes in a model, in fp32.
-
-    Each rank keeps one: all have the same weights after each step, and so the same average.
+    """Exponential moving average of a model's weights, in fp32; the same on every rank.
 
     Source:
-        Polyak and Juditsky 1992; the slower start as TensorFlow's `ExponentialMovingAverage` has it, so that
-        the random first weights are forgotten.
+        Polyak and Juditsky 1992; with the warm-up of TensorFlow's `ExponentialMovingAverage`.
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        """Begin with the weights as they are.
+        """Begin with the current weights.
 
         Args:
-            model: Its parameters that learn or will learn, and its buffers that are numbers, are averaged.
-            decay: What is left of the average in each step, 0 to 1.
+            model: Its floating-point parameters and buffers are averaged.
+            decay: Of the average in each step, 0 to 1.
         """
         self._decay = decay
         self._own = {
@@ -36,18 +33,14 @@ class ModelEMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take the weights after a step into account.
-
-        Args:
-            step: From 0.
-        """
-        decay = min(self._decay, (1 + step) / (_SOON + step))
+        """Add the weights after a step, from 0."""
+        decay = min(self._decay, (1 + step) / (_WARMUP + step))
         own = [tensor.detach() for tensor in self._own.values()]
         torch._foreach_lerp_(list(self._average.values()), own, 1 - decay)
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
-        """Let the model have the average instead of its weights for a while."""
+        """Swap the average into the model within this context."""
         self._swap()
         try:
             yield
@@ -55,11 +48,11 @@ class ModelEMA:
             self._swap()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the average under the names of the model's weights."""
+        """Return the average by names of the model's weights."""
         return self._average
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with an average that `state_dict` gave."""
+        """Load what `state_dict` returned."""
         for name, tensor in self._average.items():
             tensor.copy_(state[name])
 

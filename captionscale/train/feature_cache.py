@@ -1,4 +1,4 @@
-"""Features of all images, computed once over all ranks."""
+"""Feature cache: features of all images, computed once, over all ranks."""
 
 import hashlib
 import json
@@ -17,26 +17,25 @@ from captionscale.model.encoders.cnn import Encoder
 from captionscale.progress import progress
 from captionscale.train import preemption
 
-# Of all that makes features from stored bytes: decoding, the centre view, normalisation, the backbone's forward
-# pass. Raise it when one of them changes, or old files will be taken for new ones.
+# Of decoding, the center crop, normalization and the backbone's forward pass: raise it when one changes.
 _VERSION = 4
-# Images in a forward pass: in half precision, the others of its batch can change an image's features.
+# Images in a forward pass: in half precision, features can depend on the others of the batch.
 _BATCH = 32
 
 
 def cache_features(encoder: Encoder, loaders: Sequence[Loader], ranks: Ranks, precision: str) -> None:
-    """Have loaders read the features of their splits' images, and compute those that are not there yet.
+    """Compute missing features, and have loaders read features instead of images; all ranks call it.
 
     Args:
-        encoder: Frozen, with its weights, on the ranks' device.
-        loaders: Of the splits of one folder.
-        ranks: All of them call this.
+        encoder: Frozen, on the ranks' device.
+        loaders: Of splits in the same folder.
+        ranks: This process and its peers.
         precision: The run's.
 
     Raises:
-        UserError: Shards behind a URL, a read-only folder, one without room, one that another process fills,
-            a damaged file, or features that half precision cannot hold.
-        PreemptedError: A signal asked this or another rank to leave; the next run goes on with what is done.
+        UserError: Shards behind a URL, a folder that is read-only, full or in use, a damaged file, or
+            features outside the range of half precision.
+        PreemptedError: A rank was asked to stop; the next run continues.
     """
     encoder.eval()
     files = [ranks.run_on_main(_file_of, encoder, loader, ranks, precision) for loader in loaders]
@@ -51,9 +50,9 @@ def cache_features(encoder: Encoder, loaders: Sequence[Loader], ranks: Ranks, pr
 
 def _file_of(encoder: Encoder, loader: Loader, ranks: Ranks, precision: str) -> FeatureFile:
     split, size = loader.split, loader.data.image_size
-    picture = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=ranks.device)
+    image = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=ranks.device)
     with torch.no_grad():
-        _, regions, numbers = encoder(picture).shape
+        _, regions, numbers = encoder(image).shape
     settings = encoder.settings
     facts = [
         _VERSION,
@@ -72,21 +71,21 @@ def _file_of(encoder: Encoder, loader: Loader, ranks: Ranks, precision: str) -> 
 def _hash_of(encoder: Encoder) -> str:
     hasher = hashlib.sha256()
     for name, tensor in sorted(encoder.backbone.state_dict().items()):
-        # A count that changes no feature.
+        # This count changes no feature.
         if not name.endswith("num_batches_tracked"):
             hasher.update(name.encode() + np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
     return hasher.hexdigest()
 
 
 def _begin(files: Sequence[FeatureFile], stack: ExitStack) -> list[FeatureFile]:
-    """Return the files to fill, made ready; nobody else fills any until the stack closes."""
+    """Create the files to fill, and return them, locked until the stack closes."""
     if _missing(files):
         folder = files[0].path.parent
         try:
             stack.enter_context(lock(folder, "captionscale train, which computes features"))
         except OSError as error:
             raise cannot_write(folder, error) from None
-        # Another run may have come first.
+        # Another run may have been first.
         if missing := _missing(files):
             create_all(missing)
             return missing
@@ -97,7 +96,7 @@ def _missing(files: Sequence[FeatureFile]) -> list[FeatureFile]:
     missing = []
     for file in dict.fromkeys(files):
         if file.path.exists():
-            file.open()  # It is not to turn out to be damaged when the others are computed.
+            file.open()  # Refuse a damaged one before the others are computed.
         else:
             missing.append(file)
     return missing
@@ -106,7 +105,7 @@ def _missing(files: Sequence[FeatureFile]) -> list[FeatureFile]:
 def _fill(file: FeatureFile, encoder: Encoder, loader: Loader, ranks: Ranks) -> None:
     """Compute this rank's share of a file."""
     items = np.arange(len(loader.split))
-    # Cut first, dealt then: features do not depend on the ranks.
+    # Batches, and so features, do not depend on the number of ranks.
     parts = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
     todo = set(ranks.run_on_main(lambda: file.missing_rows().tolist()))
     parts = [part for part in parts if not todo.isdisjoint(part.tolist())]
@@ -127,6 +126,8 @@ def _fill(file: FeatureFile, encoder: Encoder, loader: Loader, ranks: Ranks) -> 
     file.sync()
     left, written = ranks.sum(left, written).tolist()
     if left:
-        parting = f"{file.path}: left before the features of all images were computed; those that were stay"
-        raise PreemptedError(parting if ranks.is_main else "")
+        message = (
+            f"{file.path}: stopped before the features of all images were computed; those computed are kept"
+        )
+        raise PreemptedError(message if ranks.is_main else "")
     assert written == sum(map(len, parts)), "an image was encoded twice or not at all"

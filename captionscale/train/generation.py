@@ -1,4 +1,4 @@
-"""Caption a split, over all ranks, and prove that every image has its caption."""
+"""Generation of captions for a split, over all ranks."""
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -24,7 +24,7 @@ from captionscale.score.results import Result
 from captionscale.vocab import PAD, SPECIAL_TOKENS, UNK, Vocabulary, split_words
 
 MAX_REQUIRED_WORDS = 4
-"""Words that captions can be made to hold: the search takes twice as long for each."""
+"""Of one caption; each doubles the time of the search."""
 
 
 def make_constraints(
@@ -35,17 +35,17 @@ def make_constraints(
     prefix: str = "",
     require: Sequence[str] = (),
 ) -> Constraints:
-    """Return what captions may not say, and what they must.
+    """Return the constraints on generated captions.
 
     Args:
         settings: The config's section `search`.
         vocabulary: The captioner's.
         max_words: Of a caption.
-        prefix: What every caption begins with.
-        require: Words that every caption holds.
+        prefix: Beginning of every caption.
+        require: Words that every caption must contain.
 
     Raises:
-        UserError: A word that the captioner cannot say, too many words, or words required of samples.
+        UserError: A word that is not in the vocabulary, too many words, or words required of samples.
     """
     beginning = [_token(word, vocabulary, "--prefix") for word in split_words(prefix)]
     required = []
@@ -53,21 +53,21 @@ def make_constraints(
         words = split_words(text)
         if len(words) != 1:
             raise UserError(
-                f"--require '{text}': found {len(words)} words, wanted one; give --require for each word"
+                f"--require '{text}': found {len(words)} words, expected one; give --require for each word"
             )
         required.append((_token(words[0], vocabulary, "--require"),))
     if len(required) > MAX_REQUIRED_WORDS:
         raise UserError(
-            f"--require: found {len(required)} words, wanted at most {MAX_REQUIRED_WORDS}; leave some out"
+            f"--require: found {len(required)} words, expected at most {MAX_REQUIRED_WORDS}; leave some out"
         )
     if required and settings.method == "sample":
         raise UserError(
-            "--require: a sampled caption cannot be made to hold words, wanted search.method = 'beam'; leave"
+            "--require: sampling cannot require words, expected search.method = 'beam'; leave"
             " out --require, or --set search.method=beam"
         )
     if len(beginning) + len(required) >= max_words:
         raise UserError(
-            f"--prefix and --require: found {len(beginning) + len(required)} words, wanted fewer than the"
+            f"--prefix and --require: found {len(beginning) + len(required)} words, expected fewer than the"
             f" run's data.max_words = {max_words}; leave some out"
         )
     known = {token for word in DANGLING for token in vocabulary.encode(word, 1)[1:-1]} - {UNK}
@@ -93,21 +93,21 @@ def caption_split(
 ) -> list[Result] | None:
     """Caption every image of the loader's split once.
 
-    Rank r of w takes the batches r, r + w, ... and no rank waits for another before all are done. A sampled
-    caption depends on the loader's seed and on the image alone.
+    Rank r of w takes the batches r, r + w, ... A sampled caption depends only on the loader's seed and the
+    image.
 
     Args:
         captioner: Not wrapped by an engine.
         loader: Of the split.
         settings: The config's section `search`.
-        ranks: Among which the images are divided.
-        title: For the progress bar.
-        prefix: What every caption begins with.
-        require: Words that every caption holds.
-        should_stop: Asked before each batch; one yes, on any rank, and there are no results.
+        ranks: This process and its peers.
+        title: Of the progress bar.
+        prefix: As in `make_constraints`.
+        require: As in `make_constraints`.
+        should_stop: Called before each batch; generation stops if it returns true on any rank.
 
     Returns:
-        COCO results, by image id, the same on every rank; none if a rank left before its last batch.
+        COCO results by image id, the same on every rank; None if a rank stopped.
 
     Raises:
         UserError: As `make_constraints`.
@@ -115,7 +115,7 @@ def caption_split(
     max_words = loader.data.max_words
     constraints = make_constraints(settings, loader.vocabulary, max_words, prefix=prefix, require=require)
     split = loader.split
-    # Cut first, dealt then: the batch in which an image is captioned does not depend on the ranks.
+    # Batches do not depend on the number of ranks.
     items = np.arange(len(split))
     parts = [
         items[start : start + settings.batch_size] for start in range(0, len(split), settings.batch_size)
@@ -168,8 +168,8 @@ def generate_captions(
         vocabulary: The captioner's.
         settings: The config's section `search`.
         max_words: Of a caption.
-        constraints: What captions may say.
-        keys: Seed and number of each image, of which its sampled caption is a function.
+        constraints: As of `make_constraints`.
+        keys: Seed and image id of each image, which determine its sampled caption.
 
     Raises:
         UserError: Coverage is asked of a captioner without attention.
@@ -188,18 +188,18 @@ def generate_tokens(
     constraints: Constraints,
     keys: Sequence[tuple[int, int]],
 ) -> list[list[list[int]]]:
-    """Return the tokens of the captions that a beam search ends with, best first, or of a sampled one.
+    """Return the token ids of all captions of a beam, best first, or of a sampled caption.
 
     Args:
         decoder: In evaluation mode.
         features: Of each image.
         settings: The config's section `search`.
         max_words: Of a caption.
-        constraints: What captions may say.
-        keys: As `generate_captions` has it.
+        constraints: As of `make_constraints`.
+        keys: As in `generate_captions`.
 
     Returns:
-        Of each image its captions: words, then the end token unless it was cut at `max_words`.
+        Captions of each image: words, then the end token unless cut at `max_words`.
 
     Raises:
         UserError: Coverage is asked of a captioner without attention.
@@ -237,12 +237,12 @@ def _token(word: str, vocabulary: Vocabulary, place: str) -> int:
     if token == UNK:
         known = vocabulary.words[len(SPECIAL_TOKENS) :]
         near = get_close_matches(word, known)
-        cure = did_you_mean(word, near) if near else "take one of its checkpoint's vocab.json"
-        raise UserError(f"{place}: the run has no word '{word}' among its {len(known):,}; {cure}")
+        cure = did_you_mean(word, near) if near else "see vocab.json in the checkpoint"
+        raise UserError(f"{place}: '{word}' is not in this run's vocabulary ({len(known):,} words); {cure}")
     return token
 
 
 def _uniforms(seed: int, image_id: int, count: int) -> Float32[np.ndarray, "time"]:
-    """Return what decides the words of an image's sampled caption."""
+    """Return the uniform random numbers that sample an image's caption."""
     random = np.random.default_rng([seed, image_id % 2**64])
     return random.random(count, dtype=np.float32)

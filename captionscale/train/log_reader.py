@@ -1,4 +1,4 @@
-"""Reads `log.jsonl`, which may be at work, torn or damaged; who reads it needs no torch."""
+"""Reads `log.jsonl`, which may be growing, torn or damaged; imports no torch."""
 
 import math
 import os
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class _Line(msgspec.Struct):
-    """What readers rely on; a line may hold more."""
+    """Keys that readers rely on; a line may have more."""
 
     step: Step
     scores: dict[str, float] = {}
@@ -42,10 +42,10 @@ class _Line(msgspec.Struct):
 
 
 class RunLog:
-    """The figures of a run."""
+    """Metrics logged by a run."""
 
     def __init__(self, run: Path):
-        """Read the log as it is now; no log is an empty one.
+        """Read the current log; a missing one is empty.
 
         Raises:
             UserError: It cannot be read.
@@ -54,7 +54,7 @@ class RunLog:
         self.lines = read(self.path)
 
     def metric(self, key: str) -> dict[int, float]:
-        """Return the finite figures of one name by step."""
+        """Return the finite values of a metric by step."""
         return {line["step"]: line[key] for _, line in self.lines.valid if _is_finite(line.get(key))}
 
     @property
@@ -64,30 +64,30 @@ class RunLog:
 
     @property
     def warning(self) -> str:
-        """One line that names the lines that were passed over; nothing if there are none."""
+        """One line about skipped lines; empty if there are none."""
         return self.lines.warning(self.path)
 
 
 @dataclass
 class JsonLinesReader(Generic[T]):
-    """Reads a file of JSON lines again and again: only what is new, or all, if it was written anew."""
+    """Reads new lines of a growing JSON lines file, or all if it was rewritten."""
 
     path: Path
     parse: Callable[[bytes], T]
     """Reads a line; raises ValueError for a damaged one."""
     lines: list[T] = field(default_factory=list)
     damaged: int = 0
-    """Lines that were passed over."""
+    """Number of skipped lines."""
     _inode: int = 0
     _offset: int = 0
 
     def read(self) -> None:
-        """Take in what has come. A torn last line is left for the next time; damaged ones are counted."""
+        """Read new lines; a torn last line is left for the next call, damaged ones are counted."""
         try:
-            # Opened each time: over NFS that is what brings in another machine's changes.
+            # Opened each time, to see another machine's changes over NFS.
             with open_file(self.path) as file:
                 facts = os.fstat(file.fileno())
-                # A run that goes on writes the log anew, without what it will do again.
+                # A resumed run rewrites the log, without the steps it will repeat.
                 if facts.st_ino != self._inode or facts.st_size < self._offset:
                     self._forget(facts.st_ino)
                 file.seek(self._offset)
@@ -117,14 +117,14 @@ def read(path: Path) -> Lines[dict[str, Any]]:
         data = b""
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}), expected the log of a run; correct its rights, or"
-            " move it away"
+            f"{path}: cannot be read ({error.strerror}), expected the log of a run; correct its"
+            " permissions, or move it away"
         ) from None
     return parsing.read_lines(data, parse_line)
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
-    """Return a line of a log without figures that are no numbers (NaN, Infinity).
+    """Return a line of a log without values that are NaN or infinite.
 
     Raises:
         ValueError: It is not one.
@@ -141,13 +141,13 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def read_metric(run: Path, key: str, since: float = 0) -> dict[int, float]:
-    """Return one figure of a run's log by step; the run may be at work.
+    """Return a metric of a run's log by step; the run may be in progress.
 
     Args:
         run: The run's folder.
-        key: As `LogWriter.write` was given it.
-        since: A time of `time.time`: nothing is told of a log that was not written after it. A run that goes
-            on first takes out what the one before did in vain.
+        key: As given to `LogWriter.write`.
+        since: A time of `time.time`; a log not written since then counts as empty, as a resumed run first
+            removes the steps that it will repeat.
 
     Raises:
         UserError: The log cannot be read.

@@ -1,4 +1,4 @@
-"""What a run leaves to read: `log.jsonl` for programs, TensorBoard for curves."""
+"""Logs of a run: `log.jsonl`, and TensorBoard."""
 
 import json
 import time
@@ -17,10 +17,9 @@ from captionscale.train.tracking import flatten_scalars
 
 
 class LogWriter:
-    """The log of a run, continued from the step that a resumed run starts at.
+    """Writes a run's log; a resumed run first removes lines that it will write again.
 
-    What the resumed run will do again is taken out: lines of later steps, and scores that do not count yet.
-    Damaged lines are moved to `log.jsonl.damaged`, and named.
+    Damaged lines are moved to `log.jsonl.damaged`, with a warning.
     """
 
     def __init__(self, run: Path, step: int, scored_step: int):
@@ -44,10 +43,10 @@ class LogWriter:
 
         Args:
             step: Steps done.
-            values: Numbers make curves; a dictionary of numbers, one for each of its keys.
+            values: Numbers, or dictionaries of numbers, become TensorBoard curves.
 
         Raises:
-            UserError: The disk is full: without its log a run could not be resumed as one that never stopped.
+            UserError: The disk is full; a resume needs a complete log.
         """
         try:
             append_lines(self._path, json.dumps({"step": step, **values}).encode())
@@ -60,28 +59,28 @@ class LogWriter:
             self._board.write(step, points)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
         self._board.close()
 
 
 class Throughput:
-    """Counts images and captions between two readings."""
+    """Images and captions per second."""
 
     def __init__(self) -> None:
         self.reset()
 
     def update(self, batches: list[Batch]) -> None:
-        """Take what a step has read."""
+        """Add the micro-batches of a step."""
         self._images += sum(len(batch.images) for batch in batches)
         self._captions += sum(len(batch.tokens) for batch in batches)
 
     def compute(self, ranks: Ranks) -> dict[str, float]:
-        """Return the pace of all ranks together since the last reading."""
+        """Return the throughput of all ranks since the last call."""
         seconds = time.monotonic() - self._began
         images, captions = (ranks.sum(self._images, self._captions) / seconds).tolist()
         self.reset()
         return {"images_per_s": images, "captions_per_s": captions}
 
     def reset(self) -> None:
-        """Count from now on, leaving out what was done since the last reading."""
+        """Start to count anew."""
         self._began, self._images, self._captions = time.monotonic(), 0, 0

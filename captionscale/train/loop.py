@@ -5,7 +5,6 @@ import math
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from captionscale.config import Config
@@ -16,223 +15,178 @@ from captionscale.files import lock
 from captionscale.progress import Bar, progress
 from captionscale.train import preemption
 from captionscale.train.log_writer import LogWriter, Throughput
-from captionscale.train.losses import cross_entropy, doubly_stochastic_penalty, mask_unsampleable_tokens
 from captionscale.train.nan_guard import NanGuard
-from captionscale.train.preemption_flag import PreemptionFlag
+from captionscale.train.preemption import PreemptionFlag
 from captionscale.train.profiling import profiling
 from captionscale.train.sample_log import SampleLog
 from captionscale.train.schedule import lr_factor
-from captionscale.train.scst import ScstObjective
-from captionscale.train.scst_checks import check_collapse
 from captionscale.train.setup import Run, build_run
 from captionscale.train.state import TrainState
+from captionscale.train.step import training_step
 from captionscale.train.tracking import Trackers
 from captionscale.train.validation import Validation
 from captionscale.train.watchdog import Watchdog
 
 
-def train(config: Config, run: Path, profile_steps: int = 0) -> TrainState:
-    """Train a captioner, or go on with one.
+def train(config: Config, run: Path, profile_steps: int = 0, *, sample_log: bool = False) -> TrainState:
+    """Train a captioner; a run with a checkpoint resumes from it.
 
     Args:
         config: The experiment.
-        run: Folder of its checkpoints and logs. If it holds a checkpoint, training goes on from there.
-        profile_steps: Steps of which a profile is written.
+        run: Folder of checkpoints and logs.
+        profile_steps: Number of steps to profile.
+        sample_log: Record the images of every micro-batch, as `captionscale drill` needs.
 
     Returns:
-        How far the run is now: at its last step, or where early stopping or preemption ended it.
+        Progress of the run: at its last step, or where early stopping or preemption ended it.
 
     Raises:
         UserError: Shards, weights or an earlier run that do not fit, a run that another process writes, a
-            full disk, or a loss that is no number.
+            full disk, or a loss that is not finite.
     """
     with Ranks(config.train.precision) as ranks, ExitStack() as stack:
         ranks.run_on_main(stack.enter_context, lock(run, "captionscale train"))
-        return train_loop(build_run(config, run, ranks, stack), profile_steps)
+        return train_loop(build_run(config, run, ranks, stack), profile_steps, sample_log=sample_log)
 
 
-def train_loop(job: Run, profile_steps: int = 0) -> TrainState:
-    """Take the steps that a run has yet to take; log, score and save as it asks for.
-
-    Args:
-        job: Ready for its next step.
-        profile_steps: As of `train`.
-
-    Returns:
-        As `train`.
-
-    Raises:
-        UserError: A full disk, or a loss that is no number.
-    """
-    settings, run, ranks = job.config.train, job.folder, job.ranks
-    train_state, before = job.train_state, copy.copy(job.train_state)
-    start = train_state.step
+def train_loop(run: Run, profile_steps: int = 0, *, sample_log: bool = False) -> TrainState:
+    """Take the remaining steps of a run; arguments, result and errors as those of `train`."""
+    settings, ranks, state = run.config.train, run.ranks, run.train_state
+    start, initial_state = state.step, copy.copy(state)
+    score_every = settings.score_every or run.sampler.steps_per_epoch
+    save_every = settings.save_every or run.sampler.steps_per_epoch
     with ExitStack() as stack:
-        log = (
-            stack.enter_context(closing(LogWriter(run, start, train_state.scored_step)))
-            if ranks.is_main
-            else None
-        )
-        if ranks.is_main and settings.trackers:
-            stack.enter_context(closing(Trackers(run, job.config)))
-        bar = stack.enter_context(progress("training", job.steps, start, quiet=not ranks.is_main))
-        sample_log = stack.enter_context(closing(SampleLog(run, ranks))) if settings.sample_log else None
-        score_every = settings.score_every or job.sampler.steps_per_epoch
-        save_every = settings.save_every or job.sampler.steps_per_epoch
-        watchdog = stack.enter_context(Watchdog(run, ranks, settings.stall_s, job.shards))
-        validation = stack.enter_context(closing(Validation(job, log, bar, watchdog)))
-        rate, divergence, vote = Throughput(), NanGuard(ranks, settings.precision), PreemptionFlag()
-        saved, leaving = start, False
-        watchdog.beat(start)
-        watched = stack.enter_context(profiling(run, profile_steps * ranks.is_main, start, bar.say))
+        log = None
+        if ranks.is_main:
+            log = stack.enter_context(closing(LogWriter(run.folder, start, state.scored_step)))
+            if settings.trackers:
+                stack.enter_context(closing(Trackers(run.folder, run.config)))
+        bar = stack.enter_context(progress("training", run.steps, start, quiet=not ranks.is_main))
+        samples = stack.enter_context(closing(SampleLog(run.folder, ranks))) if sample_log else None
+        watchdog = stack.enter_context(Watchdog(run.folder, ranks, settings.stall_s, run.shards))
+        validation = stack.enter_context(closing(Validation(run, log, bar, watchdog)))
+        profiled_steps = profile_steps if ranks.is_main else 0
+        after_step = stack.enter_context(profiling(run.folder, profiled_steps, start, bar.say))
+        throughput, nan_guard, flag = Throughput(), NanGuard(ranks, settings.precision), PreemptionFlag()
+        saved_step, preempted = start, False
 
-        def scores(done: int) -> bool:
-            return done == job.steps or done % score_every == 0
+        def is_scored(step: int) -> bool:
+            return step == run.steps or step % score_every == 0
 
-        if start and scores(start) and (train_state.validated_step < start or start == job.steps):
-            # Of what came before the last checkpoint this is still owed.
-            leaving = not validation.run()
-            if train_state != before:
-                job.save()
-        for step, share in () if leaving else job.steps_with_batches():
+        def after_micro_batch(number: int, batch: Batch) -> None:
+            if samples:
+                samples.write(state.step, number, batch.image_ids)
+            watchdog.beat(state.step)
+
+        if start and is_scored(start) and (state.validated_step < start or start == run.steps):
+            # The last checkpoint was saved before this validation was complete.
+            preempted = not validation.run()
+            if state != initial_state:
+                run.save()
+        for step, batches in () if preempted else run.steps_with_batches():
             watchdog.beat(step)
             if validation.out_of_patience:
-                bar.say(f"stopping: no better {settings.score_metric} since step {train_state.best_step:,}")
+                bar.say(f"stopping: no better {settings.score_metric} since step {state.best_step:,}")
                 break
-            if leaving := vote.is_set():
+            if preempted := flag.is_set():
                 break
-            job.unfreeze(step)
-            loss, norm, losses = _train_step(job, step, share, sample_log, watchdog, vote)
+            run.unfreeze(step)
+            result = training_step(
+                run.engine,
+                run.objective,
+                batches,
+                run.config,
+                step,
+                run.steps,
+                flag=flag,
+                after_micro_batch=after_micro_batch,
+            )
+            if run.ema:
+                run.ema.update(step)
 
-            done = train_state.step = step + 1
-            rate.update([batch for _, batch in share])
-            divergence.record(done, loss, norm, share, losses)
-            logs = done == job.steps or done % settings.log_every == 0
-            saves = scores(done) or done % save_every == 0
+            done = state.step = step + 1
+            throughput.update([batch for _, batch in batches])
+            nan_guard.record(done, result.loss, result.grad_norm, batches, result.losses)
+            logs = done == run.steps or done % settings.log_every == 0
+            saves = is_scored(done) or done % save_every == 0
             if logs or saves:
-                divergence.check()
+                nan_guard.check()
             if logs:
-                _log(job, log, bar, loss, norm, rate)
-                _log_saves(job, log)
+                _log(run, log, bar, result.loss, result.grad_norm, throughput)
+                _log_saves(run, log)
                 validation.log_scores()
-            if scores(done):
-                if leaving := vote.is_set() or not validation.run():
+            if is_scored(done):
+                if preempted := flag.is_set() or not validation.run():
                     break
-                rate.reset()
+                throughput.reset()
             if saves:
                 with watchdog.busy("saving"):
-                    job.save()
-                saved = done
-            watched()
+                    run.save()
+                saved_step = done
+            after_step()
             bar.advance()
             watchdog.beat(done)
         with watchdog.busy("saving"):
-            if leaving and train_state.step > saved:
-                divergence.check()
-                job.save()
-            job.wait_for_save()
-        _log_saves(job, log)
-        if leaving:
-            _leave(job, log, before)
+            if preempted and state.step > saved_step:
+                nan_guard.check()
+                run.save()
+            run.wait_for_save()
+        _log_saves(run, log)
+        if preempted:
+            _leave(run, log, initial_state)
         else:
-            best = f", the best {settings.score_metric} {train_state.best_score:.4f} at step {train_state.best_step:,}"
-            told = f"{run}: {train_state.step:,} steps done, of {job.steps:,}"
-            bar.say(told + best * bool(train_state.best_step))
-    return train_state
-
-
-def _train_step(
-    job: Run,
-    step: int,
-    share: list[tuple[int, Batch]],
-    sample_log: SampleLog | None,
-    watchdog: Watchdog,
-    vote: PreemptionFlag,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Take one optimiser step.
-
-    Returns:
-        The loss of each word, over all ranks, the gradient's norm, and the loss of each micro-batch.
-    """
-    config, ranks, engine = job.config, job.ranks, job.engine
-    settings, done = config.train, step / job.steps
-    work = job.objective.targets([(number, batch.to(ranks.device)) for number, batch in share], step, ranks)
-    counts = torch.stack([target.num_tokens for target in work]).sum(0)
-    *words, leaving = ranks.sum(*counts, preemption.requested())
-    vote.update(leaving)
-    for group in engine.param_groups:
-        group["lr"] = group["peak_lr"] * lr_factor(step, job.steps, settings.warmup_ratio)
-    losses = []
-    for (number, batch), target in engine.micro_batches(zip(share, work, strict=True)):
-        ranks.seed(config.seed, step, number)
-        sampling_prob = settings.scheduled_sampling * done
-        following, rows = target.tokens[:, 1:], target.rows
-        logits, attention = engine(
-            target.images, target.input_tokens, target.image_index, sampling_prob, rows
-        )
-        logits = mask_unsampleable_tokens(logits, target, rows)
-        surprise = cross_entropy(logits, following, job.objective.label_smoothing, rows)
-        if settings.doubly_stochastic_weight and attention is not None:
-            surprise = surprise + settings.doubly_stochastic_weight * doubly_stochastic_penalty(
-                attention, following
+            best = f", the best {settings.score_metric} {state.best_score:.4f} at step {state.best_step:,}"
+            bar.say(
+                f"{run.folder}: {state.step:,} of {run.steps:,} steps done" + best * bool(state.best_step)
             )
-        loss = surprise @ target.weights(torch.stack(words), job.objective.cross_entropy_weight)
-        # DDP takes the mean over ranks, and a word weighs the same on each of them.
-        engine.backward(loss * ranks.world_size)
-        losses.append(loss.detach())
-        if sample_log:
-            sample_log.write(step, number, batch.image_ids)
-        watchdog.beat(step)
-    norm = engine.step()
-    if job.ema:
-        job.ema.update(step)
-    return ranks.sum(sum(losses))[0], norm, losses
+    return state
 
 
-def _log(job: Run, log: LogWriter | None, bar: Bar, loss: Tensor, norm: Tensor, rate: Throughput) -> None:
-    step, settings = job.train_state.step, job.config.train
+def _log(
+    run: Run, log: LogWriter | None, bar: Bar, loss: Tensor, grad_norm: Tensor, throughput: Throughput
+) -> None:
+    step, settings, state = run.train_state.step, run.config.train, run.train_state
+    figures = run.objective.figures(run.ranks)
+    state.initial_figures = state.initial_figures or figures
     values = {
         "loss": loss.item(),
-        "lr": settings.lr * lr_factor(step - 1, job.steps, settings.warmup_ratio),
-        "grad_norm": norm.item() if math.isfinite(norm.item()) else None,
-        **rate.compute(job.ranks),
+        "lr": settings.lr * lr_factor(step - 1, run.steps, settings.warmup_ratio),
+        "grad_norm": grad_norm.item() if math.isfinite(grad_norm.item()) else None,
+        **throughput.compute(run.ranks),
+        **figures,
     }
-    told = "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s"
-    if isinstance(job.objective, ScstObjective):
-        sampled = job.objective.sample_stats.compute(job.ranks)
-        job.train_state.initial_sample_stats = job.train_state.initial_sample_stats or sampled
-        values |= sampled
-        told += "  reward {reward:.3f}"
-    bar.note(told.format_map(values))
+    text = "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s".format_map(
+        values
+    )
+    bar.note("  ".join([text, *(f"{name} {values[name]:.3f}" for name in run.objective.progress_figures)]))
     if log:
-        log.write(step, epoch=step / job.sampler.steps_per_epoch, **values)
-    if isinstance(job.objective, ScstObjective):
-        job.ranks.run_on_main(check_collapse, job.train_state, sampled, job.config.scst)
+        log.write(step, epoch=step / run.sampler.steps_per_epoch, **values)
+    run.ranks.run_on_main(run.objective.check_figures, state, figures)
 
 
-def _log_saves(job: Run, log: LogWriter | None) -> None:
-    """Tell of the checkpoints that came to the disk, or that one did not."""
-    for step, seconds in job.ranks.run_on_main(job.checkpoint_writer.pop_timings).items():
+def _log_saves(run: Run, log: LogWriter | None) -> None:
+    """Log the checkpoints completed since the last call; raise if one failed."""
+    for step, seconds in run.ranks.run_on_main(run.checkpoint_writer.pop_timings).items():
         if log:
             log.write(step, **seconds)
 
 
-def _leave(job: Run, log: LogWriter | None, before: TrainState) -> None:
-    """Tell what a run that leaves before its end has saved, and how fast."""
-    seconds, reason = max(job.ranks.gather([preemption.last_request()]))
-    step, run = job.train_state.step, job.folder
-    if reason == preemption.TIME_LIMIT and job.train_state == before:
-        job.ranks.run_on_main(_refuse_haste, run, step)
+def _leave(run: Run, log: LogWriter | None, initial_state: TrainState) -> None:
+    """Report why the run stops early, and that it was saved."""
+    seconds, reason = max(run.ranks.gather([preemption.last_request()]))
+    state = run.train_state
+    if reason == preemption.TIME_LIMIT and state == initial_state:
+        run.ranks.run_on_main(_refuse_haste, run.folder, state.step)
     if log:
-        log.write(step, stop_reason=reason, stop_save_s=seconds)
-    # All of them: a launcher on another machine would take an end without a code for the end of the work.
+        log.write(state.step, stop_reason=reason, stop_save_s=seconds)
+    # On all ranks: a launcher on another machine would take exit code 0 for the end of the run.
     preemption.mark_preempted(
-        f"{run}: {reason}: step {step:,} was saved within {seconds:.1f} s" if log else ""
+        f"{run.folder}: {reason}: step {state.step:,} was saved within {seconds:.1f} s" if log else ""
     )
 
 
-def _refuse_haste(run: Path, step: int) -> None:
+def _refuse_haste(folder: Path, step: int) -> None:
     raise UserError(
-        f"{run}: the job's time ended before step {step + 1:,}, wanted at least one step in each job, or"
-        " it would be requeued for ever; ask for more --time, or lower train.grace_s"
+        f"{folder}: the job's time ended before step {step + 1:,}, expected at least one step in each job, or"
+        " it would be requeued forever; ask for more --time, or lower train.grace_s"
     )

@@ -1,6 +1,6 @@
-"""What training minimises: the negative log-probability of captions, each with a weight of its own."""
+"""Losses: cross-entropy of weighted captions, and the doubly stochastic attention penalty."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,91 +10,69 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from captionscale.data.loader import Batch
-from captionscale.distributed.ranks import Ranks
 from captionscale.model.decoders.recurrence import CACHE_ELEMENTS
 from captionscale.vocab import PAD, START, UNK
 
 
 @dataclass(frozen=True)
 class Target:
-    """Captions that a step makes likelier, or less likely."""
+    """Captions that a step makes more or less likely."""
 
     images: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"]
     tokens: Int[Tensor, "caption time"]
-    """Start, words, end, then padding; the captions that the decoder sampled come first, then people's."""
+    """Start, words, end, then padding; sampled captions come first, then references."""
     image_index: Int[Tensor, "caption"]
-    """The row of `images` that each caption belongs to."""
+    """Row of `images` for each caption."""
     num_sampled: int = 0
-    """How many of the captions are the decoder's."""
+    """Number of sampled captions."""
     advantages: Callable[[], Float[Tensor, "sample"]] | None = None
-    """By how much the reward of each of these is above what was to be expected; asked for only when the
-    decoder's forward pass has been handed to the device, so that both are worked out at a time."""
+    """Reward minus baseline of each of these; called after the forward pass has been queued on the device, so
+    that the host computes rewards meanwhile."""
 
     @property
     def input_tokens(self) -> Int[Tensor, "caption time"]:
-        """What each time reads; nothing where nothing follows, as after the end."""
+        """Tokens to read; padding where no token follows, as after the end."""
         return self.tokens[:, :-1].where(self.tokens[:, 1:] != PAD, PAD)
 
     @property
     def rows(self) -> Int[Tensor, "row"] | None:
-        """Where words are to follow, counted caption after caption.
-
-        None on a GPU: to know how many there are, the host would wait for the device.
-        """
+        """Flat positions of tokens to predict; None on a GPU, where the host would wait for their number."""
         if self.tokens.device.type != "cpu":
             return None
         return (self.tokens[:, 1:] != PAD).flatten().nonzero().squeeze(1)
 
     @property
     def num_tokens(self) -> Int[Tensor, "2"]:
-        """Words to predict, in the decoder's captions and in people's: all but padding and the starts."""
+        """Tokens to predict, in sampled captions and in references."""
         words = (self.tokens[:, 1:] != PAD).sum(1)
         return torch.stack([words[: self.num_sampled].sum(), words[self.num_sampled :].sum()])
 
     def weights(
         self, num_tokens: Float[Tensor, "2"], cross_entropy_weight: float
     ) -> Float[Tensor, "caption"]:
-        """Return what each caption counts in the step's loss.
+        """Return the weight of each caption in the step's loss.
 
         Args:
-            num_tokens: As the property, over all ranks: a word weighs the same wherever it is read.
-            cross_entropy_weight: Share of the loss that is people's captions.
+            num_tokens: As the property, over the micro-batches of all ranks: all tokens have the same weight.
+            cross_entropy_weight: Weight of references.
         """
-        # They stay on the device: a host that read them would wait for all that it was handed before.
-        sampled, people = num_tokens.double().clamp(min=1)
-        weights: Tensor = (cross_entropy_weight / people).float().repeat(len(self.tokens))
+        # On the device: reading them would make the host wait.
+        sampled, human = num_tokens.double().clamp(min=1)
+        weights: Tensor = (cross_entropy_weight / human).float().repeat(len(self.tokens))
         if self.advantages:
             weights[: self.num_sampled] = self.advantages() * ((1 - cross_entropy_weight) / sampled).float()
         return weights
 
 
-class CrossEntropyObjective:
-    """Makes people's captions likelier."""
-
-    cross_entropy_weight = 1.0
-    """Share of the loss that is people's captions."""
-
-    def __init__(self, label_smoothing: float):
-        """Take the share of a target's weight that goes to all words alike."""
-        self.label_smoothing = label_smoothing
-
-    def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:  # noqa: ARG002
-        """Return what each micro-batch of a step is to make likelier, as `ScstObjective` does."""
-        return [Target(batch.images, batch.tokens, batch.image_index) for _, batch in share]
-
-
 def mask_unsampleable_tokens(
     logits: Float[Tensor, "*batch word"], target: Target, rows: Int[Tensor, "row"] | None
 ) -> Float[Tensor, "*batch word"]:
-    """Return logits in which sampled captions have no chance to say what sampling never says.
-
-    Without it their probability would be another than the one that they were drawn with.
+    """Return logits with PAD, START and UNK masked in sampled captions, as in sampling.
 
     Args:
-        logits: Of the words that follow in the target's captions.
-        target: Tells which captions were sampled.
-        rows: Of the words that the logits are of, counted caption after caption; without them, all.
+        logits: Of the next tokens of the target's captions.
+        target: The captions.
+        rows: Flat positions of the logits; None: all.
     """
     if not target.num_sampled:
         return logits
@@ -111,47 +89,47 @@ def cross_entropy(
     label_smoothing: float,
     rows: Int[Tensor, "row"] | None = None,
 ) -> Float[Tensor, "caption"]:
-    """Return of each caption the sum over its words of their negative log-probability.
+    """Return the sum of each caption's negative log-probabilities.
 
-    A sum, not a mean: the step divides by its number of words over all ranks.
+    A sum, not a mean: the step divides by its number of tokens over all ranks.
 
     Args:
-        logits: Of the word that follows each time.
-        targets: That word; padding counts nothing.
-        label_smoothing: Share of the target that goes to all words alike.
-        rows: Of the words that the logits are of, counted caption after caption; without them, all.
+        logits: Of the next tokens.
+        targets: Next tokens; padding is ignored.
+        label_smoothing: Probability spread over all words.
+        rows: Flat positions of the logits; None: all.
 
     Source:
         Label smoothing: Szegedy et al. 2016 (arXiv:1512.00567), section 7.
     """
-    wanted = targets.flatten() if rows is None else targets.flatten()[rows]
-    words: Tensor = _CrossEntropy.apply(logits.flatten(0, -2), wanted, label_smoothing)
+    labels = targets.flatten() if rows is None else targets.flatten()[rows]
+    words: Tensor = _CrossEntropy.apply(logits.flatten(0, -2), labels, label_smoothing)
     if rows is None:
         return words.view_as(targets).sum(1)
     return words.new_zeros(len(targets)).index_add(0, rows // targets.shape[1], words)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross-entropy of each row, in single precision; padding counts nothing.
+    """Cross-entropy of each row in fp32; padding is ignored.
 
-    With p = softmax(x) of V words, y the wanted one, s the smoothing and d the gradient of the result,
+    With p = softmax(x) over V words, label y, smoothing s, and d the gradient of the result,
 
         -(1 - s) log p_y - s / V sum_i log p_i;    dx_i = d (p_i - (1 - s) [i = y] - s / V).
 
-    On a CPU a few rows at a time, which stay in the cache; p is computed anew on the way back.
+    On a CPU in blocks of rows that stay in the cache; p is recomputed in the backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Float[Tensor, "row word"], wanted: Int[Tensor, "row"], smoothing: float
+        ctx: Any, logits: Float[Tensor, "row word"], labels: Int[Tensor, "row"], smoothing: float
     ) -> Float[Tensor, "row"]:
-        """Return the negative log-probability of each wanted word."""
-        ctx.save_for_backward(logits, wanted)
+        """Return the negative log-probability of each label."""
+        ctx.save_for_backward(logits, labels)
         ctx.smoothing = smoothing
         losses = [
             F.cross_entropy(
                 logits[rows].float(),
-                wanted[rows],
+                labels[rows],
                 ignore_index=PAD,
                 reduction="none",
                 label_smoothing=smoothing,
@@ -164,20 +142,20 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dlosses: Float[Tensor, "row"]) -> tuple[Tensor, None, None]:
         """Return the gradient of the logits."""
-        (logits, wanted), smoothing = ctx.saved_tensors, ctx.smoothing
-        dlogits, factors = torch.empty_like(logits), dlosses.where(wanted != PAD, 0).unsqueeze(1)
+        (logits, labels), smoothing = ctx.saved_tensors, ctx.smoothing
+        dlogits, factors = torch.empty_like(logits), dlosses.where(labels != PAD, 0).unsqueeze(1)
         for rows in _blocks(logits):
-            chances = logits[rows].softmax(1, torch.float32)
+            probs = logits[rows].softmax(1, torch.float32)
             if smoothing:
-                chances -= smoothing / logits.shape[1]
-            hit = wanted[rows].unsqueeze(1)
-            chances.scatter_add_(1, hit, chances.new_full(hit.shape, smoothing - 1))
-            torch.mul(chances, factors[rows], out=dlogits[rows])
+                probs -= smoothing / logits.shape[1]
+            label = labels[rows].unsqueeze(1)
+            probs.scatter_add_(1, label, probs.new_full(label.shape, smoothing - 1))
+            torch.mul(probs, factors[rows], out=dlogits[rows])
         return dlogits, None, None
 
 
 def _blocks(logits: Float[Tensor, "row word"]) -> Iterator[slice]:
-    """Yield the rows that are worked at a time."""
+    """Yield blocks of rows to compute at a time."""
     some = max(1, CACHE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
     return (slice(start, start + some) for start in range(0, max(1, len(logits)), some))
 
@@ -185,16 +163,16 @@ def _blocks(logits: Float[Tensor, "row word"]) -> Iterator[slice]:
 def doubly_stochastic_penalty(
     attention: Float[Tensor, "caption time region"], targets: Int[Tensor, "caption time"]
 ) -> Float[Tensor, "caption"]:
-    """Return of each caption by how much it looked at some regions more than at others.
+    """Return each caption's penalty on uneven attention.
 
-    With a_ti the attention to region i before word t: the sum over i of (1 - sum over t of a_ti)^2.
+    With a_ti the attention to region i before token t: the sum over i of (1 - sum over t of a_ti)^2.
 
     Args:
         attention: Non-negative, summing to one over the regions.
-        targets: The words that were to follow; what was looked at before padding counts nothing.
+        targets: Next tokens; attention before padding is ignored.
 
     Source:
         Xu et al. 2015 (arXiv:1502.03044), equation 14: the doubly stochastic penalty.
     """
-    looked = (attention.float() * (targets != PAD).unsqueeze(2)).sum(1)
-    return (1 - looked).square().sum(1)
+    total = (attention.float() * (targets != PAD).unsqueeze(2)).sum(1)
+    return (1 - total).square().sum(1)

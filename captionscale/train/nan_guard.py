@@ -1,4 +1,4 @@
-"""Divergence: a loss or a gradient that is no number ends the run unsaved, and is traced to its images."""
+"""Divergence: a loss or gradient that is not finite ends the run unsaved, with the images that caused it."""
 
 import torch
 from torch import Tensor
@@ -11,34 +11,36 @@ _IDS = 8
 
 
 class NanGuard:
-    """Keeps the losses of the steps since the last look, so that no step waits for its device."""
+    """Checks losses and gradient norms of several steps at a time, so that no step waits for its device."""
 
     def __init__(self, ranks: Ranks, precision: str):
         self._ranks = ranks
-        # In fp16 an overflowing gradient is the loss scaler's daily work: it leaves that step out.
+        # In fp16 the loss scaler skips steps whose gradient overflows.
         self._may_overflow = precision == "fp16"
         self._steps: list[tuple[int, Tensor, Tensor, list[tuple[int, list[int], Tensor]]]] = []
 
     def record(
-        self, step: int, loss: Tensor, norm: Tensor, share: list[tuple[int, Batch]], losses: list[Tensor]
+        self, step: int, loss: Tensor, norm: Tensor, batches: list[tuple[int, Batch]], losses: list[Tensor]
     ) -> None:
-        """Keep what a step gave, to be looked at later.
+        """Keep the results of a step to check later.
 
         Args:
             step: From 1.
             loss: Over all ranks.
             norm: Of the gradient.
-            share: This rank's micro-batches, by their numbers.
+            batches: This rank's micro-batches, with their numbers.
             losses: Of each of them.
         """
-        parts = [(number, batch.image_ids, part) for (number, batch), part in zip(share, losses, strict=True)]
+        parts = [
+            (number, batch.image_ids, part) for (number, batch), part in zip(batches, losses, strict=True)
+        ]
         self._steps.append((step, loss, norm, parts))
 
     def check(self) -> None:
-        """Look at the steps kept so far, and forget them; all ranks call it.
+        """Check the steps kept so far, and drop them; all ranks call it.
 
         Raises:
-            UserError: One of them gave no number.
+            UserError: A loss or gradient is not finite.
         """
         steps, self._steps = self._steps, []
         if not steps:
@@ -48,16 +50,16 @@ class NanGuard:
         for (step, loss, norm, parts), is_loss, is_norm in zip(steps, losses, norms, strict=True):
             if not is_loss or not (is_norm or self._may_overflow):
                 bad = [(number, ids) for number, ids, part in parts if not part.isfinite().item()]
-                self._ranks.run_on_main(_tell, step, loss.item(), norm.item(), self._ranks.gather(bad))
+                self._ranks.run_on_main(_raise, step, loss.item(), norm.item(), self._ranks.gather(bad))
 
 
-def _tell(step: int, loss: float, norm: float, bad: list[tuple[int, list[int]]]) -> None:
+def _raise(step: int, loss: float, norm: float, bad: list[tuple[int, list[int]]]) -> None:
     place = ""
     if bad:
         number, ids = min(bad)
         more = f" and {len(ids) - _IDS:,} more" * (len(ids) > _IDS)
         place = f" (first in micro-batch {number}: images {', '.join(map(str, ids[:_IDS]))}{more})"
     raise UserError(
-        f"step {step:,}: loss {loss:g}{place}, gradient norm {norm:g}, wanted numbers; lower train.lr, or set"
-        " train.precision to bf16 or fp32; what was saved before is whole"
+        f"step {step:,}: loss {loss:g}{place}, gradient norm {norm:g}, expected finite numbers; lower"
+        " train.lr, or set train.precision to bf16 or fp32; earlier checkpoints are whole"
     )

@@ -1,4 +1,4 @@
-"""What learns at a step, how fast, and AdamW over it."""
+"""AdamW over the trainable parameters, and gradual unfreezing."""
 
 from typing import TypeVar
 
@@ -11,14 +11,9 @@ T = TypeVar("T")
 
 
 def make_optimizer(captioner: Captioner, settings: Train) -> AdamW:
-    """Return AdamW over what learns: each part at its own rate, decay on matrices only.
+    """Return AdamW over parameters that require gradients, with weight decay on matrices only.
 
-    Args:
-        captioner: Whose `requires_grad` says what learns.
-        settings: The config's section `train`.
-
-    Returns:
-        The optimiser; each of its groups holds its `peak_lr`.
+    Each stage of the encoder has its own learning rate; each parameter group holds its `peak_lr`.
     """
     encoder = captioner.encoder
     rates = _for_each(settings.encoder_lr, len(encoder.stages))
@@ -34,16 +29,12 @@ def make_optimizer(captioner: Captioner, settings: Train) -> AdamW:
 
 
 def unfreeze(captioner: Captioner, settings: Train, step: int) -> bool:
-    """Let the parts of the encoder learn that `train.unfreeze_at` lets learn at a step.
-
-    Returns:
-        Whether other parts learn now than before.
-    """
+    """Unfreeze the stages of the encoder due at a step by `train.unfreeze_at`; return whether any changed."""
     encoder = captioner.encoder
     return encoder.unfreeze(step, _for_each(settings.unfreeze_at, len(encoder.stages)))
 
 
 def _for_each(value: T | tuple[T, ...], parts: int) -> tuple[T, ...]:
-    """Return what a setting says for each part of the encoder: it may give one value for all."""
-    # What does not learn at all has no parts, though one value may be given.
+    """Return the value of a setting for each stage of the encoder; it may be one for all."""
+    # A frozen encoder has no stages, though one value may be given.
     return value[:parts] if isinstance(value, tuple) else (value,) * parts

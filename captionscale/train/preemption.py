@@ -1,8 +1,7 @@
-"""Preemption: a signal, or the end of the SLURM job's time, asks a run to save and leave.
+"""Preemption: a signal, or the end of the SLURM job's time, asks a run to save and exit.
 
-A handler only takes note. Loops ask between two pieces of work, and all ranks agree before any of them
-leaves. A run that left ends with `PreemptedError.EXIT_CODE`, on which the batch scripts in `slurm/` requeue the
-job: from inside a container no process could.
+Signal handlers only set a flag; loops check it, and all ranks agree before any of them exits. A preempted run
+exits with `PreemptedError.EXIT_CODE`, on which the batch scripts in `slurm/` requeue the job.
 """
 
 import os
@@ -12,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 from captionscale.errors import PreemptedError, UserError
 
 TIME_LIMIT = "end of the job's time"
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _ANNOUNCED_S = 180.0
-"""Before its end a job has USR1, as slurm/*.sbatch ask for: 120 s before, and SLURM may be a minute early."""
+"""slurm/*.sbatch ask for SIGUSR1 120 s before the end; SLURM may be a minute early."""
 
 
 @dataclass
@@ -29,8 +29,8 @@ class _State:
     interrupted: bool = False
     """By a first Ctrl-C."""
     since: float = 0.0
-    """Of the monotonic clock."""
-    parting: str | None = None
+    """On the monotonic clock."""
+    message: str | None = None
 
 
 _state = _State()
@@ -38,55 +38,78 @@ _state = _State()
 
 @contextmanager
 def handle_signals(grace_s: float = 10.0) -> Iterator[None]:
-    """Take note of SIGUSR1, SIGTERM, a first Ctrl-C, and the end of the job's time; a second Ctrl-C ends all.
+    """Handle SIGUSR1, SIGTERM, a first Ctrl-C, and the end of the job's time; a second Ctrl-C interrupts.
 
     Args:
-        grace_s: How long before the end of the time to leave.
+        grace_s: Seconds to save in, before the job's time ends.
 
     Raises:
-        UserError: There is no more time than that.
-        PreemptedError: The run has left, as `mark_preempted` told.
+        UserError: No more than that is left.
+        PreemptedError: The run was preempted (`mark_preempted`).
     """
     global _state
     _state = _State(leave_at=job_end_time() - grace_s)
     if (left := _state.leave_at - time.time()) <= 0:
         raise UserError(
-            f"SLURM_JOB_END_TIME: {left + grace_s:,.0f} s left in this job, wanted more than the"
+            f"SLURM_JOB_END_TIME: {left + grace_s:,.0f} s left in this job, expected more than the"
             f" {grace_s:g} s in which it saves; ask for more --time, or lower train.grace_s"
         )
-    handlers = [signal.signal(number, _take_note) for number in SIGNALS]
+    handlers = [signal.signal(number, _handle) for number in SIGNALS]
     try:
         yield
     finally:
         for number, handler in zip(SIGNALS, handlers, strict=True):
             signal.signal(number, handler)
-        parting, _state = _state.parting, _State()
-    if parting is not None:
-        raise PreemptedError(parting)
+        message, _state = _state.message, _State()
+    if message is not None:
+        raise PreemptedError(message)
 
 
 def requested() -> bool:
-    """Return whether this process has been asked to leave."""
+    """Return whether this process was asked to stop."""
     if not _state.reason and time.time() >= _state.leave_at:
         _ask(TIME_LIMIT)
     return bool(_state.reason)
 
 
 def last_request() -> tuple[float, str]:
-    """Return how many seconds ago this process was asked to leave, and by what; if it was not, 0 and ''."""
+    """Return the seconds since this process was asked to stop, and the reason; 0 and '' if it was not."""
     return (time.monotonic() - _state.since, _state.reason) if requested() else (0.0, "")
 
 
-def mark_preempted(parting: str) -> None:
-    """Say that this process goes before its work is done; whoever listens then ends it with its own code.
+def mark_preempted(message: str) -> None:
+    """Have `handle_signals` raise `PreemptedError` with a message, empty on ranks other than 0."""
+    _state.message = message
 
-    Args:
-        parting: What is kept, for the user; nothing on ranks other than the first, which leave in silence.
+
+class PreemptionFlag:
+    """Whether any rank was asked to stop when the last step began; all ranks read the same.
+
+    It travels with the number of tokens and is read one step later, so that no rank waits for its device.
     """
-    _state.parting = parting
+
+    def __init__(self) -> None:
+        self._requests: Any = None
+        self._copied: Any = None
+
+    def update(self, requests: Any) -> None:
+        """Take the number of ranks that were asked, a tensor summed over all ranks."""
+        self._requests = requests.to("cpu", non_blocking=True)
+        if requests.is_cuda:
+            # This module is imported before torch, which takes seconds.
+            import torch
+
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def is_set(self) -> bool:
+        """Return whether any rank was asked."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._requests is not None and bool(self._requests)
 
 
-def _take_note(number: int, _: FrameType | None) -> None:
+def _handle(number: int, _: FrameType | None) -> None:
     if number == signal.SIGINT:
         if _state.interrupted:
             raise KeyboardInterrupt

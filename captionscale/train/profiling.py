@@ -1,4 +1,4 @@
-"""Where the time of training steps goes: `captionscale train ... --trace-steps N`."""
+"""PyTorch profiler traces of training steps: `captionscale train ... --trace-steps N`."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,32 +8,32 @@ import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
 WARMUP_STEPS = 5
-"""Steps before those that are looked at: the first ones allocate, and choose kernels."""
+"""Steps before those profiled: the first ones allocate memory and choose kernels."""
 
 _ROWS = 10
 
 
 @contextmanager
 def profiling(run: Path, steps: int, start: int, say: Callable[..., None]) -> Iterator[Callable[[], None]]:
-    """Write what some steps spent their time on into a run's folder, and tell of the costliest operations.
+    """Profile some steps: write a trace, and print the most expensive operations.
 
     Args:
-        run: Its folder.
-        steps: How many, after a warm-up; with 0, none.
-        start: Steps that were taken before.
-        say: Tells people lines.
+        run: The run's folder.
+        steps: Number of steps after the warm-up; 0: none.
+        start: Steps done before.
+        say: Prints lines.
 
     Yields:
-        What is to be called after each step.
+        A function to call after each step.
     """
     if not steps:
         yield lambda: None
         return
-    told = False
+    written = False
 
-    def tell(profiler: profile) -> None:
-        nonlocal told
-        told = True
+    def write_trace(profiler: profile) -> None:
+        nonlocal written
+        written = True
         path = run / "profile" / f"step-{start + profiler.step_num:08d}.json.gz"
         path.parent.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(path))
@@ -44,24 +44,22 @@ def profiling(run: Path, steps: int, start: int, say: Callable[..., None]) -> It
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     phases = schedule(wait=0, warmup=WARMUP_STEPS, active=steps, repeat=1)
-    with profile(activities=activities, schedule=phases, on_trace_ready=tell) as profiler:
+    with profile(activities=activities, schedule=phases, on_trace_ready=write_trace) as profiler:
         yield profiler.step
-    if not told:
+    if not written:
         say(f"--trace-steps: no trace, as no step came after {WARMUP_STEPS} of warm-up")
 
 
 def _table(profiler: profile) -> list[str]:
-    """Return the costliest operations by their own time, that of what they call left out."""
+    """Return the most expensive operations by self time."""
     events = profiler.key_averages()
     place = "device" if any(event.self_device_time_total for event in events) else "cpu"
     microseconds = {event.key: float(getattr(event, f"self_{place}_time_total")) for event in events}
     calls, whole = {event.key: event.count for event in events}, sum(microseconds.values())
-    costliest = sorted(microseconds, key=lambda key: -microseconds[key])[:_ROWS]
-    names = {
-        key: "Python, between operations" if key.startswith("ProfilerStep") else key for key in costliest
-    }
+    top = sorted(microseconds, key=lambda key: -microseconds[key])[:_ROWS]
+    names = {key: "Python, between operations" if key.startswith("ProfilerStep") else key for key in top}
     rows = [
         f"{names[key][:50]:50} {calls[key]:8,} {own / 1000:10,.1f} {own / whole:6.1%}"
-        for key, own in ((key, microseconds[key]) for key in costliest)
+        for key, own in ((key, microseconds[key]) for key in top)
     ]
     return [f"{'operation':50} {'calls':>8} {place + ' ms':>10} {'share':>6}", *rows]

@@ -1,14 +1,16 @@
-"""Where things lie in a run's folder; who looks for them needs no torch."""
+"""Names in a run's folder; imports no torch."""
 
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from captionscale.errors import UserError
 
 LOG_FILE = "log.jsonl"
 CONFIG_FILE = "config.toml"
-"""What a run is being trained with, written when it starts or goes on; each checkpoint has its own one."""
+"""Of the run, written when it starts or resumes; each checkpoint has its own."""
 STALLS_FILE = "stalls.jsonl"
 JOB_SCRIPT, JOB_CONFIG = "job.sbatch", "job.toml"
 """Written by `captionscale submit`."""
@@ -19,9 +21,11 @@ MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE, VOCAB_FILE = (
     "state.json",
     "vocab.json",
 )
-"""What else is in each checkpoint's folder."""
+"""Other files of a checkpoint."""
+OLD_SUFFIX = ".old.tmp"
+"""Of a checkpoint while another one of the same step replaces it."""
 _CHECKPOINTS, _VALIDATION, _STEP = "checkpoints", "validation", "step-"
-# Never more zeros than it needs: a step has one name.
+# No superfluous zeros: each step has one name.
 _NUMBER = r"(?P<step>[0-9]{8}|[1-9][0-9]{8,11})"
 _CHECKPOINT_NAME = re.compile(_STEP + _NUMBER)
 _PARTIAL_NAME = re.compile(rf"{_STEP}{_NUMBER}(\.old)?\.tmp")
@@ -29,37 +33,50 @@ _CAPTIONS_NAME = re.compile(rf"{_STEP}{_NUMBER}\.json")
 
 
 def checkpoints_folder(run: Path) -> Path:
-    """Return the folder of a run's checkpoints, whole and passing ones."""
+    """Return the folder of a run's checkpoints."""
     return run / _CHECKPOINTS
 
 
 def checkpoint_folder(run: Path, step: int) -> Path:
-    """Return the folder of a run's checkpoint of a step."""
+    """Return the folder of the checkpoint of a step."""
     return run / _CHECKPOINTS / f"{_STEP}{step:08d}"
 
 
 def captions_file(run: Path, step: int) -> Path:
-    """Return the file of the captions that a validation wrote."""
+    """Return the file of a validation's captions."""
     return run / _VALIDATION / f"{_STEP}{step:08d}.json"
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    """Return the steps of which a run has checkpoints, in their order."""
+    """Return the steps of a run's checkpoints, ascending."""
     return [*_own(checkpoints_folder(run), _CHECKPOINT_NAME)]
 
 
 def validation_files(run: Path) -> dict[int, Path]:
-    """Return the captions of each step that was validated, in the order of the steps."""
+    """Return the files of captions by step, ascending."""
     return _own(run / _VALIDATION, _CAPTIONS_NAME)
 
 
 def partial_checkpoints(run: Path) -> list[Path]:
-    """Return checkpoints that are being written or on their way out; a user's folder has another name."""
+    """Return checkpoints being written or removed."""
     return [path for path in _entries(checkpoints_folder(run)) if _PARTIAL_NAME.fullmatch(path.name)]
 
 
+def remove_partial_checkpoints(run: Path) -> None:
+    """Remove checkpoints that a killed process was writing, and those no longer kept."""
+    for path in partial_checkpoints(run):
+        whole = path.with_name(path.name.removesuffix(OLD_SUFFIX))
+        if path.name.endswith(OLD_SUFFIX) and not whole.exists():
+            # Its replacement was never completed.
+            with suppress(OSError):
+                path.rename(whole)
+            continue
+        # On NFS a folder stays while another process reads in it; the next save tries again.
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def unknown_file_warnings(run: Path) -> Iterator[str]:
-    """Yield what is passed over in a run's folders as training did not write it: a line for a folder."""
+    """Yield a line for each folder with files that training did not write."""
     own = {
         checkpoints_folder(run): {
             *_own(checkpoints_folder(run), _CHECKPOINT_NAME).values(),
@@ -78,16 +95,16 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _own(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
-    """Return by their steps the entries of a folder whose names training gives; a user may keep copies."""
+    """Return the entries of a folder that training wrote, by step; a user may keep copies next to them."""
     found = {int(name["step"]): path for path in _entries(folder) if (name := pattern.fullmatch(path.name))}
     return dict(sorted(found.items()))
 
 
 def require_run(run: Path) -> None:
-    """Refuse what is no folder, before long work.
+    """Refuse a path that is not a folder, before long work.
 
     Raises:
-        UserError: It is none.
+        UserError: No folder.
     """
     if not run.is_dir():
         found = "is a file" if run.exists() else "no such folder"

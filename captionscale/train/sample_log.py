@@ -1,8 +1,6 @@
-"""The sample log: which images really went through the model, at which step, in which micro-batch.
+"""The sample log of `drill`: which images went through the model, in which step and micro-batch.
 
-`sample_log/attempt-00002.rank-00001.jsonl` has a line for each micro-batch that this rank did after the run's
-second start. A killed run does its last steps again: what the latest attempt that did a step wrote of it is
-what led to the weights.
+`sample_log/attempt-00002.rank-00001.jsonl` has a line for each micro-batch of rank 1 after the second start. A killed run repeats its last steps: the latest attempt at a step is what led to the weights.
 """
 
 import json
@@ -25,11 +23,11 @@ _NAME = re.compile(r"attempt-([0-9]{5,9})\.rank-[0-9]{5,9}\.jsonl")
 _MAX_BYTES = 512 * MB
 
 History = dict[tuple[int, int], list[list[int]]]
-"""By step and number of the micro-batch: the image ids that each rank which did it has written down."""
+"""Lists of image ids, one of each rank that did it, by step and micro-batch."""
 
 
 class _Line(msgspec.Struct, frozen=True, gc=False):
-    """A micro-batch that was done."""
+    """A completed micro-batch."""
 
     step: Step
     micro_batch: int
@@ -40,17 +38,17 @@ _LINE = msgspec.json.Decoder(_Line)
 
 
 class SampleLog:
-    """What one rank writes, from one start of the run to its end or its death."""
+    """Log of one rank, from a start of the run to its end."""
 
     def __init__(self, run: Path, ranks: Ranks):
         """Begin an attempt; all ranks call it."""
         attempt = ranks.run_on_main(_next_attempt, run)
         path = run / "sample_log" / f"attempt-{attempt:05d}.rank-{ranks.rank:05d}.jsonl"
-        # A line leaves the process at once, so that a killed one has written all it did.
+        # Line-buffered, so that a killed process has written all it did.
         self._file = path.open("x", encoding="utf-8", buffering=1)
 
     def write(self, step: int, number: int, image_ids: list[int]) -> None:
-        """Add a micro-batch that has gone forward and backward, before the step is taken."""
+        """Add a micro-batch after its backward pass, before the step."""
         self._file.write(json.dumps({"step": step, "micro_batch": number, "image_ids": image_ids}) + "\n")
 
     def close(self) -> None:
@@ -59,7 +57,7 @@ class SampleLog:
 
 
 def read(run: Path) -> History:
-    """Return what led to a run's weights; what a killed start of it did in vain is left out.
+    """Return the history that led to a run's weights, without repeated steps.
 
     Raises:
         UserError: A file cannot be read.
@@ -76,19 +74,19 @@ def read(run: Path) -> History:
 
 
 def find_errors(history: History, sampler: BatchSampler, image_ids: Iterable[int], steps: int) -> list[str]:
-    """Return what contradicts that a run learnt from each sample of each epoch exactly once; nothing: proven.
+    """Return violations of the law that a run reads each sample of each epoch exactly once.
 
     Args:
-        history: As `read` gives it.
-        sampler: Says how many micro-batches a step has and where epochs end; it is not asked what they hold.
+        history: As `read` returns it.
+        sampler: Gives micro-batches per step and the ends of epochs, not their contents.
         image_ids: Of the train split.
-        steps: That the run took. In a last epoch that they do not fill, each sample comes at most once.
+        steps: Of the run. In an incomplete last epoch each sample comes at most once.
     """
-    wanted = {(step, number) for step in range(steps) for number in range(sampler.micro_batches_per_step)}
+    expected = {(step, number) for step in range(steps) for number in range(sampler.micro_batches_per_step)}
     found = [
-        f"step {step}: micro-batch {number} was done {times} times, wanted {int((step, number) in wanted)}"
-        for step, number in sorted(wanted | history.keys())
-        if (times := len(history.get((step, number), ()))) != ((step, number) in wanted)
+        f"step {step}: micro-batch {number} was done {times} times, expected {(step, number) in expected:d}"
+        for step, number in sorted(expected | history.keys())
+        if (times := len(history.get((step, number), ()))) != ((step, number) in expected)
     ]
     split = Counter(image_ids)
     epochs: dict[int, Counter[int]] = {}
@@ -113,17 +111,17 @@ def _next_attempt(run: Path) -> int:
 
 
 def _lines(run: Path) -> Iterator[tuple[int, _Line]]:
-    """Yield all lines, each with its attempt; damaged ones are named."""
+    """Yield all lines with their attempts; warn of damaged ones."""
     for path in sorted((run / "sample_log").iterdir()):
         if name := _NAME.fullmatch(path.name):
             try:
                 data = read_file(path, _MAX_BYTES)
             except OSError as error:
                 raise UserError(
-                    f"{path}: cannot be read ({error.strerror}), expected what a rank has done; correct its"
-                    " rights, or move it away"
+                    f"{path}: cannot be read ({error.strerror}), expected lines of a rank; correct its"
+                    " permissions, or move it away"
                 ) from None
-            # The last line of a killed process may be torn; its step was not saved.
+            # A killed process may leave a torn last line; that step was not saved.
             found = parsing.read_lines(data, lambda line: parsing.decode(line, _LINE))
             if warning := found.warning(path):
                 say(f"warning: {warning}")

@@ -1,6 +1,6 @@
-"""Self-critical training: the decoder's own captions, weighted by how good they turn out to be."""
+"""Self-critical sequence training: sampled captions, weighted by their rewards."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,19 +20,20 @@ from captionscale.score import bleu
 from captionscale.score.ciderd import CiderDReward
 from captionscale.score.diagnostics import DANGLING
 from captionscale.train.losses import Target
+from captionscale.train.objective import Objective
+from captionscale.train.scst_checks import CHECKED_IMAGES, check_collapse, check_rewards
+from captionscale.train.state import TrainState
 from captionscale.vocab import END, PAD, START, Vocabulary
 
 _BLEU_4 = 3
 
 
-class ScstObjective:
-    """Samples captions of each picture, and says by how much each is better than the others.
+class ScstObjective(Objective):
+    """Maximizes the expected reward of sampled captions.
 
-    A sampled caption's weight is its reward less the baseline, which is the mean reward of the picture's
-    other samples or the reward of greedy search; its gradient is then that of weighted cross-entropy.  The
-    reward is CIDEr-D, and BLEU-4 by choice, with the end token as a caption's last word, and with the
-    document frequencies of the very shards that are trained on: there is no file of them that could belong
-    to another vocabulary.  Captions are sampled, and their probability is raised, without dropout.
+    A sample's advantage is its reward minus a baseline: the mean reward of the image's other samples, or the
+    reward of greedy search. The reward is CIDEr-D (and BLEU-4, if weighted), with the end token as a word,
+    and with document frequencies of the train shards. Sampling and training are without dropout.
 
     Source:
         Rennie et al. 2017, "Self-critical Sequence Training" (arXiv:1612.00563), with the greedy baseline;
@@ -40,22 +41,15 @@ class ScstObjective:
         samples'; the end token: Hu et al. 2023 (arXiv:2305.12254).
     """
 
-    def __init__(self, config: Config, captioner: Captioner, split: Split, vocabulary: Vocabulary):
-        """Read all train captions, and count their n-grams.
+    check_images = CHECKED_IMAGES
+    progress_figures = ("reward",)
 
-        Args:
-            config: The experiment.
-            captioner: Not wrapped by an engine.
-            split: That is trained on.
-            vocabulary: The captioner's.
-        """
+    def __init__(self, config: Config, captioner: Captioner, split: Split, vocabulary: Vocabulary):
+        """Count the n-grams of all train captions; arguments as in `Objective`."""
+        super().__init__(config, captioner, split, vocabulary)
         self._settings, self._max_words, self._seed = config.scst, config.data.max_words, config.seed
         self.cross_entropy_weight = config.scst.cross_entropy_weight
-        """Share of the loss that is people's captions."""
-        self.label_smoothing = 0.0
-        """No word of a sampled caption but its own has the reward."""
-        self._captioner = captioner
-        # Not by evaluation mode: the update keeps batch statistics, and LSTMs on GPUs want training mode.
+        # Not evaluation mode: batch norms may be trained, and LSTMs on GPUs need training mode.
         captioner.decoder.dropout.p = 0.0
         self._references = [
             [vocabulary.encode(caption, self._max_words)[1:] for caption in split.captions(item)]
@@ -65,27 +59,33 @@ class ScstObjective:
         self._rows = {int(image_id): row for row, image_id in enumerate(split.index["image_id"])}
         self._dangling = {token for token, word in enumerate(vocabulary.words) if word in DANGLING}
         self.sample_stats = SampleStats()
-        """Of the captions sampled for the last step."""
+        """Of the last step."""
 
-    def targets(self, share: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:
-        """Sample captions of each micro-batch of a step.
-
-        Args:
-            share: This rank's micro-batches on its device, by their numbers.
-            step: Keys the randomness, with the micro-batch's number.
-            ranks: This process among its peers.
-        """
+    def targets(self, batches: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:
+        """Sample captions of the images of each micro-batch."""
         self.sample_stats = SampleStats()
-        training = self._captioner.training
-        self._captioner.eval()
+        training = self.captioner.training
+        self.captioner.eval()
         with torch.no_grad(), ranks.autocast():
-            targets = [self._target(batch, (self._seed, step, number, 1), ranks) for number, batch in share]
-        self._captioner.train(training)
+            targets = [self._target(batch, (self._seed, step, number, 1), ranks) for number, batch in batches]
+        self.captioner.train(training)
         return targets
+
+    def check_start(self, batch: Batch) -> None:
+        """Refuse to train if rewards teach nothing, or something else; see `check_rewards`."""
+        check_rewards(self.rewards, self.scale, self.captioner, batch, self.vocabulary, self._max_words)
+
+    def figures(self, ranks: Ranks) -> dict[str, float]:
+        """Return `reward`, `dangling` and `distinct` of the last step's samples."""
+        return self.sample_stats.compute(ranks)
+
+    def check_figures(self, state: TrainState, figures: Mapping[str, float]) -> None:
+        """Stop a run whose captions only the reward likes; see `check_collapse`."""
+        check_collapse(state, figures, self._settings)
 
     @property
     def scale(self) -> float:
-        """What a caption earns that is good, but no better than people's."""
+        """Reward of a good caption that is no better than a reference."""
         settings = self._settings
         return settings.cider_d_weight + settings.bleu_4_weight / 2
 
@@ -95,8 +95,8 @@ class ScstObjective:
         """Return the weighted reward of each caption.
 
         Args:
-            image_ids: The image of each caption.
-            captions: Tokens, from the first word to the end token, if it was reached.
+            image_ids: Of each caption.
+            captions: Tokens of words, and the end token if it was reached.
         """
         settings, rows = self._settings, [self._rows[image_id] for image_id in image_ids]
         rewards: Float64[np.ndarray, "caption"] = settings.cider_d_weight * self._reward(rows, captions)
@@ -108,8 +108,8 @@ class ScstObjective:
         return rewards
 
     def _target(self, batch: Batch, seed: tuple[int, ...], ranks: Ranks) -> Target:
-        settings, decoder = self._settings, self._captioner.decoder
-        features = self._captioner.encode(batch.images)
+        settings, decoder = self._settings, self.captioner.decoder
+        features = self.captioner.encode(batch.images)
         ranks.seed(*seed)
         sampled, _ = sample(
             decoder, features, samples_per_image=settings.samples_per_image, max_words=self._max_words
@@ -123,19 +123,19 @@ class ScstObjective:
             settings.samples_per_image
         )
         starts = torch.full((len(sampled), 1), START, device=sampled.device)
-        tokens, people = torch.cat([starts, sampled], 1), []
+        tokens, references = torch.cat([starts, sampled], 1), []
         if self.cross_entropy_weight:
-            people = list(batch.tokens)
+            references = list(batch.tokens)
             image_index = torch.cat([image_index, batch.image_index])
 
         def advantages() -> Float[Tensor, "sample"]:
             rewards = self._advantages(batch.image_ids, captions, greedy)
             return torch.from_numpy(rewards).to(sampled.device, torch.float32)
 
-        tokens = pad_sequence([*tokens, *people], batch_first=True, padding_value=PAD)
-        # What does not learn sees the same again.
-        pictures = batch.images if self._captioner.encoder.is_trainable else features
-        return Target(pictures, tokens, image_index, len(sampled), advantages)
+        tokens = pad_sequence([*tokens, *references], batch_first=True, padding_value=PAD)
+        # A frozen encoder would compute the same features again.
+        images = batch.images if self.captioner.encoder.is_trainable else features
+        return Target(images, tokens, image_index, len(sampled), advantages)
 
     def _advantages(
         self, image_ids: list[int], captions: list[list[int]], greedy: list[list[int]]
@@ -153,20 +153,20 @@ class ScstObjective:
 
 @dataclass
 class SampleStats:
-    """Sums over sampled captions that tell whether only the reward likes them."""
+    """Sums over sampled captions that reveal a collapse."""
 
     captions: int = 0
     reward: float = 0.0
     dangling: int = 0
     others: int = 0
-    """Captions of each micro-batch but the first."""
+    """Captions of each micro-batch, minus one."""
     distinct: int = 0
-    """Different ones among these, counted within each micro-batch."""
+    """Distinct captions of each micro-batch, minus one."""
 
     def update(
         self, rewards: Float64[np.ndarray, "image sample"], captions: list[list[int]], dangling: set[int]
     ) -> None:
-        """Take a micro-batch's captions into account."""
+        """Add the captions of a micro-batch."""
         self.captions += len(captions)
         self.others += len(captions) - 1
         self.reward += float(rewards.sum())
@@ -175,7 +175,7 @@ class SampleStats:
         self.distinct += len(set(map(tuple, captions))) - 1
 
     def compute(self, ranks: Ranks) -> dict[str, float]:
-        """Return means over all ranks; `distinct` is 0 if all captions are one, and 1 if none comes twice."""
+        """Return means over all ranks; `distinct` is 0 if all captions are equal, 1 if none is repeated."""
         sums = ranks.sum(self.captions, self.reward, self.dangling, self.others, self.distinct).tolist()
         captions, reward, dangling, others, distinct = sums
         return {

@@ -1,9 +1,10 @@
-"""What self-critical training must show before its first step, and what stops it later."""
+"""Checks of self-critical training: of rewards before the first step, of collapse later."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 
 from captionscale.config import Scst
 from captionscale.data.loader import Batch
@@ -13,46 +14,47 @@ from captionscale.model.search.generate import search
 from captionscale.progress import say
 from captionscale.score.ciderd import CiderDReward
 from captionscale.score.metrics import measure
-from captionscale.train.scst import ScstObjective
 from captionscale.train.state import TrainState
 from captionscale.vocab import END, UNK, Vocabulary
 
 CHECKED_IMAGES = 256
-"""Train images that it looks at."""
+"""Train images that `check_rewards` is given."""
 
-_LEAST_REWARD = 1.0
-_LEAST_AGREEMENT = 0.1
+_MIN_REWARD = 1.0
+_MIN_AGREEMENT = 0.1
 _TOLERANCE = 0.02
-# A word that tokenizers leave as it is, in place of a token that is none.
+# Words that the tokenizer keeps, in place of special tokens.
 _STAND_INS = {END: "endofcaption", UNK: "unknownword"}
 
 
 def check_rewards(
-    objective: ScstObjective,
+    rewards: Callable[[Sequence[int], Sequence[Sequence[int]]], Float64[np.ndarray, "caption"]],
+    scale: float,
     captioner: Captioner,
     batch: Batch,
     vocabulary: Vocabulary,
     max_words: int,
 ) -> None:
-    """Refuse self-critical training that would learn nothing, or something else.
+    """Refuse self-critical training whose rewards are wrong or teach nothing.
 
     Args:
-        objective: What gives the rewards.
-        captioner: With the weights that training begins with.
-        batch: Some train images on the captioner's device, with all their captions.
+        rewards: Reward of each caption, given its image id and tokens.
+        scale: Reward of a good caption that is no better than a reference.
+        captioner: With its initial weights.
+        batch: Train images on the captioner's device, with all their captions.
         vocabulary: The captioner's.
         max_words: Of a caption.
 
     Raises:
-        UserError: People's captions that earn next to nothing, as they do with n-grams of another vocabulary;
-            a reward that differs from the evaluator's CIDEr-D.
+        UserError: References have low rewards, as with n-grams of another vocabulary, or the reward differs
+            from the evaluator's CIDEr-D.
     """
-    people = [[token for token in row[1:].tolist() if token] for row in batch.tokens.cpu()]
+    human = [[token for token in row[1:].tolist() if token] for row in batch.tokens.cpu()]
     image_index = batch.image_index.tolist()
-    human_reward = float(objective.rewards([batch.image_ids[owner] for owner in image_index], people).mean())
+    human_reward = float(rewards([batch.image_ids[image] for image in image_index], human).mean())
     references: list[list[list[int]]] = [[] for _ in batch.image_ids]
-    for owner, caption in zip(image_index, people, strict=True):
-        references[owner].append(caption)
+    for image, caption in zip(image_index, human, strict=True):
+        references[image].append(caption)
     greedy = _greedy(captioner, batch, max_words)
     pairs = [captions for captions in references if len(captions) > 1]
     agreement = CiderDReward([captions[1:] for captions in pairs])(
@@ -67,57 +69,57 @@ def check_rewards(
         },
         ["CIDEr-D"],
     ).values["CIDEr-D"]
-    greedy_reward = float(objective.rewards(batch.image_ids, greedy).mean())
+    greedy_reward = float(rewards(batch.image_ids, greedy).mean())
     say(
-        f"self-critical training begins: on {len(greedy):,} train images, people's captions have a reward of"
-        f" {human_reward:.3f}, those of greedy search {greedy_reward:.3f}; CIDEr-D of the latter among these"
-        f" images is {ours:.4f} as a reward, {theirs:.4f} by the evaluator"
+        f"self-critical training: on {len(greedy):,} train images, references have a reward of"
+        f" {human_reward:.3f}, greedy captions {greedy_reward:.3f}; CIDEr-D of the latter among these images"
+        f" is {ours:.4f} as a reward, {theirs:.4f} by the evaluator"
     )
-    if human_reward < _LEAST_REWARD * objective.scale:
+    if human_reward < _MIN_REWARD * scale:
         raise UserError(
-            f"self-critical training: people's own captions earn {human_reward:.3f}, wanted at least"
-            f" {_LEAST_REWARD * objective.scale:g}; the rewards are not of these captions' words: report this"
+            f"self-critical training: references have a reward of {human_reward:.3f}, expected at"
+            f" least {_MIN_REWARD * scale:g}; the rewards are of another vocabulary: report this"
         )
-    if len(pairs) > 1 and agreement.mean() < _LEAST_AGREEMENT:
+    if len(pairs) > 1 and agreement.mean() < _MIN_AGREEMENT:
         raise UserError(
-            "self-critical training: CIDEr-D of people's captions of one image among themselves is"
-            f" {agreement.mean():.3f}, wanted at least {_LEAST_AGREEMENT:g}, or there is nothing to learn"
-            " from; lower data.min_count, or stay with cross-entropy"
+            "self-critical training: CIDEr-D among the references of an image is"
+            f" {agreement.mean():.3f}, expected at least {_MIN_AGREEMENT:g}, or there is nothing to learn;"
+            " lower data.min_count, or train with cross-entropy"
         )
     if abs(ours - theirs) > _TOLERANCE * max(theirs, 0.1):
         raise UserError(
             f"self-critical training: the reward of greedy captions is {ours:.4f}, the evaluator's CIDEr-D of"
-            f" the same {theirs:.4f}, wanted them equal; the vocabulary's words are not those of the"
-            " evaluator: report this with its vocab.json"
+            f" them {theirs:.4f}, expected equal values; the evaluator tokenizes words of the vocabulary"
+            " differently: report this with its vocab.json"
         )
 
 
 def check_collapse(train_state: TrainState, now: Mapping[str, float], settings: Scst) -> None:
-    """Stop a run whose captions only its reward likes.
+    """Stop a run whose captions degenerate while their reward rises.
 
     Args:
-        train_state: How far it is, and what its first sampled captions were like.
-        now: What the last ones are like, as `SampleStats.compute` has it.
+        train_state: Its `initial_figures` are those of the first sampled captions.
+        now: Figures of the last ones.
         settings: The config's section `scst`.
 
     Raises:
-        UserError: Too many captions end in `with a` or the like, or too few differ.
+        UserError: Too many captions end in `with a` or the like, or too few are distinct.
     """
-    step, best_step, began = train_state.step, train_state.best_step, train_state.initial_sample_stats
+    step, best_step, began = train_state.step, train_state.best_step, train_state.initial_figures
     best = f"step {best_step:,} is the best so far" if best_step else "no captions were scored yet"
     cure = f"{best}; lower train.lr, or raise scst.cross_entropy_weight"
     dangling, most = now["dangling"], began["dangling"] + settings.max_dangling_increase
     if dangling > most:
         raise UserError(
             f"step {step:,}: collapsed: {dangling:.2%} of sampled captions end in 'a', 'with' or the like,"
-            f" {began['dangling']:.2%} when it began, wanted at most {most:.2%}; {cure}, or"
+            f" {began['dangling']:.2%} at the start, expected at most {most:.2%}; {cure}, or"
             " scst.max_dangling_increase"
         )
     distinct, least = now["distinct"], began["distinct"] * settings.min_distinct_ratio
     if distinct < least:
         raise UserError(
             f"step {step:,}: collapsed: {distinct:.2%} of sampled captions differ from each other,"
-            f" {began['distinct']:.2%} when it began, wanted at least {least:.2%}; {cure}, or lower"
+            f" {began['distinct']:.2%} at the start, expected at least {least:.2%}; {cure}, or lower"
             " scst.min_distinct_ratio"
         )
 

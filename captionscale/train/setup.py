@@ -1,10 +1,9 @@
-"""All that a training run works with, made ready: shards opened, captioner built or restored."""
+"""Set-up of a training run: open the shards, build or restore the captioner."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -23,16 +22,14 @@ from captionscale.errors import UserError
 from captionscale.files import atomic_write
 from captionscale.model.captioner import Captioner
 from captionscale.progress import Bar, progress, say, spinner
-from captionscale.train import checkpoints
+from captionscale.train.checkpoint import open_checkpoint, resume
 from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.ema import ModelEMA
 from captionscale.train.feature_cache import cache_features
 from captionscale.train.fingerprint import make_fingerprint
-from captionscale.train.losses import CrossEntropyObjective
+from captionscale.train.objective import Objective, objective_class
 from captionscale.train.optimizer import make_optimizer, unfreeze
 from captionscale.train.run_folder import CONFIG_FILE
-from captionscale.train.scst import ScstObjective
-from captionscale.train.scst_checks import CHECKED_IMAGES, check_rewards
 from captionscale.train.state import TrainState
 from captionscale.train.tracking import check_trackers_installed
 from captionscale.vocab import Vocabulary
@@ -40,7 +37,7 @@ from captionscale.vocab import Vocabulary
 
 @dataclass(frozen=True)
 class Run:
-    """One rank's part of a run. Only `train_state`, the weights and the optimiser's memory change."""
+    """A run on one rank. Only `train_state`, the weights and the optimizer state change."""
 
     config: Config
     folder: Path
@@ -50,46 +47,44 @@ class Run:
     val_loader: Loader
     vocabulary: Vocabulary
     captioner: Captioner
-    objective: CrossEntropyObjective | ScstObjective
+    objective: Objective
     ema: ModelEMA | None
     engine: Engine
-    """What moves the captioner."""
-    fingerprint: dict[str, Any]
     train_state: TrainState
     checkpoint_writer: CheckpointWriter
 
     @property
     def steps(self) -> int:
-        """Of the whole run."""
+        """Number of steps of the whole run."""
         return total_steps(self.config, self.sampler)
 
     def save(self) -> None:
-        """Begin to write a checkpoint of where the run stands; it is on the disk after `wait_for_save`."""
+        """Begin to write a checkpoint; it is on disk after `wait_for_save`."""
         self.train_state.scaler = self.engine.scaler_state()
-        average = self.ema.state_dict() if self.ema else None
-        tensors = self.captioner.state_dict(), self.engine.optimizer_state(), average
+        ema = self.ema.state_dict() if self.ema else None
+        tensors = self.captioner.state_dict(), self.engine.optimizer_state(), ema
         self.ranks.run_on_main(self.checkpoint_writer.save, self.train_state, *tensors)
 
     def wait_for_save(self) -> None:
-        """Return when the last checkpoint is on the disk."""
+        """Wait until the last checkpoint is on disk."""
         self.ranks.run_on_main(self.checkpoint_writer.wait)
 
     def unfreeze(self, step: int) -> None:
-        """Let the parts of the encoder learn whose step has come; all ranks call it before each step."""
+        """Unfreeze the parts of the encoder due at a step; all ranks call it before each step."""
         if unfreeze(self.captioner, self.config.train, step):
             self.engine.replace_optimizer(make_optimizer(self.captioner, self.config.train))
             if self.ranks.is_main:
-                say(f"step {step:,}: another part of model.encoder.trainable begins to learn")
+                say(f"step {step:,}: unfreezing another part of model.encoder.trainable")
 
     def steps_with_batches(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
-        """Yield the steps to come, each with the micro-batches that this rank does, by their numbers."""
+        """Yield the remaining steps, each with this rank's micro-batches and their numbers."""
         steps = range(self.train_state.step, self.steps)
         batches = self.loader.prefetch(self._requests(steps))
         for step in steps:
             yield step, [(number, next(batches)) for number, _ in self._micro_batches(step)]
 
     def shards(self, step: int, rank: int) -> list[str]:
-        """Return the names of the shards that a rank reads for a step."""
+        """Return the names of the shards that a rank reads in a step."""
         split = self.loader.split
         work = self.sampler.micro_batches(step, rank, self.ranks.world_size)
         rows = {int(row) for _, items in work for row in split.index["shard"][items]}
@@ -104,34 +99,26 @@ class Run:
         return self.sampler.micro_batches(step, self.ranks.rank, self.ranks.world_size)
 
 
-def build_run(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Run:
-    """Make a run ready for its next step: its first one, or the one after its newest checkpoint.
+def build_run(config: Config, folder: Path, ranks: Ranks, stack: ExitStack) -> Run:
+    """Prepare a run for its next step: the first, or the one after its newest checkpoint.
 
     Args:
         config: The experiment.
-        run: Its folder, in which this process may write.
-        ranks: This process among its peers.
+        folder: The run's, which this process may write.
+        ranks: This process and its peers.
         stack: Closes what is opened here.
 
     Raises:
         UserError: Shards, weights or an earlier run that do not fit.
     """
-    settings, data = config.train, config.data
+    settings = config.train
     ranks.run_on_main(check_trackers_installed, settings.trackers)
-    place = open_storage(data.shards, data.cache, data.cache_gb)
-    split, val_split = Split(place, data.train_split), Split(place, data.val_split)
-    for each in (split, val_split):
-        ranks.run_on_main(each.require_captions, "to train; pack the data set with its captions")
-    ranks.run_on_main(_refuse_differing, data.shards, ranks.gather([(split.sha256, val_split.sha256)]))
-    sampler = make_sampler(split, config)
-    if isinstance(place, RemoteStorage):
-        ranks.run_on_main(_tell_of_cache, place, split, sampler, data)
-    # All ranks would be refused alike; the first one says so.
-    ranks.run_on_main(sampler.micro_batches, 0, 0, ranks.world_size)
-    ranks.run_on_main(_refuse_uneven, sampler, ranks)
+    split, val_split, sampler = _open_splits(config, ranks)
     vocabulary = ranks.run_on_main(_build_vocabulary, split, config)
-    loader = Loader(split, vocabulary, data, config.seed)
-    val_loader = Loader(val_split, vocabulary, data)
+    loader, val_loader = (
+        Loader(split, vocabulary, config.data, config.seed),
+        Loader(val_split, vocabulary, config.data),
+    )
     stack.callback(loader.close)
     stack.callback(val_loader.close)
 
@@ -139,126 +126,57 @@ def build_run(config: Config, run: Path, ranks: Ranks, stack: ExitStack) -> Run:
     ranks.seed(config.seed)
     captioner = Captioner(config.model, len(vocabulary))
     fingerprint = make_fingerprint(config, shards=split.sha256, vocabulary=vocabulary.sha256)
-    # Rank 0 chooses where to go on from, and all go on from there: another rank may not yet see the newest.
-    saved = ranks.run_on_main(checkpoints.resume, run, fingerprint, say)
+    # Rank 0 chooses the checkpoint: another rank may not see the newest one yet.
+    saved = ranks.run_on_main(resume, folder, fingerprint, say)
     if saved is None:
-        ranks.run_on_main(_begin, captioner, vocabulary, settings.init_from)
+        ranks.run_on_main(_load_initial_weights, captioner, vocabulary, settings.init_from)
     captioner.to(ranks.device).train()
     if settings.compile_encoder:
         captioner.encoder.compile_training()
     if saved is not None:
         captioner.load_state_dict(saved.weights(captioner))
-    saver = CheckpointWriter(run, config, vocabulary, fingerprint)
-    stack.callback(saver.close)
-    # While all parts of the encoder count as learning: it is to have room for them.
-    ranks.run_on_main(saver.reserve, captioner)
+    writer = CheckpointWriter(folder, config, vocabulary, fingerprint)
+    stack.callback(writer.close)
+    # Before parts of the encoder are frozen: their optimizer state will need room too.
+    ranks.run_on_main(writer.reserve, captioner)
     unfreeze(captioner, settings, saved.train_state.step if saved else 0)
-    engine = create_engine(
-        ranks,
-        captioner,
-        make_optimizer(captioner, settings),
-        settings.clip_norm,
-        compress_gradients=settings.compress_gradients,
-    )
+    optimizer, compress = make_optimizer(captioner, settings), settings.compress_gradients
+    engine = create_engine(ranks, captioner, optimizer, settings.clip_norm, compress_gradients=compress)
     if settings.cache_features:
-        # Now that all ranks have the weights of the first.
+        # After the engine has given all ranks the weights of rank 0.
         cache_features(captioner.encoder, (loader, val_loader), ranks, settings.precision)
-    average = ModelEMA(captioner, settings.ema_decay) if settings.ema_decay else None
-    objective: CrossEntropyObjective | ScstObjective = CrossEntropyObjective(settings.label_smoothing)
-    if settings.objective == "scst":
-        with spinner("counting the n-grams of the train captions", quiet=not ranks.is_main):
-            objective = ScstObjective(config, captioner, split, vocabulary)
-        if saved is None:
-            ranks.run_on_main(_look_ahead, config, captioner, loader, objective, ranks)
-    ranks.run_on_main(_keep_settings, run, config)
-    train_state = TrainState()
-    if saved is not None:
-        train_state = saved.train_state
+    ema = ModelEMA(captioner, settings.ema_decay) if settings.ema_decay else None
+    with spinner("preparing the objective", quiet=not ranks.is_main):
+        objective = objective_class(settings.objective)(config, captioner, split, vocabulary)
+    state = TrainState()
+    if saved is None:
+        ranks.run_on_main(_check_start, objective, loader, ranks)
+    else:
+        state = saved.train_state
         engine.load_optimizer_state(saved.optimizer_state(captioner))
-        engine.load_scaler_state(train_state.scaler)
-        if average:
-            average.load_state_dict(saved.ema_weights(captioner))
+        engine.load_scaler_state(state.scaler)
+        if ema:
+            ema.load_state_dict(saved.ema_weights(captioner))
+    ranks.run_on_main(_write_config, folder, config)
     return Run(
-        config,
-        run,
-        ranks,
-        sampler,
-        loader,
-        val_loader,
-        vocabulary,
-        captioner,
-        objective,
-        average,
-        engine,
-        fingerprint,
-        train_state,
-        saver,
+        config=config,
+        folder=folder,
+        ranks=ranks,
+        sampler=sampler,
+        loader=loader,
+        val_loader=val_loader,
+        vocabulary=vocabulary,
+        captioner=captioner,
+        objective=objective,
+        ema=ema,
+        engine=engine,
+        train_state=state,
+        checkpoint_writer=writer,
     )
-
-
-def _refuse_too_large(config: Config, words: int) -> None:
-    with torch.device("meta"):
-        weights = Captioner(config.model, words).state_dict().values()
-    needed, there = sum(each.nbytes for each in weights), psutil.virtual_memory().total
-    if needed > there:
-        raise UserError(
-            f"model: its weights take {needed / 1e9:,.1f} GB, this machine has {there / 1e9:,.1f} GB of"
-            " memory, expected less, as training takes several times as much; lower model.decoder.hidden_size,"
-            " embed_size or num_layers"
-        )
-
-
-def _begin(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) -> None:
-    """Give a run its first weights: those of another run, or random ones with a pretrained encoder."""
-    if source is None:
-        captioner.load_pretrained()
-        return
-    saved = checkpoints.open_checkpoint(source)
-    if saved.vocabulary() != vocabulary:
-        raise UserError(
-            f"train.init_from = {source}: has {len(saved.vocabulary()):,} words, here they are other"
-            f" {len(vocabulary):,}; take the same shards, data.min_count and data.max_vocab_size, or train"
-            " anew"
-        )
-    weights, wanted = saved.weights() | saved.ema_weights(), captioner.state_dict()
-    differing = [
-        name
-        for name in sorted(weights.keys() | wanted.keys())
-        if name not in weights or name not in wanted or weights[name].shape != wanted[name].shape
-    ]
-    if differing:
-        raise UserError(
-            f"train.init_from = {source}: {len(differing):,} weights are of another model, the first"
-            f" '{differing[0]}'; take the section model of {saved.folder / 'config.toml'}"
-        )
-    captioner.load_state_dict(weights)
-    say(f"starting from {saved.folder}")
-
-
-def _look_ahead(
-    config: Config, captioner: Captioner, loader: Loader, objective: ScstObjective, ranks: Ranks
-) -> None:
-    """Let self-critical training show on some images that it can learn."""
-    items = np.arange(min(CHECKED_IMAGES, len(loader.split)))
-    (batch,) = loader.prefetch([(items, None)])
-    with ranks.autocast():
-        check_rewards(
-            objective,
-            captioner,
-            batch.to(ranks.device),
-            loader.vocabulary,
-            config.data.max_words,
-        )
-
-
-def _keep_settings(run: Path, config: Config) -> None:
-    """Write down what the run is trained with, for who looks at it before the first checkpoint."""
-    with atomic_write(run / CONFIG_FILE) as file:
-        file.write(toml.dumps(config).encode())
 
 
 def make_sampler(split: Split, config: Config) -> BatchSampler:
-    """Return the order in which an experiment learns from a split.
+    """Return the order in which an experiment reads a split.
 
     Raises:
         UserError: Too few samples for its batches.
@@ -274,35 +192,104 @@ def total_steps(config: Config, sampler: BatchSampler) -> int:
     return config.train.steps or config.train.epochs * sampler.steps_per_epoch
 
 
+def _open_splits(config: Config, ranks: Ranks) -> tuple[Split, Split, BatchSampler]:
+    data = config.data
+    storage = open_storage(data.shards, data.cache, data.cache_gb)
+    split, val_split = Split(storage, data.train_split), Split(storage, data.val_split)
+    for each in (split, val_split):
+        ranks.run_on_main(each.require_captions, "to train; pack the data set with its captions")
+    ranks.run_on_main(_refuse_differing, data.shards, ranks.gather([(split.sha256, val_split.sha256)]))
+    sampler = make_sampler(split, config)
+    if isinstance(storage, RemoteStorage):
+        ranks.run_on_main(_report_cache, storage, split, sampler, data)
+    # All ranks would be refused alike; rank 0 reports it.
+    ranks.run_on_main(sampler.micro_batches, 0, 0, ranks.world_size)
+    ranks.run_on_main(_refuse_uneven, sampler, ranks)
+    return split, val_split, sampler
+
+
+def _refuse_too_large(config: Config, vocab_size: int) -> None:
+    with torch.device("meta"):
+        weights = Captioner(config.model, vocab_size).state_dict().values()
+    needed, memory = sum(each.nbytes for each in weights), psutil.virtual_memory().total
+    if needed > memory:
+        raise UserError(
+            f"model: its weights take {needed / 1e9:,.1f} GB, this machine has {memory / 1e9:,.1f} GB of"
+            " memory, expected less, as training takes several times as much; lower"
+            " model.decoder.hidden_size, embed_size or num_layers"
+        )
+
+
+def _load_initial_weights(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) -> None:
+    """Load the weights of another run, or a pretrained encoder."""
+    if source is None:
+        captioner.load_pretrained()
+        return
+    saved = open_checkpoint(source)
+    if saved.vocabulary() != vocabulary:
+        raise UserError(
+            f"train.init_from = {source}: its vocabulary of {len(saved.vocabulary()):,} words is not this"
+            f" run's of {len(vocabulary):,}, expected the same; take the same shards, data.min_count and"
+            " data.max_vocab_size, or train from scratch"
+        )
+    weights, expected = saved.weights() | saved.ema_weights(), captioner.state_dict()
+    differing = [
+        name
+        for name in sorted(weights.keys() | expected.keys())
+        if name not in weights or name not in expected or weights[name].shape != expected[name].shape
+    ]
+    if differing:
+        raise UserError(
+            f"train.init_from = {source}: {len(differing):,} weights are of another model, the first"
+            f" '{differing[0]}'; take the section model of {saved.folder / CONFIG_FILE}"
+        )
+    captioner.load_state_dict(weights)
+    say(f"starting from {saved.folder}")
+
+
+def _check_start(objective: Objective, loader: Loader, ranks: Ranks) -> None:
+    """Let the objective look at some images before the first step."""
+    items = np.arange(min(objective.check_images, len(loader.split)))
+    if len(items):
+        (batch,) = loader.prefetch([(items, None)])
+        with ranks.autocast():
+            objective.check_start(batch.to(ranks.device))
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    """Write the config where it can be read before the first checkpoint."""
+    with atomic_write(folder / CONFIG_FILE) as file:
+        file.write(toml.dumps(config).encode())
+
+
 def _refuse_differing(shards: str, read: list[tuple[str, str]]) -> None:
-    # Each machine may have a copy of its own, and one of them an older one.
+    # Each machine may have its own copy, one of them older.
     if others := [str(rank) for rank, hashes in enumerate(read) if hashes != read[0]]:
         raise UserError(
-            f"{shards}: rank {', '.join(others)} finds other shards there than rank 0, wanted the same on all"
-            " machines; copy or pack them there again"
+            f"{shards}: rank {', '.join(others)} finds other shards there than rank 0, expected the same on"
+            " all machines; copy or pack them there again"
         )
 
 
 def _refuse_uneven(sampler: BatchSampler, ranks: Ranks) -> None:
-    # ZeRO-2 sums gradients in each backward pass, so that each rank must do as many as the others.
+    # ZeRO-2 reduces gradients in each backward pass, so all ranks must do equally many.
     if ranks.zero_stage is not None and sampler.micro_batches_per_step % ranks.world_size:
         raise UserError(
-            f"train.global_batch = {sampler.global_batch} holds {sampler.micro_batches_per_step} micro-batches of"
-            f" train.micro_batch = {sampler.micro_batch}, which {ranks.world_size} processes cannot share evenly, as"
-            " ZeRO wants; start a number of processes that divides them, or take --profile gpu"
+            f"train.global_batch = {sampler.global_batch} holds {sampler.micro_batches_per_step}"
+            f" micro-batches of train.micro_batch = {sampler.micro_batch}, which {ranks.world_size} processes cannot"
+            " share evenly, as ZeRO requires; start a number of processes that divides them, or take --profile gpu"
         )
 
 
-def _tell_of_cache(place: RemoteStorage, split: Split, sampler: BatchSampler, data: configs.Data) -> None:
-    say(f"shards of {place} are kept in {place.cache}")
-    # What all streams shuffle at a time; a node among several reads only its part of them.
+def _report_cache(storage: RemoteStorage, split: Split, sampler: BatchSampler, data: configs.Data) -> None:
+    say(f"shards of {storage} are kept in {storage.cache}")
+    # What all streams shuffle at a time; each of several nodes reads only its part.
     shards = min(len(split.info.shards), sampler.micro_batches_per_step * data.shuffle_window_shards)
     needed_gb = shards * max(shard.size_bytes for shard in split.info.shards) / 1e9
     if needed_gb > data.cache_gb:
         say(
             f"warning: data.cache_gb = {data.cache_gb:g}, but the {shards:,} shards that are read at a time"
-            f" take {needed_gb:.3g} GB; with less room on one node they are downloaded again and again; raise"
-            " it"
+            f" take {needed_gb:.3g} GB; one node downloads them again and again; raise it"
         )
 
 

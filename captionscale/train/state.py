@@ -1,4 +1,4 @@
-"""How far a run is."""
+"""Progress of a run."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, TypeAlias
@@ -6,30 +6,30 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 Step: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=10**12)]
-"""Optimiser steps: as many as the names of files have room for."""
+"""Optimizer steps: as many as file names have room for."""
 
 
 @dataclass
 class TrainState:
-    """How far a run is: all that is carried from step to step beside weights and optimiser."""
+    """All state of a run besides weights and optimizer state."""
 
     step: Step = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     best_score: float = -1.0
-    """Of the validation split, in `train.score_metric`; negative before the first scoring."""
+    """In `train.score_metric`, on the validation split; negative before the first score."""
     best_step: Step = 0
     scores_since_best: Step = 0
     validated_step: Step = 0
     """Step of the last validation."""
     scored_step: Step = 0
-    """Step of the last one whose scores count; they come later than its captions."""
+    """Step of the last validation whose scores count."""
     scaler: dict[str, int | float] = field(default_factory=dict)
     """The fp16 loss scaler's state."""
-    initial_sample_stats: dict[str, float] = field(default_factory=dict)
-    """Figures of the first captions that self-critical training sampled."""
+    initial_figures: dict[str, float] = field(default_factory=dict)
+    """First figures of the objective."""
 
     def record_score(self, step: int, score: float) -> None:
-        """Take the score of a step into account."""
+        """Record the score of a step."""
         self.scored_step = step
         better = score > self.best_score
         self.scores_since_best = 0 if better else self.scores_since_best + 1

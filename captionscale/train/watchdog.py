@@ -1,9 +1,8 @@
-"""The watchdog: a rank that stands still is named, with its step, its shards and its stack.
+"""The watchdog names a stalled rank, with its step, shards and stack.
 
-Each rank has a thread that puts down in the ranks' common store, ten times in `train.stall_s`, how far its
-main thread is and where it stands. Nobody reads it while all goes well. When rank 0 itself stands still it
-looks who keeps it waiting, and rank 1 looks too, should rank 0 be the one. A stopped process, or one on a
-machine that is gone, tells nothing any more: its last words serve.
+A thread of each rank writes the state of its main thread to a common store, ten times in `train.stall_s`.
+When rank 0 stalls, it reads the states of the others to find the rank it waits for; rank 1 does so too, in case
+that is rank 0. Of a process that is stopped or gone, the last state is used.
 """
 
 import json
@@ -32,30 +31,30 @@ _PACKAGE = str(Path(__file__).parents[1])
 _COLLECTIVE = (str(ranks.__file__), str(engine.__file__))
 _LOADER, _CACHE = str(loader.__file__), str(shard_cache.__file__)
 _END_AFTER = 10
-"""Times `train.stall_s`: a file system may take some minutes to come back, a dead peer never does."""
+"""Times `train.stall_s`: a file system may recover after minutes, a dead peer never does."""
 _SILENT_AFTER = 4
-"""Readings in which a rank has said nothing new."""
+"""Readings without a new heartbeat."""
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """Where a rank stands."""
+    """State of a rank."""
 
     rank: int
     host: str
     pid: int
     step: int
-    """Being done, from 1."""
+    """Current one, from 1."""
     stalled_s: float
-    """Since when its main thread has not moved."""
+    """Seconds since the last heartbeat of its main thread."""
     busy: str
-    """What it does that may take long; nothing: a step."""
+    """Work that may take long; empty in a step."""
     waiting: bool
-    """For its peers or its device, and so not to blame."""
+    """For its peers or its device, so it is not the cause."""
     validating: bool
     stack: list[str]
     heartbeats: int
-    """Of this word, counted up: clocks of two machines are not compared."""
+    """Number of states written: clocks of two machines are not compared."""
     silent: bool = field(default=False, kw_only=True)
 
     def __str__(self) -> str:
@@ -64,16 +63,16 @@ class RankStatus:
 
 
 class Watchdog:
-    """Looks after the main threads of a run's ranks while it is entered."""
+    """Watches the main threads of all ranks while entered."""
 
     def __init__(self, run: Path, ranks: Ranks, stall_s: float, shards: Callable[[int, int], list[str]]):
         """Prepare to watch.
 
         Args:
-            run: Its folder, for `stalls.jsonl`.
-            ranks: All of which watch.
-            stall_s: Seconds in which a rank must move.
-            shards: Gives the names of those that a step, from 0, of a rank reads.
+            run: Folder for `stalls.jsonl`.
+            ranks: This process and its peers.
+            stall_s: Seconds without a heartbeat after which a rank is stalled.
+            shards: Returns the names of the shards read in a step (from 0) by a rank.
         """
         self._path, self._rank, self._size = run / STALLS_FILE, ranks.rank, ranks.world_size
         self._stall_s, self._shards = stall_s, shards
@@ -85,7 +84,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self._size > 1:
-            # A connection of its own: the main thread may hold the other one while it waits.
+            # Its own connection: the main thread may hold the other one while it waits.
             where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=self._stall_s))
         self.beat(self._step)
@@ -95,26 +94,18 @@ class Watchdog:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        # A thread that Python ends while it is in the store would take the process with it (SIGABRT).
+        # Python ending a thread inside the store would abort the process (SIGABRT).
         self._thread.join(self._stall_s)
 
     def beat(self, step: int | None = None) -> None:
-        """Say that this rank's main thread has moved.
-
-        Args:
-            step: Which it does now, from 0; none: still the same.
-        """
+        """Record a heartbeat of the main thread, and the step (from 0) if it has changed."""
         self._moved = time.monotonic()
         if step is not None:
             self._step = step
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """Take no offence at this rank while it does what may take long.
-
-        Args:
-            what: In words, such as `scoring`.
-        """
+        """Tolerate a long wait for work such as `scoring`."""
         self._busy = what
         yield
         self._busy = ""
@@ -124,38 +115,37 @@ class Watchdog:
         told, looked = False, time.monotonic()
         while not self._over.wait(self._stall_s / 10):
             before, looked = looked, time.monotonic()
-            # The whole process stood still, as after Ctrl-Z or when SLURM suspends a job; or a shard is on
-            # its way, which gives up by itself if nothing comes.
+            # The whole process was suspended (Ctrl-Z, SLURM), or a download runs, which has its own timeout.
             if looked - before > self._stall_s or self._downloads():
                 self.beat()
             mine = self._state()
             try:
                 if self._store is not None:
                     self._store.set(_key(self._rank), json.dumps(asdict(mine)))
-                # Rank 1 counts from half the time on what the others say, to know the silent ones.
+                # From half the time on, to count the heartbeats of the others.
                 if self._rank > 1 or mine.stalled_s < self._stall_s / 2:
                     self._heard, told = {}, False
                     continue
                 states = [mine, *self._others()]
             except RuntimeError:
-                return  # The store is gone: the run is ending.
+                return  # The store is gone: the run ends.
             culprits = _blame(states, self._stall_s)
             if self._over.is_set() or mine.stalled_s < self._stall_s or not culprits:
                 continue
             if self._rank == 1 and not any(state.rank == 0 and state.silent for state in states):
                 continue
             stalled_s = min([mine.stalled_s, *(state.stalled_s for state in culprits if not state.silent)])
-            # A file system may come back even then.
+            # A file system may recover even then.
             end = stalled_s > _END_AFTER * self._stall_s and not any(state.busy for state in culprits)
             if end or not told:
                 self._tell(states, culprits, stalled_s, end)
                 told = True
             if end:
-                # The launcher ends the others; nothing else gets the main thread out of where it hangs.
+                # The launcher ends the others; nothing else ends a hanging main thread.
                 os._exit(1)
 
     def _downloads(self) -> bool:
-        """Return whether the main thread waits for pictures, and another one for a shard to come."""
+        """Return whether the main thread waits for images while another one downloads a shard."""
         threads = sys._current_frames()
         main = [name for name in _files(threads[self._main]) if name.startswith(_PACKAGE)]
         return main[:1] == [_LOADER] and any(_CACHE in _files(thread) for thread in threads.values())
@@ -185,7 +175,7 @@ class Watchdog:
         )
 
     def _others(self) -> Iterator[RankStatus]:
-        """Yield what the other ranks last said, and whether they still speak."""
+        """Yield the last states of the other ranks, marked if they are silent."""
         store = self._store
         if store is None:
             return
@@ -213,21 +203,21 @@ class Watchdog:
         if waiting:
             lines += [f"  waiting for it: ranks {', '.join(map(str, waiting))}"]
         if end:
-            lines += ["  ending the run; the same command goes on from its last checkpoint"]
+            lines += ["  ending the run; the same command resumes from the last checkpoint"]
         say(*lines)
         record = {"time": time.time(), "stalled_s": stalled_s, "stalled": stalled, "waiting": waiting}
-        # What keeps the run from moving may be a full disk.
+        # The cause may be a full disk.
         with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 
 def _blame(states: list[RankStatus], stall_s: float) -> list[RankStatus]:
-    """Return those whom the others wait for; nobody, while they move or are busy, but for very long."""
+    """Return the ranks that the others wait for; none while they progress, or are busy for less than very long."""
     if silent := [state for state in states if state.silent]:
         return silent
     if any(state.busy for state in states):
         return [state for state in states if state.busy and state.stalled_s >= _END_AFTER * stall_s]
-    # Where steps are queued on a device, those who wait are ahead of the one that keeps them waiting.
+    # With steps queued on a device, waiting ranks are ahead of the one they wait for.
     last = min(state.step for state in states)
     behind = [state for state in states if state.step == last]
     awaited = [state for state in behind if not state.waiting] or behind

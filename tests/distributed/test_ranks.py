@@ -75,7 +75,7 @@ def test_bf16_on_a_cpu_without_its_instructions_is_warned_of(precision, warned, 
 @pytest.mark.parametrize(
     ("stage", "precision", "message"),
     [
-        ("3", "fp32", "zero_stage is 3, wanted 0, 1 or 2, such as in launch/zero2.yaml; set it"),
+        ("3", "fp32", "zero_stage is 3, expected 1 or 2, as in launch/zero2.yaml; change it"),
         ("2", "fp16", "fp16 .*; set train.precision to "),
     ],
 )

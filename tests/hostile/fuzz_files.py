@@ -37,7 +37,6 @@ _CHANGES = (
     "train.micro_batch=4",
     "train.precision=fp32",
     "train.log_every=1",
-    "train.sample_log=true",
     "train.cache_features=true",
 )
 _FIGURES = {
@@ -79,7 +78,7 @@ def build(root: Path) -> None:
     settings = Path("experiment.toml")
     settings.write_text('[data]\nshards = "shards"\n')
     settings.write_text(toml.dumps(toml.load(settings, [*_CHANGES])))
-    _run("train experiment.toml --out run")
+    _run("train experiment.toml --out run --sample-log")
     _run("score run --split val --beam 1")
     _run("export run --format hub --out hub")
     # The first drawing of a process takes seconds.

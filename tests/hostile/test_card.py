@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 from captionscale.cli import main
 from captionscale.escape import for_terminal
 from captionscale.score import score
-from captionscale.train.checkpoints import open_checkpoint
+from captionscale.train.checkpoint import open_checkpoint
 
 EVIL = (
     '`"><img src=x onerror=alert(1)><script>alert(2)<b>\x1b]0;PWN\x07\u202e\n# h\n| a | [l](http://evil) *x*'

@@ -166,7 +166,7 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
     "a step without end": (state(step=10**30), "step: Expected `int`"),
     "a step below 0": (state(step=-5), "step: Expected `int` >= 0"),
     "another step": (state(step=5), "every checkpoint is damaged"),
-    "a best step to come": (state(best_step=7), "speaks of steps after its own step 1"),
+    "a best step to come": (state(best_step=7), "names steps after its own step 1"),
     "a loss scaler that is a number": (state(scaler=7), "scaler: Expected `object`, got `int`"),
     "numbers as words": (words(lambda known: [1] * len(known)), "no vocabulary (words[0]: Expected `str`"),
     "nothing as words": (words(lambda known: [None] * len(known)), "no vocabulary"),
@@ -211,7 +211,7 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
     ),
     "weights that are no numbers": (
         tensors(lambda it: it * float("nan") if it.is_floating_point() else it),
-        "are no numbers (NaN or infinite)",
+        "are NaN or infinite",
     ),
 }
 

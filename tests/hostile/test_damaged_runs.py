@@ -16,10 +16,10 @@ from captionscale.data import shard_writer
 from captionscale.data.feature_cache import FeatureFile, create_all
 from captionscale.errors import UserError
 from captionscale.tools.export import bundle
-from captionscale.train import checkpoints, log_reader, sample_log
+from captionscale.train import log_reader, sample_log
 from captionscale.train.log_writer import LogWriter
 from captionscale.train.loop import train
-from captionscale.train.run_folder import LOG_FILE
+from captionscale.train.run_folder import LOG_FILE, remove_partial_checkpoints
 
 GARBAGE = b"\xff\xfe{" * 10
 ODD_LINES = (
@@ -234,7 +234,7 @@ def test_only_names_that_are_our_own_are_removed(tmp_path: Path, monkeypatch: py
             path.write_bytes(b"begun")
         else:
             path.mkdir()
-    checkpoints.remove_partial(run)
+    remove_partial_checkpoints(run)
     create_all([FeatureFile(shards / "features" / "val-0123456789abcdef.npy", (2, 1, 4))])
     with files.temp_folder("java"), bundle._new(tmp_path / "model"):
         pass

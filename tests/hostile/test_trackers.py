@@ -14,7 +14,7 @@ from experiment import logged_losses, tiny_config
 from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import PreemptedError
-from captionscale.train import loop, preemption, tracking
+from captionscale.train import loop, preemption, schedule, tracking
 from captionscale.train.log_writer import LogWriter
 from captionscale.train.tracking import Trackers
 
@@ -156,14 +156,14 @@ def test_a_run_that_is_asked_to_leave_saves_first_and_leaves_a_tracker_that_hang
     config = tiny_config(
         tmp_path, packed, 'train.trackers=["mlflow"]', "train.epochs=10000", "train.score_every=100000"
     )
-    real = loop.lr_factor
+    real = schedule.lr_factor
 
     def rate(step: int, steps: int, warmup_ratio: float) -> float:
         if (package / "reached").exists() and not preemption.requested():
             os.kill(os.getpid(), signal.SIGTERM)
         return real(step, steps, warmup_ratio)
 
-    monkeypatch.setattr(loop, "lr_factor", rate)
+    monkeypatch.setattr("captionscale.train.step.lr_factor", rate)
     before = set(family())
     with pytest.raises(PreemptedError, match=r"SIGTERM: step .* was saved"), preemption.handle_signals():
         loop.train(config, tmp_path / "run")

@@ -18,8 +18,8 @@ from experiment import load_weights, logged_losses, max_abs_difference, tiny_con
 
 from captionscale.data.packing import PackOptions, pack
 from captionscale.data.sources import coco
-from captionscale.train import checkpoints
 from captionscale.train.loop import train
+from captionscale.train.run_folder import checkpoint_steps
 
 pytestmark = pytest.mark.long
 
@@ -119,11 +119,11 @@ def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
     # To the job's script as well, which is to stay.
     slurm("scancel", "--full", "--signal=USR1", job)
     _until(lambda: _restarted(slurm, job, 1), "the restart after USR1")
-    first = checkpoints.checkpoint_steps(run)[-1]
+    first = checkpoint_steps(run)[-1]
     _until(lambda: _trained(run, first + 1), "steps after the restart")
     slurm("scontrol", "requeue", job)
     _until(lambda: _restarted(slurm, job, 2), "the restart after requeue")
-    second = checkpoints.checkpoint_steps(run)[-1]
+    second = checkpoint_steps(run)[-1]
     _until(lambda: _trained(run, second + 1), "steps after the second restart")
     [process] = [path.name for path in Path("/proc").glob("[0-9]*") if _is_rank(path, "1", run)]
     os.kill(int(process), signal.SIGKILL)
@@ -170,7 +170,7 @@ def _until(holds: Callable[[], bool], what: str) -> None:
 
 def _trained(run: Path, least: int) -> bool:
     """Whether a run has a checkpoint of this step or a later one."""
-    return bool(steps := checkpoints.checkpoint_steps(run)) and steps[-1] >= least
+    return bool(steps := checkpoint_steps(run)) and steps[-1] >= least
 
 
 def _is_rank(process: Path, rank: str, run: Path) -> bool:

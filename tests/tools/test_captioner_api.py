@@ -96,7 +96,7 @@ def test_all_captions_of_a_beam_come_best_first(writer: CaptionPipeline, synthet
     [
         ({"baem": 3}, "search.baem=3: unknown key 'baem'; did you mean 'beam'?"),
         ({"beam": 0}, "search.beam=0: beam = 0: input should be greater than or equal to 1"),
-        ({"prefix": "zebrafish"}, "the run has no word 'zebrafish'"),
+        ({"prefix": "zebrafish"}, "'zebrafish' is not in this run's vocabulary"),
     ],
 )
 def test_invalid_requests_are_refused_by_name(writer: CaptionPipeline, request_, told) -> None:

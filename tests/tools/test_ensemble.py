@@ -9,7 +9,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.ensemble import Ensemble
 from captionscale.tools.ensemble import open_ensemble
-from captionscale.train import checkpoints
+from captionscale.train.checkpoint_writer import write_checkpoint
 from captionscale.train.state import TrainState
 from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
@@ -23,7 +23,7 @@ def saved(folder: Path, name: str, *changes: str, words: tuple[str, ...] = ("a",
     config, vocabulary = toml.load(path, [*SMALL, *changes]), Vocabulary(SPECIAL_TOKENS + words)
     torch.manual_seed(len(name))
     weights = Captioner(config.model, len(vocabulary)).state_dict()
-    checkpoints.save(folder / name, TrainState(step=1), {}, weights, {}, config, vocabulary)
+    write_checkpoint(folder / name, TrainState(step=1), {}, weights, {}, config, vocabulary)
     return folder / name
 
 

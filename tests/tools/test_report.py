@@ -37,7 +37,7 @@ def _receipt(run: Path, packed: Path, caption: str, name: Callable[[int], int | 
     """Give a run a receipt of its test split, as `score` does, of the metrics that are quick."""
     from captionscale.data.shards import Split
     from captionscale.score import score
-    from captionscale.train.checkpoints import open_checkpoint
+    from captionscale.train.checkpoint import open_checkpoint
 
     saved, split = open_checkpoint(run), Split(packed, "test")
     receipt = score(

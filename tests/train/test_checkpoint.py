@@ -22,10 +22,10 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.files import sha256_of
 from captionscale.model.captioner import Captioner
-from captionscale.train import checkpoints
-from captionscale.train.checkpoint_writer import CheckpointWriter
+from captionscale.train.checkpoint import find_latest, open_checkpoint, resume
+from captionscale.train.checkpoint_writer import CheckpointWriter, write_checkpoint
 from captionscale.train.loop import train
-from captionscale.train.run_folder import MODEL_FILE, OPTIMIZER_FILE
+from captionscale.train.run_folder import MODEL_FILE, OPTIMIZER_FILE, checkpoint_steps
 from captionscale.train.state import TrainState
 from captionscale.version import __version__
 from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
@@ -51,20 +51,20 @@ def config(tmp_path: Path) -> Config:
 
 def _save(run: Path, config: Config, step: int, **train_state: Any) -> None:
     small = {"a": torch.rand(9)}
-    checkpoints.save(run, TrainState(step=step, **train_state), {"seed": 0}, small, small, config, VOCABULARY)
+    write_checkpoint(run, TrainState(step=step, **train_state), {"seed": 0}, small, small, config, VOCABULARY)
 
 
 def test_a_restored_model_and_engine_take_the_same_next_step(tmp_path: Path, config: Config) -> None:
     model, engine = _moved(config)
     tensors = model.state_dict(), engine.optimizer_state()
-    checkpoints.save(tmp_path, TrainState(step=7), {"seed": 0}, *tensors, config, VOCABULARY)
+    write_checkpoint(tmp_path, TrainState(step=7), {"seed": 0}, *tensors, config, VOCABULARY)
     other, other_engine = _moved(config)
-    saved = checkpoints.find_latest(tmp_path, pytest.fail)
+    saved = find_latest(tmp_path, pytest.fail)
     assert saved is not None
     assert saved.train_state.step == 7
     assert saved.vocabulary() == VOCABULARY
     assert saved.config() == config
-    saved.check_fingerprint({"seed": 0})
+    assert saved.fingerprint == {"seed": 0}
     other.load_state_dict(saved.weights())
     other_engine.load_optimizer_state(saved.optimizer_state(other))
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
@@ -81,10 +81,10 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path, config: Config) -> Non
     for step in (1, 2, 3, 4, 5):
         _save(tmp_path, config, step, best_step=min(step, 2))
     assert config.train.keep_checkpoints == 2
-    assert checkpoints.checkpoint_steps(tmp_path) == [2, 4, 5]
-    assert checkpoints.open_checkpoint(tmp_path).train_state.step == 2
-    assert checkpoints.open_checkpoint(tmp_path, "last").train_state.step == 5
-    assert checkpoints.open_checkpoint(tmp_path, "4").train_state.step == 4
+    assert checkpoint_steps(tmp_path) == [2, 4, 5]
+    assert open_checkpoint(tmp_path).train_state.step == 2
+    assert open_checkpoint(tmp_path, "last").train_state.step == 5
+    assert open_checkpoint(tmp_path, "4").train_state.step == 4
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "vocab.json", "state.json"])
@@ -96,7 +96,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     damaged = tmp_path / "checkpoints" / "step-00000002" / name
     damaged.write_bytes(damaged.read_bytes()[:-3])
     warnings: list[str] = []
-    saved = checkpoints.find_latest(tmp_path, warnings.append)
+    saved = find_latest(tmp_path, warnings.append)
     assert saved is not None
     assert saved.train_state.step == 1
     assert "step-00000002: damaged checkpoint" in warnings[0]
@@ -107,7 +107,7 @@ def test_saving_before_a_damaged_checkpoint_keeps_what_is_saved(tmp_path: Path, 
         _save(tmp_path, config, step)
     (tmp_path / "checkpoints" / "step-00000009" / "model.safetensors").write_bytes(b"")
     _save(tmp_path, config, 3)
-    assert checkpoints.checkpoint_steps(tmp_path) == [2, 3]
+    assert checkpoint_steps(tmp_path) == [2, 3]
 
 
 def test_a_step_that_is_saved_again_takes_the_place_of_the_damaged_one(
@@ -117,7 +117,7 @@ def test_a_step_that_is_saved_again_takes_the_place_of_the_damaged_one(
     (tmp_path / "checkpoints" / "step-00000001" / "model.safetensors").write_bytes(b"")
     _save(tmp_path, config, 1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
-    assert checkpoints.find_latest(tmp_path, pytest.fail) is not None
+    assert find_latest(tmp_path, pytest.fail) is not None
 
 
 def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_captioning(
@@ -126,7 +126,7 @@ def test_a_damaged_newest_checkpoint_does_not_keep_a_run_from_captioning(
     _save(tmp_path, config, 1)
     _save(tmp_path, config, 2)
     (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")
-    assert checkpoints.open_checkpoint(tmp_path).train_state.step == 1
+    assert open_checkpoint(tmp_path).train_state.step == 1
 
 
 def test_a_checkpoint_of_another_version_is_named_so_and_never_passed_over(
@@ -138,8 +138,8 @@ def test_a_checkpoint_of_another_version_is_named_so_and_never_passed_over(
     written = json.loads(state.read_text())
     state.write_text(json.dumps({**written, "format": 9, "captionscale": "7.0"}))
     for ask in (
-        lambda: checkpoints.find_latest(tmp_path, pytest.fail),
-        lambda: checkpoints.open_checkpoint(tmp_path),
+        lambda: find_latest(tmp_path, pytest.fail),
+        lambda: open_checkpoint(tmp_path),
     ):
         with pytest.raises(UserError, match=r"of format 9, written by captionscale 7\.0; .* take the"):
             ask()
@@ -157,23 +157,23 @@ def test_a_key_that_only_another_version_had_is_told_with_that_version(
     for version, told in (("7.0", "captionscale 7.0 wrote this checkpoint"), (__version__, "key 'glow'")):
         state.write_text(json.dumps({**written, "sha256": hashes, "captionscale": version}))
         with pytest.raises(UserError, match=told):
-            checkpoints.open_checkpoint(tmp_path).config()
+            open_checkpoint(tmp_path).config()
 
 
 def test_weights_that_are_no_numbers_are_refused_before_they_caption(tmp_path: Path, config: Config) -> None:
     weights = Captioner(config.model, len(VOCABULARY)).state_dict()
     last = list(weights)[-1]
     weights[last][0] = torch.nan
-    checkpoints.save(tmp_path, TrainState(step=1), {}, weights, {}, config, VOCABULARY)
-    with pytest.raises(UserError, match=rf"step-00000001: weights of {last} are no numbers"):
-        checkpoints.open_checkpoint(tmp_path).captioner()
+    write_checkpoint(tmp_path, TrainState(step=1), {}, weights, {}, config, VOCABULARY)
+    with pytest.raises(UserError, match=rf"step-00000001: weights of {last} are NaN or infinite"):
+        open_checkpoint(tmp_path).captioner()
 
 
 def test_a_run_of_damaged_checkpoints_is_not_silently_started_again(tmp_path: Path, config: Config) -> None:
     _save(tmp_path, config, 1)
     (tmp_path / "checkpoints" / "step-00000001" / "state.json").unlink()
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        checkpoints.find_latest(tmp_path, lambda _: None)
+        find_latest(tmp_path, lambda _: None)
 
 
 @contextmanager
@@ -212,8 +212,8 @@ def test_a_disk_that_is_full_at_any_write_costs_no_earlier_checkpoint(
     # The disk was freed meanwhile.
     saver.save(TrainState(step=3), *tensors)
     saver.wait()
-    assert checkpoints.checkpoint_steps(tmp_path) == [1, 3]
-    assert checkpoints.find_latest(tmp_path, pytest.fail) is not None
+    assert checkpoint_steps(tmp_path) == [1, 3]
+    assert find_latest(tmp_path, pytest.fail) is not None
 
 
 def test_what_is_saved_is_what_was_at_that_moment_and_a_save_waits_for_the_one_before(
@@ -240,10 +240,10 @@ def test_what_is_saved_is_what_was_at_that_moment_and_a_save_waits_for_the_one_b
         train_state.step, train_state.best_score, train_state.scaler["scale"] = 99, 0.5, float(step)
         for tensor in (weights | memory).values():
             tensor += 1
-        assert checkpoints.checkpoint_steps(tmp_path) == there, "the one before, not yet this one"
+        assert checkpoint_steps(tmp_path) == there, "the one before, not yet this one"
     saver.wait()
     for before, tensors in expected:
-        saved = checkpoints.open_checkpoint(tmp_path, str(before.step))
+        saved = open_checkpoint(tmp_path, str(before.step))
         read = load_file(saved.folder / MODEL_FILE) | load_file(saved.folder / OPTIMIZER_FILE)
         assert saved.train_state == before
         assert read.keys() == tensors.keys()
@@ -304,19 +304,19 @@ def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(tmp_pat
     process.kill()
     process.wait()
     assert torn.exists(), "it was killed too late"
-    saved = checkpoints.find_latest(tmp_path, pytest.fail)
+    saved = find_latest(tmp_path, pytest.fail)
     assert saved is not None
     assert saved.train_state.step == 2
     assert torch.equal(load_file(saved.folder / MODEL_FILE)["a"], torch.full([20_000_000], 2))
-    assert checkpoints.resume(tmp_path, {}, lambda _: None) is not None
+    assert resume(tmp_path, {}, lambda _: None) is not None
     assert not torn.exists()
-    assert checkpoints.checkpoint_steps(tmp_path) == [1, 2]
+    assert checkpoint_steps(tmp_path) == [1, 2]
 
 
 def test_a_disk_that_cannot_hold_what_is_kept_is_refused_before_training(
     packed: Path, tmp_path: Path
 ) -> None:
-    refusal = r"GB are free, wanted .* GB more for 1,000,000,003 checkpoints of 0\.\d\d GB"
+    refusal = r"GB are free, expected .* GB more for 1,000,000,003 checkpoints of 0\.\d\d GB"
     with pytest.raises(UserError, match=refusal) as caught:
         train(tiny_config(tmp_path, packed, "train.keep_checkpoints=1000000000"), tmp_path / "run")
     assert "lower train.keep_checkpoints, or take --out elsewhere" in str(caught.value)
@@ -339,9 +339,9 @@ def test_what_a_kill_left_behind_is_no_checkpoint(tmp_path: Path, config: Config
     _save(tmp_path, config, 1)
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step-00000001", folder / "step-00000002.tmp")
-    assert checkpoints.checkpoint_steps(tmp_path) == [1]
+    assert checkpoint_steps(tmp_path) == [1]
     _save(tmp_path, config, 2)
-    assert checkpoints.checkpoint_steps(tmp_path) == [1, 2]
+    assert checkpoint_steps(tmp_path) == [1, 2]
 
 
 def test_a_checkpoint_that_was_to_be_replaced_when_the_run_was_killed_is_still_there(
@@ -351,7 +351,7 @@ def test_a_checkpoint_that_was_to_be_replaced_when_the_run_was_killed_is_still_t
     folder = tmp_path / "checkpoints" / "step-00000001"
     shutil.copytree(folder, folder.with_name("step-00000001.tmp"))
     folder.rename(folder.with_name("step-00000001.old.tmp"))
-    saved = checkpoints.resume(tmp_path, {"seed": 0}, lambda _: None)
+    saved = resume(tmp_path, {"seed": 0}, lambda _: None)
     assert saved is not None
     assert [path.name for path in folder.parent.iterdir()] == ["step-00000001"]
 
@@ -361,17 +361,17 @@ def test_a_copy_that_a_user_keeps_is_no_checkpoint(tmp_path: Path, config: Confi
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step-00000001", folder / "step-00000001-before-lr-2")
     _save(tmp_path, config, 2)
-    assert checkpoints.checkpoint_steps(tmp_path) == [1, 2]
+    assert checkpoint_steps(tmp_path) == [1, 2]
 
 
 def test_a_folder_without_a_run_says_what_was_wanted(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint, so no run; wanted the --out of captionscale train"):
-        checkpoints.open_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint, so no run; expected the --out of captionscale train"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_step_without_a_checkpoint_names_those_that_are_there(tmp_path: Path, config: Config) -> None:
     _save(tmp_path, config, 3)
     with pytest.raises(UserError, match=r"no checkpoint of step 9; there are \[3\]"):
-        checkpoints.open_checkpoint(tmp_path, "9")
-    with pytest.raises(UserError, match="wanted best, last, or a step"):
-        checkpoints.open_checkpoint(tmp_path, "newest")
+        open_checkpoint(tmp_path, "9")
+    with pytest.raises(UserError, match="expected best, last, or a step"):
+        open_checkpoint(tmp_path, "newest")

@@ -3,9 +3,10 @@ import torch
 from experiment import load_weights, max_abs_difference, tiny_config
 from torch import nn
 
-from captionscale.train import checkpoints
+from captionscale.train.checkpoint import open_checkpoint
 from captionscale.train.ema import ModelEMA
 from captionscale.train.loop import train
+from captionscale.train.run_folder import checkpoint_steps
 
 
 def test_the_average_is_the_recurrence_that_defines_it() -> None:
@@ -29,19 +30,17 @@ def test_a_run_saves_resumes_and_captions_with_the_average(packed, tmp_path, mon
     settings = tiny_config(tmp_path, packed, "train.ema_decay=0.9", "train.save_every=3", "train.lr=5e-3")
     half = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": 3})})
     # The schedule must not know that it is to stop.
-    monkeypatch.setattr("captionscale.train.loop.lr_factor", lambda step, _, __: 1 / (1 + step))
+    monkeypatch.setattr("captionscale.train.step.lr_factor", lambda step, _, __: 1 / (1 + step))
     train(settings, tmp_path / "unbroken")
     train(half, tmp_path / "broken")
     train(settings, tmp_path / "broken")
     for run in ("unbroken", "broken"):
-        assert checkpoints.checkpoint_steps(tmp_path / run)[-1] == 6
+        assert checkpoint_steps(tmp_path / run)[-1] == 6
     assert max_abs_difference(load_weights(tmp_path / "unbroken"), load_weights(tmp_path / "broken")) == 0
-    both = [
-        checkpoints.open_checkpoint(tmp_path / run, "last").ema_weights() for run in ("unbroken", "broken")
-    ]
+    both = [open_checkpoint(tmp_path / run, "last").ema_weights() for run in ("unbroken", "broken")]
     assert max_abs_difference(*both) == 0
 
-    saved = checkpoints.open_checkpoint(tmp_path / "unbroken", "last")
+    saved = open_checkpoint(tmp_path / "unbroken", "last")
     average = saved.ema_weights()
     assert average.keys() <= saved.weights().keys()
     assert max_abs_difference(average, {name: saved.weights()[name] for name in average}) > 1e-4

@@ -148,7 +148,7 @@ def test_who_is_asked_to_leave_while_features_are_computed_leaves_and_the_next_g
     monkeypatch.setattr(feature_cache, "_BATCH", 2)
     asked = iter([False, False, True])
     monkeypatch.setattr(feature_cache.preemption, "requested", lambda: next(asked))
-    with pytest.raises(PreemptedError, match="left before the features of all images were computed"):
+    with pytest.raises(PreemptedError, match="stopped before the features of all images were computed"):
         cache(build(), loaders(shards, "val"))
     monkeypatch.setattr(feature_cache.preemption, "requested", lambda: False)
     capsys.readouterr()

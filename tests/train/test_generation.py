@@ -122,12 +122,12 @@ def test_required_words_are_in_every_caption(captioner_and_loader: tuple[Caption
 @pytest.mark.parametrize(
     ("settings", "wish", "told"),
     [
-        ({}, {"prefix": "zebrafish"}, "--prefix: the run has no word 'zebrafish' among its"),
-        ({}, {"require": ["two words"]}, "--require 'two words': found 2 words, wanted one"),
-        ({}, {"require": ["!"]}, "--require '!': found 0 words, wanted one"),
+        ({}, {"prefix": "zebrafish"}, "--prefix: 'zebrafish' is not in this run's vocabulary"),
+        ({}, {"require": ["two words"]}, "--require 'two words': found 2 words, expected one"),
+        ({}, {"require": ["!"]}, "--require '!': found 0 words, expected one"),
         ({}, {"require": ["a", "b", "c", "d", "e"]}, "--require: "),
-        ({"method": "sample"}, {"require": ["a"]}, "a sampled caption cannot be made to hold words"),
-        ({}, {"prefix": "a " * 8}, "found 8 words, wanted fewer than the run's data.max_words = 8"),
+        ({"method": "sample"}, {"require": ["a"]}, "sampling cannot require words"),
+        ({}, {"prefix": "a " * 8}, "found 8 words, expected fewer than the run's data.max_words = 8"),
     ],
     ids=str,
 )

@@ -13,8 +13,10 @@ from experiment import load_weights, logged_losses, max_abs_difference, tiny_con
 from captionscale.errors import UserError
 from captionscale.files import lock
 from captionscale.score import worker
-from captionscale.train import checkpoints, generation, loop, validation
+from captionscale.train import generation, schedule, validation
+from captionscale.train.checkpoint import find_latest
 from captionscale.train.loop import train
+from captionscale.train.run_folder import checkpoint_steps
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +33,10 @@ def test_a_run_logs_every_step_scores_every_epoch_and_keeps_the_best(done: Path)
         "step-00000003.json",
         "step-00000006.json",
     ]
-    saved = checkpoints.find_latest(done, pytest.fail)
+    saved = find_latest(done, pytest.fail)
     assert saved is not None
     assert saved.train_state.step == 6
-    assert saved.train_state.best_step in checkpoints.checkpoint_steps(done)
+    assert saved.train_state.best_step in checkpoint_steps(done)
     assert list((done / "tensorboard").iterdir())
 
 
@@ -43,18 +45,18 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_n
 ) -> None:
     settings = tiny_config(tmp_path, packed, "train.save_every=1")
     killed_at = 4
-    real = loop.lr_factor
+    real = schedule.lr_factor
 
     def die(step: int, steps: int, warmup_ratio: float) -> float:
         if step == killed_at:
             raise KeyboardInterrupt
         return real(step, steps, warmup_ratio)
 
-    monkeypatch.setattr(loop, "lr_factor", die)
+    monkeypatch.setattr("captionscale.train.step.lr_factor", die)
     with pytest.raises(KeyboardInterrupt):
         train(settings, tmp_path / "run")
-    assert checkpoints.checkpoint_steps(tmp_path / "run")[-1] == killed_at
-    monkeypatch.setattr(loop, "lr_factor", real)
+    assert checkpoint_steps(tmp_path / "run")[-1] == killed_at
+    monkeypatch.setattr("captionscale.train.step.lr_factor", real)
     train(settings, tmp_path / "run")
     assert max_abs_difference(load_weights(tmp_path / "run"), load_weights(done)) == 0
     assert logged_losses(tmp_path / "run") == logged_losses(done)
@@ -65,18 +67,18 @@ def test_a_run_that_goes_on_stops_where_one_that_did_not_stop_would_have(
 ) -> None:
     changes = ("train.lr=1e-12", "train.encoder_lr=1e-12", "train.epochs=6", "train.patience=1")
     settings, run = tiny_config(tmp_path, packed, *changes), tmp_path / "run"
-    real = loop.lr_factor
+    real = schedule.lr_factor
 
     def die(step: int, steps: int, warmup_ratio: float) -> float:
         if step == 7:
             raise KeyboardInterrupt
         return real(step, steps, warmup_ratio)
 
-    monkeypatch.setattr(loop, "lr_factor", die)
+    monkeypatch.setattr("captionscale.train.step.lr_factor", die)
     with pytest.raises(KeyboardInterrupt):
         train(settings, run)
-    assert checkpoints.checkpoint_steps(run)[-1] == 6
-    monkeypatch.setattr(loop, "lr_factor", real)
+    assert checkpoint_steps(run)[-1] == 6
+    monkeypatch.setattr("captionscale.train.step.lr_factor", real)
     # The scores of step 6, no better than those of step 3, count at step 9.
     assert train(settings, run).step == 9
 
@@ -144,7 +146,7 @@ def test_training_stops_when_scores_stop_rising(packed: Path, tmp_path: Path) ->
 def test_another_experiment_cannot_go_on_in_a_run(
     done: Path, packed: Path, tmp_path: Path, change: str, named: str
 ) -> None:
-    with pytest.raises(UserError, match="cannot go on with another experiment") as caught:
+    with pytest.raises(UserError, match="cannot resume another experiment") as caught:
         train(tiny_config(tmp_path, packed, change), done)
     assert named in str(caught.value)
     assert "take another --out" in str(caught.value)
@@ -190,7 +192,7 @@ def test_a_diverged_run_is_told_before_it_is_saved(packed: Path, tmp_path: Path)
     changes = ("train.lr=1e30", "train.encoder_lr=1e30", "train.log_every=1000", "train.warmup_ratio=0")
     with pytest.raises(UserError, match=r"lower train\.lr"):
         train(tiny_config(tmp_path, packed, *changes), tmp_path / "run")
-    assert checkpoints.checkpoint_steps(tmp_path / "run") == []
+    assert checkpoint_steps(tmp_path / "run") == []
 
 
 def test_a_run_that_cannot_start_leaves_nothing_behind(packed: Path, tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from experiment import tiny_config
 from captionscale.data.loader import Batch
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
-from captionscale.train import checkpoints
 from captionscale.train.loop import train
 from captionscale.train.nan_guard import NanGuard
+from captionscale.train.run_folder import checkpoint_steps
 
 GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
 
@@ -22,32 +22,32 @@ def batch(*image_ids: int) -> Batch:
 
 
 def test_the_first_step_that_gave_no_number_is_told_with_its_images_however_late_one_looks() -> None:
-    share = [(0, batch(1, 2)), (3, batch(391895, 522418)), (6, batch(*range(20)))]
+    batches = [(0, batch(1, 2)), (3, batch(391895, 522418)), (6, batch(*range(20)))]
     with Ranks() as ranks:
-        divergence = NanGuard(ranks, "bf16")
-        divergence.check()
-        divergence.record(7, GOOD, GOOD, share, [GOOD, GOOD, GOOD])
-        divergence.check()
-        divergence.record(8, GOOD, GOOD, share, [GOOD, GOOD, GOOD])
-        divergence.record(9, BAD, BAD, share, [GOOD, BAD, BAD])
-        divergence.record(10, BAD, BAD, share, [BAD, BAD, BAD])
+        nan_guard = NanGuard(ranks, "bf16")
+        nan_guard.check()
+        nan_guard.record(7, GOOD, GOOD, batches, [GOOD, GOOD, GOOD])
+        nan_guard.check()
+        nan_guard.record(8, GOOD, GOOD, batches, [GOOD, GOOD, GOOD])
+        nan_guard.record(9, BAD, BAD, batches, [GOOD, BAD, BAD])
+        nan_guard.record(10, BAD, BAD, batches, [BAD, BAD, BAD])
         with pytest.raises(UserError) as caught:
-            divergence.check()
+            nan_guard.check()
     assert str(caught.value).startswith(
-        "step 9: loss nan (first in micro-batch 3: images 391895, 522418), gradient norm nan, wanted numbers;"
+        "step 9: loss nan (first in micro-batch 3: images 391895, 522418), gradient norm nan, expected finite numbers;"
     )
 
 
 @pytest.mark.parametrize(("precision", "refused"), [("fp16", False), ("bf16", True), ("fp32", True)])
 def test_a_gradient_may_overflow_in_fp16_alone(precision: str, refused: bool) -> None:
     with Ranks() as ranks:
-        divergence = NanGuard(ranks, precision)
-        divergence.record(1, GOOD, torch.tensor(np.inf), [(0, batch(1))], [GOOD])
+        nan_guard = NanGuard(ranks, precision)
+        nan_guard.record(1, GOOD, torch.tensor(np.inf), [(0, batch(1))], [GOOD])
         if refused:
             with pytest.raises(UserError, match="step 1: loss 1, gradient norm inf"):
-                divergence.check()
+                nan_guard.check()
         else:
-            divergence.check()
+            nan_guard.check()
 
 
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(packed: Path, tmp_path: Path) -> None:
@@ -55,4 +55,4 @@ def test_a_run_that_diverges_keeps_its_last_good_checkpoint(packed: Path, tmp_pa
     changes = (*rates, "train.log_every=1000", "train.save_every=1")
     with pytest.raises(UserError, match=r"step 2: loss nan \(first in micro-batch 0: images \d+, \d+"):
         train(tiny_config(tmp_path, packed, *changes), tmp_path / "run")
-    assert checkpoints.checkpoint_steps(tmp_path / "run") == [1]
+    assert checkpoint_steps(tmp_path / "run") == [1]

@@ -13,8 +13,10 @@ from experiment import load_weights, logged_losses, max_abs_difference, tiny_con
 
 from captionscale.errors import PreemptedError, UserError
 from captionscale.tools.scoring import caption_run
-from captionscale.train import checkpoints, generation, loop, preemption
+from captionscale.train import generation, preemption, schedule
+from captionscale.train.checkpoint import find_latest
 from captionscale.train.loop import train
+from captionscale.train.run_folder import checkpoint_steps
 
 pytestmark = pytest.mark.long
 
@@ -77,7 +79,7 @@ def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_goes_on_as_if_nothi
         os.kill(children(process.pid)[1], signal.SIGUSR1)
         _, told = process.communicate(timeout=600)
     assert process.returncode == PreemptedError.EXIT_CODE
-    (step,) = checkpoints.checkpoint_steps(run)
+    (step,) = checkpoint_steps(run)
     assert step < 12, "it ended before it was asked to"
     last = lines(run)[-1]
     assert (last["step"], last["stop_reason"]) == (step, "SIGUSR1")
@@ -100,13 +102,13 @@ def test_a_validation_that_is_broken_off_is_done_by_the_run_that_goes_on(
         signal_in_the_first_batch(monkeypatch, signal.SIGTERM)
         with pytest.raises(PreemptedError, match="SIGTERM: step 6 was saved"), preemption.handle_signals():
             train(settings, run)
-        assert checkpoints.checkpoint_steps(run) == [6]
+        assert checkpoint_steps(run) == [6]
         assert scores(run) == []
     train(settings, run)
     assert logged_losses(run) == logged_losses(whole)
     assert scores(run) == scores(whole)
     assert max_abs_difference(load_weights(run), load_weights(whole)) == 0
-    ours, theirs = checkpoints.find_latest(run, pytest.fail), checkpoints.find_latest(whole, pytest.fail)
+    ours, theirs = find_latest(run, pytest.fail), find_latest(whole, pytest.fail)
     assert ours is not None
     assert theirs is not None
     assert ours.train_state == theirs.train_state
@@ -130,7 +132,7 @@ def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
     monkeypatch.setattr(generation, "generate_captions", captions)
     with pytest.raises(PreemptedError, match="SIGTERM: step 12 was saved"), preemption.handle_signals():
         train(settings, run)
-    left = checkpoints.find_latest(run, pytest.fail)
+    left = find_latest(run, pytest.fail)
     assert left is not None
     assert (left.train_state.validated_step, left.train_state.scored_step) == (12, 6)
     monkeypatch.setattr(generation, "generate_captions", None)
@@ -142,7 +144,7 @@ def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
     whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
-    real = loop.lr_factor
+    real = schedule.lr_factor
 
     def rate(step: int, steps: int, warmup_ratio: float) -> float:
         if step == 4:
@@ -150,7 +152,7 @@ def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
         return real(step, steps, warmup_ratio)
 
     # Asked in the fifth step, the ranks tell each other in the sixth, which is to be scored.
-    monkeypatch.setattr(loop, "lr_factor", rate)
+    monkeypatch.setattr("captionscale.train.step.lr_factor", rate)
     with pytest.raises(PreemptedError, match="SIGUSR1: step 6 was saved"), preemption.handle_signals():
         train(settings, run)
     assert not (run / "validation").exists()
@@ -168,7 +170,7 @@ def test_the_end_of_the_job_s_time_is_a_signal(
         pytest.raises(PreemptedError, match="end of the job's time: step"),
         preemption.handle_signals(settings.train.grace_s),
     ):
-        assert train(settings, tmp_path / "run").step == checkpoints.checkpoint_steps(tmp_path / "run")[-1]
+        assert train(settings, tmp_path / "run").step == checkpoint_steps(tmp_path / "run")[-1]
     assert time.time() < int(os.environ["SLURM_JOB_END_TIME"])
 
 
@@ -198,7 +200,7 @@ def test_a_job_too_short_for_any_progress_is_refused_or_it_would_be_requeued_for
         time.sleep(max(0, end - 98 - time.time()))
         with pytest.raises(UserError, match="the job's time ended before step 7"):
             train(settings, run)
-    assert checkpoints.checkpoint_steps(run) == [6]
+    assert checkpoint_steps(run) == [6]
 
 
 def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back() -> None:

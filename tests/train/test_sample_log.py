@@ -36,7 +36,7 @@ def test_steps_done_again_after_a_kill_count_once_and_a_torn_line_not_at_all(tmp
     attempt(tmp_path, 0, range(2, STEPS))
     assert found(tmp_path) == []
     assert found(tmp_path, 3) == [
-        f"step 3: micro-batch {number} was done 1 times, wanted 0" for number in (0, 1)
+        f"step 3: micro-batch {number} was done 1 times, expected 0" for number in (0, 1)
     ]
 
 
@@ -56,10 +56,10 @@ def test_a_sample_that_was_lost_or_repeated_is_told(tmp_path: Path) -> None:
 def test_a_micro_batch_that_no_rank_did_is_told(tmp_path: Path, kept: slice) -> None:
     book = attempt(tmp_path, 0, range(STEPS))
     book.write_text("\n".join(book.read_text().splitlines()[kept]) + "\n")
-    assert "was done 0 times, wanted 1" in found(tmp_path)[0]
+    assert "was done 0 times, expected 1" in found(tmp_path)[0]
 
 
 def test_a_micro_batch_that_two_ranks_did_is_told(tmp_path: Path) -> None:
     book = attempt(tmp_path, 0, range(STEPS))
     book.with_name("attempt-00001.rank-00001.jsonl").write_text(book.read_text().splitlines()[0] + "\n")
-    assert "step 0: micro-batch 0 was done 2 times, wanted 1" in found(tmp_path)
+    assert "step 0: micro-batch 0 was done 2 times, expected 1" in found(tmp_path)

@@ -17,12 +17,12 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.generate import search
 from captionscale.score.ciderd import cider_d
-from captionscale.train import checkpoints
+from captionscale.train.checkpoint import find_latest, open_checkpoint
 from captionscale.train.log_reader import read_metric
 from captionscale.train.loop import train
 from captionscale.train.losses import cross_entropy, mask_unsampleable_tokens
 from captionscale.train.scst import ScstObjective
-from captionscale.train.scst_checks import check_collapse, check_rewards
+from captionscale.train.scst_checks import check_collapse
 from captionscale.train.state import TrainState
 from captionscale.vocab import END, PAD, SPECIAL_TOKENS, START, UNK, Vocabulary
 
@@ -41,24 +41,24 @@ def source(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def settings_of(folder: Path, packed: Path, source: Path, *changes: str) -> Config:
+def config_of(folder: Path, packed: Path, source: Path, *changes: str) -> Config:
     return tiny_config(folder, packed, *SCST, f'train.init_from="{source}"', *changes)
 
 
 @pytest.fixture
 def objective(packed: Path, source: Path, tmp_path: Path) -> ScstObjective:
-    return objective_of(settings_of(tmp_path, packed, source), packed, source)
+    return objective_of(config_of(tmp_path, packed, source), packed, source)
 
 
 def objective_of(settings: Config, packed: Path, source: Path) -> ScstObjective:
-    saved = checkpoints.open_checkpoint(source)
+    saved = open_checkpoint(source)
     return ScstObjective(settings, saved.captioner(), Split(packed, "train"), saved.vocabulary())
 
 
 def test_the_reward_is_cider_d_with_the_end_token_and_the_train_splits_document_frequencies(
     objective: ScstObjective, packed: Path, source: Path
 ) -> None:
-    split, vocabulary = Split(packed, "train"), checkpoints.open_checkpoint(source).vocabulary()
+    split, vocabulary = Split(packed, "train"), open_checkpoint(source).vocabulary()
     ids = split.index["image_id"].tolist()
     texts = [
         [" ".join(map(str, vocabulary.encode(caption, 8)[1:])) for caption in split.captions(item)]
@@ -75,11 +75,11 @@ def test_the_reward_is_cider_d_with_the_end_token_and_the_train_splits_document_
 
 def test_bleu_4_joins_the_reward_by_its_weight(packed: Path, source: Path, tmp_path: Path) -> None:
     only = objective_of(
-        settings_of(tmp_path, packed, source, "scst.cider_d_weight=0.0", "scst.bleu_4_weight=2.0"),
+        config_of(tmp_path, packed, source, "scst.cider_d_weight=0.0", "scst.bleu_4_weight=2.0"),
         packed,
         source,
     )
-    split, vocabulary = Split(packed, "train"), checkpoints.open_checkpoint(source).vocabulary()
+    split, vocabulary = Split(packed, "train"), open_checkpoint(source).vocabulary()
     (image_id,) = split.index["image_id"][:1].tolist()
     said = vocabulary.encode(split.captions(0)[0], 8)[1:]
     # A caption that people wrote has all its n-grams; half of it is too short.
@@ -108,12 +108,12 @@ class Reader(torch.nn.Module):
 def test_the_gradient_is_that_of_the_expected_reward(
     packed: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_of(tmp_path, packed, source, "data.max_words=2")
+    settings = config_of(tmp_path, packed, source, "data.max_words=2")
     # More than an experiment may ask for: the mean has to be near the expectation.
     many = settings.scst.model_copy(update={"samples_per_image": 20_000})
     settings = settings.model_copy(update={"scst": many})
     reader = Reader()
-    captioner = checkpoints.open_checkpoint(source).captioner()
+    captioner = open_checkpoint(source).captioner()
     split = Split(packed, "train")
     words = Vocabulary((*SPECIAL_TOKENS, "red", "blue", "circle"))
     objective = ScstObjective(settings, captioner, split, words)
@@ -155,7 +155,7 @@ def test_the_gradient_is_that_of_the_expected_reward(
 def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
     packed: Path, source: Path, tmp_path: Path, baseline: str
 ) -> None:
-    settings = settings_of(tmp_path, packed, source, f"scst.baseline={baseline}", "scst.samples_per_image=3")
+    settings = config_of(tmp_path, packed, source, f"scst.baseline={baseline}", "scst.samples_per_image=3")
     objective = objective_of(settings, packed, source)
     split = Split(packed, "train")
     pictures = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
@@ -169,7 +169,7 @@ def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
     assert one.image_index.tolist() == [0, 0, 0, 1, 1, 1]
     assert one.num_tokens[0] == int((one.tokens[:, 1:] != PAD).sum())
     captions = [[token for token in row if token != PAD] for row in one.tokens[:, 1:].tolist()]
-    ids = [batch.image_ids[owner] for owner in one.image_index.tolist()]
+    ids = [batch.image_ids[image] for image in one.image_index.tolist()]
     rewards = objective.rewards(ids, captions).reshape(2, 3)
     advantages = one.advantages().reshape(2, 3).numpy()
     if baseline == "samples":
@@ -177,7 +177,7 @@ def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
         assert advantages == pytest.approx(rewards - others, abs=1e-6)
         assert advantages.sum(1) == pytest.approx(np.zeros(2), abs=1e-5)
     else:
-        captioner = checkpoints.open_checkpoint(source).captioner()
+        captioner = open_checkpoint(source).captioner()
         features = captioner.encode(pictures)
         greedy = search(captioner.decoder, features, beam=1, max_words=8, length_penalty=0.0)
         baseline_ = objective.rewards(batch.image_ids, [best[0].tokens for best in greedy])
@@ -187,9 +187,9 @@ def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
 def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_the_config(
     packed: Path, source: Path, tmp_path: Path
 ) -> None:
-    settings = settings_of(tmp_path, packed, source)
+    settings = config_of(tmp_path, packed, source)
     assert settings.model.decoder.dropout == 0.5
-    saved, split = checkpoints.open_checkpoint(source), Split(packed, "train")
+    saved, split = open_checkpoint(source), Split(packed, "train")
     captioner = saved.captioner()
     objective = ScstObjective(settings, captioner, split, saved.vocabulary())
     pictures, ids = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), split.index["image_id"][:2].tolist()
@@ -214,8 +214,8 @@ def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_th
 
 
 def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, packed, source, "model.decoder.dropout=0.0")
-    saved, split = checkpoints.open_checkpoint(source), Split(packed, "train")
+    settings = config_of(tmp_path, packed, source, "model.decoder.dropout=0.0")
+    saved, split = open_checkpoint(source), Split(packed, "train")
     captioner, loader = saved.captioner(), Loader(split, saved.vocabulary(), settings.data)
     objective = ScstObjective(settings, captioner, split, saved.vocabulary())
     (batch,) = loader.prefetch([(np.arange(48), None)])
@@ -247,7 +247,7 @@ def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
         "train.ema_decay=0.9",
         "train.log_every=2",
     )
-    settings = settings_of(tmp_path, packed, source, *changes)
+    settings = config_of(tmp_path, packed, source, *changes)
     runs = [tmp_path / "alone", tmp_path / "three", tmp_path / "resumed"]
     join_all([*start_training(1, settings, runs[0]), *start_training(3, settings, runs[1])])
     # What stood two steps before the end goes on with two ranks.
@@ -263,21 +263,21 @@ def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
 
 
 def gate_of(settings: Config, packed: Path, source: Path, words: Vocabulary | None = None) -> None:
-    saved = checkpoints.open_checkpoint(source)
+    saved = open_checkpoint(source)
     split, captioner = Split(packed, "train"), saved.captioner()
     vocabulary = words or saved.vocabulary()
     objective = ScstObjective(settings, captioner, split, vocabulary)
     loader = Loader(split, saved.vocabulary(), settings.data)
     (batch,) = loader.prefetch([(np.arange(48), None)])
     loader.close()
-    check_rewards(objective, captioner, batch, saved.vocabulary(), 8)
+    objective.check_start(batch)
 
 
 def test_the_gate_lets_through_what_can_learn_and_says_what_it_saw(
     packed: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gate_of(settings_of(tmp_path, packed, source), packed, source)
-    assert "on 48 train images, people's captions have a reward of " in capsys.readouterr().err
+    gate_of(config_of(tmp_path, packed, source), packed, source)
+    assert "on 48 train images, references have a reward of " in capsys.readouterr().err
 
 
 def test_a_high_learning_rate_is_refused_when_the_config_is_read(
@@ -286,30 +286,30 @@ def test_a_high_learning_rate_is_refused_when_the_config_is_read(
     with pytest.raises(
         UserError, match=r"train\.lr = 0\.0005 with train\.objective = 'scst', expected at most"
     ):
-        settings_of(tmp_path, packed, source, "train.lr=5e-4")
+        config_of(tmp_path, packed, source, "train.lr=5e-4")
 
 
 def test_the_gate_refuses_rewards_of_another_vocabulary(packed: Path, source: Path, tmp_path: Path) -> None:
-    words = checkpoints.open_checkpoint(source).vocabulary().words
+    words = open_checkpoint(source).vocabulary().words
     shifted = Vocabulary((*SPECIAL_TOKENS, *words[len(SPECIAL_TOKENS) + 1 :], words[len(SPECIAL_TOKENS)]))
-    with pytest.raises(UserError, match="people's own captions earn 0"):
-        gate_of(settings_of(tmp_path, packed, source), packed, source, shifted)
+    with pytest.raises(UserError, match="references have a reward of 0"):
+        gate_of(config_of(tmp_path, packed, source), packed, source, shifted)
 
 
 COLLAPSES = {
     (
         0.31,
         0.9,
-    ): "step 70: collapsed: 31.00% of sampled captions end in 'a', 'with' or the like, 10.00% when it"
-    " began, wanted at most 30.00%; step 60 is the best so far; lower train.lr",
-    (0.1, 0.08): "step 70: collapsed: 8.00% of sampled captions differ from each other, 90.00% when it began,"
-    " wanted at least 9.00%;",
+    ): "step 70: collapsed: 31.00% of sampled captions end in 'a', 'with' or the like, 10.00% at the"
+    " start, expected at most 30.00%; step 60 is the best so far; lower train.lr",
+    (0.1, 0.08): "step 70: collapsed: 8.00% of sampled captions differ from each other, 90.00% at the start,"
+    " expected at least 9.00%;",
 }
 
 
 @pytest.mark.parametrize("now", COLLAPSES)
 def test_a_collapse_stops_the_run(now: tuple[float, float]) -> None:
-    train_state = TrainState(step=70, best_step=60, initial_sample_stats={"dangling": 0.1, "distinct": 0.9})
+    train_state = TrainState(step=70, best_step=60, initial_figures={"dangling": 0.1, "distinct": 0.9})
     check_collapse(train_state, {"dangling": 0.29, "distinct": 0.1}, Scst())
     with pytest.raises(UserError) as caught:
         check_collapse(train_state, dict(zip(("dangling", "distinct"), now, strict=True)), Scst())
@@ -319,23 +319,23 @@ def test_a_collapse_stops_the_run(now: tuple[float, float]) -> None:
 def test_a_run_that_collapses_stops_and_keeps_its_checkpoints(
     packed: Path, source: Path, tmp_path: Path
 ) -> None:
-    settings = settings_of(
+    settings = config_of(
         tmp_path, packed, source, "scst.min_distinct_ratio=1.0", "train.save_every=1", "train.epochs=9"
     )
     with pytest.raises(UserError, match=r"collapsed: .* of sampled captions differ from each other"):
         train(settings, tmp_path / "run")
-    assert checkpoints.find_latest(tmp_path / "run", pytest.fail) is not None
+    assert find_latest(tmp_path / "run", pytest.fail) is not None
 
 
 def test_another_vocabulary_or_model_is_refused_to_start_from(
     packed: Path, source: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"train\.init_from = .*: has .* words, here they are other"):
-        train(settings_of(tmp_path, packed, source, "data.min_count=30"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"train\.init_from = .*: its vocabulary of .* words is not this"):
+        train(config_of(tmp_path, packed, source, "data.min_count=30"), tmp_path / "run")
     with pytest.raises(
         UserError, match=r"weights are of another model, the first 'decoder.*take the section model of"
     ):
-        train(settings_of(tmp_path, packed, source, "model.decoder.hidden_size=8"), tmp_path / "run")
+        train(config_of(tmp_path, packed, source, "model.decoder.hidden_size=8"), tmp_path / "run")
 
 
 def test_a_run_starts_from_the_averaged_weights_of_another(packed: Path, tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_run_starts_from_the_averaged_weights_of_another(packed: Path, tmp_pat
     nothing = ("train.steps=1", "train.lr=1e-12", "train.encoder_lr=1e-12", "train.weight_decay=0.0")
     settings = tiny_config(tmp_path, packed, f'train.init_from="{tmp_path / "first"}"', *nothing)
     train(settings, tmp_path / "second")
-    first = checkpoints.open_checkpoint(tmp_path / "first")
+    first = open_checkpoint(tmp_path / "first")
     assert isinstance(first.captioner(), Captioner)
     assert max_abs_difference(load_weights(tmp_path / "second"), first.weights() | first.ema_weights()) < 1e-9
     assert max_abs_difference(load_weights(tmp_path / "second"), first.weights()) > 1e-4

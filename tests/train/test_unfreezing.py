@@ -54,7 +54,7 @@ def test_a_part_stays_as_it_is_until_its_step_and_costs_no_memory_either(alone: 
             assert found["decoder.embedding.weight/step"] == step
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
+@pytest.mark.parametrize("step", [1, 2])
 def test_a_run_broken_off_before_at_or_after_a_step_at_which_a_part_begins_ends_as_if_nothing_had_been(
     alone: Path, packed: Path, tmp_path: Path, step: int
 ) -> None:
@@ -67,7 +67,7 @@ def test_a_run_broken_off_before_at_or_after_a_step_at_which_a_part_begins_ends_
     assert logged_losses(run) == logged_losses(alone)
 
 
-@pytest.mark.parametrize("zero", [None, 0, 2])
+@pytest.mark.parametrize("zero", [None, 2])
 def test_two_ranks_end_as_one_over_the_steps_at_which_parts_begin(
     alone: Path, packed: Path, tmp_path: Path, zero: int | None
 ) -> None:

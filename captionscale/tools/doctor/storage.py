@@ -18,8 +18,8 @@ from captionscale.progress import format_duration
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import CheckResult, failure, failure_of, ok, skipped, warning
 from captionscale.tools.profiles import check_process_count, pluralize
-from captionscale.train import checkpoints
-from captionscale.train.checkpoint_writer import check_disk_space, checkpoint_bytes
+from captionscale.train.checkpoint import find_latest, open_checkpoint
+from captionscale.train.disk_space import check_disk_space, checkpoint_bytes
 from captionscale.train.fingerprint import make_fingerprint, resume_conflicts
 from captionscale.train.log_reader import read_metric
 from captionscale.train.run_folder import LOG_FILE, checkpoint_steps
@@ -98,7 +98,7 @@ def weights(plan: Plan) -> Iterator[CheckResult]:
     if plan.run and checkpoint_steps(plan.run):
         yield ok(f"{plan.run}: resumes from step {checkpoint_steps(plan.run)[-1]:,}")
     elif start is not None:
-        saved = checkpoints.open_checkpoint(start)
+        saved = open_checkpoint(start)
         yield ok(f"train.init_from = {start}: step {saved.train_state.step:,} is whole")
     elif encoder.weights == "imagenet":
         name = Path(torchvision.models.get_model_weights(encoder.name).IMAGENET1K_V1.url).name
@@ -129,7 +129,7 @@ def run(plan: Plan) -> Iterator[CheckResult]:
         yield ok(f"{plan.run}: does not exist yet")
         return
     skipped_checkpoints: list[str] = []
-    saved = checkpoints.find_latest(plan.run, skipped_checkpoints.append)
+    saved = find_latest(plan.run, skipped_checkpoints.append)
     for text in skipped_checkpoints:
         yield warning(
             text.removeprefix("warning: "), "remove it, or leave it: the run resumes from an older one"

@@ -2,23 +2,26 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from statistics import median
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from captionscale.data.loader import Batch, Loader
+from captionscale.distributed.engine import create_engine
+from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.progress import format_duration
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import CheckResult, failure, ok, skipped, warning
 from captionscale.train.log_reader import read_metric
-from captionscale.train.losses import cross_entropy
+from captionscale.train.objective import CrossEntropyObjective
 from captionscale.train.optimizer import make_optimizer
 from captionscale.train.run_folder import LOG_FILE, checkpoint_steps
+from captionscale.train.step import training_step
 
 _LOAD_S = 4.0
 _STEPS, _STEPS_S = 4, 12.0
@@ -59,50 +62,48 @@ def _learned(plan: Plan) -> tuple[float, str]:
     gpu = torch.cuda.is_available() and not plan.cpu
     if not gpu and not plan.cpu and plan.profile:
         return 0.0, "the job has GPUs and this machine has none"
-    device = torch.device("cuda" if gpu else "cpu")
     loader = Loader(plan.split, plan.vocabulary, plan.settings.data, plan.settings.seed)
     cached = plan.settings.train.cache_features
     size = min(plan.settings.train.micro_batch, len(plan.split))
-    # Encoders take long there, and pictures are much alike.
+    # Encoders are slow on CPUs, and images take much the same time.
     size = size if gpu or cached else min(size, _PICTURES_ON_CPU)
     (batch,) = loader.prefetch([(np.arange(size), 0)])
     loader.close()
-    captioner = Captioner(plan.settings.model, len(plan.vocabulary)).to(device).train()
-    optimizer = make_optimizer(captioner, plan.settings.train)
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.settings.train.precision)
-    batch = batch.to(device)
-    with torch.no_grad():
-        pictures = captioner.encode(batch.images) if cached else batch.images
+    with Ranks(plan.settings.train.precision, alone=True, cpu=not gpu) as ranks:
+        times = _step_times(plan, batch, ranks)
+    what = "pictures' features" if cached else "pictures"
+    return size / median(times), f"{len(times)} steps of {size} {what} on {ranks.device.type}"
 
-    def step() -> None:
-        with torch.autocast(device.type, half, enabled=half is not None):
-            loss = _loss(captioner, pictures, batch)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        if gpu:
+
+def _step_times(plan: Plan, batch: Batch, ranks: Ranks) -> list[float]:
+    """Train on one batch again and again; return the seconds of each step after the first."""
+    config = plan.settings
+    captioner = Captioner(config.model, len(plan.vocabulary)).to(ranks.device).train()
+    if config.train.cache_features:
+        with torch.no_grad():
+            batch = replace(batch, images=captioner.encode(batch.images.to(ranks.device)).half())
+    optimizer = make_optimizer(captioner, config.train)
+    engine = create_engine(ranks, captioner, optimizer, config.train.clip_norm)
+    objective = CrossEntropyObjective(config, captioner, plan.split, plan.vocabulary)
+
+    def step_s() -> float:
+        start = time.monotonic()
+        training_step(engine, objective, [(0, batch)], config, 0, plan.steps)
+        if ranks.device.type == "cuda":
             torch.cuda.synchronize()
+        return time.monotonic() - start
 
     try:
-        step()
+        step_s()
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"train.micro_batch = {size}: a step does not fit into the GPU's memory"
+            f"train.micro_batch = {len(batch.images)}: a step does not fit into the GPU's memory"
             f" ({str(error).splitlines()[0][:200]}); lower it, or see by nvidia-smi who else uses this GPU"
         ) from None
-    taken: list[float] = []
-    began = time.monotonic()
-    while len(taken) < _STEPS and (not taken or time.monotonic() - began < _STEPS_S):
-        start = time.monotonic()
-        step()
-        taken.append(time.monotonic() - start)
-    what = "pictures' features" if cached else "pictures"
-    return size / median(taken), f"{len(taken)} steps of {size} {what} on {device.type}"
-
-
-def _loss(captioner: Captioner, pictures: Tensor, batch: Batch) -> Tensor:
-    logits, _ = captioner(pictures, batch.tokens[:, :-1], batch.image_index)
-    return cross_entropy(logits, batch.tokens[:, 1:], 0.0, None).sum()
+    times: list[float] = []
+    while len(times) < _STEPS and sum(times) < _STEPS_S:
+        times.append(step_s())
+    return times
 
 
 def _logged(plan: Plan) -> float:

@@ -27,8 +27,8 @@ from captionscale.tools.export.card import model_card
 from captionscale.tools.export.check import Check, check
 from captionscale.tools.export.parts import ExportedCaptioner, Part, Run, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
-from captionscale.train.checkpoint import Checkpoint
-from captionscale.train.checkpoints import open_checkpoint, write_metadata
+from captionscale.train.checkpoint import Checkpoint, open_checkpoint
+from captionscale.train.checkpoint_writer import write_metadata
 from captionscale.train.run_folder import MODEL_FILE, VOCAB_FILE
 from captionscale.version import __version__
 

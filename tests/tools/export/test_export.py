@@ -21,7 +21,7 @@ from captionscale.tools.export import bundle
 from captionscale.tools.export.check import check
 from captionscale.tools.export.parts import ExportedCaptioner, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
-from captionscale.train.checkpoints import open_checkpoint
+from captionscale.train.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.long
 
