@@ -1,4 +1,5 @@
 import ast
+import graphlib
 import subprocess
 import sys
 import sysconfig
@@ -12,16 +13,16 @@ from captionscale import assets, config, score, toml
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "captionscale"
-HANDLES = ("configs", "shards", "launch", "slurm")
-DOORS = ("shards/pack.py", "launch/launch.py")
-LONGEST_ROOM = 330
+ASSET_FOLDERS = ("configs", "shards", "launch", "slurm")
+SCRIPTS = ("shards/pack.py", "launch/launch.py")
+MAX_MODULE_LINES = 330
 
 
 def run(*command: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
 
 
-def rooms() -> Iterator[Path]:
+def modules() -> Iterator[Path]:
     return PACKAGE.rglob("*.py")
 
 
@@ -35,17 +36,17 @@ def keys(section: type[config.Section], name: str = "config") -> Iterator[tuple[
 
 
 def unread(section: type[config.Section]) -> list[tuple[str, str]]:
-    """Return the keys that no room but the config's reads, from their section or from `settings`."""
+    """Return the keys that no other module reads, from their section or from `settings`."""
     found = set()
-    for room in rooms():
-        if room.name != "config.py":
-            for node in ast.walk(ast.parse(room.read_text(encoding="utf-8"))):
+    for module in modules():
+        if not module.name.startswith("config"):
+            for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute):
                     found.add((getattr(node.value, "id", getattr(node.value, "attr", "")), node.attr))
     return [(name, key) for name, key in keys(section) if not {(name, key), ("settings", key)} & found]
 
 
-def test_imports_go_down_the_floors() -> None:
+def test_imports_point_down() -> None:
     linter = Path(sysconfig.get_path("scripts")) / "lint-imports"
     done = run(linter, "--no-logo", "--no-cache", folder=ROOT)
     assert done.returncode == 0, done.stdout
@@ -60,16 +61,16 @@ def test_every_key_of_the_config_is_read() -> None:
     assert unread(config.Config) == []
 
 
-def test_a_key_that_is_not_read_is_noticed_even_if_other_things_have_an_attribute_of_its_name() -> None:
+def test_an_unread_key_is_found_even_if_another_object_has_an_attribute_of_its_name() -> None:
     class Surplus(config.Config):
         suffix: str = ".jpg"
 
     assert unread(Surplus) == [("config", "suffix")]
 
 
-def test_the_handles_hold_no_code_but_two_doors() -> None:
-    scripts = {path for handle in HANDLES for path in (ROOT / handle).rglob("*.py")}
-    assert {str(path.relative_to(ROOT)) for path in scripts} == set(DOORS)
+def test_asset_folders_hold_no_code_but_two_scripts() -> None:
+    scripts = {path for folder in ASSET_FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    assert {str(path.relative_to(ROOT)) for path in scripts} == set(SCRIPTS)
     for path in scripts:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 12, path
@@ -77,25 +78,48 @@ def test_the_handles_hold_no_code_but_two_doors() -> None:
         assert not [node for node in ast.walk(ast.parse(text)) if isinstance(node, code)], path
 
 
-def test_every_name_has_one_address_but_for_the_three_that_python_programs_import() -> None:
+def test_only_two_packages_reexport_names() -> None:
     full = {path for path in PACKAGE.rglob("__init__.py") if path.stat().st_size}
     assert full == {PACKAGE / "__init__.py", PACKAGE / "score" / "__init__.py"}
     assert captionscale.__all__ == ["load"]
     assert set(score.__all__) == {"Receipt", "score"}
 
 
-def test_every_folder_of_rooms_is_a_floor() -> None:
-    assert {room.parent for room in rooms()} == {path.parent for path in PACKAGE.rglob("__init__.py")}
+def test_every_folder_of_modules_is_a_package() -> None:
+    assert {module.parent for module in modules()} == {path.parent for path in PACKAGE.rglob("__init__.py")}
 
 
-def test_no_room_is_too_long() -> None:
-    lengths = {room.name: len(room.read_text(encoding="utf-8").splitlines()) for room in rooms()}
-    assert {room: length for room, length in lengths.items() if length > LONGEST_ROOM} == {}
+def test_no_module_is_too_long() -> None:
+    lengths = {str(module.relative_to(ROOT)): len(module.read_text().splitlines()) for module in modules()}
+    assert len(lengths) == len(list(modules()))
+    assert {module: length for module, length in lengths.items() if length > MAX_MODULE_LINES} == {}
 
 
-def test_no_room_is_named_after_nothing() -> None:
+def imports(module: Path, names: dict[str, Path]) -> set[str]:
+    """Return the modules that one imports anywhere: in functions and for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            full = {f"{node.module}.{each.name}" for each in node.names}
+            found |= full & names.keys() or {node.module}
+    return {name for name in found & names.keys() if names[name] != module}
+
+
+def test_no_imports_form_a_cycle() -> None:
+    names = {}
+    for module in modules():
+        parts = module.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts).removesuffix(".__init__")] = module
+    graph = {name: imports(module, names) for name, module in names.items()}
+    assert "captionscale.train.loop" in graph["captionscale.commands.training"]
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_no_module_has_a_name_without_meaning() -> None:
     assert {"utils", "util", "common", "helpers", "manager", "core", "misc"}.isdisjoint(
-        part for room in rooms() for part in room.relative_to(PACKAGE).with_suffix("").parts
+        part for module in modules() for part in module.relative_to(PACKAGE).with_suffix("").parts
     )
 
 
@@ -113,11 +137,11 @@ def test_help_and_settings_are_shown_without_torch(arguments, tmp_path) -> None:
     assert imported.isdisjoint({"torch", "torchvision", "accelerate", "webdataset", "pycocoevalcap"})
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_door_opens_from_anywhere_with_nothing_installed(door, tmp_path) -> None:
-    # -S leaves the environment's packages out, this one included; -I, PYTHONPATH and the folder one is in.
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_runs_from_anywhere_with_nothing_installed(script, tmp_path) -> None:
+    # -S hides the environment's packages, this one included; -I, PYTHONPATH and the current folder.
     bare = [sys.executable, "-I", "-S"]
     assert "No module named 'captionscale'" in run(*bare, "-c", "import captionscale", folder=tmp_path).stderr
-    done = run(*bare, ROOT / door, "--help", folder=tmp_path)
+    done = run(*bare, ROOT / script, "--help", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: captionscale {Path(door).stem} ")
+    assert done.stdout.startswith(f"usage: captionscale {Path(script).stem} ")
