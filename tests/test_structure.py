@@ -1,5 +1,7 @@
 import ast
 import graphlib
+import re
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -115,6 +117,16 @@ def test_no_imports_form_a_cycle() -> None:
     graph = {name: imports(module, names) for name, module in names.items()}
     assert "captionscale.train.loop" in graph["captionscale.commands.training"]
     graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_the_tree_of_the_design_page_has_a_line_for_every_file() -> None:
+    """`python docs/tree.py` writes it."""
+    tree = runpy.run_path(str(ROOT / "docs" / "tree.py"))
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    block = page.partition(tree["BEGIN"])[2].partition(tree["END"])[0]
+    names = [re.match(r" *\S+", line)[0] for line in block.splitlines()]
+    assert names == [re.match(r" *\S+", line)[0] for line in tree["lines"]()]
+    assert "    loop.py" in names
 
 
 def test_no_module_has_a_name_without_meaning() -> None:

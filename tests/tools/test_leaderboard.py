@@ -141,7 +141,7 @@ def test_what_is_not_the_whole_set_is_refused_with_the_ids(tmp_path) -> None:
 def test_the_official_list_is_asked_for_and_known_by_its_total(tmp_path) -> None:
     captions, out = whole(tmp_path, SET), tmp_path / "out"
     said = refused(SET, [captions], None, "a", out)
-    assert "no --images, expected the official list of nocaps-val" in said
+    assert "no --image-info, expected the official list of nocaps-val" in said
     assert "from https://s3.amazonaws.com/nocaps/nocaps_val_image_info.json" in said
     said = refused(SET, [captions], listed(tmp_path, "nocaps-test"), "a", out)
     assert "lists 10,600 images (as many as nocaps-test has), expected the 4,500 of nocaps-val" in said
