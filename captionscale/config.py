@@ -259,7 +259,7 @@ class Train(Section):
     grace_s: float = Field(default=120.0, ge=0, le=10**9)
     """Seconds before a SLURM job's time limit at which a run saves and exits."""
     stall_s: float = Field(default=45.0, gt=0, le=10**6)
-    """Seconds without progress after which the stalled rank is named; the run ends after ten times as many."""
+    """Seconds without progress after which a stalled rank is named; the run ends after ten times as many."""
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Trackers besides TensorBoard; they need captionscale's extra `track`, see docs/running.md."""
 

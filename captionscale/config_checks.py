@@ -1,16 +1,16 @@
 """Settings that exclude each other: the only place that says so."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    from captionscale.config import Config
+Config: TypeAlias = Any
+"""A `captionscale.config.Config`, whose module imports this one."""
 
 # Higher rates make the captions of self-critical training collapse.
 _MAX_SCST_LR = 2e-4
 
 
-def find_conflicts(config: "Config") -> Iterator[str]:
+def find_conflicts(config: Config) -> Iterator[str]:
     """Yield one line for each conflict, with its cure."""
     yield from _data_conflicts(config)
     yield from _encoder_conflicts(config)
@@ -25,7 +25,7 @@ def find_conflicts(config: "Config") -> Iterator[str]:
     yield from _search_conflicts(config)
 
 
-def _data_conflicts(config: "Config") -> Iterator[str]:
+def _data_conflicts(config: Config) -> Iterator[str]:
     data, trainable = config.data, config.model.encoder.trainable
     if data.crop_scale[0] > data.crop_scale[1] or data.crop_scale[0] <= 0:
         yield f"data.crop_scale = {list(data.crop_scale)}: expected [least, greatest], both above 0"
@@ -44,7 +44,7 @@ def _data_conflicts(config: "Config") -> Iterator[str]:
             )
 
 
-def _encoder_conflicts(config: "Config") -> Iterator[str]:
+def _encoder_conflicts(config: Config) -> Iterator[str]:
     trainable = config.model.encoder.trainable
     parts = len(trainable) if isinstance(trainable, tuple) else 1
     if config.train.compile_encoder:
@@ -63,7 +63,7 @@ def _encoder_conflicts(config: "Config") -> Iterator[str]:
             )
 
 
-def _plain_decoder_conflicts(config: "Config") -> Iterator[str]:
+def _plain_decoder_conflicts(config: Config) -> Iterator[str]:
     if config.model.decoder.name == "plain":
         wanting = {
             "train.doubly_stochastic_weight": config.train.doubly_stochastic_weight,
@@ -76,7 +76,7 @@ def _plain_decoder_conflicts(config: "Config") -> Iterator[str]:
                 )
 
 
-def _search_conflicts(config: "Config") -> Iterator[str]:
+def _search_conflicts(config: Config) -> Iterator[str]:
     search = config.search
     if search.groups > 1 and search.method == "sample":
         yield (
@@ -90,7 +90,7 @@ def _search_conflicts(config: "Config") -> Iterator[str]:
         )
 
 
-def _scst_conflicts(config: "Config") -> Iterator[str]:
+def _scst_conflicts(config: Config) -> Iterator[str]:
     train = config.train
     if train.init_from is None:
         yield (

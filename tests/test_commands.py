@@ -108,3 +108,7 @@ def test_an_unknown_option_is_refused_under_its_commands_usage_with_what_was_mea
 
 def test_what_follows_launch_belongs_to_the_command_that_it_runs() -> None:
     assert PARSER.parse_args(["launch", "--", "train", "x", "--lr", "1"]).command[2:] == ["x", "--lr", "1"]
+
+
+def test_a_command_without_arguments_parses() -> None:
+    assert PARSER.parse_args(["config"]).config is None

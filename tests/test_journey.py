@@ -84,7 +84,7 @@ def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
     assert receipt.provenance["split"] == "test"
     assert receipt.provenance["search"]["beam"] == 2
     assert receipt.diagnostics["captions"]["novel"] is not None
-    assert "|beam 2|length-power 0.7|end not rewarded" in receipt.signature
+    assert "|beam 2|length-penalty 0.7|end not rewarded" in receipt.signature
     history = [json.loads(line) for line in (run / "scores" / "history.jsonl").read_text().splitlines()]
     assert [(line["split"], line["scores"]) for line in history] == [("test", receipt.scores)] * 2
     other = Receipt.read(tmp_path / "other.json")

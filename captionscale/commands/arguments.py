@@ -17,8 +17,10 @@ Subparsers: TypeAlias = "argparse._SubParsersAction[Any]"
 class Commands:
     """The commands of one group."""
 
-    def __init__(self, subparsers: Subparsers):
+    def __init__(self, subparsers: Subparsers, parse: "Callable[[list[str]], argparse.Namespace]"):
         self.subparsers = subparsers
+        self.parse = parse
+        """Parses a whole command line."""
         self.summaries: dict[str, str] = {}
 
     def add(

@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     )
     lines = []
     for title, modules in _GROUPS:
-        commands = Commands(subparsers)
+        commands = Commands(subparsers, parser.parse_args)
         for module in modules:
             module.add(commands)
         lines += [f"{title}:", *(f"  {name:<13}{text}" for name, text in commands.summaries.items()), ""]

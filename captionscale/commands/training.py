@@ -52,6 +52,7 @@ def add(commands: Commands) -> None:
     )
     launch.add_argument("--log-dir", type=Path, metavar="DIR", help="also write each process's output there")
     launch.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+    launch.set_defaults(parse=commands.parse)
     launch.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
 
     submit = commands.add(
@@ -139,12 +140,11 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _launch(options: argparse.Namespace) -> None:
-    from captionscale.commands.parser import parser
     from captionscale.tools.launcher import launch
 
     command = options.command[options.command[:1] == ["--"] :]
     # What is wrong is reported here once, not by each process.
-    inner = parser().parse_args(command)
+    inner = options.parse(command)
     launch(
         command,
         profile=options.profile,

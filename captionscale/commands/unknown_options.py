@@ -54,7 +54,7 @@ class CommandParser(argparse.ArgumentParser):
         return options, unknown
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
-        for word, following in zip(words, [*words[1:], "--"], strict=True):
+        for word, following in zip(words, [*words, "--"][1:], strict=True):
             option, equals, value = word.partition("=")
             if word == "--":
                 return
