@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,8 +134,8 @@ def _from_run(run: Path, images: int) -> tuple[AttentionDecoder, Tensor, int]:
 
 
 def _compare(decoder: AttentionDecoder, features: Tensor, max_words: int, name: str, rounds: int) -> Table:
-    images = features.split(1)
-    options = {"beam": _BEAM, "max_words": max_words, "length_penalty": _LENGTH_PENALTY}
+    images = [image.unsqueeze(0) for image in features]
+    options: dict[str, Any] = {"beam": _BEAM, "max_words": max_words, "length_penalty": _LENGTH_PENALTY}
     ours, tutorial = partial(search, decoder, **options), partial(tutorial_beam_search, decoder, **options)
 
     def at_once() -> list[Hypothesis]:

@@ -32,7 +32,8 @@ def _environment(report: Report, _: Path, __: bool) -> None:
     facts: dict[str, Any] = {"captionscale": __version__, "python": platform.python_version()}
     facts |= {"torch": torch.__version__, "cuda": str(torch.version.cuda), "cores": cpu_count()}
     if torch.cuda.is_available():
-        facts |= {"gpu": torch.cuda.get_device_name(), "cudnn": str(torch.backends.cudnn.version())}
+        cudnn = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+        facts |= {"gpu": torch.cuda.get_device_name(), "cudnn": str(cudnn)}
         facts |= {"memory_gb": torch.cuda.mem_get_info()[1] / 1e9}
     report.add("environment", **facts)
 

@@ -117,7 +117,9 @@ def captions(report: Report, _: Path, tiny: bool) -> None:
             )
             gaps = [abs(one.log_prob - other.log_prob) for one, other in pairs if one.tokens == other.tokens]
             report.check("captions", f"beam {beam}: log-probability", max(gaps), 1e-3)
-            alone = [search(decoder, each, beam=beam, **beam_options)[0][0] for each in there[:16].split(1)]
+            alone = [
+                search(decoder, each, beam=beam, **beam_options)[0][0] for each in there[:16].unsqueeze(1)
+            ]
             differ = sum(one.tokens != other[0].tokens for one, other in zip(alone, found, strict=False))
             report.check("captions", f"beam {beam}: alone and in a batch differ", differ, 0)
         samples, _log_probs = sample(decoder, there, uniforms=uniforms.to(DEVICE), **sample_options)

@@ -116,7 +116,7 @@ def _parts(model: Any, batch: Any, size: int) -> Iterator[tuple[str, Callable[[]
             logits, _ = captioner.decoder.teacher_forced(
                 features, batch.tokens[:, :-1], batch.image_index, None
             )
-        cross_entropy(logits.float(), batch.tokens[:, 1:], 0.1, None).sum().backward()
+        torch.autograd.backward(cross_entropy(logits.float(), batch.tokens[:, 1:], 0.1, None).sum())
 
     yield "encoder, forward and backward", encode
     yield "decoder and loss, forward and backward", decode
@@ -157,7 +157,7 @@ def loader(report: Report, folder: Path, tiny: bool) -> None:
     noisy = np.clip(image + np.random.default_rng(0).normal(0, 9, image.shape), 0, 255).astype(np.uint8)
     jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(noisy), 90)
     split = Split(shards, "train")
-    split.image = lambda _: jpeg  # type: ignore[method-assign]
+    split.image = lambda _: jpeg  # type: ignore[method-assign, assignment]
     items = np.random.default_rng(0).permutation(len(split))
     for threads in (2,) if tiny else (1, 4, 8, 16):
         for jitter in (0.0, 0.2):

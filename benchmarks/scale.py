@@ -98,14 +98,14 @@ def _compare(title: str, two: tuple[Take, int], one: tuple[Take, int], options: 
     candidates = {"two processes": two, "one process": one}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
 
-    def checkpoint_steps(name: str) -> None:
+    def take_steps(name: str) -> None:
         seconds[name].append(candidates[name][0](options.steps))
 
     table = compare(
         f"{title}, over gloo, one thread per process",
         "images",
         [
-            Candidate(name, partial(steps, name), options.steps * count)
+            Candidate(name, partial(take_steps, name), options.steps * count)
             for name, (_, count) in candidates.items()
         ],
         options.rounds,

@@ -118,7 +118,7 @@ def test_a_sampled_caption_depends_on_its_seed_and_not_on_its_batch(url: str, im
     [
         ("beam", "0", "beam=0: input should be greater than or equal to 1; see /docs"),
         ("beam", "99", "beam=99: input should be less than or equal to 20; see /docs"),
-        ("length_power", "11", "length_power=11: input should be less than or equal to 10; see /docs"),
+        ("length_penalty", "11", "length_penalty=11: input should be less than or equal to 10; see /docs"),
         ("top_p", "0", "top_p=0: input should be greater than 0; see /docs"),
         ("baem", "3", "baem=3: extra inputs are not permitted; see /docs"),
         ("prefix", "zebrafish", "'zebrafish'"),
