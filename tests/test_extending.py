@@ -8,6 +8,8 @@ from pathlib import Path
 
 import metric_contract
 import pytest
+import source_contract
+from PIL import Image
 
 from captionscale.cli import main
 from captionscale.score import Receipt
@@ -74,3 +76,13 @@ def test_training_scores_by_a_metric_of_ones_own() -> None:
         scorer.close()
     assert scores is not None
     assert scores["my_metrics:WordCount"] == 3
+
+
+def test_a_source_of_ones_own_is_packed_like_any_other(folder: Path) -> None:
+    for number, name in enumerate(("red", "green")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{name}.png")
+    (folder / "captions.xml").write_text(
+        '<album><photo file="red.png"><text>a red wall</text><text>a wall</text></photo>'
+        '<photo file="green.png"><text>a green wall</text></photo></album>'
+    )
+    source_contract.check("my_source:Album", ["--album", "captions.xml"], folder / "shards")
