@@ -9,6 +9,8 @@ from pathlib import Path
 import metric_contract
 import objective_contract
 import pytest
+import source_contract
+from PIL import Image
 
 from captionscale.cli import main
 from captionscale.score import Receipt
@@ -82,3 +84,13 @@ def test_training_has_an_objective_of_ones_own(folder: Path, packed: Path) -> No
     name = "my_objective:LongestReference"
     config = objective_contract.config_of(name, folder, packed)
     objective_contract.check(objective_class(name), config, packed)
+
+
+def test_a_source_of_ones_own_is_packed_like_any_other(folder: Path) -> None:
+    for number, name in enumerate(("red", "green")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{name}.png")
+    (folder / "captions.xml").write_text(
+        '<album><photo file="red.png"><text>a red wall</text><text>a wall</text></photo>'
+        '<photo file="green.png"><text>a green wall</text></photo></album>'
+    )
+    source_contract.check("my_source:Album", ["--album", "captions.xml"], folder / "shards")

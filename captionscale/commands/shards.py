@@ -3,28 +3,63 @@
 import argparse
 import json
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from captionscale.commands.arguments import Commands, Subparsers, add_json, add_parser, positive
+from captionscale.commands.arguments import Commands, add_json, add_parser, positive
+from captionscale.commands.unknown_options import CommandParser
+from captionscale.data.sources.registry import SOURCES
 from captionscale.errors import UserError, first_few
 from captionscale.escape import for_terminal
+from captionscale.plugins import is_plugin
 
 if TYPE_CHECKING:
     from captionscale.data.decode import ImageInfo
     from captionscale.data.shards import Sample
     from captionscale.data.storage import Storage
 
-_DATASETS = {
-    "coco": "COCO 2014 or 2017 in its official files, or by lists as Karpathy split it",
-    "karpathy": "COCO, Flickr8k or Flickr30k by Karpathy's dataset_*.json",
-    "flickr8k": "Flickr8k in its official files",
-    "flickr30k": "Flickr30k in its official files",
-    "table": "your own images by a CSV or JSONL file: image,caption[,split][,image_id]",
-    "folder": "your own images, each with a .txt of captions beside it, or without captions",
-    "webdataset": "tars of images with .txt or .json, as img2dataset writes them",
-}
+
+class _SourceParser(CommandParser):
+    """Adds a source's arguments when they are needed, so that other commands import no source."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        self._add_arguments()
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self) -> str:
+        self._add_arguments()
+        return super().format_help()
+
+    def _add_arguments(self) -> None:
+        from captionscale.data.sources import source
+
+        if "--out" in self._option_string_actions:
+            return
+        try:
+            source.load(self.get_default("source")).add_arguments(self)
+        except UserError as error:
+            self.exit(2, f"{self.prog}: error: {error}\n")
+        _add_packing(self)
+
+
+class _SourceParsers(dict[str, argparse.ArgumentParser]):
+    """Parsers by the names of sources; that of a plug-in is made when it is named."""
+
+    def __init__(self, prog: str, parsers: Iterable[tuple[str, argparse.ArgumentParser]]):
+        super().__init__(parsers)
+        self._prog = prog
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or is_plugin(str(name))
+
+    def __missing__(self, name: str) -> argparse.ArgumentParser:
+        parser = _SourceParser(f"{self._prog} {name}")
+        parser.set_defaults(source=name)
+        return parser
 
 
 def add(commands: Commands) -> None:
@@ -35,9 +70,13 @@ def add(commands: Commands) -> None:
         _pack,
         example="pack table --images photos --captions mine.csv --out data/mine",
     )
-    kinds = pack.add_subparsers(required=True, metavar="DATASET")
-    for kind, text in _DATASETS.items():
-        _add_dataset(kinds, kind, text)
+    sources = pack.add_subparsers(
+        required=True, metavar="SOURCE", help="one of these, or module:Class", parser_class=_SourceParser
+    )
+    for name, (_, text, arguments) in SOURCES.items():
+        example = f"pack {name} {arguments} --out shards"
+        add_parser(sources, name, f"pack {text}", example, help=text).set_defaults(source=name)
+    sources._name_parser_map = sources.choices = _SourceParsers(pack.prog, sources.choices.items())
 
     verify = commands.add(
         "verify",
@@ -77,57 +116,6 @@ def _add_shards(parser: argparse.ArgumentParser) -> None:
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive, metavar="N", help="workers (default: one for each core)")
-
-
-def _add_dataset(kinds: Subparsers, kind: str, text: str) -> None:
-    """Add what one kind of data set takes."""
-    tars, official = kind == "webdataset", kind in ("flickr8k", "flickr30k")
-    example = [f"pack {kind}", "--tars tars" if tars else "--images images"]
-    example += ["--captions captions.json"] * (kind not in ("folder", "webdataset"))
-    example += ["--split train"] * (kind == "coco")
-    example += ["--splits lists"] * official
-    reader = add_parser(kinds, kind, f"pack {text}", " ".join([*example, "--out shards"]), help=text)
-    reader.set_defaults(kind=kind)
-    if tars:
-        reader.add_argument(
-            "--tars", type=Path, nargs="+", required=True, metavar="PATH", help="tar files, or their folders"
-        )
-    else:
-        reader.add_argument(
-            "--images", type=Path, required=True, metavar="DIR", help="folder of the image files"
-        )
-    if kind == "coco":
-        reader.add_argument(
-            "--captions",
-            type=Path,
-            nargs="+",
-            required=True,
-            metavar="FILE",
-            help="official file; with --lists, both of 2014",
-        )
-        reader.add_argument(
-            "--lists", type=Path, metavar="DIR", help="folder of karpathy_{train,val,test}_images.txt"
-        )
-    elif kind not in ("folder", "webdataset"):
-        reader.add_argument(
-            "--captions", type=Path, required=True, metavar="FILE", help="the data set's caption file"
-        )
-    if kind in ("coco", "karpathy"):
-        reader.add_argument(
-            "--restval",
-            choices=("train", "drop"),
-            help="images of COCO's val2014 outside Karpathy's val and test (default: train)",
-        )
-    if official:
-        reader.add_argument(
-            "--splits", type=Path, metavar="DIR", help="folder of the official lists of each split's images"
-        )
-    elif kind != "karpathy":
-        default = None if kind == "coco" else "train"
-        reader.add_argument(
-            "--split", default=default, help="name of the split" + " (default: train)" * bool(default)
-        )
-    _add_packing(reader)
 
 
 def _add_packing(parser: argparse.ArgumentParser) -> None:

@@ -124,7 +124,7 @@ def image_info(data: bytes, place: str, *, full_decode: bool) -> ImageInfo:
     Args:
         data: A JPEG, PNG, WebP, BMP or GIF file.
         place: Where the bytes are from, for the error.
-        full_decode: Whether to prove that `decode_image` can decode it; if not, only as much is read as tells the size.
+        full_decode: Prove that `decode_image` can decode it; otherwise read only what gives the size.
 
     Raises:
         UserError: As `decode_image` does.

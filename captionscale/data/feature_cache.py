@@ -214,8 +214,8 @@ def create_all(files: Sequence[FeatureFile]) -> None:
             file.create()
             regions, numbers = file.shape[1:]
             say(
-                f"computing features of {len(file.missing_rows()):,} images ({regions:,} x {numbers:,} numbers"
-                f" each), once: {file.size_bytes / 1e9:,.2f} GB in {file.path}"
+                f"computing features of {len(file.missing_rows()):,} images ({regions:,} x {numbers:,}"
+                f" numbers each), once: {file.size_bytes / 1e9:,.2f} GB in {file.path}"
             )
     except OSError as error:
         raise cannot_write(folder, error) from None

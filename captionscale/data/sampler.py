@@ -39,9 +39,9 @@ class BatchSampler:
     def __post_init__(self) -> None:
         if sum(self.shard_sizes) // self.micro_batches_per_step < self.steps_per_epoch:
             raise UserError(
-                f"train split: {sum(self.shard_sizes):,} samples cannot give each of {self.micro_batches_per_step}"
-                f" micro-batches at least one sample in each of {self.steps_per_epoch} steps of an epoch;"
-                " lower train.global_batch or raise train.micro_batch"
+                f"train split: {sum(self.shard_sizes):,} samples cannot give each of"
+                f" {self.micro_batches_per_step} micro-batches at least one sample in each of"
+                f" {self.steps_per_epoch} steps of an epoch; lower train.global_batch or raise train.micro_batch"
             )
 
     @property
@@ -70,8 +70,8 @@ class BatchSampler:
         """
         if self.micro_batches_per_step < world_size:
             raise UserError(
-                f"train.global_batch = {self.global_batch} holds {self.micro_batches_per_step} micro-batches of"
-                f" train.micro_batch = {self.micro_batch}, wanted one for each of {world_size} processes;"
+                f"train.global_batch = {self.global_batch} holds {self.micro_batches_per_step} micro-batches"
+                f" of train.micro_batch = {self.micro_batch}, wanted one for each of {world_size} processes;"
                 " lower train.micro_batch or start fewer processes"
             )
         streams = _streams(self, self.epoch(step))

@@ -115,8 +115,8 @@ class Split:
         """
         if missing := int((self.index["captions"] == 0).sum()):
             raise UserError(
-                f"{self.storage}: {missing:,} of {len(self):,} images of split '{self.name}' have no captions;"
-                f" wanted them {purpose}"
+                f"{self.storage}: {missing:,} of {len(self):,} images of split '{self.name}' have no"
+                f" captions; wanted them {purpose}"
             )
 
     def references(self) -> dict[int, list[str]]:

@@ -2,12 +2,10 @@
 
 import signal
 from argparse import Namespace
-from pathlib import Path
-from typing import Literal
 
 from captionscale.data import packing
-from captionscale.data.sources import coco, custom, expected_counts, flickr, karpathy, tars
-from captionscale.data.sources.record import Record
+from captionscale.data.sources import expected_counts, source
+from captionscale.data.sources.record import sort_records
 from captionscale.errors import UserError
 from captionscale.machine import cpu_count
 from captionscale.progress import progress, say, spinner
@@ -23,9 +21,14 @@ def pack(options: Namespace) -> None:
         UserError: As by the readers and `packing.pack`; or totals other than expected.
     """
     with spinner("reading the data set"):
-        records, sources = _read(options)
+        dataset = source.load(options.source)
+        records = sort_records(dataset.read(options))
+        files = dataset.files(options)
+    if not records:
+        raise UserError(f"pack {options.source}: no images; expected at least one; give a whole data set")
     if options.expect:
-        expected_counts.check_counts(records, dict(options.expect), str(sources[0]))
+        place = str(files[0]) if files else f"pack {options.source}"
+        expected_counts.check_counts(records, dict(options.expect), place)
     if not any(record.captions for record in records):
         say("note: no captions, so these shards can be captioned, but not used for training or scoring")
     if options.quality is not None and options.resize is None:
@@ -42,7 +45,7 @@ def pack(options: Namespace) -> None:
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         with progress("packing", len(records)) as bar:
-            manifest = packing.pack(records, options.out, sources=sources, options=how, progress=bar.advance)
+            manifest = packing.pack(records, options.out, sources=files, options=how, progress=bar.advance)
     finally:
         signal.signal(signal.SIGTERM, previous)
     for split in {record.split: None for record in records}:
@@ -53,44 +56,3 @@ def pack(options: Namespace) -> None:
 
 def _stop(*_: object) -> None:
     raise UserError("pack: stopped by SIGTERM; finished shards are kept, and the same command resumes")
-
-
-def _read(options: Namespace) -> tuple[list[Record], list[Path]]:
-    """Return a data set's records, and the files they were read from."""
-
-    def first_image_id(splits: set[str]) -> int:
-        return packing.first_image_id(options.out, splits)
-
-    restval: Literal["train", "drop"] = "drop" if getattr(options, "restval", None) == "drop" else "train"
-    match options.kind:
-        case "coco" if options.lists:
-            if options.split is not None:
-                raise UserError(
-                    "pack coco: found --split with --lists, expected one of them; leave out --split"
-                )
-            records = coco.read_karpathy_lists(options.images, options.captions, options.lists, restval)
-            return records, [*options.captions, *sorted(options.lists.glob("karpathy_*_images.txt"))]
-        case "coco":
-            if options.split is None or len(options.captions) != 1 or options.restval is not None:
-                raise UserError(
-                    "pack coco: expected one --captions file with its --split, or both files of 2014 with"
-                    " --lists; --restval only with --lists"
-                )
-            return coco.read_official(options.images, options.captions[0], options.split), options.captions
-        case "karpathy":
-            return karpathy.read(options.images, options.captions, restval), [options.captions]
-        case "flickr8k" | "flickr30k":
-            records = flickr.read(options.images, options.captions, options.splits)
-            if options.splits is None:
-                say(f"note: no --splits, so all {len(records):,} images are in the split 'train'")
-            lists = [] if options.splits is None else sorted(options.splits.glob("*.txt"))
-            return records, [options.captions, *(path for path in lists if path.name in flickr.SPLIT_OF_LIST)]
-        case "table":
-            return custom.read_table(options.captions, options.images, options.split, first_image_id), [
-                options.captions
-            ]
-        case "folder":
-            return custom.read_folder(options.images, options.split, first_image_id), []
-        case "webdataset":
-            return tars.read(options.tars, options.split, first_image_id), tars.find_tars(options.tars)
-    raise AssertionError(options.kind)

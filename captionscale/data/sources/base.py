@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,32 @@ _LONGEST = 120
 _MAX_BYTES = 4096 * MB
 
 _T = TypeVar("_T")
+
+
+def add_images(parser: ArgumentParser) -> None:
+    """Add --images."""
+    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the image files")
+
+
+def add_captions(parser: ArgumentParser) -> None:
+    """Add --captions, one file."""
+    parser.add_argument(
+        "--captions", type=Path, required=True, metavar="FILE", help="the data set's caption file"
+    )
+
+
+def add_split(parser: ArgumentParser) -> None:
+    """Add --split, of all images."""
+    parser.add_argument("--split", default="train", help="name of the split (default: train)")
+
+
+def add_restval(parser: ArgumentParser) -> None:
+    """Add --restval."""
+    parser.add_argument(
+        "--restval",
+        choices=("train", "drop"),
+        help="images of COCO's val2014 outside Karpathy's val and test (default: train)",
+    )
 
 
 @contextmanager
@@ -139,8 +166,8 @@ def validate_records(
     for record in records:
         if require_captions and not record.captions:
             raise UserError(
-                f"{captions}: image {record.image_id} ({printable_name(record.name)}) has no captions, or only empty"
-                " ones; wanted at least one; add a caption or take the image out"
+                f"{captions}: image {record.image_id} ({printable_name(record.name)}) has no captions, or"
+                " only empty ones; wanted at least one; add a caption or take the image out"
             )
         folder, _, name = f"{record.source}/{record.name}".rpartition("/")
         if folder not in there:

@@ -1,6 +1,7 @@
 """Read COCO's captions: the official files, by their own splits or by Karpathy's lists."""
 
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ import msgspec
 
 from captionscale.data.sources import base
 from captionscale.data.sources.record import Record
+from captionscale.data.sources.source import Source
 from captionscale.errors import UserError
 
 _WANTED = (
@@ -35,6 +37,49 @@ class _Annotation(msgspec.Struct, gc=False):
 class _Document(msgspec.Struct, gc=False):
     images: list[_Image]
     annotations: list[_Annotation] | msgspec.UnsetType = msgspec.UNSET
+
+
+class Coco(Source):
+    """COCO 2014 or 2017 in its official files, or 2014 by lists of Karpathy's split."""
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add --images, --captions, --lists, --restval and --split."""
+        base.add_images(parser)
+        parser.add_argument(
+            "--captions",
+            type=Path,
+            nargs="+",
+            required=True,
+            metavar="FILE",
+            help="official file; with --lists, both of 2014",
+        )
+        parser.add_argument(
+            "--lists", type=Path, metavar="DIR", help="folder of karpathy_{train,val,test}_images.txt"
+        )
+        base.add_restval(parser)
+        parser.add_argument("--split", help="name of the split")
+
+    def read(self, options: Namespace) -> list[Record]:
+        """Return the records of `read_official`, or with --lists of `read_karpathy_lists`."""
+        if options.lists:
+            if options.split is not None:
+                raise UserError(
+                    "pack coco: found --split with --lists, expected one of them; leave out --split"
+                )
+            return read_karpathy_lists(
+                options.images, options.captions, options.lists, options.restval or "train"
+            )
+        if options.split is None or len(options.captions) != 1 or options.restval is not None:
+            raise UserError(
+                "pack coco: expected one --captions file with its --split, or both files of 2014 with"
+                " --lists; --restval only with --lists"
+            )
+        return read_official(options.images, options.captions[0], options.split)
+
+    def files(self, options: Namespace) -> list[Path]:
+        """Return the caption files and lists."""
+        lists = sorted(options.lists.glob("karpathy_*_images.txt")) if options.lists else []
+        return [*options.captions, *lists]
 
 
 def read_official(images: Path, captions: Path, split: str) -> list[Record]:
@@ -85,9 +130,9 @@ def read_karpathy_lists(
         The records by split and image id.
 
     Raises:
-        UserError: As `read_official` does; and if the list of val or test is missing, a list has a line of another
-            form or an image of no annotation, an image is in two lists, or an id differs from its file
-            name's number.
+        UserError: As `read_official` does; and if the list of val or test is missing, a list has a line of
+            another form or an image of no annotation, an image is in two lists, or an id differs from its
+            file name's number.
 
     Source:
         Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments" (arXiv:1412.2306).

@@ -2,15 +2,19 @@
 
 import csv
 import os
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 
 import msgspec
 
 from captionscale.data.manifest import SPLIT_NAME
+from captionscale.data.packing import first_image_id
 from captionscale.data.sources import base
 from captionscale.data.sources.record import Record
+from captionscale.data.sources.source import Source
 from captionscale.errors import UserError
 from captionscale.files import MB, open_file
 from captionscale.parsing import describe_error
@@ -35,7 +39,40 @@ class _Row(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     image_id: base.ImageId | None = None
 
 
-def read_table(captions: Path, images: Path, split: str, first_image_id: base.FirstImageId) -> list[Record]:
+class Table(Source):
+    """Your own images by a CSV or JSONL file."""
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add --images, --captions and --split."""
+        base.add_images(parser)
+        base.add_captions(parser)
+        base.add_split(parser)
+
+    def read(self, options: Namespace) -> list[Record]:
+        """Return the records of `read_table`."""
+        return read_table(
+            options.captions, options.images, options.split, partial(first_image_id, options.out)
+        )
+
+    def files(self, options: Namespace) -> list[Path]:
+        """Return the table."""
+        return [options.captions]
+
+
+class Folder(Source):
+    """Your own images, each with a .txt of captions next to it, or without captions."""
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add --images and --split."""
+        base.add_images(parser)
+        base.add_split(parser)
+
+    def read(self, options: Namespace) -> list[Record]:
+        """Return the records of `read_folder`."""
+        return read_folder(options.images, options.split, partial(first_image_id, options.out))
+
+
+def read_table(captions: Path, images: Path, split: str, first_id: base.FirstImageId) -> list[Record]:
     """Read a table with a caption in each row, as CSV, TSV or JSON lines, told apart by the file's ending.
 
     A `.csv` or `.tsv` starts with the names of its columns: `image`, `caption` and, if need be, `split` and
@@ -47,7 +84,7 @@ def read_table(captions: Path, images: Path, split: str, first_image_id: base.Fi
         captions: The table.
         images: The folder that the paths in `image` start from.
         split: The split of rows that name none.
-        first_image_id: Tells the first image id of these splits, if no row has one: ids are counted in
+        first_id: Returns the first image id of these splits, if no row has one: ids are counted in
             the order in which images appear.
 
     Returns:
@@ -91,7 +128,7 @@ def read_table(captions: Path, images: Path, split: str, first_image_id: base.Fi
             f"{captions}: {base.name_some(without)} of {len(found)} without image_id; wanted one for each"
             " image or for none; add or delete them"
         )
-    first = first_image_id({row_split for row_split, _, _ in found.values()})
+    first = first_id({row_split for row_split, _, _ in found.values()})
     source = str(images)
     records = []
     for number, (name, (row_split, image_id, texts)) in enumerate(found.items(), start=first):
@@ -100,7 +137,7 @@ def read_table(captions: Path, images: Path, split: str, first_image_id: base.Fi
     return base.validate_records(records, images, captions)
 
 
-def read_folder(images: Path, split: str, first_image_id: base.FirstImageId) -> list[Record]:
+def read_folder(images: Path, split: str, first_id: base.FirstImageId) -> list[Record]:
     """Read images anywhere below a folder, each with its captions in a `.txt` of the same name beside it.
 
     Links to folders are followed. Names that start with a dot are left out.
@@ -108,7 +145,7 @@ def read_folder(images: Path, split: str, first_image_id: base.FirstImageId) -> 
     Args:
         images: The folder.
         split: The split that all its images get.
-        first_image_id: Tells the first image id of the split; ids are counted in the order of the
+        first_id: Returns the first image id of the split; ids are counted in the order of the
             sorted paths.
 
     Returns:
@@ -138,7 +175,7 @@ def read_folder(images: Path, split: str, first_image_id: base.FirstImageId) -> 
             " each image or for none; write them or take the images out"
         )
     records = []
-    for image_id, (path, text) in enumerate(pairs, start=first_image_id({split})):
+    for image_id, (path, text) in enumerate(pairs, start=first_id({split})):
         lines = base.read_text(images / text).split("\n") if text else []
         records.append(Record(image_id, split, base.strip_captions(lines), source, path))
     return base.validate_records(records, images, images, require_captions=not without)

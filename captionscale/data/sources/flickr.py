@@ -1,14 +1,17 @@
 """Read Flickr8k and Flickr30k, whichever way their captions were written down."""
 
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
 from captionscale.data.sources import base
 from captionscale.data.sources.record import Record
+from captionscale.data.sources.source import Source
 from captionscale.errors import UserError
+from captionscale.progress import say
 
-SPLIT_OF_LIST = {
+_SPLIT_OF_LIST = {
     "Flickr_8k.trainImages.txt": "train",
     "Flickr_8k.devImages.txt": "val",
     "Flickr_8k.testImages.txt": "test",
@@ -33,6 +36,30 @@ _CSV_LINE = re.compile(r'(?P<name>[^,"]+),(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<capt
 # The second bar may be white space: in Kaggle's results.csv the line 2199200615.jpg, 4 lacks it.
 _BAR_LINE = re.compile(r"(?P<name>[^|]+)\|\s*(?P<number>\d{1,9})(?:\s*\||\s)(?P<caption>.*)")
 _TOKEN_LINE = re.compile(r"(?P<name>[^\t]+)#(?P<number>\d{1,9})\t(?P<caption>.*)")
+
+
+class Flickr(Source):
+    """Flickr8k or Flickr30k in its official files."""
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add --images, --captions and --splits."""
+        base.add_images(parser)
+        base.add_captions(parser)
+        parser.add_argument(
+            "--splits", type=Path, metavar="DIR", help="folder of the official lists of each split's images"
+        )
+
+    def read(self, options: Namespace) -> list[Record]:
+        """Return the records of the module's function `read`."""
+        records = read(options.images, options.captions, options.splits)
+        if options.splits is None:
+            say(f"note: no --splits, so all {len(records):,} images are in the split 'train'")
+        return records
+
+    def files(self, options: Namespace) -> list[Path]:
+        """Return the caption file and the split lists."""
+        lists = [] if options.splits is None else sorted(options.splits.glob("*.txt"))
+        return [options.captions, *(path for path in lists if path.name in _SPLIT_OF_LIST)]
 
 
 def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
@@ -134,10 +161,10 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
 def _splits(folder: Path) -> dict[str, str]:
     """Return the split of each listed image."""
     there = base.list_folder(folder, "the folder of the split lists")
-    if there.isdisjoint(SPLIT_OF_LIST):
-        raise UserError(f"{folder}: no split list; wanted {' or '.join(SPLIT_OF_LIST)}; check the path")
+    if there.isdisjoint(_SPLIT_OF_LIST):
+        raise UserError(f"{folder}: no split list; wanted {' or '.join(_SPLIT_OF_LIST)}; check the path")
     split_of: dict[str, str] = {}
-    for file, split in SPLIT_OF_LIST.items():
+    for file, split in _SPLIT_OF_LIST.items():
         lines = base.read_text(folder / file).split("\n") if file in there else []
         for line in filter(None, map(str.strip, lines)):
             name = line if line.endswith(".jpg") else f"{line}.jpg"

@@ -1,6 +1,7 @@
 """Read Karpathy's JSON files: captions and splits of COCO 2014, Flickr8k and Flickr30k in one layout."""
 
 import posixpath
+from argparse import ArgumentParser, Namespace
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,7 @@ import msgspec
 
 from captionscale.data.sources import base, flickr
 from captionscale.data.sources.record import Record
+from captionscale.data.sources.source import Source
 from captionscale.errors import UserError
 
 _WANTED = (
@@ -32,6 +34,24 @@ class _Image(msgspec.Struct, gc=False):
 class _Document(msgspec.Struct, gc=False):
     dataset: Literal["coco", "flickr8k", "flickr30k"]
     images: list[_Image]
+
+
+class Karpathy(Source):
+    """COCO, Flickr8k or Flickr30k by Karpathy's dataset_*.json."""
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add --images, --captions and --restval."""
+        base.add_images(parser)
+        base.add_captions(parser)
+        base.add_restval(parser)
+
+    def read(self, options: Namespace) -> list[Record]:
+        """Return the records of the module's function `read`."""
+        return read(options.images, options.captions, options.restval or "train")
+
+    def files(self, options: Namespace) -> list[Path]:
+        """Return the JSON file."""
+        return [options.captions]
 
 
 def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> list[Record]:

@@ -3,7 +3,9 @@
 import os
 import re
 import tarfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -11,8 +13,10 @@ import xxhash
 
 from captionscale import parsing
 from captionscale.data.manifest import MANIFEST
+from captionscale.data.packing import first_image_id
 from captionscale.data.sources import base
 from captionscale.data.sources.record import Record, sort_records
+from captionscale.data.sources.source import Source
 from captionscale.errors import UserError
 from captionscale.files import open_file
 
@@ -47,7 +51,26 @@ class _Image(msgspec.Struct):
     texts: list[str]
 
 
-def read(tars: Sequence[Path], split: str, first_image_id: base.FirstImageId) -> list[Record]:
+class WebDataset(Source):
+    """Tars of images with .txt or .json, as img2dataset writes them."""
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Add --tars and --split."""
+        parser.add_argument(
+            "--tars", type=Path, nargs="+", required=True, metavar="PATH", help="tar files, or their folders"
+        )
+        base.add_split(parser)
+
+    def read(self, options: Namespace) -> list[Record]:
+        """Return the records of the module's function `read`."""
+        return read(options.tars, options.split, partial(first_image_id, options.out))
+
+    def files(self, options: Namespace) -> list[Path]:
+        """Return the tars."""
+        return find_tars(options.tars)
+
+
+def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[Record]:
     """Read a WebDataset where it lies: the records point into its tars, nothing is unpacked.
 
     A sample is all members of one key: an image (jpg, jpeg, png, webp, bmp or gif) and its captions, the text
@@ -58,7 +81,7 @@ def read(tars: Sequence[Path], split: str, first_image_id: base.FirstImageId) ->
     Args:
         tars: Tars, or folders that hold them; those of a folder are taken in the order of their names.
         split: The split that all images get.
-        first_image_id: Tells the first image id of the split, where no `.json` has a number as
+        first_id: Returns the first image id of the split, where no `.json` has a number as
             `image_id`; ids are counted in the order in which images appear.
 
     Returns:
@@ -98,7 +121,7 @@ def read(tars: Sequence[Path], split: str, first_image_id: base.FirstImageId) ->
             f"{place}: image_id is {' or '.join(sorted(_KINDS[kind] for kind in kinds))}; wanted a number"
             " in each .json, a text in each, or none; write the tars again"
         )
-    first = first_image_id({split})
+    first = first_id({split})
     records: list[Record] = []
     captions = {identity: base.strip_captions(image.texts) for identity, image in found.items()}
     captioned = any(captions.values())
@@ -107,8 +130,8 @@ def read(tars: Sequence[Path], split: str, first_image_id: base.FirstImageId) ->
             if image.texts:
                 continue
             raise UserError(
-                f"{image.tar}: {base.printable_name(image.name)} has no captions, others have; wanted a .txt, or"
-                " a .json with caption, beside each image or none; write the tar again"
+                f"{image.tar}: {base.printable_name(image.name)} has no captions, others have; wanted a .txt,"
+                " or a .json with caption, beside each image or none; write the tar again"
             )
         image_id = identity if isinstance(identity, int) else first + len(records)
         records.append(
