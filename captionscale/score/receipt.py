@@ -130,7 +130,7 @@ class Receipt(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True)
             ) from None
 
     def _to_dict(self) -> dict[str, Any]:
-        return {"format": FORMAT, **msgspec.to_builtins(self, enc_hook=_from_array)}
+        return {"format": FORMAT, **msgspec.to_builtins(self, enc_hook=_to_builtin)}
 
 
 def references_sha256(references: References) -> str:
@@ -186,8 +186,11 @@ def _to_array(_: type, values: Any) -> Float64[np.ndarray, "..."]:
     return np.asarray(msgspec.convert(values, list[list[float]] if nested else list[float]), np.float64)
 
 
-def _from_array(values: Float64[np.ndarray, "..."]) -> list[Any]:
-    """Return lists; whole numbers of statistics are short."""
+def _to_builtin(values: Any) -> Any:
+    """Return arrays as lists, in which whole numbers of statistics are short, and plain str."""
+    if not isinstance(values, np.ndarray):
+        # Such as torch.__version__, which is of a class derived from str.
+        return str(values)
     if values.ndim == 1:
         return list(values.tolist())
     return [[int(each) if each.is_integer() else each for each in row] for row in values.tolist()]

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 
 from captionscale.cli import main
 from captionscale.errors import UserError
@@ -42,6 +43,8 @@ def receipt() -> Receipt:
         REFERENCES,
         N_GRAMS,
         provenance={"search": {"beam": 3, "length_penalty": 0.7}, "end_token_rewarded": False},
+        # Its class is derived from str.
+        hardware={"torch": torch.torch_version.TorchVersion("2.11.0")},
     )
 
 
