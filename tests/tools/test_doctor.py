@@ -369,7 +369,7 @@ def test_without_a_config_only_this_machine_is_checked(capsys) -> None:
     assert doctor(None, out=None, quick=True, as_json=False, **options)
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said[:-1]] == ["versions", "gpus", "java"]
-    assert said[-1].startswith("doctor: 3 ok, 0 warnings, 0 refusals; the job can start")
+    assert said[-1].startswith("doctor: 3 ok, 0 warnings, 0 failures; the job can start")
 
 
 def test_unmeasured_checks_are_not_counted_as_ok(capsys) -> None:
