@@ -3,7 +3,10 @@
 import gc
 import importlib
 import json
+import os
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,14 +85,14 @@ def test_packing_needs_photographs(tmp_path: Path) -> None:
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
-    gpu = importlib.import_module("gpu")
-    report = gpu.main(["--out", str(tmp_path), "--tiny"])
-    assert report.failed_checks() == []
-    assert "failed" not in report.rows
-    assert (
-        {*gpu.SECTIONS, "seconds"} == set(report.rows) == set(json.loads((tmp_path / "gpu.json").read_text()))
-    )
-    assert "| micro_batch | step_ms |" in (tmp_path / "gpu.md").read_text()
+    # In a process of its own, without the tests' checks of types: its model is only the parts of a run.
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    command = [sys.executable, str(script), "--out", str(tmp_path), "--tiny"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert set(rows) == {*importlib.import_module("gpu").SECTIONS, "seconds"}
+    assert [row for section in rows.values() for row in section if row.get("ok") is False] == []
+    assert "| micro_batch | step_ms |" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert [file.name for file in tmp_path.glob("*.gz")] == ["trace-2.json.gz"]
 
 
