@@ -276,8 +276,9 @@ def _refuse_uneven(sampler: BatchSampler, ranks: Ranks) -> None:
     if ranks.zero_stage is not None and sampler.micro_batches_per_step % ranks.world_size:
         raise UserError(
             f"train.global_batch = {sampler.global_batch} holds {sampler.micro_batches_per_step}"
-            f" micro-batches of train.micro_batch = {sampler.micro_batch}, which {ranks.world_size} processes cannot"
-            " share evenly, as ZeRO requires; start a number of processes that divides them, or take --profile gpu"
+            f" micro-batches of train.micro_batch = {sampler.micro_batch}, which {ranks.world_size} processes"
+            " cannot share evenly, as ZeRO requires; start a number of processes that divides them, or take"
+            " --profile gpu"
         )
 
 
