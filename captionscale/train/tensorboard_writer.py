@@ -61,7 +61,7 @@ class EventWriter:
                 self._warned = True
                 say(
                     f"warning: {self._path}: cannot be written ({error.strerror}); points are missing in"
-                    " TensorBoard until there is space, training continues, and log.jsonl has all; free the disk"
+                    " TensorBoard until there is space; training continues, log.jsonl has all; free the disk"
                 )
         else:
             self._size += len(self._waiting)

@@ -52,12 +52,7 @@ class Trackers:
     """Sends the numbers of new lines of `log.jsonl` to the trackers."""
 
     def __init__(self, run: Path, config: Config):
-        """Start the process; a resumed run continues its earlier tracker runs.
-
-        Args:
-            run: The run's folder, with its log; keeps the ids of tracker runs.
-            config: Sent to the trackers.
-        """
+        """Start the process; a resumed run continues its earlier tracker runs."""
         self._log, self._closing = run / LOG_FILE, False
         self._process: subprocess.Popen[str] | None = None
         task = {
