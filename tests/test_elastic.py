@@ -15,8 +15,8 @@ from captionscale.train.setup import make_sampler
 
 pytestmark = pytest.mark.long
 
-# A processor computes bf16 slowly.
-STEPS = {"fp32": 10, "bf16": 4}
+# bf16 is slow on CPUs.
+STEPS = {"fp32": 7, "bf16": 3}
 RANKS = (2, 3, 5, 8)
 # Eight micro-batches in a step, so that a rank of five does one or two and a rank of three two or three.
 CHANGES = ("train.micro_batch=2",)
@@ -28,7 +28,7 @@ TOLERANCE = {"fp32": (1e-6, 2e-6), "bf16": (1e-2, 2e-3)}
 
 @pytest.fixture(scope="module")
 def alone(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of one process in each precision, with dropout and augmentation; fp32: more than three epochs."""
+    """A run of one process in each precision, with dropout and augmentation; fp32: more than two epochs."""
     runs = {precision: tmp_path_factory.mktemp(precision) / "run" for precision in TOLERANCE}
     both = [
         process

@@ -109,11 +109,7 @@ class Checkpoint:
         )
 
     def config(self) -> Config:
-        """Return the run's config.
-
-        Raises:
-            UserError: Keys of another version.
-        """
+        """Return the run's config; raise UserError for keys of another version."""
         try:
             return toml.load(self.folder / CONFIG_FILE)
         except UserError as error:
@@ -126,11 +122,7 @@ class Checkpoint:
             ) from None
 
     def vocabulary(self) -> Vocabulary:
-        """Return the run's vocabulary.
-
-        Raises:
-            UserError: It is damaged.
-        """
+        """Return the run's vocabulary; raise UserError if it is damaged."""
         return vocab.load(self.folder / VOCAB_FILE)
 
     @property
@@ -164,7 +156,7 @@ class Checkpoint:
         """Return the model weights.
 
         Args:
-            captioner: To load them into; by default, one built from the checkpoint's config.
+            captioner: To load them into; default: one of the checkpoint's config.
 
         Raises:
             UserError: Weights of another model.
@@ -181,11 +173,7 @@ class Checkpoint:
         )
 
     def optimizer_state(self, captioner: Captioner) -> dict[str, Tensor]:
-        """Return the optimizer state, as `Engine.load_optimizer_state` takes it.
-
-        Raises:
-            UserError: State of another model.
-        """
+        """Return the optimizer state of a captioner; raise UserError if it does not fit."""
         try:
             found = safetensors_file.read_header(self.folder / OPTIMIZER_FILE)
         except (OSError, ValueError) as error:
@@ -220,11 +208,7 @@ def _refuse_other_files(names: Iterable[str]) -> None:
 
 
 def find_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest whole checkpoint; None if the run has no checkpoints.
-
-    Args:
-        run: The run's folder.
-        warn: Called with a line for each damaged checkpoint and each unknown file that is skipped.
+    """Return the newest whole checkpoint, None if there is none; `warn` gets a line for whatever is skipped.
 
     Raises:
         UserError: All checkpoints are damaged, or the newest whole one has another format.
@@ -247,12 +231,7 @@ def find_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def resume(run: Path, fingerprint: Mapping[str, Any], tell: Callable[[str], None]) -> Checkpoint | None:
-    """Return the checkpoint to resume a run from; None for a new run.
-
-    Args:
-        run: The run's folder.
-        fingerprint: Of the config.
-        tell: Called with lines for the user.
+    """Return the checkpoint to resume a run from, None for a new run; `tell` gets lines for the user.
 
     Raises:
         UserError: Another experiment's run, or all its checkpoints are damaged.

@@ -50,14 +50,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, run: Path, config: Config, vocabulary: Vocabulary, fingerprint: Mapping[str, Any]):
-        """Start the thread.
-
-        Args:
-            run: The run's folder.
-            config: The experiment.
-            vocabulary: The run's.
-            fingerprint: What a resume may not change.
-        """
+        """Start the thread."""
         self._run, self._config, self._vocabulary = run, config, vocabulary
         self._fingerprint = copy.deepcopy(dict(fingerprint))
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -83,12 +76,6 @@ class CheckpointWriter:
         ema: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Wait for the checkpoint before, copy the tensors, and begin to write.
-
-        Args:
-            train_state: Progress of the run.
-            weights: The captioner's.
-            optimizer_state: As `Engine.optimizer_state` gives it.
-            ema: Moving average of the weights, if the run has one.
 
         Raises:
             UserError: The checkpoint before could not be written.
@@ -182,16 +169,6 @@ def write_checkpoint(
     """Write a checkpoint, then remove those that `train.keep_checkpoints` does not keep.
 
     It gets its name once it is on disk, so a kill, a full disk or a power cut never leaves a torn one.
-
-    Args:
-        run: The run's folder.
-        train_state: Progress of the run.
-        fingerprint: What a resume may not change.
-        weights: The captioner's.
-        optimizer_state: As `Engine.optimizer_state` gives it.
-        config: The experiment.
-        vocabulary: The run's.
-        ema: Moving average of the weights, if the run has one.
 
     Raises:
         UserError: The disk is full or cannot be written.

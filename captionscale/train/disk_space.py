@@ -21,17 +21,12 @@ def aligned(size: int) -> int:
 
 
 def checkpoint_bytes(captioner: Captioner, averaged: bool) -> int:
-    """Return the size of a captioner's checkpoint.
-
-    Args:
-        captioner: May be on the device `meta`.
-        averaged: Whether the run keeps a moving average of the weights.
-    """
+    """Return the size of a captioner's checkpoint."""
     weights = list(captioner.state_dict().values())
-    learning = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
     # AdamW keeps two moments of each parameter, and a count of its steps.
-    tensors = (*weights, *(weights if averaged else []), *learning, *learning)
-    return sum(aligned(tensor.nbytes) for tensor in tensors) + len(learning) * ALIGNMENT_BYTES
+    tensors = (*weights, *(weights if averaged else []), *trainable, *trainable)
+    return sum(aligned(tensor.nbytes) for tensor in tensors) + len(trainable) * ALIGNMENT_BYTES
 
 
 def check_disk_space(run: Path, size: int, keep: int, folder: Path | None = None) -> None:

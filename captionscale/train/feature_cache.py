@@ -26,12 +26,6 @@ _BATCH = 32
 def cache_features(encoder: Encoder, loaders: Sequence[Loader], ranks: Ranks, precision: str) -> None:
     """Compute missing features, and have loaders read features instead of images; all ranks call it.
 
-    Args:
-        encoder: Frozen, on the ranks' device.
-        loaders: Of splits in the same folder.
-        ranks: This process and its peers.
-        precision: The run's.
-
     Raises:
         UserError: Shards behind a URL, a folder that is read-only, full or in use, a damaged file, or
             features outside the range of half precision.

@@ -22,15 +22,7 @@ class NanGuard:
     def record(
         self, step: int, loss: Tensor, norm: Tensor, batches: list[tuple[int, Batch]], losses: list[Tensor]
     ) -> None:
-        """Keep the results of a step to check later.
-
-        Args:
-            step: From 1.
-            loss: Over all ranks.
-            norm: Of the gradient.
-            batches: This rank's micro-batches, with their numbers.
-            losses: Of each of them.
-        """
+        """Keep the results of a step to check later."""
         parts = [
             (number, batch.image_ids, part) for (number, batch), part in zip(batches, losses, strict=True)
         ]

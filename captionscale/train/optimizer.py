@@ -20,9 +20,9 @@ def make_optimizer(captioner: Captioner, settings: Train) -> AdamW:
     parts = [*zip(encoder.stages, rates, strict=True), (list(captioner.decoder.parameters()), settings.lr)]
     groups = []
     for part, lr in parts:
-        learning = [parameter for parameter in part if parameter.requires_grad]
+        trainable = [parameter for parameter in part if parameter.requires_grad]
         for matrices, decay in ((True, settings.weight_decay), (False, 0.0)):
-            members = [parameter for parameter in learning if (parameter.ndim > 1) == matrices]
+            members = [parameter for parameter in trainable if (parameter.ndim > 1) == matrices]
             if members:
                 groups.append({"params": members, "peak_lr": lr, "weight_decay": decay})
     return AdamW(groups, fused=True)

@@ -15,13 +15,7 @@ _ROWS = 10
 
 @contextmanager
 def profiling(run: Path, steps: int, start: int, say: Callable[..., None]) -> Iterator[Callable[[], None]]:
-    """Profile some steps: write a trace, and print the most expensive operations.
-
-    Args:
-        run: The run's folder.
-        steps: Number of steps after the warm-up; 0: none.
-        start: Steps done before.
-        say: Prints lines.
+    """Profile this number of steps after a warm-up: write a trace, and print the most expensive operations.
 
     Yields:
         A function to call after each step.

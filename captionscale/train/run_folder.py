@@ -108,4 +108,4 @@ def require_run(run: Path) -> None:
     """
     if not run.is_dir():
         found = "is a file" if run.exists() else "no such folder"
-        raise UserError(f"{run}: {found}, wanted the --out of captionscale train; correct the path")
+        raise UserError(f"{run}: {found}, expected the --out of captionscale train; correct the path")

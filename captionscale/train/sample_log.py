@@ -1,6 +1,7 @@
 """The sample log of `drill`: which images went through the model, in which step and micro-batch.
 
-`sample_log/attempt-00002.rank-00001.jsonl` has a line for each micro-batch of rank 1 after the second start. A killed run repeats its last steps: the latest attempt at a step is what led to the weights.
+`sample_log/attempt-00002.rank-00001.jsonl` has a line for each micro-batch of rank 1 after the second start.
+A killed run repeats its last steps: the latest attempt at a step is what led to the weights.
 """
 
 import json

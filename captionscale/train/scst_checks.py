@@ -97,11 +97,6 @@ def check_rewards(
 def check_collapse(train_state: TrainState, now: Mapping[str, float], settings: Scst) -> None:
     """Stop a run whose captions degenerate while their reward rises.
 
-    Args:
-        train_state: Its `initial_figures` are those of the first sampled captions.
-        now: Figures of the last ones.
-        settings: The config's section `scst`.
-
     Raises:
         UserError: Too many captions end in `with a` or the like, or too few are distinct.
     """

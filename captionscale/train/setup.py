@@ -102,12 +102,6 @@ class Run:
 def build_run(config: Config, folder: Path, ranks: Ranks, stack: ExitStack) -> Run:
     """Prepare a run for its next step: the first, or the one after its newest checkpoint.
 
-    Args:
-        config: The experiment.
-        folder: The run's, which this process may write.
-        ranks: This process and its peers.
-        stack: Closes what is opened here.
-
     Raises:
         UserError: Shards, weights or an earlier run that do not fit.
     """
@@ -176,11 +170,7 @@ def build_run(config: Config, folder: Path, ranks: Ranks, stack: ExitStack) -> R
 
 
 def make_sampler(split: Split, config: Config) -> BatchSampler:
-    """Return the order in which an experiment reads a split.
-
-    Raises:
-        UserError: Too few samples for its batches.
-    """
+    """Return the order of samples; raise UserError if a split has too few for the batches."""
     sizes, train = tuple(split.shard_sizes.tolist()), config.train
     return BatchSampler(
         sizes, config.seed, train.global_batch, train.micro_batch, config.data.shuffle_window_shards
@@ -257,7 +247,6 @@ def _check_start(objective: Objective, loader: Loader, ranks: Ranks) -> None:
 
 
 def _write_config(folder: Path, config: Config) -> None:
-    """Write the config where it can be read before the first checkpoint."""
     with atomic_write(folder / CONFIG_FILE) as file:
         file.write(toml.dumps(config).encode())
 
@@ -276,8 +265,9 @@ def _refuse_uneven(sampler: BatchSampler, ranks: Ranks) -> None:
     if ranks.zero_stage is not None and sampler.micro_batches_per_step % ranks.world_size:
         raise UserError(
             f"train.global_batch = {sampler.global_batch} holds {sampler.micro_batches_per_step}"
-            f" micro-batches of train.micro_batch = {sampler.micro_batch}, which {ranks.world_size} processes cannot"
-            " share evenly, as ZeRO requires; start a number of processes that divides them, or take --profile gpu"
+            f" micro-batches of train.micro_batch = {sampler.micro_batch}, which {ranks.world_size} processes"
+            " cannot share evenly, as ZeRO requires; start a number of processes that divides them, or take"
+            " --profile gpu"
         )
 
 

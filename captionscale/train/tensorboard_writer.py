@@ -1,4 +1,4 @@
-"""TensorBoard's event files, written without a thread: a full disk delays points and never ends a run."""
+"""TensorBoard event files, written without a thread: a full disk delays points but never ends a run."""
 
 import io
 import itertools
@@ -18,38 +18,28 @@ _numbers = itertools.count()
 
 
 class EventWriter:
-    """One event file, which each call of `write` appends to."""
+    """One event file."""
 
     def __init__(self, folder: Path, step: int):
-        """Begin a file.
-
-        Args:
-            folder: Where TensorBoard looks for it.
-            step: What earlier files say of this step and later ones is hidden.
-        """
+        """Begin a file; TensorBoard hides points of earlier files from this step on."""
         place = f"{os.uname().nodename}.{os.getpid()}.{next(_numbers)}"
         self._path = folder / f"events.out.tfevents.{int(time.time()):010d}.{place}"
         self._size, self._warned = 0, False
         self._waiting = bytearray()
-        """Records that are not in the file yet."""
+        """Records not yet in the file."""
         self._append(Event(step=step, file_version="brain.Event:2"))
         self._append(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, points: Mapping[str, float]) -> None:
-        """Add a point to each of these curves; what the disk does not take is tried again the next time.
-
-        Args:
-            step: The points' place on the horizontal axis.
-            points: By the names of their curves.
-        """
+        """Add a point to each curve by name; points that the disk refuses are written later."""
         values = [Summary.Value(tag=tag, simple_value=number) for tag, number in points.items()]
         self._append(Event(step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
-        """Try for the last time to write what the disk has not taken."""
+        """Flush, and warn if points are missing."""
         self._flush()
         if self._waiting:
-            say(f"warning: {self._path}: the last points are not there; log.jsonl beside it has all")
+            say(f"warning: {self._path}: the last points are missing; log.jsonl has all")
 
     def _append(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -70,8 +60,8 @@ class EventWriter:
             if not self._warned:
                 self._warned = True
                 say(
-                    f"warning: {self._path}: cannot be written ({error.strerror}); TensorBoard misses points"
-                    " until there is room, training continues, and log.jsonl has all; free the disk"
+                    f"warning: {self._path}: cannot be written ({error.strerror}); points are missing in"
+                    " TensorBoard until there is space; training continues, log.jsonl has all; free the disk"
                 )
         else:
             self._size += len(self._waiting)

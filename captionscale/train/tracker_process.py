@@ -1,4 +1,4 @@
-"""The process of a run's trackers: it reads what `log.jsonl` gets, and hands it to each of them."""
+"""Process of a run's trackers: sends new lines of `log.jsonl` to each of them."""
 
 import json
 import os
@@ -18,22 +18,22 @@ from captionscale.train.run_folder import LOG_FILE
 from captionscale.train.tracking import TRACKERS_FILE, flatten_scalars
 
 _PROJECT, _STEP = "captionscale", "step"
-_LOOK_S = 1.0
+_POLL_S = 1.0
 _IDS = msgspec.json.Decoder(dict[str, str])
 
 
 @runtime_checkable
 class _Tracker(Protocol):
     id: str
-    """Its own name of the run, by which a later process continues."""
+    """Of the tracker's run, to continue it later."""
     place: str
-    """Where people look at it; nothing: it does not say."""
+    """URL or folder, if known."""
 
     def log(self, step: int, points: Mapping[str, float]) -> None:
-        """Add a point to each of these curves, at a step that may be an earlier one than before."""
+        """Add a point to each curve; the step may be earlier than the last one."""
 
     def finish(self) -> None:
-        """Send what is left, and let go."""
+        """Flush and close."""
 
 
 class _Wandb:
@@ -41,7 +41,7 @@ class _Wandb:
         import wandb
 
         self.id = known or uuid.uuid4().hex[:8]
-        # Nobody can answer its questions here; what it measures of the machine is to be of training.
+        # No console to answer its questions; its system metrics are to be those of training.
         options = {"console": "off", "silent": True, "x_stats_pid": os.getppid()}
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
@@ -52,7 +52,7 @@ class _Wandb:
             settings=options,
             config=None if known else dict(settings),
         )
-        # Its own count of steps cannot go back: ours is a curve that the others are drawn over.
+        # Its own step count cannot go back.
         self._run.define_metric("*", step_metric=_STEP)
         self.place = str(Path(self._run.dir).parent) if self._run.offline else self._run.url
 
@@ -72,10 +72,10 @@ class _MLflow:
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT))
         info = mlflow.start_run(run_id=known, run_name=run.name).info
         self.id, self.place = info.run_id, info.artifact_uri
-        # It refuses another value of what it was told once.
-        told = [] if known else list(settings.items())
-        for start in range(0, len(told), MAX_PARAMS_TAGS_PER_BATCH):
-            mlflow.log_params(dict(told[start : start + MAX_PARAMS_TAGS_PER_BATCH]))
+        # Parameters cannot be changed later.
+        params = [] if known else list(settings.items())
+        for start in range(0, len(params), MAX_PARAMS_TAGS_PER_BATCH):
+            mlflow.log_params(dict(params[start : start + MAX_PARAMS_TAGS_PER_BATCH]))
 
     def log(self, step: int, points: Mapping[str, float]) -> None:
         self._mlflow.log_metrics(dict(points), step=step)
@@ -84,12 +84,12 @@ class _MLflow:
         self._mlflow.end_run()
 
 
-_Opens = Callable[[Path, Mapping[str, Any], str | None], _Tracker]
-_KINDS: dict[str, _Opens] = {"wandb": _Wandb, "mlflow": _MLflow}
+_Factory = Callable[[Path, Mapping[str, Any], str | None], _Tracker]
+_KINDS: dict[str, _Factory] = {"wandb": _Wandb, "mlflow": _MLflow}
 
 
-class _Taken:
-    """A tracker and what has become of what it was given."""
+class _Sink:
+    """A tracker, and counts of lines sent and lost."""
 
     def __init__(self, name: str, tracker: _Tracker, run: Path, answers: TextIO):
         self._name, self._tracker, self._run, self._answers = name, tracker, run, answers
@@ -99,7 +99,7 @@ class _Taken:
         self._lines += 1
         try:
             self._tracker.log(step, points)
-        # Whatever a network, a server or a package brings.
+        # Of the network, a server or a package.
         except Exception as error:
             self._lost += 1
             if self._lost == 1:
@@ -109,37 +109,37 @@ class _Taken:
         try:
             self._tracker.finish()
         except Exception as error:
-            _warn(self._answers, self._run, self._name, "cannot end", error)
+            _warn(self._answers, self._run, self._name, "cannot finish", error)
         if self._lost:
-            text = f"warning: {self._name}: {self._lost:,} of {self._lines:,} lines are not there"
+            text = f"warning: {self._name}: {self._lost:,} of {self._lines:,} lines are missing"
             print(text, file=self._answers, flush=True)
 
 
 def _serve() -> None:
-    """Open the trackers that the first line names, and hand them lines until the standard input ends."""
+    """Open the trackers named in the first line of standard input, and serve them until it ends."""
     answers = subprocesses.serve()
     task = json.loads(sys.stdin.readline())
     run = Path(task["run"])
     opened = [
-        _Taken(name, tracker, run, answers)
+        _Sink(name, tracker, run, answers)
         for name in task["names"]
         if (tracker := _open(name, run, task["settings"], answers))
     ]
     for step, points in _follow(run / LOG_FILE, task["start"]):
-        for taken in opened:
-            taken.log(step, points)
-    for taken in opened:
-        taken.finish()
+        for sink in opened:
+            sink.log(step, points)
+    for sink in opened:
+        sink.finish()
 
 
 def _follow(path: Path, start: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """Yield step and points of each line of a log from this byte on, until the standard input ends."""
+    """Yield step and points of each line of a log from a byte on, until standard input ends."""
     with path.open("rb") as file:
         file.seek(start)
         ended = False
         torn = b""
         while True:
-            # What was written before the end is read after it.
+            # Lines written before the end are read after it.
             while line := torn + file.readline():
                 if not line.endswith(b"\n"):
                     torn = line
@@ -151,7 +151,7 @@ def _follow(path: Path, start: int) -> Iterator[tuple[int, dict[str, float]]]:
                     yield step, points
             if ended:
                 return
-            ended = bool(select.select([sys.stdin], [], [], _LOOK_S)[0])
+            ended = bool(select.select([sys.stdin], [], [], _POLL_S)[0])
 
 
 def _open(name: str, run: Path, settings: Mapping[str, Any], answers: TextIO) -> _Tracker | None:
@@ -161,7 +161,7 @@ def _open(name: str, run: Path, settings: Mapping[str, Any], answers: TextIO) ->
         if tracker.id != ids.get(name):
             with atomic_write(run / TRACKERS_FILE) as file:
                 file.write(json.dumps({**ids, name: tracker.id}, indent=1).encode())
-    # `wandb` ends by SystemExit where it may not ask for a key.
+    # `wandb` raises SystemExit where it cannot ask for a key.
     except (Exception, SystemExit) as error:
         _warn(answers, run, name, "cannot be reached", error)
         return None
@@ -171,7 +171,7 @@ def _open(name: str, run: Path, settings: Mapping[str, Any], answers: TextIO) ->
 
 
 def _ids(run: Path) -> dict[str, str]:
-    """Return the trackers' own names of this run, as far as it has been there."""
+    """Return the known ids of this run."""
     with suppress(FileNotFoundError, ValueError):
         return parsing.decode(read_file(run / TRACKERS_FILE), _IDS)
     return {}

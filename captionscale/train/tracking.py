@@ -1,7 +1,7 @@
-"""Trackers next to TensorBoard: Weights & Biases and MLflow, which never hold a run up and never end it.
+"""Weights & Biases and MLflow; they never delay or end a run.
 
-They run in a process of their own, which reads what `log.jsonl` gets. Either package may wait for a network
-for minutes, in threads and in hooks at Python's exit, and may start processes: all of that can be ended.
+They run in a process of their own, which reads `log.jsonl`: either package may wait minutes for a network, in
+threads and exit hooks, and may start processes, all of which can be killed.
 """
 
 import json
@@ -20,26 +20,26 @@ from captionscale.progress import say
 from captionscale.train.run_folder import LOG_FILE
 
 TRACKERS_FILE = "trackers.json"
-_PARTING_S = 15.0
-"""A job that is asked to leave has little time."""
+_CLOSE_S = 15.0
+"""A job that was asked to stop has little time."""
 
 
 def check_trackers_installed(names: tuple[str, ...]) -> None:
     """Refuse trackers whose packages are not installed.
 
     Raises:
-        UserError: There is such a one.
+        UserError: One is missing.
     """
     for name in names:
         if find_spec(name) is None:
             raise UserError(
-                f"train.trackers: '{name}' is not installed, wanted captionscale's extra 'track';"
+                f"train.trackers: '{name}' is not installed, expected captionscale's extra 'track';"
                 " pip install 'captionscale[track]', or leave it out"
             )
 
 
 def flatten_scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers among a log line's values by the names of their curves, such as `scores/CIDEr-D`."""
+    """Return the numbers of a log line by names such as `scores/CIDEr-D`."""
     return {
         f"{key}/{name}" if name else key: number
         for key, value in values.items()
@@ -49,15 +49,10 @@ def flatten_scalars(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Trackers:
-    """Where a run's metrics also go: each number of `log.jsonl` from now on, at its step."""
+    """Sends the numbers of new lines of `log.jsonl` to the trackers."""
 
     def __init__(self, run: Path, config: Config):
-        """Begin to open them, or to continue where an earlier process of the run has been.
-
-        Args:
-            run: The run's folder, whose log is open; it keeps their ids for when the run is resumed.
-            config: Its settings, which they are told.
-        """
+        """Start the process; a resumed run continues its earlier tracker runs."""
         self._log, self._closing = run / LOG_FILE, False
         self._process: subprocess.Popen[str] | None = None
         task = {
@@ -88,9 +83,9 @@ class Trackers:
         with suppress(BrokenPipeError):
             process.stdin.close()
         try:
-            process.wait(_PARTING_S)
+            process.wait(_CLOSE_S)
         except subprocess.TimeoutExpired:
-            self._warn(f"have not taken all within {_PARTING_S:g} s and are ended")
+            self._warn(f"have not taken all within {_CLOSE_S:g} s and are ended")
             subprocesses.kill_tree(process)
         # What it said last.
         self._thread.join(1)

@@ -29,14 +29,7 @@ class Validation:
     """
 
     def __init__(self, run: Run, log: LogWriter | None, bar: Bar, watchdog: Watchdog):
-        """Begin, and score what an earlier process left unscored.
-
-        Args:
-            run: Its `train_state` changes.
-            log: On rank 0.
-            bar: For messages.
-            watchdog: Tolerates the wait for scores.
-        """
+        """Begin, and score what an earlier process left unscored."""
         self._run, self._log, self._bar, self._watchdog = run, log, bar, watchdog
         self._logged_step = run.train_state.scored_step
         self._scorer: BackgroundScorer | None = None

@@ -1,8 +1,8 @@
 """The watchdog names a stalled rank, with its step, shards and stack.
 
 A thread of each rank writes the state of its main thread to a common store, ten times in `train.stall_s`.
-When rank 0 stalls, it reads the states of the others to find the rank it waits for; rank 1 does so too, in case
-that is rank 0. Of a process that is stopped or gone, the last state is used.
+When rank 0 stalls, it reads the states of the others to find the rank it waits for; rank 1 does so too, in
+case that is rank 0. Of a process that is stopped or gone, the last state is used.
 """
 
 import json
@@ -212,7 +212,7 @@ class Watchdog:
 
 
 def _blame(states: list[RankStatus], stall_s: float) -> list[RankStatus]:
-    """Return the ranks that the others wait for; none while they progress, or are busy for less than very long."""
+    """Return the ranks that the others wait for; none while they progress or may be busy."""
     if silent := [state for state in states if state.silent]:
         return silent
     if any(state.busy for state in states):

@@ -45,7 +45,7 @@ def test_points_that_a_full_disk_did_not_take_come_later(tmp_path: Path, capsys)
     assert curve(tmp_path) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        f"warning: {path}: cannot be written (File too large); TensorBoard misses points until"
+        f"warning: {path}: cannot be written (File too large); points are missing in TensorBoard until"
     )
 
 
@@ -57,7 +57,7 @@ def test_a_disk_that_stays_full_is_told_at_the_end(tmp_path: Path, capsys, monke
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
     assert "/dev/full: cannot be written (No space left on device)" in said[0]
-    assert said[1] == "warning: /dev/full: the last points are not there; log.jsonl beside it has all"
+    assert said[1] == "warning: /dev/full: the last points are missing; log.jsonl has all"
 
 
 def test_a_log_that_cannot_be_written_ends_the_run_and_is_named(tmp_path: Path) -> None:
@@ -83,6 +83,6 @@ def test_a_run_that_cannot_write_curves_trains_and_logs_as_any_other(
     train(settings, run)
     assert logged_losses(run) == logged_losses(tmp_path / "alone")
     said = capsys.readouterr().err
-    assert said.count("TensorBoard misses points") == 1
+    assert said.count("points are missing in TensorBoard") == 1
     assert "Traceback" not in said
     assert not [thread for thread in threading.enumerate() if "writer" in thread.name.lower()]

@@ -112,7 +112,7 @@ def test_a_tracker_that_hangs_is_ended_with_all_that_it_started(
         # Its own process and the fake's service.
         assert len(started) >= 2
     # Time to come as far as it can; it never ends by itself.
-    monkeypatch.setattr(tracking, "_PARTING_S", 3.0)
+    monkeypatch.setattr(tracking, "_CLOSE_S", 3.0)
     trackers.close()
     wait_for(lambda: set(family()) <= before)
     assert "warning: trackers: have not taken all within 3 s" in capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_one_that_ends_by_itself_has_all_and_is_waited_for(
     fake: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     package = fake("none")
-    monkeypatch.setattr(tracking, "_PARTING_S", 300.0)
+    monkeypatch.setattr(tracking, "_CLOSE_S", 300.0)
     log = LogWriter(tmp_path, 0, 0)
     trackers = Trackers(tmp_path, settings())
     for step in (1, 2, 1):
@@ -152,7 +152,7 @@ def test_a_run_that_is_asked_to_leave_saves_first_and_leaves_a_tracker_that_hang
     packed: Path, fake: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = fake("log")
-    monkeypatch.setattr(tracking, "_PARTING_S", 0.1)
+    monkeypatch.setattr(tracking, "_CLOSE_S", 0.1)
     config = tiny_config(
         tmp_path, packed, 'train.trackers=["mlflow"]', "train.epochs=10000", "train.score_every=100000"
     )

@@ -192,7 +192,7 @@ def test_a_damaged_sample_is_found(copy: Path, capsys) -> None:
         (["train.global_batch=47", "train.micro_batch=1"], {}, "batches", "cannot give each of"),
         (["data.workers=1000"], {}, "workers", "expected one for each decoding thread"),
         (["model.encoder.weights=gone.pth"], {}, "weights", "no such file"),
-        (["train.init_from=gone"], {}, "weights", "gone: no such folder, wanted the --out"),
+        (["train.init_from=gone"], {}, "weights", "gone: no such folder, expected the --out"),
         (["train.grace_s=0.0001"], {}, "disk", "a job at its time limit would lose its work"),
         ([], {"time_limit": "1"}, "finish", "it would do nothing"),
         ([], {"time_limit": "soon"}, "config", "--time soon: not a time"),

@@ -146,9 +146,9 @@ def test_what_a_receipt_or_config_holds_is_text_and_never_markup(copy, packed) -
 @pytest.mark.parametrize(
     ("name", "out", "error"),
     [
-        ("no run", "page.html", "no such folder, wanted the --out of captionscale train; correct the path"),
+        ("no run", "page.html", "no such folder, expected the --out of captionscale train; correct the path"),
         ("run/checkpoints", "page.html", "no checkpoint and no log.jsonl, expected the --out"),
-        ("experiment.toml", "page.html", "is a file, wanted the --out of captionscale train"),
+        ("experiment.toml", "page.html", "is a file, expected the --out of captionscale train"),
         ("run", "page.txt", "expected .html"),
         ("run", "experiment.toml/page.html", "cannot be written"),
     ],

@@ -33,7 +33,7 @@ def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     """Both services without any network: files of this machine."""
     store = f"file:{tmp_path}/mlruns"
     # However busy this machine is.
-    monkeypatch.setattr(tracking, "_PARTING_S", 300.0)
+    monkeypatch.setattr(tracking, "_CLOSE_S", 300.0)
     for name, value in {
         "WANDB_MODE": "offline",
         "MLFLOW_TRACKING_URI": store,
@@ -115,7 +115,7 @@ def test_a_tracker_that_fails_in_between_is_told_once_and_the_rest_arrives(
     assert curve(services, ids["mlflow"], "loss") == [(1, 1.0), (4, 4.0)]
     said = capsys.readouterr().err
     assert said.count("no route") == 1
-    assert "mlflow: 2 of 4 lines are not there" in said
+    assert "mlflow: 2 of 4 lines are missing" in said
 
 
 def test_a_missing_package_is_refused_by_the_name_of_its_extra(monkeypatch) -> None:
