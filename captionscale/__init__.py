@@ -1,4 +1,4 @@
-"""Captions from Python: `captionscale.load`. Importing this imports no torch."""
+"""`captionscale.load`: captions from Python. Importing this does not import torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +24,10 @@ def load(
     Args:
         run: The --out of captionscale train, or a folder that `captionscale export --format hub` wrote.
         checkpoint: `best`, `last` or a step.
-        others: Runs that write together with this one.
+        others: More runs, for an ensemble with this one.
 
     Raises:
-        UserError: No run or checkpoint, a damaged one, or runs that cannot write together.
+        UserError: No run or checkpoint, a damaged one, or runs that cannot form an ensemble.
     """
     from captionscale.tools.captioner_api import CaptionPipeline
     from captionscale.tools.ensemble import open_ensemble

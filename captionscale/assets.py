@@ -1,6 +1,6 @@
-"""Find the files that ship beside the code: experiment configs, launch profiles, recipes.
+"""Files that ship with the code: configs, launch profiles, recipes, SLURM scripts.
 
-In a checkout they are the top-level folders; a wheel carries copies under `captionscale/_assets/`.
+In a checkout they are top-level folders; a wheel has copies in `captionscale/_assets/`.
 """
 
 from pathlib import Path
@@ -21,11 +21,11 @@ def folder(name: str) -> Path:
 
 
 def find(kind: str, name: str, suffix: str) -> Path:
-    """Return the file that a user means by a path or by the bare name of a shipped one.
+    """Return the file of a path or of a shipped file's name.
 
     Args:
         kind: Folder of shipped files, such as `configs`.
-        name: A path to a file, or a shipped file's name without its suffix.
+        name: A path, or a shipped file's name with or without its suffix.
         suffix: Such as `.toml`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The way in. Each command imports what it needs, so that `--help` is instant."""
+"""Entry point: runs a command, and turns errors into one line and an exit code."""
 
 import io
 import os
@@ -20,17 +20,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     end_with_launcher()
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            # Its number would go to the next file that is opened, and what we say into that file.
+            # A closed stream's descriptor is reused by the next file, which output would then go to.
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: PTH123, SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Captions hold any letter, also where the terminal does not.
+        # Captions may have characters that the terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     make_safe()
     # Threads that spin while they wait keep other processes from the cores: with three processes on two cores
     # all took nine times as long, while sleeping costs one that is alone 8 %.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if arguments is None:
-        # Jobs, trackers and receipts say by which command they were made.
+        # Jobs, trackers and receipts record the command line.
         sys.argv[1:] = map(credentials.strip_and_remember, sys.argv[1:])
         arguments = sys.argv[1:]
     options = parser().parse_args([credentials.strip_and_remember(each) for each in arguments])
@@ -38,14 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.handler(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Who reads has seen enough, as `head` does; nor can the interpreter flush what is left.
+        # The reader, such as `head`, is gone; the interpreter must not flush at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + signal.SIGPIPE) from None
     except UserError as error:
         _fail(*map(str, error.args))
     except PreemptedError as error:
         if str(error):
-            _fail(f"{error}; the same command goes on", code=PreemptedError.EXIT_CODE)
+            _fail(f"{error}; run the same command again to resume", code=PreemptedError.EXIT_CODE)
         raise SystemExit(PreemptedError.EXIT_CODE) from None
     except OSError as error:
         _fail(
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         # "[file of gloo's source:line] reason. More, for its authors"
         reason = re.sub(r"^\[[^]]*\] |\. .*", "", str(error).splitlines()[0])
-        _fail(f"a rank that this one waited for is gone; it, or its launcher, tells why ({reason})")
+        _fail(f"a rank that this one waited for is gone; see its message, or the launcher's ({reason})")
     except KeyboardInterrupt as stopped:
-        kept = "stopped by Ctrl-C; what was finished is kept, and the same command goes on from there"
+        kept = "stopped by Ctrl-C; finished work is kept, run the same command again to resume"
         _fail(str(stopped) or kept, code=130)
 
 

@@ -167,8 +167,8 @@ class Decoder(Section):
     tie_weights: bool = False
     """Let the output share its matrix with the words' vectors."""
     embedding_init: Literal["normal", "unit_norm"] = "normal"
-    """Begin with words' vectors about as long as 1, as tied ones do, not sqrt(embed_size) times as long: measured
-    to be better in long training, worse in short."""
+    """Length of initial word embeddings: about sqrt(embed_size), or about 1 as with tied weights: better
+    in long training, worse in short."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Decoder":

@@ -1,4 +1,4 @@
-"""The error that a user can fix, and the words that help to fix it."""
+"""Errors that a user can fix, and helpers for their messages."""
 
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
@@ -8,10 +8,10 @@ _FEW = 5
 
 
 class UserError(Exception):
-    """Something that the user can put right: the command line prints it in one line and exits with 1.
+    """An error that the user can fix: the command line prints one line and exits with 1.
 
-    Its text has four parts: the place, what was found, what was wanted, and the cure. Several problems are as
-    many arguments, and as many lines.
+    The text has four parts: the place, what was found, what was expected, and the cure. Several problems are
+    several arguments, a line each.
     """
 
     def __str__(self) -> str:
@@ -19,18 +19,18 @@ class UserError(Exception):
 
 
 class PreemptedError(Exception):
-    """The process was asked to leave before its work was done, and has; its text says what is kept."""
+    """The process was asked to exit before its work was done; the text says what is kept."""
 
     EXIT_CODE = 75
-    """What it exits with: sysexits.h's EX_TEMPFAIL. The same command goes on."""
+    """Exit code: EX_TEMPFAIL of sysexits.h. The same command resumes."""
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the tail of an error about an unknown word: the nearest known one, or all of them.
+    """Return the end of an error about an unknown word: the nearest known one, or all of them.
 
     Args:
-        word: What the user wrote.
-        known: What could have been written.
+        word: The unknown word.
+        known: The valid words.
 
     Examples:
         >>> did_you_mean("globl_batch", ["global_batch", "micro_batch"])
@@ -42,7 +42,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def describe_images(images: Collection[object]) -> str:
-    """Return how many images these are, and the first three of them, for an error.
+    """Return the number of images and the first three, for an error.
 
     Examples:
         >>> describe_images([1, 2, 3, 4])
@@ -53,11 +53,11 @@ def describe_images(images: Collection[object]) -> str:
 
 
 def first_few(lines: Sequence[str], everything: str) -> list[str]:
-    """Return the first lines of those that there is one of for each image, and how many more there are.
+    """Return the first lines, and how many more there are.
 
     Args:
-        lines: All of them.
-        everything: Where all of them can be read.
+        lines: All lines.
+        everything: The option or file that lists all of them.
 
     Examples:
         >>> first_few(["a", "b", "c", "d", "e", "f", "g"], "--json")

@@ -1,4 +1,4 @@
-"""How far something is, shown to people."""
+"""Progress bars and messages on the standard error."""
 
 import sys
 import time
@@ -26,18 +26,18 @@ from captionscale.escape import for_terminal, for_terminal_lines
 from captionscale.terminal import innermost, safe_streams
 
 SHORT_S = 2.0
-"""What takes no longer needs no word."""
+"""Shorter tasks are not reported."""
 
 
 class SafeConsole(Console):
-    """A console that escapes control characters of what it shows; colours and cursor moves are its own."""
+    """A console that escapes control characters of its content, but not its own colors and cursor moves."""
 
     def __init__(self, **options: Any):
         super().__init__(highlight=False, markup=False, **options)
 
     @property
     def file(self) -> Any:
-        """The stream below all wrappers, as they would escape colours."""
+        """The stream below all wrappers, which would escape colors."""
         return innermost(self._file or (sys.stderr if self.stderr else sys.stdout))
 
     @file.setter
@@ -45,23 +45,23 @@ class SafeConsole(Console):
         self._file = new_file
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Escape before rich measures how wide the text is."""
+        """Escape before rich measures the text's width."""
         return super().render_str(for_terminal_lines(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
-        """Escape what was no plain text."""
+        """Escape what is not plain text."""
         for text, style, control in super().render(renderable, options):
             yield Segment(text if control else for_terminal_lines(text), style, control)
 
 
 @cache
 def console() -> SafeConsole:
-    """Return where people read: the standard error, so that results can be piped."""
+    """Return the console of the standard error, so that results can be piped."""
     return SafeConsole(stderr=True)
 
 
 def say(*lines: str) -> None:
-    """Tell people one thing, mostly in one line."""
+    """Print a message, mostly one line."""
     console().print("\n".join(map(for_terminal, lines)), soft_wrap=True)
 
 
@@ -75,15 +75,15 @@ def progress(
     transient: bool = False,
     lines: bool = False,
 ) -> Iterator["Bar"]:
-    """Show how far something is: a bar on a terminal, now and then a line elsewhere.
+    """Show progress: a bar on a terminal, a line every ten seconds elsewhere.
 
     Args:
-        title: What is going on.
-        total: Of the things to do.
-        done: Already.
+        title: The task.
+        total: Number of items.
+        done: Items already done.
         quiet: Show nothing; for ranks other than the first.
-        transient: Take the bar away at the end; without a terminal, say nothing of what is soon done.
-        lines: On a terminal too, as other threads do such things at the same time.
+        transient: Remove the bar at the end; without a terminal, do not report short tasks.
+        lines: Print lines on a terminal too, because other threads show progress at the same time.
     """
     out = console()
     if quiet or lines or not out.is_terminal:
@@ -104,12 +104,10 @@ def progress(
 
 @contextmanager
 def spinner(title: str, *, quiet: bool = False) -> Iterator[None]:
-    """Show that something goes on of which nobody knows how long it takes.
-
-    On a terminal until it is done; elsewhere in one line, when it has taken some seconds.
+    """Show that a task of unknown length is running: on a terminal, or in one line after some seconds.
 
     Args:
-        title: What is going on.
+        title: The task.
         quiet: Show nothing; for ranks other than the first.
     """
     out = console()
@@ -131,22 +129,22 @@ def spinner(title: str, *, quiet: bool = False) -> Iterator[None]:
 
 
 def _text(form: str) -> TextColumn:
-    # A title may hold brackets, which are no markup.
+    # Brackets in a title are not markup.
     return TextColumn(form, markup=False)
 
 
 @contextmanager
 def _bars(*columns: ProgressColumn, transient: bool) -> Iterator[Progress]:
-    # What is printed meanwhile stands above the bar; but a pipe or a file is to have it nonetheless.
+    # What is printed meanwhile appears above the bar, but must still reach a pipe or a file.
     here = sys.stdout.isatty()
     bars = Progress(*columns, console=console(), transient=transient, redirect_stdout=here)
-    # rich would take control sequences of what is printed meanwhile for colours.
+    # rich would interpret control sequences of what is printed meanwhile.
     with bars, safe_streams():
         yield bars
 
 
 class Bar:
-    """How far something is."""
+    """Progress of one task."""
 
     SECONDS_BETWEEN_LINES = 10.0
 
@@ -159,16 +157,16 @@ class Bar:
         self._start = done
 
     def attach(self, bars: Progress) -> None:
-        """Draw on a terminal from now on."""
+        """Draw on a terminal."""
         self._bars = bars
         self._task = bars.add_task(self._title, total=self._total, completed=self._done, note="")
 
     def note(self, text: str) -> None:
-        """Change what stands behind the bar."""
+        """Set the text after the bar."""
         self._note = for_terminal(text)
 
     def advance(self, count: int = 1) -> None:
-        """Count things done."""
+        """Count finished items."""
         self._done += count
         if self._bars is not None:
             self._bars.update(self._task, completed=self._done, note=self._note)
@@ -191,7 +189,7 @@ class Bar:
 
 
 def format_duration(value: float) -> str:
-    """Return a number of seconds for people.
+    """Return a duration in readable units.
 
     Examples:
         >>> format_duration(0.25), format_duration(42.0), format_duration(3700.0), format_duration(200_000.0)

@@ -1,8 +1,7 @@
-"""Child processes that end with this one: Linux kills them when it dies, however it dies.
+"""Child processes that Linux kills when this process dies, however it dies.
 
-`prctl(PR_SET_PDEATHSIG)` reaches a process that imports torch, waits in a collective, holds Python's lock
-or is stopped. Its own children have asked for the same, so no generation is left. Only the child itself can
-ask for it: this file, run as a program, does so and then becomes the command.
+`prctl(PR_SET_PDEATHSIG)` reaches a process that imports torch, waits in a collective, holds the GIL or is
+stopped. Only the child can ask for it: this file, run as a program, does so and then becomes the command.
 """
 
 import ctypes
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LAUNCHER = "CAPTIONSCALE_LAUNCHER"
-"""Environment variable with the process id of the launcher, which starts its ranks by torch's own means."""
+"""Environment variable with the process id of the launcher, whose ranks torch starts."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -55,8 +54,7 @@ def run(command: "Sequence[str | Path]") -> "subprocess.CompletedProcess[str]":
 def start_module(name: str, *arguments: str, **options: Any) -> "subprocess.Popen[Any]":
     """Start one of our modules as a program, as `start` does, with text streams.
 
-    It imports nothing from the current folder, which may hold anything, and has a session of its own: Ctrl-C
-    at the terminal is for this process to answer.
+    It imports nothing from the current folder, and has a session of its own: only this process gets Ctrl-C.
     """
     from pathlib import Path
 
@@ -67,14 +65,14 @@ def start_module(name: str, *arguments: str, **options: Any) -> "subprocess.Pope
 
 
 def kill_tree(process: "subprocess.Popen[Any]") -> None:
-    """Kill a process and all that it has started, without waiting."""
+    """Kill a process and all its descendants, without waiting."""
     from contextlib import suppress
 
     import psutil
 
     with suppress(psutil.NoSuchProcess):
         top = psutil.Process(process.pid)
-        # So that it starts no more meanwhile, nor tells of the others' end.
+        # It must not start more, or report the end of the others.
         top.suspend()
         for each in (top, *top.children(recursive=True)):
             with suppress(psutil.NoSuchProcess):
@@ -84,28 +82,28 @@ def kill_tree(process: "subprocess.Popen[Any]") -> None:
 def serve() -> TextIO:
     """Prepare a program that `start_module` started; return the stream of its answers.
 
-    SLURM signals every process of a job: the one that started this one decides what is left undone.
+    SLURM signals every process of a job; this one ignores that, as its parent decides when it ends.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    # What anything else may print is no answer.
+    # Other output goes to the standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
 
 
 def end_with_launcher() -> None:
-    """Let this process end with the launcher that started it as a rank, if one did."""
-    # Taken out: the children of a rank have another parent. The launcher itself may run a command, too.
+    """If a launcher started this process as a rank, end with it."""
+    # Removed: the children of a rank have another parent. The launcher itself may run a command, too.
     launcher = int(os.environ.pop(LAUNCHER, 0))
     if launcher not in (0, os.getpid()):
         _end_with(launcher)
 
 
 def end_with_pool() -> None:
-    """Let this worker process of a pool end with the process that made the pool.
+    """End this worker process with the process that made its pool.
 
-    A thread waits for that, as the worker's parent is the pool's fork server.
+    A thread waits for that, because the worker's parent is the pool's fork server.
     """
     import multiprocessing
     from multiprocessing.connection import wait
@@ -123,14 +121,14 @@ def end_with_pool() -> None:
 
 @cache
 def _starter(_: int) -> "ThreadPoolExecutor":
-    """Return the thread that starts this process's children: they are killed when that thread ends."""
+    """Return the thread that starts this process's children, which are killed when it ends."""
     from concurrent.futures import ThreadPoolExecutor
 
     return ThreadPoolExecutor(1, "starter")
 
 
 def _end_with(parent: int) -> None:
-    """Have this process killed when its parent dies, or end it now if that has happened."""
+    """Die with the parent; exit now if it is dead."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(128 + signal.SIGKILL)

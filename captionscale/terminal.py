@@ -1,4 +1,4 @@
-"""Standard streams that pass no control character of what is printed on to a terminal."""
+"""Standard streams that escape control characters before they reach a terminal."""
 
 import sys
 from collections.abc import Iterable, Iterator
@@ -9,10 +9,10 @@ from captionscale.escape import for_terminal_lines
 
 
 class SafeStream:
-    """A text stream in which control characters are escaped, but for the ends of lines and tabs."""
+    """A text stream that escapes control characters other than newlines and tabs."""
 
     def __init__(self, stream: Any):
-        # By this name rich finds what to write its own control sequences to.
+        # rich writes its own control sequences to the attribute of this name.
         self.rich_proxied_file = stream
 
     def write(self, text: str) -> int:
@@ -30,7 +30,7 @@ class SafeStream:
 
 
 def make_safe() -> None:
-    """Make the standard output and the standard error safe from now on."""
+    """Wrap the standard output and the standard error."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if not isinstance(stream, SafeStream):
@@ -39,7 +39,7 @@ def make_safe() -> None:
 
 @contextmanager
 def safe_streams() -> Iterator[None]:
-    """Make them safe for a while, also where another wrapper was put around them meanwhile."""
+    """Wrap them for a while, also where another wrapper was added meanwhile."""
     before = sys.stdout, sys.stderr
     make_safe()
     try:
@@ -49,7 +49,7 @@ def safe_streams() -> Iterator[None]:
 
 
 def innermost(stream: Any) -> Any:
-    """Return the stream that a chain of wrappers, ours and rich's, ends at."""
+    """Return the stream below all wrappers, ours and rich's."""
     while (inner := getattr(stream, "rich_proxied_file", None)) is not None:
         stream = inner
     return stream

@@ -1,4 +1,4 @@
-"""Words and their numbers."""
+"""The vocabulary: words and their tokens."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from captionscale.files import MB, read_file
 PAD, START, END, UNK = range(4)
 SPECIAL_TOKENS = ("<pad>", "<start>", "<end>", "<unknown>")
 
-# Nothing that split_words gives, but what would move a terminal's cursor or make two words of one.
+# split_words never returns these; they would move a terminal's cursor or split a word.
 _UNSAFE = re.compile(r"[\s\x00-\x1f\x7f-\x9f]")
 _MAX_BYTES = 256 * MB
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
@@ -43,7 +43,7 @@ def split_words(caption: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that a captioner can read and say; a token is a word's place in it."""
+    """The words of a captioner; a token is a word's index."""
 
     words: tuple[str, ...]
 
@@ -56,16 +56,16 @@ class Vocabulary:
 
     @property
     def sha256(self) -> str:
-        """Hash of the words in their order."""
+        """Hash of the words in order."""
         return hashlib.sha256("\n".join(self.words).encode()).hexdigest()
 
     def encode(self, caption: str, max_words: int) -> list[int]:
-        """Return start, the tokens of at most `max_words` words, end."""
+        """Return START, the tokens of at most `max_words` words, END."""
         words = split_words(caption)[:max_words]
         return [START, *(self._tokens.get(word, UNK) for word in words), END]
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Return the words up to the end token, joined by spaces."""
+        """Return the words before END, joined by spaces."""
         words = []
         for token in tokens:
             if token == END:
@@ -80,15 +80,15 @@ class Vocabulary:
 
 
 def build(captions: Iterable[str], min_count: int, max_vocab_size: int | None) -> Vocabulary:
-    """Return the words that captions hold at least `min_count` times, most frequent first.
+    """Return the words that occur at least `min_count` times, most frequent first.
 
     Args:
         captions: Raw text.
-        min_count: Least number of occurrences.
-        max_vocab_size: Greatest number of words, the special ones not counted.
+        min_count: Smallest number of occurrences.
+        max_vocab_size: Largest number of words, without special tokens.
 
     Raises:
-        UserError: No word is so frequent.
+        UserError: No word is frequent enough.
     """
     counts = Counter(word for caption in captions for word in split_words(caption))
     frequent = [word for word, count in counts.items() if count >= min_count]
@@ -112,7 +112,7 @@ def load(path: Path) -> Vocabulary:
         if words[: len(SPECIAL_TOKENS)] != SPECIAL_TOKENS:
             raise ValueError(f"the first words are not {', '.join(SPECIAL_TOKENS)}")
         if len(set(words)) != len(words):
-            raise ValueError("a word is there twice")
+            raise ValueError("a word occurs twice")
         if odd := [word for word in words if not word or _UNSAFE.search(word)]:
             raise ValueError(f"{odd[0]!r:.80} is not a word")
     except (OSError, ValueError) as error:

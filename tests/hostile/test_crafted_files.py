@@ -174,7 +174,7 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
     "a text as words": (words(lambda known: "a" * len(known)), "no vocabulary"),
     "no words": (words(lambda _: []), "no vocabulary (the first words are not <pad>"),
     "few words": (words(lambda known: known[:-3]), "tensors are not the model's"),
-    "a word twice": (words(lambda known: [*known[:-1], known[-2]]), "a word is there twice"),
+    "a word twice": (words(lambda known: [*known[:-1], known[-2]]), "a word occurs twice"),
     "a word that moves the cursor": (words(lambda known: [*known[:-1], "\x1b[2J"]), "is not a word"),
     "hidden 10^6": (setting("hidden_size = 16", "hidden_size = 1000000"), "less than or equal to 16384"),
     "hidden 10^4": (setting("hidden_size = 16", "hidden_size = 10000"), "tensors are not the model's"),
