@@ -7,7 +7,6 @@ Measured gains (docs/performance.md): all images at once 4.8 times as fast as th
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -136,16 +135,15 @@ def _from_run(run: Path, images: int) -> tuple[AttentionDecoder, Tensor, int]:
 def _compare(decoder: AttentionDecoder, features: Tensor, max_words: int, name: str, rounds: int) -> Table:
     images = [image.unsqueeze(0) for image in features]
     options: dict[str, Any] = {"beam": _BEAM, "max_words": max_words, "length_penalty": _LENGTH_PENALTY}
-    ours, tutorial = partial(search, decoder, **options), partial(tutorial_beam_search, decoder, **options)
 
     def at_once() -> list[Hypothesis]:
-        return [found[0] for found in ours(features)]
+        return [found[0] for found in search(decoder, features, **options)]
 
     def one_at_a_time() -> list[Hypothesis]:
-        return [ours(image)[0][0] for image in images]
+        return [search(decoder, image, **options)[0][0] for image in images]
 
     def published() -> list[Hypothesis]:
-        return [tutorial(image) for image in images]
+        return [tutorial_beam_search(decoder, image, **options) for image in images]
 
     expected = published()
     difference = max(_check_equal(found, expected) for found in (at_once(), one_at_a_time()))

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from captionscale.commands.arguments import Commands, add_json, add_parser, positive
 from captionscale.commands.unknown_options import CommandParser
@@ -76,7 +76,8 @@ def add(commands: Commands) -> None:
     for name, (_, text, arguments) in SOURCES.items():
         example = f"pack {name} {arguments} --out shards"
         add_parser(sources, name, f"pack {text}", example, help=text).set_defaults(source=name)
-    sources._name_parser_map = sources.choices = _SourceParsers(pack.prog, sources.choices.items())
+    by_name: Any = _SourceParsers(pack.prog, sources.choices.items())
+    sources._name_parser_map = sources.choices = by_name
 
     verify = commands.add(
         "verify",

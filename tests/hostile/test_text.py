@@ -26,9 +26,10 @@ from captionscale.escape import (
     for_terminal,
     for_terminal_lines,
 )
+from captionscale.html import render
 from captionscale.progress import SafeConsole, say, spinner
 from captionscale.terminal import SafeStream, safe_streams
-from captionscale.tools.curves import _curve, _Points
+from captionscale.tools.curves import _Curve, _draw, _Series
 
 CONTROLS = [
     *map(chr, range(0x20)),
@@ -276,8 +277,9 @@ def test_a_pipe_gets_captions_byte_by_byte(ascii_alone) -> None:
 
 def test_a_curve_names_its_points_without_control_characters() -> None:
     short = EVIL[-30:]
-    points = [_Points(f"{short}{number}", {1: 0.5, 2: 0.6}) for number in range(2)]
-    page = _curve(EVIL, short, points, EVIL)
+    series = [_Series(f"{short}{number}", {1: 0.5, 2: 0.6}) for number in range(2)]
+    curve = _Curve(EVIL, EVIL, _draw(EVIL, short, series))
+    page = render("report_curves.html", verdict=EVIL, curves=[curve], has_intervals=True)
     assert not EFFECTS.search(page)
     assert "<script" not in page
     assert "<img" not in page
