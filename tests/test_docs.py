@@ -132,7 +132,7 @@ def reader(
     # Processes are launched by tests/test_journey.py and others.
     monkeypatch.setattr(launcher, "_run", launched)
     # It would end pytest too, if a check hung.
-    monkeypatch.setattr(report, "leave", expect_nothing_refused)
+    monkeypatch.setattr(report, "exit_process", expect_nothing_refused)
     for name, board in leaderboard.LEADERBOARDS.items():
         monkeypatch.setitem(leaderboard.LEADERBOARDS, name, replace(board, images=8))
     someone = Reader()
