@@ -1,6 +1,6 @@
 """Losses: cross-entropy of weighted captions, and the doubly stochastic attention penalty."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
