@@ -17,7 +17,7 @@ from baselines import tutorial_beam_search
 from comparison import Candidate, Table, compare, product_bound, run
 from torch import Tensor, nn
 
-from captionscale import config
+from captionscale.config_model import AttentionConfig
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
 from captionscale.data.storage import open_storage
@@ -41,8 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Table]:
         "--run", type=Path, help="use its decoder and validation images (default: random weights)"
     )
     parser.add_argument("--images", type=int, metavar="N", help="at once (default: 32)")
-    coco = {"grids": (7, 14), "feature": 2048, "words": 9490, "decoder": config.Decoder()}
-    small = config.Decoder(embed_size=32, hidden_size=32, attention_size=16)
+    coco = {"grids": (7, 14), "feature": 2048, "words": 9490, "decoder": AttentionConfig()}
+    small = AttentionConfig(embed_size=32, hidden_size=32, attention_size=16)
     return run(
         _measure,
         parser,
@@ -67,7 +67,7 @@ def _measure(options: argparse.Namespace) -> Iterator[Table]:
 
 
 @torch.no_grad()
-def random_decoder(settings: config.Decoder, feature: int, words: int) -> AttentionDecoder:
+def random_decoder(settings: AttentionConfig, feature: int, words: int) -> AttentionDecoder:
     """Return a decoder with random weights whose captions are as long as a trained one's.
 
     Plain random weights make all words equally likely and have no end. So the output matrix is scaled until
@@ -117,6 +117,7 @@ def _from_run(run: Path, images: int) -> tuple[AttentionDecoder, Tensor, int]:
     decoder, settings = captioner.decoder, config.model.decoder
     if (
         not isinstance(decoder, AttentionDecoder)
+        or not isinstance(settings, AttentionConfig)
         or settings.attention_gate
         or settings.word_head != "deep"
         or settings.tie_weights

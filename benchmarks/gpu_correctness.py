@@ -25,8 +25,9 @@ from safetensors.torch import load_file
 from synthetic_run import COCO_WORDS, write_shards
 from torch import Tensor
 
-from captionscale.config import Decoder
+from captionscale.config_model import AttentionConfig
 from captionscale.distributed.ranks import Ranks
+from captionscale.model.decoders.decoder import packed_index
 from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample
 from captionscale.train import loop
@@ -81,8 +82,9 @@ def _losses_and_gradients(
     os.environ["ACCELERATE_USE_CPU"] = "true" if device == "cpu" else "false"
     with Ranks(precision) as ranks:
         model, here = build_model(config, words, ranks), batch.to(ranks.device)
-        logits, _ = model.engine(here.images, here.tokens[:, :-1], here.image_index, 0.0, None)
-        losses = cross_entropy(logits, here.tokens[:, 1:], 0.1, None)
+        logits, _ = model.engine(here.images, here.tokens[:, :-1], here.lengths, here.image_index)
+        rows = packed_index(here.lengths, here.tokens.shape[1] - 1, ranks.device)
+        losses = cross_entropy(logits, here.tokens[:, 1:], 0.1, rows)
         model.engine.backward(losses.mean())
         scale = model.engine.scaler_state().get("scale", 1.0)
         found = {
@@ -97,7 +99,9 @@ def captions(report: Report, _: Path, tiny: bool) -> None:
     """Compare captions of beam search and sampling with the CPU's, and alone with in a batch."""
     torch.manual_seed(0)
     words, images, size = (50, 4, 64) if tiny else (COCO_WORDS, 64, 2048)
-    settings = Decoder(embed_size=32, hidden_size=32, attention_size=16) if tiny else Decoder()
+    settings = (
+        AttentionConfig(embed_size=32, hidden_size=32, attention_size=16) if tiny else AttentionConfig()
+    )
     decoder = random_decoder(settings, size, words)
     features = (torch.randn(images, 1, size) + torch.randn(images, 49, size)).relu()
     uniforms = torch.rand(images * 5, 20)

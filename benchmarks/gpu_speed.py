@@ -26,10 +26,11 @@ from gpu_model import (
 )
 from synthetic_run import COCO_WORDS, write_shards
 
-from captionscale.config import Decoder
+from captionscale.config_model import AttentionConfig
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
 from captionscale.distributed.ranks import Ranks
+from captionscale.model.decoders.decoder import packed_index
 from captionscale.model.search.generate import search
 from captionscale.train import profiling
 from captionscale.train.losses import cross_entropy
@@ -114,9 +115,11 @@ def _parts(model: Any, batch: Any, size: int) -> Iterator[tuple[str, Callable[[]
     def decode() -> None:
         with ranks.autocast():
             logits, _ = captioner.decoder.teacher_forced(
-                features, batch.tokens[:, :-1], batch.image_index, None
+                features, batch.tokens[:, :-1], batch.lengths, batch.image_index
             )
-        torch.autograd.backward(cross_entropy(logits.float(), batch.tokens[:, 1:], 0.1, None).sum())
+        rows = packed_index(batch.lengths, batch.tokens.shape[1] - 1, logits.device)
+        losses = cross_entropy(logits.float(), batch.tokens[:, 1:], 0.1, rows)
+        torch.autograd.backward(losses.sum())
 
     yield "encoder, forward and backward", encode
     yield "decoder and loss, forward and backward", decode
@@ -127,7 +130,9 @@ def beam_search(report: Report, _: Path, tiny: bool) -> None:
     """Measure beam search of features by beam size, number of images and precision."""
     torch.manual_seed(0)
     words, size = (50, 64) if tiny else (COCO_WORDS, 2048)
-    settings = Decoder(embed_size=32, hidden_size=32, attention_size=16) if tiny else Decoder()
+    settings = (
+        AttentionConfig(embed_size=32, hidden_size=32, attention_size=16) if tiny else AttentionConfig()
+    )
     decoder = random_decoder(settings, size, words).to(DEVICE)
     for precision in ("fp32", "bf16") if GPU else ("fp32",):
         for beam in (1, 5):
@@ -230,7 +235,7 @@ def _scst_step(model: SimpleNamespace, batch: Any, step: int) -> dict[str, float
     weights = target.weights(target.num_tokens.double(), model.objective.cross_entropy_weight)
     lap()
     following, rows = target.tokens[:, 1:], target.rows
-    logits, _ = model.engine(target.images, target.input_tokens, target.image_index, 0.0, rows)
+    logits, _ = model.engine(target.images, target.input_tokens, target.lengths, target.image_index)
     model.engine.backward(cross_entropy(logits, following, 0.0, rows) @ weights)
     model.engine.step()
     lap()

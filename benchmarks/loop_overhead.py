@@ -19,6 +19,7 @@ from torch.optim import AdamW
 from captionscale.config import Config
 from captionscale.data.loader import Batch
 from captionscale.distributed.ranks import Ranks
+from captionscale.model.decoders.decoder import packed_index
 from captionscale.train.loop import train_loop
 from captionscale.train.setup import Run, build_run
 from captionscale.vocab import PAD
@@ -105,10 +106,13 @@ def _bare_step(training: Run) -> Callable[[Share], object]:
         for _, batch in share:
             here = batch.to(device)
             with torch.autocast(device.type, dtype, enabled=settings.precision != "fp32"):
-                logits, _ = model(here.images, here.tokens[:, :-1], here.image_index)
-            smoothing, targets = settings.label_smoothing, here.tokens[:, 1:].flatten()
-            flat = logits.float().flatten(0, 1)
-            loss = F.cross_entropy(flat, targets, ignore_index=PAD, label_smoothing=smoothing)
+                logits, _ = model(here.images, here.tokens[:, :-1], here.lengths, here.image_index)
+            smoothing, rows = (
+                settings.label_smoothing,
+                packed_index(here.lengths, here.tokens.shape[1] - 1, device),
+            )
+            targets = here.tokens[:, 1:].flatten()[rows]
+            loss = F.cross_entropy(logits.float(), targets, ignore_index=PAD, label_smoothing=smoothing)
             torch.autograd.backward(loss / len(share))
         nn.utils.clip_grad_norm_(learning, settings.clip_norm)
         optimizer.step()

@@ -21,11 +21,11 @@ from synthetic_run import add_config, load_config
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from captionscale import config
+from captionscale.config_model import AttentionConfig, Model, TorchvisionConfig
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.decoders.attention import AttentionDecoder
-from captionscale.model.encoders.cnn import Encoder
+from captionscale.model.encoders.encoder import Encoder
 from captionscale.train.losses import Target, cross_entropy, doubly_stochastic_penalty
 from captionscale.vocab import END, PAD, START, UNK
 
@@ -70,9 +70,9 @@ def _measure(options: argparse.Namespace) -> Iterator[Table]:
         yield loop_overhead(settings, Path(name), options.rounds * options.loop_steps)
 
 
-def _decoder_settings(region: int) -> config.Decoder:
+def _decoder_settings(region: int) -> AttentionConfig:
     # Without dropout: the candidates draw masks in another order.
-    return config.Decoder(
+    return AttentionConfig(
         embed_size=512,
         hidden_size=512,
         attention_size=512,
@@ -85,11 +85,12 @@ def _decoder_settings(region: int) -> config.Decoder:
 
 
 def _our_loss(
-    model: Callable[..., tuple[Tensor, Tensor]], images: Tensor, target: Target
+    model: Callable[..., tuple[Tensor, Tensor | None]], images: Tensor, target: Target
 ) -> Float[Tensor, ""]:
     """Return the loss per token as the training loop computes it."""
     following, rows = target.tokens[:, 1:], target.rows
-    logits, attention = model(images, target.input_tokens, target.image_index, rows=rows)
+    logits, attention = model(images, target.input_tokens, target.lengths, target.image_index)
+    assert attention is not None
     losses = cross_entropy(logits, following, 0.0, rows) + doubly_stochastic_penalty(attention, following)
     return losses.sum() / target.num_tokens.sum()
 
@@ -125,8 +126,8 @@ def _decoders(options: argparse.Namespace, grid: int, region: int) -> Table:
 def _whole_steps(options: argparse.Namespace) -> Table:
     """Compare encoder, decoder, backward, clipping and AdamW."""
     torch.manual_seed(0)
-    encoder_settings = config.Encoder(name=options.encoder, trainable=_LEARNING)
-    settings = config.Model(encoder=encoder_settings, decoder=_decoder_settings(0))
+    encoder_settings = TorchvisionConfig(name=options.encoder, trainable=_LEARNING)
+    settings = Model(encoder=encoder_settings, decoder=_decoder_settings(0))
     model = Captioner(settings, options.words).train()
     images = torch.randint(256, (options.images, 3, options.side, options.side), dtype=torch.uint8)
     _set_statistics(model.encoder, images)

@@ -3,44 +3,25 @@
 The name of a field is the TOML key, the `--set` path and the word that errors use; `toml.py` reads them.
 """
 
-import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError, PydanticKnownError
+from pydantic import AfterValidator, Field, model_validator
+from pydantic_core import PydanticKnownError
 
-from captionscale import credentials, plugins
+from captionscale import plugins
+from captionscale.config_base import (
+    Count,
+    Fraction,
+    PlainPath,
+    Rate,
+    Section,
+    SmallCount,
+    Step,
+    Text,
+    Weight,
+)
 from captionscale.config_checks import find_conflicts
-
-_LINE = r"^[^\x00-\x1f\x7f]*$"
-
-
-def _one_line(path: Path) -> Path:
-    if not re.fullmatch(_LINE, str(path)):
-        raise PydanticCustomError("one_line", "Path should have no control characters")
-    return path
-
-
-# Bounds are far above any experiment: a config from anywhere is not to take the machine's memory.
-Fraction = Annotated[float, Field(ge=0, le=1)]
-"""A number from 0 to 1."""
-Count = Annotated[int, Field(ge=1, le=10**9)]
-"""A whole number from 1 on."""
-SmallCount = Annotated[int, Field(ge=1, le=1000)]
-"""A whole number of things that take memory each."""
-Size = Annotated[int, Field(ge=1, le=2**14)]
-"""Size of a vector."""
-Step = Annotated[int, Field(ge=0, le=10**9)]
-"""A whole number from 0 on."""
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-"""A number above 0."""
-Weight = Annotated[float, Field(ge=0, le=10**6)]
-"""What a part of a sum is multiplied by."""
-Text = Annotated[str, Field(pattern=_LINE, max_length=4096)]
-"""A line without control characters."""
-PlainPath = Annotated[Path, AfterValidator(_one_line)]
-"""A path without control characters."""
+from captionscale.config_model import Model
 
 OBJECTIVES = {
     "cross-entropy": "captionscale.train.objective:CrossEntropyObjective",
@@ -58,30 +39,6 @@ def _known_objective(name: str) -> str:
 
 DEFAULT_CACHE_GB = 100.0
 """Default of `data.cache_gb`."""
-
-_ONLY_WITH = {
-    "region_size": ("attention", "top_down"),
-    "num_layers": ("plain", "attention"),
-    "attention_gate": ("attention",),
-    "image_batch_norm": ("plain",),
-}
-"""What only these decoders can have otherwise than by default."""
-
-
-class Section(BaseModel):
-    """A part of the tree: frozen, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_credentials(cls, tree: Any) -> Any:
-        if not isinstance(tree, dict):
-            return tree
-        return {
-            key: credentials.strip_and_remember(value) if isinstance(value, str) else value
-            for key, value in tree.items()
-        }
 
 
 class Data(Section):
@@ -117,77 +74,6 @@ class Data(Section):
     """Samples are shuffled within windows of so many shards; the shards are shuffled too."""
     workers: SmallCount = 2
     """Threads that decode images, per process."""
-
-
-class Encoder(Section):
-    """The convolutional network that turns a picture into a grid of features."""
-
-    name: Text = "resnet50"
-    """A torchvision ResNet or `mobilenet_v2`."""
-    weights: Text = "imagenet"
-    """`imagenet` (torchvision's download), a .safetensors or .pth file, or `none` (random)."""
-    trainable: Literal["all", "none"] | tuple[Text, ...] = "none"
-    """Which parts learn: all, none, or leading parts of parameter names such as `layer4`."""
-    batch_norm: Literal["frozen", "trained"] = "frozen"
-    """`trained` learns batch statistics too: for training from scratch, see docs/design.md."""
-    output_stride: Literal[16, 32] = 32
-    """Pixels of the picture in a row of each grid cell: 32 makes 7 x 7 cells of 224 pixels, 16 makes 14."""
-    grad_checkpointing: bool = False
-    """Compute the learning part again in the backward pass instead of keeping it: less memory, more time."""
-
-
-class Decoder(Section):
-    """The recurrent network that writes the caption."""
-
-    name: Literal["plain", "attention", "top_down"] = "attention"
-    """`plain` sees the picture once, as its first word; `attention` looks at regions for each word; so does
-    `top_down`, whose attention has an LSTM of its own."""
-    embed_size: Size = 256
-    """Size of a word's vector."""
-    hidden_size: Size = 512
-    """Size of an LSTM layer's state."""
-    attention_size: Size = 512
-    """Size in which regions and the state meet (not plain)."""
-    region_size: Annotated[int, Field(ge=0, le=2**14)] | None = None
-    """Size that regions are projected to. Without it: that of attention_size. 0: they are looked at as the
-    encoder gives them, which takes longer (not plain)."""
-    num_layers: Annotated[int, Field(ge=1, le=64)] = 2
-    """LSTM layers (top_down has always two)."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Share of each word's vector and of each output that training hides."""
-    variational_dropout: bool = False
-    """Hide the same numbers at all words of a caption: variational dropout."""
-    attention_gate: bool = False
-    """Scale what attention saw by how much it matters for the word (attention only)."""
-    image_batch_norm: bool = False
-    """Normalise the picture's vector over the micro-batch (plain only)."""
-    word_head: Literal["linear", "deep", "maxout"] = "deep"
-    """Words are read from the state alone; also from the last word and what attention saw; or from the
-    greater of two such readings."""
-    tie_weights: bool = False
-    """Let the output share its matrix with the words' vectors."""
-    embedding_init: Literal["normal", "unit_norm"] = "normal"
-    """Length of initial word embeddings: about sqrt(embed_size), or about 1 as with tied weights: better
-    in long training, worse in short."""
-
-    @model_validator(mode="after")
-    def _fits(self) -> "Decoder":
-        for key, names in _ONLY_WITH.items():
-            value, only = getattr(self, key), type(self).model_fields[key].default
-            if self.name not in names and value != only:
-                raise ValueError(
-                    f"model.decoder.{key} = {str(value).lower()}, wanted {str(only).lower()} with decoder"
-                    f" '{self.name}', as only {' and '.join(map(repr, names))} can have another;"
-                    " leave it out, or change model.decoder.name"
-                )
-        return self
-
-
-class Model(Section):
-    """The captioner."""
-
-    encoder: Encoder = Encoder()
-    decoder: Decoder = Decoder()
 
 
 SCORE_METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")

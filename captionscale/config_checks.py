@@ -14,7 +14,7 @@ def find_conflicts(config: Config) -> Iterator[str]:
     """Yield one line for each conflict, with its cure."""
     yield from _data_conflicts(config)
     yield from _encoder_conflicts(config)
-    yield from _plain_decoder_conflicts(config)
+    yield from _attention_conflicts(config)
     if config.train.objective == "scst":
         yield from _scst_conflicts(config)
     if config.train.global_batch % config.train.micro_batch:
@@ -49,7 +49,7 @@ def _encoder_conflicts(config: Config) -> Iterator[str]:
     parts = len(trainable) if isinstance(trainable, tuple) else 1
     if config.train.compile_encoder:
         others = {
-            "model.encoder.grad_checkpointing": config.model.encoder.grad_checkpointing,
+            "model.encoder.grad_checkpointing": getattr(config.model.encoder, "grad_checkpointing", False),
             "train.cache_features": config.train.cache_features,
         }
         for key in (key for key, on in others.items() if on):
@@ -63,17 +63,13 @@ def _encoder_conflicts(config: Config) -> Iterator[str]:
             )
 
 
-def _plain_decoder_conflicts(config: Config) -> Iterator[str]:
-    if config.model.decoder.name == "plain":
-        wanting = {
-            "train.doubly_stochastic_weight": config.train.doubly_stochastic_weight,
-        }
-        for key, value in wanting.items():
-            if value:
-                yield (
-                    f"{key} = {value:g}, expected 0 with decoder 'plain', which has no attention; leave it"
-                    " out, or change model.decoder.name"
-                )
+def _attention_conflicts(config: Config) -> Iterator[str]:
+    if config.train.doubly_stochastic_weight and not config.model.decoder.has_attention:
+        yield (
+            f"train.doubly_stochastic_weight = {config.train.doubly_stochastic_weight:g}, expected 0 with"
+            f" decoder '{config.model.decoder.name}', which has no attention; leave it out, or change"
+            " model.decoder.name"
+        )
 
 
 def _search_conflicts(config: Config) -> Iterator[str]:

@@ -11,7 +11,9 @@ import tomli_w
 from pydantic import ValidationError
 
 from captionscale import assets, credentials, parsing
-from captionscale.config import Config, Section
+from captionscale.config import Config
+from captionscale.config_base import Section
+from captionscale.config_model import DecoderConfig
 from captionscale.config_renames import RENAMED
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import read_file
@@ -125,7 +127,7 @@ def _explain(
     path: Path | str, overrides: Sequence[str], tree: dict[str, Any], findings: Iterable[Any], option: str
 ) -> Iterator[str]:
     """Turn pydantic's findings into place, found, expected, cure: one line for each key."""
-    for (section, key), group in groupby(findings, lambda found: _locate(found["loc"])):
+    for (section, key), group in groupby(findings, lambda found: _locate(found["loc"], tree)):
         first, *others = group
         if first["type"] == "value_error":
             yield f"{path}: {first['ctx']['error']}"
@@ -134,7 +136,13 @@ def _explain(
         place = ": ".join([str(path), ".".join(sections)] if sections else [str(path)])
         if change := next((each for each in overrides if each.split("=")[0].strip() == ".".join(key)), None):
             place = f"{option}{change}"
-        if first["type"] == "extra_forbidden":
+        if first["type"] == "extra_forbidden" and issubclass(section, DecoderConfig):
+            decoder = reduce(getitem, sections, tree).get("name", "attention")
+            yield (
+                f"{place}: unknown key '{name}' with decoder '{decoder}';"
+                f" {did_you_mean(name, section.model_fields)}; leave it out, or change model.decoder.name"
+            )
+        elif first["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
         elif first["type"] == "missing" and first["loc"] == key:
             yield f"{place}: key '{name}' is missing; add it to the file or pass --set {'.'.join(key)}=..."
@@ -172,7 +180,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _locate(place: tuple[Any, ...]) -> tuple[type[Section], tuple[Any, ...]]:
+def _locate(place: tuple[Any, ...], tree: Any) -> tuple[type[Section], tuple[Any, ...]]:
     """Return the section and the key that a finding is about.
 
     What follows the key in pydantic's place is an item of the value, or a type that it tried.
@@ -183,5 +191,6 @@ def _locate(place: tuple[Any, ...]) -> tuple[type[Section], tuple[Any, ...]]:
         inner = field.annotation if field else None
         if depth == len(place) or not (isinstance(inner, type) and issubclass(inner, Section)):
             return section, place[:depth]
-        section = inner
+        tree = tree.get(name, {})
+        section = inner.of(tree)
     return section, ()

@@ -48,7 +48,7 @@ def synthetic_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packed(synthetic_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shards of `synthetic_coco`, 16 images in each: three of train, one of val and test. Not to be changed."""
+    """The shards of `synthetic_coco`, 16 images each: three of train, one of val and test. Read-only."""
     from captionscale.data.packing import PackOptions, pack
     from captionscale.data.sources import coco
 

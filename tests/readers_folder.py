@@ -16,7 +16,7 @@ from experiment import TINY_OVERRIDES
 
 from captionscale import toml
 from captionscale.cli import main
-from captionscale.model.encoders.cnn import Encoder
+from captionscale.model.encoders.torchvision import TorchvisionEncoder as Encoder
 
 ROOT = Path(__file__).parents[1]
 DOCS_IMAGE_ID = 391895

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captionscale.config import Decoder
-from captionscale.model.decoders.registry import DECODERS
+from captionscale.config_model import DecoderConfig
+from captionscale.model.decoders.decoder import decoder_class
 from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample
@@ -18,12 +18,20 @@ FIRST_WORD = len(SPECIAL_TOKENS)
 """The first word's token."""
 
 
+def build_decoder(name: str, feature_size: int, vocab_size: int, **options: Any) -> Any:
+    """Return a decoder with options of its own; small sizes by default."""
+    kind = DecoderConfig.of({"name": name})
+    small = {"embed_size": 5, "hidden_size": 7, "attention_size": 8}
+    sizes = {key: value for key, value in small.items() if key in kind.model_fields}
+    config = kind.model_validate({"name": name} | sizes | options)
+    return decoder_class(name)(config, feature_size, vocab_size)
+
+
 def peaked_decoder(name: str, seed: int, words: int = 3) -> tuple[Any, Tensor]:
-    """Return a decoder of so many words, and features of images."""
+    """Return a decoder of this many words, and features of images."""
     torch.manual_seed(seed)
-    layers = {} if name == "top_down" else {"num_layers": 1}
-    settings = Decoder(name=name, embed_size=5, hidden_size=7, attention_size=8, **layers)
-    decoder = DECODERS[name](settings, FEATURE, FIRST_WORD + words).eval()
+    layers = {"num_layers": 1} if name in ("plain", "attention") else {}
+    decoder = build_decoder(name, FEATURE, FIRST_WORD + words, **layers).eval()
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter)
     return decoder, torch.randn(IMAGES, REGIONS, FEATURE)

@@ -94,3 +94,64 @@ def test_a_source_of_ones_own_is_packed_like_any_other(folder: Path) -> None:
         '<photo file="green.png"><text>a green wall</text></photo></album>'
     )
     source_contract.check("my_source:Album", ["--album", "captions.xml"], folder / "shards")
+
+
+def load_experiment(folder: Path, *overrides: str):
+    from captionscale import toml
+
+    (folder / "experiment.toml").write_text('[data]\nshards = "shards"\n', encoding="utf-8")
+    return toml.load(folder / "experiment.toml", overrides)
+
+
+def test_an_encoder_and_a_decoder_of_ones_own_caption_and_train(folder: Path) -> None:
+    from captionscale import toml
+    from captionscale.model.captioner import Captioner
+    from captionscale.model.search.generate import search
+
+    decoder = 'model.decoder={name="my_decoder:MyDecoder", size=24}'
+    config = load_experiment(
+        folder, decoder, "model.encoder.name=my_encoder:MyEncoder", "model.encoder.width=8"
+    )
+    assert (config.model.decoder.size, config.model.encoder.width) == (24, 8)
+    (folder / "again.toml").write_text(toml.dumps(config), encoding="utf-8")
+    assert toml.load(folder / "again.toml") == config
+    captioner = Captioner(config.model, 20)
+    captioner.load_pretrained()
+    images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    features = captioner.encode(images)
+    rows, columns = captioner.encoder.grid(64, 64)
+    assert features.shape == (2, rows * columns, captioner.encoder.feature_size)
+    tokens = torch.tensor([[1, 5, 6], [1, 7, 0], [1, 4, 8]])
+    logits, attention = captioner(images, tokens, [3, 2, 3], torch.tensor([0, 0, 1]))
+    assert logits.shape == (8, 20)
+    assert attention is None
+    logits.sum().backward()
+    found = search(captioner.eval().decoder, features, beam=3, max_words=5, length_penalty=0.7)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (
+            ['model.decoder={name="my_decoder:MyDecoder", hidden_size=3}'],
+            "unknown key 'hidden_size' with decoder",
+        ),
+        (
+            ['model.decoder={name="my_decoder:MyDecoder", size="x"}'],
+            "size = 'x': input should be a valid integer",
+        ),
+        (["model.decoder.name=my_decoder:Other"], r"my_decoder:Other: cannot be imported \(AttributeError"),
+        (["model.decoder.name=no_module:X"], r"no_module:X: cannot be imported \(ModuleNotFoundError"),
+        (["model.decoder.name=my_encoder:MyEncoder"], "expected a class derived from .*DecoderConfig"),
+        (
+            ["model.encoder.name=my_encoder:MyEncoder", "model.encoder.output_stride=16"],
+            "unknown key 'output_stride'",
+        ),
+    ],
+)
+def test_a_plug_in_that_does_not_fit_is_refused(folder: Path, overrides: list[str], error: str) -> None:
+    from captionscale.errors import UserError
+
+    with pytest.raises(UserError, match=error):
+        load_experiment(folder, *overrides)

@@ -86,7 +86,8 @@ class CommandParser(argparse.ArgumentParser):
 
 def _config_keys(start: str) -> Iterator[str]:
     """Yield the config keys below `section.` for any section, or below the one that is named."""
-    from captionscale.config import Config, Section
+    from captionscale.config import Config
+    from captionscale.config_base import Section
 
     def walk(section: type[Section], prefix: str) -> Iterator[str]:
         for name, field in section.model_fields.items():

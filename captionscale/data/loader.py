@@ -4,7 +4,7 @@ The loader holds no position and no random state: a batch is a function of its i
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -39,12 +39,26 @@ class Batch:
     """The row of `images` that each caption belongs to."""
     image_ids: list[int]
     """The data set's."""
+    lengths: Sequence[int] = ()
+    """Number of tokens to read of each caption, all but its last, for the host; by default from `tokens`."""
+
+    def __post_init__(self) -> None:
+        """Count tokens where nobody has."""
+        if len(self.lengths) != len(self.tokens):
+            object.__setattr__(self, "lengths", input_lengths(self.tokens))
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
         # Pinned memory is copied while this thread goes on.
         images = self.images.to(device, non_blocking=self.images.is_pinned())
-        return Batch(images, self.tokens.to(device), self.image_index.to(device), self.image_ids)
+        return Batch(
+            images, self.tokens.to(device), self.image_index.to(device), self.image_ids, self.lengths
+        )
+
+
+def input_lengths(tokens: Int[Tensor, "caption time"]) -> list[int]:
+    """Return the number of tokens to read of each caption: all but the last."""
+    return (tokens[:, 1:] != PAD).sum(1).tolist()
 
 
 class Loader:
@@ -156,4 +170,10 @@ class Loader:
             row[: len(caption)] = caption
         image_index = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
         image_ids = self.split.index["image_id"][items].tolist()
-        return Batch(pictures, torch.from_numpy(tokens), torch.from_numpy(image_index), image_ids)
+        return Batch(
+            pictures,
+            torch.from_numpy(tokens),
+            torch.from_numpy(image_index),
+            image_ids,
+            [len(row) - 1 for row in rows],
+        )

@@ -1,46 +1,41 @@
 """The captioner: an encoder and a decoder."""
 
+from collections.abc import Sequence
+
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from captionscale import config
-from captionscale.model.decoders.registry import DECODERS
-from captionscale.model.decoders.scheduled_sampling import scheduled_sampling_forward
-from captionscale.model.encoders import weights
-from captionscale.model.encoders.cnn import Encoder
+from captionscale.config_model import Model
+from captionscale.model.decoders.decoder import Decoder, decoder_class, scheduled_sampling
+from captionscale.model.encoders.encoder import Encoder, encoder_class
 
 
 class Captioner(nn.Module):
-    """Reads images, writes captions."""
+    """Image captioning model."""
 
-    def __init__(self, settings: config.Model, vocab_size: int):
+    def __init__(self, config: Model, vocab_size: int):
         """Build a captioner with random weights.
 
         Args:
-            settings: The config's section `model`.
+            config: The config's section `model`.
             vocab_size: Size of the vocabulary.
 
         Raises:
-            UserError: An unknown encoder.
+            UserError: An unknown encoder, or a plug-in that is none.
         """
         super().__init__()
-        self.encoder = Encoder(settings.encoder)
-        build = DECODERS[settings.decoder.name]
-        self.decoder = build(settings.decoder, self.encoder.feature_size, vocab_size)
+        self.encoder: Encoder = encoder_class(config.encoder.name)(config.encoder)
+        build = decoder_class(config.decoder.name)
+        self.decoder: Decoder = build(config.decoder, self.encoder.feature_size, vocab_size)
 
     def load_pretrained(self) -> None:
-        """Give the encoder the weights that its settings name.
-
-        Raises:
-            UserError: They cannot be had, or belong to another network.
-        """
-        settings = self.encoder.settings
-        weights.load_into(self.encoder.backbone, settings.name, settings.weights)
+        """Load the encoder's pretrained weights, as `Encoder.load_pretrained` does."""
+        self.encoder.load_pretrained()
 
     def encode(
         self, images: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"]
     ) -> Float[Tensor, "image region feature"]:
-        """Return the features of images; where they come from a cache, they are these."""
+        """Return the features of images; cached features are returned as they are."""
         features: Tensor = images if images.is_floating_point() else self.encoder(images)
         return features.float()
 
@@ -48,27 +43,20 @@ class Captioner(nn.Module):
         self,
         images: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"],
         tokens: Int[Tensor, "caption time"],
+        lengths: Sequence[int],
         image_index: Int[Tensor, "caption"],
         sampling_prob: float = 0.0,
-        rows: Int[Tensor, "row"] | None = None,
-    ) -> tuple[
-        Float[Tensor, "caption time word"] | Float[Tensor, "row word"],
-        Float[Tensor, "caption time region"] | None,
-    ]:
-        """Return the logits of each caption's next words, and where the decoder looked for them.
+    ) -> tuple[Float[Tensor, "token word"], Float[Tensor, "caption time region"] | None]:
+        """Return logits and attention weights as `Decoder.teacher_forced` does.
 
         Args:
             images: Each encoded once, however many captions it has; or their features.
-            tokens: Start and words; what each time reads, not what it predicts.
-            image_index: The row of `images` that each caption belongs to.
-            sampling_prob: Share of the words read that are the decoder's own predictions.
-            rows: Only the logits of these words, counted caption after caption; without them, of all.
+            tokens: Start token and words, then padding.
+            lengths: Number of tokens to read of each caption, 1 or more; known to the host.
+            image_index: Row of `images` for each caption.
+            sampling_prob: Probability that a word read is the decoder's own sample.
         """
         features = self.encode(images)
         if sampling_prob:
-            logits, attention = scheduled_sampling_forward(
-                self.decoder, features, tokens, image_index, sampling_prob
-            )
-            return logits if rows is None else logits.flatten(0, 1)[rows], attention
-        logits, attention = self.decoder.teacher_forced(features, tokens, image_index, rows)
-        return logits, attention
+            return scheduled_sampling(self.decoder, features, tokens, lengths, image_index, sampling_prob)
+        return self.decoder.teacher_forced(features, tokens, lengths, image_index)

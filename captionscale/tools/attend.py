@@ -142,10 +142,10 @@ def load_view(split: Split, item: int, data: config.Data) -> View:
 def _open(run: Path, checkpoint: str, overrides: Sequence[str]) -> CaptionPipeline:
     ensemble = open_ensemble(run, (), checkpoint=checkpoint, overrides=overrides)
     decoder = ensemble.config.model.decoder.name
-    if decoder == "plain":
+    if not ensemble.config.model.decoder.has_attention:
         raise UserError(
-            f"{run}: its decoder is '{decoder}', which sees the image once, as a whole, and has no attention"
-            " to draw, expected model.decoder.name = 'attention' or 'top_down'; choose such a run, or"
+            f"{run}: its decoder is '{decoder}', which has no attention to draw,"
+            " expected model.decoder.name = 'attention' or 'top_down'; choose such a run, or"
             " captionscale caption for captions alone"
         )
     return CaptionPipeline(ensemble)

@@ -11,7 +11,7 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from captionscale.model.captioner import Captioner
-from captionscale.model.decoders.registry import Decoder
+from captionscale.model.decoders.decoder import StepDecoder
 from captionscale.model.search.constraints import Features
 from captionscale.model.search.ensemble import Ensemble
 from captionscale.model.search.token_scores import score_captions
@@ -56,7 +56,7 @@ def encode_views(captioner: Captioner | Ensemble, views: Sequence[View]) -> Feat
 
 
 def build_caption_results(
-    decoder: Decoder, features: Features, captions: Sequence[Sequence[int]], vocabulary: Vocabulary
+    decoder: StepDecoder, features: Features, captions: Sequence[Sequence[int]], vocabulary: Vocabulary
 ) -> list[CaptionResult]:
     """Return probabilities and attention of captions, whichever way these were generated.
 

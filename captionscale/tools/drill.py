@@ -98,7 +98,7 @@ def drill(
 
 
 def _refuse(settings: Config, out: Path, kills: int, steps: int) -> None:
-    if settings.model.encoder.batch_norm == "trained":
+    if getattr(settings.model.encoder, "batch_norm", "frozen") == "trained":
         raise UserError(
             "model.encoder.batch_norm = trained: its statistics follow the first rank's images, so results"
             " depend on the ranks, expected frozen; pass --set model.encoder.batch_norm=frozen"

@@ -84,7 +84,8 @@ def open_ensemble(
             raise UserError(
                 f"--ensemble {other}: its vocabulary has {len(theirs):,} words (sha256"
                 f" {theirs.sha256[:8]}...), that of {run} {len(vocabulary):,}"
-                f" ({vocabulary.sha256[:8]}...), expected the same; leave it out, or train both with the same shards, data.min_count and data.max_vocab_size"
+                f" ({vocabulary.sha256[:8]}...), expected the same; leave it out, or train both"
+                " with the same shards, data.min_count and data.max_vocab_size"
             )
         settings = member.config().data
         for key in ("image_size", "max_words"):

@@ -139,7 +139,7 @@ def _captions(run: RunArtifacts) -> Markup:
         step=step,
         has_images=split is not None,
         has_results=saved is not None,
-        plain=run.config is not None and run.config.model.decoder.name == "plain",
+        plain=run.config is not None and not run.config.model.decoder.has_attention,
         **entries or {"grid": None, "groups": {}},
     )
 

@@ -13,7 +13,7 @@ from captionscale.data.loader import Loader
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import PreemptedError
 from captionscale.files import lock
-from captionscale.model.encoders.cnn import Encoder
+from captionscale.model.encoders.encoder import Encoder
 from captionscale.progress import progress
 from captionscale.train import preemption
 
@@ -47,28 +47,10 @@ def _file_of(encoder: Encoder, loader: Loader, ranks: Ranks, precision: str) -> 
     image = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=ranks.device)
     with torch.no_grad():
         _, regions, numbers = encoder(image).shape
-    settings = encoder.settings
-    facts = [
-        _VERSION,
-        _hash_of(encoder),
-        settings.name,
-        settings.output_stride,
-        size,
-        split.sha256,
-        precision,
-    ]
+    facts = [_VERSION, encoder.identity, size, split.sha256, precision]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = features_folder(split.storage) / f"{split.name}-{key}.npy"
     return FeatureFile(path, (len(split), regions, numbers))
-
-
-def _hash_of(encoder: Encoder) -> str:
-    hasher = hashlib.sha256()
-    for name, tensor in sorted(encoder.backbone.state_dict().items()):
-        # This count changes no feature.
-        if not name.endswith("num_batches_tracked"):
-            hasher.update(name.encode() + np.ascontiguousarray(tensor.cpu().numpy()).tobytes())
-    return hasher.hexdigest()
 
 
 def _begin(files: Sequence[FeatureFile], stack: ExitStack) -> list[FeatureFile]:

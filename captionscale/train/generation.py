@@ -13,7 +13,7 @@ from captionscale.data.loader import Loader
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError, did_you_mean
 from captionscale.model.captioner import Captioner
-from captionscale.model.decoders.registry import Decoder
+from captionscale.model.decoders.decoder import StepDecoder
 from captionscale.model.search.constraints import Constraints, Features
 from captionscale.model.search.ensemble import Ensemble
 from captionscale.model.search.generate import search
@@ -181,7 +181,7 @@ def generate_captions(
 
 
 def generate_tokens(
-    decoder: Decoder,
+    decoder: StepDecoder,
     features: Features,
     settings: config.Search,
     max_words: int,

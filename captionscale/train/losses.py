@@ -1,6 +1,6 @@
 """Losses: cross-entropy of weighted captions, and the doubly stochastic attention penalty."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from captionscale.data.loader import input_lengths
+from captionscale.model.decoders.decoder import packed_index
 from captionscale.model.decoders.recurrence import CACHE_ELEMENTS
 from captionscale.vocab import PAD, START, UNK
 
@@ -29,17 +31,23 @@ class Target:
     """Reward minus baseline of each of these; called after the forward pass has been queued on the device, so
     that the host computes rewards meanwhile."""
 
+    lengths: Sequence[int] = ()
+    """Number of tokens to read of each caption, for the host; by default from `tokens`."""
+
+    def __post_init__(self) -> None:
+        """Count tokens where nobody has."""
+        if len(self.lengths) != len(self.tokens):
+            object.__setattr__(self, "lengths", input_lengths(self.tokens))
+
     @property
     def input_tokens(self) -> Int[Tensor, "caption time"]:
         """Tokens to read; padding where no token follows, as after the end."""
         return self.tokens[:, :-1].where(self.tokens[:, 1:] != PAD, PAD)
 
     @property
-    def rows(self) -> Int[Tensor, "row"] | None:
-        """Flat positions of tokens to predict; None on a GPU, where the host would wait for their number."""
-        if self.tokens.device.type != "cpu":
-            return None
-        return (self.tokens[:, 1:] != PAD).flatten().nonzero().squeeze(1)
+    def rows(self) -> Int[Tensor, "token"]:
+        """Flat positions of the words to predict, caption after caption."""
+        return packed_index(self.lengths, self.tokens.shape[1] - 1, self.tokens.device)
 
     @property
     def num_tokens(self) -> Int[Tensor, "2"]:
@@ -77,7 +85,7 @@ def mask_unsampleable_tokens(
     if not target.num_sampled:
         return logits
     first = target.num_sampled * (target.tokens.shape[1] - 1)
-    words = first if rows is None else int((rows < first).sum())
+    words = first if rows is None else sum(target.lengths[: target.num_sampled])
     flat, never = logits.flatten(0, -2), torch.tensor([PAD, START, UNK], device=logits.device)
     sampled = flat[:words].index_fill(1, never, -torch.inf)
     return torch.cat([sampled, flat[words:]]).view_as(logits)

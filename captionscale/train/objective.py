@@ -85,7 +85,10 @@ class CrossEntropyObjective(Objective):
 
     def targets(self, batches: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:  # noqa: ARG002
         """Return all references of each micro-batch."""
-        return [Target(batch.images, batch.tokens, batch.image_index) for _, batch in batches]
+        return [
+            Target(batch.images, batch.tokens, batch.image_index, lengths=batch.lengths)
+            for _, batch in batches
+        ]
 
 
 def objective_class(name: str) -> type[Objective]:

@@ -50,7 +50,7 @@ class ScstObjective(Objective):
         self._settings, self._max_words, self._seed = config.scst, config.data.max_words, config.seed
         self.cross_entropy_weight = config.scst.cross_entropy_weight
         # Not evaluation mode: batch norms may be trained, and LSTMs on GPUs need training mode.
-        captioner.decoder.dropout.p = 0.0
+        captioner.decoder.without_dropout()
         self._references = [
             [vocabulary.encode(caption, self._max_words)[1:] for caption in split.captions(item)]
             for item in range(len(split))
@@ -115,6 +115,7 @@ class ScstObjective(Objective):
             decoder, features, samples_per_image=settings.samples_per_image, max_words=self._max_words
         )
         captions = _rows(sampled)
+        lengths = [len(caption) for caption in captions]
         greedy: list[list[int]] = []
         if settings.baseline == "greedy":
             found = search(decoder, features, beam=1, max_words=self._max_words, length_penalty=0.0)
@@ -127,6 +128,7 @@ class ScstObjective(Objective):
         if self.cross_entropy_weight:
             references = list(batch.tokens)
             image_index = torch.cat([image_index, batch.image_index])
+            lengths += batch.lengths
 
         def advantages() -> Float[Tensor, "sample"]:
             rewards = self._advantages(batch.image_ids, captions, greedy)
@@ -135,7 +137,7 @@ class ScstObjective(Objective):
         tokens = pad_sequence([*tokens, *references], batch_first=True, padding_value=PAD)
         # A frozen encoder would compute the same features again.
         images = batch.images if self.captioner.encoder.is_trainable else features
-        return Target(images, tokens, image_index, len(sampled), advantages)
+        return Target(images, tokens, image_index, len(sampled), advantages, lengths)
 
     def _advantages(
         self, image_ids: list[int], captions: list[list[int]], greedy: list[list[int]]

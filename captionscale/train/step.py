@@ -55,7 +55,8 @@ def micro_batch_loss(
         sampling_prob: Probability of reading the model's own token (scheduled sampling).
     """
     labels, rows = target.tokens[:, 1:], target.rows
-    logits, attention = model(target.images, target.input_tokens, target.image_index, sampling_prob, rows)
+    inputs = (target.images, target.input_tokens, target.lengths, target.image_index)
+    logits, attention = model(*inputs, sampling_prob)
     logits = mask_unsampleable_tokens(logits, target, rows)
     losses = cross_entropy(logits, labels, label_smoothing, rows)
     if doubly_stochastic_weight and attention is not None:

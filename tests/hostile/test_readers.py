@@ -215,8 +215,8 @@ def test_a_pipe_of_this_process_is_read(place: Callable[[int], str]) -> None:
 def test_a_model_larger_than_memory_is_refused(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ["embed_size=16384", "hidden_size=16384", "num_layers=64", "name=plain"]
-    tiny_config(tmp_path, packed, *(f"model.decoder.{size}" for size in sizes))
+    decoder = '{name="plain", embed_size=16384, hidden_size=16384, num_layers=64}'
+    tiny_config(tmp_path, packed, f"model.decoder={decoder}")
     with pytest.raises(SystemExit, match="1"):
         main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run")])
     error = capsys.readouterr().err

@@ -2,7 +2,7 @@ import pytest
 import torch
 from sayings import FIRST_WORD, IMAGES, SEARCHES, STRATEGIES, peaked_decoder, strip_end
 
-from captionscale.model.decoders.registry import DECODERS
+from captionscale.config_model import DECODERS
 from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.generate import search
 from captionscale.vocab import END, START, UNK
@@ -155,9 +155,9 @@ def test_each_set_of_required_words_has_a_beam_of_its_own(case, beam, keen) -> N
                         longer.setdefault(said, {})[tokens] = total
                         continue
                     read = torch.tensor([[START, *tokens]])
-                    chances = decoder.teacher_forced(image.unsqueeze(0), read, torch.tensor([0]))[0][
-                        0, -1
-                    ].log_softmax(0)
+                    chances = decoder.teacher_forced(
+                        image.unsqueeze(0), read, [read.shape[1]], torch.tensor([0])
+                    )[0][-1].log_softmax(0)
                     for word in range(FIRST_WORD, FIRST_WORD + WORDS):
                         then = said | {number for number, group in enumerate(required) if word in group}
                         longer.setdefault(then, {})[(*tokens, word)] = total + chances[word].item()

@@ -3,9 +3,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from captionscale.config import Encoder as Settings
+from captionscale.config_model import TorchvisionConfig as Settings
 from captionscale.errors import UserError
-from captionscale.model.encoders.cnn import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from captionscale.model.encoders.encoder import IMAGENET_MEAN, IMAGENET_STD
+from captionscale.model.encoders.torchvision import TorchvisionEncoder as Encoder
 
 
 def build(name: str = "resnet18", **settings: object) -> Encoder:
@@ -16,6 +17,11 @@ def build(name: str = "resnet18", **settings: object) -> Encoder:
 def pictures(count: int = 2, height: int = 64, width: int = 64) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randint(256, (count, 3, height, width), generator=generator, dtype=torch.uint8)
+
+
+def normalize(images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_MEAN, IMAGENET_STD))
+    return (images.float() / 255 - mean) / std
 
 
 def batch_norms(encoder: Encoder) -> dict[str, nn.BatchNorm2d]:
@@ -168,7 +174,7 @@ def test_the_trunk_is_all_of_torchvisions_network_before_its_classifier() -> Non
     network = torchvision.models.resnet18(weights=None)
     network.load_state_dict(encoder.backbone.state_dict(), strict=False)
     network.fc = nn.Identity()
-    colours = (pictures().float() / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    colours = normalize(pictures())
     torch.testing.assert_close(encoder(pictures()).mean(1), network.eval()(colours), atol=1e-4, rtol=1e-4)
 
 
@@ -238,7 +244,7 @@ def test_torchvision_dilates_its_bottleneck_networks_alike() -> None:
     network = torchvision.models.resnet50(weights=None, replace_stride_with_dilation=[False, False, True])
     network.load_state_dict(encoder.backbone.state_dict(), strict=False)
     network.fc = nn.Identity()
-    colours = (pictures().float() / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    colours = normalize(pictures())
     torch.testing.assert_close(encoder(pictures()).mean(1), network.eval()(colours), atol=1e-4, rtol=1e-4)
 
 

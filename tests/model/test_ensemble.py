@@ -3,10 +3,8 @@ import torch
 from sayings import FIRST_WORD, IMAGES, STRATEGIES, peaked_decoder
 from torch import nn
 
-from captionscale.errors import UserError
 from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.ensemble import Ensemble, EnsembleDecoder
-from captionscale.model.search.generate import search
 from captionscale.vocab import START
 
 RULES = Constraints(no_repeat_ngram_size=2, prefix=(FIRST_WORD + 1,))
@@ -50,19 +48,6 @@ def test_required_words_and_early_ends_reorder_all_members_states() -> None:
     for number in range(IMAGES):
         image = features[number : number + 1]
         assert STRATEGIES["beam"](both, (image, image), constraints, 7) == [together[number]]
-
-
-def test_an_ensemble_has_no_attention_to_cover_pictures_with() -> None:
-    decoder, features = peaked_decoder("attention", 0)
-    with pytest.raises(UserError, match="ensemble has none"):
-        search(
-            EnsembleDecoder([decoder]),
-            (features,),
-            beam=1,
-            max_words=3,
-            length_penalty=0.7,
-            coverage_weight=0.1,
-        )
 
 
 def test_an_ensembles_members_change_their_mode_together() -> None:

@@ -6,9 +6,8 @@ import torch
 from sayings import IMAGES, mask_special_tokens, peaked_decoder
 from torch import Tensor
 
-from captionscale.errors import UserError
-from captionscale.model.decoders.registry import DECODERS, Decoder
-from captionscale.model.search.beam import _top
+from captionscale.config_model import DECODERS
+from captionscale.model.decoders.decoder import Decoder
 from captionscale.model.search.generate import Hypothesis, search
 from captionscale.vocab import END, PAD, SPECIAL_TOKENS, START, UNK
 
@@ -31,18 +30,18 @@ def said(decoder, features, beam, max_words=4, length_penalty=0.7, **settings) -
 def log_prob(decoder: Decoder, image: Tensor, tokens: list[int]) -> float:
     """Return what teacher-forced reading of a caption says of it."""
     logits, _ = decoder.teacher_forced(
-        image.unsqueeze(0), torch.tensor([[START, *tokens[:-1]]]), torch.tensor([0])
+        image.unsqueeze(0), torch.tensor([[START, *tokens[:-1]]]), [len(tokens)], torch.tensor([0])
     )
-    return logits[0].log_softmax(1)[range(len(tokens)), tokens].sum().item()
+    return logits.log_softmax(1)[range(len(tokens)), tokens].sum().item()
 
 
 @torch.no_grad()
 def next_words(decoder: Decoder, image: Tensor, tokens: list[int]) -> dict[int, float]:
     """Return the log-probability of each word that may follow these."""
     logits, _ = decoder.teacher_forced(
-        image.unsqueeze(0), torch.tensor([[START, *tokens]]), torch.tensor([0])
+        image.unsqueeze(0), torch.tensor([[START, *tokens]]), [len(tokens) + 1], torch.tensor([0])
     )
-    chances = logits[0, -1].log_softmax(0).tolist()
+    chances = logits[-1].log_softmax(0).tolist()
     return {token: chance for token, chance in enumerate(chances) if token not in (PAD, START, UNK)}
 
 
@@ -228,51 +227,3 @@ def test_pictures_that_are_done_early_change_nothing_for_the_others() -> None:
         for number in range(0, 40, 7):
             (alone,) = said(decoder, features[number : number + 1], max_words=16, **settings)
             assert [caption.tokens for caption in alone] == [caption.tokens for caption in together[number]]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["attention", "top_down"])
-def test_coverage_ranks_by_how_much_of_all_regions_was_looked_at(name) -> None:
-    """Equation 14 of Wu et al. 2016, over all tokens, the end included."""
-    decoder, features = peaked_decoder(name, 2)
-    weight, moved = 4.0, 0
-    plain = said(decoder, features, 6)
-    for image, captions, before in zip(
-        features, said(decoder, features, 6, coverage_weight=weight), plain, strict=True
-    ):
-        scores = []
-        for caption in captions:
-            read = torch.tensor([[START, *caption.tokens[:-1]]])
-            _, looks = decoder.teacher_forced(image.unsqueeze(0), read, torch.tensor([0]))
-            covered = weight * looks[0].sum(0).clamp(max=1).log().sum().item()
-            assert caption.coverage_penalty == pytest.approx(covered, rel=1e-4, abs=1e-4)
-            scores.append(caption.log_prob / len(caption.tokens) ** 0.7 + covered)
-            assert caption.score(0.7) == pytest.approx(scores[-1], rel=1e-4)
-        assert scores == pytest.approx(sorted(scores, reverse=True))
-        # It ranks, and does not choose.
-        assert {tuple(caption.tokens) for caption in captions} == {
-            tuple(caption.tokens) for caption in before
-        }
-        moved += captions[0].tokens != before[0].tokens
-    assert moved
-
-
-def test_coverage_is_refused_without_attention() -> None:
-    decoder, features = peaked_decoder("plain", 0)
-    with pytest.raises(UserError, match=r"search\.coverage_weight .* no attention"):
-        said(decoder, features, 2, coverage_weight=0.1)
-
-
-def test_the_best_words_of_a_large_vocabulary_are_those_of_all() -> None:
-    """A CPU looks at blocks of words first."""
-    scores = torch.randn(7, 64 * 64 + 5, generator=torch.Generator().manual_seed(0))
-    scores[:3, -3:] += 9
-    scores[3] = -torch.inf
-    scores[3, 100:103] = torch.tensor([1.0, 3.0, 2.0])
-    scores[4:, 640:645] += 9
-    for count in (1, 5, 70):
-        values, words = _top(scores, count)
-        expected, _ = scores.topk(count)
-        assert values.equal(expected)
-        assert scores.gather(1, words).equal(expected)
-        assert all(len(set(row)) == count for row in words.tolist())

@@ -3,14 +3,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from sayings import build_decoder
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from captionscale.config import Decoder
-from captionscale.model.decoders import recurrence, word_head
+from captionscale.model.decoders import recurrence
 from captionscale.model.decoders.attention import AttentionDecoder
-from captionscale.model.decoders.state import select
-from captionscale.model.decoders.teacher_forcing import run_teacher_forced
+from captionscale.model.decoders.recurrent import RecurrentDecoder
 from captionscale.vocab import PAD
 
 WORDS, FEATURE, REGIONS, IMAGES = 11, 6, 4, 3
@@ -26,8 +25,7 @@ CHOICES = [
 
 def build(**choices: object) -> AttentionDecoder:
     torch.manual_seed(0)
-    sizes = {"embed_size": 5, "hidden_size": 7, "attention_size": 8, "dropout": 0.0}
-    return AttentionDecoder(Decoder(**{"name": "attention", **sizes, **choices}), FEATURE, WORDS)
+    return build_decoder("attention", FEATURE, WORDS, **({"dropout": 0.0} | choices))
 
 
 def picture_of(images: int = IMAGES) -> Tensor:
@@ -43,11 +41,23 @@ def captions_of(lengths: Iterable[int] = LENGTHS, time: int = 7) -> Tensor:
     return torch.stack(captions)
 
 
-def word_by_word(
-    decoder: AttentionDecoder, features: Tensor, tokens: Tensor, image_index: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Read as `step` does, through autograd."""
-    return run_teacher_forced(decoder, decoder._recur, tokens, select(decoder.start(features), image_index))
+class WordByWord(AttentionDecoder):
+    """Reads by `recur`, through autograd."""
+
+    recur_all = RecurrentDecoder.recur_all
+
+
+def word_by_word(decoder: AttentionDecoder, *inputs: object) -> tuple[Tensor, Tensor]:
+    return WordByWord.teacher_forced(_as(decoder, WordByWord), *inputs)
+
+
+def _as(decoder: AttentionDecoder, kind: type) -> AttentionDecoder:
+    decoder.__class__ = kind
+    return decoder
+
+
+def fused(decoder: AttentionDecoder, *inputs: object) -> tuple[Tensor, Tensor]:
+    return AttentionDecoder.teacher_forced(_as(decoder, AttentionDecoder), *inputs)
 
 
 def gradients(
@@ -64,12 +74,12 @@ def gradients(
     features = features.to(decoder.embedding.weight.dtype).requires_grad_()
     torch.manual_seed(3)
     with torch.autocast("cpu", precision) if precision else nullcontext():
-        logits, looks = read(decoder, features, tokens, image_index)
+        logits, looks = read(decoder, features, tokens, tokens.ne(PAD).sum(1).tolist(), image_index)
     weights = torch.linspace(0, 1, WORDS, dtype=features.dtype)
-    said = (logits.to(features.dtype).log_softmax(2) * weights * words).sum()
+    said = (logits.to(features.dtype).log_softmax(1) * weights).sum()
     (said + (1 - (looks * words).sum(1)).square().sum()).backward()
     grads = {name: parameter.grad for name, parameter in decoder.named_parameters()}
-    results = {"logits": logits * words, "attention": looks * words, "features": features.grad, **grads}
+    results = {"logits": logits, "attention": looks * words, "features": features.grad, **grads}
     return {name: result.detach().double() for name, result in results.items()}
 
 
@@ -81,7 +91,7 @@ def test_results_and_gradients_are_those_of_reading_word_by_word(choices, dtype,
         for time in (captions.shape[1], 1):
             tokens, image_index = captions[some, :time], IMAGE_INDEX[some]
             wanted = gradients(word_by_word, decoder, picture_of(), tokens, image_index)
-            found = gradients(AttentionDecoder.teacher_forced, decoder, picture_of(), tokens, image_index)
+            found = gradients(fused, decoder, picture_of(), tokens, image_index)
             assert wanted["attention.key.weight"].abs().max() > 0
             for name, value in found.items():
                 error = (value - wanted[name]).abs().max()
@@ -92,7 +102,7 @@ def test_in_bf16_it_is_as_close_to_exact_gradients_as_reading_word_by_word() -> 
     decoder = build(num_layers=2, attention_gate=True, hidden_size=32, attention_size=32, embed_size=16)
     arguments = (picture_of(), captions_of(), IMAGE_INDEX)
     rounded = gradients(word_by_word, decoder, *arguments, torch.bfloat16)
-    found = gradients(AttentionDecoder.teacher_forced, decoder, *arguments, torch.bfloat16)
+    found = gradients(fused, decoder, *arguments, torch.bfloat16)
     exact = gradients(word_by_word, decoder.double(), *arguments)
     for name, value in exact.items():
         assert (found[name] - value).norm() <= 1.5 * (rounded[name] - value).norm() + 0.01 * value.norm(), (
@@ -109,12 +119,12 @@ def test_the_gradient_is_that_of_small_differences(layers, gate) -> None:
     weights = [*decoder.attention.query.parameters(), *decoder.attention.energy.parameters()]
     weights += [*decoder.cells.parameters(), *(decoder.gate.parameters() if decoder.gate else ())]
     start = [part.detach().requires_grad_() for part in decoder.start(picture_of(2))[:4]]
-    words = word_head.embed_tokens(decoder, tokens, ()).detach().requires_grad_()
+    words = decoder.embedding(tokens).detach().requires_grad_()
 
     def read(words: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         state = recurrence.AttentionState(*tensors[:4])
         return recurrence.fused_attention_lstm(
-            words, tokens, image_index, state, decoder.attention, decoder.gate, decoder.cells
+            words, (3, 1, 2), image_index, state, decoder.attention, decoder.gate, decoder.cells
         )
 
     assert torch.autograd.gradcheck(read, (words, *start, *weights))
@@ -122,15 +132,15 @@ def test_the_gradient_is_that_of_small_differences(layers, gate) -> None:
 
 def test_what_follows_the_end_of_a_caption_is_not_read() -> None:
     decoder, tokens = build(num_layers=2, attention_gate=True).double(), captions_of()
-    _, looks = decoder.teacher_forced(picture_of(), tokens, IMAGE_INDEX)
+    _, looks = decoder.teacher_forced(picture_of(), tokens, LENGTHS, IMAGE_INDEX)
     assert (looks.sum(2) - tokens.ne(PAD).double()).abs().max() < 1e-12
 
 
 def test_reading_without_a_gradient_and_twice_backwards_change_nothing() -> None:
     decoder = build(num_layers=2, attention_gate=True).double()
-    logits, looks = decoder.teacher_forced(picture_of(), captions_of(), IMAGE_INDEX)
+    logits, looks = decoder.teacher_forced(picture_of(), captions_of(), LENGTHS, IMAGE_INDEX)
     with torch.no_grad():
-        again, _ = decoder.teacher_forced(picture_of(), captions_of(), IMAGE_INDEX)
+        again, _ = decoder.teacher_forced(picture_of(), captions_of(), LENGTHS, IMAGE_INDEX)
     assert torch.equal(again, logits)
     for _ in range(2):
         looks.square().sum().backward(retain_graph=True)
@@ -142,9 +152,9 @@ def test_reading_without_a_gradient_and_twice_backwards_change_nothing() -> None
 
 def test_a_picture_that_is_copied_for_each_caption_says_and_learns_the_same() -> None:
     decoder = build(num_layers=2, attention_gate=True).double()
-    wanted = gradients(AttentionDecoder.teacher_forced, decoder, picture_of(), captions_of(), IMAGE_INDEX)
+    wanted = gradients(fused, decoder, picture_of(), captions_of(), IMAGE_INDEX)
     copies, own = picture_of()[IMAGE_INDEX], torch.arange(len(IMAGE_INDEX))
-    found = gradients(AttentionDecoder.teacher_forced, decoder, copies, captions_of(), own)
+    found = gradients(fused, decoder, copies, captions_of(), own)
     found["features"] = torch.zeros_like(wanted["features"]).index_add(0, IMAGE_INDEX, found["features"])
     for name, value in found.items():
         torch.testing.assert_close(value, wanted[name])
@@ -155,7 +165,9 @@ def test_on_a_gpu_the_host_never_waits_for_a_value() -> None:
     with FakeTensorMode(), torch.device("cuda"):
         decoder = build(num_layers=2, attention_gate=True)
         features, tokens = torch.empty(IMAGES, REGIONS, FEATURE), torch.empty(6, 7, dtype=torch.long)
-        logits, looks = decoder.teacher_forced(features, tokens, torch.empty(6, dtype=torch.long))
-        assert (logits.shape, looks.shape) == ((6, 7, WORDS), (6, 7, REGIONS))
+        logits, looks = decoder.teacher_forced(
+            features, tokens, (7, 7, 3, 2, 1, 7), torch.empty(6, dtype=torch.long)
+        )
+        assert (logits.shape, looks.shape) == ((27, WORDS), (6, 7, REGIONS))
         with pytest.raises(DataDependentOutputException):
             tokens.max().item()

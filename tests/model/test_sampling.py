@@ -4,7 +4,7 @@ import pytest
 import torch
 from sayings import FIRST_WORD, IMAGES, mask_special_tokens, peaked_decoder
 
-from captionscale.model.decoders.registry import DECODERS
+from captionscale.config_model import DECODERS
 from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample

@@ -2,7 +2,7 @@ import pytest
 import torch
 from sayings import SEARCHES, peaked_decoder
 
-from captionscale.model.decoders.registry import DECODERS
+from captionscale.config_model import DECODERS
 from captionscale.model.search.constraints import Constraints
 from captionscale.model.search.ensemble import EnsembleDecoder
 from captionscale.model.search.generate import search
@@ -32,9 +32,11 @@ def test_the_decoder_looks_where_it_does_when_it_reads_the_whole_caption_at_once
     ):
         read = torch.tensor([[START, *tokens[:-1]]])
         with torch.no_grad():
-            logits, attention = decoder.teacher_forced(features[row : row + 1], read, torch.tensor([0]))
+            logits, attention = decoder.teacher_forced(
+                features[row : row + 1], read, [len(tokens)], torch.tensor([0])
+            )
         torch.testing.assert_close(trace.attention, attention[0])
-        likely = logits[0].log_softmax(1)[range(len(tokens)), tokens]
+        likely = logits.log_softmax(1)[range(len(tokens)), tokens]
         torch.testing.assert_close(trace.log_probs, likely)
         torch.testing.assert_close(trace.attention.sum(1), torch.ones(len(tokens)))
 

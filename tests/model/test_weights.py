@@ -7,10 +7,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
 
-from captionscale.config import Encoder as Settings
+from captionscale.config_model import TorchvisionConfig as Settings
 from captionscale.errors import UserError
-from captionscale.model.encoders import weights
-from captionscale.model.encoders.cnn import Encoder
+from captionscale.model.encoders.torchvision import TorchvisionEncoder as Encoder
 
 REAL = Path(__file__).parents[2].parent / "shared/data/weights/mobilenet_v2_features.safetensors"
 
@@ -32,8 +31,8 @@ def write(state: dict[str, Tensor], path: Path) -> Path:
 
 def load(path: str | Path, name: str = "resnet18") -> Encoder:
     torch.manual_seed(1)
-    encoder = Encoder(Settings(name=name))
-    weights.load_into(encoder.backbone, name, str(path))
+    encoder = Encoder(Settings(name=name, weights=str(path)))
+    encoder.load_pretrained()
     return encoder
 
 

@@ -131,7 +131,7 @@ def test_an_image_of_a_hundred_megapixels_is_refused(run, tmp_path, capsys) -> N
 
 
 def test_a_plain_decoder_is_refused(packed, tmp_path, capsys, photos) -> None:
-    tiny_config(tmp_path, packed, "train.steps=1", "model.decoder.name=plain", "model.decoder.num_layers=1")
+    tiny_config(tmp_path, packed, "train.steps=1", 'model.decoder={name="plain", num_layers=1}')
     main(["train", str(tmp_path / "experiment.toml"), "--out", str(tmp_path / "run")])
     error = _refuse(capsys, "attend", tmp_path / "run", *photos, "--out", tmp_path / "out")
     assert "its decoder is 'plain'" in error

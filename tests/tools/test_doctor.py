@@ -17,7 +17,7 @@ from captionscale.commands.parser import parser
 from captionscale.config import Config
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
-from captionscale.model.encoders.cnn import Encoder
+from captionscale.model.encoders.torchvision import TorchvisionEncoder as Encoder
 from captionscale.score.metrics import METRICS, measure
 from captionscale.tools.doctor import machine, network, storage, throughput
 from captionscale.tools.doctor.doctor import doctor

@@ -9,7 +9,7 @@ import pytest
 import torch
 from experiment import join_all, logged_losses, start_training, tiny_config
 
-from captionscale.config import Encoder as Settings
+from captionscale.config_model import TorchvisionConfig as Settings
 from captionscale.data import decode, transforms
 from captionscale.data import feature_cache as feature_files
 from captionscale.data.loader import Loader
@@ -18,7 +18,7 @@ from captionscale.data.storage import RemoteStorage, open_storage
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import PreemptedError, UserError
 from captionscale.files import lock
-from captionscale.model.encoders.cnn import Encoder
+from captionscale.model.encoders.torchvision import TorchvisionEncoder as Encoder
 from captionscale.train import feature_cache
 from captionscale.train.feature_cache import cache_features
 from captionscale.train.loop import train

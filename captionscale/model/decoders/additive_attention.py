@@ -1,36 +1,62 @@
-"""Attention over the regions of an image."""
+"""Additive attention over the regions of an image."""
+
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from captionscale import config
-from captionscale.model.decoders.state import ImageIndex
+from captionscale.config_model import AttendingConfig
+from captionscale.model.decoders.decoder import select
+from captionscale.model.decoders.recurrent import RecurrentDecoder
+
+ImageIndex = Tensor | tuple[()]
+"""Row of `regions` and `keys` for each row of a state; empty: they have a row for each."""
 
 
-def build_region_projection(settings: config.Decoder, feature_size: int) -> tuple[nn.Module, int]:
-    """Return what projects regions before they are looked at, if anything does, and the size they then have.
+class AttendingDecoder(RecurrentDecoder):
+    """Base class of decoders whose state has `regions`, their `keys` and an `image_index`."""
 
-    Args:
-        settings: The config's section `model.decoder`.
-        feature_size: Size of a region's feature.
-    """
-    if settings.region_size == 0:
-        return nn.Identity(), feature_size
-    size = settings.region_size or settings.attention_size
-    return nn.Linear(feature_size, size), size
+    config: AttendingConfig
+
+    def build_regions(self) -> int:
+        """Add the projection of regions and the attention, and return the size of a projected region."""
+        size = self.config.region_size
+        size = self.config.attention_size if size is None else size or self.feature_size
+        projected = self.config.region_size != 0
+        self.region_projection = nn.Linear(self.feature_size, size) if projected else nn.Identity()
+        self.attention = AdditiveAttention(size, self.config.hidden_size, self.config.attention_size)
+        return size
+
+    def project(self, features: Float[Tensor, "image region feature"]) -> Float[Tensor, "image region size"]:
+        """Return the regions that attention reads."""
+        regions: Tensor = self.dropout(self.region_projection(features).relu())
+        return regions
+
+    def select(self, state: Any, rows: Int[Tensor, "selected"]) -> Any:
+        """Return the state of these rows.
+
+        On a CPU and without gradient, the rows of an image share its regions and keys instead of copying
+        them (`benchmarks/decode.py`).
+        """
+        regions, keys = state.regions, state.keys
+        chosen = select(state._replace(regions=(), keys=()), rows)
+        image_index = rows if chosen.image_index == () else chosen.image_index
+        if rows.is_cpu and not torch.is_grad_enabled():
+            return chosen._replace(regions=regions, keys=keys, image_index=image_index)
+        return chosen._replace(regions=regions[image_index], keys=keys[image_index], image_index=())
 
 
 class AdditiveAttention(nn.Module):
-    """Look at every image region and return their weighted mean.
+    """Weighted mean of an image's regions.
 
     With a_i the regions and h the state: e_i = w . tanh(K a_i + b + Q h), weights = softmax(e), and the
     context is the sum over i of weights_i a_i.
 
     Source:
-        Bahdanau et al. 2015 (arXiv:1409.0473), as used for images by Xu et al. 2015,
-        "Show, Attend and Tell" (arXiv:1502.03044), equations 4 to 6 and 13, and by Anderson et al. 2018
-        (arXiv:1707.07998), equations 3 to 5, without b.
+        Bahdanau et al. 2015 (arXiv:1409.0473), as used for images by Xu et al. 2015, "Show, Attend and Tell"
+        (arXiv:1502.03044), equations 4 to 6 and 13, and, without b, by Anderson et al. 2018
+        (arXiv:1707.07998), equations 3 to 5.
     """
 
     def __init__(self, feature_size: int, hidden_size: int, attention_size: int):
@@ -39,51 +65,42 @@ class AdditiveAttention(nn.Module):
         self.query = nn.Linear(hidden_size, attention_size, bias=False)
         self.energy = nn.Linear(attention_size, 1, bias=False)
 
-    def keys(self, features: Float[Tensor, "batch region feature"]) -> Float[Tensor, "batch region attend"]:
-        """Return what the attention needs of the regions; the same for all words, so computed once."""
-        keys: Tensor = self.key(features)
-        return keys
-
     def forward(
         self,
-        features: Float[Tensor, "batch region feature"],
-        keys: Float[Tensor, "batch region attend"],
+        regions: Float[Tensor, "batch region size"],
+        keys: Float[Tensor, "batch region attention"],
         hidden: Float[Tensor, "row hidden"],
         image_index: ImageIndex = (),
-    ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row region"]]:
-        """Attend to the regions that matter for the next word.
+    ) -> tuple[Float[Tensor, "row size"], Float[Tensor, "row region"]]:
+        """Return the context vectors, and the attention weights: non-negative, summing to one.
 
         Args:
-            features: Encoder grid cells, flattened row by row from the top left.
-            keys: Of these features.
-            hidden: State of the LSTM that looks.
-            image_index: Whose features each row of it looks at; those of an image side by side, or it takes long.
-
-        Returns:
-            The context vector, and the attention weights: non-negative, summing to one.
+            regions: Grid cells, row by row from the top left.
+            keys: `key` of these, computed once for all words.
+            hidden: State of the LSTM that attends.
+            image_index: Row of `regions` for each state; fast if those of an image are adjacent.
         """
         query = self.query(hidden)
         if isinstance(image_index, Tensor):
-            return self._share(features, keys, query, image_index)
+            return self._forward_shared(regions, keys, query, image_index)
         energies = self.energy(torch.tanh(keys + query.unsqueeze(1))).squeeze(2)
         weights = energies.softmax(1)
-        return torch.bmm(weights.unsqueeze(1), features).squeeze(1), weights
+        return torch.bmm(weights.unsqueeze(1), regions).squeeze(1), weights
 
-    def _share(
+    def _forward_shared(
         self,
-        features: Float[Tensor, "batch region feature"],
-        keys: Float[Tensor, "batch region attend"],
-        query: Float[Tensor, "row attend"],
+        regions: Float[Tensor, "batch region size"],
+        keys: Float[Tensor, "batch region attention"],
+        query: Float[Tensor, "row attention"],
         image_index: Int[Tensor, "row"],
-    ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row region"]]:
-        """Do the same without a copy of features or keys for each row."""
+    ) -> tuple[Float[Tensor, "row size"], Float[Tensor, "row region"]]:
+        """Compute the same without copying regions or keys for each row."""
         images, counts = torch.unique_consecutive(image_index, return_counts=True)
-        means, looks = [], []
-        # New memory for each image would take longer than the sums that it is for.
-        room = keys.new_empty(int(counts.max()), *keys.shape[1:])
-        for image, part in zip(images.tolist(), torch.split(query, counts.tolist()), strict=True):
-            sums = torch.add(keys[image], part.unsqueeze(1), out=room[: len(part)])
-            energies = self.energy(sums.tanh_()).squeeze(2)
-            looks.append(energies.softmax(1))
-            means.append(looks[-1] @ features[image])
-        return torch.cat(means), torch.cat(looks)
+        contexts, weights = [], []
+        # Allocating memory for each image would take longer than the sums.
+        buffer = keys.new_empty(int(counts.max()), *keys.shape[1:])
+        for image, queries in zip(images.tolist(), torch.split(query, counts.tolist()), strict=True):
+            sums = torch.add(keys[image], queries.unsqueeze(1), out=buffer[: len(queries)])
+            weights.append(self.energy(sums.tanh_()).squeeze(2).softmax(1))
+            contexts.append(weights[-1] @ regions[image])
+        return torch.cat(contexts), torch.cat(weights)

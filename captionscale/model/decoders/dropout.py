@@ -1,4 +1,4 @@
-"""What training hides of a decoder's vectors."""
+"""Dropout with a mask per word, or one for all words of a caption."""
 
 import torch
 from jaxtyping import Float
@@ -6,28 +6,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Dropout(nn.Module):
-    """Hides a share of numbers in training: others at each word, or the same at all words of a caption.
+class Dropout(nn.Dropout):
+    """Dropout that can share a mask among all words of a caption (variational dropout).
 
-    What goes into the recurrence and what comes out of it is hidden; its own memory never is.
+    It applies to what enters and leaves the recurrence, never to its state.
 
     Source:
-        Srivastava et al. 2014; the same numbers: Gal and Ghahramani 2016, "A Theoretically Grounded
-        Application of Dropout in Recurrent Neural Networks" (arXiv:1512.05287), who hide memory too.
+        Srivastava et al. 2014. Shared masks: Gal and Ghahramani 2016, "A Theoretically Grounded Application
+        of Dropout in Recurrent Neural Networks" (arXiv:1512.05287), who also drop the state.
     """
 
     def __init__(self, p: float, variational: bool):
-        """Build a dropout.
-
-        Args:
-            p: Share of numbers, that is hidden.
-            variational: Whether a caption's words share a mask.
-        """
-        super().__init__()
-        self.p, self.variational = p, variational
+        super().__init__(p)
+        self.variational = variational
 
     def mask(self, captions: int, size: int, device: torch.device) -> Float[Tensor, "caption size"] | None:
-        """Return what all of a caption's vectors are multiplied by; None if they do not share a mask."""
+        """Return the factors for all words of each caption; None if words do not share a mask."""
         if not (self.variational and self.training and self.p):
             return None
         return F.dropout(torch.ones(captions, size, device=device), self.p)
@@ -35,16 +29,16 @@ class Dropout(nn.Module):
     def forward(
         self, vectors: Float[Tensor, "*batch size"], mask: Float[Tensor, "caption size"] | None = None
     ) -> Float[Tensor, "*batch size"]:
-        """Return the vectors, in training with some numbers hidden and the others enlarged.
+        """Return the vectors with dropout in training.
 
         Args:
-            vectors: If a caption has several, its times are the second dimension.
-            mask: What `mask` gave.
+            vectors: The second dimension is time where a caption has several.
+            mask: From `mask`.
         """
-        if mask is None and vectors.device.type == "cpu" and self.training and self.p:
-            # PyTorch draws uniform numbers more than twice as fast as its own dropout's.
-            kept = torch.rand(vectors.shape).ge_(self.p).div_(1 - self.p)
-            return vectors * kept.to(vectors.dtype)
-        if mask is None:
-            return F.dropout(vectors, self.p, self.training)
-        return vectors * (mask if vectors.dim() == mask.dim() else mask.unsqueeze(1))
+        if mask is not None:
+            return vectors * (mask if vectors.dim() == mask.dim() else mask.unsqueeze(1))
+        if not (self.training and self.p):
+            return vectors
+        # On a CPU, PyTorch draws uniform numbers twice as fast as F.dropout draws its mask.
+        kept = torch.rand(vectors.shape, device=vectors.device).ge_(self.p).div_(1 - self.p)
+        return vectors * kept.to(vectors.dtype)

@@ -1,4 +1,4 @@
-"""Pretrained encoder weights: torchvision's download, or a file."""
+"""Pretrained encoder weights: torchvision's, or a file."""
 
 import os
 from pathlib import Path
@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from captionscale import safetensors_file
+from captionscale.config_model import EncoderConfig
 from captionscale.errors import UserError
 from captionscale.files import open_file
 from captionscale.progress import spinner
@@ -18,42 +19,42 @@ from captionscale.progress import spinner
 _CLASSIFIERS = ("fc.", "classifier.")
 
 
-def load_into(backbone: nn.Module, name: str, weights: str) -> None:
-    """Give a backbone its weights.
+def load_into(backbone: nn.Module, state: dict[str, Tensor], config: EncoderConfig) -> None:
+    """Load weights into a backbone.
 
     Args:
-        backbone: Module with torchvision's parameter names, without the classifier.
-        name: Of the torchvision model.
-        weights: `imagenet`, `none`, or a .safetensors or .pth file.
+        backbone: Without the classifier.
+        state: Tensors by torchvision's parameter names; those of a classifier are left out.
+        config: Names the encoder and the weights in errors.
 
     Raises:
-        UserError: No network, no file, or a file whose tensors are not this model's.
+        UserError: The tensors are another network's.
     """
-    if weights == "none":
-        return
-    state = _download(name) if weights == "imagenet" else _read(Path(weights))
     state = {key: tensor for key, tensor in state.items() if not key.startswith(_CLASSIFIERS)}
-    wanted = backbone.state_dict()
+    expected = backbone.state_dict()
     differing = [
         key
-        for key in sorted(wanted.keys() | state.keys())
-        if key not in state or key not in wanted or state[key].shape != wanted[key].shape
+        for key in sorted(expected.keys() | state.keys())
+        # Old files lack this counter, and nobody needs it.
+        if not key.endswith("num_batches_tracked")
+        and (key not in state or key not in expected or state[key].shape != expected[key].shape)
     ]
-    # Batch-norm's count of batches serves no one here, and old files lack it.
-    differing = [key for key in differing if not key.endswith("num_batches_tracked")]
     if differing:
         raise UserError(
-            f"model.encoder.weights = {weights!r}: {len(differing)} tensors are missing, surplus or of"
-            f" another shape, the first '{differing[0]}'; wanted the weights of torchvision's {name};"
+            f"model.encoder.weights = {config.weights!r}: {len(differing)} tensors are missing, surplus or of"
+            f" another shape, the first '{differing[0]}'; expected the weights of {config.name};"
             " set model.encoder.name to the model that they belong to"
         )
     backbone.load_state_dict(state, strict=False)
 
 
-def _download(name: str) -> dict[str, Tensor]:
-    """Return the first ImageNet weights that torchvision published for a model.
+def download(name: str) -> dict[str, Tensor]:
+    """Return the first ImageNet weights that torchvision published for a network.
 
-    The later ones (IMAGENET1K_V2) classify better, but published captioners stand on the first.
+    The later ones (IMAGENET1K_V2) classify better, but published captioners use the first.
+
+    Raises:
+        UserError: No connection, and no file from an earlier download.
     """
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     try:
@@ -62,18 +63,23 @@ def _download(name: str) -> dict[str, Tensor]:
     except (URLError, OSError, RuntimeError) as error:
         reason = getattr(error, "reason", error)
         raise UserError(
-            f"model.encoder.weights = 'imagenet': {weights.url} cannot be downloaded ({reason}); wanted a"
+            f"model.encoder.weights = 'imagenet': {weights.url} cannot be downloaded ({reason}); expected a"
             f" network or the file in {torch.hub.get_dir()}/checkpoints; download it elsewhere, then set"
             " model.encoder.weights to its path"
         ) from None
     return state
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors or .pth file.
+
+    Raises:
+        UserError: No such file, or it holds something else.
+    """
     if not path.is_file():
         raise UserError(
-            f"model.encoder.weights = '{path}': no such file; wanted 'imagenet', 'none', or a .safetensors or"
-            " .pth file (a relative path starts at the folder you are in)"
+            f"model.encoder.weights = '{path}': no such file; expected 'imagenet', 'none', or a .safetensors"
+            " or .pth file (a relative path starts at the folder you are in)"
         )
     try:
         if path.suffix == ".safetensors":
@@ -84,16 +90,16 @@ def _read(path: Path) -> dict[str, Tensor]:
         if not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise TypeError
         return state
-    # Damaged files make both readers raise nearly anything; all of it means the same to a user.
+    # Damaged files make both readers raise nearly anything.
     except Exception as error:
         raise UserError(
-            f"{path}: not a file of weights ({type(error).__name__}); wanted a dictionary of tensors;"
+            f"{path}: not a file of weights ({type(error).__name__}); expected a dictionary of tensors;"
             " download it again"
         ) from None
 
 
 def _refuse_compressed(path: Path) -> None:
-    """Refuse a file whose tensors could be larger than itself, which PyTorch does not write."""
+    """Raise ValueError if tensors could be larger than the file; PyTorch does not compress."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if is_zipfile(file):

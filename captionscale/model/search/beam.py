@@ -1,4 +1,4 @@
-"""Which captions a beam keeps at each word."""
+"""One step of beam search: which captions are kept."""
 
 from typing import NamedTuple, TypeAlias
 
@@ -9,27 +9,22 @@ from torch import Tensor
 from captionscale.model.search.constraints import Constraints
 from captionscale.vocab import PAD, START
 
-# Words that are looked at together.
-_BLOCK = 64
-
 Transitions: TypeAlias = tuple[Int[Tensor, "set entry"], Int[Tensor, "set entry"]]
-"""How captions come to a set of required words by saying one: the slots of a group, and the words."""
+"""Slots of a group, and tokens that lead from there to each set of required groups."""
 
 
 class Beam(NamedTuple):
-    """Captions under way: a slot each, those of an image side by side."""
+    """Partial and finished captions, one per slot; those of an image are adjacent."""
 
     tokens: Int[Tensor, "slot"]
     sequences: Int[Tensor, "slot time"]
     log_probs: Float[Tensor, "slot"]
-    """Log-probabilities; minus infinity: there is no such caption yet."""
+    """Minus infinity: an empty slot."""
     finished: Bool[Tensor, "slot"]
-    attention_sum: Float[Tensor, "slot region"]
-    """How much each region was looked at so far; one zero before any look."""
 
 
 class BeamLayout(NamedTuple):
-    """How an image's slots are dealt out: to each group, to each set of required words, some."""
+    """The slots of an image: `width` for each set of required groups, in each group of diverse search."""
 
     groups: int
     sets: int
@@ -37,7 +32,7 @@ class BeamLayout(NamedTuple):
 
     @property
     def slots_per_image(self) -> int:
-        """Of an image."""
+        """Slots of an image."""
         return self.groups * self.slots_per_group
 
     @property
@@ -46,25 +41,22 @@ class BeamLayout(NamedTuple):
         return self.sets * self.width
 
     def completed(self, values: Float[Tensor, "slot"]) -> Float[Tensor, "image group width"]:
-        """Return the values of captions that have all required words."""
+        """Return the values of captions with all required words."""
         return values.view(-1, *self)[:, :, -1]
 
 
 def transitions(constraints: Constraints, layout: BeamLayout, device: torch.device) -> Transitions | None:
-    """Return how captions come to each set of required words; nothing if there are none.
-
-    Lists that are shorter than the longest are filled up with the start, which nothing says.
-    """
+    """Return the transitions to each set of required groups, padded with START, which is never generated."""
     if layout.sets == 1:
         return None
-    ways: list[list[tuple[int, int]]] = [[] for _ in range(layout.sets)]
+    paths: list[list[tuple[int, int]]] = [[] for _ in range(layout.sets)]
     for before in range(layout.sets):
         for token in sorted({token for group in constraints.required for token in group}):
             after = before | constraints.satisfied(token)
             if after != before:
-                ways[after] += [(before * layout.width + slot, token) for slot in range(layout.width)]
-    longest = max(map(len, ways))
-    filled = [each + [(0, START)] * (longest - len(each)) for each in ways]
+                paths[after] += [(before * layout.width + slot, token) for slot in range(layout.width)]
+    longest = max(map(len, paths))
+    filled = [each + [(0, START)] * (longest - len(each)) for each in paths]
     slots, words = torch.tensor(filled, device=device).unbind(2)
     return slots, words
 
@@ -77,18 +69,18 @@ def best_candidates(
     diversity_penalty: float,
     transitions: Transitions | None,
 ) -> tuple[Float[Tensor, "slot"], Int[Tensor, "slot"], Int[Tensor, "slot"]]:
-    """Return what is kept of all captions longer by a word: log-probability, slot it was in, and word.
+    """Return the log-probability, previous slot and next token of the captions to keep.
 
     Args:
-        next_log_probs: Log-probability of each caption that goes on, with each word.
-        active: The slots of these.
-        kept: All captions; the finished ones may stay.
-        layout: Of the slots.
-        diversity_penalty: As `search` has it.
-        transitions: As `transitions` gives them.
+        next_log_probs: Log-probability of each active caption with each next token.
+        active: Slots of these captions.
+        kept: All captions; finished ones compete as they are.
+        layout: Layout of the slots.
+        diversity_penalty: See `search`.
+        transitions: From `transitions`.
     """
     firsts = torch.arange(0, len(kept.log_probs), layout.slots_per_image, device=active.device).unsqueeze(1)
-    price = next_log_probs.new_zeros(len(firsts), next_log_probs.shape[1])
+    penalty = next_log_probs.new_zeros(len(firsts), next_log_probs.shape[1])
     row_of = torch.zeros_like(kept.tokens).index_copy(
         0, active, torch.arange(len(active), device=active.device)
     )
@@ -99,19 +91,19 @@ def best_candidates(
         )
         scores, rows = next_log_probs, active
         if layout.groups > 1:
-            mine = (active // layout.slots_per_group % layout.groups == group).nonzero().squeeze(1)
-            rows = active[mine]
-            scores = next_log_probs[mine] - price[rows // layout.slots_per_image]
+            members = (active // layout.slots_per_group % layout.groups == group).nonzero().squeeze(1)
+            rows = active[members]
+            scores = next_log_probs[members] - penalty[rows // layout.slots_per_image]
         log_probs, chosen, words = _best(scores, rows, own, kept, layout, transitions)
         slots = own.gather(1, chosen)
         if group:
-            paid = torch.where(
+            unpenalized = torch.where(
                 kept.finished[slots], kept.log_probs[slots], next_log_probs[row_of[slots], words]
             )
-            log_probs = paid.masked_fill(log_probs == -torch.inf, -torch.inf)
+            log_probs = unpenalized.masked_fill(log_probs == -torch.inf, -torch.inf)
         if group < layout.groups - 1:
-            spoken = (log_probs > -torch.inf) & (words != PAD)
-            price.scatter_add_(1, words, diversity_penalty * spoken)
+            chosen_words = (log_probs > -torch.inf) & (words != PAD)
+            penalty.scatter_add_(1, words, diversity_penalty * chosen_words)
         parts.append((log_probs, slots, words))
     log_probs, slots, words = (torch.stack(part, 1).flatten() for part in zip(*parts, strict=True))
     return log_probs, slots, words
@@ -125,29 +117,25 @@ def _best(
     layout: BeamLayout,
     transitions: Transitions | None,
 ) -> tuple[Float[Tensor, "image kept"], Int[Tensor, "image kept"], Int[Tensor, "image kept"]]:
-    """Return the best captions of a group, the same number for each set of required words.
+    """Return the best captions of a group, equally many per set of required groups: score, slot, token.
 
     Args:
-        scores: Of each caption of the group that goes on, with each word.
-        rows: The slots of these.
+        scores: Score of each active caption of the group with each next token.
+        rows: Slots of these captions.
         own: All slots of the group.
         kept: All captions.
-        layout: Of the slots.
-        transitions: As `transitions` gives them.
-
-    Returns:
-        Their scores, which of the group's slots they were in, and their last words.
+        layout: Layout of the slots.
+        transitions: From `transitions`.
     """
     if transitions is not None:
-        # Only by these ways does a caption change its set; by all other words it stays where it is.
+        # Only transitions change a caption's set; other tokens leave it where it is.
         nothing = scores.new_full((1, scores.shape[1]), -torch.inf)
         row_of = torch.full_like(kept.tokens, len(rows))
         row_of[rows] = torch.arange(len(rows), device=rows.device)
         by = row_of[own[:, transitions[0]]], transitions[1].expand(len(own), -1, -1)
         scores = torch.cat([scores, nothing])
         coming, scores = scores[by], scores.index_put(by, nothing[0, 0])[:-1]
-    # Of the captions in a slot only so many can be kept.
-    values, words = _top(scores, min(layout.width, scores.shape[1]))
+    values, words = scores.topk(min(layout.width, scores.shape[1]))
     likely = values.new_full((len(kept.log_probs), values.shape[1]), -torch.inf)
     likely[:, 0] = kept.log_probs.masked_fill(~kept.finished, -torch.inf)
     likely[rows] = values
@@ -164,22 +152,3 @@ def _best(
             for stayed, came in zip((slots, words), transitions, strict=True)
         )
     return values.flatten(1), slots.flatten(1), words.flatten(1)
-
-
-def _top(
-    scores: Float[Tensor, "row word"], count: int
-) -> tuple[Float[Tensor, "row {count}"], Int[Tensor, "row {count}"]]:
-    """Return what `topk` does.
-
-    On a CPU, and of a large vocabulary, in a third of the time: what is best of all is in one of the blocks
-    whose own best are the best.
-    """
-    rows, words = scores.shape
-    blocks = words // _BLOCK
-    if not scores.is_cpu or blocks < _BLOCK:
-        return scores.topk(count)
-    _, best = scores[:, : blocks * _BLOCK].view(rows, blocks, _BLOCK).amax(2).topk(min(count, blocks))
-    inside = (best.unsqueeze(2) * _BLOCK + torch.arange(_BLOCK)).flatten(1)
-    among = torch.cat([inside, torch.arange(blocks * _BLOCK, words).expand(rows, -1)], 1)
-    values, places = scores.gather(1, among).topk(count)
-    return values, among.gather(1, places)

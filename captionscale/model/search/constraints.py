@@ -1,4 +1,4 @@
-"""What captions may not say, and what they must: kept by every way of finding them."""
+"""Constraints on captions, and the prefix that they begin with."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -7,43 +7,40 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from captionscale.model.decoders.registry import Decoder
+from captionscale.model.decoders.decoder import StepDecoder
 from captionscale.vocab import END, PAD, START, UNK
 
 Features: TypeAlias = Float[Tensor, "image region feature"] | tuple[Float[Tensor, "image _ _"], ...]
-"""What a decoder starts from: of an ensemble, what each of its members sees."""
+"""What a decoder starts from; of an ensemble, each member's features."""
 
 
 @dataclass(frozen=True)
 class Constraints:
-    """What a caption may not say, and what it must, as tokens.
-
-    Padding and the start are never said.
-    """
+    """What captions must not and must contain, as tokens. PAD and START are never generated."""
 
     no_repeat_ngram_size: int = 0
-    """No so many words in a row come twice, but for those of the prefix; 0: they may."""
+    """No n-gram of this size occurs twice, except within the prefix; 0: no such constraint."""
     allow_unknown: bool = False
-    """Whether the token of unknown words may be said."""
+    """Whether UNK may be generated."""
     dangling_tokens: tuple[int, ...] = ()
     """A caption does not end in one of these."""
     prefix: tuple[int, ...] = ()
     """Every caption begins with these."""
     required: tuple[tuple[int, ...], ...] = ()
-    """Of each of these groups every caption says a word; only `search` can have it so."""
+    """Every caption contains a token of each of these groups; `search` only."""
 
     def mask_logits(
         self, logits: Float[Tensor, "row word"], sequences: Int[Tensor, "row time"], max_words: int
     ) -> None:
-        """Set to minus infinity, in place, what may not come next.
+        """Set the logits of forbidden next tokens to minus infinity, in place.
 
-        A caption that is cut at `max_words` ends there, so that it does not say a dangling word last. Where
-        nothing at all may come next, as only a tiny vocabulary knows it, the caption ends after all.
+        A caption cut at `max_words` does not end in a dangling word either. If nothing is left, as in a tiny
+        vocabulary, the caption ends after all.
 
         Args:
-            logits: Logits or logarithms of probabilities.
-            sequences: The words of each caption so far.
-            max_words: Greatest number of words.
+            logits: Logits or log-probabilities.
+            sequences: Tokens of each caption so far.
+            max_words: Maximum number of words.
         """
         time, end = sequences.shape[1], logits[:, END].clone()
         for token in (PAD, START) if self.allow_unknown else (PAD, START, UNK):
@@ -59,41 +56,38 @@ class Constraints:
                 logits[:, dangling] = -torch.inf
             if time:
                 logits[:, END].masked_fill_(torch.isin(sequences[:, -1], dangling), -torch.inf)
-            mute = logits.amax(1) == -torch.inf
-            logits[:, END] = torch.where(mute, end, logits[:, END])
+            stuck = logits.amax(1) == -torch.inf
+            logits[:, END] = torch.where(stuck, end, logits[:, END])
 
     def satisfied(self, *tokens: int) -> int:
-        """Return the set of required groups that these tokens have a word of: bit i is group i."""
+        """Return the set of required groups with one of these tokens: bit i is group i."""
         return sum(1 << bit for bit, group in enumerate(self.required) if {*group} & {*tokens})
 
 
 UNCONSTRAINED = Constraints()
-"""Nothing but the unknown token is forbidden."""
+"""UNK is forbidden, nothing else."""
 
 
 class PrefixState(NamedTuple):
-    """Where captions begin, a row for each image."""
+    """What a decoder knows after the prefix, a row for each image."""
 
     tokens: Int[Tensor, "image"]
-    """The next to be read: the last of the prefix."""
-    state: tuple[Any, ...]
+    """The next to read: the last of the prefix, or START."""
+    state: Any
     sequences: Int[Tensor, "image time"]
-    log_prob: Float[Tensor, "image"]
-    """Of the prefix."""
-    attentions: tuple[Float[Tensor, "image region"], ...]
-    """Where the decoder looked for each word of the prefix; of one without attention none."""
+    log_probs: Float[Tensor, "image"]
+    """Log-probability of the prefix."""
 
 
-def read_prefix(decoder: Decoder, features: Features, prefix: tuple[int, ...]) -> PrefixState:
-    """Let a decoder read the prefix, once for each image."""
+def read_prefix(decoder: StepDecoder, features: Features, prefix: tuple[int, ...]) -> PrefixState:
+    """Read the prefix once for each image."""
     first = features if isinstance(features, Tensor) else features[0]
-    state, attentions = decoder.start(features), []
-    tokens = torch.full((len(first),), START, device=first.device)
-    total = torch.zeros(len(first), device=first.device)
+    state, count = decoder.start(features), len(first)
+    tokens = torch.full((count,), START, device=first.device)
+    log_probs = torch.zeros(count, device=first.device)
     for token in prefix:
-        logits, state, attention = decoder.step(tokens, state)
-        total += logits.float().log_softmax(1)[:, token]
+        logits, state, _ = decoder.step(tokens, state)
+        log_probs += logits.float().log_softmax(1)[:, token]
         tokens = torch.full_like(tokens, token)
-        attentions += [] if attention is None else [attention.float()]
-    sequences = torch.tensor(prefix, dtype=torch.long, device=first.device).expand(len(first), -1)
-    return PrefixState(tokens, state, sequences, total, tuple(attentions))
+    sequences = torch.tensor(prefix, dtype=torch.long, device=first.device).expand(count, -1)
+    return PrefixState(tokens, state, sequences, log_probs)

@@ -1,4 +1,4 @@
-"""Read captions again that a search has found: how likely was each word, and where did the decoder look?"""
+"""Log-probability and attention of each word of a given caption."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,49 +7,48 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from captionscale.model.decoders.registry import Decoder
+from captionscale.model.decoders.decoder import StepDecoder
 from captionscale.model.search.constraints import Features, read_prefix
 from captionscale.vocab import PAD
 
 
 class TokenScores(NamedTuple):
-    """What a decoder made of the words of one caption."""
+    """Scores of one caption's tokens."""
 
     log_probs: Float[Tensor, "time"]
-    """Natural logarithm of each token's probability, given the image and the tokens before it."""
+    """Log-probability of each token, given the image and the tokens before it."""
     attention: Float[Tensor, "time region"] | None
-    """Where it looked to say each token; of one without attention none."""
+    """Attention weights for each token; None without attention."""
 
 
 @torch.no_grad()
 def score_captions(
-    decoder: Decoder, features: Features, captions: Sequence[Sequence[int]]
+    decoder: StepDecoder, features: Features, captions: Sequence[Sequence[int]]
 ) -> list[TokenScores]:
-    """Return what a decoder makes of captions, whichever way they were found.
+    """Return the token scores of captions, read by the decoder's `step`.
 
-    It reads them word by word by its own `step`, as the search did. The probabilities are those among all
-    words: constraints that a search was given, its temperature and the like change what is said, not these.
+    Probabilities are over the whole vocabulary, without the constraints or temperature of a search.
 
     Args:
         decoder: In evaluation mode.
-        features: Of each caption's image.
-        captions: Tokens without the start and without padding; with the end token where it was said.
+        features: Features of each caption's image.
+        captions: Tokens without START and PAD; with END where it was generated.
     """
     begun = read_prefix(decoder, features, ())
     tokens, state = begun.tokens, begun.state
     longest = max(map(len, captions), default=0)
     rows = [[*caption, *[PAD] * (longest - len(caption))] for caption in captions]
-    said = torch.tensor(rows, dtype=torch.long, device=tokens.device).view(len(captions), longest)
-    gains, attentions = torch.zeros(len(captions), longest, device=tokens.device), []
-    for time, words in enumerate(said.unbind(1)):
+    sequences = torch.tensor(rows, dtype=torch.long, device=tokens.device).view(len(captions), longest)
+    log_probs, attentions = torch.zeros(len(captions), longest, device=tokens.device), []
+    for time, words in enumerate(sequences.unbind(1)):
         logits, state, attention = decoder.step(tokens, state)
-        gains[:, time] = logits.float().log_softmax(1).gather(1, words.unsqueeze(1)).squeeze(1)
+        log_probs[:, time] = logits.float().log_softmax(1).gather(1, words.unsqueeze(1)).squeeze(1)
         attentions += [] if attention is None else [attention.float()]
         tokens = words
     return [
         TokenScores(
-            gains[row, : len(caption)],
-            torch.stack([look[row] for look in attentions[: len(caption)]])
+            log_probs[row, : len(caption)],
+            torch.stack([each[row] for each in attentions[: len(caption)]])
             if attentions and caption
             else None,
         )

@@ -9,10 +9,11 @@ import jaxtyping
 import pytest
 import torch
 from experiment import peaked_run
+from sayings import build_decoder
 
 import captionscale
 from captionscale.cli import main
-from captionscale.config import Decoder, Encoder, Model
+from captionscale.config_model import Model, TorchvisionConfig
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.generate import search
@@ -48,8 +49,8 @@ def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def captioner(name: str) -> Captioner:
     torch.manual_seed(0)
-    settings = Decoder(name=name, embed_size=8, hidden_size=8, attention_size=8, **OPTIONS[name])
-    made = Captioner(Model(encoder=Encoder(name="resnet18", weights="none"), decoder=settings), 30)
+    settings = build_decoder(name, 1, 9, embed_size=8, hidden_size=8, **OPTIONS[name]).config
+    made = Captioner(Model(encoder=TorchvisionConfig(name="resnet18", weights="none"), decoder=settings), 30)
     for parameter in made.decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return made.eval()

@@ -1,0 +1,193 @@
+"""The config's section `model`: each decoder has a class of its own for its options."""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny, ValidationError, WrapValidator
+
+from captionscale import plugins
+from captionscale.config_base import Section, Size, Text
+from captionscale.errors import UserError
+
+ENCODERS = {
+    "*": "captionscale.model.encoders.torchvision:TorchvisionEncoder",
+}
+"""Class of an encoder by a pattern of `model.encoder.name`; the first that fits."""
+
+DECODERS = {
+    "plain": "captionscale.model.decoders.plain:PlainDecoder",
+    "attention": "captionscale.model.decoders.attention:AttentionDecoder",
+    "top_down": "captionscale.model.decoders.top_down:TopDownDecoder",
+}
+"""Class of a decoder by `model.decoder.name`."""
+
+
+class EncoderConfig(Section):
+    """The network that turns an image into region features; a base for the encoders' own options."""
+
+    name: Text = "resnet50"
+    """A torchvision ResNet or `mobilenet_v2`, or `module:Class`."""
+    weights: Text = "none"
+    """`imagenet` (torchvision's download), a .safetensors or .pth file, or `none` (random)."""
+    trainable: Literal["all", "none"] | tuple[Text, ...] = "none"
+    """Stages that train: all, none, or leading parts of parameter names such as `layer4`."""
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> type[Section]:
+        """Return the class of the encoder that a config names."""
+        name = tree.get("name", "resnet50")
+        return _config_of(encoder_place(name) if isinstance(name, str) else ENCODERS["*"], EncoderConfig)
+
+
+class TorchvisionConfig(EncoderConfig):
+    """A torchvision network without its classifier."""
+
+    weights: Text = "imagenet"
+    """`imagenet` (torchvision's download), a .safetensors or .pth file, or `none` (random)."""
+    batch_norm: Literal["frozen", "trained"] = "frozen"
+    """`trained` learns batch statistics too: for training from scratch, see docs/design.md."""
+    output_stride: Literal[16, 32] = 32
+    """Pixels of the image per grid cell and side: 32 makes 7 x 7 cells of 224 pixels, 16 makes 14 x 14."""
+    grad_checkpointing: bool = False
+    """Recompute activations of the trained stages in the backward pass: less memory, more time."""
+
+
+class DecoderConfig(Section):
+    """The network that writes the caption; base class of each decoder's options."""
+
+    has_attention: ClassVar[bool] = True
+    """Whether the decoder returns attention weights."""
+    name: Text
+    """`plain`, `attention`, `top_down`, or `module:Class`."""
+
+    @classmethod
+    def of(cls, tree: Mapping[str, Any]) -> type[Section]:
+        """Return the class of the decoder that a config names; this one if there is no such decoder."""
+        name = tree.get("name", "attention")
+        place = decoder_place(name) if isinstance(name, str) else None
+        return _config_of(place, DecoderConfig) if place else cls
+
+
+class RecurrentConfig(DecoderConfig):
+    """Options that all decoders with an LSTM have."""
+
+    embed_size: Size = 256
+    """Size of a word embedding."""
+    hidden_size: Size = 512
+    """Size of an LSTM layer's state."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Dropout probability on regions, word embeddings and before the output layer."""
+    variational_dropout: bool = False
+    """Use one dropout mask for all words of a caption."""
+    word_head: Literal["linear", "deep", "maxout"] = "deep"
+    """What the output layer reads: the state; also the last word and the context; or a maxout of these."""
+    tie_weights: bool = False
+    """Share the output matrix with the word embedding."""
+    embedding_init: Literal["normal", "unit_norm"] = "normal"
+    """Length of initial word embeddings: about sqrt(embed_size), or about 1 as with tied weights: better
+    in long training, worse in short."""
+
+
+class PlainConfig(RecurrentConfig):
+    """Show and Tell: the image is the first word."""
+
+    has_attention = False
+    name: Literal["plain"] = "plain"
+    num_layers: Annotated[int, Field(ge=1, le=64)] = 2
+    """LSTM layers."""
+    image_batch_norm: bool = False
+    """Batch-normalize the image embedding over the micro-batch."""
+
+
+class AttendingConfig(RecurrentConfig):
+    """Options that all decoders with additive attention have."""
+
+    attention_size: Size = 512
+    """Size of the attention's hidden layer."""
+    region_size: Annotated[int, Field(ge=0, le=2**14)] | None = None
+    """Size that regions are projected to. Default: attention_size. 0: no projection, which takes longer."""
+
+
+class AttentionConfig(AttendingConfig):
+    """Show, Attend and Tell: attention to regions at each word."""
+
+    name: Literal["attention"] = "attention"
+    num_layers: Annotated[int, Field(ge=1, le=64)] = 2
+    """LSTM layers."""
+    attention_gate: bool = False
+    """Scale the context by a sigmoid of the state."""
+
+
+class TopDownConfig(AttendingConfig):
+    """Bottom-Up and Top-Down: an LSTM for attention and one for language."""
+
+    name: Literal["top_down"] = "top_down"
+
+
+_CONFIGS: dict[str, type[Section]] = {
+    ENCODERS["*"]: TorchvisionConfig,
+    DECODERS["plain"]: PlainConfig,
+    DECODERS["attention"]: AttentionConfig,
+    DECODERS["top_down"]: TopDownConfig,
+}
+"""Configs known without an import of torch."""
+
+
+def encoder_place(name: str) -> str:
+    """Return the `module:Class` of an encoder."""
+    if plugins.is_plugin(name):
+        return name
+    return next(place for pattern, place in ENCODERS.items() if fnmatchcase(name, pattern))
+
+
+def decoder_place(name: str) -> str | None:
+    """Return the `module:Class` of a decoder; None: there is none of that name."""
+    return name if plugins.is_plugin(name) else DECODERS.get(name)
+
+
+def _config_of(place: str, base: type[Section]) -> type[Section]:
+    """Return the `Config` of a class."""
+    if known := _CONFIGS.get(place):
+        return known
+    kind = "encoder" if base is EncoderConfig else "decoder"
+    expected = f"captionscale.model.{kind}s.{kind}.{kind.title()}"
+    found = getattr(plugins.load(place, object, expected), "Config", None)
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(
+            f"model.{kind}.name = {place!r}: its Config is {found!r:.60}, expected a class derived from"
+            f" {base.__module__}.{base.__name__}; see docs/extending.md"
+        )
+    return found
+
+
+def _by_name(base: type[EncoderConfig | DecoderConfig]) -> WrapValidator:
+    """Validate a section by the class that its `name` selects."""
+
+    def validate(value: Any, validate_base: Any) -> Any:
+        if not isinstance(value, dict):
+            return validate_base(value)
+        kind = base.of(value)
+        if kind is DecoderConfig:
+            expected = f"{', '.join(map(repr, DECODERS))} or module:Class"
+            raise ValidationError.from_exception_data(
+                "decoder",
+                [
+                    {
+                        "type": "literal_error",
+                        "loc": ("name",),
+                        "input": value["name"],
+                        "ctx": {"expected": expected},
+                    }
+                ],
+            )
+        return kind.model_validate(value)
+
+    return WrapValidator(validate)
+
+
+class Model(Section):
+    """The captioner."""
+
+    encoder: Annotated[SerializeAsAny[EncoderConfig], _by_name(EncoderConfig)] = TorchvisionConfig()
+    decoder: Annotated[SerializeAsAny[DecoderConfig], _by_name(DecoderConfig)] = AttentionConfig()
