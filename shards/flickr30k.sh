@@ -12,7 +12,7 @@
 source "$(dirname "$0")/recipe.sh"
 
 [[ -d $raw/flickr30k-images ]] ||
-    fail "$raw/flickr30k-images: no such folder, wanted the images; $0 says at its top where to ask for them"
+    fail "$raw/flickr30k-images: no such folder, expected the images; $0 says at its top where to ask for them"
 fetch dataset_flickr30k.json "$KARPATHY_URL/caption_datasets.zip"
 captionscale pack karpathy --images "$raw/flickr30k-images" --captions "$raw/dataset_flickr30k.json" --out "$out" \
     --expect train=29000 --expect val=1014 --expect test=1000 "$@"

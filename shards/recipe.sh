@@ -37,15 +37,15 @@ fetch() { # PATH URL [PATH URL ...], the paths of one zip side by side
     ((${#paths[@]})) || return 0
     for tool in curl unzip; do
         command -v "$tool" >/dev/null ||
-            fail "no command $tool, wanted it for what $raw lacks; install it, or put ${paths[*]} there yourself"
+            fail "no command $tool, expected it for what $raw lacks; install it, or put ${paths[*]} there yourself"
     done
     if ! mkdir -p "$raw" 2>/dev/null || [[ ! -w $raw ]]; then
-        fail "$raw: cannot be written to, wanted it for ${paths[*]}; take another folder, or put them there yourself"
+        fail "$raw: cannot be written to, expected it for ${paths[*]}; take another folder, or put them there yourself"
     fi
     # Two writers would spoil a download. After a kill -9 the lock stays with curl until it has ended too.
     exec 9<"$raw"
     ! command -v flock >/dev/null || flock --nonblock 9 || (($? != 1)) ||
-        fail "$raw: another recipe is at work here, wanted to be the only one; wait for its end, or stop it"
+        fail "$raw: another recipe is at work here, expected to be the only one; wait for its end, or stop it"
     for ((i = 0; i < ${#paths[@]}; i++)); do
         zip=$raw/${urls[i]##*/}
         if ((i == 0)) || [[ ${urls[i]} != "${urls[i - 1]}" ]]; then
@@ -74,10 +74,10 @@ fetch() { # PATH URL [PATH URL ...], the paths of one zip side by side
 bytes_at() { # URL PATH
     local answer size
     answer=$(curl --fail --silent --show-error --location --head --retry 3 --connect-timeout 30 "$1" 2>&1) ||
-        fail "$1: $(grep '^curl: ' <<<"$answer" | tail -n 1), wanted $2 from there;\
+        fail "$1: $(grep '^curl: ' <<<"$answer" | tail -n 1), expected $2 from there;\
  check the network, or put it into $raw yourself ($0 says more at its top)"
     size=$(awk 'tolower($1) == "content-length:" { size = $2 } END { printf "%.0f", size }' <<<"$answer")
-    ((size)) || fail "$1: the server does not say how many bytes it has, wanted a file; take another mirror"
+    ((size)) || fail "$1: the server does not say how many bytes it has, expected a file; take another mirror"
     echo "$size"
 }
 
@@ -87,7 +87,7 @@ download() { # URL FILE BYTES
     say "downloading $1"
     until have=$(bytes "$part") && ((have == $3)); do
         ((failed < 5)) ||
-            fail "$1: stopped after $have of $3 bytes, wanted all; run the same command again to go on from there"
+            fail "$1: stopped after $have of $3 bytes, expected all; run the same command again to go on from there"
         # More than the whole is of another file.
         ((have < $3)) || rm "$part"
         code=0
@@ -112,7 +112,7 @@ unpack() { # ZIP PATH
     # 1: with a warning.
     if ((code > 1)); then
         rm -rf "$fresh"
-        fail "$1: unzip's status is $code, wanted a whole zip that holds $2 and $(mb "$(bytes "$1")") free;\
+        fail "$1: unzip's status is $code, expected a whole zip that holds $2 and $(mb "$(bytes "$1")") free;\
  remove the zip if it is damaged, or free some space, and run the same command again"
     fi
     mkdir -p "$(dirname "$raw/$2")"
@@ -151,4 +151,4 @@ shift 2
 # After what is on the PATH: the environment that `make install` puts into a checkout.
 PATH=$PATH:$(dirname "${BASH_SOURCE[0]}")/../.venv/bin
 command -v captionscale >/dev/null ||
-    fail "no command captionscale, wanted it on the PATH; activate its environment, or install it"
+    fail "no command captionscale, expected it on the PATH; activate its environment, or install it"

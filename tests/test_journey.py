@@ -145,11 +145,11 @@ def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on
         "--image-info", listed, "--name", "tiny", "--out", tmp_path / "upload",
     )  # fmt: skip
     assert said.endswith(f"upload {tmp_path / 'upload' / 'nocaps_val_tiny_results.json'}\n")
-    wanted = "8 of 8 images of split 'test' have no captions; wanted them to score against"
+    wanted = "8 of 8 images of split 'test' have no captions; expected them to score against"
     assert wanted in _refuse(capsys, "score", run, "--split", "test", "--shards", shards)
     tiny_config(tmp_path, shards, "data.train_split=test", "data.val_split=test")
     said = _refuse(capsys, "train", tmp_path / "experiment.toml", "--out", tmp_path / "run")
-    assert "have no captions; wanted them to train; pack the data set with its captions" in said
+    assert "have no captions; expected them to train; pack the data set with its captions" in said
     assert "expected either RUN IMAGE ..." in _refuse(capsys, "caption", run, images[0], "--split", "test")
     assert "expected either RUN IMAGE ..." in _refuse(capsys, "caption", run)
 
@@ -203,7 +203,7 @@ def test_bad_input_is_told_in_one_line(
     text = tmp_path / "text.jpg"
     text.write_text("no image")
     assert "not a readable image" in _refuse(capsys, "caption", run, text)
-    assert "no such file, wanted an image" in _refuse(capsys, "caption", run, tmp_path / "none.jpg")
+    assert "no such file, expected an image" in _refuse(capsys, "caption", run, tmp_path / "none.jpg")
     assert "no checkpoint, so no run" in _refuse(capsys, "caption", tmp_path, text)
     assert "no split 'vla'; did you mean 'val'?" in _refuse(capsys, "score", run, "--split", "vla")
     assert "no --split" in _refuse(capsys, "score", run)

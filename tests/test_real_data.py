@@ -95,5 +95,5 @@ def test_a_sample_of_coco_is_not_taken_for_coco(real_data: Path, tmp_path: Path,
             *("coco", "--images", data / "val2017", "--captions", captions, "--split", "val"),
             *("--out", tmp_path / "out", "--expect", "val=5000"),
         )
-    assert "split 'val' has 60 images, wanted 5,000" in capsys.readouterr().err
+    assert "split 'val' has 60 images, expected 5,000" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -238,7 +238,7 @@ def test_coco_comes_over_a_broken_line_and_a_second_run_has_nothing_to_do(
     assert {path: path.stat().st_mtime_ns for path in out.glob("[!.]*")} == written
 
     said = refused(run(mirror, "coco2014", raw, tmp_path / "other", *expect(val=3)))
-    assert "split 'train' has 4 images, wanted 82,783" in said
+    assert "split 'train' has 4 images, expected 82,783" in said
 
 
 def test_flickr8k_goes_on_where_it_was_killed(mirror: Mirror, tmp_path: Path) -> None:
@@ -288,14 +288,14 @@ def test_flickr8k_goes_on_where_it_was_killed(mirror: Mirror, tmp_path: Path) ->
     cut = raw / "Flickr8k_text.zip"
     cut.write_bytes(mirror.files["/Flickr8k_text.zip"][:-100])
     said = refused(run(mirror, "flickr8k", raw, out))
-    assert re.search(r"Flickr8k_text.zip: unzip's status is \d+, wanted a whole zip that holds", said)
+    assert re.search(r"Flickr8k_text.zip: unzip's status is \d+, expected a whole zip that holds", said)
     assert [start for name, start in mirror.downloads if name == "Flickr8k_Dataset.zip"] == [0, had]
     assert {path.name for path in (raw / "Flicker8k_Dataset").iterdir()} == set(every)
 
     cut.unlink()
     said = refused(run(mirror, "flickr8k", raw, out))
-    for split, found, wanted in (("train", 3, "6,000"), ("val", 2, "1,000"), ("test", 1, "1,000")):
-        assert f"split '{split}' has {found} images, wanted {wanted}" in said
+    for split, found, expected in (("train", 3, "6,000"), ("val", 2, "1,000"), ("test", 1, "1,000")):
+        assert f"split '{split}' has {found} images, expected {expected}" in said
     done = run(mirror, "flickr8k", raw, out, *expect(train=3, val=2, test=1))
     assert done.stdout.splitlines()[-1] == f"{out}: as packed: images: train 3, val 2, test 1", done.stderr
 
@@ -306,7 +306,7 @@ def test_karpathys_split_is_the_same_from_his_file_and_from_the_lists(mirror: Mi
     totals = expect(train=5, val=1, test=1)
     said = refused(run(mirror, "karpathy", raw, tmp_path / "none"))
     assert re.search(
-        r"caption_datasets.zip: curl: \(22\) .*404, wanted dataset_coco.json from there; .*karpathy.sh says",
+        r"caption_datasets.zip: curl: \(22\) .*404, expected dataset_coco.json from there; .*karpathy.sh",
         said,
     )
     assert mirror.downloads == []
@@ -346,7 +346,7 @@ def test_flickr30k_says_where_its_images_must_lie_and_needs_no_server_with_range
 ) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"
     said = refused(run(mirror, "flickr30k", raw, out))
-    assert "raw/flickr30k-images: no such folder, wanted the images; " in said
+    assert "raw/flickr30k-images: no such folder, expected the images; " in said
     (raw / "flickr30k-images").mkdir(parents=True)
     names = [f"{k}.jpg" for k in range(4)]
     for k, name in enumerate(names):
@@ -367,7 +367,7 @@ def test_a_download_that_gets_nowhere_is_given_up(mirror: Mirror, tmp_path: Path
     said = refused(run(mirror, "flickr30k", tmp_path, tmp_path / "out"))
     whole = len(mirror.files["/caption_datasets.zip"])
     assert len(mirror.downloads) == 5
-    assert f"stopped after {whole} of {whole + 3} bytes, wanted all; run the same command again" in said
+    assert f"stopped after {whole} of {whole + 3} bytes, expected all; run the same command again" in said
 
 
 def test_what_a_user_can_mend_is_told_in_one_line(mirror: Mirror, tmp_path: Path) -> None:
@@ -389,14 +389,14 @@ def test_what_a_user_can_mend_is_told_in_one_line(mirror: Mirror, tmp_path: Path
         assert len(done.stderr.splitlines()) <= 4
         return refused(done)
 
-    assert "no command captionscale, wanted it on the PATH" in say(PATH=str(tools))
+    assert "no command captionscale, expected it on the PATH" in say(PATH=str(tools))
     (tools / "captionscale").symlink_to(Path(sysconfig.get_path("scripts")) / "captionscale")
     (tools / "unzip").unlink()
-    assert "no command unzip, wanted it for what" in say(PATH=str(tools))
+    assert "no command unzip, expected it for what" in say(PATH=str(tools))
     assert re.search(
         r"curl: \(7\) .*; check the network, or put it into", say(KARPATHY_URL="http://127.0.0.1:9")
     )
-    assert "/none: cannot be written to, wanted it for train2014 " in refused(
+    assert "/none: cannot be written to, expected it for train2014 " in refused(
         run(mirror, "coco2014", Path("/dev/null/none"), out)
     )
     mirror.files["/caption_datasets.zip"] = b""
@@ -405,11 +405,11 @@ def test_what_a_user_can_mend_is_told_in_one_line(mirror: Mirror, tmp_path: Path
     assert "too little space" in say()
     mirror.claimed_too_many = 0
     mirror.files["/caption_datasets.zip"] = zipped({"dataset_coco.json": b"{}"})
-    assert "unzip's status is 11, wanted a whole zip that holds dataset_flickr30k.json" in say()
+    assert "unzip's status is 11, expected a whole zip that holds dataset_flickr30k.json" in say()
     (raw / "caption_datasets.zip").write_bytes(b"<html>Log in to the hotel's network</html>")
-    assert "unzip's status is 9, wanted a whole zip" in say()
+    assert "unzip's status is 9, expected a whole zip" in say()
     (raw / "dataset_flickr30k.json").write_text("{}")
-    assert "wanted Karpathy's layout" in say()
+    assert "expected Karpathy's layout" in say()
 
 
 @pytest.mark.parametrize("words", [[], ["raw"], ["--help"], ["raw", "--workers", "2"]], ids=" ".join)

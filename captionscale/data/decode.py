@@ -1,4 +1,4 @@
-"""From stored bytes to upright pixels."""
+"""Decode stored image bytes to upright pixels."""
 
 import io
 import math
@@ -20,12 +20,12 @@ from captionscale.files import UnfitFileError, read_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
-# The filters are the whole process's: a thread that set them for itself would put back another's.
+# Warning filters are global to the process: set once, not by each thread.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-# What libjpeg says of missing or broken pixels; all else that it warns of (bytes too many between segments,
-# an unknown revision of JFIF, an odd ICC profile) harms no picture.
+# libjpeg's warnings of missing or broken pixels. Its other warnings (extra bytes between segments, an unknown
+# JFIF revision, an odd ICC profile) are harmless.
 _DAMAGE = re.compile(r"premature end|bad \w+ code|instead of RST", re.IGNORECASE)
 _TILE_PIXELS = 1 << 20
 # A JPEG segment before the pixels other than APP1, which holds EXIF and XMP and so the orientation.
@@ -33,12 +33,12 @@ _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xe0\xe2-\xfe]")
 
 
 class ImageInfo(NamedTuple):
-    """What an image file is.
+    """Size and format of an image file.
 
     Attributes:
-        width: In pixels, of the upright picture.
-        height: In pixels, of the upright picture.
-        extension: The file name extension that a WebDataset reader decodes these bytes by, such as `jpg`.
+        width: In pixels, upright.
+        height: In pixels, upright.
+        extension: File name extension by which a WebDataset reader decodes these bytes, such as `jpg`.
     """
 
     width: int
@@ -47,16 +47,16 @@ class ImageInfo(NamedTuple):
 
 
 def decode_image(data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]:
-    """Return RGB pixels, turned the way up that the EXIF orientation says, on white where transparent.
+    """Return RGB pixels, upright by the EXIF orientation, on white where transparent.
 
-    simplejpeg decodes what is an ordinary JPEG, Pillow all else; on JPEGs both give the same pixels.
+    simplejpeg decodes ordinary JPEGs, Pillow the rest; on JPEGs both give the same pixels.
 
     Args:
-        data: A JPEG, PNG, WebP, BMP or GIF file; of several frames the first is taken.
-        place: Where the bytes are from, for the error.
+        data: A JPEG, PNG, WebP, BMP or GIF file; its first frame is decoded.
+        place: Source of the bytes, for errors.
 
     Raises:
-        UserError: No such file, a damaged one, or one of absurdly many pixels.
+        UserError: The image is damaged or beyond the limits.
     """
     with _refusing(data, place):
         header = _jpeg_header(data)
@@ -73,57 +73,57 @@ def read_image(file: Path) -> UInt8[np.ndarray, "height width 3"]:
     """
     if not file.is_file():
         found = "a folder" if file.is_dir() else "no such file"
-        raise UserError(f"{file}: {found}, wanted an image, such as a JPEG; correct the path")
+        raise UserError(f"{file}: {found}, expected an image, such as a JPEG; correct the path")
     try:
         data = read_file(file, image_limits.MAX_IMAGE_BYTES)
     except UnfitFileError as error:
-        raise UserError(f"{file}: {error.strerror}, wanted an image; correct the path") from None
+        raise UserError(f"{file}: {error.strerror}, expected an image; correct the path") from None
     return decode_image(data, str(file))
 
 
 def decode_pil(data: bytes, place: str) -> Image.Image:
-    """Return `decode_image` as a picture of Pillow's."""
+    """Return `decode_image` as a Pillow image."""
     return Image.fromarray(decode_image(data, place))
 
 
-def pil_to_rgb(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """Return the pixels of a picture of Pillow's, as `decode_image` does of a file.
+def pil_to_rgb(pil: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    """Return the pixels of a Pillow image, as `decode_image` does for a file.
 
     Raises:
         UserError: As `decode_image` does, if Pillow has opened a file but not decoded it yet.
     """
-    file = picture.fp if isinstance(picture, ImageFile.ImageFile) else None
+    file = pil.fp if isinstance(pil, ImageFile.ImageFile) else None
     if file is None or file.closed:
-        return _uprighted(picture)
+        return _uprighted(pil)
     at = file.tell()
     file.seek(0)
     data = file.read()
     file.seek(at)
-    with _refusing(data, getattr(picture, "filename", "") or "image"):
-        return _uprighted(picture)
+    with _refusing(data, getattr(pil, "filename", "") or "image"):
+        return _uprighted(pil)
 
 
-def _uprighted(picture: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    picture.load()
-    width, height = picture.size
+def _uprighted(pil: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    pil.load()
+    width, height = pil.size
     image = np.empty((height, width, 3), np.uint8)
-    # By tiles, as the steps to RGB need up to twenty bytes for each pixel.
+    # In tiles: conversion to RGB takes up to twenty bytes a pixel.
     columns = min(width, _TILE_PIXELS)
     rows = max(1, _TILE_PIXELS // columns)
     for top in range(0, height, rows):
         for left in range(0, width, columns):
             bottom, right = min(height, top + rows), min(width, left + columns)
-            tile = picture.crop((left, top, right, bottom))
+            tile = pil.crop((left, top, right, bottom))
             image[top:bottom, left:right] = np.asarray(_rgb(tile))
-    return _upright(image, _orientation(picture))
+    return _upright(image, _orientation(pil))
 
 
 def image_info(data: bytes, place: str, *, full_decode: bool) -> ImageInfo:
-    """Return what an image file is, at the least cost.
+    """Return size and format of an image file.
 
     Args:
         data: A JPEG, PNG, WebP, BMP or GIF file.
-        place: Where the bytes are from, for the error.
+        place: Source of the bytes, for errors.
         full_decode: Prove that `decode_image` can decode it; otherwise read only what gives the size.
 
     Raises:
@@ -136,11 +136,11 @@ def image_info(data: bytes, place: str, *, full_decode: bool) -> ImageInfo:
             height, width, orientation = header
             extension = "jpg"
         else:
-            with _open(data) as picture:
+            with _open(data) as pil:
                 if full_decode:
-                    picture.load()
-                (width, height), orientation = picture.size, _orientation(picture)
-                kind = str(picture.format)
+                    pil.load()
+                (width, height), orientation = pil.size, _orientation(pil)
+                kind = str(pil.format)
             # MPO, of phones with two lenses, is a JPEG with more behind it.
             extension = "jpg" if kind in ("JPEG", "MPO") else kind.lower()
         return (
@@ -149,62 +149,60 @@ def image_info(data: bytes, place: str, *, full_decode: bool) -> ImageInfo:
 
 
 def count_pixels(data: bytes, place: str) -> int:
-    """Return the number of pixels that an image file's header states. Nothing is decoded.
-
-    Unlike `image_info`, which decodes a PNG to find an orientation after its pixels.
+    """Return the number of pixels stated by an image file's header, without decoding.
 
     Raises:
-        UserError: As `decode_image` does, for what its header and the limits tell.
+        UserError: The header is damaged, or the image is beyond the limits.
     """
-    with _refusing(data, place), _open(data) as picture:
-        return picture.width * picture.height
+    with _refusing(data, place), _open(data) as pil:
+        return pil.width * pil.height
 
 
 @contextmanager
 def _refusing(data: bytes, place: str) -> Iterator[None]:
-    """Hold an image file to the limits, then turn what its decoder raises into an error with its place."""
+    """Check the limits, and turn decoder errors into user errors."""
     try:
         image_limits.check_image(data)
         yield
     except MemoryError:
-        raise  # The machine's fault, not the image's.
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise UserError(
-            f"{place}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, wanted at most so many; make it smaller"
+            f"{place}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, the most expected; resize the image"
         ) from None
-    # Pillow's decoders raise nearly anything on damaged bytes; all of it means the same to a user.
+    # On damaged bytes, Pillow's decoders raise nearly any exception.
     except Exception as error:
         reason = str(error).split("<_io")[0].strip() or type(error).__name__
         raise UserError(
             f"{place}: not a readable image ({reason}), {len(data):,} bytes;"
-            f" wanted {', '.join(FORMATS)}; repair or remove it"
+            f" expected {', '.join(FORMATS)}; repair or remove it"
         ) from None
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
-    """Return stored height, width and orientation of a JPEG that simplejpeg may decode, else nothing."""
+    """Return stored height, width and orientation if simplejpeg can decode this JPEG."""
     if not data.startswith(b"\xff\xd8"):
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     except ValueError:
         return None
-    # Pillow knows the colours of print, and has the words for a decompression bomb.
-    if colours not in ("YCbCr", "RGB", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+    # Pillow converts CMYK, and reports decompression bombs.
+    if colors not in ("YCbCr", "RGB", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
         return None
     at = 2
     while _SEGMENT.match(data, at):
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
     if data[at : at + 2] == b"\xff\xda":
         return height, width, 1
-    with _open(data) as picture:
-        return height, width, _orientation(picture)
+    with _open(data) as pil:
+        return height, width, _orientation(pil)
 
 
 def _jpeg(data: bytes, *, eighth: bool = False) -> UInt8[np.ndarray, "height width 3"] | None:
-    """Return a JPEG's pixels as stored; nothing where libjpeg warns of what may be harmless.
+    """Return a JPEG's pixels as stored, or None if Pillow has to judge whether a warning is harmless.
 
-    Pillow judges that: libjpeg tells only its first warning, and Pillow notices that a file ends too soon.
+    libjpeg reports only its first warning; Pillow notices truncation.
     """
     least = int(eighth)
     image: UInt8[np.ndarray, "height width 3"]
@@ -218,23 +216,23 @@ def _jpeg(data: bytes, *, eighth: bool = False) -> UInt8[np.ndarray, "height wid
 
 
 def _by_pillow(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    with _open(data) as picture:
-        return _uprighted(picture)
+    with _open(data) as pil:
+        return _uprighted(pil)
 
 
 def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
-def _orientation(picture: Image.Image) -> int:
-    """Return 1 to 8 as EXIF numbers them; 1, upright, if it says nothing that can be read."""
+def _orientation(pil: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if it cannot be read."""
     found: Any = None
-    # Damaged EXIF makes Pillow raise this and that, and no picture worse.
+    # Damaged EXIF raises nearly any exception; the pixels are still good.
     with suppress(Exception):
-        info = picture.info
+        info = pil.info
         raw = bytes.fromhex("".join(info.get("Raw profile type exif", "").split("\n")[3:]))
         image_limits.check_tiff_directory(info.get("exif", raw))
-        found = picture.getexif().get(ExifTags.Base.Orientation)
+        found = pil.getexif().get(ExifTags.Base.Orientation)
     return int(found) if found in range(1, 9) else 1
 
 
@@ -249,9 +247,9 @@ def _upright(
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Return a picture in RGB, on white where it is transparent."""
+    """Convert to RGB, on white where transparent."""
     if image.mode.startswith("I"):
-        # Greys of 16 bits, which Pillow would cut off at 255 where they have to be scaled.
+        # Pillow would clip 16-bit grays at 255 instead of scaling.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -216,7 +216,7 @@ def _filesystem(folder: str, name: str) -> tuple[Any, str]:
         return files, path
     except ImportError as error:
         raise UserError(
-            f"{url}: no package that reads {protocol}:// ({error}); wanted captionscale's extra 'remote';"
+            f"{url}: no package that reads {protocol}:// ({error}); expected captionscale's extra 'remote';"
             " pip install 'captionscale[remote]'"
         ) from None
     # What each of fsspec's many file systems raises is its own affair.
@@ -271,13 +271,13 @@ def _explained(url: str, error: Exception) -> UserError:
     found = credentials.strip(" ".join(f"{type(error).__name__}: {error}".split()))[:300].removesuffix(":")
     if _refused(error):
         return UserError(
-            f"{url}: not allowed, or not there ({found}); wanted the right to read it; check the URL and give"
-            " credentials, such as AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS or .netrc; those in a URL are"
-            " not saved with a run"
+            f"{url}: not allowed, or not there ({found}); expected the right to read it; check the URL and"
+            " give credentials, such as AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS or .netrc; those in a URL"
+            " are not saved with a run"
         )
     return UserError(
-        f"{url}: cannot be read ({found}); wanted the file; check the URL and the network, then run the same"
-        " command again"
+        f"{url}: cannot be read ({found}); expected the file; check the URL and the network, then run the"
+        " same command again"
     )
 
 

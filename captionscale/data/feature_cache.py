@@ -47,7 +47,7 @@ class FeatureReader:
         features = np.array(row["features"])
         if _hash(features) != row["hash"]:
             raise UserError(
-                f"{self.path}: row {item:,} is damaged, wanted the features that were written; delete the"
+                f"{self.path}: row {item:,} is damaged, expected the features that were written; delete the"
                 " file, and the next run computes it anew"
             )
         return features
@@ -80,12 +80,12 @@ class FeatureFile:
             found = f"{size_bytes:,} bytes" if header == self._header else "another header"
         except OSError as error:
             raise UserError(
-                f"{self.path}: {error.strerror}, wanted the features of images; all machines of a run must"
+                f"{self.path}: {error.strerror}, expected the features of images; all machines of a run must"
                 " see one folder of shards; or set train.cache_features = false"
             ) from None
         raise UserError(
-            f"{self.path}: damaged ({found}), wanted {self.size_bytes:,} bytes that hold {self.shape} numbers"
-            " of half precision; delete it, and the next run computes it anew"
+            f"{self.path}: damaged ({found}), expected {self.size_bytes:,} bytes that hold {self.shape}"
+            " numbers of half precision; delete it, and the next run computes it anew"
         )
 
     def create(self) -> None:
@@ -122,7 +122,7 @@ class FeatureFile:
         if not np.isfinite(halves).all():
             raise UserError(
                 f"{self.path}: a feature of the images from row {start:,} of the index on is"
-                f" {np.abs(features).max():g}, wanted at most {np.finfo(np.float16).max:g}, the most that"
+                f" {np.abs(features).max():g}, expected at most {np.finfo(np.float16).max:g}, the most that"
                 " half precision holds; set train.cache_features = false"
             )
         rows = np.empty(len(halves), self._row)
@@ -155,7 +155,7 @@ class FeatureFile:
 
     def _unwritten(self, error: OSError) -> UserError:
         return UserError(
-            f"{self.partial}: cannot be written ({error.strerror}), wanted a folder that all processes"
+            f"{self.partial}: cannot be written ({error.strerror}), expected a folder that all processes"
             " share, with free space; free the disk, or set train.cache_features = false"
         )
 
@@ -186,7 +186,7 @@ def features_folder(place: Storage) -> Path:
     if isinstance(place, RemoteStorage):
         raise UserError(
             f"data.shards = {place}: is a URL, but train.cache_features keeps features beside the shards;"
-            " wanted a folder of this machine; copy the shards to one, or set train.cache_features = false"
+            " expected a folder of this machine; copy the shards to one, or set train.cache_features = false"
         )
     return place.path / "features"
 
@@ -204,8 +204,8 @@ def create_all(files: Sequence[FeatureFile]) -> None:
         free = shutil.disk_usage(folder).free + sum(each.stat().st_blocks * 512 for each in begun)
         if free < size_bytes:
             raise UserError(
-                f"{folder}: {free / 1e9:,.2f} GB are free, wanted {size_bytes / 1e9:,.2f} GB for the features"
-                f" of {sum(each.shape[0] for each in files):,} images; free the disk, or set"
+                f"{folder}: {free / 1e9:,.2f} GB are free, expected {size_bytes / 1e9:,.2f} GB for the"
+                f" features of {sum(each.shape[0] for each in files):,} images; free the disk, or set"
                 " train.cache_features = false"
             )
         for each in begun - {file.partial for file in files}:
@@ -224,7 +224,7 @@ def create_all(files: Sequence[FeatureFile]) -> None:
 def cannot_write(folder: Path, error: OSError) -> UserError:
     """Return what is to be said of a folder in which nothing can be written."""
     return UserError(
-        f"{folder}: {(error.strerror or str(error)).lower()}, wanted to keep features there"
+        f"{folder}: {(error.strerror or str(error)).lower()}, expected to keep features there"
         " (train.cache_features); make the folder writable, copy the shards, or set"
         " train.cache_features = false"
     )

@@ -1,8 +1,8 @@
-"""Limits on the work that an image file may ask of a decoder, checked before one sees it.
+"""Limits on the decoding work of an image file, checked before decoding.
 
-Pixels alone are no measure of it: a JPEG scan of ten bytes costs a pass over the whole image, and Pillow
-reads metadata in Python. Each limit is far above what encoders write. The worst file of 20 MB that passes
-them all takes 3.3 s of one core: 88 megapixels of JPEG with 22 scans.
+Pixels alone do not bound it: a JPEG scan of ten bytes costs a pass over the image, and Pillow reads metadata
+in Python. All limits are far above real files. The worst 20 MB file within them takes 3.3 s on one core: 88
+megapixels of JPEG with 22 scans.
 """
 
 import math
@@ -15,7 +15,7 @@ from PIL import Image
 _JPEG, _PNG, _GIF, _BMP, _WEBP = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"RIFF"
 
 MAX_IMAGE_BYTES = 512 << 20
-"""Of an image file: more than the pixels that are let through take without compression."""
+"""Of an image file: above the uncompressed size of the pixel limit."""
 _METADATA_PARTS = 1000
 """Segments or chunks that are not pixels. Pillow appends each to those before it."""
 _METADATA_BYTES = 16 << 20
@@ -44,15 +44,10 @@ _UNITS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12
 
 
 def check_image(data: bytes) -> None:
-    """Refuse an image file that would take a decoder too long.
-
-    A file of no known format passes: no decoder takes it.
-
-    Args:
-        data: The whole file.
+    """Refuse an image file that takes too long to decode. Unknown formats pass, as no decoder reads them.
 
     Raises:
-        ValueError: Too many scans for its pixels, too much metadata, or a coding that no encoder uses.
+        ValueError: Too many scans or pixels, too much metadata, or an unsupported coding.
         Image.DecompressionBombError: Too many pixels, where Pillow would notice too late.
     """
     if data.startswith(_JPEG):
@@ -68,13 +63,10 @@ def check_image(data: bytes) -> None:
 
 
 def check_tiff_directory(tiff: bytes) -> None:
-    """Refuse a TIFF directory, such as EXIF, whose values are many times as long as itself.
-
-    Args:
-        tiff: From its byte order on, or from the header `Exif` that may precede it.
+    """Refuse a TIFF directory, such as EXIF, whose values take too much memory.
 
     Raises:
-        ValueError: It is one.
+        ValueError: They do.
     """
     while tiff.startswith(b"Exif\0\0"):
         tiff = tiff[6:]
@@ -217,7 +209,7 @@ def _check_webp(data: bytes) -> None:
 
 
 class _Metadata:
-    """What has been met that is not pixels."""
+    """Counts metadata."""
 
     def __init__(self) -> None:
         self._parts = self._bytes = 0

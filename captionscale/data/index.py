@@ -1,4 +1,4 @@
-"""The index of a split: a row for each sample says where it is; checked before anything relies on it."""
+"""The index of a split: a row per sample with its location, validated when read."""
 
 import hashlib
 import io
@@ -27,7 +27,7 @@ INDEX_DTYPE = np.dtype(
     ]
 )
 _MAX_HEADER_BYTES = 4096
-"""NumPy's own: a tenth of it is used."""
+"""NumPy's limit."""
 _MAX_CAPTIONS = 10**6
 _MAX_SIDE = 10**8
 _NAMED = 5
@@ -39,31 +39,30 @@ def index_name(split: str) -> str:
 
 
 def read(place: Storage, split: str, facts: SplitInfo) -> Shaped[np.ndarray, "sample"]:
-    """Return the rows of a split's index, none of which points out of the split's shards.
+    """Return a split's index, with all rows inside the split's shards.
 
     Args:
-        place: Where the index is.
+        place: The folder or URL.
         split: Such as `train`.
-        facts: What the manifest says of the split.
+        facts: The split's entry in the manifest.
 
     Raises:
-        UserError: It is missing, damaged, or speaks of what the manifest does not know.
+        UserError: The index is missing, damaged, or differs from the manifest.
     """
     path = f"{place}/{index_name(split)}"
     try:
-        # The manifest says how many rows it has.
         expected_bytes = facts.images * INDEX_DTYPE.itemsize + _MAX_HEADER_BYTES
         data = place.fetch(index_name(split), min(expected_bytes, MAX_INDEX_BYTES))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}, wanted the split's index; {CURE}") from None
-    # It pairs images with captions: a damaged one would do so wrongly without a word.
+        raise UserError(f"{path}: {error.strerror}, expected the split's index; {CURE}") from None
+    # The index pairs images with captions: a damaged one could mispair them silently.
     if hashlib.sha256(data).hexdigest() != facts.index_sha256:
         raise UserError(f"{path}: sha256 differs from the manifest's; {CURE}")
     index = _parse(data, path)
     if len(index) == 0 or len(index) != facts.images:
         raise UserError(
-            f"{path}: {len(index):,} images, manifest says {facts.images:,}; wanted at least one and the same"
-            f" number; {CURE}"
+            f"{path}: {len(index):,} images, manifest says {facts.images:,}; expected at least one and the"
+            f" same number; {CURE}"
         )
     for fault, rows in _faults(index, facts):
         if len(found := np.flatnonzero(rows)):
@@ -78,17 +77,17 @@ def read(place: Storage, split: str, facts: SplitInfo) -> Shaped[np.ndarray, "sa
 
 
 def _parse(data: bytes, path: str) -> Shaped[np.ndarray, "sample"]:
-    """Return the rows without a copy; nothing that the header promises is believed before it is there."""
+    """Return the rows without a copy, after checking the header against the file's size."""
     file = io.BytesIO(data)
     try:
         if (version := np.lib.format.read_magic(file)) != (1, 0):
             raise ValueError(f"version {version} of NumPy's format, expected (1, 0)")
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    # NumPy lets out what its parsers raise on a damaged header: SyntaxError, TokenError and others.
+    # On a damaged header NumPy raises SyntaxError, TokenError and others.
     except Exception as error:
         raise UserError(f"{path}: not an index ({' '.join(str(error).split()):.200}); {CURE}") from None
     if dtype != INDEX_DTYPE:
-        raise UserError(f"{path}: columns {dtype.names!s:.200}, wanted {INDEX_DTYPE.names}; {CURE}")
+        raise UserError(f"{path}: columns {dtype.names!s:.200}, expected {INDEX_DTYPE.names}; {CURE}")
     there = (len(data) - file.tell()) / INDEX_DTYPE.itemsize
     if fortran_order or len(shape) != 1 or shape[0] != there:
         raise UserError(
@@ -101,14 +100,14 @@ def _parse(data: bytes, path: str) -> Shaped[np.ndarray, "sample"]:
 def _faults(
     index: Shaped[np.ndarray, "sample"], facts: SplitInfo
 ) -> Iterator[tuple[str, Bool[np.ndarray, "sample"]]]:
-    """Yield what a row may not have, and the rows that have it; later ones rely on the earlier ones."""
+    """Yield each kind of fault with the rows that have it; later checks rely on earlier ones."""
     shards = index["shard"]
     last = len(facts.shards) - 1
-    yield f"speaks of {{tar}}, but the manifest has {last + 1:,} shards", (shards < 0) | (shards > last)
+    yield f"names {{tar}}, but the manifest has {last + 1:,} shards", (shards < 0) | (shards > last)
     sizes = np.array([shard.size_bytes for shard in facts.shards], np.int64)[shards]
     for part in ("image", "json"):
         offset, size = index[f"{part}_offset"], index[f"{part}_size"]
-        # No sum of two that may overflow.
+        # Without sums, which may overflow.
         outside = (offset < 0) | (size < 1) | (size > sizes) | (offset > sizes - size)
         yield (
             f"{part} of {{{part}_size}} bytes at byte {{{part}_offset}}, expected it within {{tar}}",

@@ -1,6 +1,6 @@
-"""From items to batches: read by offset, decode, augment, number the words.
+"""Batches from items: read, decode, augment, tokenize.
 
-The loader holds no position and no random state: a batch is a function of its items and the epoch.
+The loader is stateless: a batch depends only on its items and the epoch.
 """
 
 from collections import deque
@@ -29,16 +29,16 @@ _Work = tuple[Items, ImageBatch, list[Future[list[Captions]]]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures and all captions of each of them."""
+    """Images with all their captions."""
 
     images: ImageBatch
-    """As pixels, channels last in memory; or as the features that an encoder has made of them."""
+    """Pixels, channels last in memory, or cached encoder features."""
     tokens: Int[Tensor, "caption time"]
-    """Start, words, end, then padding."""
+    """START, words, END, then PAD."""
     image_index: Int[Tensor, "caption"]
-    """The row of `images` that each caption belongs to."""
+    """Row of `images` of each caption."""
     image_ids: list[int]
-    """The data set's."""
+    """Image ids of the data set."""
     lengths: Sequence[int] = ()
     """Number of tokens to read of each caption, all but its last, for the host; by default from `tokens`."""
 
@@ -49,7 +49,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device."""
-        # Pinned memory is copied while this thread goes on.
+        # Copies from pinned memory are asynchronous.
         images = self.images.to(device, non_blocking=self.images.is_pinned())
         return Batch(
             images, self.tokens.to(device), self.image_index.to(device), self.image_ids, self.lengths
@@ -72,34 +72,34 @@ class Loader:
         seed: int = 0,
         features: FeatureReader | None = None,
     ):
-        """Take what batches are made of.
+        """Create a loader with `data.workers` threads.
 
         Args:
-            split: Whose images and captions they hold.
-            vocabulary: Numbers the words.
-            data: The config's section.
-            seed: Of the augmentation.
-            features: Of all images of the split: batches then hold these, and no image is decoded.
+            split: Images and captions.
+            vocabulary: Token ids.
+            data: The config's section `data`.
+            seed: Seed of the augmentation.
+            features: Cached features of all images of the split, used instead of pixels.
         """
         self.features = features
         self.split = split
         self.vocabulary = vocabulary
         self.data = data
         self.seed = seed
-        # Each thread does one picture: torch's own threads would fight with these for the cores. What one
-        # sets for itself, torch also gives to threads to come, but not to one that has asked for its number.
+        # Worker threads run torch on one core each. torch passes a thread's setting on to threads that start
+        # later, but not to this one once it has asked for its number.
         torch.get_num_threads()
         self._pool = ThreadPoolExecutor(data.workers, "decode", torch.set_num_threads, (1,))
 
     def prefetch(
         self, requests: Iterable[tuple[Int[np.ndarray, "_"], int | None]], depth: int = 3
     ) -> Iterator[Batch]:
-        """Yield the batch of each request, decoding the next ones meanwhile.
+        """Yield the batch of each request, while the next ones are decoded.
 
         Args:
-            requests: Rows of the split's index, and the epoch of training, which keys the augmentation; no
-                epoch: the centre of each picture.
-            depth: Batches decoded ahead of the one in use.
+            requests: Rows of the split's index, and the training epoch, which seeds the augmentation; None
+                takes center crops.
+            depth: Batches to decode ahead.
 
         Raises:
             UserError: A damaged shard.
@@ -113,22 +113,20 @@ class Loader:
             yield self._collate(*waiting.popleft())
 
     def close(self) -> None:
-        """Let go of the threads, without waiting for what they were asked."""
+        """Stop the threads; pending work is canceled."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, items: Items, epoch: int | None) -> _Work:
-        pictures = self._room(len(items))
-        # The threads' own views of it, as wide as what they put there.
-        rows = pictures.numpy() if self.features is not None else pictures.permute(0, 2, 3, 1).numpy()
-        # One piece of work for each thread: to hand over a single picture takes a tenth of its decoding.
+        images = self._empty(len(items))
+        rows = images.numpy() if self.features is not None else images.permute(0, 2, 3, 1).numpy()
+        # One task per thread: submitting single images costs a tenth of their decoding.
         some = max(1, -(-len(items) // self.data.workers))
         pieces = [slice(start, start + some) for start in range(0, len(items), some)]
         work = [self._pool.submit(self._fill, rows[piece], items[piece], epoch) for piece in pieces]
-        return items, pictures, work
+        return items, images, work
 
-    def _room(self, count: int) -> ImageBatch:
-        """Return the memory of a batch's pictures, which is yet to be filled."""
-        # Once a GPU is in use: torch keeps pinned memory, and gives it out again when it was copied.
+    def _empty(self, count: int) -> ImageBatch:
+        """Return memory for a batch; pinned once a GPU is in use."""
         pinned: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         if self.features is not None:
             return torch.empty((count, *self.features.shape), dtype=torch.float16, pin_memory=pinned)
@@ -137,7 +135,7 @@ class Loader:
         return pixels.permute(0, 3, 1, 2)
 
     def _fill(self, rows: Views, items: Items, epoch: int | None) -> list[Captions]:
-        """Put items' pictures into their rows, and return their captions."""
+        """Write images into `rows`, and return their tokenized captions."""
         captions, words = [], self.data.max_words
         for row, item in zip(rows, items.tolist(), strict=True):
             row[...] = self._view(item, epoch)
@@ -149,11 +147,11 @@ class Loader:
             return self.features[item]
         data = self.data
         place = f"{self.split.storage}: image {self.split.index[item]['image_id']}"
-        picture = decode.decode_image(self.split.image(item), place)
+        image = decode.decode_image(self.split.image(item), place)
         if epoch is None:
-            return transforms.center_crop(picture, data.image_size)
+            return transforms.center_crop(image, data.image_size)
         return transforms.augment(
-            picture,
+            image,
             data.image_size,
             crop_scale=data.crop_scale,
             flip=data.flip,

@@ -1,4 +1,4 @@
-"""What a packed folder says of itself: `manifest.json`, written last, read first."""
+"""The manifest of packed shards, `manifest.json`: written last, read first."""
 
 import re
 from collections.abc import Callable
@@ -13,15 +13,15 @@ from captionscale.files import MB, read_file
 
 FORMAT = 2
 MAX_MANIFEST_BYTES = 16 * MB
-"""Of a manifest: 100,000 shards of 150 bytes each; its JSON takes 20 times as much memory at worst."""
+"""Of a manifest: 100,000 shards of 150 bytes; parsing takes at most 20 times as much memory."""
 MAX_INDEX_BYTES = 2000 * MB
-"""Of an index, whatever the manifest says: 22 million images."""
+"""Of an index: 22 million images."""
 MAX_REJECTED_BYTES = 512 * MB
 """Of the list of rejected images."""
 MANIFEST = "manifest.json"
-# A split gives its name to files.
+# Splits name files.
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-CURE = "copy it again from where it is whole, or remove the folder and pack again"
+CURE = "copy it again from an intact source, or remove the folder and pack again"
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=2**50)]
 _Positive = Annotated[int, msgspec.Meta(ge=1, lt=2**50)]
@@ -29,16 +29,16 @@ _Hash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 def shard_name(split: str, number: int) -> str:
-    """Return the file name of a split's tar."""
+    """Return the file name of a shard."""
     return f"{split}-{number:05d}.tar"
 
 
 class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was done to the images.
+    """How images are stored.
 
     Attributes:
-        short_side: To which larger images were shrunk, in pixels; None: the original bytes.
-        quality: JPEG quality of those that were made smaller; None where none was.
+        short_side: Shorter side to which larger images were resized, in pixels; None: original bytes.
+        quality: JPEG quality of resized images.
     """
 
     short_side: _Positive | None = None
@@ -63,14 +63,14 @@ class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One split.
 
     Attributes:
-        images: Those packed.
-        captions: Of all of them; 0 if the data set has none.
-        rejected: Images that could not be read; `rejected.jsonl` names them.
-        tool: What packed it, and the libraries that made images smaller, with their versions.
-        sources: SHA-256 of each caption file, list or tar that it was read from.
-        fingerprint: Of the records and options that it was packed from.
-        index_sha256: Of the index file.
-        shards: In the order of their numbers.
+        images: Number of packed images.
+        captions: Number of captions of all images; may be 0.
+        rejected: Number of unreadable images, listed in `rejected.jsonl`.
+        tool: Versions of captionscale and of the libraries that resized images.
+        sources: SHA-256 of each caption file, list or tar of the data set.
+        fingerprint: Hash of the records and options.
+        index_sha256: SHA-256 of the index file.
+        shards: Shards by number.
     """
 
     images: _Count
@@ -84,7 +84,7 @@ class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All splits of a folder, which share what was done to the images."""
+    """All splits of a folder; images are stored alike in all of them."""
 
     format: int
     images: Images
@@ -96,11 +96,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def loads(data: bytes, place: str) -> Manifest:
-    """Read a manifest.
-
-    Args:
-        data: The file's content.
-        place: Where it is from, for the errors.
+    """Parse a manifest; `place` is for errors.
 
     Raises:
         UserError: It is damaged or of another format.
@@ -115,11 +111,11 @@ def loads(data: bytes, place: str) -> Manifest:
         raise UserError(f"{place}: not a manifest ({reason}); {CURE}") from None
     newer = isinstance(found, int) and found > FORMAT
     cure = "upgrade captionscale" if newer else "pack again, into another folder"
-    raise UserError(f"{place}: format {found}, wanted {FORMAT}; {cure}")
+    raise UserError(f"{place}: format {found}, expected {FORMAT}; {cure}")
 
 
 def read(folder: Path) -> Manifest:
-    """Return what a packed folder says of itself.
+    """Return the manifest of a folder of shards.
 
     Raises:
         UserError: No manifest, a damaged one, or one of another format.
@@ -128,11 +124,11 @@ def read(folder: Path) -> Manifest:
 
 
 def fetch(file: Callable[[str], bytes], place: str) -> Manifest:
-    """Return what a packed folder says of itself, wherever it is.
+    """Return the manifest of local or remote shards.
 
     Args:
-        file: Returns a small file of the folder.
-        place: Where the folder is, for the errors.
+        file: Reads a small file of the folder.
+        place: The folder, for errors.
 
     Raises:
         UserError: No manifest, a damaged one, or one of another format.
@@ -157,7 +153,7 @@ def _manifest(document: dict[str, Any]) -> Manifest:
             try:
                 found = parsing.convert(shard, Shard).name
             except ValueError as error:
-                # msgspec tells the place by numbers; people look for a file.
+                # Name the file instead of its number.
                 raise ValueError(f"shard {name}: {error}") from None
             if found != name:
                 raise ValueError(f"shard {name} is called {found!r:.60}")

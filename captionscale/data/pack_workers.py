@@ -1,4 +1,4 @@
-"""Processes that write shards side by side."""
+"""Parallel processes that write shards."""
 
 import multiprocessing
 import signal
@@ -14,14 +14,14 @@ from captionscale.errors import UserError
 
 
 def write_shards(jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[ShardJob, WrittenShard]]:
-    """Yield each job and its shard as they come: first those that an earlier call finished.
+    """Yield jobs and their shards as they finish, those of an earlier call first.
 
     Args:
         jobs: In any order.
-        workers: Processes; one does not leave this one, unless images are made smaller.
+        workers: Number of processes; 1 runs in this process unless images are resized.
 
     Raises:
-        UserError: As `write_shard`; a process was killed.
+        UserError: As `write_shard`; or a process was killed.
     """
     todo = []
     for job in jobs:
@@ -34,16 +34,16 @@ def write_shards(jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[Shard
         for job in todo:
             yield job, write_shard(job)
         return
-    # A fork of this process would copy all records into every worker, as it counts references to them.
-    # Workers are forks of a small server, which imports once for all: torch takes 500 MB and seconds.
+    # Forks of this process would copy all records, whose reference counts change. Workers are forks of a
+    # small server that imports torch (500 MB, seconds) once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [write_shard.__module__, *(["captionscale.data.resize"] if resizes else [])]
     )
-    # A Ctrl-C is for this process alone: who is forked while it ignores it, ignores it too.
-    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Workers inherit the ignored SIGINT: Ctrl-C stops only this process.
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()
-    signal.signal(signal.SIGINT, ours)
+    signal.signal(signal.SIGINT, previous)
     pool = ProcessPoolExecutor(min(workers, len(todo)) or 1, context, _start, (resizes,))
     waiting: dict[Future[WrittenShard], ShardJob] = {}
     remaining = iter(todo)
@@ -57,16 +57,16 @@ def write_shards(jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[Shard
                 yield waiting.pop(future), future.result()
     except (BrokenProcessPool, MemoryError):
         raise UserError(
-            "pack: a worker process was killed or could not start, perhaps for want of memory;"
+            "pack: a worker process was killed or could not start, perhaps out of memory;"
             " finished shards are kept; run the same command again, with fewer --workers"
         ) from None
     finally:
-        # The shards in hand are finished, also after Ctrl-C: the same command goes on behind them.
+        # Running jobs finish, also after Ctrl-C: the same command resumes after them.
         pool.shutdown(cancel_futures=True)
 
 
 def _start(resizes: bool) -> None:
-    """Make a worker process end with the one that started it, and take one core."""
+    """Initialize a worker: it ends with its parent, and torch uses one core."""
     subprocesses.end_with_pool()
     if resizes:
         import torch

@@ -1,4 +1,4 @@
-"""Write records as shards, on all cores, whole or not at all, from where a killed call stopped."""
+"""Pack records into shards in parallel; a killed call resumes at its last finished shard."""
 
 import hashlib
 import os
@@ -32,7 +32,7 @@ _PLAN = "plan"
 
 
 class _Plan(msgspec.Struct, frozen=True):
-    """What an unfinished call writes: the fingerprint of each split, and with what."""
+    """An unfinished call: the tool and the fingerprint of each split."""
 
     tool: str
     splits: dict[str, str]
@@ -43,17 +43,15 @@ _PLAN_DECODER = msgspec.json.Decoder(_Plan)
 
 @dataclass(frozen=True)
 class PackOptions:
-    """How records become shards.
-
-    Between a killed call and the one that ends it, `max_rejected` and `workers` alone may change.
+    """Options of packing. When a killed call resumes, only `max_rejected` and `workers` may change.
 
     Attributes:
-        images_per_shard: Images in a full shard, but for rejected ones.
-        short_side: Make images smaller until their shorter side has so many pixels; None keeps their bytes.
-        quality: JPEG quality of those that are made smaller.
-        full_decode: Decode every image, so that a damaged one is found now and not at step 30,000.
-        max_rejected: Greatest share of images that may be unreadable.
-        workers: Processes.
+        images_per_shard: Images in a full shard, including rejected ones.
+        short_side: Resize larger images to this shorter side, in pixels; None keeps the original bytes.
+        quality: JPEG quality of resized images.
+        full_decode: Decode every image to find damage now.
+        max_rejected: Maximum fraction of unreadable images.
+        workers: Number of processes.
     """
 
     images_per_shard: int = 1000
@@ -72,21 +70,20 @@ def pack(
     options: PackOptions = PackOptions(),
     progress: Callable[[int], None] = lambda _: None,
 ) -> Manifest:
-    """Write records into `out`, beside the splits that are there already.
+    """Write records as new splits into `out`.
 
-    A call that was killed is finished by the same call: whole shards are kept, and the files come out as if
-    nothing had happened, whatever the number of workers.
+    The same call resumes a killed one. The files are the same for any number of workers and interruptions.
 
     Args:
-        records: Of one or more splits.
-        out: Folder of shards, made if need be.
+        records: Records of one or more splits.
+        out: Folder of shards; created if missing.
         sources: Files that the records were read from; the manifest keeps their hashes.
-        options: How records become shards.
+        options: Options of packing.
         progress: Called with the number of images of each finished shard.
 
     Raises:
-        UserError: Too many unreadable images, a split or an image that is packed already, a killed call with
-            other records or options, another packer at work, or a full disk.
+        UserError: Too many images are unreadable, a split or image is packed already, an unfinished call had
+            other records or options, another process is packing into `out`, or the disk is full.
     """
     with lock(out, "captionscale pack"):
         before = manifest.read(out) if (out / manifest.MANIFEST).exists() else None
@@ -124,10 +121,7 @@ def pack(
 
 
 def first_image_id(out: Path, splits: Iterable[str]) -> int:
-    """Return where to count from, if the images of these splits have no ids of their own.
-
-    A second call on the same files counts as the first one did.
-    """
+    """Return the first image id for splits whose images have no ids; the same when packing is repeated."""
     if not (out / manifest.MANIFEST).exists():
         return 1
     ids: dict[str, list[int]] = {
@@ -143,7 +137,7 @@ def first_image_id(out: Path, splits: Iterable[str]) -> int:
 
 def _hashes(sources: Iterable[Path]) -> dict[str, str]:
     paths = list(sources)
-    # By their names, and by as much of their folders as tells them apart.
+    # Relative to their common folder.
     root = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
     names = [os.path.relpath(path, root).encode(errors="replace").decode() for path in paths]
     with spinner("hashing what the data set is read from"), ThreadPoolExecutor(cpu_count()) as pool:
@@ -151,11 +145,11 @@ def _hashes(sources: Iterable[Path]) -> dict[str, str]:
 
 
 def _fingerprint(records: Iterable[Record], hashes: dict[str, str], options: PackOptions) -> str:
-    """Hash all that a split's shards depend on, but for the images' bytes and where they lie."""
+    """Hash all that a split's shards depend on, except the images' bytes and folders."""
     facts = (manifest.FORMAT, sorted(hashes.items()), options.images_per_shard, options.full_decode)
     hasher = hashlib.sha256(repr((*facts, _images(options))).encode())
     for it in records:
-        # A tar is part of the place, a folder is not: it may be mounted elsewhere.
+        # Tars count, folders do not: they may be mounted elsewhere.
         tar = "" if it.size is None else it.source.rpartition("/")[2]
         hasher.update(repr((it.image_id, it.captions, tar, it.name, it.offset, it.size)).encode())
     return hasher.hexdigest()
@@ -174,31 +168,33 @@ def _images(options: PackOptions) -> Images:
 def _refuse_known(
     out: Path, before: Manifest | None, by_split: dict[str, list[Record]], options: PackOptions
 ) -> None:
-    """Refuse what would make the folder lie: a split or an image twice, two ways to store images."""
+    """Refuse repeated splits or images, and images stored in two ways."""
     ids: dict[str, Int[np.ndarray, "image"]] = {}
     for split, members in by_split.items():
         if not manifest.SPLIT_NAME.fullmatch(split):
-            raise UserError(f"split {split!r}: wanted letters, digits, - and _, as it names files; rename it")
+            raise UserError(
+                f"split {split!r}: expected letters, digits, - and _, as it names files; rename it"
+            )
         if not 0 <= members[0].image_id <= members[-1].image_id < 1 << 63:
             raise UserError(
-                f"split '{split}': an image id is below 0 or above 2^63 - 1; wanted them within; renumber"
+                f"split '{split}': an image id is below 0 or above 2^63 - 1; expected them within; renumber"
             )
         for record in members:
             if not (record.name.isascii() or _is_utf8(record.name)):
                 raise UserError(
-                    f"{record.name!r}: wanted a file name in UTF-8, which shards can hold; rename it"
+                    f"{record.name!r}: expected a file name in UTF-8, which shards can hold; rename it"
                 )
         found = ids[split] = np.array([record.image_id for record in members])
         repeated = found[1:][found[1:] == found[:-1]]
         if len(repeated):
             raise UserError(
-                f"split '{split}': image {repeated[0]} is there twice; wanted each id once; renumber"
+                f"split '{split}': image {repeated[0]} is there twice; expected each id once; renumber"
             )
     if before is not None:
         if before.images != _images(options):
             raise UserError(
-                f"{out}: images are stored as {before.images}, this call wants {_images(options)};"
-                " wanted one way for all splits; give the same options, or take another --out"
+                f"{out}: images are stored as {before.images}, this call has {_images(options)};"
+                " expected the same for all splits; give the same options, or take another --out"
             )
         for split in before.splits:
             if split in ids:
@@ -212,7 +208,7 @@ def _refuse_known(
         if len(both):
             raise UserError(
                 f"{out}: {len(both):,} images of split '{split}', such as image {both[0]}, are in split"
-                f" '{other}' too; wanted each image in one split only; take another --out or other images"
+                f" '{other}' too; expected each image in one split only; take another --out or other images"
             )
 
 
@@ -224,23 +220,25 @@ def _is_utf8(name: str) -> bool:
 
 
 def _open_work(out: Path, before: Manifest | None, fingerprints: dict[str, str], tool: str) -> Path:
-    """Return the folder of what is finished; make it, unless it is that of this very call."""
+    """Return the folder of finished work of this call; create it if there is none."""
     work = out / WORK
-    plan, wanted = work / _PLAN, _Plan(tool, fingerprints)
+    plan, expected = work / _PLAN, _Plan(tool, fingerprints)
     known = before.splits if before else {}
     if plan.exists():
         try:
             found = parsing.decode(read_file(plan), _PLAN_DECODER)
         except (OSError, ValueError):
-            raise UserError(f"{plan}: damaged; wanted what an unfinished pack left; remove {work}") from None
-        if found == wanted:
+            raise UserError(
+                f"{plan}: damaged; expected what an unfinished pack left; remove {work}"
+            ) from None
+        if found == expected:
             return work
         ended = {split: facts.fingerprint for split, facts in known.items()}
         if not found.splits.items() <= ended.items():
             other = "from other files or with other options" if found.tool == tool else f"by {found.tool}"
             raise UserError(
                 f"{out}: a call that packed {', '.join(found.splits)} {other} was stopped here;"
-                f" wanted its end; run that command again, take another --out, or remove {out}"
+                f" expected its end; run that command again, take another --out, or remove {out}"
             )
     rmtree(work, ignore_errors=True)
     named = {shard.name for facts in known.values() for shard in facts.shards}
@@ -248,12 +246,12 @@ def _open_work(out: Path, before: Manifest | None, fingerprints: dict[str, str],
     for path in sorted([*out.glob("*.tar"), *out.glob("*.index.npy")]):
         if path.name not in named:
             raise UserError(
-                f"{path}: no manifest names it; wanted a folder of nothing but finished shards;"
+                f"{path}: no manifest names it; expected a folder of nothing but finished shards;"
                 " move it away, or take another --out"
             )
     work.mkdir()
     with atomic_write(plan) as file:
-        file.write(msgspec.json.encode(wanted))
+        file.write(msgspec.json.encode(expected))
     return work
 
 
@@ -270,7 +268,7 @@ def _jobs(split: str, records: list[Record], out: Path, work: Path, options: Pac
 
 
 def _write_rejected(out: Path, rejected: list[RejectedImage], splits: Iterable[str]) -> None:
-    """Renew the lines of these splits; no file, if nothing was rejected."""
+    """Replace the lines of these splits; remove an empty file."""
     path = out / REJECTED
     lines = [line for line in _read_rejected(out) if line.split not in splits] + rejected
     if lines:
@@ -292,10 +290,10 @@ def _refuse_rejected(
     for split, members in by_split.items():
         bad = [image for image in rejected if image.split == split]
         if len(bad) > most * len(members) or len(bad) == len(members):
-            wanted = f"at most {most:.2%}" if len(bad) < len(members) else "at least one that can"
+            expected = f"at most {most:.2%}" if len(bad) < len(members) else "at least one that can"
             raise UserError(
                 f"{bad[0].file}: {bad[0].reason}; {len(bad):,} of the {len(members):,} images of split"
-                f" '{split}' cannot be read, wanted {wanted}; {out / REJECTED} names them all;"
+                f" '{split}' cannot be read, expected {expected}; {out / REJECTED} names them all;"
                 " mend them and run the same command again, or raise --max-rejected"
             )
 
@@ -308,7 +306,7 @@ def _finish(
     fingerprint: str,
     tool: str,
 ) -> SplitInfo:
-    """Write a split's index; return what the manifest says of it."""
+    """Write a split's index; return its manifest entry."""
     index = np.concatenate([shard.rows for shard in written.values()])
     index_path = out / index_name(split)
     with atomic_write(index_path) as file:

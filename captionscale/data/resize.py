@@ -1,4 +1,4 @@
-"""Images in another size. Importing this room imports torch."""
+"""Image resizing. Imports torch."""
 
 from typing import Literal
 
@@ -15,16 +15,16 @@ _LONGEST = 65_500
 
 
 def resize_to_jpeg(data: bytes, place: str, *, side: int, quality: int) -> bytes:
-    """Return an image as a smaller JPEG, upright, without EXIF and without its colour profile.
+    """Return an image as a smaller JPEG, upright, without EXIF and color profile.
 
-    Nothing is enlarged: an image whose shorter side is no longer than `side` keeps its bytes, and so does one
-    so thin that its longer side would not fit into a JPEG. Both are decoded all the same, as a proof.
+    Images whose shorter side is at most `side`, or whose longer side would not fit into a JPEG, are returned
+    unchanged after a decoding test.
 
     Args:
         data: A JPEG, PNG, WebP, BMP or GIF file.
-        place: Where the bytes are from, for the error.
-        side: The result's shorter side, in pixels; the longer one is rounded to the nearest pixel.
-        quality: Of the JPEG, 1 to 100; its colours have half the resolution (4:2:0).
+        place: Source of the bytes, for errors.
+        side: Shorter side of the result, in pixels.
+        quality: JPEG quality, 1 to 100; chroma is subsampled 4:2:0.
 
     Raises:
         UserError: As `decode.decode_image` does.
@@ -38,7 +38,7 @@ def resize_to_jpeg(data: bytes, place: str, *, side: int, quality: int) -> bytes
 
 
 def resized_shape(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return the height and width of a picture whose shorter side is to have `side` pixels."""
+    """Return height and width after scaling the shorter side to `side` pixels."""
     short = min(height, width)
     return round(height / short * side), round(width / short * side)
 
@@ -49,12 +49,12 @@ def resize_image(
     new_width: int,
     mode: Literal["bicubic", "bilinear"] = "bicubic",
 ) -> UInt8[np.ndarray, "{new_height} {new_width} 3"]:
-    """Return an image of another size by antialiased interpolation, first in width, then in height.
+    """Resize an image by antialiased interpolation, in a third of Pillow's time.
 
-    The pixels are those of Pillow's `Image.resize` to within a step or two of 256 (PSNR above 60 dB), in a
-    third of its time. Pillow takes the height of tall images first, which rounds otherwise.
+    Pixels differ from Pillow's `Image.resize` by at most two steps of 256 (PSNR above 60 dB): Pillow scales
+    the height of tall images first, which rounds differently.
     """
-    # Height, width and channels stay where they are in memory, under torch's order of names: no copies.
+    # A channels-last view: no copies.
     batch = torch.from_numpy(image)[None].permute(0, 3, 1, 2)
     batch = F.interpolate(batch, (new_height, new_width), mode=mode, antialias=True)
     return batch[0].permute(1, 2, 0).numpy()

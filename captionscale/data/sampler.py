@@ -1,8 +1,8 @@
-"""Which samples each optimiser step reads: arithmetic on integers, the same for any number of ranks.
+"""The order of samples: which samples each optimizer step reads, for any number of ranks.
 
-A global batch is a fixed number of micro-batches. Micro-batch number m reads its own stream, the m-th equal
-part of the epoch's shuffled sequence of shards, so a rank opens only the shards of its own streams; rank r of
-w does the micro-batches r, r + w, r + 2w, ... Nothing else here knows of ranks.
+A global batch is a fixed number of micro-batches. Micro-batch m reads stream m, the m-th equal part of the
+epoch's shuffled shards, so a rank opens only the shards of its own streams: rank r of w runs micro-batches r,
+r + w, r + 2w, ...
 """
 
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ from jaxtyping import Int
 from captionscale.errors import UserError
 
 
-# Two orders are one only if they are the same object: the hash of a million shards' sizes takes 10 ms.
+# Compared by identity, for `lru_cache`: hashing a million shard sizes takes 10 ms.
 @dataclass(frozen=True, eq=False)
 class BatchSampler:
     """The order of a split's samples over all epochs.
 
     Args:
-        shard_sizes: Samples in each shard; items number them through, shard after shard.
-        seed: Of the experiment.
-        global_batch: Samples in one step.
-        micro_batch: Samples in one micro-batch, at most.
-        shuffle_window: Samples are shuffled within so many neighbouring shards of a stream.
+        shard_sizes: Samples in each shard; items are numbered across shards.
+        seed: The experiment's seed.
+        global_batch: Samples per step.
+        micro_batch: Maximum samples per micro-batch.
+        shuffle_window: Samples are shuffled within this many neighboring shards of a stream.
 
     Raises:
         UserError: Too few samples to give each micro-batch one at each step.
@@ -41,29 +41,29 @@ class BatchSampler:
             raise UserError(
                 f"train split: {sum(self.shard_sizes):,} samples cannot give each of"
                 f" {self.micro_batches_per_step} micro-batches at least one sample in each of"
-                f" {self.steps_per_epoch} steps of an epoch; lower train.global_batch or raise train.micro_batch"
+                f" {self.steps_per_epoch} steps of an epoch; lower train.global_batch or raise"
+                " train.micro_batch"
             )
 
     @property
     def micro_batches_per_step(self) -> int:
-        """Micro-batches in a step."""
+        """Micro-batches per step, over all ranks."""
         return self.global_batch // self.micro_batch
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Steps in which each sample is read exactly once."""
+        """Steps per epoch; each sample is read exactly once."""
         longest_stream = -(-sum(self.shard_sizes) // self.micro_batches_per_step)
         return -(-longest_stream // self.micro_batch)
 
     def epoch(self, step: int) -> int:
-        """Return the epoch that a step, counted from 0, belongs to."""
+        """Return the epoch of a step, counted from 0."""
         return step // self.steps_per_epoch
 
     def micro_batches(self, step: int, rank: int, world_size: int) -> list[tuple[int, Int[np.ndarray, "_"]]]:
-        """Return one rank's micro-batches of a step: their numbers and items.
+        """Return one rank's micro-batches of a step: numbers and items.
 
-        A stream is cut into nearly equal parts, so that no step of an epoch has much less to learn from
-        than the others.
+        Streams are cut into nearly equal parts, so that batches of an epoch have nearly equal size.
 
         Raises:
             UserError: More ranks than micro-batches.
@@ -71,8 +71,8 @@ class BatchSampler:
         if self.micro_batches_per_step < world_size:
             raise UserError(
                 f"train.global_batch = {self.global_batch} holds {self.micro_batches_per_step} micro-batches"
-                f" of train.micro_batch = {self.micro_batch}, wanted one for each of {world_size} processes;"
-                " lower train.micro_batch or start fewer processes"
+                f" of train.micro_batch = {self.micro_batch}, expected one for each of {world_size}"
+                " processes; lower train.micro_batch or start fewer processes"
             )
         streams = _streams(self, self.epoch(step))
         part = step % self.steps_per_epoch
@@ -82,24 +82,24 @@ class BatchSampler:
         ]
 
 
-# Two: at an epoch's end the loader reads ahead into the next one.
+# Two epochs: the loader prefetches across the boundary.
 @lru_cache(maxsize=2)
 def _streams(order: BatchSampler, epoch: int) -> list[Int[np.ndarray, "_"]]:
-    """Return the items of each stream of an epoch, in the order in which they are read."""
+    """Return the items of each stream of an epoch, in reading order."""
     random = np.random.default_rng([order.seed, epoch])
     sizes = np.array(order.shard_sizes)
     first = np.cumsum(sizes) - sizes
     shuffled = random.permutation(len(sizes))
-    # Each shard's items in turn: what its first item is ahead of its place, added to the place.
+    # Items of the shuffled shards: position plus the offset of each shard's first item.
     ahead = first[shuffled] - (np.cumsum(sizes[shuffled]) - sizes[shuffled])
     sequence = np.arange(sizes.sum()) + np.repeat(ahead, sizes[shuffled])
     shard_rank = np.repeat(np.arange(len(sizes)), sizes[shuffled])
-    chance = random.random(len(sequence))
+    priority = random.random(len(sequence))
     streams = []
     for part in range(order.micro_batches_per_step):
         start, stop = (len(sequence) * edge // order.micro_batches_per_step for edge in (part, part + 1))
         window = (shard_rank[start:stop] - shard_rank[start : start + 1]) // order.shuffle_window
-        streams.append(sequence[start:stop][np.lexsort((chance[start:stop], window))])
+        streams.append(sequence[start:stop][np.lexsort((priority[start:stop], window))])
     return streams
 
 

@@ -1,9 +1,8 @@
-"""A folder of downloaded shards that data sets, processes and nodes share, and that keeps to its bound.
+"""A size-limited cache of downloaded shards, shared by data sets, processes, nodes and users.
 
-A shard is named by its BLAKE3, so that two never meet under one name. A file lock says that it is in use:
-readers share the lock, and only who gets it alone may remove the file. The system lets go of the locks of a
-process that dies. On a file system without locks a shard may be downloaded twice, which costs bandwidth only.
-Users share a folder that all of them may write: its files have its rights, not those of their maker's umask.
+Shards are named by their BLAKE3. Readers hold a shared file lock; a file is removed only under an exclusive
+one. The system releases the locks of a process that dies. On a file system without locks, a shard may be
+downloaded twice. Files get the folder's permissions, whatever the umask.
 """
 
 import fcntl
@@ -30,24 +29,24 @@ _SAME_USE_S = 10.0
 
 
 class ShardCache:
-    """Shards that came from elsewhere, as local files; threads and forks may share it."""
+    """Local copies of remote shards; safe for threads and forks."""
 
     def __init__(self, folder: Path | None, limit_gb: float):
-        """Name the folder; it is made with the first shard.
+        """Use a folder, created with the first shard.
 
         Args:
             folder: None: `$CAPTIONSCALE_CACHE`, else `captionscale` in `$XDG_CACHE_HOME` or `~/.cache`.
-            limit_gb: What it may hold at most, in 10^9 bytes.
+            limit_gb: Maximum size, in 10^9 bytes.
 
         Raises:
-            UserError: The folder starts with a home that nobody has.
+            UserError: The folder starts with an unknown home.
         """
         place = folder or Path(os.environ.get("CAPTIONSCALE_CACHE") or _default())
         try:
             self.folder = place.expanduser().absolute()
         except RuntimeError:
             raise UserError(
-                f"{place}: no such home, wanted a folder for shards; set data.cache or CAPTIONSCALE_CACHE"
+                f"{place}: no such home, expected a folder for shards; set data.cache or CAPTIONSCALE_CACHE"
             ) from None
         self.limit_bytes = limit_gb * 1e9
 
@@ -56,25 +55,24 @@ class ShardCache:
 
     @contextmanager
     def open(self, shard: Shard, download: Callable[[Path], None]) -> Iterator[IO[bytes]]:
-        """Open a shard, bringing it if it is not here; nobody removes it meanwhile.
+        """Open a shard, downloaded if missing; it is not removed while open.
 
-        Keep it open for a read, not for longer: a process that waits for others must not hold the room that
-        they wait for. The size is compared at each opening, the hash once, after the download; `captionscale
-        verify` compares it again.
+        Keep it open only while reading: other processes may wait for its space. The size is checked at each
+        opening, the hash after the download.
 
         Args:
-            shard: Which.
-            download: Writes the shard, proven whole, to the path that it is given.
+            shard: The shard.
+            download: Writes the checked shard to a path.
 
         Raises:
-            UserError: The download fails, the folder is not writable, or there is no room.
+            UserError: The download fails, the folder is not writable, or the cache is full.
         """
         try:
-            while (file := self._here(shard)) is None:
-                self._bring(shard, download)
+            while (file := self._open_cached(shard)) is None:
+                self._download(shard, download)
         except OSError as error:
             raise UserError(
-                f"{error.filename or self.folder}: {error.strerror or error}; wanted a folder that can keep"
+                f"{error.filename or self.folder}: {error.strerror or error}; expected a folder that can keep"
                 f" {shard.name} ({shard.size_bytes:,} bytes); free the disk, correct the rights, or set"
                 " data.cache or CAPTIONSCALE_CACHE to another folder"
             ) from None
@@ -82,13 +80,13 @@ class ShardCache:
             yield file
 
     def path(self, shard: Shard) -> Path:
-        """Return where a shard is, if it is here."""
+        """Return the path of a shard, whether or not it exists."""
         if not _BLAKE3.fullmatch(shard.blake3):
             raise UserError(f"{shard.name}: blake3 {shard.blake3!r:.80} in the manifest is not one; {CURE}")
         return self.folder / f"{shard.blake3}.tar"
 
-    def _here(self, shard: Shard) -> IO[bytes] | None:
-        """Open a shard that is here and of the right size, locked as one in use."""
+    def _open_cached(self, shard: Shard) -> IO[bytes] | None:
+        """Open a cached shard of the right size, with a shared lock."""
         path = self.path(shard)
         try:
             file = path.open("rb", buffering=0)
@@ -96,49 +94,49 @@ class ShardCache:
             return None
         _flock(file, fcntl.LOCK_SH)
         status = os.fstat(file.fileno())
-        # Nothing by this name: it was removed between the opening and the lock.
+        # It may have been removed between opening and locking.
         if status.st_size != shard.size_bytes or not path.exists():
             file.close()
             return None
         if time.time() - status.st_mtime > _SAME_USE_S:
-            # A cache that somebody else filled may be read-only.
+            # Another user's cache may be read-only.
             with suppress(OSError):
                 os.utime(path)
         return file
 
-    def _bring(self, shard: Shard, download: Callable[[Path], None]) -> None:
+    def _download(self, shard: Shard, download: Callable[[Path], None]) -> None:
         path = self.path(shard)
         self.folder.mkdir(parents=True, exist_ok=True)
-        # 256 lock files, which stay: to remove one that others wait for would let two of them in.
-        with _alone(self.folder / f"{shard.blake3[:2]}.lock"):
+        # The 256 lock files stay: removing one that others wait for would let two of them in.
+        with _exclusive(self.folder / f"{shard.blake3[:2]}.lock"):
             if path.is_file() and path.stat().st_size == shard.size_bytes:
-                return  # Another thread or process has brought it meanwhile.
+                return  # Another thread or process has downloaded it.
             partial, held = self._reserve(shard)
             with held:
                 try:
                     download(partial)
                     os.fsync(held.fileno())
-                    # Who counts what is here must not miss what changes its name meanwhile.
-                    with _alone(self.folder / _ROOM):
+                    # Renaming must not hide the file from another process that counts sizes.
+                    with _exclusive(self.folder / _ROOM):
                         partial.replace(path)
                 finally:
                     partial.unlink(missing_ok=True)
 
     def _reserve(self, shard: Shard) -> tuple[Path, IO[bytes]]:
-        """Make room for a shard; return the file to download to, locked as one in use."""
+        """Free space for a shard; return the file to download to, with a shared lock."""
         if shard.size_bytes > self.limit_bytes:
             raise self._no_room(shard, 0)
         partial = self.folder / f"{shard.blake3}.{shard.size_bytes}.{uuid4().hex}.tmp"
         give_up = time.monotonic() + _WAIT_FOR_ROOM_S
         while True:
-            with _alone(self.folder / _ROOM):
-                held = self._make_room(shard.size_bytes)
+            with _exclusive(self.folder / _ROOM):
+                held = self._evict(shard.size_bytes)
                 if held + shard.size_bytes <= self.limit_bytes:
                     file = partial.open("x+b")
                     _share(file)
                     _flock(file, fcntl.LOCK_SH)
                     return partial, file
-            # Others let go when they have read, or when their download is whole.
+            # Space is freed when others finish reading or downloading.
             if time.monotonic() > give_up:
                 raise self._no_room(shard, held)
             time.sleep(0.1)
@@ -150,8 +148,8 @@ class ShardCache:
             " or set data.cache to a folder that no other run uses"
         )
 
-    def _make_room(self, wanted_bytes: int) -> int:
-        """Remove the least recently used until so many bytes fit; return how many the rest holds."""
+    def _evict(self, needed_bytes: int) -> int:
+        """Remove least recently used files until the bytes fit; return the size of the rest."""
         files = []
         for path in self.folder.iterdir():
             if ours := _OURS.fullmatch(path.name):
@@ -162,7 +160,7 @@ class ShardCache:
         for used, path, size_bytes in sorted(files):
             partial = path.suffix == ".tmp"
             old = time.time() - used > _LEFT_OVER_S
-            if (partial and old) or held + wanted_bytes > self.limit_bytes:
+            if (partial and old) or held + needed_bytes > self.limit_bytes:
                 held -= size_bytes * _remove_unused(path, without_lock=old or not partial)
         return held
 
@@ -172,15 +170,15 @@ def _default() -> Path:
 
 
 def _remove_unused(path: Path, *, without_lock: bool) -> bool:
-    """Remove a file that nobody has locked; whether it is gone."""
+    """Remove an unlocked file; return whether it is gone."""
     try:
-        # For writing: over NFS only such a file can be locked alone.
+        # NFS needs write access for an exclusive lock.
         with path.open("r+b") as file:
             if not _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) and not without_lock:
                 return False
             path.unlink()
     except FileNotFoundError:
-        # A download that is not there any more is mostly whole, and still here under its final name.
+        # A vanished download is usually finished, under its final name.
         return path.suffix != ".tmp"
     # In use (BlockingIOError), or another user's.
     except OSError:
@@ -189,17 +187,16 @@ def _remove_unused(path: Path, *, without_lock: bool) -> bool:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[None]:
+def _exclusive(path: Path) -> Iterator[None]:
     with _open_lock(path) as file:
         _flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _open_lock(path: Path) -> IO[bytes]:
-    """Open a lock file, made if need be.
+    """Open or create a lock file.
 
-    An existing one is not opened with O_CREAT: in a folder with the sticky bit, Linux refuses that for the
-    file of another user.
+    In a folder with the sticky bit, Linux refuses O_CREAT for another user's existing file.
     """
     while True:
         try:
@@ -210,12 +207,12 @@ def _open_lock(path: Path) -> IO[bytes]:
                 _share(file)
                 return file
         except PermissionError:
-            # Enough to lock it, but over NFS.
+            # Enough for a lock, except over NFS.
             return path.open("rb")
 
 
 def _share(file: IO[bytes]) -> None:
-    """Let those use a new file who may use its folder, whatever the umask."""
+    """Give a new file its folder's permissions, whatever the umask."""
     with suppress(OSError):
         os.fchmod(file.fileno(), stat.S_IMODE(Path(file.name).parent.stat().st_mode) & 0o666)
 

@@ -1,4 +1,4 @@
-"""Write one shard: read the images, look at each, and hand the index its rows as the tar grows."""
+"""Write one shard and its index rows."""
 
 import errno
 import hashlib
@@ -31,7 +31,7 @@ _CHUNKS_AHEAD = 2
 
 
 class _Unreadable(Exception):  # noqa: N818
-    """An image is to be left out."""
+    """An image that cannot be packed."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class ShardJob:
     """One shard to write.
 
     Attributes:
-        path: Of the tar.
-        number: Of the shard in its split.
-        records: What goes in, in this order.
-        full_decode: Decode every image; otherwise look at its header alone.
-        short_side: Make images smaller until their shorter side has so many pixels; None keeps their bytes.
-        quality: JPEG quality of those that are made smaller.
-        done: File that says that the tar is finished, and what is in it.
+        path: The tar.
+        number: Number of the shard in its split.
+        records: Records in order.
+        full_decode: Decode every image; otherwise check only its header.
+        short_side: As in `PackOptions`.
+        quality: As in `PackOptions`.
+        done: File with the index rows, written when the tar is finished.
     """
 
     path: Path
@@ -58,14 +58,14 @@ class ShardJob:
 
 
 class RejectedImage(msgspec.Struct, frozen=True):
-    """An image that was left out.
+    """An image that could not be packed.
 
     Attributes:
-        split: Where it would have gone.
-        image_id: The data set's number.
-        file: The image file, or the tar that holds it and its name in there.
-        offset: Where it starts in that tar, in bytes; 0 for a file of its own.
-        reason: What is wrong with it.
+        split: Its split.
+        image_id: Image id of the data set.
+        file: The image file, or the tar and its name in it.
+        offset: Offset in the tar, in bytes; 0 for an image file.
+        reason: The error.
     """
 
     split: str
@@ -76,7 +76,7 @@ class RejectedImage(msgspec.Struct, frozen=True):
 
 
 class _Done(msgspec.Struct):
-    """What is kept of a finished shard, besides its rows."""
+    """Metadata of a finished shard."""
 
     size_bytes: int
     blake3: str
@@ -88,11 +88,7 @@ _REJECTED, _DONE = msgspec.json.Decoder(RejectedImage), msgspec.json.Decoder(_Do
 
 
 def read_rejected(data: bytes, place: str) -> list[RejectedImage]:
-    """Return the lines of a `rejected.jsonl`.
-
-    Args:
-        data: The file's content.
-        place: Where it is from, for the error.
+    """Parse `rejected.jsonl`; `place` is for errors.
 
     Raises:
         UserError: It is damaged.
@@ -108,10 +104,10 @@ class WrittenShard:
     """A finished shard.
 
     Attributes:
-        rows: Of the index.
-        size_bytes: Of the tar.
-        blake3: Of the tar, in hexadecimal.
-        rejected: Images that were left out.
+        rows: Index rows.
+        size_bytes: Size of the tar.
+        blake3: BLAKE3 of the tar, in hexadecimal.
+        rejected: Images that could not be packed.
     """
 
     rows: Shaped[np.ndarray, "sample"]
@@ -121,7 +117,7 @@ class WrittenShard:
 
 
 def write_shard(job: ShardJob) -> WrittenShard:
-    """Write a tar, then the file that says that it is finished.
+    """Write a tar, then its `done` file.
 
     Raises:
         UserError: The disk is full or fails, or the folder is read-only.
@@ -162,14 +158,14 @@ def write_shard(job: ShardJob) -> WrittenShard:
 
 
 def load_finished(job: ShardJob) -> WrittenShard | None:
-    """Return a shard that an earlier call finished.
+    """Return a shard finished by an earlier call.
 
-    One with rejected images does not count, as somebody may have repaired them; nor does one of which a
-    source file has another size or time than it had.
+    Shards with rejected images, which may have been repaired, and shards whose source files changed since
+    (size or time) are written again.
     """
     try:
         with open_file(job.done) as file, np.load(file) as saved:
-            # It is written uncompressed: of another one the arrays could have any size.
+            # It is written uncompressed; a compressed one could expand to any size.
             if sum(each.file_size for each in saved.zip.infolist()) > os.fstat(file.fileno()).st_size:
                 return None
             facts = parsing.decode(saved["facts"].tobytes(), _DONE)
@@ -177,7 +173,7 @@ def load_finished(job: ShardJob) -> WrittenShard | None:
         whole = job.path.stat().st_size == facts.size_bytes and not facts.rejected
         whole = whole and facts.stamp == _stamp(job)
         whole = whole and rows.dtype == INDEX_DTYPE and rows.shape == (len(job.records),)
-    # What NumPy and zipfile raise on a damaged file is anything; such a shard is written again.
+    # On a damaged file NumPy and zipfile raise nearly any exception.
     except Exception:
         return None
     return WrittenShard(rows, facts.size_bytes, facts.blake3, []) if whole else None
@@ -194,13 +190,13 @@ def _image(record: Record, job: ShardJob) -> tuple[bytes, decode.ImageInfo]:
         if error.errno in _BAD_NAMES:
             raise _Unreadable(f"cannot be read ({error.strerror}); rename it") from None
         raise UserError(
-            f"{place}: {error.strerror}, which is the disk's or its server's fault, not the image's; finished"
-            " shards are kept; run the same command again when it is mended"
+            f"{place}: {error.strerror}, a fault of the disk or server, not of the image; finished"
+            " shards are kept; repair it and run the same command again"
         ) from None
     try:
         if job.short_side is None:
             return data, decode.image_info(data, place, full_decode=job.full_decode)
-        # Torch is slow to import: only who makes images smaller waits for it.
+        # Imports torch, which is slow.
         from captionscale.data.resize import resize_to_jpeg
 
         data = resize_to_jpeg(data, place, side=job.short_side, quality=job.quality)
@@ -210,7 +206,7 @@ def _image(record: Record, job: ShardJob) -> tuple[bytes, decode.ImageInfo]:
 
 
 def _stamp(job: ShardJob) -> str:
-    """Return a hash of the sizes and times of the files that a shard is made of."""
+    """Hash sizes and times of a shard's source files."""
     hasher = hashlib.sha256()
     for path in dict.fromkeys(record.file for record in job.records):
         try:
@@ -222,14 +218,14 @@ def _stamp(job: ShardJob) -> str:
 
 
 class _Tar:
-    """A tar that grows by chunks: while one is filled, those before it are written and hashed."""
+    """A tar that is written and hashed in background threads, by chunks."""
 
     def __init__(self, file: BinaryIO):
         self.size_bytes = 0
         self.blake3 = blake3()
         self._parts: list[bytes] = []
         self._chunk_bytes = 0
-        # Each has a thread of its own, so that chunks stay in order.
+        # One thread each keeps chunks in order.
         sinks: list[Callable[[bytes], Any]] = [file.write, self.blake3.update]
         self._sinks = [(sink, ThreadPoolExecutor(1)) for sink in sinks]
         self._busy: deque[Future[Any]] = deque()

@@ -1,8 +1,4 @@
-"""Packed splits: plain WebDataset tars beside an index, read by offset.
-
-A folder holds `train-00000.tar ...`, `train.index.npy` and, written last, `manifest.json`: a folder without
-a manifest is not complete. The format is described in `shards/README.md`.
-"""
+"""Read packed splits: WebDataset tars with an index, read by offset. `shards/README.md` has the format."""
 
 import hashlib
 import json
@@ -21,12 +17,12 @@ from captionscale.errors import UserError, did_you_mean
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """What is stored beside an image.
+    """The JSON stored with an image.
 
     Attributes:
-        image_id: The data set's own number of the image.
-        file: Its file name in the data set.
-        captions: As the data set gives them; none if it has none.
+        image_id: Image id of the data set.
+        file: File name in the data set.
+        captions: Raw captions; may be empty.
     """
 
     image_id: int
@@ -38,22 +34,22 @@ _SAMPLE = msgspec.json.Decoder(Sample)
 
 
 class Split:
-    """An opened split; an `item` is a row of its index.
+    """A split, open for reading; an `item` is a row of its index.
 
-    All that is read is compared with its hash in the index, and the index with its hash in the manifest.
-    Safe to read from many threads: reads carry their own position.
+    Data is checked against its hash in the index, and the index against its hash in the manifest. Reads are
+    thread-safe.
     """
 
     def __init__(self, where: Storage | Path, name: str, *, check_sizes: bool = True):
-        """Open a split and compare its index and the sizes of its shards with the manifest.
+        """Open a split and check its index and the sizes of its shards.
 
         Args:
-            where: What `captionscale pack` wrote.
+            where: Output of `captionscale pack`.
             name: Such as `train`.
-            check_sizes: Whether the shards' sizes are compared.
+            check_sizes: Check the shards' sizes.
 
         Raises:
-            UserError: No such split, an empty one, a damaged index, or a shard that is missing or of the
+            UserError: The split is missing or empty, its index is damaged, or a shard is missing or of the
                 wrong size.
         """
         place = as_storage(where)
@@ -72,7 +68,7 @@ class Split:
 
     @property
     def sha256(self) -> str:
-        """Hash of the index and so of which sample is where; the manifest holds those of the bytes."""
+        """Hash of the index and of all shards."""
         facts = json.dumps([self.info.index_sha256, [shard.blake3 for shard in self.info.shards]])
         return hashlib.sha256(facts.encode()).hexdigest()
 
@@ -85,19 +81,19 @@ class Split:
         """Return the stored bytes of an image.
 
         Raises:
-            UserError: The shard ends before them, or they are not those packed.
+            UserError: The shard is truncated, or the bytes changed after packing.
         """
         return self._read(item, "image")
 
     def captions(self, item: int) -> tuple[str, ...]:
-        """Return an image's captions, as the data set gives them."""
+        """Return an image's raw captions."""
         return self.sample(item).captions
 
     def sample(self, item: int) -> "Sample":
-        """Return what is stored beside an image.
+        """Return the JSON stored with an image.
 
         Raises:
-            UserError: It is damaged, or not what was packed.
+            UserError: It is damaged, or changed after packing.
         """
         try:
             return parsing.decode(self._read(item, "json"), _SAMPLE)
@@ -105,18 +101,18 @@ class Split:
             raise UserError(f"{self._place(item, 'json')} holds no sample ({error}); {CURE}") from None
 
     def require_captions(self, purpose: str) -> None:
-        """Refuse a split of which an image has no captions.
+        """Check that every image has captions.
 
         Args:
-            purpose: What they are needed for, and what else to do, for the error.
+            purpose: Why they are needed, and the cure, for the error.
 
         Raises:
-            UserError: There is such an image.
+            UserError: An image has no captions.
         """
         if missing := int((self.index["captions"] == 0).sum()):
             raise UserError(
                 f"{self.storage}: {missing:,} of {len(self):,} images of split '{self.name}' have no"
-                f" captions; wanted them {purpose}"
+                f" captions; expected them {purpose}"
             )
 
     def references(self) -> dict[int, list[str]]:
@@ -129,12 +125,12 @@ class Split:
         data = self.storage.pread(self.info.shards[shard], offset, size)
         if len(data) != size:
             raise UserError(f"{self._place(item, part)} ends after {len(data):,} of {size:,} bytes; {CURE}")
-        # Shards may change after they were packed, and nothing else here would notice another caption.
+        # A changed caption would otherwise go unnoticed.
         found, expected = xxhash.xxh3_64_intdigest(data), int(row[f"{part}_hash"])
         if found != expected:
-            owners = self.index["image_id"][self.index[f"{part}_hash"] == found]
+            matches = self.index["image_id"][self.index[f"{part}_hash"] == found]
             what = "bytes at" if part == "image" else "captions at byte"
-            whose = f"those of image {owners[0]}" if len(owners) else "not those packed"
+            whose = f"those of image {matches[0]}" if len(matches) else "not those packed"
             raise UserError(
                 f"{self.storage}/{self.info.shards[shard].name}: image {row['image_id']}: the {what}"
                 f" {offset:,} are {whose}; found xxh3 {found:016x}, expected {expected:016x}; {CURE}"

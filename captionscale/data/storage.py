@@ -1,7 +1,6 @@
-"""Where packed folders are: on a disk, or behind a URL that fsspec can read.
+"""Storage of packed shards: a local folder, or a URL read by fsspec.
 
-Both places answer alike. A local folder is read where it is; of a remote one, each shard is downloaded
-whole at its first use and then read from the local cache.
+Remote shards are downloaded whole at their first use, then read from the local cache.
 """
 
 import os
@@ -21,11 +20,11 @@ from captionscale.errors import UserError
 from captionscale.files import blake3_of, read_file
 
 _MAX_OPEN_SHARDS = 100
-"""Shards of a folder that one reader keeps open."""
+"""Open files per reader."""
 
 
 class LocalStorage:
-    """A packed folder on a disk of this machine."""
+    """A local folder of shards."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -35,18 +34,18 @@ class LocalStorage:
         return str(self.path)
 
     def fetch(self, name: str, max_bytes: int = manifest.MAX_MANIFEST_BYTES) -> bytes:
-        """Return a small file whole, of at most so many bytes.
+        """Return a small file of at most `max_bytes`.
 
         Raises:
-            OSError: It is larger, or cannot be read; FileNotFoundError: it is not there.
+            OSError: It is larger, or cannot be read; FileNotFoundError: it does not exist.
         """
         return read_file(self.path / name, max_bytes)
 
     def check_size(self, shard: Shard) -> None:
-        """Compare a shard's size with the manifest's.
+        """Compare a shard's size with the manifest.
 
         Raises:
-            UserError: It is missing or of another size.
+            UserError: The shard is missing or of another size.
         """
         path = self.path / shard.name
         size_bytes = path.stat().st_size if path.is_file() else None
@@ -57,28 +56,28 @@ class LocalStorage:
             )
 
     def pread(self, shard: Shard, offset: int, size: int) -> bytes:
-        """Return `size` bytes of a shard from byte `offset` on, fewer where it ends; safe from many threads.
+        """Return `size` bytes of a shard from `offset`, fewer at its end; thread-safe.
 
         Raises:
-            UserError: It is not there any more, or the disk fails.
+            UserError: The shard was removed, or the disk fails.
         """
         path = self.path / shard.name
         return _pread(self._opened(path), path, offset, size)
 
     @contextmanager
     def local_path(self, shard: Shard) -> Iterator[Path]:
-        """Give a whole shard as a file."""
+        """Provide a shard as a file."""
         yield self.path / shard.name
 
 
 class RemoteStorage:
-    """A packed folder behind a URL, with its local cache."""
+    """Shards behind a URL, with a local cache."""
 
     def __init__(self, url: str, cache: ShardCache):
-        """Name the folder, without using the network.
+        """Open a URL, without using the network.
 
         Raises:
-            UserError: Nothing installed can read such a URL.
+            UserError: No installed package reads such a URL.
         """
         self.url = credentials.strip_and_remember(url).rstrip("/")
         self.cache = cache
@@ -88,29 +87,29 @@ class RemoteStorage:
         return self.url
 
     def fetch(self, name: str, max_bytes: int = manifest.MAX_MANIFEST_BYTES) -> bytes:
-        """Return a small file whole, from the network; no more than so many bytes of it come.
+        """Download a small file of at most `max_bytes`.
 
         Raises:
-            FileNotFoundError: It is not there.
-            UserError: The server does not give it, or it is larger.
+            FileNotFoundError: It does not exist.
+            UserError: The download fails, or the file is larger.
         """
         return download.fetch(self.url, name, max_bytes)
 
     def check_size(self, shard: Shard) -> None:
-        """Do nothing: a download is compared with the manifest when it comes."""
+        """Do nothing: downloads are checked."""
 
     def pread(self, shard: Shard, offset: int, size: int) -> bytes:
-        """Return `size` bytes of a shard from byte `offset` on; safe from many threads.
+        """Return `size` bytes of a shard from `offset`; thread-safe.
 
         Raises:
-            UserError: The server or the local disk fails, or what comes is not what was packed.
+            UserError: The server or the local disk fails, or the download differs from the manifest.
         """
         with self._open(shard) as file:
             return _pread(file, self.cache.path(shard), offset, size)
 
     @contextmanager
     def local_path(self, shard: Shard) -> Iterator[Path]:
-        """Give a whole shard as a file, with its hash compared anew and, if it rotted, downloaded anew.
+        """Provide a shard as a file, with its hash checked again; a damaged one is downloaded again.
 
         Raises:
             UserError: As `pread` does.
@@ -131,43 +130,43 @@ Storage = LocalStorage | RemoteStorage
 
 
 def as_storage(where: Storage | Path) -> Storage:
-    """Return a folder as the place that it is."""
+    """Wrap a path."""
     return LocalStorage(where) if isinstance(where, Path) else where
 
 
 def read_manifest(place: Storage) -> manifest.Manifest:
-    """Return what a packed folder says of itself.
+    """Return the manifest of shards.
 
     Raises:
-        UserError: No manifest, a damaged one, or one of another format; the server does not give it.
+        UserError: The manifest is missing, damaged or of another format, or the download fails.
     """
     return manifest.fetch(place.fetch, str(place))
 
 
 def open_storage(where: str, cache: Path | None = None, cache_gb: float = DEFAULT_CACHE_GB) -> Storage:
-    """Return the place of a packed folder.
+    """Open a folder or URL of shards.
 
     Args:
         where: A folder, or a URL such as `s3://bucket/coco`.
-        cache: Folder that keeps the shards of a URL; None: the user's.
-        cache_gb: What it may hold at most, in 10^9 bytes.
+        cache: Cache folder of remote shards; None: the user's.
+        cache_gb: Maximum size of the cache, in 10^9 bytes.
 
     Raises:
-        UserError: Nothing installed can read such a URL.
+        UserError: No installed package reads such a URL.
     """
     path = where.removeprefix("file://")
     return RemoteStorage(where, ShardCache(cache, cache_gb)) if "://" in path else LocalStorage(Path(path))
 
 
 class _Opened:
-    """A file that is open as long as anyone holds this: a thread may read what another one forgets."""
+    """A file that stays open while referenced: one thread may read what another evicts."""
 
     def __init__(self, path: Path):
         try:
-            # A named pipe would wait for a writer for ever.
+            # Without O_NONBLOCK, a named pipe would block.
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
-            raise UserError(f"{path}: {error.strerror}, wanted to read it; {CURE}") from None
+            raise UserError(f"{path}: {error.strerror}, expected to read it; {CURE}") from None
         weakref.finalize(self, os.close, self._descriptor)
 
     def fileno(self) -> int:
@@ -175,10 +174,10 @@ class _Opened:
 
 
 def _pread(file: "_Opened | IO[bytes]", path: Path, offset: int, size: int) -> bytes:
-    # The whole file, not its number: who holds the number only may read from what has taken it since.
+    # Takes the file, not its descriptor, which could be reused after closing.
     try:
         return os.pread(file.fileno(), size, offset)
     except OSError as error:
         raise UserError(
-            f"{path}: {error.strerror} at byte {offset:,}, wanted {size:,} bytes; {CURE}"
+            f"{path}: {error.strerror} at byte {offset:,}, expected {size:,} bytes; {CURE}"
         ) from None

@@ -141,7 +141,7 @@ def write_coco(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: i
     """
     for split, count in counts.items():
         if count < 0:
-            raise UserError(f"{out}: {count} pictures asked for in split '{split}'; wanted none or more")
+            raise UserError(f"{out}: {count} pictures asked for in split '{split}'; expected none or more")
     alone, pairs = all_scenes()
     total, limit = sum(counts.values()), len(alone) + len(pairs)
     if total > limit:

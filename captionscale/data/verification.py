@@ -1,4 +1,4 @@
-"""Prove that a packed folder is what was packed, or say what is wrong with it, where, and what to do."""
+"""Check shards against their manifest, index and hashes."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +21,11 @@ from captionscale.files import blake3_of
 
 @dataclass
 class VerificationReport:
-    """What was found.
+    """Result of a verification.
 
     Attributes:
-        problems: What makes the folder another one than was packed, or its scores worth nothing.
-        notes: What somebody should know.
+        problems: Damage, and images in two splits.
+        notes: Findings that need no repair.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -40,14 +40,14 @@ def verify(
     workers: int = 1,
     progress: Callable[[int], None] = lambda _: None,
 ) -> VerificationReport:
-    """Compare each file with its checksum, the index with the tars and all with what each sample says.
+    """Compare files with their checksums, and the index with tars and samples.
 
     Args:
-        where: What `captionscale pack` wrote.
-        deep: Decode every image too.
+        where: Output of `captionscale pack`.
+        deep: Also decode every image.
         allow_leaks: The same image in two splits is a note, not a problem.
-        workers: Threads.
-        progress: Called with the number of images of each shard that was looked at.
+        workers: Number of threads.
+        progress: Called with the number of images of each checked shard.
 
     Raises:
         UserError: The manifest cannot be read.
@@ -79,7 +79,7 @@ def verify(
 
 def _strays(place: Storage, facts: Manifest) -> Iterator[str]:
     if isinstance(place, RemoteStorage):
-        return  # Not every server lists its files, and nobody reads what the manifest does not name.
+        return  # Not every server lists files, and unnamed ones are never read.
     known = {shard.name for split in facts.splits.values() for shard in split.shards}
     known |= {index_name(name) for name in facts.splits}
     for path in sorted([*place.path.glob("*.tar"), *place.path.glob("*.index.npy")]):
@@ -90,7 +90,7 @@ def _strays(place: Storage, facts: Manifest) -> Iterator[str]:
 
 def _rejected(place: Storage, facts: Manifest) -> Iterator[str]:
     path = f"{place}/{REJECTED}"
-    # Some servers say of a file that is not there that it may not be read.
+    # Some servers answer a missing file with 403.
     if not any(split.rejected for split in facts.splits.values()):
         return
     try:
@@ -109,8 +109,8 @@ def _rejected(place: Storage, facts: Manifest) -> Iterator[str]:
 def _check_index(split: Split) -> None:
     path = f"{split.storage}/{index_name(split.name)}"
     found = [int(split.index["captions"].sum()), *split.shard_sizes.tolist()]
-    wanted = [split.info.captions, *(shard.images for shard in split.info.shards)]
-    if found != wanted:
+    expected = [split.info.captions, *(shard.images for shard in split.info.shards)]
+    if found != expected:
         raise UserError(f"{path}: number of captions or images differs from the manifest's; {CURE}")
 
 
@@ -135,13 +135,7 @@ def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
 
 
 def check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
-    """Yield what is wrong with one sample.
-
-    Args:
-        split: It is in.
-        item: Row of the index.
-        deep: Decode its image too.
-    """
+    """Yield the problems of one sample, an item of a split; `deep` decodes its image."""
     row = split.index[item]
     place = f"{split.storage}/{split.info.shards[int(row['shard'])].name}: image {row['image_id']}"
     try:
@@ -165,26 +159,26 @@ def check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
 
 
 def _compare_with_tar(split: Split, path: Path, number: int, items: list[int]) -> Iterator[str]:
-    """Yield where the tar's own directory, which other readers go by, and the index differ."""
-    wanted = []
+    """Yield where the tar's headers, which other readers use, and the index differ."""
+    expected = []
     for row in split.index[items]:
-        wanted += [
+        expected += [
             (int(row["image_offset"]), int(row["image_size"])),
             (int(row["json_offset"]), int(row["json_size"])),
         ]
     found = [(member.offset_data, member.size) for member in iter_members(path)]
-    if found != wanted:
+    if found != expected:
         row = next(
-            (k for k, (a, b) in enumerate(zip(found, wanted, strict=False)) if a != b),
-            min(len(found), len(wanted)),
+            (k for k, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+            min(len(found), len(expected)),
         )
         near = split.index["image_id"][items[min(row // 2, len(items) - 1)]]
         place = f"{split.storage}/{split.info.shards[number].name}"
-        yield f"{place}: image {near}: the index does not say what the tar holds; {CURE}"
+        yield f"{place}: image {near}: the index differs from the tar; {CURE}"
 
 
 def _find_duplicates(splits: list[Split], findings: VerificationReport, allow_leaks: bool) -> None:
-    """Name images of the same bytes: across splits training sees what is scored, within one it is a waste."""
+    """Find images with the same bytes, across splits (a leak) or within one."""
     if not splits:
         return
     hashes = np.concatenate([split.index["image_hash"] for split in splits])
@@ -197,7 +191,7 @@ def _find_duplicates(splits: list[Split], findings: VerificationReport, allow_le
         try:
             same = split.image(item) == other.image(twin)
         except UserError:
-            continue  # Told already.
+            continue  # Reported above.
         if same:
             pair = [
                 f"image {it.index['image_id'][at]} of split '{it.name}'"
@@ -206,7 +200,7 @@ def _find_duplicates(splits: list[Split], findings: VerificationReport, allow_le
             (leaks if split is not other else twins).append(" and ".join(pair) + " are the same bytes")
     if leaks and not allow_leaks:
         leaks.append(
-            f"{len(leaks):,} images are in two splits, so what is scored may have been learned; wanted each"
+            f"{len(leaks):,} images are in two splits, so training may see scored images; expected each"
             " in one; take them out of the data set's lists and pack again, or accept them with --allow-leaks"
         )
     (findings.notes if allow_leaks else findings.problems).extend(leaks)

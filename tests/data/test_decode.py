@@ -163,10 +163,10 @@ def test_what_is_transparent_shows_white(mode: str, kind: str) -> None:
     image = quarters().convert("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 32, 24))
     stored = image.quantize(8) if mode == "P" else image
-    wanted = quarters()
-    wanted.paste(WHITE, (0, 0, 32, 24))
+    expected = quarters()
+    expected.paste(WHITE, (0, 0, 32, 24))
     options = {"lossless": True} if kind == "WEBP" else {}
-    assert far(decode_pil(encode(stored, kind, **options), "here"), wanted) < 0.01
+    assert far(decode_pil(encode(stored, kind, **options), "here"), expected) < 0.01
 
 
 def test_half_of_a_colour_is_mixed_with_white() -> None:
@@ -194,7 +194,7 @@ def test_what_is_no_picture_of_a_known_format_is_refused_by_its_place(data: byte
         with pytest.raises(UserError) as caught:
             read(data, "some/where.jpg")
         assert str(caught.value).startswith("some/where.jpg: not a readable image (")
-        assert f"{len(data):,} bytes; wanted JPEG, PNG" in str(caught.value)
+        assert f"{len(data):,} bytes; expected JPEG, PNG" in str(caught.value)
         assert "\n" not in str(caught.value)
         assert "0x" not in str(caught.value)
 
@@ -223,7 +223,7 @@ def test_a_picture_of_absurdly_many_pixels_is_refused(limit: int, monkeypatch: p
             read(data, "here")
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
             with pytest.raises(
-                UserError, match=rf"here: more than {limit} pixels, wanted at most so many; make"
+                UserError, match=rf"here: more than {limit} pixels, the most expected; resize"
             ):
                 read(data, "here")
 
@@ -327,7 +327,7 @@ def test_of_several_frames_the_first_is_taken(kind: str) -> None:
 def test_pixels_can_be_written_to() -> None:
     # torch warns of arrays that cannot.
     for kind in FORMATS:
-        assert pixels(encode(noise(8, 8), kind), "here").flags.writeable
+        assert decode_image(encode(noise(8, 8), kind), "here").flags.writeable
 
 
 # ---- what is harmless, and what is not
@@ -342,7 +342,7 @@ def test_bytes_behind_a_jpeg_and_between_its_segments_do_no_harm() -> None:
     between = whole[:scan] + bytes(3) + whole[scan:]
     assert len({whole, behind, before_end, revision, between}) == 5
     for data in (behind, before_end, revision, between):
-        np.testing.assert_array_equal(decode_image(data, "here"), pixels(whole, "here"))
+        np.testing.assert_array_equal(decode_image(data, "here"), decode_image(whole, "here"))
         assert image_info(data, "here", full_decode=True) == ImageInfo(64, 48, "jpg")
 
 

@@ -221,9 +221,9 @@ def test_words_are_all_that_is_to_be_predicted_the_ends_too(loader: Loader, ragg
     for each in (loader, ragged):
         numbers = np.arange(min(8, len(each.split)))
         captions = [caption for item in numbers.tolist() for caption in each.split.captions(item)]
-        wanted = sum(min(len(split_words(caption)), MAX_WORDS) + 1 for caption in captions)
+        expected = sum(min(len(split_words(caption)), MAX_WORDS) + 1 for caption in captions)
         batch = fetch(each, numbers, 0)
-        assert Target(batch.images, batch.tokens, batch.image_index).num_tokens.tolist() == [0, wanted]
+        assert Target(batch.images, batch.tokens, batch.image_index).num_tokens.tolist() == [0, expected]
 
 
 def test_a_word_that_the_vocabulary_lacks_is_unknown(loader: Loader) -> None:

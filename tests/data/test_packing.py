@@ -260,10 +260,10 @@ def test_more_unreadable_images_than_allowed_are_refused_and_can_be_mended(
     moved = [replace(record, source=str(folder)) for record in records]
     (folder / records[30].name).write_bytes(b"<html>")
     source = captions_of(synthetic_coco, "train")
-    wanted = (
-        r"not a readable image .*; 1 of the 48 images of split 'train' cannot be read, wanted at most 0.10%"
+    expected = (
+        r"not a readable image .*; 1 of the 48 images of split 'train' cannot be read, expected at most 0.10%"
     )
-    with pytest.raises(UserError, match=wanted):
+    with pytest.raises(UserError, match=expected):
         pack(moved, out, sources=[source], options=SMALL)
     assert not (out / manifest.MANIFEST).exists()
     assert [image.image_id for image in read_rejected((out / REJECTED).read_bytes(), "")] == [
@@ -315,8 +315,8 @@ def test_the_same_call_again_changes_nothing_and_another_is_refused(
 def test_an_image_of_another_split_is_refused(synthetic_coco: Path, packed: Path) -> None:
     before = contents(packed)
     leak = [replace(record, split="holdout") for record in records_of(synthetic_coco, "test")]
-    wanted = f"8 images of split 'holdout', such as image {leak[0].image_id}, are"
-    with pytest.raises(UserError, match=wanted):
+    expected = f"8 images of split 'holdout', such as image {leak[0].image_id}, are"
+    with pytest.raises(UserError, match=expected):
         pack(leak, packed, sources=[], options=SMALL)
     assert contents(packed) == before
 
@@ -333,7 +333,7 @@ def test_an_image_in_two_splits_of_one_call_is_refused(synthetic_coco: Path, tmp
 
 @pytest.mark.parametrize("split", ["", "a/b", "../up", ".hidden", "two words"])
 def test_a_split_that_cannot_name_a_file_is_refused(synthetic_coco: Path, tmp_path: Path, split: str) -> None:
-    with pytest.raises(UserError, match="wanted letters, digits"):
+    with pytest.raises(UserError, match="expected letters, digits"):
         pack(
             [replace(it, split=split) for it in records_of(synthetic_coco, "val")],
             tmp_path / "out",
@@ -351,7 +351,7 @@ def test_an_id_that_fits_no_index_is_refused(synthetic_coco: Path, tmp_path: Pat
 
 def test_one_folder_stores_images_in_one_way(synthetic_coco: Path, tmp_path: Path) -> None:
     pack(records_of(synthetic_coco, "val"), tmp_path, sources=[])
-    with pytest.raises(UserError, match="stored as original, this call wants --resize 32 --quality 95"):
+    with pytest.raises(UserError, match="stored as original, this call has --resize 32 --quality 95"):
         pack(records_of(synthetic_coco, "test"), tmp_path, sources=[], options=PackOptions(short_side=32))
 
 
@@ -439,7 +439,7 @@ def test_a_disk_that_fails_is_not_taken_for_a_bad_image(
     with monkeypatch.context() as patch:
         patch.setattr(Record, "read", fail)
         with pytest.raises(
-            UserError, match=r"Stale file handle, which is the disk's .* run the same command"
+            UserError, match=r"Stale file handle, a fault of the disk .* run the same command"
         ):
             pack(records, tmp_path, sources=[], options=PackOptions(4, max_rejected=1.0))
     pack(records, tmp_path, sources=[], options=PackOptions(4, max_rejected=1.0))
@@ -601,7 +601,9 @@ def test_what_a_killed_call_left_is_finished_by_no_other_call(synthetic_coco: Pa
     with pytest.raises(KeyboardInterrupt):
         pack(train, tmp_path, sources=[], options=SMALL, progress=stop)
     for records, options in ((train[1:], SMALL), (train, PackOptions(images_per_shard=8)), (val, SMALL)):
-        with pytest.raises(UserError, match=r"a call that packed train .* was stopped here; wanted its end"):
+        with pytest.raises(
+            UserError, match=r"a call that packed train .* was stopped here; expected its end"
+        ):
             pack(records, tmp_path, sources=[], options=options)
     pack(train, tmp_path, sources=[], options=SMALL)
     pack(val, tmp_path, sources=[], options=SMALL)

@@ -62,8 +62,8 @@ def test_scaled_pixels_are_those_of_pillow(picture, old: tuple[int, int], new: t
     image = picture(*old)
     # Width first: of a tall image Pillow itself takes the height first, and clips other overshoots.
     wide = image.resize((new[0], old[1]), Image.Resampling.BICUBIC)
-    wanted = np.asarray(wide.resize(new, Image.Resampling.BICUBIC))
-    assert psnr(resize_image(np.array(image), new[1], new[0]), wanted) > 60
+    expected = np.asarray(wide.resize(new, Image.Resampling.BICUBIC))
+    assert psnr(resize_image(np.array(image), new[1], new[0]), expected) > 60
 
 
 def test_scaled_photographs_are_those_of_pillow() -> None:
@@ -73,9 +73,9 @@ def test_scaled_photographs_are_those_of_pillow() -> None:
     for file in files:
         image = decode_image(file.read_bytes(), str(file))
         for side in (64, 224, 256):
-            wanted = np.asarray(ImageOps.cover(Image.fromarray(image), (side, side)))
+            expected = np.asarray(ImageOps.cover(Image.fromarray(image), (side, side)))
             if side < min(image.shape[:2]):
-                assert psnr(resize_image(image, *wanted.shape[:2]), wanted) > 60
+                assert psnr(resize_image(image, *expected.shape[:2]), expected) > 60
 
 
 def test_scaling_does_not_depend_on_the_number_of_threads() -> None:
@@ -138,9 +138,9 @@ def test_the_result_shows_what_training_would_have_seen() -> None:
     ]
     for data in kinds:
         found = smaller(data, 100)
-        wanted = ImageOps.cover(decode_pil(data, "here"), (100, 100))
+        expected = ImageOps.cover(decode_pil(data, "here"), (100, 100))
         shown = Image.open(io.BytesIO(found))
-        assert psnr(np.asarray(shown.convert("RGB")), np.asarray(wanted)) > 25
+        assert psnr(np.asarray(shown.convert("RGB")), np.asarray(expected)) > 25
         assert shown.info.keys().isdisjoint({"exif", "icc_profile", "xmp"})
         assert shown.getexif() == {}
 

@@ -128,12 +128,12 @@ def test_a_shard_in_use_is_not_removed_and_the_error_names_bound_and_need(
 ) -> None:
     monkeypatch.setattr(room, "_WAIT_FOR_ROOM_S", 0.3)
     cache = cache_of(tmp_path, 2)
-    wanted = (
+    expected = (
         rf"{tmp_path}: 2,000 bytes are in use and train-00000.tar needs 1,000 more,"
         r" data.cache_gb = 2e-06 allows 2,000; raise it"
     )
     with cache.open(SHARDS[1], origin.of(1)) as one:
-        with cache.open(SHARDS[0], origin.of(0)), pytest.raises(UserError, match=wanted):
+        with cache.open(SHARDS[0], origin.of(0)), pytest.raises(UserError, match=expected):
             read(cache_of(tmp_path, 2), 2, origin.of(2))
         assert read(cache, 2, origin.of(2)) == CONTENT[2]
         assert one.read() == CONTENT[1]
@@ -202,8 +202,8 @@ def test_a_failed_download_leaves_nothing(tmp_path: Path, origin: Origin, error:
         read(cache, 0, fail)
     assert held(tmp_path) == {}
     if isinstance(error, OSError):
-        wanted = "No space; wanted a folder that can keep train-00000.tar (1,000 bytes); free the disk"
-        assert str(caught.value).startswith(f"{tmp_path}: {wanted}")
+        expected = "No space; expected a folder that can keep train-00000.tar (1,000 bytes); free the disk"
+        assert str(caught.value).startswith(f"{tmp_path}: {expected}")
     assert read(cache, 0, origin.of(0)) == CONTENT[0]
 
 
@@ -265,13 +265,13 @@ def test_without_locks_the_bound_holds_and_a_young_download_is_left_alone(
 def test_a_file_or_a_folder_in_the_way_is_told(tmp_path: Path, origin: Origin) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
-        UserError, match=r"/file.*: Not a directory; wanted a folder that can keep .* data.cache"
+        UserError, match=r"/file.*: Not a directory; expected a folder that can keep .* data.cache"
     ):
         read(cache_of(tmp_path / "file", 8), 0, origin.of(0))
-    with pytest.raises(UserError, match=r"Not a directory; wanted a folder that can keep"):
+    with pytest.raises(UserError, match=r"Not a directory; expected a folder that can keep"):
         read(cache_of(tmp_path / "file" / "inside", 8), 0, origin.of(0))
     (tmp_path / f"{SHARDS[0].blake3}.tar").mkdir()
-    with pytest.raises(UserError, match=r"Is a directory; wanted a folder that can keep"):
+    with pytest.raises(UserError, match=r"Is a directory; expected a folder that can keep"):
         read(cache_of(tmp_path, 8), 0, origin.of(0))
 
 
@@ -293,7 +293,7 @@ def test_the_folder_is_the_given_one_or_the_users(tmp_path: Path, monkeypatch: p
     assert ShardCache(None, 1.0).folder == tmp_path / "own"
     assert ShardCache(tmp_path / "given", 1.0).folder == tmp_path / "given"
     with pytest.raises(
-        UserError, match=r"~nobody-of-this-name/x: no such home, wanted a folder for shards; set data.cache"
+        UserError, match=r"~nobody-of-this-name/x: no such home, expected a folder for shards; set data.cache"
     ):
         ShardCache(Path("~nobody-of-this-name/x"), 1.0)
 

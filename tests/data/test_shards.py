@@ -101,7 +101,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "wanted"),
+    ("line", "expected"),
     [
         ('"name": "train-00001.tar"', "shard train-00001.tar: Object missing required field `name`"),
         ('"size_bytes": ', "shard train-00000.tar: Object missing required field `size_bytes`"),
@@ -112,11 +112,11 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, content: str) -> None:
         ("{", "Extra data"),
     ],
 )
-def test_a_manifest_that_lost_a_line_says_which(copy: Path, line: str, wanted: str) -> None:
+def test_a_manifest_that_lost_a_line_says_which(copy: Path, line: str, expected: str) -> None:
     lines = (copy / MANIFEST).read_text().splitlines()
     at = next(k for k, text in enumerate(lines) if line in text)
     (copy / MANIFEST).write_text("\n".join(lines[:at] + lines[at + 1 :]))
-    with pytest.raises(UserError, match=f"{MANIFEST}: not a manifest .*{wanted}.*; copy it again from"):
+    with pytest.raises(UserError, match=f"{MANIFEST}: not a manifest .*{expected}.*; copy it again from"):
         Split(copy, "train")
 
 
@@ -125,17 +125,17 @@ def test_a_manifest_that_lost_a_shard_is_refused_with_its_name(copy: Path) -> No
     train = document["splits"]["train"]
     train["shards"].pop()
     (copy / MANIFEST).write_text(json.dumps(document))
-    wanted = r"train\.index\.npy: speaks of train-00002\.tar, but the manifest has 2 shards"
-    with pytest.raises(UserError, match=wanted):
+    expected = r"train\.index\.npy: names train-00002\.tar, but the manifest has 2 shards"
+    with pytest.raises(UserError, match=expected):
         Split(copy, "train")
 
 
 def test_another_format_is_refused_with_both_numbers(copy: Path) -> None:
     rewrite(copy / MANIFEST, lambda data: data.replace(b'"format": 2', b'"format": 1'))
-    with pytest.raises(UserError, match="format 1, wanted 2; pack again, into another folder"):
+    with pytest.raises(UserError, match="format 1, expected 2; pack again, into another folder"):
         Split(copy, "train")
     rewrite(copy / MANIFEST, lambda data: data.replace(b'"format": 1', b'"format": 3'))
-    with pytest.raises(UserError, match="format 3, wanted 2; upgrade captionscale"):
+    with pytest.raises(UserError, match="format 3, expected 2; upgrade captionscale"):
         Split(copy, "train")
 
 
@@ -145,8 +145,8 @@ def test_a_missing_or_truncated_shard_is_refused(copy: Path) -> None:
     for change in (lambda data: data[:-1], lambda _: b"", lambda data: data + b"\0"):
         whole = shard.read_bytes()
         rewrite(shard, change)
-        wanted = rf"train-00001\.tar: {len(change(whole)):,} bytes, manifest says {size:,} bytes"
-        with pytest.raises(UserError, match=wanted):
+        expected = rf"train-00001\.tar: {len(change(whole)):,} bytes, manifest says {size:,} bytes"
+        with pytest.raises(UserError, match=expected):
             Split(copy, "train")
         shard.write_bytes(whole)
     shard.unlink()
@@ -168,13 +168,13 @@ def test_a_damaged_index_is_refused_before_it_pairs_images_with_other_captions(c
     path.write_bytes(whole)
     assert len(Split(copy, "val")) == 8
     path.unlink()
-    with pytest.raises(UserError, match=r"val\.index\.npy: No such file or directory, wanted the split's"):
+    with pytest.raises(UserError, match=r"val\.index\.npy: No such file or directory, expected the split's"):
         Split(copy, "val")
 
 
 def test_an_index_of_other_rows_is_refused_though_the_manifest_knows_it(copy: Path) -> None:
     path = copy / "val.index.npy"
-    for content, wanted in (
+    for content, expected in (
         (b"", r"not an index .* remove the folder and pack again"),
         (b"PK\3\4" + path.read_bytes(), "not an index"),
         (_saved(np.zeros(8)), "columns"),
@@ -184,7 +184,7 @@ def test_an_index_of_other_rows_is_refused_though_the_manifest_knows_it(copy: Pa
         document = json.loads((copy / MANIFEST).read_text())
         document["splits"]["val"]["index_sha256"] = hashlib.sha256(content).hexdigest()
         (copy / MANIFEST).write_text(json.dumps(document))
-        with pytest.raises(UserError, match=rf"val\.index\.npy: {wanted}"):
+        with pytest.raises(UserError, match=rf"val\.index\.npy: {expected}"):
             Split(copy, "val")
 
 
@@ -208,10 +208,10 @@ def test_a_shard_that_shrinks_while_it_is_open_is_named_with_the_byte(copy: Path
     row = split.index[5]
     start, size = int(row["image_offset"]), int(row["image_size"])
     rewrite(copy / "val-00000.tar", lambda data: data[: start + 7])
-    wanted = (
+    expected = (
         rf"val-00000\.tar: image {row['image_id']}: image at byte {start:,} ends after 7 of {size:,} bytes"
     )
-    with pytest.raises(UserError, match=wanted):
+    with pytest.raises(UserError, match=expected):
         split.image(5)
 
 
@@ -237,5 +237,5 @@ def test_an_index_without_hashes_is_refused(copy: Path) -> None:
     facts = json.loads((copy / MANIFEST).read_text())
     facts["splits"]["val"]["index_sha256"] = hashlib.sha256((copy / "val.index.npy").read_bytes()).hexdigest()
     (copy / MANIFEST).write_text(json.dumps(facts))
-    with pytest.raises(UserError, match=r"columns .*, wanted .*'image_hash', 'json_hash'"):
+    with pytest.raises(UserError, match=r"columns .*, expected .*'image_hash', 'json_hash'"):
         Split(copy, "val")

@@ -176,12 +176,12 @@ def test_a_folder_tells_a_shard_that_is_missing_of_another_size_or_not_a_file(fo
     path.unlink()
     with pytest.raises(UserError, match=rf"{path}: missing, manifest says 200,000 bytes"):
         place.check_size(SHARDS[0])
-    with pytest.raises(UserError, match=rf"{path}: No such file or directory, wanted to read it; copy it"):
+    with pytest.raises(UserError, match=rf"{path}: No such file or directory, expected to read it; copy it"):
         place.pread(SHARDS[0], 0, 1)
     path.mkdir()
     with pytest.raises(UserError, match=rf"{path}: missing"):
         place.check_size(SHARDS[0])
-    with pytest.raises(UserError, match=rf"{path}: Is a directory at byte 0, wanted 1 bytes"):
+    with pytest.raises(UserError, match=rf"{path}: Is a directory at byte 0, expected 1 bytes"):
         place.pread(SHARDS[0], 0, 1)
 
 
@@ -225,10 +225,10 @@ def test_what_passes_is_tried_again(server: Server, tmp_path: Path, faults: list
 
 
 @pytest.mark.parametrize(
-    ("fault", "asked", "wanted"),
+    ("fault", "asked", "expected"),
     [
         ("flipped", 4, r"200,000 bytes with blake3 \w{12}\.\.\. came, manifest says 200,000 bytes with"),
-        ("truncated", 4, r"cannot be read \(Client.*\); wanted the file; check the URL and the network"),
+        ("truncated", 4, r"cannot be read \(Client.*\); expected the file; check the URL and the network"),
         ("500", 4, r"cannot be read \(ClientResponseError: 500"),
         ("403", 1, r"not allowed, or not there \(ClientResponseError: 403.* give credentials"),
         ("401", 1, r"not allowed, or not there \(ClientResponseError: 401"),
@@ -236,11 +236,11 @@ def test_what_passes_is_tried_again(server: Server, tmp_path: Path, faults: list
     ],
 )
 def test_what_does_not_pass_is_told_and_nothing_is_kept(
-    server: Server, tmp_path: Path, fault: str, asked: int, wanted: str
+    server: Server, tmp_path: Path, fault: str, asked: int, expected: str
 ) -> None:
     server.faults = [fault] * 9
     place = open_storage(server.url, tmp_path / "cache")
-    with pytest.raises(UserError, match=rf"^{server.url}/train-00000.tar: {wanted}") as error:
+    with pytest.raises(UserError, match=rf"^{server.url}/train-00000.tar: {expected}") as error:
         place.pread(SHARDS[0], 0, 1)
     assert "\n" not in str(error.value)
     assert server.asked["/coco/train-00000.tar"] == asked
@@ -248,12 +248,12 @@ def test_what_does_not_pass_is_told_and_nothing_is_kept(
 
 
 def test_another_file_under_the_name_of_a_shard_is_not_taken(server: Server, tmp_path: Path) -> None:
-    for size, digest, wanted in (
+    for size, digest, expected in (
         (SIZE - 1, SHARDS[0].blake3, "more than 199,999 bytes came"),
         (SIZE + 1, SHARDS[0].blake3, "200,000 bytes with blake3"),
         (SIZE, "0" * 64, "200,000 bytes with blake3"),
     ):
-        with pytest.raises(UserError, match=f"train-00000.tar: {wanted}"):
+        with pytest.raises(UserError, match=f"train-00000.tar: {expected}"):
             open_storage(server.url, tmp_path).pread(Shard("train-00000.tar", size, digest, 1), 0, 1)
     assert cached(tmp_path) == set()
 
@@ -276,7 +276,7 @@ def test_a_login_of_netrc_is_used(server: Server, tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(
-    ("url", "wanted"),
+    ("url", "expected"),
     [
         ("http://127.0.0.1:9/coco", "cannot be read (ClientConnectorError"),
         ("https://no-such-host.invalid/coco", "cannot be read (ClientConnectorDNSError"),
@@ -288,12 +288,12 @@ def test_a_login_of_netrc_is_used(server: Server, tmp_path: Path, monkeypatch: p
     ],
 )
 def test_a_url_that_leads_nowhere_is_told(
-    url: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "_WAITS_S", ())
     with pytest.raises(UserError) as error:
         open_storage(url, tmp_path).fetch("manifest.json")
-    assert wanted in str(error.value)
+    assert expected in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -422,8 +422,8 @@ def test_a_full_disk_is_told_and_nothing_is_left(server: Server, tmp_path: Path)
     script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))" + READ
     arguments = [server.url, str(tmp_path), "1", "0", *(shard.blake3 for shard in SHARDS)]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
-    wanted = f"UserError: {tmp_path}: File too large; wanted a folder that can keep train-00000.tar"
-    assert wanted in done.stderr.splitlines()[-1]
+    expected = f"UserError: {tmp_path}: File too large; expected a folder that can keep train-00000.tar"
+    assert expected in done.stderr.splitlines()[-1]
     assert cached(tmp_path) == set()
 
 
@@ -469,5 +469,5 @@ def test_missing_credentials_are_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     command = [sys.executable, "-c", script, "s3://bucket/data/coco", str(tmp_path), "1", ""]
     done = subprocess.run(command, capture_output=True, text=True)
-    wanted = "UserError: s3://bucket/data/coco/manifest.json: not allowed, or not there (NoCredentialsError"
-    assert wanted in done.stderr.splitlines()[-1]
+    expected = "UserError: s3://bucket/data/coco/manifest.json: not allowed, or not there (NoCredentialsError"
+    assert expected in done.stderr.splitlines()[-1]

@@ -76,7 +76,7 @@ def test_a_flipped_byte_names_shard_image_place_and_cure(copy: Path, part: str) 
             assert problem.startswith(
                 f"{path}: image {image_id}: {thing} {where.start:,} are not those packed; "
             )
-            assert "copy it again from where it is whole, or remove the folder and pack again" in problem
+            assert "copy it again from an intact source, or remove the folder and pack again" in problem
             flip(path, byte)
     assert verify(copy).problems == []
 
@@ -129,9 +129,7 @@ def test_two_samples_whose_rows_were_swapped_are_named(copy: Path) -> None:
     np.save(copy / "train.index.npy", index)
     forge(copy, "train")
     (problem,) = verify(copy).problems
-    assert problem.startswith(
-        f"{copy / 'train-00000.tar'}: image {ids[0]}: the index does not say what the tar"
-    )
+    assert problem.startswith(f"{copy / 'train-00000.tar'}: image {ids[0]}: the index differs from the tar")
 
 
 def test_a_cut_tar_is_named_with_both_sizes(copy: Path) -> None:
@@ -159,7 +157,7 @@ def test_a_manifest_that_lost_a_shard_names_it(copy: Path) -> None:
     forge(copy, "train", lambda facts: facts["shards"].pop())
     named = verify(copy).problems
     assert named[0].startswith(f"{copy / 'train-00002.tar'}: the manifest does not name it")
-    assert "speaks of train-00002.tar, but the manifest has 2 shards" in named[1]
+    assert "names train-00002.tar, but the manifest has 2 shards" in named[1]
 
 
 def test_a_duplicated_id_is_named(copy: Path) -> None:
@@ -212,7 +210,7 @@ def test_an_image_of_two_splits_is_a_leak_even_under_another_id(synthetic_coco: 
         options=PackOptions(images_per_shard=16),
     )
     problem, verdict = verify(tmp_path).problems
-    assert verdict.startswith("1 images are in two splits, so what is scored may have been learned")
+    assert verdict.startswith("1 images are in two splits, so training may see scored images")
     pair = f"image {train[7].image_id} of split 'train' and image 999999 of split 'test' are the same bytes"
     assert problem == pair
     allowed = verify(tmp_path, allow_leaks=True)

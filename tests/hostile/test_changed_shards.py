@@ -61,7 +61,7 @@ def test_a_changed_word_or_image_is_not_scored(
     place = change(copy, "val", part)
     said = refused(["score", run, "--split", "val"], capsys)
     assert said.startswith(f"captionscale: {place}")
-    assert re.search(r"found xxh3 \w{16}, expected \w{16}; copy it again from where it is whole", said)
+    assert re.search(r"found xxh3 \w{16}, expected \w{16}; copy it again from an intact source", said)
     assert not [*(run / "scores").rglob("receipt.json")]
 
 

@@ -288,7 +288,7 @@ def header_of(index: np.ndarray, shape: str) -> str:
 
 
 INDEXES: dict[str, tuple[Callable[[np.ndarray], Any], str]] = {
-    "shard -1": (value("shard", -1), "speaks of train--0001.tar, but the manifest has 3 shards"),
+    "shard -1": (value("shard", -1), "names train--0001.tar, but the manifest has 3 shards"),
     "shard 2^40": (value("shard", 2**40), "but the manifest has 3 shards"),
     "an image of 2^40 bytes": (value("image_size", 2**40), "expected it within train-00000.tar"),
     "an image of -1 bytes": (value("image_size", -1), "expected it within train-00000.tar"),

@@ -146,7 +146,7 @@ def test_the_official_list_is_required_and_recognized_by_its_length(tmp_path) ->
     said = refused(SET, [captions], listed(tmp_path, "nocaps-test"), "a", out)
     assert "lists 10,600 images (as many as nocaps-test has), expected the 4,500 of nocaps-val" in said
     assert "expected the official list of nocaps-val" in refused(SET, [captions], captions, "a", out)
-    assert "Is a directory; wanted it to be readable" in refused(SET, [captions], tmp_path, "a", out)
+    assert "Is a directory; expected it to be readable" in refused(SET, [captions], tmp_path, "a", out)
     assert "did you mean 'nocaps-val'?" in refused("nocap-val", [captions], None, "a", out)
 
 

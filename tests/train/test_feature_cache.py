@@ -165,7 +165,7 @@ def test_a_damaged_row_is_told_when_it_is_read(shards: Path) -> None:
     path.write_bytes(data)
     cache(build(), made)
     assert len(next(loader.prefetch([(np.array([6]), None)])).images) == 1
-    with pytest.raises(UserError, match=r"row 7 is damaged, wanted .*; delete the file"):
+    with pytest.raises(UserError, match=r"row 7 is damaged, expected .*; delete the file"):
         next(loader.prefetch([(np.array([7]), None)]))
 
 
@@ -182,7 +182,7 @@ def test_a_damaged_row_is_told_when_it_is_read(shards: Path) -> None:
 def test_a_damaged_file_is_refused_and_the_cure_is_to_delete_it(shards: Path, damage, found: str) -> None:
     (path,) = cache(build(), loaders(shards, "val"))
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UserError, match=f"{path}: {found}, wanted 8,448 bytes .* delete it"):
+    with pytest.raises(UserError, match=f"{path}: {found}, expected 8,448 bytes .* delete it"):
         cache(build(), loaders(shards, "val"))
     path.unlink()
     path.mkdir()
@@ -194,7 +194,7 @@ def test_features_that_half_precision_cannot_hold_are_refused_and_leave_no_file(
     encoder = build()
     with torch.no_grad():
         encoder.backbone.layer4[1].bn2.bias += 7e4
-    with pytest.raises(UserError, match=r"is 7[\d.]+, wanted at most 65504"):
+    with pytest.raises(UserError, match=r"is 7[\d.]+, expected at most 65504"):
         cache(encoder, loaders(shards))
     assert not list((shards / "features").glob("*.npy"))
 
@@ -212,7 +212,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_computed(
 ) -> None:
     usage = shutil.disk_usage(shards)._replace(free=30_000)
     monkeypatch.setattr(feature_files.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"0\.00 GB are free, wanted 0\.00 GB for the features of 56 images"):
+    with pytest.raises(UserError, match=r"0\.00 GB are free, expected 0\.00 GB for the features of 56"):
         cache(build(), loaders(shards))
     assert not (shards / "features").exists()
 
@@ -230,6 +230,6 @@ def test_a_folder_in_which_nothing_can_be_written_is_refused_and_a_url_too(shard
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_refused(shards: Path) -> None:
     shards.chmod(0o555)
-    with pytest.raises(UserError, match="permission denied, wanted to keep features there"):
+    with pytest.raises(UserError, match="permission denied, expected to keep features there"):
         cache(build(), loaders(shards))
     shards.chmod(0o755)

@@ -14,8 +14,8 @@ from captionscale.data.sources.record import Record
 from captionscale.data.sources.source import Source
 from captionscale.errors import UserError
 
-_WANTED = (
-    "wanted COCO captions: 'images' with id and file_name, 'annotations' with image_id and caption;"
+_EXPECTED = (
+    "expected COCO captions: 'images' with id and file_name, 'annotations' with image_id and caption;"
     " give captions_train2017.json or its like, not instances_* or Karpathy's dataset_*.json"
 )
 _SPLITS = ("train", "val", "test")
@@ -83,21 +83,20 @@ class Coco(Source):
 
 
 def read_official(images: Path, captions: Path, split: str) -> list[Record]:
-    """Read COCO of 2014 or 2017 as it is published, two layouts that differ in nothing but the file names.
+    """Read a split of COCO 2014 or 2017 in its official files.
 
     Args:
-        images: The folder that holds the image files themselves, such as `train2017`.
-        captions: The captions JSON of one split, such as `captions_train2017.json`, or a list of images
-            without captions, such as `image_info_test2014.json`.
-        split: The split that all its images get.
+        images: Folder of the image files, such as `train2017`.
+        captions: Captions of the split, such as `captions_train2017.json`, or a list of images without
+            captions, such as `image_info_test2014.json`.
+        split: Name of the split.
 
     Returns:
-        The records by image id. Empty captions are dropped. There are none at all if the file has no
-        annotations.
+        Records by image id, without empty captions.
 
     Raises:
-        UserError: If a file is missing, broken or of another layout, an image id repeats, a caption
-            belongs to no image, or an image has no captions although others have.
+        UserError: A file is missing, broken or of another layout, an image id repeats, a caption belongs to
+            no image, or an image has no captions although others have.
 
     Source:
         Chen et al. 2015, "Microsoft COCO Captions" (arXiv:1504.00325).
@@ -115,24 +114,22 @@ def read_official(images: Path, captions: Path, split: str) -> list[Record]:
 def read_karpathy_lists(
     images: Path, captions: Sequence[Path], lists: Path, restval: Literal["train", "drop"]
 ) -> list[Record]:
-    """Read COCO 2014 by the splits that nearly every paper scores on, from the official annotations.
+    """Read COCO 2014 by Karpathy's splits, from the official annotations.
 
     Args:
-        images: The folder that holds `train2014` and `val2014`.
+        images: Folder with `train2014` and `val2014`.
         captions: `captions_train2014.json` and `captions_val2014.json`.
-        lists: The folder with `karpathy_{train,val,test}_images.txt`, lines such as
-            `val2014/COCO_val2014_000000391895.jpg 391895`. Without the list of train, every image that is
-            in no other list is of train; with it, images in no list are left out.
-        restval: What becomes of the images of train that are in `val2014`, 30,504 in all: `train` as most
-            papers do, or `drop` to leave them out.
+        lists: Folder with `karpathy_{train,val,test}_images.txt`, lines such as
+            `val2014/COCO_val2014_000000391895.jpg 391895`. Without a train list, all unlisted images are in
+            train; with it, they are left out.
+        restval: The 30,504 train images in `val2014`: `train` as in most papers, or `drop` to leave them out.
 
     Returns:
-        The records by split and image id.
+        Records by split and image id.
 
     Raises:
-        UserError: As `read_official` does; and if the list of val or test is missing, a list has a line of
-            another form or an image of no annotation, an image is in two lists, or an id differs from its
-            file name's number.
+        UserError: As `read_official`; or a val or test list is missing, a list is malformed or names an image
+            without annotation, an image is in two lists, or an id differs from its file name.
 
     Source:
         Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments" (arXiv:1412.2306).
@@ -143,13 +140,13 @@ def read_karpathy_lists(
         names, found = _captioned(file)
         if both := names.keys() & paths.keys():
             raise UserError(
-                f"{file}: image {min(both)} is in another file too; wanted it once; {_BOTH_FILES}"
+                f"{file}: image {min(both)} is in another file too; expected it once; {_BOTH_FILES}"
             )
         paths |= {image_id: _path_2014(file, image_id, name) for image_id, name in names.items()}
         texts |= found
     place = " and ".join(map(str, captions))
     if {folder for folder, _ in paths.values()} != {"train2014", "val2014"}:
-        raise UserError(f"{place}: wanted images of train2014 and of val2014 both; {_BOTH_FILES}")
+        raise UserError(f"{place}: expected images of train2014 and of val2014 both; {_BOTH_FILES}")
     listed = _listed(lists, paths)
     rest = None if "train" in listed.values() else "train"
     source = {folder: str(images / folder) for folder in ("train2014", "val2014")}
@@ -163,25 +160,22 @@ def read_karpathy_lists(
 
 
 def read_references(captions: Path) -> dict[int, list[str]]:
-    """Read the captions of a COCO captions JSON alone, by image id; no image need be there.
-
-    Args:
-        captions: Such as `captions_val2014.json`.
+    """Read the captions of a file such as `captions_val2014.json` by image id, without images.
 
     Raises:
-        UserError: As `read_official` does for its caption file, or it has no annotations.
+        UserError: As `read_official` for its caption file, or it has no annotations.
     """
     return _captioned(captions)[1]
 
 
 def _read(captions: Path) -> tuple[dict[int, str], dict[int, list[str]] | None]:
-    """Return the file name and, unless the file has no annotations, the raw captions of each image id."""
-    document = base.read_json(captions, _Document, _WANTED)
+    """Return file names and, if the file has annotations, raw captions by image id."""
+    document = base.read_json(captions, _Document, _EXPECTED)
     names: dict[int, str] = {}
     for number, image in enumerate(document.images):
         if image.id in names:
             raise UserError(
-                f"{captions}: images[{number}] repeats image id {image.id}; wanted each id once; delete one"
+                f"{captions}: images[{number}] repeats image id {image.id}; expected each id once; delete one"
             )
         names[image.id] = image.file_name
     if document.annotations is msgspec.UNSET:
@@ -191,7 +185,7 @@ def _read(captions: Path) -> tuple[dict[int, str], dict[int, list[str]] | None]:
         if annotation.image_id not in texts:
             raise UserError(
                 f"{captions}: annotations[{number}] has image_id {annotation.image_id}, which is not in"
-                " 'images'; wanted one that is; delete the caption or add its image"
+                " 'images'; expected one that is; delete the caption or add its image"
             )
         texts[annotation.image_id].append(annotation.caption)
     return names, texts
@@ -200,16 +194,16 @@ def _read(captions: Path) -> tuple[dict[int, str], dict[int, list[str]] | None]:
 def _captioned(captions: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     names, texts = _read(captions)
     if texts is None:
-        raise UserError(f"{captions}: no list 'annotations'; {_WANTED}")
+        raise UserError(f"{captions}: no list 'annotations'; {_EXPECTED}")
     return names, texts
 
 
 def _path_2014(place: Path, image_id: int, name: str) -> tuple[str, str]:
-    """Return the folder and the name of one of COCO 2014's images, told by the name."""
+    """Return folder and file name of a COCO 2014 image."""
     found = _NAME_2014.fullmatch(name)
     if not found or int(found[2]) != image_id:
         raise UserError(
-            f"{place}: image {image_id} has the file name {name!r:.60}; wanted COCO 2014's, as in"
+            f"{place}: image {image_id} has the file name {name!r:.60}; expected COCO 2014's, as in"
             f" COCO_val2014_000000391895.jpg of image 391895; {_BOTH_FILES}"
         )
     return found[1], name
@@ -221,7 +215,7 @@ def _listed(lists: Path, paths: dict[int, tuple[str, str]]) -> dict[int, str]:
     there = base.list_folder(lists, "the folder of Karpathy's lists")
     for split in _SPLITS:
         file = lists / f"karpathy_{split}_images.txt"
-        # Without this one list the others still say all; without them, training would see what is scored.
+        # Only the train list is optional: without the others, training would see scored images.
         if split == "train" and file.name not in there:
             continue
         for number, line in enumerate(base.read_text(file).split("\n"), start=1):
@@ -231,17 +225,17 @@ def _listed(lists: Path, paths: dict[int, tuple[str, str]]) -> dict[int, str]:
             found = _LIST_LINE.fullmatch(line.strip())
             if not found:
                 raise UserError(
-                    f"{place} is {line!r:.60}; wanted val2014/COCO_val2014_000000391895.jpg 391895; fix it"
+                    f"{place} is {line!r:.60}; expected val2014/COCO_val2014_000000391895.jpg 391895; fix it"
                 )
             image_id = int(found["image_id"])
             if "/".join(paths.get(image_id, ())) != found["path"]:
                 raise UserError(
-                    f"{place} names {found['path']} {image_id}; wanted an image of the annotations with"
+                    f"{place} names {found['path']} {image_id}; expected an image of the annotations with"
                     " its own id; give lists and captions of one data set"
                 )
             if split_of.setdefault(image_id, split) != split:
                 raise UserError(
-                    f"{place}: image {image_id} is in the list of {split_of[image_id]} too; wanted it in one"
-                    " split, or training sees what is scored; delete it from one"
+                    f"{place}: image {image_id} is in the list of {split_of[image_id]} too; expected it in"
+                    " one split, or training sees what is scored; delete it from one"
                 )
     return split_of

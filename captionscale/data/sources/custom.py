@@ -1,4 +1,4 @@
-"""Read a data set of one's own: a table of images and captions, or a folder of images and texts."""
+"""Read custom data: a table of images and captions, or a folder of images and texts."""
 
 import csv
 import os
@@ -22,9 +22,10 @@ from captionscale.progress import say
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
-_WANTED_COLUMNS = "wanted the columns image, caption and, if need be, split and image_id; correct it"
-_WANTED_OBJECTS = (
-    "wanted one object a line with image, caption or captions and, if need be, split and image_id; correct it"
+_EXPECTED_COLUMNS = "expected the columns image, caption and, if need be, split and image_id; correct it"
+_EXPECTED_OBJECTS = (
+    "expected one object a line with image, caption or captions and, if need be, split and image_id; correct"
+    " it"
 )
 _NEEDED, _OPTIONAL = {"image", "caption"}, {"split", "image_id"}
 
@@ -73,26 +74,24 @@ class Folder(Source):
 
 
 def read_table(captions: Path, images: Path, split: str, first_id: base.FirstImageId) -> list[Record]:
-    """Read a table with a caption in each row, as CSV, TSV or JSON lines, told apart by the file's ending.
+    """Read a table with a caption in each row, as CSV, TSV or JSON lines by the file's ending.
 
-    A `.csv` or `.tsv` starts with the names of its columns: `image`, `caption` and, if need be, `split` and
-    `image_id`; fields with commas, quotes or line ends stand in quotes. A line of a `.jsonl` or `.ndjson` is
-    an object with the same keys; `caption` may be a list there, and `captions` is one. Rows of one image are
-    joined in their order.
+    A `.csv` or `.tsv` starts with its column names: `image`, `caption` and optionally `split` and `image_id`.
+    A line of a `.jsonl` or `.ndjson` is an object with these keys; `caption` or `captions` may be a list. The
+    captions of an image's rows are joined in order.
 
     Args:
         captions: The table.
-        images: The folder that the paths in `image` start from.
-        split: The split of rows that name none.
-        first_id: Returns the first image id of these splits, if no row has one: ids are counted in
-            the order in which images appear.
+        images: Folder that paths in `image` are relative to.
+        split: Split of rows that name none.
+        first_id: Returns the first image id of these splits, if rows have none; ids are counted in order.
 
     Returns:
-        The records by split (train, val, test, others) and image id. Empty captions are dropped.
+        Records by split (train, val, test, others) and image id, without empty captions.
 
     Raises:
-        UserError: If the table is missing, broken or of another layout, an image is missing, leads out of
-            `images`, has no captions, or is in two splits, or image ids are not one for each image.
+        UserError: The table is missing, broken or of another layout, an image is missing, outside `images`,
+            without captions or in two splits, or image ids are not unique.
     """
     found: dict[str, tuple[str, int | None, list[str]]] = {}
     names: dict[int, str] = {}
@@ -102,30 +101,30 @@ def read_table(captions: Path, images: Path, split: str, first_id: base.FirstIma
         row_split = row.split or split
         if not SPLIT_NAME.fullmatch(row_split):
             raise UserError(
-                f"{place} is of split {row_split!r:.60}; wanted letters, digits, '_' and '-', as in train or"
-                " val; rename it"
+                f"{place} is of split {row_split!r:.60}; expected letters, digits, '_' and '-', as in train"
+                " or val; rename it"
             )
         known_split, known_id, texts = found.setdefault(name, (row_split, row.image_id, []))
         if row_split != known_split:
             raise UserError(
-                f"{place} is of split {row_split!r} here, of {known_split!r} in an earlier row; wanted it in"
-                " one split, or training sees what is scored; correct one"
+                f"{place} is of split {row_split!r} here, of {known_split!r} in an earlier row; expected it"
+                " in one split, or training sees what is scored; correct one"
             )
         if row.image_id != known_id:
             raise UserError(
-                f"{place} has image_id {row.image_id} here, {known_id} in an earlier row; wanted one id"
+                f"{place} has image_id {row.image_id} here, {known_id} in an earlier row; expected one id"
                 " for all rows of an image; correct one"
             )
         if row.image_id is not None and names.setdefault(row.image_id, name) != name:
             raise UserError(
                 f"{place} has image_id {row.image_id}, which is that of"
-                f" {base.printable_name(names[row.image_id])}; wanted an id of its own; correct one"
+                f" {base.printable_name(names[row.image_id])}; expected an id of its own; correct one"
             )
         texts.extend([row.caption] if isinstance(row.caption, str) else row.caption)
         texts.extend(row.captions)
     if names and (without := [name for name, (_, image_id, _) in found.items() if image_id is None]):
         raise UserError(
-            f"{captions}: {base.name_some(without)} of {len(found)} without image_id; wanted one for each"
+            f"{captions}: {base.name_some(without)} of {len(found)} without image_id; expected one for each"
             " image or for none; add or delete them"
         )
     first = first_id({row_split for row_split, _, _ in found.values()})
@@ -138,23 +137,21 @@ def read_table(captions: Path, images: Path, split: str, first_id: base.FirstIma
 
 
 def read_folder(images: Path, split: str, first_id: base.FirstImageId) -> list[Record]:
-    """Read images anywhere below a folder, each with its captions in a `.txt` of the same name beside it.
+    """Read images anywhere below a folder, with captions in a `.txt` of the same name next to each.
 
-    Links to folders are followed. Names that start with a dot are left out.
+    Links to folders are followed; names that start with a dot are skipped.
 
     Args:
         images: The folder.
-        split: The split that all its images get.
-        first_id: Returns the first image id of the split; ids are counted in the order of the
-            sorted paths.
+        split: Split of all images.
+        first_id: Returns the first image id of the split; ids are counted in the order of sorted paths.
 
     Returns:
-        The records by image id. Each line of a text that is not empty is a caption; where there is no text
-        at all, there are no captions, and the images can be captioned only.
+        Records by image id. Each non-empty line is a caption; without any `.txt`, there are no captions.
 
     Raises:
-        UserError: If there is no image, some have a text and others have none, a text is of two images or
-            has no captions, or something cannot be read.
+        UserError: There are no images, only some have a text, a text belongs to two images or has no
+            captions, or something cannot be read.
     """
     source = str(images)
     others: list[str] = []
@@ -166,12 +163,13 @@ def read_folder(images: Path, split: str, first_id: base.FirstImageId) -> list[R
         )
     if not pairs:
         raise UserError(
-            f"{images}: no images; wanted .{', .'.join(base.IMAGE_EXTENSIONS)} here or below; check the path"
+            f"{images}: no images; expected .{', .'.join(base.IMAGE_EXTENSIONS)} here or below; check the"
+            " path"
         )
     without = [path for path, text in pairs if not text]
     if 0 < len(without) < len(pairs):
         raise UserError(
-            f"{images}: {base.name_some(without)} of {len(pairs)} without a .txt beside it; wanted one for"
+            f"{images}: {base.name_some(without)} of {len(pairs)} without a .txt beside it; expected one for"
             " each image or for none; write them or take the images out"
         )
     records = []
@@ -182,7 +180,7 @@ def read_folder(images: Path, split: str, first_id: base.FirstImageId) -> list[R
 
 
 def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
-    """Yield each row of a table after the words that say where it is."""
+    """Yield each row with its place, for errors."""
     ending = path.suffix.lower()
     if ending in _DELIMITERS:
         yield from _delimited_rows(path, _DELIMITERS[ending])
@@ -190,10 +188,10 @@ def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
         decoder = msgspec.json.Decoder(_Row)
         for place, line in _lines(path):
             if line.strip():
-                yield place, base.parse_json(line, decoder, place, _WANTED_OBJECTS)
+                yield place, base.parse_json(line, decoder, place, _EXPECTED_OBJECTS)
     else:
         endings = ", ".join((*_DELIMITERS, *_JSON_LINES))
-        raise UserError(f"{path}: a table's ending tells its layout; wanted {endings}; rename it")
+        raise UserError(f"{path}: a table's ending tells its layout; expected {endings}; rename it")
 
 
 def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
@@ -202,24 +200,24 @@ def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
     try:
         header = next(reader, [])
         if len(header) != len(set(header)) or not _NEEDED <= set(header) <= _NEEDED | _OPTIONAL:
-            raise UserError(f"{path}: line 1 is {delimiter.join(header)!r:.80}; {_WANTED_COLUMNS}")
+            raise UserError(f"{path}: line 1 is {delimiter.join(header)!r:.80}; {_EXPECTED_COLUMNS}")
         for fields in reader:
             place = f"{path}: line {reader.line_num}"
             if fields and len(fields) != len(header):
                 raise UserError(
-                    f"{place} has {len(fields)} fields; wanted {len(header)} as in line 1; put a caption with"
-                    f" {delimiter!r} in quotes"
+                    f"{place} has {len(fields)} fields; expected {len(header)} as in line 1; put a caption"
+                    f" with {delimiter!r} in quotes"
                 )
             if fields:
                 cells = {column: field for column, field in zip(header, fields, strict=True) if field}
                 yield place, msgspec.convert(cells, _Row, strict=False)
     except msgspec.ValidationError as error:
         raise UserError(
-            f"{path}: line {reader.line_num}: {describe_error(error)}; {_WANTED_COLUMNS}"
+            f"{path}: line {reader.line_num}: {describe_error(error)}; {_EXPECTED_COLUMNS}"
         ) from error
     except csv.Error as error:
         raise UserError(
-            f"{path}: line {reader.line_num}: {error}; wanted a field with quotes in quotes, and each quote"
+            f"{path}: line {reader.line_num}: {error}; expected a field with quotes in quotes, and each quote"
             " in it twice; correct it"
         ) from error
 
@@ -239,16 +237,15 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _pairs(images: Path, others: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the path of each image below a folder, and that of the text beside it or nothing.
-
-    What is neither goes into `others`.
-    """
+    """Yield each image's path, and the path of its text or ""; other files go into `others`."""
     seen: dict[tuple[int, int], str] = {}
     with base.explain_os_errors(images):
         for folder, inner, names in os.walk(images, onerror=_raise, followlinks=True):
             status = os.stat(folder)  # noqa: PTH116
             if (known := seen.setdefault((status.st_dev, status.st_ino), folder)) != folder:
-                raise UserError(f"{folder}: leads to {known} again; wanted each folder once; delete the link")
+                raise UserError(
+                    f"{folder}: leads to {known} again; expected each folder once; delete the link"
+                )
             inner[:] = [name for name in inner if not name.startswith(".")]
             start = os.path.relpath(folder, images)
             texts = {name[: -len(".txt")]: name for name in names if name.lower().endswith(".txt")}
@@ -263,12 +260,12 @@ def _pairs(images: Path, others: list[str]) -> Iterator[tuple[str, str]]:
                     continue
                 if not _is_utf8(f"{start}/{name}"):
                     raise UserError(
-                        f"{folder}/{name!r}: the name is not UTF-8; wanted one that is; rename it"
+                        f"{folder}/{name!r}: the name is not UTF-8; expected one that is; rename it"
                     )
                 text = texts.get(stem, "")
                 if text and (other := of_text.setdefault(text, name)) != name:
                     raise UserError(
-                        f"{folder}/{text}: beside {other} and {name}; wanted a name of its own for each"
+                        f"{folder}/{text}: beside {other} and {name}; expected a name of its own for each"
                         " image; rename one"
                     )
                 yield os.path.normpath(f"{start}/{name}"), text and os.path.normpath(f"{start}/{text}")

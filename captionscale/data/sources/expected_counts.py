@@ -1,4 +1,4 @@
-"""How many images each part of a known data set has, and what a wrong number may be."""
+"""Check the number of images in each split; known numbers explain a mismatch."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 
-# A training set of 82,783 instead of 113,287 images is the field's most common slip.
+# Training on 82,783 instead of 113,287 images is a common mistake.
 _KNOWN = {
     82_783: "COCO 2014's official train, or Karpathy's train without the 30,504 restval images",
     40_504: "COCO 2014's official val",
@@ -26,16 +26,15 @@ _KNOWN = {
 
 
 def check_counts(records: Iterable[Record], expected: Mapping[str, int], place: str) -> None:
-    """Make sure that each split has as many images as the data set is known for.
+    """Check that each split has the expected number of images.
 
     Args:
-        records: All that was read.
-        expected: The number of images of each split.
-        place: What an error says first.
+        records: All records.
+        expected: Number of images by split.
+        place: The data set, for errors.
 
     Raises:
-        UserError: A split has another number, is missing, or is not expected. Where the number that was
-            found is known, the error says of what.
+        UserError: A split has another number, is missing, or is not expected.
 
     Source:
         The data sets' own files; Karpathy & Fei-Fei 2015 (arXiv:1412.2306) for Karpathy's splits.
@@ -45,12 +44,12 @@ def check_counts(records: Iterable[Record], expected: Mapping[str, int], place: 
     for split in [*expected, *sorted(found.keys() - expected.keys())]:
         images = found[split]
         if split not in expected:
-            faults.append(f"split {split!r} has {images:,} images, wanted no such split")
+            faults.append(f"split {split!r} has {images:,} images, expected no such split")
         elif not images and expected[split]:
-            faults.append(f"no split {split!r}, wanted {expected[split]:,} images")
+            faults.append(f"no split {split!r}, expected {expected[split]:,} images")
         elif images != expected[split]:
             known = f"; {images:,} is {_KNOWN[images]}" if images in _KNOWN else ""
-            faults.append(f"split {split!r} has {images:,} images, wanted {expected[split]:,}{known}")
+            faults.append(f"split {split!r} has {images:,} images, expected {expected[split]:,}{known}")
     if faults:
         raise UserError(
             f"{place}: {'; '.join(faults)}; give the files of the data set that is meant, whole, or correct"

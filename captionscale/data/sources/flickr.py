@@ -1,4 +1,4 @@
-"""Read Flickr8k and Flickr30k, whichever way their captions were written down."""
+"""Read Flickr8k and Flickr30k, in all layouts of their caption files."""
 
 import re
 from argparse import ArgumentParser, Namespace
@@ -23,13 +23,13 @@ _SPLIT_OF_LIST = {
 _UNPUBLISHED = "2258277193_586949ec62.jpg.1"
 # An id must fit 64 bits, so at most eighteen digits.
 _NUMBER = re.compile(r"(\d{1,18})\D")
-_WANTED = (
-    "wanted image,caption or image_name| comment_number| comment or name.jpg#0<TAB>caption;"
+_EXPECTED = (
+    "expected image,caption or image_name| comment_number| comment or name.jpg#0<TAB>caption;"
     " give captions.txt, Flickr8k.token.txt, results_20130124.token or results.csv"
 )
 
-_WANTED_NUMBER = (
-    "wanted its own number (the image id, 18 digits at most) in front, as in 1000268201_693b08cb0e.jpg"
+_EXPECTED_NUMBER = (
+    "expected its own number (the image id, 18 digits at most) in front, as in 1000268201_693b08cb0e.jpg"
 )
 
 _CSV_LINE = re.compile(r'(?P<name>[^,"]+),(?:"(?P<quoted>(?:[^"]|"")*)"|(?P<caption>[^"].*|))')
@@ -63,26 +63,25 @@ class Flickr(Source):
 
 
 def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
-    """Read Flickr8k or Flickr30k, whichever way its captions were written down.
+    """Read Flickr8k or Flickr30k.
 
-    The layout is told by the first line: `image,caption` (captions.txt), `image_name| comment_number|
+    The first line gives the layout: `image,caption` (captions.txt), `image_name| comment_number|
     comment` (results.csv), or `name.jpg#n<TAB>caption` (Flickr8k.token.txt, results_20130124.token).
 
     Args:
-        images: The folder that holds the image files themselves.
+        images: Folder of the image files.
         captions: The caption file.
-        splits: The folder with the lists `Flickr_8k.{train,dev,test}Images.txt` or `{train,val,test}.txt`.
-            Those that are there are used, dev as split val; images in no list are left out. None: all
-            images are train.
+        splits: Folder with `Flickr_8k.{train,dev,test}Images.txt` or `{train,val,test}.txt`; dev is split
+            val, and unlisted images are left out. None: all images are in train.
 
     Returns:
-        The records by split (train, val, test) and image id, which is the number that leads the file name.
-        Captions stand by their number where they have one. Empty captions are dropped, and so is the one
-        image of Flickr8k.token.txt that was never published, `2258277193_586949ec62.jpg.1`.
+        Records by split (train, val, test) and image id, the number at the start of the file name. Captions
+        are sorted by their number, if they have one; empty ones are dropped, as is an image of
+        Flickr8k.token.txt that was never published, `2258277193_586949ec62.jpg.1`.
 
     Raises:
-        UserError: If a file is missing, broken or of another layout, an image is in two lists, or an
-            image has no captions, no number or the number of another one.
+        UserError: A file is missing, broken or of another layout, an image is in two lists, or an image has
+            no captions, no number or the number of another one.
 
     Source:
         Hodosh et al. 2013, "Framing Image Description as a Ranking Task" (JAIR 47), Flickr8k;
@@ -96,7 +95,7 @@ def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
     split_of = dict.fromkeys(texts, "train") if splits is None else _splits(splits)
     if unknown := [name for name in split_of if name not in texts]:
         raise UserError(
-            f"{splits}: {base.name_some(unknown)} listed, but not in {captions}; wanted captions of each"
+            f"{splits}: {base.name_some(unknown)} listed, but not in {captions}; expected captions of each"
             " listed image; give lists and captions of one data set"
         )
     names: dict[int, str] = {}
@@ -105,12 +104,12 @@ def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
         if names.setdefault(number, name) != name:
             raise UserError(
                 f"{captions}: image {base.printable_name(name)} has the number of"
-                f" {base.printable_name(names[number])}; {_WANTED_NUMBER}; rename one"
+                f" {base.printable_name(names[number])}; {_EXPECTED_NUMBER}; rename one"
             )
     source = str(images)
     records = []
     for number, name in names.items():
-        # By number alone: those without a number are all 0 and keep the file's order.
+        # Captions without a number are all 0 and keep the file's order.
         numbered = sorted(texts[name], key=lambda pair: pair[0])
         kept = base.strip_captions(text for _, text in numbered)
         records.append(Record(number, split_of[name], kept, source, name))
@@ -118,35 +117,31 @@ def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
 
 
 def parse_image_id(name: str, place: str) -> int:
-    """Return the number that leads a Flickr image's file name.
-
-    Args:
-        name: Such as `1000268201_693b08cb0e.jpg`.
-        place: What an error says first.
+    """Return the number at the start of a file name such as `1000268201_693b08cb0e.jpg`.
 
     Raises:
-        UserError: There is none that fits 64 bits.
+        UserError: There is none of 18 digits or fewer.
     """
     lead = _NUMBER.match(name)
     if not lead:
         raise UserError(
-            f"{place}: image {base.printable_name(name)} has no number; {_WANTED_NUMBER}; rename it here, in"
-            " the lists and in the folder"
+            f"{place}: image {base.printable_name(name)} has no number; {_EXPECTED_NUMBER}; rename it here,"
+            " in the lists and in the folder"
         )
     return int(lead[1])
 
 
 def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
-    """Yield each caption's image name, number (0 where it has none) and raw text, in the file's order."""
+    """Yield each caption's image name, number (0 if none) and raw text, in the file's order."""
     lines = base.read_text(path).split("\n")
     if lines[0].strip() == "image,caption":
-        layout, start, wanted = _CSV_LINE, 1, 'name.jpg,caption or name.jpg,"caption, with commas"'
+        layout, start, expected = _CSV_LINE, 1, 'name.jpg,caption or name.jpg,"caption, with commas"'
     elif [field.strip() for field in lines[0].split("|")] == ["image_name", "comment_number", "comment"]:
-        layout, start, wanted = _BAR_LINE, 1, "name.jpg| number| caption"
+        layout, start, expected = _BAR_LINE, 1, "name.jpg| number| caption"
     elif _TOKEN_LINE.match(lines[0]):
-        layout, start, wanted = _TOKEN_LINE, 0, "name.jpg#number<TAB>caption"
+        layout, start, expected = _TOKEN_LINE, 0, "name.jpg#number<TAB>caption"
     else:
-        raise UserError(f"{path}: line 1 is {lines[0]!r:.60}; {_WANTED}")
+        raise UserError(f"{path}: line 1 is {lines[0]!r:.60}; {_EXPECTED}")
     for number, line in enumerate(lines[start:], start=start + 1):
         if match := layout.fullmatch(line.strip("\r")):
             found = match.groupdict()
@@ -155,14 +150,16 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
             name = base.normalize_path(found["name"].strip(), f"{path}: line {number}")
             yield name, int(found.get("number", 0)), caption
         elif line.strip():
-            raise UserError(f"{path}: line {number} is {line!r:.60}; wanted {wanted}; correct or delete it")
+            raise UserError(
+                f"{path}: line {number} is {line!r:.60}; expected {expected}; correct or delete it"
+            )
 
 
 def _splits(folder: Path) -> dict[str, str]:
     """Return the split of each listed image."""
     there = base.list_folder(folder, "the folder of the split lists")
     if there.isdisjoint(_SPLIT_OF_LIST):
-        raise UserError(f"{folder}: no split list; wanted {' or '.join(_SPLIT_OF_LIST)}; check the path")
+        raise UserError(f"{folder}: no split list; expected {' or '.join(_SPLIT_OF_LIST)}; check the path")
     split_of: dict[str, str] = {}
     for file, split in _SPLIT_OF_LIST.items():
         lines = base.read_text(folder / file).split("\n") if file in there else []
@@ -170,7 +167,7 @@ def _splits(folder: Path) -> dict[str, str]:
             name = line if line.endswith(".jpg") else f"{line}.jpg"
             if split_of.setdefault(name, split) != split:
                 raise UserError(
-                    f"{folder / file}: {name} is in a {split_of[name]} list too; wanted it in one split,"
+                    f"{folder / file}: {name} is in a {split_of[name]} list too; expected it in one split,"
                     " or training sees what is scored; delete it from one"
                 )
     return split_of

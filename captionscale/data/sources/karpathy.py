@@ -13,9 +13,9 @@ from captionscale.data.sources.record import Record
 from captionscale.data.sources.source import Source
 from captionscale.errors import UserError
 
-_WANTED = (
-    "wanted Karpathy's layout: 'dataset', and 'images' with filename, split, sentences with raw, and for COCO"
-    " cocoid and filepath; give dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json"
+_EXPECTED = (
+    "expected Karpathy's layout: 'dataset', and 'images' with filename, split, sentences with raw, and for"
+    " COCO cocoid and filepath; give dataset_coco.json, dataset_flickr8k.json or dataset_flickr30k.json"
 )
 
 
@@ -58,24 +58,22 @@ def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> lis
     """Read one of Karpathy's three files.
 
     Args:
-        images: For COCO the folder that holds `train2014` and `val2014`; for Flickr the one that holds the
-            image files themselves.
+        images: Folder with `train2014` and `val2014` for COCO, or with the image files for Flickr.
         captions: `dataset_coco.json`, `dataset_flickr8k.json` or `dataset_flickr30k.json`.
-        restval: What becomes of COCO's 30,504 images of the split `restval`: `train` as most papers do, or
-            `drop` to leave them out.
+        restval: COCO's 30,504 `restval` images: `train` as in most papers, or `drop` to leave them out.
 
     Returns:
-        The records by split (train, val, test) and image id: COCO's own, or the number that leads the name
-        of a Flickr file. Captions are the raw sentences; empty ones are dropped.
+        Records by split (train, val, test) and image id: COCO's, or the number at the start of Flickr's file
+        names. Captions are the raw sentences, without empty ones.
 
     Raises:
-        UserError: If a file is missing, broken or of another layout, a split has another name, an image id
+        UserError: A file is missing, broken or of another layout, a split has another name, an image id
             repeats, or an image has no captions.
 
     Source:
         Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments" (arXiv:1412.2306).
     """
-    document = base.read_json(captions, _Document, _WANTED)
+    document = base.read_json(captions, _Document, _EXPECTED)
     source = cache(lambda folder: str(images / folder))
     records: dict[int, Record] = {}
     for number, image in enumerate(document.images):
@@ -85,9 +83,9 @@ def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> lis
         elif image.cocoid is not None:
             image_id = image.cocoid
         else:
-            raise UserError(f"{place} has no cocoid; {_WANTED}")
+            raise UserError(f"{place} has no cocoid; {_EXPECTED}")
         if image_id in records:
-            raise UserError(f"{place} repeats image id {image_id}; wanted each id once; delete one")
+            raise UserError(f"{place} repeats image id {image_id}; expected each id once; delete one")
         split = restval if image.split == "restval" else image.split
         path = base.normalize_path(posixpath.join(image.filepath, image.filename), place)
         folder, _, name = path.rpartition("/")

@@ -1,4 +1,4 @@
-"""What every reader of a data set gives: records, in the one order that shards have."""
+"""Records: the images of a data set with their captions."""
 
 import os
 import stat
@@ -15,14 +15,13 @@ class Record:
     """One image of a data set with all its captions.
 
     Attributes:
-        image_id: The data set's own number of the image.
-        split: The part of the data set: train, val, test, or another name that the caller gave.
-        captions: Raw texts in the data set's order, without surrounding white space; none where the
-            data set has none, as for a leaderboard's test images.
-        source: The folder of the image file, or the tar that holds it.
-        name: Its file name in there.
-        offset: Where the image starts in the tar, in bytes; 0 for a file of its own.
-        size: Its size in the tar, in bytes; None for a file of its own.
+        image_id: Image id of the data set.
+        split: Split of the data set: train, val, test, or another name.
+        captions: Raw captions in order, stripped; none for images to be captioned only.
+        source: Folder of the image file, or the tar that holds it.
+        name: File name in the folder or tar.
+        offset: Offset in the tar, in bytes; 0 for an image file.
+        size: Size in the tar, in bytes; None for an image file.
     """
 
     image_id: int
@@ -35,18 +34,17 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where the image is, for errors."""
+        """Location of the image, for errors."""
         return self.file if self.size is None else f"{self.file}: {self.name}"
 
     def read(self) -> bytes:
         """Return the image's bytes.
 
         Raises:
-            OSError: There is no such file, or it cannot be read.
-            EOFError: The tar ends before the image does, it is larger than any image, or there is no
-                regular file.
+            OSError: The file is missing, or cannot be read.
+            EOFError: It is truncated, too large, or not a regular file.
         """
-        # A named pipe would wait for a writer for ever.
+        # Without O_NONBLOCK, a named pipe would block.
         descriptor = os.open(self.file, os.O_RDONLY | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)
@@ -64,10 +62,10 @@ class Record:
 
     @property
     def file(self) -> str:
-        """The file that holds the image: its own, or the tar."""
+        """The image file, or the tar that holds it."""
         return f"{self.source}/{self.name}" if self.size is None else self.source
 
 
 def sort_records(records: Iterable[Record]) -> list[Record]:
-    """Return records as shards hold them: by split (train, val, test, others) and image id."""
+    """Sort records as in shards: by split (train, val, test, others) and image id."""
     return sorted(records, key=lambda it: (_SPLIT_ORDER.get(it.split, 3), it.split, it.image_id))

@@ -1,4 +1,4 @@
-"""Read tars that are there already: a WebDataset, such as img2dataset writes, or our own shards."""
+"""Read existing tars: a WebDataset, such as from img2dataset, or captionscale's own shards."""
 
 import os
 import re
@@ -20,13 +20,13 @@ from captionscale.data.sources.source import Source
 from captionscale.errors import UserError
 from captionscale.files import open_file
 
-# As webdataset groups: a key ends at the first dot of the base name, and names such as __meta__ are none.
+# As in webdataset, a key ends at the first dot of the base name, and names such as __meta__ are skipped.
 _MEMBER = re.compile(r"(?P<key>(?:.*/|)[^.]+)\.(?P<ending>[^/]*)")
 _META = re.compile(r"__[^/]*__(?:$|/)")
 _UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
-# A compressed one is refused: to pass it over would lose images without a word.
+# Compressed tars are refused, not skipped silently.
 _ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_WANTED_FACTS = "wanted a JSON object with caption or captions, and image_id or none; write the tar again"
+_EXPECTED_FACTS = "expected a JSON object with caption or captions, and image_id or none; write the tar again"
 
 _KINDS = {int: "a number in some .json", str: "a text in some .json", bytes: "missing in some samples"}
 
@@ -35,7 +35,7 @@ _Identity = int | str | bytes
 
 
 class _Facts(msgspec.Struct, gc=False):
-    """What a sample's .json may say, whoever wrote it."""
+    """The fields of a sample's .json that are read."""
 
     image_id: base.ImageId | str | None = None
     file: str | None = None
@@ -71,26 +71,24 @@ class WebDataset(Source):
 
 
 def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[Record]:
-    """Read a WebDataset where it lies: the records point into its tars, nothing is unpacked.
+    """Read a WebDataset without unpacking: records point into its tars.
 
-    A sample is all members of one key: an image (jpg, jpeg, png, webp, bmp or gif) and its captions, the text
-    of a `.txt` or `caption` or `captions` in a `.json`; what both say counts once. Samples are of one image,
-    and joined in their order, if their `.json` has the same `image_id`, or, where no `.json` has one, if
-    their image bytes are the same.
+    A sample is all members of one key: an image (jpg, jpeg, png, webp, bmp or gif) and its captions, from a
+    `.txt` or from `caption` or `captions` in a `.json`, without repetition. Samples with the same `image_id`
+    or, where no `.json` has one, with the same image bytes are joined in order.
 
     Args:
-        tars: Tars, or folders that hold them; those of a folder are taken in the order of their names.
-        split: The split that all images get.
-        first_id: Returns the first image id of the split, where no `.json` has a number as
-            `image_id`; ids are counted in the order in which images appear.
+        tars: Tars, or folders of tars, read in the order of their names.
+        split: Split of all images.
+        first_id: Returns the first image id of the split, if no `.json` has an integer `image_id`; ids are
+            counted in order.
 
     Returns:
-        The records by image id. Samples without an image are left out: img2dataset writes one for each
-        failed download. So are images whose captions are there, but empty; unless all are, for then there
-        are no captions, and the images can be captioned only.
+        Records by image id. Samples without an image are skipped: img2dataset writes one for each failed
+        download. Images with empty captions are skipped too, unless all captions are empty.
 
     Raises:
-        UserError: If a tar is missing, compressed, damaged or cut short, a sample has two images or a broken
+        UserError: A tar is missing, compressed, damaged or truncated, a sample has two images or a broken
             text, an image has no captions although others have, or only some samples have an `image_id`.
 
     Source:
@@ -114,11 +112,11 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[
     place = ", ".join(map(str, tars))
     if not found:
         raise UserError(
-            f"{place}: no images; wanted members such as 000000001.jpg; give the tars of a data set"
+            f"{place}: no images; expected members such as 000000001.jpg; give the tars of a data set"
         )
     if len(kinds := {type(identity) for identity in found}) > 1:
         raise UserError(
-            f"{place}: image_id is {' or '.join(sorted(_KINDS[kind] for kind in kinds))}; wanted a number"
+            f"{place}: image_id is {' or '.join(sorted(_KINDS[kind] for kind in kinds))}; expected a number"
             " in each .json, a text in each, or none; write the tars again"
         )
     first = first_id({split})
@@ -130,8 +128,8 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[
             if image.texts:
                 continue
             raise UserError(
-                f"{image.tar}: {base.printable_name(image.name)} has no captions, others have; wanted a .txt,"
-                " or a .json with caption, beside each image or none; write the tar again"
+                f"{image.tar}: {base.printable_name(image.name)} has no captions, others have; expected a"
+                " .txt, or a .json with caption, beside each image or none; write the tar again"
             )
         image_id = identity if isinstance(identity, int) else first + len(records)
         records.append(
@@ -141,7 +139,7 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[
 
 
 def find_tars(tars: Sequence[Path]) -> list[Path]:
-    """Return the tars that are meant: those given, and those in the folders given.
+    """Return the given tars, and those in the given folders.
 
     Raises:
         UserError: A folder cannot be read, has no tars, or has our own shards of several splits.
@@ -154,11 +152,11 @@ def find_tars(tars: Sequence[Path]) -> list[Path]:
         names = base.list_folder(path, "a tar or a folder of tars")
         chosen = sorted(name for name in names if name.endswith(_ENDINGS) and not name.startswith("."))
         if not chosen:
-            raise UserError(f"{path}: no tars; wanted files .tar; check the path")
+            raise UserError(f"{path}: no tars; expected files .tar; check the path")
         splits = sorted({name.rpartition("-")[0] for name in chosen})
         if MANIFEST in names and len(splits) > 1:
             raise UserError(
-                f"{path}: shards of the splits {', '.join(splits)}; wanted one split, or training sees what"
+                f"{path}: shards of the splits {', '.join(splits)}; expected one split, or training sees what"
                 f" is scored; give the tars of one, as in {path}/{splits[0]}-*.tar"
             )
         found += [path / name for name in chosen]
@@ -167,12 +165,12 @@ def find_tars(tars: Sequence[Path]) -> list[Path]:
 
 
 def _samples(path: Path) -> list[dict[str, _Part]]:
-    """Return the parts of each sample that has an image: name, offset and size of image, txt and json."""
+    """Return name, offset and size of image, txt and json of each sample with an image."""
     samples: dict[str, dict[str, _Part]] = {}
     for member in iter_members(path):
         if member.issparse():
             raise UserError(
-                f"{path}: {base.printable_name(member.name)} is sparse; wanted whole members, to read"
+                f"{path}: {base.printable_name(member.name)} is sparse; expected whole members, to read"
                 " by offset; write the tar again without --sparse"
             )
         found = _MEMBER.fullmatch(member.name) if member.isreg() else None
@@ -185,14 +183,14 @@ def _samples(path: Path) -> list[dict[str, _Part]]:
             if part in parts:
                 both = f"{base.printable_name(parts[part][0])} and {base.printable_name(member.name)}"
                 raise UserError(
-                    f"{path}: {both} are of one sample; wanted one {part} in each; write the tar again"
+                    f"{path}: {both} are of one sample; expected one {part} in each; write the tar again"
                 )
             parts[part] = member.name, member.offset_data, member.size
     return [parts for parts in samples.values() if "image" in parts]
 
 
 def iter_members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of a tar, all of which lie within it.
+    """Yield the members of an intact tar.
 
     Raises:
         UserError: It cannot be read, or is compressed, damaged or cut short.
@@ -200,7 +198,7 @@ def iter_members(path: Path) -> Iterator[tarfile.TarInfo]:
     with base.explain_os_errors(path), open_file(path) as file:
         if unpacker := _UNPACKERS.get(file.read(2)):
             raise UserError(
-                f"{path}: compressed; wanted a plain tar, to read by offset; unpack it with {unpacker}"
+                f"{path}: compressed; expected a plain tar, to read by offset; unpack it with {unpacker}"
             )
         file.seek(0)
         total = os.fstat(file.fileno()).st_size
@@ -211,18 +209,18 @@ def iter_members(path: Path) -> Iterator[tarfile.TarInfo]:
                     if tar.offset <= member.offset:
                         raise tarfile.ReadError("a size below zero")
                     end = tar.offset
-                    # It keeps all members, and a tar may have millions.
+                    # tarfile keeps all members, and there may be millions.
                     tar.members.clear()  # type: ignore[attr-defined]
                     yield member
-            # tarfile stops without a word at a header that is damaged or cut; a whole tar ends with zeros.
+            # tarfile stops silently at a damaged header; an intact tar ends with zeros.
             whole = os.pread(file.fileno(), tarfile.BLOCKSIZE, end) == bytes(tarfile.BLOCKSIZE)
-        # Of a long name it believes the size, and reads names of names without end.
+        # tarfile trusts the size of long names, and follows names of names without end.
         except (tarfile.TarError, ValueError, OverflowError, MemoryError, RecursionError):
             whole = False
         if not whole:
             raise UserError(
-                f"{path}: damaged or cut short at byte {min(end, total):,} of {total:,}; wanted a whole tar;"
-                " download or write it again"
+                f"{path}: damaged or cut short at byte {min(end, total):,} of {total:,}; expected a whole"
+                " tar; download or write it again"
             )
 
 
@@ -232,16 +230,16 @@ def _facts(path: Path, descriptor: int, parts: dict[str, _Part]) -> _Facts:
     name, offset, size = parts["json"]
     place = f"{path}: {base.printable_name(name)}"
     try:
-        # Not msgspec's reader: img2dataset writes NaN.
+        # Not msgspec's parser: img2dataset writes NaN.
         return msgspec.convert(parsing.loads(os.pread(descriptor, size, offset)), _Facts)
     except msgspec.ValidationError as error:
-        raise UserError(f"{place}: {parsing.describe_error(error)}; {_WANTED_FACTS}") from error
+        raise UserError(f"{place}: {parsing.describe_error(error)}; {_EXPECTED_FACTS}") from error
     except ValueError as error:
-        raise UserError(f"{place}: not JSON: {error}; {_WANTED_FACTS}") from error
+        raise UserError(f"{place}: not JSON: {error}; {_EXPECTED_FACTS}") from error
 
 
 def _texts(path: Path, descriptor: int, parts: dict[str, _Part], facts: _Facts) -> list[str]:
-    """Return a sample's captions; empty ones too, for they tell that there should be some."""
+    """Return a sample's captions, including empty ones."""
     texts = [*facts.captions]
     if isinstance(facts.caption, list):
         texts += facts.caption
@@ -258,5 +256,5 @@ def _texts(path: Path, descriptor: int, parts: dict[str, _Part], facts: _Facts) 
 
 
 def _utf8(text: str) -> str:
-    """Return text that can be written: half a character, as JSON and tars may hold, becomes a '?'."""
+    """Replace lone surrogates, which JSON and tars may hold, by '?'."""
     return text.encode(errors="replace").decode()

@@ -36,7 +36,7 @@ readers = pytest.mark.parametrize("read", [read_coco, read_flickr, read_karpathy
 def test_missing_images_are_counted_and_the_first_three_named(touch, write, read):
     images = touch("i", "3_c.jpg")
     with pytest.raises(
-        UserError, match=r"/i: 4 images \(1_a.jpg, 2_b.jpg, 4_d.jpg, \.\.\.\) of 5 missing; wanted"
+        UserError, match=r"/i: 4 images \(1_a.jpg, 2_b.jpg, 4_d.jpg, \.\.\.\) of 5 missing; expected"
     ):
         read(write, images, [f"{n}_{letter}.jpg" for n, letter in enumerate("abcde", 1)])
     with pytest.raises(UserError, match=r"/i: 1 image \(1_a.jpg\) of 2 missing; .* or download them$"):
@@ -56,11 +56,11 @@ def test_the_folder_inside_that_holds_the_images_is_named(touch, write, read):
 @readers
 def test_an_image_folder_that_is_none_is_refused(tmp_path, write, read):
     with pytest.raises(
-        UserError, match=r"/i: No such file or directory; wanted the folder of the images; check"
+        UserError, match=r"/i: No such file or directory; expected the folder of the images; check"
     ):
         read(write, tmp_path / "i", ["1_a.jpg"])
     with pytest.raises(
-        UserError, match=r"/captions.csv: Not a directory; wanted the folder of the images; ch"
+        UserError, match=r"/captions.csv: Not a directory; expected the folder of the images; ch"
     ):
         read(write, tmp_path / "captions.csv", ["1_a.jpg"])
 
@@ -77,10 +77,12 @@ def test_an_image_folder_that_is_none_is_refused(tmp_path, write, read):
 def test_a_caption_file_that_cannot_be_read_is_refused(tmp_path, touch, write, read):
     images = touch("i")
     with pytest.raises(
-        UserError, match=r"/none.csv: No such file or directory; wanted it to be readable; ch"
+        UserError, match=r"/none.csv: No such file or directory; expected it to be readable; ch"
     ):
         read(images, tmp_path / "none.csv")
-    with pytest.raises(UserError, match=r"/a.csv: Is a directory; wanted it to be readable; check the path"):
+    with pytest.raises(
+        UserError, match=r"/a.csv: Is a directory; expected it to be readable; check the path"
+    ):
         read(images, touch("a.csv"))
     with pytest.raises(UserError, match=r"/zip.csv: .*UTF-8|/zip.csv: not JSON") as refused:
         read(images, write("zip.csv", b"PK\x03\x04\xff"))

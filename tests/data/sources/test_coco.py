@@ -70,19 +70,19 @@ def test_a_mark_that_windows_puts_before_the_text_is_no_part_of_it(touch, write)
 
 
 FAULTS = {
-    "a list": ([], "c.json: Expected `object`, got `array`; wanted COCO captions"),
+    "a list": ([], "c.json: Expected `object`, got `array`; expected COCO captions"),
     "Karpathy's file": (
         {"images": [{"filename": "1.jpg", "imgid": 0, "sentences": []}], "dataset": "coco"},
-        "c.json: images[0]: Object missing required field `id`; wanted COCO captions",
+        "c.json: images[0]: Object missing required field `id`; expected COCO captions",
     ),
     "an instances file": (
         {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]},
-        "annotations[0]: Object missing required field `caption`; wanted COCO captions: 'images' with id and",
+        "annotations[0]: Object missing required field `caption`; expected COCO captions: 'images' with id",
     ),
-    "no list of images": ({"annotations": []}, "c.json: Object missing required field `images`; wanted"),
+    "no list of images": ({"annotations": []}, "c.json: Object missing required field `images`; expected"),
     "annotations that are null": (
         {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": None},
-        "annotations: Expected `array`, got `null`; wanted",
+        "annotations: Expected `array`, got `null`; expected",
     ),
     "items that are no objects": ({"images": [1], "annotations": []}, "images[0]: Expected `object`, got"),
     "an id in quotes": (
@@ -98,7 +98,7 @@ FAULTS = {
         {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": [{"image_id": 1, "caption": None}]},
         "annotations[0].caption: Expected `str`, got `null`",
     ),
-    "no images": (document({}, []), "c.json: no images; wanted at least one;"),
+    "no images": (document({}, []), "c.json: no images; expected at least one;"),
     "an image without captions": (document({1: "1.jpg"}, []), "c.json: image 1 (1.jpg) has no captions,"),
     "an image with an empty caption": (
         document({1: "1.jpg"}, [(1, " ")]),
@@ -106,23 +106,26 @@ FAULTS = {
     ),
     "a caption of no image": (
         document({1: "1.jpg"}, [(1, "a"), (2, "b")]),
-        "annotations[1] has image_id 2, which is not in 'images'; wanted one that is; delete",
+        "annotations[1] has image_id 2, which is not in 'images'; expected one that is; delete",
     ),
     "an image id twice": (
         {"images": [{"id": 1, "file_name": "1.jpg"}] * 2, "annotations": []},
-        "images[1] repeats image id 1; wanted each id once; delete one",
+        "images[1] repeats image id 1; expected each id once; delete one",
     ),
     "a path that leads out": (
         document({1: "a/../../1.jpg"}, [(1, "a")]),
-        "image 1: image 'a/../../1.jpg'; wanted a path below the folder of the images; write",
+        "image 1: image 'a/../../1.jpg'; expected a path below the folder of the images; write",
     ),
-    "an absolute path": (document({1: "/1.jpg"}, [(1, "a")]), "image 1: image '/1.jpg'; wanted a path below"),
-    "a name with a zero byte": (document({1: "a\0/1.jpg"}, [(1, "a")]), "image 'a\\x00/1.jpg'; wanted"),
-    "a file cut short": ('{"images": [{"id": 1,', "c.json: not JSON: Input data was truncated; wanted"),
+    "an absolute path": (
+        document({1: "/1.jpg"}, [(1, "a")]),
+        "image 1: image '/1.jpg'; expected a path below",
+    ),
+    "a name with a zero byte": (document({1: "a\0/1.jpg"}, [(1, "a")]), "image 'a\\x00/1.jpg'; expected"),
+    "a file cut short": ('{"images": [{"id": 1,', "c.json: not JSON: Input data was truncated; expected"),
     "a file that is broken": ('{"images": [{"id": 1,}', "not JSON: JSON is malformed"),
     "brackets without end": ('{"info": ' + "[" * 100_000, "c.json: not JSON: nested too deeply"),
-    "an empty file": (" \n", "c.json: not JSON: Input data was truncated; wanted"),
-    "a zip": (b"PK\x03\x04\xff", "c.json: not JSON: JSON is malformed: invalid character (byte 0); wanted"),
+    "an empty file": (" \n", "c.json: not JSON: Input data was truncated; expected"),
+    "a zip": (b"PK\x03\x04\xff", "c.json: not JSON: JSON is malformed: invalid character (byte 0); expected"),
     "a caption that is not UTF-8": (
         b'{"images": [{"id": 1, "file_name": "caf\xe9"}]}',
         "c.json: not JSON: 'utf-8' codec can't decode byte 0xe9",
@@ -144,7 +147,7 @@ def test_references_need_no_image_but_captions(write):
     content = document({1: "1.jpg", 2: "2.jpg"}, [(2, "a "), (1, "b"), (2, "c")])
     assert coco.read_references(write("c.json", content)) == {1: ["b"], 2: ["a ", "c"]}
     del content["annotations"]
-    with pytest.raises(UserError, match=r"c.json: no list 'annotations'; wanted COCO captions"):
+    with pytest.raises(UserError, match=r"c.json: no list 'annotations'; expected COCO captions"):
         coco.read_references(write("c.json", content))
 
 
@@ -225,15 +228,15 @@ def test_only_images_of_a_split_need_captions_and_a_file(tmp_path, coco_2014, wr
 LIST_FAULTS = {
     "an image in two lists": (
         {"val": line(4), "test": line(4)},
-        "test_images.txt: line 1: image 4 is in the list of val too; wanted it in one split, or training",
+        "test_images.txt: line 1: image 4 is in the list of val too; expected it in one split, or training",
     ),
     "an image of no annotation": (
         {"val": line(4), "test": line(10)},
-        "test_images.txt: line 1 names val2014/COCO_val2014_000000000010.jpg 10; wanted an image of the",
+        "test_images.txt: line 1 names val2014/COCO_val2014_000000000010.jpg 10; expected an image of the",
     ),
     "the id of another image": (
         {"val": line(4), "test": f"\nval2014/{name_2014(5)} 6"},
-        "line 2 names val2014/COCO_val2014_000000000005.jpg 6; wanted an image of the annotations with its",
+        "line 2 names val2014/COCO_val2014_000000000005.jpg 6; expected an image of the annotations with its",
     ),
     "another folder": (
         {"val": line(4), "test": f"train2014/{name_2014(5)} 5"},
@@ -241,13 +244,13 @@ LIST_FAULTS = {
     ),
     "a line of another form": (
         {"val": line(4), "test": "val2014/1.jpg"},
-        "line 1 is 'val2014/1.jpg'; wanted val2014/COCO_val2014_000000391895.jpg 391895; fix it",
+        "line 1 is 'val2014/1.jpg'; expected val2014/COCO_val2014_000000391895.jpg 391895; fix it",
     ),
     "an empty list": (
         {"val": "", "test": line(5)},
-        "val_images.txt: the file is empty; wanted text; write or",
+        "val_images.txt: the file is empty; expected text; write or",
     ),
-    "no list of test": ({"val": line(4)}, "test_images.txt: No such file or directory; wanted"),
+    "no list of test": ({"val": line(4)}, "test_images.txt: No such file or directory; expected"),
 }
 
 
@@ -263,24 +266,24 @@ def test_faulty_lists_are_refused_with(tmp_path, coco_2014, write, fault):
 def test_half_of_the_annotations_or_those_of_2017_are_refused(tmp_path, coco_2014, write):
     for half in (coco_2014[:1], coco_2014[1:], []):
         with pytest.raises(
-            UserError, match=r"wanted images of train2014 and of val2014 both; give captions_tr"
+            UserError, match=r"expected images of train2014 and of val2014 both; give captions_tr"
         ):
             coco.read_karpathy_lists(tmp_path / "coco", half, tmp_path / "lists", "train")
     with pytest.raises(
-        UserError, match=r"image 4 is in another file too; wanted it once; give captions_train"
+        UserError, match=r"image 4 is in another file too; expected it once; give captions_train"
     ):
         coco.read_karpathy_lists(tmp_path / "coco", [*coco_2014, coco_2014[1]], tmp_path / "lists", "train")
     for name in ("000000000012.jpg", name_2014(13)):
         other = write("captions_train2017.json", document({12: name}, [(12, "a")]))
         with pytest.raises(
-            UserError, match=f"image 12 has the file name '{name}'; wanted COCO 2014's, as in"
+            UserError, match=f"image 12 has the file name '{name}'; expected COCO 2014's, as in"
         ):
             coco.read_karpathy_lists(tmp_path / "coco", [*coco_2014, other], tmp_path / "lists", "train")
 
 
 def test_a_folder_that_lacks_the_images_is_told_from_the_one_that_has_them(tmp_path, coco_2014):
     with pytest.raises(
-        UserError, match=r"9 images .* of 9 missing; wanted each .*; give the folder .*/coco$"
+        UserError, match=r"9 images .* of 9 missing; expected each .*; give the folder .*/coco$"
     ):
         coco.read_karpathy_lists(tmp_path / "coco" / "train2014", coco_2014, tmp_path / "lists", "train")
     for file in (tmp_path / "coco" / "train2014").iterdir():
@@ -312,7 +315,7 @@ def test_the_real_file_of_coco_2014_gives_25010_captions(real_data, touch):
     records = coco.read_official(images, captions, "test")
     assert Counter(len(record.captions) for record in records) == {5: 4990, 6: 10}
     with pytest.raises(
-        UserError, match=r"images\[0\]: Object missing required field `id`; wanted COCO capti"
+        UserError, match=r"images\[0\]: Object missing required field `id`; expected COCO capti"
     ):
         coco.read_official(images, captions.with_name("dataset_coco_format_example.json"), "test")
 

@@ -91,40 +91,44 @@ TABLE_FAULTS = {
     "another ending": (
         "t.txt",
         CSV,
-        "t.txt: a table's ending tells its layout; wanted .csv, .tsv, .jsonl, .ndj",
+        "t.txt: a table's ending tells its layout; expected .csv, .tsv, .jsonl, .ndj",
     ),
     "no header": (
         "t.csv",
         "b.jpg,A dog\n",
-        "t.csv: line 1 is 'b.jpg,A dog'; wanted the columns image, caption",
+        "t.csv: line 1 is 'b.jpg,A dog'; expected the columns image, caption",
     ),
     "an unknown column": (
         "t.csv",
         "image,caption,splt\nb.jpg,a,val\n",
-        "line 1 is 'image,caption,splt'; wanted",
+        "line 1 is 'image,caption,splt'; expected",
     ),
     "a column twice": (
         "t.csv",
         "image,caption,caption\nb.jpg,a,b\n",
-        "line 1 is 'image,caption,caption'; wanted",
+        "line 1 is 'image,caption,caption'; expected",
     ),
-    "semicolons": ("t.csv", "image;caption\nb.jpg;a\n", "line 1 is 'image;caption'; wanted the columns"),
-    "an empty file": ("t.csv", "", "t.csv: line 1 is ''; wanted the columns image, caption"),
+    "semicolons": ("t.csv", "image;caption\nb.jpg;a\n", "line 1 is 'image;caption'; expected the columns"),
+    "an empty file": ("t.csv", "", "t.csv: line 1 is ''; expected the columns image, caption"),
     "a comma without quotes": (
         "t.csv",
         "image,caption\nb.jpg,a\nb.jpg,A dog, a cat\n",
-        "t.csv: line 3 has 3 fields; wanted 2 as in line 1; put a caption with ',' in quotes",
+        "t.csv: line 3 has 3 fields; expected 2 as in line 1; put a caption with ',' in quotes",
     ),
-    "a field too few": ("t.csv", "image,caption\nb.jpg\n", "line 2 has 1 fields; wanted 2 as in line 1; put"),
+    "a field too few": (
+        "t.csv",
+        "image,caption\nb.jpg\n",
+        "line 2 has 1 fields; expected 2 as in line 1; put",
+    ),
     "a quote that never ends": (
         "t.csv",
         'image,caption\nb.jpg,"A dog\nb.jpg,Two',
-        "t.csv: line 3: unexpected end of data; wanted a field with quotes in quotes",
+        "t.csv: line 3: unexpected end of data; expected a field with quotes in quotes",
     ),
     "a quote that never ends in a long file": (
         "t.csv",
         'image,caption\nb.jpg,"' + "b.jpg,A dog\n" * 20_000,
-        "field larger than field limit (131072); wanted a field with quotes in quotes",
+        "field larger than field limit (131072); expected a field with quotes in quotes",
     ),
     "a quote within quotes": (
         "t.csv",
@@ -136,7 +140,7 @@ TABLE_FAULTS = {
         "image,caption\rb.jpg,a\r",
         "t.csv: line 1: new-line character seen",
     ),
-    "no image": ("t.csv", "image,caption\n,a\n", "line 2: Object missing required field `image`; wanted"),
+    "no image": ("t.csv", "image,caption\n,a\n", "line 2: Object missing required field `image`; expected"),
     "an id that is none": ("t.csv", "image,caption,image_id\nb.jpg,a,x\n", "line 2: image_id: Expected `int"),
     "an id below zero": (
         "t.csv",
@@ -146,54 +150,54 @@ TABLE_FAULTS = {
     "an image without an id": (
         "t.csv",
         "image,caption,image_id\nb.jpg,a,1\nc.png,a,\n",
-        "t.csv: 1 image (c.png) of 2 without image_id; wanted one for each image or for none; add",
+        "t.csv: 1 image (c.png) of 2 without image_id; expected one for each image or for none; add",
     ),
     "a row without an id": (
         "t.csv",
         "image,caption,image_id\nb.jpg,a,1\nb.jpg,a,\n",
-        "line 3: b.jpg has image_id None here, 1 in an earlier row; wanted one id for all rows",
+        "line 3: b.jpg has image_id None here, 1 in an earlier row; expected one id for all rows",
     ),
     "two images with one id": (
         "t.csv",
         "image,caption,image_id\nb.jpg,a,1\nc.png,a,1\n",
-        "line 3: c.png has image_id 1, which is that of b.jpg; wanted an id of its own; correct",
+        "line 3: c.png has image_id 1, which is that of b.jpg; expected an id of its own; correct",
     ),
     "an image in two splits": (
         "t.csv",
         "image,caption,split\nb.jpg,a,train\n./b.jpg,b,test\n",
-        "line 3: b.jpg is of split 'test' here, of 'train' in an earlier row; wanted it in one split, or",
+        "line 3: b.jpg is of split 'test' here, of 'train' in an earlier row; expected it in one split, or",
     ),
     "a split that is no name": (
         "t.csv",
         "image,caption,split\nb.jpg,a,../x\n",
-        "line 2: b.jpg is of split '../x'; wanted letters",
+        "line 2: b.jpg is of split '../x'; expected letters",
     ),
     "an empty caption": (
         "t.csv",
         "image,caption\nb.jpg, \n",
         "t.csv: image 1 (b.jpg) has no captions, or only",
     ),
-    "a header alone": ("t.csv", "image,caption\n", "t.csv: no images; wanted at least one;"),
+    "a header alone": ("t.csv", "image,caption\n", "t.csv: no images; expected at least one;"),
     "a path that leads out": (
         "t.csv",
         "image,caption\ncats/../../b.jpg,a\n",
-        "line 2: image 'cats/../../b.jpg'; w",
+        "line 2: image 'cats/../../b.jpg'; e",
     ),
     "an absolute path": (
         "t.csv",
         "image,caption\n/etc/b.jpg,a\n",
-        "line 2: image '/etc/b.jpg'; wanted a path bel",
+        "line 2: image '/etc/b.jpg'; expected a path bel",
     ),
-    "the folder itself": ("t.csv", "image,caption\n.,a\n", "line 2: image '.'; wanted a path below"),
+    "the folder itself": ("t.csv", "image,caption\n.,a\n", "line 2: image '.'; expected a path below"),
     "Latin-1": (
         "t.csv",
         b"image,caption\nb.jpg,caf\xe9\n",
-        "t.csv: line 2: byte 9 is not UTF-8; wanted plain text",
+        "t.csv: line 2: byte 9 is not UTF-8; expected plain text",
     ),
     "UTF-16": (
         "t.csv",
         CSV.encode("utf-16"),
-        "t.csv: line 1: byte 0 is not UTF-8; wanted plain text; unpack it,",
+        "t.csv: line 1: byte 0 is not UTF-8; expected plain text; unpack it,",
     ),
     "an unknown key": (
         "t.jsonl",
@@ -203,7 +207,7 @@ TABLE_FAULTS = {
     "a key of two lines": (
         "t.jsonl",
         '{"image": "b.jpg", "a\\nb": 1}',
-        "line 1: Object contains unknown field `a b`; w",
+        "line 1: Object contains unknown field `a b`; e",
     ),
     "a caption that is no text": (
         "t.jsonl",
@@ -213,12 +217,12 @@ TABLE_FAULTS = {
     "a list": (
         "t.jsonl",
         '[{"image": "b.jpg"}]',
-        "line 1: Expected `object`, got `array`; wanted one object a line",
+        "line 1: Expected `object`, got `array`; expected one object a line",
     ),
     "an object over many lines": (
         "t.jsonl",
         '{\n"image": "b.jpg"}',
-        "line 1: not JSON: Input data was truncated; w",
+        "line 1: not JSON: Input data was truncated; e",
     ),
     "no caption": (
         "t.jsonl",
@@ -285,19 +289,23 @@ def test_links_are_followed_but_no_folder_is_read_twice(touch):
     ]
     (images / "sub" / "loop").symlink_to(images)
     with pytest.raises(
-        UserError, match=r"/i/sub/loop: leads to .*/i again; wanted each folder once; delete the"
+        UserError, match=r"/i/sub/loop: leads to .*/i again; expected each folder once; delete the"
     ):
         custom.read_folder(images, "test", lambda _: 1)
 
 
 def test_faulty_folders_are_refused(tmp_path, touch, write):
     with pytest.raises(
-        UserError, match=r"/none: No such file or directory; wanted it to be readable; check the"
+        UserError, match=r"/none: No such file or directory; expected it to be readable; check the"
     ):
         custom.read_folder(tmp_path / "none", "test", lambda _: 1)
-    with pytest.raises(UserError, match=r"/file: Not a directory; wanted it to be readable; check the path"):
+    with pytest.raises(
+        UserError, match=r"/file: Not a directory; expected it to be readable; check the path"
+    ):
         custom.read_folder(write("file", "x"), "test", lambda _: 1)
-    with pytest.raises(UserError, match=r"/i: no images; wanted .jpg, .jpeg, .*, .gif here or below; check"):
+    with pytest.raises(
+        UserError, match=r"/i: no images; expected .jpg, .jpeg, .*, .gif here or below; check"
+    ):
         custom.read_folder(touch("i", "a.txt", ".b.jpg"), "test", lambda _: 1)
     images = touch("i", *(f"{n}.jpg" for n in range(1, 6)))
     write("i/4.txt", "four")
@@ -308,17 +316,17 @@ def test_faulty_folders_are_refused(tmp_path, touch, write):
     for n in range(1, 6):
         write(f"i/{n}.txt", "  \n" if n == 2 else "a")
     with pytest.raises(
-        UserError, match=r"/i/2.txt: the file is empty; wanted text; write or download it again"
+        UserError, match=r"/i/2.txt: the file is empty; expected text; write or download it again"
     ):
         custom.read_folder(images, "test", lambda _: 1)
     write("i/2.txt", b"caf\xe9")
     with pytest.raises(
-        UserError, match=r"/i/2.txt: byte 3 is not UTF-8; wanted plain text; unpack it, save it"
+        UserError, match=r"/i/2.txt: byte 3 is not UTF-8; expected plain text; unpack it, save it"
     ):
         custom.read_folder(images, "test", lambda _: 1)
     (images / "2.png").touch()
     with pytest.raises(
-        UserError, match=r"/i/2.txt: beside 2\.(jpg|png) and 2\.(jpg|png); wanted a name of its"
+        UserError, match=r"/i/2.txt: beside 2\.(jpg|png) and 2\.(jpg|png); expected a name of its"
     ):
         custom.read_folder(images, "test", lambda _: 1)
 
@@ -330,7 +338,7 @@ def test_a_name_that_no_file_can_say_in_utf8_is_refused(touch):
     except OSError:
         pytest.skip("this file system has names in UTF-8 only")
     with pytest.raises(
-        UserError, match=r"caf\\udce9.jpg': the name is not UTF-8; wanted one that is; rename"
+        UserError, match=r"caf\\udce9.jpg': the name is not UTF-8; expected one that is; rename"
     ):
         custom.read_folder(images, "test", lambda _: 1)
 

@@ -21,7 +21,7 @@ def test_the_slip_that_is_the_fields_most_common_one_is_told():
     records = [Record(1, "train", ("a",), "i", "1.jpg")] * 82_783
     with pytest.raises(
         UserError,
-        match=r"^coco: split 'train' has 82,783 images, wanted 113,287; 82,783 is COCO 2014's official"
+        match=r"^coco: split 'train' has 82,783 images, expected 113,287; 82,783 is COCO 2014's official"
         r" train, or Karpathy's train without the 30,504 restval images; give the files",
     ):
         expected_counts.check_counts(records, {"train": 113_287}, "coco")
@@ -31,7 +31,7 @@ def test_every_wrong_split_is_named_missing_and_surplus_ones_too():
     with pytest.raises(UserError) as refused:
         expected_counts.check_counts(of(train=3, vla=2, test=1), {"train": 4, "val": 2, "test": 1}, "place")
     assert str(refused.value) == (
-        "place: split 'train' has 3 images, wanted 4; no split 'val', wanted 2 images; split 'vla' has 2"
-        " images, wanted no such split; give the files of the data set that is meant, whole, or correct what"
-        " is expected"
+        "place: split 'train' has 3 images, expected 4; no split 'val', expected 2 images; split 'vla'"
+        " has 2 images, expected no such split; give the files of the data set that is meant, whole, or"
+        " correct what is expected"
     )

@@ -97,29 +97,29 @@ def test_one_list_is_enough(tmp_path, touch, write):
 FLICKR_FAULTS = {
     "another layout": (
         "once upon a time\n",
-        "t: line 1 is 'once upon a time'; wanted image,caption or image_name|",
+        "t: line 1 is 'once upon a time'; expected image,caption or image_name|",
     ),
-    "Karpathy's json": ('{"images": []}', "t: line 1 is '{\"images\": []}'; wanted image,caption or"),
+    "Karpathy's json": ('{"images": []}', "t: line 1 is '{\"images\": []}'; expected image,caption or"),
     "a line without a tab": (
         TOKEN + "5.jpg#0 A dog\n",
-        "t: line 4 is '5.jpg#0 A dog'; wanted name.jpg#number<TAB>",
+        "t: line 4 is '5.jpg#0 A dog'; expected name.jpg#number<TAB>",
     ),
     "a line without bars": (
         BARS + "5.jpg 0 A dog\n",
-        "t: line 5 is '5.jpg 0 A dog'; wanted name.jpg| number| cap",
+        "t: line 5 is '5.jpg 0 A dog'; expected name.jpg| number| cap",
     ),
     "a quote that never ends": (
         CSV + '5.jpg,"A dog\n4_a.jpg,Two\n',
-        't: line 5 is \'5.jpg,"A dog\'; wanted name.jpg,caption or name.jpg,"caption, with commas"; correct',
+        't: line 5 is \'5.jpg,"A dog\'; expected name.jpg,caption or name.jpg,"caption, with commas"',
     ),
-    "a header alone": ("image,caption\n", "t: no images; wanted at least one;"),
+    "a header alone": ("image,caption\n", "t: no images; expected at least one;"),
     "only empty captions": (
         "4_a.jpg#0\t\n4_a.jpg#1\t \n",
-        "t: image 4 (4_a.jpg) has no captions, or only empty ones; wanted",
+        "t: image 4 (4_a.jpg) has no captions, or only empty ones; expected",
     ),
     "a name without a number": (
         TOKEN + "dog.jpg#0\tA dog\n",
-        "t: image dog.jpg has no number; wanted its own",
+        "t: image dog.jpg has no number; expected its own",
     ),
     "a number beyond 64 bits": (
         f"{2**64}.jpg#0\tA dog\n",
@@ -145,7 +145,7 @@ def test_a_faulty_flickr_file_is_refused_with(tmp_path, fault, touch, write):
 LIST_FAULTS = {
     "an image in two splits": (
         {"train.txt": "30_b.jpg\n4_a.jpg", "Flickr_8k.testImages.txt": "4_a"},
-        "train.txt: 4_a.jpg is in a test list too; wanted it in one split,",
+        "train.txt: 4_a.jpg is in a test list too; expected it in one split,",
     ),
     "a listed image without captions": (
         {"val.txt": "30_b.jpg\n5.jpg\n"},
@@ -153,9 +153,9 @@ LIST_FAULTS = {
     ),
     "an empty list": (
         {"train.txt": "30_b.jpg", "test.txt": "\n"},
-        "test.txt: the file is empty; wanted text;",
+        "test.txt: the file is empty; expected text;",
     ),
-    "no list": ({"captions.txt": TOKEN}, "lists: no split list; wanted Flickr_8k.trainImages.txt or "),
+    "no list": ({"captions.txt": TOKEN}, "lists: no split list; expected Flickr_8k.trainImages.txt or "),
 }
 
 
@@ -171,7 +171,7 @@ def test_faulty_split_lists_are_refused_with(fault, touch, write):
 
 def test_a_folder_of_lists_that_is_none_is_refused(tmp_path, touch, write):
     with pytest.raises(
-        UserError, match=r"/lists: No such file or directory; wanted the folder of the split lists;"
+        UserError, match=r"/lists: No such file or directory; expected the folder of the split lists;"
     ):
         flickr.read(touch("i"), write("t", TOKEN), tmp_path / "lists")
 

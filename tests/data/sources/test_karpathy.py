@@ -84,29 +84,32 @@ def test_flickr_is_read_by_the_numbers_of_its_files_as_from_its_own_captions(tou
 FAULTS = {
     "the official captions": (
         {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": []},
-        "images[0]: Object missing required field `filename`; wanted Karpathy's layout: 'dataset', and",
+        "images[0]: Object missing required field `filename`; expected Karpathy's layout: 'dataset', and",
     ),
-    "no name of a data set": ({"images": []}, "d.json: Object missing required field `dataset`; wanted"),
+    "no name of a data set": ({"images": []}, "d.json: Object missing required field `dataset`; expected"),
     "another data set": (
         {"images": [], "dataset": "x\ny"},
-        "d.json: dataset: Invalid enum value 'x\\ny'; wanted",
+        "d.json: dataset: Invalid enum value 'x\\ny'; expected",
     ),
-    "another split": (coco(image(1, "trian")), "d.json: images[0].split: Invalid enum value 'trian'; wanted"),
+    "another split": (
+        coco(image(1, "trian")),
+        "d.json: images[0].split: Invalid enum value 'trian'; expected",
+    ),
     "a COCO image without its id": (
         {"images": [flickr_image("1.jpg", "train")], "dataset": "coco"},
-        "d.json: images[0] has no cocoid; wanted Karpathy's layout",
+        "d.json: images[0] has no cocoid; expected Karpathy's layout",
     ),
     "a Flickr image without a number": (
         {"images": [flickr_image("dog.jpg", "train")], "dataset": "flickr8k"},
-        "d.json: images[0]: image dog.jpg has no number; wanted its own number",
+        "d.json: images[0]: image dog.jpg has no number; expected its own number",
     ),
     "an image id twice": (
         coco(image(1, "val"), image(1, "train")),
-        "images[1] repeats image id 1; wanted each id",
+        "images[1] repeats image id 1; expected each id",
     ),
     "two Flickr names with one number": (
         {"images": [flickr_image("1_a.jpg", "train"), flickr_image("1_b.jpg", "val")], "dataset": "flickr8k"},
-        "images[1] repeats image id 1; wanted each id once",
+        "images[1] repeats image id 1; expected each id once",
     ),
     "an image without captions": (
         coco(image(1, "val", captions=(" ",))),
@@ -116,7 +119,7 @@ FAULTS = {
         coco(image(1, "val", "../val2014")),
         "images[0]: image '../val2014/COCO_../val",
     ),
-    "no images": (coco(), "d.json: no images; wanted at least one;"),
+    "no images": (coco(), "d.json: no images; expected at least one;"),
 }
 
 

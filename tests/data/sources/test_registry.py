@@ -102,4 +102,4 @@ def test_expected_numbers_are_compared_where_no_file_lists_the_images(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["pack", "folder", *texts(tmp_path), "--out", str(tmp_path / "o"), "--expect", "test=3"])
-    assert "pack folder: split 'test' has 2 images, wanted 3" in capsys.readouterr().err
+    assert "pack folder: split 'test' has 2 images, expected 3" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_our_own_shards_keep_their_ids_and_the_names_of_their_files(tar):
     )
     tar("shards/val-00000.tar", {"1.jpg": b"x"})
     with pytest.raises(
-        UserError, match=r"/shards: shards of the splits train, val; wanted one split, or .*as in .*/tr"
+        UserError, match=r"/shards: shards of the splits train, val; expected one split, or .*as in .*/tr"
     ):
         tars.read([path.parent], "train", lambda _: 1)
     assert len(tars.read([path], "train", lambda _: 1)) == 1
@@ -188,19 +188,19 @@ def test_captions_that_are_there_but_empty_leave_their_image_out(tar):
 FAULTS = {
     "an image without captions": (
         {"1.jpg": b"1", "1.txt": b"a", "2.jpg": b"2", "2.json": {"width": 3}},
-        "a.tar: 2.jpg has no captions, others have; wanted a .txt, or a .json with caption, beside",
+        "a.tar: 2.jpg has no captions, others have; expected a .txt, or a .json with caption, beside",
     ),
     "two images of one key": (
         {"1.jpg": b"1", "1.png": b"2", "1.txt": b"a"},
-        "a.tar: 1.jpg and 1.png are of one sample; wanted one image in each; write the tar again",
+        "a.tar: 1.jpg and 1.png are of one sample; expected one image in each; write the tar again",
     ),
     "a text twice": (
         [("1.txt", b"a"), ("1.jpg", b"1"), ("1.txt", b"b")],
-        "1.txt and 1.txt are of one sample; wan",
+        "1.txt and 1.txt are of one sample; expected",
     ),
     "ids for some": (
         {"1.jpg": b"1", "1.json": {"image_id": 1, "caption": "a"}, "2.jpg": b"2", "2.txt": b"a"},
-        "a.tar: image_id is a number in some .json or missing in some samples; wanted a number in each .json",
+        "a.tar: image_id is a number in some .json or missing in some samples; expected a number in each",
     ),
     "a caption that is no text": (
         {"1.jpg": b"1", "1.json": {"caption": 1}},
@@ -216,7 +216,7 @@ FAULTS = {
     ),
     "JSON that is no object": (
         {"1.jpg": b"1", "1.json": b"[]"},
-        "a.tar: 1.json: Expected `object`, got `array`; w",
+        "a.tar: 1.json: Expected `object`, got `array`; e",
     ),
     "brackets without end": (
         {"1.jpg": b"1", "1.json": b"[" * 100_000},
@@ -224,9 +224,9 @@ FAULTS = {
     ),
     "a text that is not UTF-8": (
         {"1.jpg": b"1", "1.txt": b"caf\xe9"},
-        "a.tar: 1.txt: byte 3 is not UTF-8; wanted",
+        "a.tar: 1.txt: byte 3 is not UTF-8; expected",
     ),
-    "no image": ({"1.txt": b"a"}, "a.tar: no images; wanted members such as 000000001.jpg; give the tars"),
+    "no image": ({"1.txt": b"a"}, "a.tar: no images; expected members such as 000000001.jpg; give the tars"),
 }
 
 
@@ -249,7 +249,7 @@ def test_a_tar_cut_short_anywhere_is_refused_with_the_byte(tar, tmp_path):
     for size in (0, 1, 100, *range(511, end + 2, 511), *range(512, end + 1, 512)):
         cut.write_bytes(whole[:size])
         with pytest.raises(
-            UserError, match=rf"cut.tar: damaged or cut short at byte [\d,]+ of {size:,}; wanted a"
+            UserError, match=rf"cut.tar: damaged or cut short at byte [\d,]+ of {size:,}; expected a"
         ):
             tars.read([cut], "train", lambda _: 1)
     cut.write_bytes(whole[: end + 512])
@@ -289,19 +289,21 @@ def test_a_compressed_tar_is_refused_and_so_is_a_folder_of_them(tar, tmp_path, n
     path.write_bytes(gzip.compress(data))
     for tars_given in ([path], [path.parent]):
         with pytest.raises(
-            UserError, match=f"/{name}: compressed; wanted a plain tar, .*; unpack it with gunzip"
+            UserError, match=f"/{name}: compressed; expected a plain tar, .*; unpack it with gunzip"
         ):
             tars.read(tars_given, "train", lambda _: 1)
 
 
 def test_files_that_are_no_tars_are_refused(tmp_path, write, touch):
-    with pytest.raises(UserError, match=r"/a.tar: damaged or cut short at byte 0 of 15; wanted a whole tar"):
+    with pytest.raises(
+        UserError, match=r"/a.tar: damaged or cut short at byte 0 of 15; expected a whole tar"
+    ):
         tars.read([write("a.tar", "<html>404</html")], "train", lambda _: 1)
     with pytest.raises(
-        UserError, match=r"/none.tar: No such file or directory; wanted it to be readable; check"
+        UserError, match=r"/none.tar: No such file or directory; expected it to be readable; check"
     ):
         tars.read([tmp_path / "none.tar"], "train", lambda _: 1)
-    with pytest.raises(UserError, match=r"/i: no tars; wanted files .tar; check the path"):
+    with pytest.raises(UserError, match=r"/i: no tars; expected files .tar; check the path"):
         tars.read([touch("i", "a.txt")], "train", lambda _: 1)
 
 
