@@ -186,7 +186,7 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
     "10^6 threads": (setting("workers = 1", "workers = 1000000"), "less than or equal to 1000"),
     "another encoder": (
         setting('name = "mobilenet_v2"', 'name = "resnet152"'),
-        "tensors are not the model's",
+        "resnet152 has no part 'features.18'",
     ),
     "deep TOML": (setting("seed = 0", f"seed = {DEEP}"), "nested too deeply"),
     "a number of 5,000 digits": (setting("seed = 0", f"seed = {'9' * 5000}"), "not a TOML file"),

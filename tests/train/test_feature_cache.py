@@ -114,7 +114,7 @@ def test_a_run_with_the_cache_has_the_losses_of_one_without_on_two_ranks_too(
     train(cached, tmp_path / "one")
     assert logged_losses(tmp_path / "one") == expected
     told = capfd.readouterr().err
-    assert "computing features of 48 images (4 x 512 numbers each), once: 0.00 GB in" in told
+    assert "computing features of 48 images (4 x 1,280 numbers each), once: 0.00 GB in" in told
     shutil.rmtree(shards / "features")
     join_all(start_training(2, cached, tmp_path / "two"))
     assert logged_losses(tmp_path / "two") == expected
