@@ -29,23 +29,30 @@ def modules() -> Iterator[Path]:
 
 
 def keys(section: type[config.Section], name: str = "config") -> Iterator[tuple[str, str]]:
-    """Yield the name of its section and its own of each key."""
+    """Yield the name of its section and its own of each key, those of a decoder's own options too."""
     for key, field in section.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section):
             yield from keys(field.annotation, key)
         else:
             yield name, key
+    for each in section.__subclasses__():
+        if each.__module__.startswith("captionscale"):
+            yield from keys(each, name)
 
 
 def unread(section: type[config.Section]) -> list[tuple[str, str]]:
-    """Return the keys that no other module reads, from their section or from `settings`."""
+    """Return the keys that no other module reads, from their section, `settings` or `config`."""
     found = set()
     for module in modules():
         if not module.name.startswith("config"):
             for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute):
                     found.add((getattr(node.value, "id", getattr(node.value, "attr", "")), node.attr))
-    return [(name, key) for name, key in keys(section) if not {(name, key), ("settings", key)} & found]
+    return [
+        (name, key)
+        for name, key in keys(section)
+        if not {(each, key) for each in (name, "settings", "config")} & found
+    ]
 
 
 def test_imports_point_down() -> None:
