@@ -1,8 +1,6 @@
 """Load a user's own class, named `module:Class`."""
 
 import importlib
-import sys
-from pathlib import Path
 from typing import TypeVar
 
 from captionscale.errors import UserError
@@ -16,7 +14,10 @@ def is_plugin(name: str) -> bool:
 
 
 def load(name: str, base: type[T], expected: str | None = None) -> type[T]:
-    """Import a class; modules are found as in Python, and in the current folder last.
+    """Import a class from Python's path.
+
+    The current folder is not added to it: a checkpoint's config may name a class, and whoever made the
+    checkpoint must not choose what is executed.
 
     Args:
         name: `module:Class`.
@@ -28,9 +29,10 @@ def load(name: str, base: type[T], expected: str | None = None) -> type[T]:
     """
     module, _, attribute = name.partition(":")
     expected = expected or f"{base.__module__}.{base.__name__}"
-    cure = f"expected MODULE:CLASS, derived from {expected}; see docs/extending.md"
-    if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)
+    cure = (
+        "expected MODULE:CLASS on Python's path (PYTHONPATH=. adds the current folder), derived from"
+        f" {expected}; see docs/extending.md"
+    )
     try:
         found = getattr(importlib.import_module(module), attribute)
     # A module of the user's may raise anything.

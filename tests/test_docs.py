@@ -116,9 +116,10 @@ def reader(
     for file in (folder / "data" / "coco").iterdir():
         s3_client.put_object(Bucket="bucket", Key=f"coco/{file.name}", Body=file.read_bytes())
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
     for name, value in {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{folder}:{ROOT}",
         "CAPTIONSCALE_CACHE": str(folder / "cache"),
         "WANDB_MODE": "offline",
         "MLFLOW_TRACKING_URI": f"file:{folder}/mlruns",

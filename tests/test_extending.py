@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import metric_contract
 import objective_contract
 import pytest
 import source_contract
+import torch
 from PIL import Image
 
+from captionscale import plugins
 from captionscale.cli import main
+from captionscale.errors import UserError
 from captionscale.score import Receipt
+from captionscale.score.metric import Metric
 from captionscale.score.metrics import METRICS
 from captionscale.score.worker import BackgroundScorer
 from captionscale.train.objective import objective_class
@@ -29,9 +34,19 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    # Of processes that it starts.
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[1]}")
     yield tmp_path
     for name in EXAMPLES:
         monkeypatch.delitem(importlib.sys.modules, name, raising=False)
+
+
+def test_a_class_in_the_current_folder_is_not_imported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [each for each in sys.path if each not in ("", str(folder))])
+    (folder / "evil.py").write_text("import pathlib; pathlib.Path('executed').touch()")
+    with pytest.raises(UserError, match=r"evil:Metric: cannot be imported .*No module named 'evil'"):
+        plugins.load("evil:Metric", Metric)
+    assert not Path("executed").exists()
 
 
 def test_a_metric_of_ones_own_is_scored_and_compared_like_any_other(

@@ -40,7 +40,7 @@ def model_card(run: Path, saved: Checkpoint, to: str, checked: Check | None, sha
         to=to,
         name=run.resolve().name,
         model=config.model,
-        decoder=_DECODERS[config.model.decoder.name],
+        decoder=_DECODERS.get(config.model.decoder.name, f"the decoder {config.model.decoder.name}"),
         data=data,
         vocabulary_size=len(saved.vocabulary()) - len(SPECIAL_TOKENS),
         step=saved.train_state.step,
