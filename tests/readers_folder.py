@@ -73,7 +73,9 @@ def make_folder(folder: Path, synthetic_coco: Path) -> None:
     for name in ("configs", "launch", "shards", "slurm"):
         (folder / name).symlink_to(ROOT / name)
     for name in EXPERIMENTS:
-        (folder / name).write_text(toml.dumps(toml.load(name, DOCS_OVERRIDES)), encoding="utf-8")
+        # The plain decoder has no attention.
+        overrides = [it for it in DOCS_OVERRIDES if name != "show_and_tell" or "attention_size" not in it]
+        (folder / name).write_text(toml.dumps(toml.load(name, overrides)), encoding="utf-8")
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / ".venv" / "bin" / "activate").touch()
     documents = _coco(folder, synthetic_coco)
