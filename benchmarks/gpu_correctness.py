@@ -44,7 +44,7 @@ _DECODERS = {
         "word_head=maxout",
         "tie_weights=true",
     ),
-    "top_down": ("name=top_down", "num_layers=2"),
+    "top_down": ("name=top_down",),
     "plain (cuDNN's LSTM)": ("name=plain", "num_layers=1"),
 }
 # Relative errors of losses and gradients.

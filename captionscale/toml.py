@@ -138,10 +138,9 @@ def _explain(
             place = f"{option}{change}"
         if first["type"] == "extra_forbidden" and issubclass(section, DecoderConfig):
             decoder = reduce(getitem, sections, tree).get("name", "attention")
-            yield (
-                f"{place}: unknown key '{name}' with decoder '{decoder}';"
-                f" {did_you_mean(name, section.model_fields)}; leave it out, or change model.decoder.name"
-            )
+            hint = did_you_mean(name, section.model_fields)
+            cure = "" if hint.endswith("?") else "; leave it out, or change model.decoder.name"
+            yield f"{place}: unknown key '{name}' with decoder '{decoder}'; {hint}{cure}"
         elif first["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
         elif first["type"] == "missing" and first["loc"] == key:

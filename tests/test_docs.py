@@ -231,12 +231,12 @@ def test_every_command_of_a_page_does_what_it_should(page: Path, reader: Reader)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_no_command_hides_where_it_is_not_run(page: Path) -> None:
     for block in blocks(page):
-        assert block.language in {"", *LANGUAGES}, f"{block}: wanted one of {LANGUAGES} behind its ```"
+        assert block.language in {"", *LANGUAGES}, f"{block}: expected one of {LANGUAGES} behind its ```"
         # Markdown takes what is indented by four for code too.
         place = {"": "    ", "text": " *"}.get(block.language)
         if place is not None:
             hidden = [line for line in block.text.splitlines() if re.match(place + PROGRAM, line)]
-            assert hidden == [], f"{block}: a command, wanted it in a block of bash"
+            assert hidden == [], f"{block}: a command, expected it in a block of bash"
 
 
 def test_what_is_run_elsewhere_is() -> None:

@@ -145,8 +145,8 @@ def test_a_split_without_captions_is_captioned_but_neither_scored_nor_trained_on
         "--image-info", listed, "--name", "tiny", "--out", tmp_path / "upload",
     )  # fmt: skip
     assert said.endswith(f"upload {tmp_path / 'upload' / 'nocaps_val_tiny_results.json'}\n")
-    wanted = "8 of 8 images of split 'test' have no captions; expected them to score against"
-    assert wanted in _refuse(capsys, "score", run, "--split", "test", "--shards", shards)
+    expected = "8 of 8 images of split 'test' have no captions; expected them to score against"
+    assert expected in _refuse(capsys, "score", run, "--split", "test", "--shards", shards)
     tiny_config(tmp_path, shards, "data.train_split=test", "data.val_split=test")
     said = _refuse(capsys, "train", tmp_path / "experiment.toml", "--out", tmp_path / "run")
     assert "have no captions; expected them to train; pack the data set with its captions" in said

@@ -34,7 +34,7 @@ def test_alone_everything_is_this_ranks() -> None:
 
 def test_an_error_of_the_first_rank_is_raised_as_it_is() -> None:
     def fail() -> None:
-        raise UserError("place: found; wanted; cure")
+        raise UserError("place: found; expected; cure")
 
     with Ranks() as ranks, pytest.raises(UserError, match="place: found"):
         ranks.run_on_main(fail)
@@ -42,7 +42,7 @@ def test_an_error_of_the_first_rank_is_raised_as_it_is() -> None:
 
 def _fail_together(folder: Path) -> None:
     def fail() -> None:
-        raise UserError("place: found; wanted; cure")
+        raise UserError("place: found; expected; cure")
 
     with suppress(UserError, SystemExit), Ranks() as ranks, ExitStack() as stack:
         if ranks.is_main:

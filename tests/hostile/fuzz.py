@@ -49,10 +49,10 @@ _MODULES = (
     "data.packing",
     "data.sources.tars",
     "data.verification",
-    "score.board",
+    "tools.board",
     "tools.launcher",
-    "tools.rating",
-    "tools.stats",
+    "tools.score_file",
+    "tools.dataset_stats",
     "tools.submit",
     "tools.watch",
 )

@@ -214,4 +214,4 @@ def test_all_processes_are_started_by_one_module_or_have_a_deadline() -> None:
                 if name in ("subprocess.run", "subprocess.Popen", "os.system", "os.fork") and not bounded:
                     found.append((str(path.relative_to(PACKAGE)), name))
     # What sbatch has begun it is to end: the job would be there without its number being told.
-    assert set(found) == {("children.py", "subprocess.Popen"), ("tools/submit.py", "subprocess.run")}
+    assert set(found) == {("subprocesses.py", "subprocess.Popen"), ("tools/submit.py", "subprocess.run")}

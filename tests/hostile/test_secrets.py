@@ -114,7 +114,7 @@ def test_every_string_of_an_experiment_is_stripped(tmp_path: Path, monkeypatch: 
     secret = "https://me:hunter@host/x"
     path.write_text(
         f'[data]\nshards = "{secret}"\ncache = "{secret}"\n[model.encoder]\nweights = "{secret}"\n'
-        f'[train]\nstart_from = "{secret}"\n'
+        f'[train]\ninit_from = "{secret}"\n'
     )
     settings = toml.load(path, [f"data.val_split={secret}"])
     assert settings.data.shards == "https://host/x"

@@ -158,7 +158,7 @@ def test_where_nothing_compiles_that_is_said(monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("no compiler\nmore of it")
 
     monkeypatch.setattr(torch, "compile", compile_)
-    with pytest.raises(UserError, match=r"cannot compile here \(no compiler\), wanted a C\+\+ compiler"):
+    with pytest.raises(UserError, match=r"cannot compile here \(no compiler\), expected a C\+\+ compiler"):
         build().compile_training()
 
 

@@ -90,12 +90,12 @@ def test_results_and_gradients_are_those_of_reading_word_by_word(choices, dtype,
     for some in (slice(None), slice(1, 3), slice(1, 2), slice(0, 1)):
         for time in (captions.shape[1], 1):
             tokens, image_index = captions[some, :time], IMAGE_INDEX[some]
-            wanted = gradients(word_by_word, decoder, picture_of(), tokens, image_index)
+            expected = gradients(word_by_word, decoder, picture_of(), tokens, image_index)
             found = gradients(fused, decoder, picture_of(), tokens, image_index)
-            assert wanted["attention.key.weight"].abs().max() > 0
+            assert expected["attention.key.weight"].abs().max() > 0
             for name, value in found.items():
-                error = (value - wanted[name]).abs().max()
-                assert error <= rounding * (1 + wanted[name].abs().max()), name
+                error = (value - expected[name]).abs().max()
+                assert error <= rounding * (1 + expected[name].abs().max()), name
 
 
 def test_in_bf16_it_is_as_close_to_exact_gradients_as_reading_word_by_word() -> None:
@@ -152,12 +152,12 @@ def test_reading_without_a_gradient_and_twice_backwards_change_nothing() -> None
 
 def test_a_picture_that_is_copied_for_each_caption_says_and_learns_the_same() -> None:
     decoder = build(num_layers=2, attention_gate=True).double()
-    wanted = gradients(fused, decoder, picture_of(), captions_of(), IMAGE_INDEX)
+    expected = gradients(fused, decoder, picture_of(), captions_of(), IMAGE_INDEX)
     copies, own = picture_of()[IMAGE_INDEX], torch.arange(len(IMAGE_INDEX))
     found = gradients(fused, decoder, copies, captions_of(), own)
-    found["features"] = torch.zeros_like(wanted["features"]).index_add(0, IMAGE_INDEX, found["features"])
+    found["features"] = torch.zeros_like(expected["features"]).index_add(0, IMAGE_INDEX, found["features"])
     for name, value in found.items():
-        torch.testing.assert_close(value, wanted[name])
+        torch.testing.assert_close(value, expected[name])
 
 
 def test_on_a_gpu_the_host_never_waits_for_a_value() -> None:

@@ -73,9 +73,9 @@ def test_another_networks_weights_are_refused(published, tmp_path, name) -> None
         load(path, name)
     place, _, rest = str(caught.value).partition(": ")
     assert place == f"model.encoder.weights = '{path}'"
-    found, wanted, cure = rest.split("; ")
+    found, expected, cure = rest.split("; ")
     assert "tensors are missing, surplus or of another shape, the first '" in found
-    assert wanted == f"wanted the weights of torchvision's {name}"
+    assert expected == f"expected the weights of {name}"
     assert cure == "set model.encoder.name to the model that they belong to"
 
 
@@ -91,7 +91,7 @@ def test_a_missing_file_is_told_with_what_could_stand_there(tmp_path) -> None:
     assert str(caught.value).startswith(
         f"model.encoder.weights = '{tmp_path / 'absent.pth'}': no such file; "
     )
-    assert "wanted 'imagenet', 'none', or a .safetensors or .pth file" in str(caught.value)
+    assert "expected 'imagenet', 'none', or a .safetensors or .pth file" in str(caught.value)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -120,9 +120,9 @@ def test_a_file_of_other_things_than_tensors_is_refused(tmp_path, content) -> No
 def assert_no_weights(path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load(path)
-    found, wanted, cure = str(caught.value).split("; ")
+    found, expected, cure = str(caught.value).split("; ")
     assert found.startswith(f"{path}: not a file of weights (")
-    assert (wanted, cure) == ("wanted a dictionary of tensors", "download it again")
+    assert (expected, cure) == ("expected a dictionary of tensors", "download it again")
 
 
 def test_no_network_is_told_with_the_address_and_a_way_around(tmp_path, monkeypatch) -> None:
@@ -136,7 +136,7 @@ def test_no_network_is_told_with_the_address_and_a_way_around(tmp_path, monkeypa
     assert str(caught.value) == (
         "model.encoder.weights = 'imagenet': https://download.pytorch.org/models/resnet18-f37072fd.pth"
         " cannot be downloaded (Name or service not known);"
-        f" wanted a network or the file in {tmp_path}/hub/checkpoints;"
+        f" expected a network or the file in {tmp_path}/hub/checkpoints;"
         " download it elsewhere, then set model.encoder.weights to its path"
     )
 

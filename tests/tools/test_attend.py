@@ -69,7 +69,7 @@ def test_a_split_becomes_pages_of_ten_images_up_to_the_limit(run, tmp_path, caps
         with Image.open(page) as figure:
             heights.append(figure.height)
     assert heights[1] < heights[0] / 2, "two rows after ten"
-    assert "wanted --split with it" in _refuse(
+    assert "expected --split with it" in _refuse(
         capsys, "attend", run, "photo.jpg", "--limit", "3", "--out", tmp_path
     )
 

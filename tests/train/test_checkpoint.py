@@ -259,7 +259,7 @@ def test_what_could_not_be_written_is_told_once_at_the_next_look_or_save_or_at_t
     tmp_path: Path, config: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saver, tensors = CheckpointWriter(tmp_path, config, VOCABULARY, {}), ({"a": torch.ones(1)}, {})
-    (tmp_path / "checkpoints").write_text("a file where a folder is wanted")
+    (tmp_path / "checkpoints").write_text("a file where a folder is expected")
     refusal = "step-00000001: cannot be written"
 
     def look(seconds: float) -> None:
@@ -364,7 +364,7 @@ def test_a_copy_that_a_user_keeps_is_no_checkpoint(tmp_path: Path, config: Confi
     assert checkpoint_steps(tmp_path) == [1, 2]
 
 
-def test_a_folder_without_a_run_says_what_was_wanted(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint, so no run; expected the --out of captionscale train"):
         open_checkpoint(tmp_path)
 

@@ -123,9 +123,7 @@ class Encoder(nn.Module):
         for name, tensor in sorted(self.backbone.state_dict().items()):
             # A counter that changes no feature.
             if not name.endswith("num_batches_tracked"):
-                hasher.update(
-                    name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                )
+                hasher.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
         return hasher.hexdigest()
 
     def forward(self, images: UInt8[Tensor, "image 3 height width"]) -> Float[Tensor, "image region feature"]:
