@@ -54,9 +54,10 @@ _LIMITS = {"fp32": (1e-5, 1e-3), "TF32": (1e-3, 2e-2), "bf16": (2e-2, 0.25), "fp
 def gradients(report: Report, _: Path, tiny: bool) -> None:
     """Compare losses and gradients on the GPU with those of the CPU in fp32, without dropout."""
     images, words = (2, 50) if tiny else (8, 400)
-    sizes = ("embed_size=64", "hidden_size=96", "attention_size=64", "dropout=0.0")
+    sizes = ("embed_size=64", "hidden_size=96", "dropout=0.0")
     for name, options in _DECODERS.items():
-        overrides = [f"model.decoder.{each}" for each in (*sizes, *options)]
+        attention = () if "name=plain" in options else ("attention_size=64",)
+        overrides = [f"model.decoder.{each}" for each in (*sizes, *attention, *options)]
         overrides += ["model.encoder.name=resnet18", "model.encoder.batch_norm=frozen"]
         config = load_config(False, *overrides, f"data.image_size={32 if tiny else 96}")
         batch = random_batch(images, words, config.data.image_size)

@@ -68,5 +68,5 @@ def test_identity_changes_with_weights_and_nothing_else(name) -> None:
     encoder = build(name)
     assert encoder.identity == build(name, trainable="all").identity
     with torch.no_grad():
-        next(encoder.backbone.parameters()).view(-1)[0] += 1
+        next(encoder.backbone.parameters()).add_(1)
     assert encoder.identity != build(name).identity
