@@ -192,6 +192,13 @@ def _others(folder: Path, synthetic_coco: Path, documents: dict[str, dict[str, A
     photos = sorted((synthetic_coco / "test2017").iterdir())
     shutil.copy(photos[0], folder / "photo.jpg")
     shutil.copy(photos[1], folder / "another.jpg")
+    (folder / "album").mkdir()
+    for photo in photos[:2]:
+        shutil.copy(photo, folder / "album")
+    entries = "".join(
+        f'<photo file="{photo.name}"><text>a drawn scene</text></photo>' for photo in photos[:2]
+    )
+    (folder / "album" / "album.xml").write_text(f"<album>{entries}</album>")
     for place in QUICKSTARTS:
         drawing = folder / "quickstart" / "coco" / place
         drawing.parent.mkdir(parents=True)

@@ -104,6 +104,9 @@ class Reader(torch.nn.Module):
     ) -> tuple[torch.Tensor, tuple[torch.Tensor], None]:
         return self.logits[tokens], state, None
 
+    def select(self, state: tuple[torch.Tensor], rows: torch.Tensor) -> tuple[torch.Tensor]:
+        return (state[0][rows],)
+
 
 def test_the_gradient_is_that_of_the_expected_reward(
     packed: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -226,10 +229,10 @@ def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tm
     with Ranks() as ranks:
         for step in range(40):
             (target,) = objective.targets([(0, features)], step, ranks)
-            logits, _ = captioner(target.images, target.tokens[:, :-1], target.image_index)
+            logits, _ = captioner(target.images, target.input_tokens, target.lengths, target.image_index)
             words = target.num_tokens.double()
             weights_ = target.weights(words, objective.cross_entropy_weight)
-            (cross_entropy(logits, target.tokens[:, 1:], 0.0) @ weights_).backward()
+            (cross_entropy(logits, target.tokens[:, 1:], 0.0, target.rows) @ weights_).backward()
             adam.step()
             adam.zero_grad()
             rewards.append(objective.sample_stats.compute(ranks)["reward"])

@@ -87,7 +87,8 @@ class RecurrentDecoder(Decoder):
         self, tokens: Int[Tensor, "row"], state: Any
     ) -> tuple[Float[Tensor, "row word"], Any, Float[Tensor, "row region"] | None]:
         """Read one token per row, as `Decoder.step` does."""
-        masks = state.masks or self._dropout_masks(len(tokens))
+        # len(tokens) would fix the batch size of an exported program.
+        masks = state.masks or self._dropout_masks(tokens.shape[0])
         word = self._embed(tokens, masks)
         (hidden, context, attention), state = self.recur(word, state)
         return self._logits(word, hidden, context, masks), state._replace(masks=masks), attention

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from captionscale.model.captioner import Captioner
+from captionscale.model.decoders.decoder import select
 
 NEXT_PREFIX = "next_"
 """Prefix of the name of a state tensor that a step changes."""
@@ -93,7 +94,7 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
 
 
 class ExportedCaptioner:
-    """Exported programs with the interface that search uses: `encode`, `start` and `step`."""
+    """Exported programs with the interface that search uses: `encode`, `start`, `step` and `select`."""
 
     def __init__(self, parts: Sequence[Part], programs: dict[str, Run], batch: int | None):
         """Combine programs.
@@ -125,6 +126,10 @@ class ExportedCaptioner:
             found.get(NEXT_PREFIX + name, before) for name, before in zip(self._names, state, strict=True)
         ]
         return found["logits"], tuple(after), None
+
+    def select(self, state: tuple[Tensor, ...], rows: Int[Tensor, "selected"]) -> tuple[Tensor, ...]:
+        """Return the state of these rows."""
+        return select(state, rows)
 
     def _run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         program, rows = self._programs[name], len(inputs[0])
