@@ -200,20 +200,18 @@ def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_th
     with Ranks() as ranks:
         (target,) = objective.targets([(0, batch)], 0, ranks)
     both = [
-        captioner.train(mode)(target.images, target.tokens[:, :-1], target.image_index)[0]
+        captioner.train(mode)(target.images, target.input_tokens, target.lengths, target.image_index)[0]
         for mode in (True, False)
     ]
     assert torch.equal(*both)
-    rows = target.rows
-    assert rows is not None
-    whole = mask_unsampleable_tokens(both[0], target, None)
-    assert torch.equal(
-        mask_unsampleable_tokens(both[0].flatten(0, 1)[rows], target, rows), whole.flatten(0, 1)[rows]
-    )
-    assert (whole[:, :, [PAD, START, UNK]] == -torch.inf).all()
+    masked = mask_unsampleable_tokens(both[0], target, target.rows)
+    assert (masked[:, [PAD, START, UNK]] == -torch.inf).all()
     # Of people's captions, which come behind, the unknown token is a word like others.
     half = replace(target, num_sampled=4)
-    assert torch.equal(mask_unsampleable_tokens(both[0], half, None)[4:], both[0][4:])
+    sampled = sum(half.lengths[:4])
+    masked = mask_unsampleable_tokens(both[0], half, half.rows)
+    assert (masked[:sampled, UNK] == -torch.inf).all()
+    assert torch.equal(masked[sampled:], both[0][sampled:])
 
 
 def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tmp_path: Path) -> None:

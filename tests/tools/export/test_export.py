@@ -77,7 +77,7 @@ def test_programs_caption_as_the_model_does_whatever_the_batch(tmp_path: Path, n
             assert mine[0].tokens == other[0].tokens
             for one, two in zip(mine, other, strict=True):
                 assert two.log_prob == pytest.approx(one.log_prob, abs=1e-3)
-    assert check(model, exported, images, 8).logits < 1e-4
+    assert check(model, exported, images, 8).logits < 3e-4
 
 
 def test_programs_that_differ_from_the_model_are_refused(tmp_path: Path) -> None:
