@@ -139,8 +139,11 @@ def _explain(
         if first["type"] == "extra_forbidden" and issubclass(section, DecoderConfig):
             decoder = reduce(getitem, sections, tree).get("name", "attention")
             hint = did_you_mean(name, section.model_fields)
-            cure = "" if hint.endswith("?") else "; leave it out, or change model.decoder.name"
-            yield f"{place}: unknown key '{name}' with decoder '{decoder}'; {hint}{cure}"
+            join = " If not," if hint.endswith("?") else ";"
+            yield (
+                f"{place}: unknown key '{name}' with decoder '{decoder}'; {hint}{join} leave it out, or change"
+                " model.decoder.name"
+            )
         elif first["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
         elif first["type"] == "missing" and first["loc"] == key:

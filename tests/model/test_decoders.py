@@ -168,7 +168,7 @@ def test_options_of_another_decoder_are_refused(name, change, tmp_path) -> None:
         toml.load(path, [f"model.decoder.name={name}", f"model.decoder.{change}"])
     error, key = str(caught.value), change.partition("=")[0]
     assert error.startswith(f"--set model.decoder.{change}: unknown key '{key}' with decoder '{name}'; ")
-    assert error.endswith("; leave it out, or change model.decoder.name")
+    assert error.endswith(" leave it out, or change model.decoder.name")
     assert "\n" not in error
 
 
