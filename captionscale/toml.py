@@ -141,8 +141,8 @@ def _explain(
             hint = did_you_mean(name, section.model_fields)
             join = " If not," if hint.endswith("?") else ";"
             yield (
-                f"{place}: unknown key '{name}' with decoder '{decoder}'; {hint}{join} leave it out, or change"
-                " model.decoder.name"
+                f"{place}: unknown key '{name}' with decoder '{decoder}'; {hint}{join} leave it out, or"
+                " change model.decoder.name"
             )
         elif first["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"

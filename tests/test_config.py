@@ -97,8 +97,10 @@ def test_a_file_may_leave_to_a_change_what_has_no_default(tmp_path) -> None:
         ),
         (
             f"{SMALL}[model.decoder]\nhiden_size = 3",
-            "model.decoder: unknown key 'hiden_size' with decoder 'attention'; did you mean 'hidden_size'?"
-            " If not, leave it out, or change model.decoder.name",
+            (
+                "model.decoder: unknown key 'hiden_size' with decoder 'attention'; did you mean"
+                " 'hidden_size'? If not, leave it out, or change model.decoder.name"
+            ),
         ),
         (f"{SMALL}[trian]\nlr = 1", "unknown key 'trian'; did you mean 'train'?"),
         (f"zebra = 1\n{SMALL}", "unknown key 'zebra'; known: data, model, scst, search, seed, train"),
