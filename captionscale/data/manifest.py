@@ -33,13 +33,13 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.tar"
 
 
-class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How images are stored.
+def index_name(split: str) -> str:
+    """Return the file name of a split's index."""
+    return f"{split}.index.npy"
 
-    Attributes:
-        short_side: Shorter side to which larger images were resized, in pixels; None: original bytes.
-        quality: JPEG quality of resized images.
-    """
+
+class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How images are stored: original, or larger ones resized to a shorter side, as JPEGs of a quality."""
 
     short_side: _Positive | None = None
     quality: _Positive | None = None
@@ -63,14 +63,10 @@ class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One split.
 
     Attributes:
-        images: Number of packed images.
-        captions: Number of captions of all images; may be 0.
         rejected: Number of unreadable images, listed in `rejected.jsonl`.
         tool: Versions of captionscale and of the libraries that resized images.
         sources: SHA-256 of each caption file, list or tar of the data set.
         fingerprint: Hash of the records and options.
-        index_sha256: SHA-256 of the index file.
-        shards: Shards by number.
     """
 
     images: _Count
@@ -96,11 +92,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def loads(data: bytes, place: str) -> Manifest:
-    """Parse a manifest; `place` is for errors.
-
-    Raises:
-        UserError: It is damaged or of another format.
-    """
+    """Parse a manifest; `place` is for errors."""
     try:
         document = parsing.loads(data)
         found = document["format"]
@@ -124,15 +116,7 @@ def read(folder: Path) -> Manifest:
 
 
 def fetch(file: Callable[[str], bytes], place: str) -> Manifest:
-    """Return the manifest of local or remote shards.
-
-    Args:
-        file: Reads a small file of the folder.
-        place: The folder, for errors.
-
-    Raises:
-        UserError: No manifest, a damaged one, or one of another format.
-    """
+    """Return the manifest of local or remote shards; `file` reads a small file of the folder `place`."""
     try:
         return loads(file(MANIFEST), f"{place}/{MANIFEST}")
     except FileNotFoundError:

@@ -25,9 +25,6 @@ class BatchSampler:
         global_batch: Samples per step.
         micro_batch: Maximum samples per micro-batch.
         shuffle_window: Samples are shuffled within this many neighboring shards of a stream.
-
-    Raises:
-        UserError: Too few samples to give each micro-batch one at each step.
     """
 
     shard_sizes: tuple[int, ...]
@@ -91,8 +88,8 @@ def _streams(order: BatchSampler, epoch: int) -> list[Int[np.ndarray, "_"]]:
     first = np.cumsum(sizes) - sizes
     shuffled = random.permutation(len(sizes))
     # Items of the shuffled shards: position plus the offset of each shard's first item.
-    ahead = first[shuffled] - (np.cumsum(sizes[shuffled]) - sizes[shuffled])
-    sequence = np.arange(sizes.sum()) + np.repeat(ahead, sizes[shuffled])
+    offset = first[shuffled] - (np.cumsum(sizes[shuffled]) - sizes[shuffled])
+    sequence = np.arange(sizes.sum()) + np.repeat(offset, sizes[shuffled])
     shard_rank = np.repeat(np.arange(len(sizes)), sizes[shuffled])
     priority = random.random(len(sequence))
     streams = []
