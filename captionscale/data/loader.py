@@ -14,6 +14,7 @@ from jaxtyping import Float16, Int, UInt8
 from torch import Tensor
 
 from captionscale.config import Data
+from captionscale.config_model import Interpolation
 from captionscale.data import decode, transforms
 from captionscale.data.feature_cache import FeatureReader
 from captionscale.data.shards import Split
@@ -71,6 +72,7 @@ class Loader:
         data: Data,
         seed: int = 0,
         features: FeatureReader | None = None,
+        interpolation: Interpolation = "bilinear",
     ):
         """Create a loader with `data.workers` threads.
 
@@ -80,12 +82,14 @@ class Loader:
             data: The config's section `data`.
             seed: Seed of the augmentation.
             features: Cached features of all images of the split, used instead of pixels.
+            interpolation: How images are resized, as the encoder declares it.
         """
         self.features = features
         self.split = split
         self.vocabulary = vocabulary
         self.data = data
         self.seed = seed
+        self.interpolation = interpolation
         # Worker threads run torch on one core each. torch passes a thread's setting on to threads that start
         # later, but not to this one once it has asked for its number.
         torch.get_num_threads()
@@ -149,7 +153,7 @@ class Loader:
         place = f"{self.split.storage}: image {self.split.index[item]['image_id']}"
         image = decode.decode_image(self.split.image(item), place)
         if epoch is None:
-            return transforms.center_crop(image, data.image_size)
+            return transforms.center_crop(image, data.image_size, self.interpolation)
         return transforms.augment(
             image,
             data.image_size,
@@ -157,6 +161,7 @@ class Loader:
             flip=data.flip,
             color_jitter=data.color_jitter,
             rotate=data.rotate,
+            interpolation=self.interpolation,
             random=np.random.default_rng([self.seed, epoch, item]),
         )
 
