@@ -78,8 +78,8 @@ class Loader:
     ):
         """Create a loader with `data.workers` threads.
 
-        The seed is that of the augmentation; cached features of the split's images replace pixels; the encoder
-        declares the interpolation of resizing.
+        The seed is that of the augmentation; cached features of the split's images replace pixels. The encoder
+        declares the interpolation.
         """
         self.split, self.vocabulary, self.features = split, vocabulary, features
         self.data, self.seed, self.interpolation = data, seed, interpolation
