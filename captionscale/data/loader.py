@@ -78,7 +78,7 @@ class Loader:
     ):
         """Create a loader with `data.workers` threads.
 
-        The seed is that of the augmentation; cached features of the split's images replace pixels. The encoder
+        The seed is that of the augmentation. Cached features of the split replace pixels. The encoder
         declares the interpolation.
         """
         self.split, self.vocabulary, self.features = split, vocabulary, features
