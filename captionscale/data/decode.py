@@ -68,11 +68,6 @@ def read_image(file: Path) -> UInt8[np.ndarray, "height width 3"]:
     return decode_image(data, str(file))
 
 
-def decode_pil(data: bytes, place: str) -> Image.Image:
-    """Return `decode_image` as a Pillow image."""
-    return Image.fromarray(decode_image(data, place))
-
-
 def pil_to_rgb(pil: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
     """Return the pixels of a Pillow image, as `decode_image` does for a file."""
     file = pil.fp if isinstance(pil, ImageFile.ImageFile) else None

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captionscale.data.decode import FORMATS, ImageInfo, decode_image, decode_pil, image_info
+from captionscale.data.decode import FORMATS, ImageInfo, decode_image, image_info
 from captionscale.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -25,6 +25,12 @@ STORED = {
     8: Image.Transpose.ROTATE_270,
 }
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def decode_pil(data: bytes, place: str) -> Image.Image:
+    return Image.fromarray(decode_image(data, place))
+
+
 # Every way to read an image; the last reads no further than the header.
 WHOLE_READS: list[Callable[[bytes, str], Any]]
 WHOLE_READS = [decode_image, decode_pil, lambda data, place: image_info(data, place, full_decode=True)]
@@ -231,13 +237,13 @@ def test_an_image_of_absurdly_many_pixels_is_refused(limit: int, monkeypatch: py
 ALONE = """
 import sys
 from PIL import Image
-from captionscale.data.decode import decode_pil
+from captionscale.data.decode import decode_image
 from captionscale.errors import UserError
 bomb, odd = (bytes.fromhex(word) for word in sys.stdin.read().split())
-print(decode_pil(odd, "odd").size)
+print(decode_image(odd, "odd").shape)
 Image.MAX_IMAGE_PIXELS = 300
 try:
-    decode_pil(bomb, "bomb")
+    decode_image(bomb, "bomb")
 except UserError as error:
     print(error)
 """
@@ -253,7 +259,7 @@ def test_a_bomb_is_refused_and_damaged_exif_is_not_talked_about_outside_of_tests
         text=True,
         check=True,
     )
-    assert found.stdout.startswith("(8, 8)\nbomb: more than 300 pixels")
+    assert found.stdout.startswith("(8, 8, 3)\nbomb: more than 300 pixels")
     assert found.stderr == ""
 
 
