@@ -88,7 +88,7 @@ def test_a_bar_inside_another_works_on_a_terminal(terminal: io.StringIO) -> None
 def test_output_printed_during_a_progress_bar_reaches_its_pipe(
     terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # `attend --split val > pages.txt` left the file empty where a terminal showed a bar.
+    # `attend --split val > pages.txt` left the file empty and drew a bar on the terminal.
     piped = io.StringIO()
     monkeypatch.setattr(sys, "stdout", piped)
     with progress("attention", 1) as bar:

@@ -14,6 +14,8 @@ from captionscale.data.resize import resize_image
 # Left, top, right and bottom of a crop, in whole pixels.
 _Box = tuple[int, int, int, int]
 _Pixels = UInt8[np.ndarray, "height width 3"]
+_ENHANCERS: list[Callable[[Image.Image], ImageEnhance._Enhance]]
+_ENHANCERS = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
 
 
 def center_crop(
@@ -44,7 +46,7 @@ def augment(
         color_jitter: Maximum relative change of brightness, contrast and saturation.
         rotate: Maximum rotation about the crop's center, in degrees; outside is the image's mean color.
         interpolation: How the crop is resized.
-        random: Source of all random choices.
+        random: Random number generator.
 
     Source:
         The crop of Szegedy et al. 2015 (arXiv:1409.4842), section 6: area fraction and aspect ratio
@@ -61,10 +63,8 @@ def augment(
         view = torch.from_numpy(view).flip(1).numpy()
     if color_jitter:
         pil = Image.fromarray(view)
-        enhancers: list[Callable[[Image.Image], ImageEnhance._Enhance]]
-        enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-        for enhance in enhancers:
-            pil = enhance(pil).enhance(1 + random.uniform(-color_jitter, color_jitter))
+        for enhancer in _ENHANCERS:
+            pil = enhancer(pil).enhance(1 + random.uniform(-color_jitter, color_jitter))
         view = np.array(pil)
     return view
 

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float32, Float64, Int
 from PIL import Image
 from torch import Tensor
 
-from captionscale.data.decode import decode_pil
+from captionscale.data.decode import decode_image
 from captionscale.data.shards import Split
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import sha256_of
@@ -233,7 +233,7 @@ def _views(
 ) -> Iterator[Float32[Tensor, "image 3 height width"]]:
     def view(item: int) -> Tensor:
         place = f"{split.storage}: image {split.index['image_id'][item]}"
-        return clip.preprocess(decode_pil(split.image(item), place))
+        return clip.preprocess(Image.fromarray(decode_image(split.image(item), place)))
 
     with ThreadPoolExecutor(cpu_count()) as threads:
         for start in range(0, len(items), batch):

@@ -77,7 +77,7 @@ def items(*numbers: int) -> np.ndarray:
     return np.array(numbers)
 
 
-# ---- pictures
+# ---- images
 
 
 def test_the_same_items_and_epoch_give_the_same_bytes(packed: Path, loader: Loader) -> None:
@@ -89,7 +89,7 @@ def test_the_same_items_and_epoch_give_the_same_bytes(packed: Path, loader: Load
     other.close()
 
 
-def test_a_picture_does_not_depend_on_the_batch_that_it_is_in(loader: Loader) -> None:
+def test_an_image_does_not_depend_on_its_batch(loader: Loader) -> None:
     numbers = items(9, 30, 2, 41)
     batch = fetch(loader, numbers, 1)
     for row, item in enumerate(numbers.tolist()):
@@ -103,13 +103,13 @@ def test_another_epoch_seed_or_item_is_augmented_otherwise(packed: Path, loader:
     other.close()
 
 
-def test_without_an_epoch_each_picture_is_its_centre(loader: Loader) -> None:
+def test_without_an_epoch_images_are_center_crops(loader: Loader) -> None:
     numbers = items(4, 17, 33)
     batch = fetch(loader, numbers, None)
     assert batch.images.dtype == torch.uint8
     for view, item in zip(batch.images, numbers.tolist(), strict=True):
-        picture = decode.decode_image(loader.split.image(item), "here")
-        np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), transforms.center_crop(picture, SIZE))
+        image = decode.decode_image(loader.split.image(item), "here")
+        np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), transforms.center_crop(image, SIZE))
 
 
 def test_images_are_resized_as_the_encoder_declares(loader: Loader) -> None:
@@ -175,7 +175,7 @@ print(own, torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
 """
 
 
-def test_threads_that_decode_have_none_of_torchs_besides_and_leave_the_others_theirs(packed: Path) -> None:
+def test_decoding_threads_use_one_torch_thread_and_others_keep_theirs(packed: Path) -> None:
     # Those of each would fight for the cores with those of all others.
     found = subprocess.run(
         [sys.executable, "-c", ALONE, packed],

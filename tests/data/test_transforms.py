@@ -26,7 +26,7 @@ def noise(width: int, height: int) -> np.ndarray:
     return np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
 
 
-# ---- crops and colours
+# ---- crops and colors
 
 
 def test_the_centre_view_is_the_centre_square_upright_and_unmirrored() -> None:
@@ -74,8 +74,8 @@ def test_half_of_the_views_are_mirrored() -> None:
     assert 70 < mirrored < 130
 
 
-def test_a_crop_lies_inside_the_picture_and_keeps_the_share_that_was_asked_for() -> None:
-    # Each pixel holds its own place, so that a view tells where it was cut.
+def test_a_crop_lies_inside_the_image_and_keeps_the_requested_area() -> None:
+    # Each pixel is its own position, so that a view shows where it was cut.
     y, x = np.mgrid[:200, :240].astype(np.uint8)
     image = np.stack([x, y, x * 0], axis=2)
     random = np.random.default_rng(0)
@@ -99,7 +99,7 @@ def test_jitter_changes_colours_only() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (8, 3), (40, 3000), (2000, 30)])
-def test_a_picture_of_any_shape_has_views_of_the_size_that_was_asked_for(shape: tuple[int, int]) -> None:
+def test_an_image_of_any_shape_has_views_of_the_requested_size(shape: tuple[int, int]) -> None:
     image = noise(*shape)
     for seed in range(20):
         view = augment(image, 32, **WILD, rotate=9.0, random=np.random.default_rng(seed))
@@ -137,7 +137,7 @@ def test_bicubic_views_are_those_of_pillow_and_bilinear_is_the_default() -> None
         assert not np.array_equal(views[1], views[2])
 
 
-# ---- turned pictures
+# ---- rotated images
 
 
 def test_no_rotation_draws_no_chance() -> None:
@@ -159,14 +159,14 @@ def turned(image: np.ndarray, size: int, degrees: float, **changes: Any) -> np.n
     return augment(image, size, **options, random=Always(np.random.PCG64(0)))
 
 
-def test_a_picture_turned_by_nothing_is_the_one_that_is_not_turned() -> None:
+def test_a_rotation_by_zero_changes_nothing() -> None:
     for image in (np.array(quarters()), np.array(quarters(97, 61))):
         for size in (16, 48, 61):
             difference = turned(image, size, 0.0).astype(int) - center_crop(image, size)
             assert np.abs(difference).mean() < 5
 
 
-def test_a_picture_turns_about_the_middle_counter_clockwise_as_pillow_turns_it() -> None:
+def test_an_image_rotates_counter_clockwise_about_its_center_as_in_pillow() -> None:
     # Smooth, so that the two ways of sampling agree.
     rows, columns = np.mgrid[:80, :80]
     waves = np.stack([rows * 3, columns * 3, (rows + columns) * 1.5], 2).clip(0, 255).astype(np.uint8)
@@ -177,9 +177,9 @@ def test_a_picture_turns_about_the_middle_counter_clockwise_as_pillow_turns_it()
         assert np.abs(found.astype(int) - expected)[inside].max() <= 1
 
 
-def test_a_crop_of_a_turned_picture_shows_what_is_there_and_else_the_mean_colour() -> None:
+def test_a_rotated_crop_shows_the_image_and_outside_its_mean_color() -> None:
     image = np.full((100, 100, 3), (200, 10, 60), np.uint8)
-    # One colour: neither black corners nor seams.
+    # One color: neither black corners nor seams.
     assert set(map(tuple, turned(image, 32, 30.0).reshape(-1, 3).tolist())) == {(200, 10, 60)}
     half = np.zeros((100, 100, 3), np.uint8)
     half[:50] = 255
@@ -187,7 +187,7 @@ def test_a_crop_of_a_turned_picture_shows_what_is_there_and_else_the_mean_colour
     assert (np.abs(corner.astype(int) - 127) <= 2).all()
 
 
-def test_a_large_picture_is_averaged_before_it_is_turned() -> None:
+def test_a_large_image_is_averaged_before_rotation() -> None:
     # Every second row is black: without averaging, a view would be bands of black and white.
     stripes = np.zeros((400, 400, 3), np.uint8)
     stripes[::2] = 255
@@ -199,7 +199,7 @@ def test_angles_lie_to_both_sides_and_within_the_greatest() -> None:
     image = np.array(quarters(64, 64))
     views = [augment(image, 32, **PLAIN, rotate=40.0, random=np.random.default_rng(n)) for n in range(20)]
     assert len({view.tobytes() for view in views}) == 20
-    # Where green begins, eight rows above the middle: more to the left if the picture turned to the left.
+    # Where green begins, eight rows above the middle: more to the left if the image turned to the left.
     ends = [int(np.flatnonzero(view[8, :, 1] < 64).max()) for view in views]
     assert min(ends) < 12
     assert max(ends) > 19

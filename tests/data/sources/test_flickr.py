@@ -145,7 +145,7 @@ def test_a_faulty_flickr_file_is_refused_with(tmp_path, fault, touch, write):
 LIST_FAULTS = {
     "an image in two splits": (
         {"train.txt": "30_b.jpg\n4_a.jpg", "Flickr_8k.testImages.txt": "4_a"},
-        "train.txt: 4_a.jpg is in a test list too; expected it in one split,",
+        "train.txt: 4_a.jpg is in the list of test too; expected it in one split,",
     ),
     "a listed image without captions": (
         {"val.txt": "30_b.jpg\n5.jpg\n"},

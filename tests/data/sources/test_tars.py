@@ -168,7 +168,7 @@ def test_what_gnu_tar_packs_is_read(tmp_path, touch, write):
     ]
 
 
-def test_tars_of_a_folder_come_by_name_beside_those_given(tar):
+def test_tars_of_a_folder_are_sorted_by_name_and_join_those_given(tar):
     names = [f"i/{letter}.tar" for letter in "hgfedcba"]
     for name in [*names, "i/._a.tar", "c.tar"]:
         path = tar(name, {"1.jpg": name.encode()})
@@ -188,7 +188,7 @@ def test_captions_that_are_there_but_empty_leave_their_image_out(tar):
 FAULTS = {
     "an image without captions": (
         {"1.jpg": b"1", "1.txt": b"a", "2.jpg": b"2", "2.json": {"width": 3}},
-        "a.tar: 2.jpg has no captions, others have; expected a .txt, or a .json with caption, beside",
+        "a.tar: 2.jpg has no captions, others have; expected a .txt, or a .json with caption, with",
     ),
     "two images of one key": (
         {"1.jpg": b"1", "1.png": b"2", "1.txt": b"a"},
