@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, SerializeAsAny, ValidationError, WrapValidator
 
@@ -10,10 +10,24 @@ from captionscale import plugins
 from captionscale.config_base import Section, Size, Text
 from captionscale.errors import UserError
 
-ENCODERS = {
-    "*": "captionscale.model.encoders.torchvision:TorchvisionEncoder",
-}
-"""Class of an encoder by a pattern of `model.encoder.name`; the first that fits."""
+Interpolation = Literal["bilinear", "bicubic"]
+"""How images can be resized."""
+
+
+class EncoderEntry(NamedTuple):
+    """An encoder in the registry."""
+
+    pattern: str
+    """Of `model.encoder.name`."""
+    place: str
+    """`module:Class`."""
+    examples: tuple[str, ...]
+    """Names of small networks, which the contract test builds."""
+
+
+_TORCHVISION = "captionscale.model.encoders.torchvision:TorchvisionEncoder"
+ENCODERS = (EncoderEntry("*", _TORCHVISION, ("resnet18", "mobilenet_v2")),)
+"""The encoders; of those whose pattern fits a name, the first is meant."""
 
 DECODERS = {
     "plain": "captionscale.model.decoders.plain:PlainDecoder",
@@ -37,7 +51,7 @@ class EncoderConfig(Section):
     def of(cls, tree: Mapping[str, Any]) -> type[Section]:
         """Return the class of the encoder that a config names."""
         name = tree.get("name", "resnet50")
-        return _config_of(encoder_place(name) if isinstance(name, str) else ENCODERS["*"], EncoderConfig)
+        return _config_of(encoder_place(name) if isinstance(name, str) else _TORCHVISION, EncoderConfig)
 
 
 class TorchvisionConfig(EncoderConfig):
@@ -126,7 +140,7 @@ class TopDownConfig(AttendingConfig):
 
 
 _CONFIGS: dict[str, type[Section]] = {
-    ENCODERS["*"]: TorchvisionConfig,
+    _TORCHVISION: TorchvisionConfig,
     DECODERS["plain"]: PlainConfig,
     DECODERS["attention"]: AttentionConfig,
     DECODERS["top_down"]: TopDownConfig,
@@ -138,7 +152,7 @@ def encoder_place(name: str) -> str:
     """Return the `module:Class` of an encoder."""
     if plugins.is_plugin(name):
         return name
-    return next(place for pattern, place in ENCODERS.items() if fnmatchcase(name, pattern))
+    return next(entry.place for entry in ENCODERS if fnmatchcase(name, entry.pattern))
 
 
 def decoder_place(name: str) -> str | None:

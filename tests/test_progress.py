@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from captionscale import progress as room
+from captionscale import progress as progress_module
 from captionscale.progress import Bar, console, progress, spinner
 
 
@@ -15,7 +15,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What a terminal of 120 columns gets."""
     written = io.StringIO()
     fake = Console(file=written, force_terminal=True, width=120, highlight=False)
-    monkeypatch.setattr(room, "console", lambda: fake)
+    monkeypatch.setattr(progress_module, "console", lambda: fake)
     return written
 
 
@@ -88,7 +88,7 @@ def test_a_bar_inside_another_works_on_a_terminal(terminal: io.StringIO) -> None
 def test_what_is_printed_beside_a_bar_goes_into_the_pipe_that_it_was_meant_for(
     terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # `attend --split val > pages.txt` left the file empty where people saw a bar.
+    # `attend --split val > pages.txt` left the file empty and drew a bar on the terminal.
     piped = io.StringIO()
     monkeypatch.setattr(sys, "stdout", piped)
     with progress("attention", 1) as bar:

@@ -14,6 +14,7 @@ from jaxtyping import Float16, Int, UInt8
 from torch import Tensor
 
 from captionscale.config import Data
+from captionscale.config_model import Interpolation
 from captionscale.data import decode, transforms
 from captionscale.data.feature_cache import FeatureReader
 from captionscale.data.shards import Split
@@ -73,13 +74,15 @@ class Loader:
         data: Data,
         seed: int = 0,
         features: FeatureReader | None = None,
+        interpolation: Interpolation = "bilinear",
     ):
         """Create a loader with `data.workers` threads.
 
-        The seed is that of the augmentation; cached features of the split's images replace pixels.
+        The seed is that of the augmentation. Cached features of the split replace pixels. The encoder
+        declares the interpolation.
         """
         self.split, self.vocabulary, self.features = split, vocabulary, features
-        self.data, self.seed = data, seed
+        self.data, self.seed, self.interpolation = data, seed, interpolation
         # Worker threads run torch on one core each. torch passes a thread's setting on to threads that start
         # later, but not to this one once it has asked for its number.
         torch.get_num_threads()
@@ -136,7 +139,7 @@ class Loader:
         place = f"{self.split.storage}: image {self.split.index[item]['image_id']}"
         image = decode.decode_image(self.split.image(item), place)
         if epoch is None:
-            return transforms.center_crop(image, data.image_size)
+            return transforms.center_crop(image, data.image_size, self.interpolation)
         return transforms.augment(
             image,
             data.image_size,
@@ -144,6 +147,7 @@ class Loader:
             flip=data.flip,
             color_jitter=data.color_jitter,
             rotate=data.rotate,
+            interpolation=self.interpolation,
             random=np.random.default_rng([self.seed, epoch, item]),
         )
 

@@ -1,13 +1,12 @@
 """Image resizing. Imports torch."""
 
-from typing import Literal
-
 import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 
+from captionscale.config_model import Interpolation
 from captionscale.data import decode
 
 # libjpeg's JPEG_MAX_DIMENSION.
@@ -37,7 +36,7 @@ def resize_image(
     image: UInt8[np.ndarray, "height width 3"],
     new_height: int,
     new_width: int,
-    mode: Literal["bicubic", "bilinear"] = "bicubic",
+    mode: Interpolation = "bicubic",
 ) -> UInt8[np.ndarray, "{new_height} {new_width} 3"]:
     """Resize an image by antialiased interpolation, in a third of Pillow's time.
 

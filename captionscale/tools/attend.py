@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from captionscale import config
+from captionscale.config import Config
 from captionscale.data.decode import decode_image
 from captionscale.data.shards import Split
 from captionscale.data.storage import open_storage
@@ -16,6 +16,7 @@ from captionscale.data.transforms import center_crop
 from captionscale.errors import UserError
 from captionscale.escape import for_file_name, for_terminal
 from captionscale.files import atomic_write, check_writable
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.progress import progress, say, spinner
 from captionscale.tools.caption_result import CaptionResult, View, overlay
 from captionscale.tools.captioner_api import CaptionPipeline
@@ -110,7 +111,8 @@ def attend_split(
         UserError: No run or split, a decoder without attention, damaged shards, or an not_writable page.
     """
     pipeline = _open(run, checkpoint, overrides)
-    request, data = pipeline.generation_request(), pipeline.ensemble.config.data
+    request, settings = pipeline.generation_request(), pipeline.ensemble.config
+    data = settings.data
     split = Split(open_storage(shards or data.shards, data.cache, data.cache_gb), split_name)
     count = min(len(split), limit or len(split))
     pages = -(-count // _ROWS_PER_PAGE)
@@ -121,7 +123,7 @@ def attend_split(
     with progress(f"attention of {split_name}", count) as bar:
         for page in range(pages):
             items = range(page * _ROWS_PER_PAGE, min((page + 1) * _ROWS_PER_PAGE, count))
-            views = [load_view(split, item, data) for item in items]
+            views = [load_view(split, item, settings) for item in items]
             # The numbers that captionscale score samples with.
             ids = [int(split.index[item]["image_id"]) for item in items]
             results = pipeline.generate_best(views, request, ids)
@@ -133,10 +135,11 @@ def attend_split(
             bar.advance(len(items))
 
 
-def load_view(split: Split, item: int, data: config.Data) -> View:
+def load_view(split: Split, item: int, config: Config) -> View:
     """Return an item of a split as the model sees it."""
     place = f"{split.storage}: image {split.index[item]['image_id']}"
-    return center_crop(decode_image(split.image(item), place), data.image_size)
+    image = decode_image(split.image(item), place)
+    return center_crop(image, config.data.image_size, interpolation_of(config.model))
 
 
 def _open(run: Path, checkpoint: str, overrides: Sequence[str]) -> CaptionPipeline:

@@ -14,6 +14,7 @@ from PIL import Image
 from captionscale import config, toml
 from captionscale.data import decode
 from captionscale.data.transforms import center_crop
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.model.search.constraints import Constraints
 from captionscale.tools.caption_result import CaptionResult, View, build_caption_results, encode_views
 from captionscale.tools.ensemble import CheckpointEnsemble
@@ -87,7 +88,8 @@ class CaptionPipeline:
 
     def center_crop(self, image: UInt8[np.ndarray, "height width 3"]) -> View:
         """Return what the model sees of an image's pixels."""
-        return center_crop(image, self.ensemble.config.data.image_size)
+        config = self.ensemble.config
+        return center_crop(image, config.data.image_size, interpolation_of(config.model))
 
     def generate_best(
         self, views: Sequence[View], request: GenerationRequest, numbers: Sequence[int]
@@ -113,12 +115,12 @@ class CaptionPipeline:
             numbers: Of each image; a sampled caption is a function of it and the seed.
             return_all: All final captions of a beam search instead of the best.
         """
-        features, decoder = encode_views(self.captioner, views), self.captioner.decoder
+        features, data = encode_views(self.captioner, views), self.ensemble.config.data
         found = generate_tokens(
-            decoder,
+            self.captioner.decoder,
             features,
             request.search,
-            self.ensemble.config.data.max_words,
+            data.max_words,
             request.constraints,
             [(request.seed, number) for number in numbers],
         )
@@ -131,5 +133,5 @@ class CaptionPipeline:
             if isinstance(features, torch.Tensor)
             else tuple(it[image_index] for it in features)
         )
-        results = iter(build_caption_results(decoder, seen, flat, self.vocabulary))
+        results = iter(build_caption_results(self.captioner, seen, flat, self.vocabulary, data.image_size))
         return [[next(results) for _ in captions] for captions in found]

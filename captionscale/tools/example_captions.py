@@ -86,7 +86,7 @@ def gallery(
         }
         for example in examples:
             if (item := items.get(example.image_id)) is not None:
-                views[example.image_id] = load_view(split, item, config.data)
+                views[example.image_id] = load_view(split, item, config)
                 references[example.image_id] = split.captions(item)
     results = _results(examples, views, saved) if saved is not None else {}
     maps = next((result.attention_maps for result in results.values() if result.attention_maps), None)
@@ -113,13 +113,13 @@ def _results(
 ) -> dict[Id, CaptionResult]:
     """Return probabilities and attention of each example's own caption."""
     captioner, vocabulary = saved.captioner(), saved.vocabulary()
-    max_words = saved.config().data.max_words
+    data = saved.config().data
     seen = [example for example in examples if example.image_id in views and example.caption]
     if not seen:
         return {}
-    tokens = [vocabulary.encode(example.caption, max_words)[1:] for example in seen]
+    tokens = [vocabulary.encode(example.caption, data.max_words)[1:] for example in seen]
     features = encode_views(captioner, [views[example.image_id] for example in seen])
-    results = build_caption_results(captioner.decoder, features, tokens, vocabulary)
+    results = build_caption_results(captioner, features, tokens, vocabulary, data.image_size)
     return {example.image_id: result for example, result in zip(seen, results, strict=True)}
 
 

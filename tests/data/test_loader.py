@@ -112,6 +112,15 @@ def test_without_an_epoch_images_are_center_crops(loader: Loader) -> None:
         np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), transforms.center_crop(image, SIZE))
 
 
+def test_images_are_resized_as_the_encoder_declares(loader: Loader) -> None:
+    cubic = Loader(loader.split, loader.vocabulary, loader.data, interpolation="bicubic")
+    image = decode.decode_image(loader.split.image(4), "here")
+    view = fetch(cubic, items(4), None).images[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(view, transforms.center_crop(image, SIZE, "bicubic"))
+    assert not same(fetch(cubic, items(4), 0), fetch(loader, items(4), 0))
+    cubic.close()
+
+
 def test_without_augmentation_an_epoch_has_center_crops_too(packed: Path, loader: Loader) -> None:
     plain = load(packed, crop_scale=(1, 1), flip=False, color_jitter=0)
     assert same(fetch(plain, items(1, 2), 3), fetch(loader, items(1, 2), None))

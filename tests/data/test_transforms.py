@@ -114,10 +114,27 @@ def test_real_images_have_the_crops_of_pillow(real_data: Path) -> None:
         side = min(height, width)
         left, top = (width - side) // 2, (height - side) // 2
         square = Image.fromarray(image[top : top + side, left : left + side])
-        expected = np.asarray(square.resize((224, 224), Image.Resampling.BILINEAR))
-        difference = np.abs(center_crop(image, 224).astype(int) - expected)
-        assert difference.max() <= 1
-        assert difference.mean() < 0.05
+        for name, steps in (("bilinear", 1), ("bicubic", 2)):
+            expected = np.asarray(square.resize((224, 224), Image.Resampling[name.upper()]))
+            difference = np.abs(center_crop(image, 224, name).astype(int) - expected)
+            assert difference.max() <= steps
+            assert difference.mean() < 0.05
+
+
+def test_bicubic_views_are_those_of_pillow_and_bilinear_is_the_default() -> None:
+    image, random = np.array(quarters(97, 61)), np.random.default_rng
+    square = Image.fromarray(image[:, 18:79])
+    for name in ("bilinear", "bicubic"):
+        expected = np.asarray(square.resize((32, 32), Image.Resampling[name.upper()])).astype(int)
+        assert np.abs(center_crop(image, 32, name) - expected).max() <= 1
+        assert np.abs(augment(image, 32, **PLAIN, interpolation=name, random=random(0)) - expected).max() <= 1
+    for options in ({}, {"rotate": 20.0}):
+        views = [
+            augment(image, 48, **WILD, **options, **choice, random=random(5))
+            for choice in ({}, {"interpolation": "bilinear"}, {"interpolation": "bicubic"})
+        ]
+        np.testing.assert_array_equal(views[0], views[1])
+        assert not np.array_equal(views[1], views[2])
 
 
 # ---- rotated images
