@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, Int
 from PIL import Image
 from torch import Tensor
 
-from captionscale.data.decode import decode_pil
+from captionscale.data.decode import decode_image
 from captionscale.data.shards import Split
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import sha256_of
@@ -227,7 +227,7 @@ def _tokens(clip: Clip, texts: Sequence[str]) -> Iterator[Tensor]:
 def _images(clip: Clip, split: Split, items: Int[np.ndarray, "image"]) -> Iterator[Tensor]:
     def preprocess(item: int) -> Tensor:
         place = f"{split.storage}: image {split.index['image_id'][item]}"
-        return clip.preprocess(decode_pil(split.image(item), place))
+        return clip.preprocess(Image.fromarray(decode_image(split.image(item), place)))
 
     with ThreadPoolExecutor(cpu_count()) as threads:
         for start in range(0, len(items), _BATCH):

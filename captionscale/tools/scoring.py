@@ -17,6 +17,7 @@ from captionscale.data.storage import LocalStorage, open_storage
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import PreemptedError, UserError
 from captionscale.files import append_lines, check_writable
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.progress import progress, say, spinner
 from captionscale.score import clipscore
 from captionscale.score.evaluation import Measure, score
@@ -192,7 +193,8 @@ def _caption(
     for path in outputs if _is_first_rank() else ():
         check_writable(path)
     saved, config = members.checkpoints[0], members.config
-    loader = Loader(split, saved.vocabulary(), config.data, config.seed)
+    interpolation = interpolation_of(config.model)
+    loader = Loader(split, saved.vocabulary(), config.data, config.seed, interpolation=interpolation)
     with preemption.handle_signals(), Ranks() as ranks:
         results = caption_split(
             members.captioner().to(ranks.device),

@@ -14,6 +14,7 @@ from captionscale.distributed.engine import create_engine
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.progress import format_duration
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import CheckResult, failure, ok, skipped, warning
@@ -34,7 +35,8 @@ _RECENT = 20
 @cache
 def _loaded(plan: Plan) -> float:
     """Return the images per second that one process loads."""
-    loader = Loader(plan.split, plan.vocabulary, plan.settings.data, plan.settings.seed)
+    interpolation = interpolation_of(plan.settings.model)
+    loader = Loader(plan.split, plan.vocabulary, plan.settings.data, interpolation=interpolation)
     size = min(plan.settings.train.micro_batch, 16, len(plan.split))
     # From all shards, as in training; repeated if there are few.
     items = np.random.default_rng(0).permutation(len(plan.split))
