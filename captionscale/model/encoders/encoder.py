@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         self, attention: Float[Tensor, "*batch region"], height: int, width: int
     ) -> Float[Tensor, "*batch row column"]:
         """Return attention weights on the grid of an image of this size, without the prefix tokens'."""
-        return attention[..., self.num_prefix_tokens :].unflatten(-1, self.grid(height, width))
+        return torch.unflatten(attention[..., self.num_prefix_tokens :], -1, self.grid(height, width))
 
     def forward_features(
         self, images: Float[Tensor, "image 3 height width"]
