@@ -1,4 +1,4 @@
-"""Settings that exclude each other: the only place that says so."""
+"""Settings that exclude each other; no other module checks them."""
 
 from collections.abc import Iterator
 from typing import Any, TypeAlias

@@ -15,7 +15,7 @@ def render(template: str, **values: Any) -> Markup:
     """Render a template with values that `captionscale.escape` makes safe for HTML or, in `*.md`, Markdown.
 
     Of a `Markup` value, such as the result of another `render`, only control characters are escaped. A
-    variable of the template that is missing is an error.
+    variable that is missing is an error.
     """
     return Markup(_environment().get_template(template).render(values))
 
