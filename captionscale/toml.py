@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from captionscale import assets, credentials, parsing
 from captionscale.config import Config
 from captionscale.config_base import Section
-from captionscale.config_model import DecoderConfig
+from captionscale.config_model import DecoderConfig, EncoderConfig, Model
 from captionscale.config_renames import RENAMED
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import read_file
@@ -129,13 +129,14 @@ def _explain(
         if first["type"] == "extra_forbidden" and dotted in RENAMED:
             where = path if change is None else place
             yield f"{where}: {dotted} is a key of version 0.1, expected {RENAMED[dotted]}; rename it"
-        elif first["type"] == "extra_forbidden" and issubclass(section, DecoderConfig):
-            decoder = reduce(getitem, sections, tree).get("name", "attention")
+        elif first["type"] == "extra_forbidden" and issubclass(section, EncoderConfig | DecoderConfig):
+            kind = sections[-1]
+            network = reduce(getitem, sections, tree).get("name") or getattr(Model(), kind).name
             hint = did_you_mean(name, section.model_fields)
             join = " If not," if hint.endswith("?") else ";"
             yield (
-                f"{place}: unknown key '{name}' with decoder '{decoder}'; {hint}{join} leave it out, or"
-                " change model.decoder.name"
+                f"{place}: unknown key '{name}' with {kind} '{network}'; {hint}{join} leave it out, or"
+                f" change model.{kind}.name"
             )
         elif first["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
@@ -144,9 +145,9 @@ def _explain(
         else:
             texts = [found["msg"] for found in (first, *others)]
             messages = dict.fromkeys(text[:1].lower() + text[1:] for text in texts)
-            meaning = " ".join((section.model_fields[name].description or "a section").split())
+            meaning = " ".join((section.model_fields[name].description or "").split())
             value = _shown(reduce(getitem, key, tree))
-            yield f"{place}: {name} = {value}: {' or '.join(messages)} ({meaning})"
+            yield f"{place}: {name} = {value}: {' or '.join(messages)}" + f" ({meaning})" * bool(meaning)
 
 
 def _shown(value: Any) -> str:

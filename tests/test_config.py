@@ -138,7 +138,7 @@ def test_a_file_may_leave_to_a_change_what_has_no_default(tmp_path) -> None:
         ),
         (
             f"model = 3\n{SMALL}",
-            "model = 3: input should be a valid dictionary or instance of Model (a section)",
+            "model = 3: input should be a valid dictionary or instance of Model",
         ),
     ],
 )

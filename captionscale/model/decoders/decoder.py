@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from captionscale import plugins
-from captionscale.config_model import DecoderConfig, decoder_place
+from captionscale.config_model import DECODERS, DecoderConfig, find_place
 from captionscale.vocab import PAD, START
 
 State = TypeVar("State", bound=tuple[Any, ...])
@@ -102,7 +102,7 @@ def decoder_class(name: str) -> type[Decoder]:
     Raises:
         UserError: It cannot be imported, or is no `Decoder`.
     """
-    return plugins.load(decoder_place(name) or name, Decoder)
+    return plugins.load(find_place(name, DECODERS) or name, Decoder)
 
 
 def select(state: State, rows: Int[Tensor, "selected"]) -> State:

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from captionscale import plugins
-from captionscale.config_model import EncoderConfig, Interpolation, Model, encoder_place
+from captionscale.config_model import ENCODERS, EncoderConfig, Interpolation, Model, find_place
 from captionscale.errors import UserError, did_you_mean
 from captionscale.model.encoders import weights
 
@@ -32,7 +32,7 @@ class Encoder(nn.Module):
     interpolation: ClassVar[Interpolation] = "bilinear"
     """How images are resized: `bilinear` or `bicubic`, both antialiased."""
     image_size: ClassVar[int | None] = None
-    """Height and width that images must have; None: any."""
+    """Side of the square images that it needs, in pixels, known when `__init__` returns; None: any."""
     num_prefix_tokens: ClassVar[int] = 0
     """Regions before those of the grid, such as a CLS token."""
 
@@ -52,6 +52,11 @@ class Encoder(nn.Module):
             raise UserError(
                 f"model.encoder.name = '{config.name}': its interpolation is '{self.interpolation}', expected"
                 " 'bilinear' or 'bicubic', by which images are resized; change the encoder"
+            )
+        if not isinstance(self.image_size, int | None):
+            raise UserError(
+                f"model.encoder.name = '{config.name}': its image_size is {self.image_size!r}, expected an"
+                " int, as images are square, or None; change the encoder"
             )
         self.config, self.backbone, self.feature_size = config, backbone, feature_size
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
@@ -93,7 +98,7 @@ class Encoder(nn.Module):
         """
         choice = self.config.weights
         if choice != "none":
-            state = self.download_weights() if choice == "imagenet" else weights.read(Path(choice))
+            state = self._download() if choice == "imagenet" else weights.read(Path(choice))
             weights.load_into(self.backbone, state, self.config)
 
     def download_weights(self) -> dict[str, Tensor]:
@@ -106,6 +111,17 @@ class Encoder(nn.Module):
             f"model.encoder.weights = 'imagenet': encoder '{self.config.name}' downloads none, expected"
             " 'none' or a .safetensors or .pth file; set model.encoder.weights to one of these"
         )
+
+    def _download(self) -> dict[str, Tensor]:
+        try:
+            return self.download_weights()
+        # Of an encoder of the user's own.
+        except OSError as error:
+            raise UserError(
+                f"model.encoder.weights = 'imagenet': the weights of encoder '{self.config.name}' cannot be"
+                f" downloaded ({error}); expected a network connection; set model.encoder.weights to a"
+                " .safetensors or .pth file"
+            ) from None
 
     def trainable_parameters(self, prefix: str) -> list[nn.Parameter]:
         """Return the parameters of a stage that train."""
@@ -194,10 +210,14 @@ class Encoder(nn.Module):
         names = [name for name, _ in self.backbone.named_parameters()]
         for number, prefix in enumerate(prefixes):
             if prefix and not any(starts_with(name, prefix) for name in names):
-                parts = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2)}
+                modules = self.backbone.named_modules()
+                parts = {
+                    place for place, module in modules if place.count(".") < 2 and [*module.parameters()]
+                }
+                parts = parts - {""} | {"all", "none"}
                 raise UserError(
                     f"model.encoder.trainable: {self.config.name} has no part '{prefix}';"
-                    f" {did_you_mean(prefix, parts)}"
+                    f" {did_you_mean(prefix, parts | {'all', 'none'})}"
                 )
             for other in prefixes[:number]:
                 if starts_with(other, prefix) or starts_with(prefix, other):
@@ -214,7 +234,7 @@ def encoder_class(name: str) -> type[Any]:
     Raises:
         UserError: It cannot be imported, or is no `Encoder`.
     """
-    return plugins.load(encoder_place(name), Encoder)
+    return plugins.load(find_place(name, ENCODERS) or name, Encoder)
 
 
 def interpolation_of(config: Model) -> Interpolation:
