@@ -14,13 +14,12 @@ from captionscale.data.resize import resize_image
 # Left, top, right and bottom of a crop, in whole pixels.
 _Box = tuple[int, int, int, int]
 _Pixels = UInt8[np.ndarray, "height width 3"]
+_Square = UInt8[np.ndarray, "{size} {size} 3"]
 _ENHANCERS: list[Callable[[Image.Image], ImageEnhance._Enhance]]
 _ENHANCERS = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
 
 
-def center_crop(
-    image: _Pixels, size: int, interpolation: Interpolation = "bilinear"
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def center_crop(image: _Pixels, size: int, interpolation: Interpolation = "bilinear") -> _Square:
     """Return the center square, resized."""
     return _resize(image, size, _center_box(image), interpolation)
 
@@ -35,7 +34,7 @@ def augment(
     rotate: float = 0.0,
     interpolation: Interpolation = "bilinear",
     random: np.random.Generator,
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
+) -> _Square:
     """Return a random crop, optionally rotated, flipped and color-jittered.
 
     Args:
@@ -55,7 +54,7 @@ def augment(
     box = None if crop_scale == (1.0, 1.0) else _random_box(image, crop_scale, random)
     box = box or _center_box(image)
     if rotate:
-        view = _turn(image, size, box, random.uniform(-rotate, rotate), interpolation)
+        view = _rotate(image, size, box, random.uniform(-rotate, rotate), interpolation)
     else:
         view = _resize(image, size, box, interpolation)
     if flip and random.random() < 0.5:
@@ -90,16 +89,12 @@ def _center_box(image: _Pixels) -> _Box:
     return left, top, left + side, top + side
 
 
-def _resize(
-    image: _Pixels, size: int, box: _Box, interpolation: Interpolation
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def _resize(image: _Pixels, size: int, box: _Box, interpolation: Interpolation) -> _Square:
     left, top, right, bottom = box
     return resize_image(np.ascontiguousarray(image[top:bottom, left:right]), size, size, interpolation)
 
 
-def _turn(
-    image: _Pixels, size: int, box: _Box, degrees: float, interpolation: Interpolation
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def _rotate(image: _Pixels, size: int, box: _Box, degrees: float, interpolation: Interpolation) -> _Square:
     """Rotate counter-clockwise about the crop's center, and return the resized crop."""
     left, top, right, bottom = box
     # `transform` interpolates 4 or 16 neighbors, so reduce first to avoid aliasing.
@@ -110,14 +105,7 @@ def _turn(
     across, down = (right - left) / size / shrink, (bottom - top) / size / shrink
     matrix = np.array([[cos * across, -sin * down], [sin * across, cos * down]])
     center = np.array([left + right, top + bottom]) / 2 / shrink
-    (a, b), (d, e) = matrix.tolist()
-    c, f = (center - matrix @ [size / 2, size / 2]).tolist()
+    affine = np.column_stack([matrix, center - matrix @ [size / 2, size / 2]]).ravel().tolist()
     mean = small.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-    view = small.transform(
-        (size, size),
-        Image.Transform.AFFINE,
-        (a, b, c, d, e, f),
-        Image.Resampling[interpolation.upper()],
-        fillcolor=mean,
-    )
-    return np.array(view)
+    resample = Image.Resampling[interpolation.upper()]
+    return np.array(small.transform((size, size), Image.Transform.AFFINE, affine, resample, fillcolor=mean))
