@@ -60,8 +60,9 @@ class Texts:
         self, which: Int[np.ndarray, "*rest row"], width: int
     ) -> Int[np.ndarray, "*rest position row"]:
         """Return the indices of the first `width` words of texts, also past the end of shorter ones."""
-        starts: Int[np.ndarray, "*rest row"] = self.starts[which]
-        return starts[..., None, :] + np.arange(width)[:, None]
+        starts = self.starts[which][..., None, :]
+        positions: Int[np.ndarray, "*rest position row"] = starts + np.arange(width)[:, None]
+        return positions
 
     def rows(
         self, which: Int[np.ndarray, "*rest row"], width: int

@@ -1,7 +1,7 @@
-"""Filter METEOR's paraphrase table, of which all 5.3 million pairs take ten seconds and a gigabyte.
+"""Filter METEOR's paraphrase table for given texts.
 
-A pair matters only if one phrase is in a candidate and the other in a reference. The others are dropped,
-which changes no digit.
+All 5.3 million pairs of phrases take ten seconds and a gigabyte. A pair matters only if one phrase is in a
+candidate and the other in a reference: the others are dropped, which changes no digit.
 """
 
 import gzip
