@@ -108,7 +108,9 @@ class ComputedMetric(MeanMetric):
         self.name, self.range, self.signature = name, bounds, signature
         self._values = values
 
-    def per_image(self, candidates: Sequence[str], _: object) -> Sequence[float]:
+    def per_image(
+        self, candidates: Sequence[str], _: object
+    ) -> Sequence[float] | Float64[np.ndarray, "image"]:
         """Return the given values."""
         if len(self._values) != len(candidates):
             raise UserError(
