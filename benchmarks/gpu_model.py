@@ -97,7 +97,7 @@ def exact_fp32() -> Iterator[None]:
 
 
 def load_config(tiny: bool, *overrides: str) -> Config:
-    """Return configs/attention.toml with random weights and overrides, a tiny model if so wanted."""
+    """Return configs/attention.toml with random weights and overrides, or a tiny model."""
     small = (*TINY_MODEL, "data.image_size=32") if tiny else ()
     return toml.load("attention", ["model.encoder.weights=none", *small, *overrides])
 

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -30,12 +31,12 @@ from captionscale.config_model import AttentionConfig
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
 from captionscale.distributed.ranks import Ranks
-from captionscale.model.decoders.decoder import packed_index
 from captionscale.model.search.generate import search
 from captionscale.train import profiling
-from captionscale.train.losses import cross_entropy
+from captionscale.train.losses import Target
 from captionscale.train.preemption import PreemptionFlag
 from captionscale.train.scst import ScstObjective
+from captionscale.train.step import micro_batch_loss
 from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
 
@@ -112,14 +113,14 @@ def _parts(model: Any, batch: Any, size: int) -> Iterator[tuple[str, Callable[[]
         with ranks.autocast():
             captioner.encoder(batch.images).float().sum().backward()
 
-    def decode() -> None:
+    def decoder(_images: Any, tokens: Any, lengths: Any, image_index: Any, _prob: float) -> Any:
         with ranks.autocast():
-            logits, _ = captioner.decoder.teacher_forced(
-                features, batch.tokens[:, :-1], batch.lengths, batch.image_index
-            )
-        rows = packed_index(batch.lengths, batch.tokens.shape[1] - 1, logits.device)
-        losses = cross_entropy(logits.float(), batch.tokens[:, 1:], 0.1, rows)
-        torch.autograd.backward(losses.sum())
+            return captioner.decoder.teacher_forced(features, tokens, lengths, image_index)
+
+    def decode() -> None:
+        target = Target(batch.images, batch.tokens, batch.image_index, lengths=batch.lengths)
+        loss = micro_batch_loss(decoder, target, target.num_tokens.float(), label_smoothing=0.1)
+        torch.autograd.backward(loss)
 
     yield "encoder, forward and backward", encode
     yield "decoder and loss, forward and backward", decode
@@ -232,11 +233,13 @@ def _scst_step(model: SimpleNamespace, batch: Any, step: int) -> dict[str, float
 
     (target,) = model.objective.targets([(0, batch)], step, model.ranks)
     lap()
-    weights = target.weights(target.num_tokens.double(), model.objective.cross_entropy_weight)
+    advantages = target.advantages()
+    target = replace(target, advantages=lambda: advantages)
     lap()
-    following, rows = target.tokens[:, 1:], target.rows
-    logits, _ = model.engine(target.images, target.input_tokens, target.lengths, target.image_index)
-    model.engine.backward(cross_entropy(logits, following, 0.0, rows) @ weights)
+    weight = model.objective.cross_entropy_weight
+    model.engine.backward(
+        micro_batch_loss(model.engine, target, target.num_tokens.float(), cross_entropy_weight=weight)
+    )
     model.engine.step()
     lap()
     seconds = [after - before for before, after in pairwise(times)]

@@ -2,18 +2,32 @@
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, SerializeAsAny, ValidationError, WrapValidator
+from pydantic import Field, SerializeAsAny, WrapValidator
 
 from captionscale import plugins
-from captionscale.config_base import Section, Size, Text
+from captionscale.config_base import Section, Size, Text, name_or_plugin
 from captionscale.errors import UserError
 
-ENCODERS = {
-    "*": "captionscale.model.encoders.torchvision:TorchvisionEncoder",
-}
-"""Class of an encoder by a pattern of `model.encoder.name`; the first that fits."""
+Interpolation = Literal["bilinear", "bicubic"]
+"""How images can be resized."""
+
+
+class EncoderEntry(NamedTuple):
+    """An encoder in the registry."""
+
+    pattern: str
+    """Of `model.encoder.name`."""
+    place: str
+    """`module:Class`."""
+    examples: tuple[str, ...]
+    """Names of small networks, which the contract test builds."""
+
+
+_TORCHVISION = "captionscale.model.encoders.torchvision:TorchvisionEncoder"
+ENCODERS = (EncoderEntry("*", _TORCHVISION, ("resnet18", "mobilenet_v2")),)
+"""The encoders; of those whose pattern fits a name, the first is meant."""
 
 DECODERS = {
     "plain": "captionscale.model.decoders.plain:PlainDecoder",
@@ -36,8 +50,7 @@ class EncoderConfig(Section):
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> type[Section]:
         """Return the class of the encoder that a config names."""
-        name = tree.get("name", "resnet50")
-        return _config_of(encoder_place(name) if isinstance(name, str) else ENCODERS["*"], EncoderConfig)
+        return _config_of(encoder_place(str(tree.get("name", "resnet50"))), EncoderConfig)
 
 
 class TorchvisionConfig(EncoderConfig):
@@ -58,14 +71,13 @@ class DecoderConfig(Section):
 
     has_attention: ClassVar[bool] = True
     """Whether the decoder returns attention weights."""
-    name: Text
+    name: Annotated[Text, name_or_plugin(DECODERS)]
     """`plain`, `attention`, `top_down`, or `module:Class`."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> type[Section]:
         """Return the class of the decoder that a config names; this one if there is no such decoder."""
-        name = tree.get("name", "attention")
-        place = decoder_place(name) if isinstance(name, str) else None
+        place = decoder_place(str(tree.get("name", "attention")))
         return _config_of(place, DecoderConfig) if place else cls
 
 
@@ -126,7 +138,7 @@ class TopDownConfig(AttendingConfig):
 
 
 _CONFIGS: dict[str, type[Section]] = {
-    ENCODERS["*"]: TorchvisionConfig,
+    _TORCHVISION: TorchvisionConfig,
     DECODERS["plain"]: PlainConfig,
     DECODERS["attention"]: AttentionConfig,
     DECODERS["top_down"]: TopDownConfig,
@@ -138,7 +150,7 @@ def encoder_place(name: str) -> str:
     """Return the `module:Class` of an encoder."""
     if plugins.is_plugin(name):
         return name
-    return next(place for pattern, place in ENCODERS.items() if fnmatchcase(name, pattern))
+    return next(entry.place for entry in ENCODERS if fnmatchcase(name, entry.pattern))
 
 
 def decoder_place(name: str) -> str | None:
@@ -168,20 +180,8 @@ def _by_name(base: type[EncoderConfig | DecoderConfig]) -> WrapValidator:
         if not isinstance(value, dict):
             return validate_base(value)
         kind = base.of(value)
-        if kind is DecoderConfig:
-            expected = f"{', '.join(map(repr, DECODERS))} or module:Class"
-            raise ValidationError.from_exception_data(
-                "decoder",
-                [
-                    {
-                        "type": "literal_error",
-                        "loc": ("name",),
-                        "input": value["name"],
-                        "ctx": {"expected": expected},
-                    }
-                ],
-            )
-        return kind.model_validate(value)
+        # Of an unknown decoder only the name is an error: its options are unknown too.
+        return kind.model_validate({"name": value["name"]} if kind is DecoderConfig else value)
 
     return WrapValidator(validate)
 

@@ -201,7 +201,7 @@ def test_broken_toml_is_told_with_its_line(tmp_path) -> None:
     assert "line 3" in error
     assert error.endswith("; correct that line")
     path = tmp_path / "mine.toml"
-    path.write_bytes(b"\xff\xd8\xff\xe0 a photograph")
+    path.write_bytes(b"\xff\xd8\xff\xe0  a JPEG")
     with pytest.raises(UserError, match="not a TOML file"):
         load(path)
 

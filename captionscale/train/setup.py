@@ -21,6 +21,7 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.files import atomic_write
 from captionscale.model.captioner import Captioner
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.progress import Bar, progress, say, spinner
 from captionscale.train.checkpoint import open_checkpoint, resume
 from captionscale.train.checkpoint_writer import CheckpointWriter
@@ -109,10 +110,9 @@ def build_run(config: Config, folder: Path, ranks: Ranks, stack: ExitStack) -> R
     ranks.run_on_main(check_trackers_installed, settings.trackers)
     split, val_split, sampler = _open_splits(config, ranks)
     vocabulary = ranks.run_on_main(_build_vocabulary, split, config)
-    loader, val_loader = (
-        Loader(split, vocabulary, config.data, config.seed),
-        Loader(val_split, vocabulary, config.data),
-    )
+    interpolation = interpolation_of(config.model)
+    loader = Loader(split, vocabulary, config.data, config.seed, interpolation=interpolation)
+    val_loader = Loader(val_split, vocabulary, config.data, interpolation=interpolation)
     stack.callback(loader.close)
     stack.callback(val_loader.close)
 
@@ -213,7 +213,7 @@ def _refuse_too_large(config: Config, vocab_size: int) -> None:
 def _load_initial_weights(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) -> None:
     """Load the weights of another run, or a pretrained encoder."""
     if source is None:
-        captioner.load_pretrained()
+        captioner.encoder.load_pretrained()
         return
     saved = open_checkpoint(source)
     if saved.vocabulary() != vocabulary:

@@ -6,13 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 from captionscale import files
 from captionscale.cli import main
-from captionscale.data import shard_writer
 from captionscale.data.feature_cache import FeatureFile, create_all
 from captionscale.errors import UserError
 from captionscale.tools.export import bundle
@@ -240,14 +238,3 @@ def test_only_names_that_are_our_own_are_removed(tmp_path: Path, monkeypatch: py
         pass
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in removed if path.exists()] == []
-
-
-def test_a_finished_shard_that_is_larger_than_its_file_is_packed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "val-00000.npz"
-    np.savez_compressed(path, rows=np.zeros(10**7), facts=np.zeros(1))
-    loaded: list[str] = []
-    monkeypatch.setattr(shard_writer.parsing, "decode", lambda *_: loaded.append("decoded"))
-    assert shard_writer.load_finished(shard_writer.ShardJob(path, 0, [], True, None, 95, path)) is None
-    assert loaded == []

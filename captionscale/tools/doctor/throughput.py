@@ -16,6 +16,7 @@ from captionscale.distributed.engine import create_engine
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.progress import format_duration
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import CheckResult, failure, ok, skipped, warning
@@ -73,7 +74,9 @@ def _training_rate(plan: Plan) -> tuple[float, str]:
 
 
 def _loader(plan: Plan) -> Loader:
-    return Loader(plan.split, plan.vocabulary, plan.settings.data, plan.settings.seed)
+    config = plan.settings
+    interpolation = interpolation_of(config.model)
+    return Loader(plan.split, plan.vocabulary, config.data, config.seed, interpolation=interpolation)
 
 
 def _step_times(plan: Plan, batch: Batch, ranks: Ranks) -> list[float]:

@@ -22,6 +22,7 @@ from captionscale.data.storage import open_storage
 from captionscale.data.transforms import center_crop
 from captionscale.errors import UserError
 from captionscale.files import not_writable
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.progress import spinner
 from captionscale.tools.export import example
 from captionscale.tools.export.card import model_card
@@ -97,6 +98,7 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
             "library_version": __version__,
             "model_type": f"{config.model.encoder.name}-{config.model.decoder.name}",
             "image_size": config.data.image_size,
+            "interpolation": interpolation_of(config.model),
             "max_words": config.data.max_words,
             "beam": config.search.beam,
             "length_penalty": config.search.length_penalty,
@@ -135,7 +137,7 @@ def _new(out: Path) -> Iterator[Path]:
 
 def _images(config: Config, shards: str | None) -> UInt8[Tensor, "image 3 height width"]:
     """Return the first images of the validation split as the encoder sees them."""
-    data = config.data
+    data, interpolation = config.data, interpolation_of(config.model)
     try:
         split = Split(open_storage(shards or data.shards, data.cache, data.cache_gb), data.val_split)
     except UserError as error:
@@ -143,7 +145,7 @@ def _images(config: Config, shards: str | None) -> UInt8[Tensor, "image 3 height
             f"export: found no images to check on ({error}), expected the run's shards; pass --shards DIR"
         ) from None
     views = [
-        center_crop(decode_image(split.image(item), f"image {item}"), data.image_size)
+        center_crop(decode_image(split.image(item), f"image {item}"), data.image_size, interpolation)
         for item in range(min(len(split), _IMAGES))
     ]
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()

@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 import torch
 from experiment import peaked_run
-from sayings import build_decoder
+from tiny_decoders import build_decoder
 
 import captionscale
 from captionscale.cli import main
