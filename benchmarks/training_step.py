@@ -96,8 +96,7 @@ def _our_loss(
     """Return the loss per token as the training loop computes it."""
 
     def forward(*inputs: Any) -> tuple[Tensor, Tensor | None]:
-        *inputs, _sampling_prob = inputs
-        return model(*inputs)
+        return model(*inputs[:4])  # Without the probability of scheduled sampling.
 
     target = replace(target, images=images)
     return micro_batch_loss(forward, target, target.num_tokens.float(), doubly_stochastic_weight=1.0)

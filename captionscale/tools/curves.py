@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -93,15 +93,11 @@ def _draw(title: str, unit: str, series: Sequence[_Series]) -> Markup:
         axes.patch.set_alpha(0)
         last = max(step for each in series for step in each.values)
         for number, each in enumerate(series):
-            color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+            steps, color = sorted(each.values), _COLORS[number % len(_COLORS)]
+            marker = _MARKERS[number % len(_MARKERS)] if len(steps) <= _MARKERS_UP_TO else ""
             # Bars of one step would hide each other.
             offset = number * _OFFSET * last
-            steps = sorted(each.values)
-            style = {
-                "marker": marker if len(steps) <= _MARKERS_UP_TO else "",
-                "markersize": 4,
-                "color": color,
-            }
+            style: dict[str, Any] = {"marker": marker, "markersize": 4, "color": color}
             x, y = [step + offset for step in steps], [each.values[step] for step in steps]
             axes.plot(x, y, "-" if each.line else "", label=for_terminal(each.name), **style)
             for step, (low, high) in each.intervals.items():

@@ -12,6 +12,7 @@ import pytest
 from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 from captionscale.errors import PreemptedError, UserError
+from captionscale.tools.ensemble import open_ensemble
 from captionscale.tools.scoring import caption_run
 from captionscale.train import generation, preemption, schedule
 from captionscale.train.checkpoint import find_latest
@@ -236,14 +237,15 @@ def test_captioning_a_split_leaves_and_writes_nothing(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "captions.json"
+    members = open_ensemble(whole, (), checkpoint="last", overrides=())
     signal_in_the_first_batch(monkeypatch, signal.SIGUSR1)
     with pytest.raises(PreemptedError, match="before split 'test' was captioned"):
-        caption_run(whole, "test", checkpoint="last", shards=None, out=out)
+        caption_run(members, "test", shards=None, out=out)
     assert not out.exists()
     # A place that cannot be written is told before, and what was done is remembered.
     with pytest.raises(UserError, match="is a folder, expected a file"):
-        caption_run(whole, "test", checkpoint="last", shards=None, out=tmp_path)
-    assert caption_run(whole, "test", checkpoint="last", shards=None, out=out) == 8
+        caption_run(members, "test", shards=None, out=tmp_path)
+    assert caption_run(members, "test", shards=None, out=out) == 8
     line = json.loads((whole / "scores" / "history.jsonl").read_text().splitlines()[-1])
     assert (line["split"], line["captions"]) == ("test", str(out.resolve()))
     assert line["search"]["beam"] >= 1

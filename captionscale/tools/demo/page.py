@@ -48,7 +48,8 @@ def open_app(
 ) -> tuple[FastAPI, Service]:
     """Return a run's application and its service; the arguments are those of `serve`."""
     members = open_ensemble(run, others, checkpoint=checkpoint, overrides=[])
-    service, data, samples = Service(CaptionPipeline(members)), members.config.data, None
+    service, data = Service(CaptionPipeline(members)), members.config.data
+    samples: Split | None = None
     try:
         place = open_storage(shards or data.shards, data.cache, data.cache_gb)
         if isinstance(place, LocalStorage):

@@ -100,8 +100,8 @@ class Service:
 
         Decoded images take up to several hundred megabytes, so none leaves the threads that decode.
 
-        Raises:
-            UserError: From the future: too many bytes or pixels, a damaged file, or no image.
+        Returns:
+            A future, which raises UserError for too many bytes or pixels, a damaged file, or no image.
         """
         answer: Future[_Result] = Future()
 
