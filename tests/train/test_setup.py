@@ -18,11 +18,11 @@ def _train(folder: Path) -> None:
     try:
         train(config.Config.model_validate(tomllib.loads(file.read_text())), folder / "run")
     except UserError as error:
-        (folder / "told").write_text(str(error))
+        (folder / "error").write_text(str(error))
         raise SystemExit(1) from None
 
 
-def test_ranks_that_find_different_shards_at_one_place_are_refused(
+def test_ranks_that_find_different_shards_are_refused(
     synthetic_coco: Path, packed: Path, tmp_path: Path
 ) -> None:
     # As two machines do that keep copies of their own: each would learn from what it has.
@@ -38,4 +38,4 @@ def test_ranks_that_find_different_shards_at_one_place_are_refused(
     for process in processes:
         process.join(600)
     assert [process.exitcode for process in processes] == [1, 1]
-    assert "rank 1 finds other shards there than rank 0" in (tmp_path / "told").read_text()
+    assert "rank 1 finds other shards there than rank 0" in (tmp_path / "error").read_text()

@@ -162,7 +162,7 @@ def disk(plan: Plan) -> Iterator[CheckResult]:
     yield ok(f"{folder}: writes {speed / 1e6:,.0f} MB/s")
     size = checkpoint_bytes(plan.meta_captioner, bool(plan.settings.train.ema_decay))
     keep = plan.settings.train.keep_checkpoints
-    check_disk_space(plan.run or folder, size, keep, folder)
+    check_disk_space(plan.run or folder, size, keep)
     yield ok(f"{folder}: has space for {keep + 3} checkpoints of {size / 1e6:,.0f} MB")
     # Measured saves include hashing.
     took = max(read_metric(plan.run, "save_s").values(), default=0.0) if plan.run else 0.0
