@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, SerializeAsAny, ValidationError, WrapValidator
+from pydantic import Field, SerializeAsAny, WrapValidator
 
 from captionscale import plugins
-from captionscale.config_base import Section, Size, Text
+from captionscale.config_base import Section, Size, Text, name_or_plugin
 from captionscale.errors import UserError
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -50,8 +50,7 @@ class EncoderConfig(Section):
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> type[Section]:
         """Return the class of the encoder that a config names."""
-        name = tree.get("name", "resnet50")
-        return _config_of(encoder_place(name) if isinstance(name, str) else _TORCHVISION, EncoderConfig)
+        return _config_of(encoder_place(str(tree.get("name", "resnet50"))), EncoderConfig)
 
 
 class TorchvisionConfig(EncoderConfig):
@@ -72,14 +71,13 @@ class DecoderConfig(Section):
 
     has_attention: ClassVar[bool] = True
     """Whether the decoder returns attention weights."""
-    name: Text
+    name: Annotated[Text, name_or_plugin(DECODERS)]
     """`plain`, `attention`, `top_down`, or `module:Class`."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> type[Section]:
         """Return the class of the decoder that a config names; this one if there is no such decoder."""
-        name = tree.get("name", "attention")
-        place = decoder_place(name) if isinstance(name, str) else None
+        place = decoder_place(str(tree.get("name", "attention")))
         return _config_of(place, DecoderConfig) if place else cls
 
 
@@ -182,20 +180,8 @@ def _by_name(base: type[EncoderConfig | DecoderConfig]) -> WrapValidator:
         if not isinstance(value, dict):
             return validate_base(value)
         kind = base.of(value)
-        if kind is DecoderConfig:
-            expected = f"{', '.join(map(repr, DECODERS))} or module:Class"
-            raise ValidationError.from_exception_data(
-                "decoder",
-                [
-                    {
-                        "type": "literal_error",
-                        "loc": ("name",),
-                        "input": value["name"],
-                        "ctx": {"expected": expected},
-                    }
-                ],
-            )
-        return kind.model_validate(value)
+        # Of an unknown decoder only the name is an error: its options are unknown too.
+        return kind.model_validate({"name": value["name"]} if kind is DecoderConfig else value)
 
     return WrapValidator(validate)
 

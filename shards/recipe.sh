@@ -77,7 +77,7 @@ bytes_at() { # URL PATH
         fail "$1: $(grep '^curl: ' <<<"$answer" | tail -n 1), expected $2 from there;\
  check the network, or put it into $raw yourself ($0 says more at its top)"
     size=$(awk 'tolower($1) == "content-length:" { size = $2 } END { printf "%.0f", size }' <<<"$answer")
-    ((size)) || fail "$1: the server does not report a size, expected a file; take another mirror"
+    ((size)) || fail "$1: the server does not say how many bytes it has, expected a file; take another mirror"
     echo "$size"
 }
 

@@ -131,7 +131,7 @@ def test_an_encoder_and_a_decoder_of_ones_own_caption_and_train(folder: Path) ->
     (folder / "again.toml").write_text(toml.dumps(config), encoding="utf-8")
     assert toml.load(folder / "again.toml") == config
     captioner = Captioner(config.model, 20)
-    captioner.load_pretrained()
+    captioner.encoder.load_pretrained()
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     features = captioner.encode(images)
     rows, columns = captioner.encoder.grid(64, 64)

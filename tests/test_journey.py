@@ -203,7 +203,7 @@ def test_bad_input_is_told_in_one_line(
     text = tmp_path / "text.jpg"
     text.write_text("no image")
     assert "not a readable image" in _refuse(capsys, "caption", run, text)
-    assert "no such file, expected an image" in _refuse(capsys, "caption", run, tmp_path / "none.jpg")
+    assert "No such file or directory, expected" in _refuse(capsys, "caption", run, tmp_path / "none.jpg")
     assert "no checkpoint, so no run" in _refuse(capsys, "caption", tmp_path, text)
     assert "no split 'vla'; did you mean 'val'?" in _refuse(capsys, "score", run, "--split", "vla")
     assert "no --split" in _refuse(capsys, "score", run)

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from captionscale.data import image_limits
 from captionscale.errors import UserError
-from captionscale.files import UnfitFileError, read_file
+from captionscale.files import read_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
@@ -58,19 +58,11 @@ def decode_image(data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]
 
 def read_image(file: Path) -> UInt8[np.ndarray, "height width 3"]:
     """Read and decode an image file."""
-    if not file.is_file():
-        found = "a folder" if file.is_dir() else "no such file"
-        raise UserError(f"{file}: {found}, expected an image, such as a JPEG; correct the path")
     try:
         data = read_file(file, image_limits.MAX_IMAGE_BYTES)
-    except UnfitFileError as error:
-        raise UserError(f"{file}: {error.strerror}, expected an image; correct the path") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}, expected an image file; correct the path") from None
     return decode_image(data, str(file))
-
-
-def decode_pil(data: bytes, place: str) -> Image.Image:
-    """Return `decode_image` as a Pillow image."""
-    return Image.fromarray(decode_image(data, place))
 
 
 def pil_to_rgb(pil: Image.Image) -> UInt8[np.ndarray, "height width 3"]:

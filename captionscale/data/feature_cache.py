@@ -173,15 +173,15 @@ def create_all(files: Sequence[FeatureFile]) -> None:
     folder, size_bytes = files[0].path.parent, sum(each.size_bytes for each in files)
     try:
         # A user's own file has another name.
-        begun = {each for each in folder.iterdir() if _PARTIAL_NAME.fullmatch(each.name)}
-        free = shutil.disk_usage(folder).free + sum(each.stat().st_blocks * 512 for each in begun)
+        partial_files = {each for each in folder.iterdir() if _PARTIAL_NAME.fullmatch(each.name)}
+        free = shutil.disk_usage(folder).free + sum(each.stat().st_blocks * 512 for each in partial_files)
         if free < size_bytes:
             raise UserError(
                 f"{folder}: {free / 1e9:,.2f} GB are free, expected {size_bytes / 1e9:,.2f} GB for the"
                 f" features of {sum(each.shape[0] for each in files):,} images; free the disk, or set"
                 " train.cache_features = false"
             )
-        for each in begun - {file.partial for file in files}:
+        for each in partial_files - {file.partial for file in files}:
             each.unlink()
         for file in files:
             file.create()

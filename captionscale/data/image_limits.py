@@ -58,18 +58,19 @@ def check_tiff_directory(tiff: bytes) -> None:
     """Refuse a TIFF directory, such as EXIF, whose values take too much memory, by a ValueError."""
     while tiff.startswith(b"Exif\0\0"):
         tiff = tiff[6:]
-    big = len(tiff) > 2 and 43 in tiff[2:4]
     order = ">" if tiff.startswith(b"MM") else "<"
-    entry = struct.Struct(order + ("HHQQ" if big else "HHII"))
+    # BigTIFF has the number 43. A value of at most the size of an offset takes its place.
+    word, count_type, word_bytes = ("Q", "Q", 8) if len(tiff) > 2 and 43 in tiff[2:4] else ("I", "H", 4)
+    entry = struct.Struct(f"{order}HH{word}{word}")
     total = 0
     try:
-        (at,) = struct.unpack_from(order + ("Q" if big else "I"), tiff, 8 if big else 4)
-        (count,) = struct.unpack_from(order + ("Q" if big else "H"), tiff, at)
-        first = at + (8 if big else 2)
+        (at,) = struct.unpack_from(order + word, tiff, word_bytes)
+        (count,) = struct.unpack_from(order + count_type, tiff, at)
+        first = at + struct.calcsize(order + count_type)
         for place in range(first, min(first + count * entry.size, len(tiff)), entry.size):
             _, kind, number, offset = entry.unpack_from(tiff, place)
             size = number * _UNITS.get(kind, 0)
-            if size > (8 if big else 4):
+            if size > word_bytes:
                 if offset + size > len(tiff):
                     return  # Here Pillow stops too.
                 total += size

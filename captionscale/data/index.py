@@ -64,11 +64,11 @@ def _parse(data: bytes, path: str) -> Shaped[np.ndarray, "sample"]:
         raise UserError(f"{path}: not an index ({' '.join(str(error).split()):.200}); {CURE}") from None
     if dtype != INDEX_DTYPE:
         raise UserError(f"{path}: columns {dtype.names!s:.200}, expected {INDEX_DTYPE.names}; {CURE}")
-    there = (len(data) - file.tell()) / INDEX_DTYPE.itemsize
-    if fortran_order or len(shape) != 1 or shape[0] != there:
+    rows = (len(data) - file.tell()) / INDEX_DTYPE.itemsize
+    if fortran_order or len(shape) != 1 or shape[0] != rows:
         raise UserError(
             f"{path}: rows of shape {shape!s:.80} in {'Fortran' if fortran_order else 'C'} order,"
-            f" expected ({there:g},) in C order; {CURE}"
+            f" expected ({rows:g},) in C order; {CURE}"
         )
     return np.frombuffer(data, INDEX_DTYPE, offset=file.tell())
 
@@ -88,9 +88,9 @@ def _faults(
         fault = f"{part} of {{{part}_size}} bytes at byte {{{part}_offset}}, expected it within {{tar}}"
         yield fault, outside
     yield "image id {image_id}, expected at least 0", index["image_id"] < 0
-    again = np.ones(len(index), np.bool_)
-    again[np.unique(index["image_id"], return_index=True)[1]] = False
-    yield "image {image_id} is there again, expected each once", again
+    repeated = np.ones(len(index), np.bool_)
+    repeated[np.unique(index["image_id"], return_index=True)[1]] = False
+    yield "image {image_id} is there again, expected each once", repeated
     captions = index["captions"]
     yield "{captions} captions, expected 0 to a million", (captions < 0) | (captions > _MAX_CAPTIONS)
     sides = [(index[side] < 1) | (index[side] > _MAX_SIDE) for side in ("width", "height")]

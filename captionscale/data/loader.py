@@ -78,7 +78,7 @@ class Loader:
     ):
         """Create a loader with `data.workers` threads.
 
-        The seed is that of the augmentation; cached features of the split's images replace pixels. The encoder
+        The seed is that of the augmentation. Cached features of the split replace pixels. The encoder
         declares the interpolation.
         """
         self.split, self.vocabulary, self.features = split, vocabulary, features
@@ -109,22 +109,20 @@ class Loader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, items: Items, epoch: int | None) -> _Work:
-        images = self._empty(len(items))
-        rows = images.numpy() if self.features is not None else images.permute(0, 2, 3, 1).numpy()
-        # One task per thread: submitting single images costs a tenth of their decoding.
-        size = max(1, -(-len(items) // self.data.workers))
-        parts = [slice(start, start + size) for start in range(0, len(items), size)]
-        work = [self._pool.submit(self._fill, rows[part], items[part], epoch) for part in parts]
-        return items, images, work
-
-    def _empty(self, count: int) -> ImageBatch:
-        """Return memory for a batch; pinned once a GPU is in use."""
-        pinned: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        if self.features is not None:
-            return torch.empty((count, *self.features.shape), dtype=torch.float16, pin_memory=pinned)
         size = self.data.image_size
-        pixels = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=pinned)
-        return pixels.permute(0, 3, 1, 2)
+        shape: tuple[int, ...] = (size, size, 3)
+        if self.features is not None:
+            shape = self.features.shape
+        dtype = torch.uint8 if self.features is None else torch.float16
+        # Pinned once a GPU is in use.
+        pinned: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        images = torch.empty((len(items), *shape), dtype=dtype, pin_memory=pinned)
+        rows = images.numpy()
+        # One task per thread: submitting single images costs a tenth of their decoding.
+        count = max(1, -(-len(items) // self.data.workers))
+        parts = [slice(start, start + count) for start in range(0, len(items), count)]
+        work = [self._pool.submit(self._fill, rows[part], items[part], epoch) for part in parts]
+        return items, images if self.features is not None else images.permute(0, 3, 1, 2), work
 
     def _fill(self, rows: Views, items: Items, epoch: int | None) -> list[Captions]:
         """Write images into `rows`, and return their tokenized captions."""

@@ -227,7 +227,7 @@ def _open_work(out: Path, before: Manifest, plan: _Plan) -> Path:
             return work
         if not found.splits.items() <= _fingerprints(before).items():
             other = (
-                f"by {found.tool}" if found.tool != plan.tool else "from other files or with other options"
+                "from other files or with other options" if found.tool == plan.tool else f"by {found.tool}"
             )
             raise UserError(
                 f"{out}: a call that packed {', '.join(found.splits)} {other} was stopped here;"

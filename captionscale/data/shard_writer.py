@@ -186,7 +186,7 @@ class _Tar:
         self.blake3 = blake3()
         self._chunk = bytearray()
         # One thread each keeps chunks in order.
-        sinks: list[Callable[[bytes], Any]] = [file.write, self.blake3.update]
+        sinks: list[Callable[[bytearray], Any]] = [file.write, self.blake3.update]
         self._sinks = [(sink, ThreadPoolExecutor(1)) for sink in sinks]
         self._busy: deque[Future[Any]] = deque()
 

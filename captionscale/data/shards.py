@@ -76,7 +76,8 @@ class Split:
         try:
             return parsing.decode(self._read(item, "json"), _SAMPLE)
         except ValueError as error:
-            raise UserError(f"{self._place(item, 'json')} holds no sample ({error}); {CURE}") from None
+            place = f"{self.place(item)}: json at byte {int(self.index[item]['json_offset']):,}"
+            raise UserError(f"{place} holds no sample ({error}); {CURE}") from None
 
     def require_captions(self, purpose: str) -> None:
         """Check that every image has captions; `purpose` ends the error: what for, and the cure."""
@@ -85,6 +86,11 @@ class Split:
                 f"{self.storage}: {missing:,} of {len(self):,} images of split '{self.name}' have no"
                 f" captions; expected them {purpose}"
             )
+
+    def place(self, item: int) -> str:
+        """Return shard and id of an image, for errors."""
+        row = self.index[item]
+        return f"{self.storage}/{self.info.shards[int(row['shard'])].name}: image {row['image_id']}"
 
     def references(self) -> dict[int, list[str]]:
         """Return the captions of all images by image id."""
@@ -95,7 +101,10 @@ class Split:
         shard, offset, size = int(row["shard"]), int(row[f"{part}_offset"]), int(row[f"{part}_size"])
         data = self.storage.pread(self.info.shards[shard], offset, size)
         if len(data) != size:
-            raise UserError(f"{self._place(item, part)} ends after {len(data):,} of {size:,} bytes; {CURE}")
+            raise UserError(
+                f"{self.place(item)}: {part} at byte {offset:,} ends after {len(data):,} of {size:,} bytes;"
+                f" {CURE}"
+            )
         # A changed caption would otherwise go unnoticed.
         found, expected = xxhash.xxh3_64_intdigest(data), int(row[f"{part}_hash"])
         if found != expected:
@@ -103,15 +112,10 @@ class Split:
             what = "bytes at" if part == "image" else "captions at byte"
             whose = f"those of image {matches[0]}" if len(matches) else "not those packed"
             raise UserError(
-                f"{self.storage}/{self.info.shards[shard].name}: image {row['image_id']}: the {what}"
-                f" {offset:,} are {whose}; found xxh3 {found:016x}, expected {expected:016x}; {CURE}"
+                f"{self.place(item)}: the {what} {offset:,} are {whose}; found xxh3 {found:016x}, expected"
+                f" {expected:016x}; {CURE}"
             )
         return data
-
-    def _place(self, item: int, part: str) -> str:
-        row = self.index[item]
-        name = self.info.shards[int(row["shard"])].name
-        return f"{name}: image {row['image_id']}: {part} at byte {int(row[f'{part}_offset']):,}"
 
 
 def find_image(where: Storage | Path, image_id: int) -> tuple[Split, int]:

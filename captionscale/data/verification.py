@@ -1,10 +1,10 @@
 """Check shards against their manifest, index and hashes."""
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from captionscale.data.packing import WORK, unnamed_files
 from captionscale.data.shard_writer import REJECTED, read_rejected
 from captionscale.data.shards import Split
 from captionscale.data.sources.tars import iter_members
-from captionscale.data.storage import RemoteStorage, Storage, as_storage, read_manifest
+from captionscale.data.storage import LocalStorage, Storage, as_storage, read_manifest
 from captionscale.errors import UserError
 from captionscale.files import blake3_of
 
@@ -47,8 +47,7 @@ def verify(
     """
     place = as_storage(where)
     facts, findings = read_manifest(place), VerificationReport()
-    findings.problems += _strays(place, facts)
-    findings.problems += _rejected(place, facts)
+    findings.problems += _check_files(place, facts)
     splits = []
     for name in facts.splits:
         try:
@@ -69,15 +68,13 @@ def verify(
     return findings
 
 
-def _strays(place: Storage, facts: Manifest) -> Iterator[str]:
-    if isinstance(place, RemoteStorage):
-        return  # Not every server lists files, and unnamed ones are never read.
-    for path in unnamed_files(place.path, facts):
-        cure = "finish that pack" if (place.path / WORK).exists() else f"remove {path.name}"
-        yield f"{path}: the manifest does not name it; {cure}, or remove the folder and pack again"
-
-
-def _rejected(place: Storage, facts: Manifest) -> Iterator[str]:
+def _check_files(place: Storage, facts: Manifest) -> Iterator[str]:
+    """Yield files that the manifest does not name, and wrong numbers of rejected images."""
+    # Not every server lists files, and unnamed ones are never read.
+    if isinstance(place, LocalStorage):
+        for path in unnamed_files(place.path, facts):
+            cure = "finish that pack" if (place.path / WORK).exists() else f"remove {path.name}"
+            yield f"{path}: the manifest does not name it; {cure}, or remove the folder and pack again"
     # Some servers answer a missing file with 403.
     if not any(split.rejected for split in facts.splits.values()):
         return
@@ -108,7 +105,7 @@ def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
             found = blake3_of(path)
             problems = [problem for item in items for problem in check_sample(split, item, deep=deep)]
             if not problems and found == facts.blake3:
-                problems += _compare_with_tar(split, path, number, items)
+                problems += _compare_with_tar(split, path, items)
     except UserError as error:
         return [str(error)]
     if not problems and found != facts.blake3:
@@ -121,39 +118,32 @@ def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
 
 def check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
     """Yield the problems of one sample, an item of a split; `deep` decodes its image."""
-    row = split.index[item]
-    place = f"{split.storage}/{split.info.shards[int(row['shard'])].name}: image {row['image_id']}"
+    row, place = split.index[item], split.place(item)
     try:
         data, sample = split.image(item), split.sample(item)
+        if (sample.image_id, len(sample.captions)) != (row["image_id"], row["captions"]):
+            yield (
+                f"{place}: the sample says image {sample.image_id} with {len(sample.captions)} captions, the"
+                f" index says image {row['image_id']} with {row['captions']}; {CURE}"
+            )
+        if deep:
+            info = decode.image_info(data, place, full_decode=True)
+            if (info.width, info.height) != (row["width"], row["height"]):
+                yield f"{place}: {info.width} x {info.height} pixels, the index says otherwise; {CURE}"
     except UserError as error:
         yield str(error)
-        return
-    if (sample.image_id, len(sample.captions)) != (row["image_id"], row["captions"]):
-        yield (
-            f"{place}: the sample says image {sample.image_id} with {len(sample.captions)} captions, the"
-            f" index says image {row['image_id']} with {row['captions']}; {CURE}"
-        )
-    if deep:
-        try:
-            info = decode.image_info(data, place, full_decode=True)
-        except UserError as error:
-            yield str(error)
-            return
-        if (info.width, info.height) != (row["width"], row["height"]):
-            yield f"{place}: {info.width} x {info.height} pixels, the index says otherwise; {CURE}"
 
 
-def _compare_with_tar(split: Split, path: Path, number: int, items: list[int]) -> Iterator[str]:
+def _compare_with_tar(split: Split, path: Path, items: list[int]) -> Iterator[str]:
     """Yield where the tar's headers, which other readers use, and the index differ."""
     columns = ["image_offset", "image_size", "json_offset", "json_size"]
     rows = np.stack([split.index[items][column] for column in columns], axis=1)
     expected = [(offset, size) for offset, size in rows.reshape(-1, 2).tolist()]
     found = [(member.offset_data, member.size) for member in iter_members(path)]
-    if found != expected:
-        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(found, expected, strict=False))
-        near = split.index["image_id"][items[min(len(list(same)) // 2, len(items) - 1)]]
-        place = f"{split.storage}/{split.info.shards[number].name}"
-        yield f"{place}: image {near}: the index differs from the tar; {CURE}"
+    differs = [a != b for a, b in zip_longest(found, expected)]
+    if any(differs):
+        near = items[min(differs.index(True) // 2, len(items) - 1)]
+        yield f"{split.place(near)}: the index differs from the tar; {CURE}"
 
 
 def _find_duplicates(splits: list[Split], findings: VerificationReport, allow_leaks: bool) -> None:

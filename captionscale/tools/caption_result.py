@@ -1,8 +1,11 @@
 """The probability and attention of each word of a caption, and attention drawn over the image."""
 
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,6 +111,13 @@ def overlay(image: Image.Image, weights: AttentionMap, max_weight: float) -> Ima
     gray = _BRIGHTNESS * np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
     opacity = (_MIN_OPACITY + (_MAX_OPACITY - _MIN_OPACITY) * heat)[:, :, None]
     return Image.fromarray((255 * (opacity * colors + (1 - opacity) * gray)).round().astype(np.uint8))
+
+
+def base64_jpeg(image: Image.Image, **options: Any) -> str:
+    """Return an image as base64 JPEG for a page; the options are those of `Image.save`."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 @cache

@@ -70,11 +70,8 @@ class CaptionPipeline:
         self, *, prefix: str = "", require: Sequence[str] = (), seed: int | None = None, **search: Any
     ) -> GenerationRequest:
         """Validate how captions are to be generated; as `caption`."""
-        settings = self.ensemble.config
-        overrides = [
-            f"search.{key}={json.dumps(value)}" for key, value in search.items() if value is not None
-        ]
-        settings = toml.override(settings, overrides, "search", option="")
+        changes = [f"search.{key}={json.dumps(value)}" for key, value in search.items() if value is not None]
+        settings = toml.override(self.ensemble.config, changes, "search", option="")
         constraints = make_constraints(
             settings.search, self.vocabulary, settings.data.max_words, prefix=prefix, require=require
         )
@@ -126,12 +123,8 @@ class CaptionPipeline:
         )
         if not return_all:
             found = [captions[:1] for captions in found]
-        image_index = [image for image, captions in enumerate(found) for _ in captions]
+        rows = [image for image, captions in enumerate(found) for _ in captions]
         flat = [tokens for captions in found for tokens in captions]
-        seen = (
-            features[image_index]
-            if isinstance(features, torch.Tensor)
-            else tuple(it[image_index] for it in features)
-        )
+        seen = features[rows] if isinstance(features, torch.Tensor) else tuple(it[rows] for it in features)
         results = iter(build_caption_results(self.captioner, seen, flat, self.vocabulary, data.image_size))
         return [[next(results) for _ in captions] for captions in found]

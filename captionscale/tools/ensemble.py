@@ -78,7 +78,7 @@ def open_ensemble(
 
     Args:
         run: The --out of captionscale train.
-        others: More of them, for an ensemble.
+        others: More runs, for an ensemble.
         checkpoint: `best`, `last` or a step, of each.
         overrides: `search.key=value` each, replacing the first run's own.
 

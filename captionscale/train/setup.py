@@ -219,7 +219,7 @@ def _refuse_too_large(config: Config, vocab_size: int) -> None:
 def _load_initial_weights(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) -> None:
     """Load the weights of another run, or a pretrained encoder."""
     if source is None:
-        captioner.load_pretrained()
+        captioner.encoder.load_pretrained()
         return
     saved = open_checkpoint(source)
     if saved.vocabulary() != vocabulary:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captionscale.data.decode import FORMATS, ImageInfo, decode_image, decode_pil, image_info
+from captionscale.data.decode import FORMATS, ImageInfo, decode_image, image_info
 from captionscale.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -25,6 +25,12 @@ STORED = {
     8: Image.Transpose.ROTATE_270,
 }
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def decode_pil(data: bytes, place: str) -> Image.Image:
+    return Image.fromarray(decode_image(data, place))
+
+
 # Every way to read an image; the last reads no further than the header.
 WHOLE_READS: list[Callable[[bytes, str], Any]]
 WHOLE_READS = [decode_image, decode_pil, lambda data, place: image_info(data, place, full_decode=True)]
@@ -92,7 +98,7 @@ def far(first: Image.Image, second: Image.Image) -> float:
         ("GIF", "gif", {}),
     ],
 )
-def test_every_format_looks_the_same_and_has_its_extension(
+def test_every_format_has_the_same_pixels_and_its_extension(
     kind: str, name: str, options: dict[str, Any]
 ) -> None:
     # Once, asking Pillow for MPO by name made it refuse all that is no JPEG.
@@ -141,25 +147,25 @@ def test_exif_that_cannot_be_read_loses_no_image(kind: str, exif: bytes) -> None
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("L", "JPEG"), ("1", "PNG"), ("LA", "PNG")])
-def test_grey_becomes_the_same_grey_in_three_channels(mode: str, kind: str) -> None:
+def test_gray_becomes_three_equal_channels(mode: str, kind: str) -> None:
     gray = Image.linear_gradient("L")
     stored = gray.convert(mode)
     assert far(decode_pil(encode(stored, kind), "here"), stored.convert("L").convert("RGB")) < 1
 
 
-def test_grey_of_sixteen_bits_is_scaled_and_not_cut_off() -> None:
+def test_sixteen_bit_gray_is_scaled_not_clipped() -> None:
     gray = np.arange(65536, dtype=np.uint16).reshape(256, 256)
     found = np.asarray(decode_pil(encode(Image.fromarray(gray), "PNG"), "here"))
     np.testing.assert_array_equal(found, np.repeat(np.uint8(gray >> 8)[:, :, None], 3, axis=2))
 
 
-def test_a_palette_and_the_colours_of_print_become_the_colours_that_they_stand_for() -> None:
+def test_palette_and_cmyk_become_rgb() -> None:
     assert far(decode_pil(encode(quarters().quantize(4), "PNG"), "here"), quarters()) < 0.01
     assert far(decode_pil(encode(quarters().convert("CMYK"), "JPEG", quality=95), "here"), quarters()) < 3
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("P", "PNG"), ("RGBA", "GIF")])
-def test_what_is_transparent_shows_white(mode: str, kind: str) -> None:
+def test_transparent_pixels_become_white(mode: str, kind: str) -> None:
     image = quarters().convert("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 32, 24))
     stored = image.quantize(8) if mode == "P" else image
@@ -169,7 +175,7 @@ def test_what_is_transparent_shows_white(mode: str, kind: str) -> None:
     assert far(decode_pil(encode(stored, kind, **options), "here"), expected) < 0.01
 
 
-def test_half_of_a_colour_is_mixed_with_white() -> None:
+def test_half_transparent_colors_are_mixed_with_white() -> None:
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     assert decode_pil(encode(image, "PNG"), "here").getpixel((1, 1)) == (255, 127, 127)
 
@@ -231,19 +237,19 @@ def test_an_image_of_absurdly_many_pixels_is_refused(limit: int, monkeypatch: py
 ALONE = """
 import sys
 from PIL import Image
-from captionscale.data.decode import decode_pil
+from captionscale.data.decode import decode_image
 from captionscale.errors import UserError
 bomb, odd = (bytes.fromhex(word) for word in sys.stdin.read().split())
-print(decode_pil(odd, "odd").size)
+print(decode_image(odd, "odd").shape)
 Image.MAX_IMAGE_PIXELS = 300
 try:
-    decode_pil(bomb, "bomb")
+    decode_image(bomb, "bomb")
 except UserError as error:
     print(error)
 """
 
 
-def test_a_bomb_is_refused_and_damaged_exif_is_not_talked_about_outside_of_tests_too() -> None:
+def test_a_bomb_is_refused_and_damaged_exif_gives_no_warning_in_a_fresh_process() -> None:
     bomb = encode(noise(20, 20), "PNG")
     odd = encode(noise(8, 8), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
     found = subprocess.run(
@@ -253,11 +259,11 @@ def test_a_bomb_is_refused_and_damaged_exif_is_not_talked_about_outside_of_tests
         text=True,
         check=True,
     )
-    assert found.stdout.startswith("(8, 8)\nbomb: more than 300 pixels")
+    assert found.stdout.startswith("(8, 8, 3)\nbomb: more than 300 pixels")
     assert found.stderr == ""
 
 
-def test_decoding_leaves_the_filters_of_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_does_not_change_warning_filters(monkeypatch: pytest.MonkeyPatch) -> None:
     # Once, each decode set filters and put them back: threads put back each other's, so that after some
     # thousand images a process ignored all warnings of torch.
     before, during = warnings.filters, []
@@ -318,7 +324,7 @@ def test_real_jpegs_have_the_pixels_that_pillow_gives_them() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_several_frames_the_first_is_taken(kind: str) -> None:
+def test_the_first_of_several_frames_is_decoded(kind: str) -> None:
     data = encode(quarters(), kind, save_all=True, append_images=[noise(64, 48), noise(64, 48)])
     assert far(decode_pil(data, "here"), quarters()) < 5
     assert image_info(data, "here", full_decode=True) == ImageInfo(64, 48, kind.lower())
@@ -383,9 +389,7 @@ def test_broken_pixels_are_noticed_where_libjpeg_notices_them() -> None:
     "options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": 2}], ids=str
 )
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_look_at_the_whole_refuses_exactly_what_cannot_be_decoded(
-    mode: str, options: dict[str, Any]
-) -> None:
+def test_a_full_decode_refuses_exactly_what_cannot_be_decoded(mode: str, options: dict[str, Any]) -> None:
     whole = encode(noise(37, 29).convert(mode), "JPEG", **options)
     draw = np.random.default_rng(0)
     fates = []
@@ -402,18 +406,18 @@ def test_a_look_at_the_whole_refuses_exactly_what_cannot_be_decoded(
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_look_at_the_whole_refuses_half_of_a_file(kind: str) -> None:
+def test_a_full_decode_refuses_half_of_a_file(kind: str) -> None:
     data = encode(noise(40, 30), kind)
     with pytest.raises(UserError, match="here: not a readable image"):
         image_info(data[: len(data) // 2], "here", full_decode=True)
 
 
-def test_a_look_at_the_header_reads_no_further() -> None:
+def test_the_info_without_decoding_reads_only_the_header() -> None:
     data = encode(noise(40, 30), "JPEG")
     assert image_info(data[: len(data) // 2 + 300], "here", full_decode=False) == ImageInfo(40, 30, "jpg")
 
 
-def test_a_look_at_an_ordinary_jpeg_does_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_info_of_an_ordinary_jpeg_does_not_need_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     # It takes 8 microseconds so, and 40 to 100 with Pillow's parser.
     profile = {"icc_profile": bytes(500), "comment": "of a camera"}
     kinds = [{}, profile, {"progressive": True}, {"restart_marker_blocks": 2}]

@@ -353,7 +353,7 @@ def test_one_folder_stores_images_in_one_way(synthetic_coco: Path, tmp_path: Pat
         pack(records_of(synthetic_coco, "test"), tmp_path, sources=[], options=PackOptions(short_side=32))
 
 
-def test_shards_that_lost_their_manifest_are_not_written_over(synthetic_coco: Path, tmp_path: Path) -> None:
+def test_shards_that_lost_their_manifest_are_not_overwritten(synthetic_coco: Path, tmp_path: Path) -> None:
     # Once, packing another split then made a new manifest, and the first split was orphaned.
     pack(records_of(synthetic_coco, "val"), tmp_path, sources=[])
     (tmp_path / manifest.MANIFEST).unlink()
@@ -495,7 +495,7 @@ def test_a_first_image_that_was_rejected_does_not_shift_the_numbers_of_the_next_
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_what_is_no_file_is_rejected_at_once(synthetic_coco: Path, tmp_path: Path, kind: str) -> None:
+def test_a_pipe_or_folder_is_rejected_at_once(synthetic_coco: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.jpg"
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
     records = with_file(records_of(synthetic_coco, "val"), 3, path)

@@ -73,7 +73,7 @@ def held(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-def test_a_shard_is_brought_once_and_named_by_its_content(tmp_path: Path, origin: Origin) -> None:
+def test_a_shard_is_downloaded_once_and_named_by_its_hash(tmp_path: Path, origin: Origin) -> None:
     # A past bug of webdataset (its issue 238): one name for all cached shards, so that training saw one.
     for _ in range(2):
         cache = cache_of(tmp_path / "made" / "if need be", 8)
@@ -83,7 +83,7 @@ def test_a_shard_is_brought_once_and_named_by_its_content(tmp_path: Path, origin
     assert set(held(cache.folder)) == {f"{shard.blake3}.tar" for shard in SHARDS}
 
 
-def test_threads_that_want_one_shard_bring_it_once(tmp_path: Path, origin: Origin) -> None:
+def test_threads_that_read_one_shard_download_it_once(tmp_path: Path, origin: Origin) -> None:
     cache = cache_of(tmp_path, 8)
 
     def slow(path: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_bound_holds_whatever_is_read_and_the_least_recently_used_make_way(
         assert set(held(tmp_path)) == {f"{SHARDS[each].blake3}.tar" for each in recent[-3:]}
 
 
-def test_threads_keep_to_a_bound_that_holds_one_shard(tmp_path: Path, origin: Origin) -> None:
+def test_threads_keep_to_the_size_of_one_shard(tmp_path: Path, origin: Origin) -> None:
     cache = cache_of(tmp_path, 1)
 
     with ThreadPoolExecutor(4) as pool:
@@ -179,7 +179,7 @@ def test_a_removed_shard_or_folder_is_downloaded_again(tmp_path: Path, origin: O
     assert origin.asked == [0, 0]
 
 
-def test_files_of_others_are_left_alone(tmp_path: Path, origin: Origin) -> None:
+def test_foreign_files_are_kept(tmp_path: Path, origin: Origin) -> None:
     others = ["train-00000.tar", "notes.tmp", f"{SHARDS[0].blake3}.tar.bak", f"{'A' * 64}.tar"]
     for name in others:
         (tmp_path / name).write_bytes(bytes(SIZE))
@@ -207,7 +207,7 @@ def test_a_failed_download_leaves_nothing(tmp_path: Path, origin: Origin, error:
     assert read(cache, 0, origin.of(0)) == CONTENT[0]
 
 
-def test_a_killed_download_blocks_nobody_and_a_running_one_is_not_removed(
+def test_a_killed_download_blocks_no_other_and_a_running_one_is_not_removed(
     tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_cache, "_WAIT_FOR_SPACE_S", 0.3)
@@ -249,7 +249,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-def test_without_locks_the_bound_holds_and_a_young_download_is_left_alone(
+def test_without_locks_the_limit_is_kept_and_a_recent_download_is_not_removed(
     tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_locks(monkeypatch)
@@ -276,7 +276,7 @@ def test_a_file_or_a_folder_in_the_way_is_reported(tmp_path: Path, origin: Origi
 
 
 @pytest.mark.parametrize("name", ["", "../../" + "a" * 58, "A" * 64, "a" * 64 + "\n", "ä" * 64])
-def test_a_name_from_a_damaged_manifest_leads_nowhere(tmp_path: Path, origin: Origin, name: str) -> None:
+def test_a_hash_from_a_damaged_manifest_is_no_path(tmp_path: Path, origin: Origin, name: str) -> None:
     with pytest.raises(UserError, match=r"^train-00000.tar: blake3 .* in the manifest is not one;"):
         cache_of(tmp_path, 8).open(Shard("train-00000.tar", SIZE, name, 1), origin.of(0)).__enter__()
     assert held(tmp_path) == {}
@@ -364,7 +364,7 @@ def test_locks_that_an_older_version_made_are_used_by_others(meeting_place: Path
 
 @pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o700, 0o600), (0o755, 0o644), (0o775, 0o664)])
 @pytest.mark.parametrize("umask", [0o000, 0o077])
-def test_files_have_the_rights_of_the_folder(
+def test_files_have_the_permissions_of_the_folder(
     tmp_path: Path, origin: Origin, folder_mode: int, file_mode: int, umask: int
 ) -> None:
     tmp_path.chmod(folder_mode)

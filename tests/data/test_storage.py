@@ -215,7 +215,7 @@ def test_over_http_everything_is_as_in_the_folder_and_a_shard_travels_once(
 @pytest.mark.parametrize(
     "faults", [["503", "503"], ["truncated"], ["reset", "429"], ["flipped", "truncated"]]
 )
-def test_what_passes_is_tried_again(server: Server, tmp_path: Path, faults: list[str]) -> None:
+def test_a_temporary_fault_is_retried(server: Server, tmp_path: Path, faults: list[str]) -> None:
     server.faults = list(faults)
     place = open_storage(server.url, tmp_path)
     assert place.pread(SHARDS[0], 0, SIZE) == CONTENT[0]
@@ -258,7 +258,7 @@ def test_another_file_under_the_name_of_a_shard_is_not_taken(server: Server, tmp
     assert cached(tmp_path) == set()
 
 
-def test_a_silent_server_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_times_out(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_SILENCE_S", 0.5)
     server.faults = ["silent"] * 4
     with pytest.raises(UserError, match=r"manifest.json: cannot be read \(FSTimeoutError\)"):
@@ -345,7 +345,7 @@ def parts(order: str) -> bytes:
     return b"".join(whole[:10] + whole[150_000:150_010] for whole in wholes)
 
 
-def test_a_fork_reads_on(server: Server, tmp_path: Path) -> None:
+def test_a_forked_process_can_read(server: Server, tmp_path: Path) -> None:
     place = open_storage(server.url, tmp_path)
     assert place.pread(SHARDS[0], 0, SIZE) == CONTENT[0]
     child = os.fork()
@@ -359,7 +359,7 @@ def test_a_fork_reads_on(server: Server, tmp_path: Path) -> None:
     assert server.asked["/coco/train-00000.tar"] == 1
 
 
-def test_processes_share_a_cache_that_holds_all(server: Server, tmp_path: Path) -> None:
+def test_processes_share_a_cache_that_fits_all_shards(server: Server, tmp_path: Path) -> None:
     orders = ["0,1,2,3", "3,2,1,0", "0,2,1,3"]
     others = [read_elsewhere(server, tmp_path, order) for order in orders]
     for other, order in zip(others, orders, strict=True):
@@ -368,7 +368,7 @@ def test_processes_share_a_cache_that_holds_all(server: Server, tmp_path: Path) 
     assert cached(tmp_path) == {f"{shard.blake3}.tar" for shard in SHARDS}
 
 
-def test_processes_share_a_cache_that_holds_less_than_the_data(server: Server, tmp_path: Path) -> None:
+def test_processes_share_a_cache_smaller_than_the_data(server: Server, tmp_path: Path) -> None:
     orders = [",".join(map(str, np.random.default_rng(seed).integers(4, size=60))) for seed in range(3)]
     others = [read_elsewhere(server, tmp_path, order, max_shards=3.2) for order in orders]
     largest = 0
@@ -401,9 +401,7 @@ def test_a_process_killed_in_a_download_leaves_the_next_one_undisturbed(
     assert cached(tmp_path) == {f"{SHARDS[1].blake3}.tar"}
 
 
-def test_ctrl_c_in_a_download_ends_it_at_once_and_nobody_else_complains(
-    server: Server, tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_a_download_at_once_without_other_messages(server: Server, tmp_path: Path) -> None:
     server.faults = ["slow"]
     other = read_elsewhere(server, tmp_path, "0")
     while not any(path.stat().st_size for path in tmp_path.glob("*.tmp")):

@@ -103,7 +103,7 @@ def test_captions_say_nothing_that_is_not_in_the_scene() -> None:
                 assert all(side == scene.relation for side, at in SIDES.items() if at in caption)
 
 
-def test_captions_put_the_toys_where_they_are() -> None:
+def test_captions_describe_the_positions_of_the_toys() -> None:
     described = 0
     for scene in [scene for scene in SCENES if len(scene.toys) == 2]:
         first, last = (toy.kind for toy in scene.toys)

@@ -29,7 +29,7 @@ def noise(width: int, height: int) -> np.ndarray:
 # ---- crops and colors
 
 
-def test_the_centre_view_is_the_centre_square_upright_and_unmirrored() -> None:
+def test_the_center_crop_is_the_center_square_upright_and_not_flipped() -> None:
     for width, height in ((64, 48), (48, 64), (48, 48), (49, 64)):
         image = Image.new("RGB", (width, height), (255, 0, 255))
         side = min(width, height)
@@ -39,12 +39,12 @@ def test_the_centre_view_is_the_centre_square_upright_and_unmirrored() -> None:
         assert corners == [RED, GREEN, BLUE, WHITE]
 
 
-def test_the_centre_view_of_a_square_of_the_same_size_is_that_square() -> None:
+def test_the_center_crop_of_a_square_of_the_same_size_is_that_square() -> None:
     image = noise(40, 40)
     np.testing.assert_array_equal(center_crop(image, 40), image)
 
 
-def test_a_random_view_is_a_function_of_its_generator_alone() -> None:
+def test_an_augmented_image_depends_on_its_generator_only() -> None:
     image = noise(50, 40)
     views = [
         augment(image, 32, **WILD, random=np.random.default_rng(seed)) for seed in (*range(8), *range(8))
@@ -54,14 +54,14 @@ def test_a_random_view_is_a_function_of_its_generator_alone() -> None:
     assert len({view.tobytes() for view in views}) == 8
 
 
-def test_a_random_view_without_crop_flip_and_jitter_is_the_centre_view() -> None:
+def test_augmentation_without_crop_flip_and_jitter_is_the_center_crop() -> None:
     for width, height in ((50, 40), (40, 50), (90, 30)):
         image = noise(width, height)
         view = augment(image, 32, **PLAIN, random=np.random.default_rng(3))
         np.testing.assert_array_equal(view, center_crop(image, 32))
 
 
-def test_half_of_the_views_are_mirrored() -> None:
+def test_half_of_the_images_are_flipped() -> None:
     image = noise(40, 40)
     straight = center_crop(image, 32)
     random = np.random.default_rng(0)
@@ -87,7 +87,7 @@ def test_a_crop_lies_inside_the_image_and_keeps_the_requested_area() -> None:
         assert view[..., 2].max() == 0
 
 
-def test_jitter_changes_colours_only() -> None:
+def test_jitter_changes_colors_only() -> None:
     image = np.array(quarters(40, 40))
     view = augment(image, 32, **(PLAIN | {"color_jitter": 0.4}), random=np.random.default_rng(1))
     assert not np.array_equal(view, center_crop(image, 32))
@@ -107,7 +107,7 @@ def test_an_image_of_any_shape_has_views_of_the_requested_size(shape: tuple[int,
     assert center_crop(image, 32).shape == (32, 32, 3)
 
 
-def test_photographs_have_the_views_that_pillow_gives_them(real_data: Path) -> None:
+def test_real_images_have_the_crops_of_pillow(real_data: Path) -> None:
     for file in sorted((real_data / "coco_sample").glob("val2017/*.jpg"))[:40]:
         image = decode_image(file.read_bytes(), "here")
         height, width = image.shape[:2]
@@ -140,7 +140,7 @@ def test_bicubic_views_are_those_of_pillow_and_bilinear_is_the_default() -> None
 # ---- rotated images
 
 
-def test_no_rotation_draws_no_chance() -> None:
+def test_without_rotation_no_random_number_is_drawn() -> None:
     image = noise(90, 70)
     views = [
         augment(image, 32, **WILD, **more, random=np.random.default_rng(5)) for more in ({}, {"rotate": 0.0})
@@ -195,7 +195,7 @@ def test_a_large_image_is_averaged_before_rotation() -> None:
     assert np.ptp(view[2:-2, 2:-2].astype(int)) <= 3
 
 
-def test_angles_lie_to_both_sides_and_within_the_greatest() -> None:
+def test_angles_are_of_both_signs_and_within_the_maximum() -> None:
     image = np.array(quarters(64, 64))
     views = [augment(image, 32, **PLAIN, rotate=40.0, random=np.random.default_rng(n)) for n in range(20)]
     assert len({view.tobytes() for view in views}) == 20

@@ -56,7 +56,7 @@ def forge(folder: Path, split: str, change: Callable[[dict[str, Any]], None] = l
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_good_shards_verify_without_a_word(packed: Path, workers: int) -> None:
+def test_good_shards_have_no_problems_and_no_notes(packed: Path, workers: int) -> None:
     seen: list[int] = []
     found = verify(packed, deep=True, workers=workers, progress=seen.append)
     assert (found.problems, found.notes) == ([], [])

@@ -12,6 +12,7 @@ import pytest
 from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 from captionscale.errors import PreemptedError, UserError
+from captionscale.tools.ensemble import open_ensemble
 from captionscale.tools.scoring import caption_run
 from captionscale.train import generation, preemption, schedule
 from captionscale.train.checkpoint import find_latest
@@ -235,14 +236,15 @@ def test_generation_leaves_no_process_and_no_file(
     uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "captions.json"
+    members = open_ensemble(uninterrupted, (), checkpoint="last", overrides=())
     signal_in_the_first_batch(monkeypatch, signal.SIGUSR1)
     with pytest.raises(PreemptedError, match="before split 'test' was captioned"):
-        caption_run(uninterrupted, "test", checkpoint="last", shards=None, out=out)
+        caption_run(members, "test", shards=None, out=out)
     assert not out.exists()
-    # A place that cannot be written is stderr before, and what was done is remembered.
+    # An unwritable path is an error before generation; finished generation is in the history.
     with pytest.raises(UserError, match="is a folder, expected a file"):
-        caption_run(uninterrupted, "test", checkpoint="last", shards=None, out=tmp_path)
-    assert caption_run(uninterrupted, "test", checkpoint="last", shards=None, out=out) == 8
+        caption_run(members, "test", shards=None, out=tmp_path)
+    assert caption_run(members, "test", shards=None, out=out) == 8
     line = json.loads((uninterrupted / "scores" / "history.jsonl").read_text().splitlines()[-1])
     assert (line["split"], line["captions"]) == ("test", str(out.resolve()))
     assert line["search"]["beam"] >= 1

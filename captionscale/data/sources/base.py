@@ -138,7 +138,7 @@ def validate_records(
         require_captions: Check that each image has captions.
     """
     # One listing per folder: checking each of COCO's 118,287 files takes minutes on a cluster's file system.
-    there = {str(images): list_folder(images, "the folder of the images")}
+    listings = {str(images): list_folder(images, "the folder of the images")}
     missing = []
     for record in records:
         if require_captions and not record.captions:
@@ -147,12 +147,12 @@ def validate_records(
                 " only empty ones; expected at least one; add a caption or take the image out"
             )
         folder, _, name = record.file.rpartition("/")
-        if folder not in there:
-            there[folder] = set()
+        if folder not in listings:
+            listings[folder] = set()
             # Images of a missing folder are reported by name.
             with suppress(UserError):
-                there[folder] = list_folder(Path(folder), "")
-        if name not in there[folder]:
+                listings[folder] = list_folder(Path(folder), "")
+        if name not in listings[folder]:
             missing.append(record.file.removeprefix(f"{images}/"))
     if not records:
         raise UserError(f"{captions}: no images; expected at least one; give the file of a whole data set")

@@ -182,11 +182,11 @@ def _path_2014(place: Path, image_id: int, name: str) -> str:
 def _read_lists(lists: Path, paths: dict[int, str]) -> dict[int, str]:
     """Return the split of each listed image id."""
     split_of: dict[int, str] = {}
-    there = base.list_folder(lists, "the folder of Karpathy's lists")
+    names = base.list_folder(lists, "the folder of Karpathy's lists")
     for split in ("train", "val", "test"):
         file = lists / f"karpathy_{split}_images.txt"
         # Only the train list is optional: without the others, training would see scored images.
-        if split == "train" and file.name not in there:
+        if split == "train" and file.name not in names:
             continue
         for number, line in enumerate(base.read_text(file).split("\n"), start=1):
             if not line.strip():

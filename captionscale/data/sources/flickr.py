@@ -139,12 +139,12 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
 
 def _splits(folder: Path) -> dict[str, str]:
     """Return the split of each listed image."""
-    there = base.list_folder(folder, "the folder of the split lists")
-    if there.isdisjoint(_SPLIT_OF_LIST):
+    names = base.list_folder(folder, "the folder of the split lists")
+    if names.isdisjoint(_SPLIT_OF_LIST):
         raise UserError(f"{folder}: no split list; expected {' or '.join(_SPLIT_OF_LIST)}; check the path")
     split_of: dict[str, str] = {}
     for file, split in _SPLIT_OF_LIST.items():
-        lines = base.read_text(folder / file).split("\n") if file in there else []
+        lines = base.read_text(folder / file).split("\n") if file in names else []
         for line in filter(None, map(str.strip, lines)):
             name = line if line.endswith(".jpg") else f"{line}.jpg"
             base.assign_split(split_of, name, split, f"{folder / file}: {name}")

@@ -5,6 +5,7 @@ import re
 import tarfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,14 +45,6 @@ class _Json(msgspec.Struct, gc=False):
     captions: tuple[str, ...] = ()
 
 
-class _Image(msgspec.Struct):
-    tar: str
-    name: str
-    offset: int
-    size: int
-    texts: list[str]
-
-
 class WebDataset(Source):
     """Tars of images with .txt or .json, as img2dataset writes them."""
 
@@ -86,7 +79,8 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[
         The WebDataset format, https://github.com/webdataset/webdataset; img2dataset's output,
         https://github.com/rom1504/img2dataset.
     """
-    found: dict[_Identity, _Image] = {}
+    # The first of a joined image's samples, and all captions.
+    found: dict[_Identity, tuple[Record, list[str]]] = {}
     for path in find_tars(tars):
         samples = _samples(path)
         with base.explain_os_errors(path), open_file(path) as file:
@@ -96,8 +90,8 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[
                 identity: _Identity | None = fields.image_id
                 if identity is None:
                     identity = xxhash.xxh3_128_digest(os.pread(file.fileno(), size, offset))
-                image = _Image(str(path), _utf8(fields.file or name), offset, size, [])
-                found.setdefault(identity, image).texts.extend(texts)
+                record = Record(0, split, (), str(path), _utf8(fields.file or name), offset, size)
+                found.setdefault(identity, (record, []))[1].extend(texts)
     place = ", ".join(map(str, tars))
     if not found:
         raise UserError(
@@ -110,19 +104,18 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[
         )
     first = first_id({split})
     records: list[Record] = []
-    captions = {identity: base.strip_captions(image.texts) for identity, image in found.items()}
-    captioned = any(captions.values())
-    for identity, image in found.items():
-        if captioned and not captions[identity]:
-            if image.texts:
+    captioned = any(base.strip_captions(texts) for _, texts in found.values())
+    for identity, (record, texts) in found.items():
+        captions = base.strip_captions(texts)
+        if captioned and not captions:
+            if texts:
                 continue
             raise UserError(
-                f"{image.tar}: {base.printable_name(image.name)} has no captions, others have; expected a"
-                " .txt, or a .json with caption, with each image or none; write the tar again"
+                f"{record.source}: {base.printable_name(record.name)} has no captions, others have; expected"
+                " a .txt, or a .json with caption, with each image or none; write the tar again"
             )
         image_id = identity if isinstance(identity, int) else first + len(records)
-        place = (image.tar, image.name, image.offset, image.size)
-        records.append(Record(image_id, split, captions[identity], *place))
+        records.append(replace(record, image_id=image_id, captions=captions))
     return sort_records(records)
 
 

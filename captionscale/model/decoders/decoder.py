@@ -1,4 +1,4 @@
-"""What a decoder is: to search, to training, and to whoever adds one."""
+"""The decoder's interface, for search, training and plug-ins."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -42,13 +42,7 @@ class Decoder(nn.Module):
     """Options in the config's section `model.decoder`."""
 
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int):
-        """Build a decoder with random weights.
-
-        Args:
-            config: Of the class `Config`.
-            feature_size: Size of a region's feature.
-            vocab_size: Size of the vocabulary.
-        """
+        """Build a decoder with random weights; `feature_size` is that of a region."""
         super().__init__()
         self.config, self.feature_size, self.vocab_size = config, feature_size, vocab_size
 

@@ -1,4 +1,4 @@
-"""What an encoder is: to training, to the feature cache, and to whoever adds one."""
+"""The encoder's interface, for training, the feature cache and plug-ins."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -76,7 +76,7 @@ class Encoder(nn.Module):
         self, attention: Float[Tensor, "*batch region"], height: int, width: int
     ) -> Float[Tensor, "*batch row column"]:
         """Return attention weights on the grid of an image of this size, without the prefix tokens'."""
-        return attention[..., self.num_prefix_tokens :].unflatten(-1, self.grid(height, width))
+        return torch.unflatten(attention[..., self.num_prefix_tokens :], -1, self.grid(height, width))
 
     def forward_features(
         self, images: Float[Tensor, "image 3 height width"]
@@ -178,15 +178,7 @@ class Encoder(nn.Module):
         self._compiled = True
 
     def unfreeze(self, step: int, starts: Sequence[int]) -> bool:
-        """Train the stages whose step has come, and no others.
-
-        Args:
-            step: The run's next one, from 0.
-            starts: First step of each stage, in the order of `stages`.
-
-        Returns:
-            Whether the trained stages changed.
-        """
+        """Train the stages whose first step in `starts` has come; return whether that changed any."""
         changed = False
         for stage, start in zip(self.stages, starts, strict=True):
             for parameter in stage:

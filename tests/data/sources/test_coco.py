@@ -64,7 +64,7 @@ def test_the_largest_id_of_64_bits_is_one(touch, write):
     assert record.image_id == 2**63 - 1
 
 
-def test_a_mark_that_windows_puts_before_the_text_is_no_part_of_it(touch, write):
+def test_a_byte_order_mark_is_removed(touch, write):
     file = write("c.json", b'\xef\xbb\xbf{"images": [{"id": 1, "file_name": "1.jpg"}]}\r\n')
     assert len(coco.read_official(touch("i", "1.jpg"), file, "test")) == 1
 

@@ -66,7 +66,7 @@ def test_a_row_may_name_its_split_and_its_image_id_in_any_order_of_columns(image
     assert custom.read_table(write("t.jsonl", "\n".join(lines)), images, "train", lambda _: 1) == records
 
 
-def test_ids_are_counted_from_what_the_splits_of_the_table_tell(images, write):
+def test_ids_are_counted_from_the_first_id_of_the_splits(images, write):
     asked = []
 
     def first_image_id(splits):
@@ -81,7 +81,7 @@ def test_ids_are_counted_from_what_the_splits_of_the_table_tell(images, write):
     assert asked == [{"train", "val"}]
 
 
-def test_one_image_may_be_spelt_in_two_ways(images, write):
+def test_one_image_may_be_written_as_two_paths(images, write):
     table = write("t.csv", "image,caption\ncats/a.jpg,a\n./cats//a.jpg,b\ncats/../cats/a.jpg,c\n")
     assert facts(custom.read_table(table, images, "train", lambda _: 1)) == [
         (1, "train", "cats/a.jpg", ("a", "b", "c"))

@@ -44,7 +44,7 @@ def test_the_line_of_kaggles_flickr30k_that_lacks_its_second_bar_is_read(touch, 
     assert record.captions[3:] == ("Caption 3 | with a bar .", "A dog runs across the grass .")
 
 
-def test_captions_stand_by_their_number_whatever_the_order_of_the_lines(touch, write):
+def test_captions_are_sorted_by_their_number(touch, write):
     shuffled = "".join(f"1.jpg#{n}\tcaption {n}\n" for n in (10, 2, 0, 9, 1))
     (record,) = flickr.read(touch("i", "1.jpg"), write("t", shuffled), None)
     assert record.captions == tuple(f"caption {n}" for n in (0, 1, 2, 9, 10))
