@@ -51,7 +51,7 @@ def _fail_together(folder: Path) -> None:
 
 
 def test_when_all_ranks_fail_they_wait_for_rank_0(tmp_path: Path) -> None:
-    # A launcher killed the first rank as soon as another had left, before it had saved and said why.
+    # The launcher kills rank 0 when another rank exits, perhaps before it has saved and reported the error.
     join_all(spawn_ranks(2, _fail_together, tmp_path))
     first, second = (float((tmp_path / str(rank)).read_text()) for rank in range(2))
     assert second > first - 0.5

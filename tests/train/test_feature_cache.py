@@ -1,4 +1,4 @@
-"""The cache of features: equal to doing without, whole or not there."""
+"""The cache of features: it changes no loss, and a file is complete or absent."""
 
 import os
 import shutil

@@ -17,7 +17,7 @@ from captionscale.vocab import build, split_words
 
 
 class OneOf(Ranks):
-    """A rank of several whose peers' results are handed in, to see one rank's share alone."""
+    """One of several ranks, without the others; tests replace `gather`."""
 
     def __init__(self, rank: int, size: int):
         super().__init__()
@@ -45,7 +45,7 @@ def test_ranks_caption_every_image_once_with_the_captions_of_one_rank(
     for rank in range(size):
         with refused:
             caption_split(captioner, loader, Search(beam=2, batch_size=3), OneOf(rank, size), "part")
-    together = [result for share in results for result in share]
+    together = [result for part in results for result in part]
     assert sorted(together, key=lambda result: result["image_id"]) == alone
     assert max(map(len, results)) - min(map(len, results)) <= 3
 

@@ -1,4 +1,4 @@
-"""What ranks agree on before a run's first step."""
+"""Checks over ranks before the first step."""
 
 import os
 import tomllib
@@ -25,7 +25,7 @@ def _train(folder: Path) -> None:
 def test_ranks_that_find_different_shards_are_refused(
     synthetic_coco: Path, packed: Path, tmp_path: Path
 ) -> None:
-    # As two machines do that keep copies of their own: each would learn from what it has.
+    # As on two machines with different copies.
     other = tmp_path / "other"
     for split in ("train", "val"):
         captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
