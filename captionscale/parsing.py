@@ -102,11 +102,11 @@ class Lines(Generic[T]):
     """Each with its number, from 1."""
 
     def warning(self, place: object) -> str:
-        """Return one line that names what was passed over; nothing if all lines are whole."""
+        """Return one line that names what was skipped; nothing if all lines are whole."""
         if not self.damaged:
             return ""
         count, first = len(self.damaged), self.damaged[0][0]
-        return f"{place}: passed over {count:,} damaged line{'s' * (count > 1)}, the first is line {first:,}"
+        return f"{place}: skipped {count:,} damaged line{'s' * (count > 1)}, the first is line {first:,}"
 
 
 def read_lines(data: bytes, read: Callable[[bytes], T]) -> Lines[T]:

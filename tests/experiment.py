@@ -18,7 +18,7 @@ from captionscale import config, toml
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
 from captionscale.model.captioner import Captioner
-from captionscale.train.checkpoint_writer import write_checkpoint
+from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.run_folder import checkpoint_steps
 from captionscale.train.state import TrainState
 from captionscale.vocab import build
@@ -74,7 +74,7 @@ def peaked_run(folder: Path, packed: Path) -> Path:
         regions.weight /= features.std() * features.shape[1] ** 0.5 / 4
         regions.bias.copy_(-(regions.weight @ features.mean(0)))
     run = folder / "run"
-    write_checkpoint(run, TrainState(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
+    CheckpointWriter(run, settings, vocabulary, {}).write(TrainState(step=1), captioner.state_dict(), {})
     return run
 
 

@@ -24,7 +24,7 @@ from captionscale.tools.doctor.doctor import doctor
 from captionscale.tools.doctor.network import _rounds, report_links
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import Check, CheckResult, ok, run_check, verdict
-from captionscale.train.checkpoint_writer import write_checkpoint
+from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.fingerprint import make_fingerprint
 from captionscale.train.state import TrainState
 from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
@@ -252,7 +252,7 @@ def test_a_resume_that_train_would_refuse_is_refused_by_the_keys_that_differ(pac
     run, small = tmp_path / "run", {"a": torch.rand(3)}
     words = Vocabulary((*SPECIAL_TOKENS, "dog"))
     fingerprint = make_fingerprint(settings, shards=Split(packed, "train").sha256, vocabulary=words.sha256)
-    write_checkpoint(run, TrainState(step=1), fingerprint, small, small, settings, words)
+    CheckpointWriter(run, settings, words, fingerprint).write(TrainState(step=1), small, small)
 
     def check_run(*changes: str) -> CheckResult:
         changed = toml.load(tmp_path / "experiment.toml", changes)

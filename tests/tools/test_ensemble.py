@@ -8,7 +8,7 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.ensemble import Ensemble
 from captionscale.tools.ensemble import open_ensemble
-from captionscale.train.checkpoint_writer import write_checkpoint
+from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.state import TrainState
 from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
@@ -22,7 +22,7 @@ def saved(folder: Path, name: str, *changes: str, words: tuple[str, ...] = ("a",
     config, vocabulary = toml.load(path, [*SMALL, *changes]), Vocabulary(SPECIAL_TOKENS + words)
     torch.manual_seed(len(name))
     weights = Captioner(config.model, len(vocabulary)).state_dict()
-    write_checkpoint(folder / name, TrainState(step=1), {}, weights, {}, config, vocabulary)
+    CheckpointWriter(folder / name, config, vocabulary, {}).write(TrainState(step=1), weights, {})
     return folder / name
 
 

@@ -156,7 +156,7 @@ def disk(plan: Plan) -> Iterator[CheckResult]:
     with torch.device("meta"):
         captioner = Captioner(plan.settings.model, len(plan.vocabulary))
     size, keep = checkpoint_bytes(captioner, bool(train.ema_decay)), train.keep_checkpoints
-    check_disk_space(plan.run or folder, size, keep, folder)
+    check_disk_space(plan.run or folder, size, keep)
     yield ok(f"{folder}: has space for {keep + 3} checkpoints of {size / 1e6:,.0f} MB")
     # Measured saves include hashing.
     logged = max(plan.metric("save_s"), default=0.0)
