@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from captionscale import credentials, plugins
+from captionscale.errors import did_you_mean
 
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 
@@ -45,7 +46,8 @@ def name_or_plugin(names: Collection[str]) -> AfterValidator:
 
     def check(name: str) -> str:
         if name not in names and not plugins.is_plugin(name):
-            expected = f"{', '.join(map(repr, names))} or module:Class"
+            hint = did_you_mean(name, names)
+            expected = f"{', '.join(map(repr, names))} or module:Class" + f"; {hint}" * hint.endswith("?")
             raise PydanticKnownError("literal_error", {"expected": expected})
         return name
 

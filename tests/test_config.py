@@ -249,3 +249,9 @@ def test_new_names_are_keys_and_old_names_are_not(tmp_path) -> None:
 def test_only_a_beam_has_groups(tmp_path) -> None:
     error = refused(tmp_path, f"{SMALL}[search]\nmethod = 'sample'\ngroups = 3")
     assert error.startswith("search.groups = 3 with search.method = 'sample', expected 1")
+
+
+def test_an_unknown_encoder_is_refused_before_torch_is_imported(tmp_path) -> None:
+    error = refused(tmp_path, f"{SMALL}[model.encoder]\nname = 'resnett18'")
+    assert "or module:Class; did you mean 'resnet18'?" in error
+    assert "'resnet18', 'resnet34'" in refused(tmp_path, f"{SMALL}[model.encoder]\nname = 'vgg16'")

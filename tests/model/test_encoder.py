@@ -190,18 +190,6 @@ def test_colors_are_normalized_as_torchvision_does_for_its_weights(weights) -> N
     torch.testing.assert_close(encoder(random_images()), expected)
 
 
-def test_the_error_about_an_unknown_network_names_the_nearest_known_one() -> None:
-    with pytest.raises(
-        UserError, match=r"^model\.encoder\.name: unknown 'resnett18'; did you mean 'resnet18'\?$"
-    ):
-        build("resnett18")
-
-
-def test_a_network_that_is_no_classifier_is_unknown() -> None:
-    with pytest.raises(UserError, match="unknown 'fasterrcnn_resnet50_fpn'"):
-        build("fasterrcnn_resnet50_fpn")
-
-
 @pytest.mark.parametrize(
     ("name", "part", "known"),
     [
