@@ -97,6 +97,7 @@ def test_two_ranks_of_zero_end_with_the_weights_losses_and_memory_of_one_process
     _expect_the_same(tmp_path / "run", alone)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_run_moves_from_zero_2_on_two_ranks_to_one_process_and_back_as_if_nothing_had_been(
     alone: Path, packed: Path, tmp_path: Path
 ) -> None:

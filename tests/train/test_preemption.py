@@ -62,6 +62,7 @@ def signal_in_the_first_batch(monkeypatch: pytest.MonkeyPatch, *signals: signal.
     monkeypatch.setattr(generation, "generate_captions", captions)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_goes_on_as_if_nothing_had_been(
     whole: Path, packed: Path, tmp_path: Path
 ) -> None:

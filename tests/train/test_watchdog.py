@@ -196,6 +196,7 @@ def test_a_download_may_take_its_time(packed: Path, tmp_path: Path, clock: Clock
     assert not (tmp_path / STALLS_FILE).exists()
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_which_ends_all_at_once(
     packed: Path, tmp_path: Path
 ) -> None:
