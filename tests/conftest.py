@@ -5,7 +5,7 @@ captionscale is imported inside the fixtures: jaxtyping can check only what is i
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,28 @@ def real_data() -> Path:
     return SHARED
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the first of all workers made; nobody may change it."""
+    from filelock import FileLock
+
+    base = factory.getbasetemp()
+    # A worker's folder lies in that of all.
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}" / name
+    with FileLock(out.parent.with_suffix(".lock")):
+        if not out.exists():
+            making = out.parent / "making" / name
+            make(making)
+            making.rename(out)
+            making.parent.rmdir()
+    return out
+
+
 @pytest.fixture(scope="session")
 def synthetic_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in COCO 2017 layout: 48 train, 8 val and 8 test pictures of 64 pixels. Not to be changed."""
     from captionscale.data.synthetic import write_coco
 
-    out = tmp_path_factory.mktemp("scenes")
-    write_coco(out, counts=COUNTS, size=64)
-    return out
+    return made_once(tmp_path_factory, "scenes", lambda out: write_coco(out, counts=COUNTS, size=64))
 
 
 @pytest.fixture(scope="session")
@@ -52,12 +66,36 @@ def packed(synthetic_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     from captionscale.data.packing import PackOptions, pack
     from captionscale.data.sources import coco
 
-    out = tmp_path_factory.mktemp("packed") / "shards"
-    for split in COUNTS:
-        captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
-        records = coco.read_official(synthetic_coco / f"{split}2017", captions, split)
-        pack(records, out, sources=[captions], options=PackOptions(images_per_shard=IMAGES_PER_SHARD))
-    return out
+    def make(out: Path) -> None:
+        for split in COUNTS:
+            captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
+            records = coco.read_official(synthetic_coco / f"{split}2017", captions, split)
+            pack(records, out, sources=[captions], options=PackOptions(images_per_shard=IMAGES_PER_SHARD))
+
+    return made_once(tmp_path_factory, "shards", make)
+
+
+@pytest.fixture(scope="session")
+def trained(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `experiment.tiny_config`: six steps, scored and saved after each third. Read-only."""
+    from experiment import tiny_config
+
+    from captionscale.train.loop import train
+
+    def make(out: Path) -> None:
+        out.mkdir(parents=True)
+        train(tiny_config(out, packed), out / "run")
+
+    return made_once(tmp_path_factory, "trained", make) / "run"
+
+
+@pytest.fixture
+def forked() -> Iterator[None]:
+    """Python programs are forked from a server that has imported torch, instead of started: see forked.py."""
+    from forked import programs
+
+    with programs():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,17 @@
 """A tiny experiment that trains in seconds, for tests of what a run does."""
 
 import json
-import multiprocessing
 import os
+import pickle
 import socket
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,6 +45,8 @@ TINY_OVERRIDES = (
     "train.precision=fp32",
     "train.log_every=1",
 )
+
+_WORK = "import pickle, sys; work, arguments = pickle.loads(bytes.fromhex(sys.argv[1])); work(*arguments)"
 
 
 def tiny_config(folder: Path, packed: Path, *changes: str) -> config.Config:
@@ -78,50 +82,34 @@ def peaked_run(folder: Path, packed: Path) -> Path:
     return run
 
 
-def start_training(ranks: int, settings: config.Config, run: Path, **environment: str) -> list[BaseProcess]:
+def start_training(
+    ranks: int, settings: config.Config, run: Path, **environment: str
+) -> list[subprocess.Popen[bytes]]:
     """Start a run's processes."""
     return spawn_ranks(ranks, _train, toml.dumps(settings), run, **environment)
 
 
 def spawn_ranks(
     ranks: int, work: Callable[..., None], *arguments: Any, **environment: str
-) -> list[BaseProcess]:
-    """Start processes that meet over gloo, each of which works with these arguments.
-
-    They are forks of a server that has imported torch, as each import of it takes seconds.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["captionscale.train.loop"])
+) -> list[subprocess.Popen[bytes]]:
+    """Start processes that meet over gloo, each of which works with these arguments."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    processes = [
-        context.Process(target=_join, args=(rank, ranks, port, environment, work, arguments))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    return processes
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    command = [sys.executable, "-c", _WORK, pickle.dumps((work, arguments)).hex()]
+    with forked.programs():
+        return [
+            subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(ranks)
+        ]
 
 
-def join_all(processes: list[BaseProcess]) -> None:
+def join_all(processes: list[subprocess.Popen[bytes]]) -> None:
     """Wait for all processes, and expect them to have done well."""
     for process in processes:
-        process.join(600)
-    assert [process.exitcode for process in processes] == [0] * len(processes)
-
-
-def _join(
-    rank: int,
-    ranks: int,
-    port: int,
-    environment: dict[str, str],
-    work: Callable[..., None],
-    arguments: tuple[Any, ...],
-) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    os.environ |= environment
-    work(*arguments)
+        process.wait(600)
+    assert [process.returncode for process in processes] == [0] * len(processes)
 
 
 def _train(toml: str, run: Path) -> None:

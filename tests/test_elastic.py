@@ -94,7 +94,7 @@ def test_a_run_killed_at_random_and_resumed_on_other_ranks_ends_as_if_nothing_ha
             join_all(processes)
             break
         deadline = time.monotonic() + 600
-        while max(checkpoint_steps(run), default=0) < target and processes[0].is_alive():
+        while max(checkpoint_steps(run), default=0) < target and processes[0].poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         time.sleep(chance.random() / 5)
@@ -103,6 +103,6 @@ def test_a_run_killed_at_random_and_resumed_on_other_ranks_ends_as_if_nothing_ha
             process.kill()
             time.sleep(chance.choice([0, 0.2]))
         for process in processes:
-            process.join()
+            process.wait()
     assert_one_result(run, alone["fp32"])
     assert sample_log_errors(run, settings, packed) == []

@@ -176,7 +176,7 @@ def test_of_two_ranks_that_train_the_one_that_reads_it_tells_and_neither_waits(
     place = change(copy, "train", "image")
     ranks = spawn_ranks(2, _train_and_tell, toml.dumps(settings), tmp_path)
     for rank in ranks:
-        rank.join(600)
-    assert [rank.exitcode for rank in ranks] == [1, 1]
+        rank.wait(600)
+    assert [rank.returncode for rank in ranks] == [1, 1]
     told = [(tmp_path / f"rank-{number}").read_text() for number in range(2)]
     assert sum(place in it and it.startswith("UserError: ") for it in told) == 1

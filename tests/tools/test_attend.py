@@ -1,5 +1,6 @@
 """Attention figures of a run that the command line trained."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,9 @@ def _error_of(capsys, *arguments) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(packed: Path, tmp_path_factory) -> Path:
+def run(trained: Path, tmp_path_factory) -> Path:
     """A tiny run."""
-    folder = tmp_path_factory.mktemp("attend")
-    tiny_config(folder, packed, "train.epochs=1")
-    main(["train", str(folder / "experiment.toml"), "--out", str(folder / "run")])
-    return folder / "run"
+    return shutil.copytree(trained, tmp_path_factory.mktemp("attend") / "run")
 
 
 @pytest.fixture

@@ -423,8 +423,8 @@ def _connect(count: int, port: str, out: Path) -> None:
 
 def test_connected_nodes_are_measured_and_a_missing_one_is_named(tmp_path, unused_port) -> None:
     for process in spawn_ranks(2, _connect, 3, str(unused_port), tmp_path):
-        process.join(600)
-        assert process.exitcode == 0
+        process.wait(600)
+        assert process.returncode == 0
     (first, refused), (second, received) = (
         json.loads((tmp_path / f"{node}.json").read_text()) for node in (0, 1)
     )

@@ -63,6 +63,7 @@ def signal_in_the_first_batch(monkeypatch: pytest.MonkeyPatch, *signals: signal.
     monkeypatch.setattr(generation, "generate_tokens", captions)
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_resumes_with_the_same_result(
     uninterrupted: Path, packed: Path, tmp_path: Path
 ) -> None:

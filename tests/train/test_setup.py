@@ -36,6 +36,6 @@ def test_ranks_that_find_different_shards_are_refused(
         tiny_config(tmp_path / str(rank), shards, "train.steps=1")
     processes = spawn_ranks(2, _train, tmp_path)
     for process in processes:
-        process.join(600)
-    assert [process.exitcode for process in processes] == [1, 1]
+        process.wait(600)
+    assert [process.returncode for process in processes] == [1, 1]
     assert "rank 1 finds other shards there than rank 0" in (tmp_path / "error").read_text()

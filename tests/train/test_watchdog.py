@@ -196,6 +196,7 @@ def test_a_slow_download_is_no_stall(packed: Path, tmp_path: Path, clock: Clock)
     assert not (tmp_path / STALLS_FILE).exists()
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_stopped_rank_is_named_and_a_killed_one_ends_the_run_at_once(packed: Path, tmp_path: Path) -> None:
     stall_s, run = 2.0, tmp_path / "run"
     changes = ("train.epochs=1000", "train.score_every=5000", f"train.stall_s={stall_s}")
