@@ -30,7 +30,7 @@ def load_into(backbone: nn.Module, state: dict[str, Tensor], config: EncoderConf
     differing = [
         key
         for key in sorted(expected.keys() | state.keys())
-        # Old files lack this counter, and nobody needs it.
+        # Old files lack this counter, which is not used.
         if not key.endswith("num_batches_tracked")
         and (key not in state or key not in expected or state[key].shape != expected[key].shape)
     ]
