@@ -188,7 +188,7 @@ def _own(folder: Path, documents: dict[str, dict[str, Any]]) -> None:
 
 
 def _others(folder: Path, synthetic_coco: Path, documents: dict[str, dict[str, Any]]) -> None:
-    """Write what else is spoken of: photographs, lists of images, references, weights."""
+    """Write the other files that commands name: images, lists of images, references, weights."""
     photos = sorted((synthetic_coco / "test2017").iterdir())
     shutil.copy(photos[0], folder / "photo.jpg")
     shutil.copy(photos[1], folder / "another.jpg")
