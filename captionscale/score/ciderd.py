@@ -149,8 +149,9 @@ class _Level:
 
     def __init__(self, keys: UInt64[np.ndarray, "start"], image_of: UInt64[np.ndarray, "start"], images: int):
         bits = np.uint64(images.bit_length())
+        pairs = np.sort((keys << bits) | image_of)
         # Each n-gram once for each image.
-        keys, counts = np.unique(np.unique((keys << bits) | image_of) >> bits, return_counts=True)
+        keys, counts = np.unique(pairs[np.diff(pairs, prepend=~pairs[:1]) != 0] >> bits, return_counts=True)
         kept = counts > 1
         counts = counts[kept]
         idf = np.where(counts == images, 0.0, np.log(max(1, images)) - np.log(counts))
