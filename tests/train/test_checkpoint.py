@@ -280,7 +280,7 @@ def test_what_could_not_be_written_is_told_once_at_the_next_look_or_save_or_at_t
     assert "warning: " in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("config")
+@pytest.mark.usefixtures("config", "forked")
 def test_a_run_killed_in_the_middle_of_a_write_has_the_checkpoint_before(tmp_path: Path) -> None:
     program = """if True:
         import sys, torch
