@@ -23,7 +23,7 @@ from captionscale.config import Config
 from captionscale.distributed.engine import Engine
 from captionscale.distributed.ranks import Ranks
 from captionscale.model.captioner import Captioner
-from captionscale.train.checkpoint_writer import CheckpointWriter, write_checkpoint
+from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.state import TrainState
 from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
 
@@ -83,9 +83,7 @@ def _saving(config: Config, folder: Path, ranks: Ranks, options: argparse.Namesp
 
     def synchronous() -> None:
         state.step += 1
-        write_checkpoint(
-            folder, state, {}, captioner.state_dict(), engine.optimizer_state(), config, vocabulary
-        )
+        saver.write(state, captioner.state_dict(), engine.optimizer_state())
 
     def safetensors() -> None:
         for tensors, path in (

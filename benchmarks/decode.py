@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from captionscale.data.shards import Split
 from captionscale.data.storage import open_storage
 from captionscale.errors import UserError
 from captionscale.model.decoders.attention import AttentionDecoder
+from captionscale.model.decoders.decoder import Decoder
 from captionscale.model.search.generate import Hypothesis, search
 from captionscale.train.checkpoint import open_checkpoint
 from captionscale.vocab import END
@@ -143,17 +145,22 @@ def _compare(decoder: AttentionDecoder, features: Tensor, max_words: int, name: 
     def one_at_a_time() -> list[Hypothesis]:
         return [search(decoder, image, **options)[0][0] for image in images]
 
+    def with_copies() -> list[Hypothesis]:
+        with patch.object(AttentionDecoder, "select", Decoder.select):
+            return at_once()
+
     def published() -> list[Hypothesis]:
         return [tutorial_beam_search(decoder, image, **options) for image in images]
 
     expected = published()
-    difference = max(_check_equal(found, expected) for found in (at_once(), one_at_a_time()))
+    difference = max(_check_equal(found, expected) for found in (at_once(), with_copies(), one_at_a_time()))
     count = len(features)
     table = compare(
         f"Beam search, beam {_BEAM}, {count} images: {name}, {decoder.embedding.num_embeddings:,} words",
         "images",
         [
             Candidate("captionscale, all images at once", at_once, count),
+            Candidate("captionscale, regions copied for each caption", with_copies, count),
             Candidate("captionscale, one image at a time", one_at_a_time, count),
             Candidate("the tutorial's form, one image at a time", published, count),
         ],

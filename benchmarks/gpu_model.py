@@ -51,7 +51,7 @@ class Report:
         )
 
     def check(self, section: str, what: str, found: float, limit: float) -> None:
-        """Add a row that tells whether a value is within its limit."""
+        """Add a row that states whether a value is within its limit."""
         self.add(section, check=what, found=float(found), limit=limit, ok=bool(found <= limit))
 
     def failed_checks(self) -> list[dict[str, Any]]:

@@ -33,12 +33,12 @@ def copy_images(source: Path | None, folder: Path, count: int) -> list[Record]:
         UserError: There are no JPEG files.
     """
     if source is None:
-        say("note: synthetic images, which are simpler than photographs; use --images for yours")
+        say("note: synthetic images, which are simpler than real ones; use --images for yours")
         source = folder / "synthetic"
         synthetic.write_coco(source, counts={"train": min(count, 100)}, size=560)
     files = sorted(path for path in source.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not files:
-        raise UserError(f"{source}: no .jpg files; expected a folder of photographs, such as COCO's val2017")
+        raise UserError(f"{source}: no .jpg files; expected a folder of images, such as COCO's val2017")
     (folder / "source").mkdir()
     records = []
     for number in range(count):

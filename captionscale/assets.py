@@ -21,12 +21,7 @@ def folder(name: str) -> Path:
 
 
 def find(kind: str, name: str, suffix: str) -> Path:
-    """Return the file of a path or of a shipped file's name.
-
-    Args:
-        kind: Folder of shipped files, such as `configs`.
-        name: A path, or a shipped file's name with or without its suffix.
-        suffix: Such as `.toml`.
+    """Return a file by its path, or by its name in a folder such as `configs`, with or without suffix.
 
     Raises:
         UserError: Neither a file nor a shipped name.

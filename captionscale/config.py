@@ -5,10 +5,8 @@ The name of a field is the TOML key, the `--set` path and the word that errors u
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import Field, model_validator
 
-from captionscale import plugins
 from captionscale.config_base import (
     Count,
     Fraction,
@@ -19,6 +17,7 @@ from captionscale.config_base import (
     Step,
     Text,
     Weight,
+    name_or_plugin,
 )
 from captionscale.config_checks import find_conflicts
 from captionscale.config_model import Model
@@ -30,13 +29,7 @@ OBJECTIVES = {
 """Classes of objectives by name."""
 
 
-def _known_objective(name: str) -> str:
-    if name not in OBJECTIVES and not plugins.is_plugin(name):
-        expected = f"{', '.join(map(repr, OBJECTIVES))} or module:Class"
-        raise PydanticKnownError("literal_error", {"expected": expected})
-    return name
-
-
+SCORE_METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
 DEFAULT_CACHE_GB = 100.0
 """Default of `data.cache_gb`."""
 
@@ -74,16 +67,6 @@ class Data(Section):
     """Samples are shuffled within windows of so many shards; the shards are shuffled too."""
     workers: SmallCount = 2
     """Threads that decode images, per process."""
-
-
-SCORE_METRICS = ("BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D")
-
-
-def _known_metric(name: str) -> str:
-    if name not in SCORE_METRICS and not plugins.is_plugin(name):
-        expected = f"{', '.join(map(repr, SCORE_METRICS))} or module:Class"
-        raise PydanticKnownError("literal_error", {"expected": expected})
-    return name
 
 
 class Train(Section):
@@ -128,7 +111,7 @@ class Train(Section):
     """Decay per step of the weights' moving average (EMA), which is evaluated; 0: no average."""
     init_from: PlainPath | None = None
     """Run whose best weights initialize the model; same model and vocabulary required."""
-    objective: Annotated[Text, AfterValidator(_known_objective)] = "cross-entropy"
+    objective: Annotated[Text, name_or_plugin(OBJECTIVES)] = "cross-entropy"
     """`cross-entropy` on references, `scst` for a high reward of sampled captions, or `module:Class`."""
     log_every: Count = 10
     """Steps between lines of log.jsonl."""
@@ -136,7 +119,7 @@ class Train(Section):
     """Steps between checkpoints. Default: one epoch."""
     score_every: Count | None = None
     """Steps between validations. Default: one epoch."""
-    score_metric: Annotated[Text, AfterValidator(_known_metric)] = "CIDEr-D"
+    score_metric: Annotated[Text, name_or_plugin(SCORE_METRICS)] = "CIDEr-D"
     """Metric of generated captions that selects the best checkpoint, or `module:Class`."""
     patience: Count = 5
     """Early stopping: validations without improvement; a score counts at the next one."""

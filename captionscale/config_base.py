@@ -1,14 +1,15 @@
 """Base class and field types of the config's sections."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
-from captionscale import credentials
+from captionscale import credentials, plugins
+from captionscale.errors import did_you_mean
 
 _LINE = r"^[^\x00-\x1f\x7f]*$"
 
@@ -38,6 +39,19 @@ Text = Annotated[str, Field(pattern=_LINE, max_length=4096)]
 """A line without control characters."""
 PlainPath = Annotated[Path, AfterValidator(_one_line)]
 """A path without control characters."""
+
+
+def name_or_plugin(names: Collection[str]) -> AfterValidator:
+    """Return the check of a text: one of these names, or `module:Class`."""
+
+    def check(name: str) -> str:
+        if name not in names and not plugins.is_plugin(name):
+            hint = did_you_mean(name, names)
+            expected = f"{', '.join(map(repr, names))} or module:Class" + f"; {hint}" * hint.endswith("?")
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return name
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):

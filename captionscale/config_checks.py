@@ -1,4 +1,4 @@
-"""Settings that exclude each other: the only place that says so."""
+"""Settings that exclude each other; no other module checks them."""
 
 from collections.abc import Iterator
 from typing import Any, TypeAlias
@@ -13,8 +13,7 @@ _MAX_SCST_LR = 2e-4
 def find_conflicts(config: Config) -> Iterator[str]:
     """Yield one line for each conflict, with its cure."""
     yield from _data_conflicts(config)
-    yield from _encoder_conflicts(config)
-    yield from _attention_conflicts(config)
+    yield from _model_conflicts(config)
     if config.train.objective == "scst":
         yield from _scst_conflicts(config)
     if config.train.global_batch % config.train.micro_batch:
@@ -22,64 +21,59 @@ def find_conflicts(config: Config) -> Iterator[str]:
             f"train.global_batch = {config.train.global_batch} is not a multiple of"
             f" train.micro_batch = {config.train.micro_batch}; change one of them"
         )
-    yield from _search_conflicts(config)
+    yield from _search_conflicts(config.search)
 
 
 def _data_conflicts(config: Config) -> Iterator[str]:
     data, trainable = config.data, config.model.encoder.trainable
     if data.crop_scale[0] > data.crop_scale[1] or data.crop_scale[0] <= 0:
         yield f"data.crop_scale = {list(data.crop_scale)}: expected [least, greatest], both above 0"
-    if config.train.cache_features:
-        changing = {
-            f"model.encoder.trainable = {trainable!r}": trainable != "none",
-            f"data.crop_scale = {list(data.crop_scale)}": data.crop_scale != (1.0, 1.0),
-            "data.flip = true": data.flip,
-            f"data.color_jitter = {data.color_jitter}": data.color_jitter > 0,
-            f"data.rotate = {data.rotate}": data.rotate > 0,
-        }
-        for setting in (setting for setting, changes in changing.items() if changes):
+    changing = {
+        f"model.encoder.trainable = {trainable!r}": trainable != "none",
+        f"data.crop_scale = {list(data.crop_scale)}": data.crop_scale != (1.0, 1.0),
+        "data.flip = true": data.flip,
+        f"data.color_jitter = {data.color_jitter}": data.color_jitter > 0,
+        f"data.rotate = {data.rotate}": data.rotate > 0,
+    }
+    for setting, changes in changing.items():
+        if config.train.cache_features and changes:
             yield (
                 "train.cache_features needs a frozen encoder and images without augmentation, found"
                 f" {setting}; change it, or set train.cache_features = false"
             )
 
 
-def _encoder_conflicts(config: Config) -> Iterator[str]:
-    trainable = config.model.encoder.trainable
-    parts = len(trainable) if isinstance(trainable, tuple) else 1
-    if config.train.compile_encoder:
-        others = {
-            "model.encoder.grad_checkpointing": getattr(config.model.encoder, "grad_checkpointing", False),
-            "train.cache_features": config.train.cache_features,
-        }
-        for key in (key for key, on in others.items() if on):
+def _model_conflicts(config: Config) -> Iterator[str]:
+    train, encoder, decoder = config.train, config.model.encoder, config.model.decoder
+    exclusive = {
+        "model.encoder.grad_checkpointing": getattr(encoder, "grad_checkpointing", False),
+        "train.cache_features": train.cache_features,
+    }
+    for key, on in exclusive.items():
+        if train.compile_encoder and on:
             yield f"train.compile_encoder and {key} exclude each other; leave one of them out"
+    stages = len(encoder.trainable) if isinstance(encoder.trainable, tuple) else 1
     for key in ("encoder_lr", "unfreeze_at"):
-        value = getattr(config.train, key)
-        if isinstance(value, tuple) and len(value) != parts:
+        value = getattr(train, key)
+        if isinstance(value, tuple) and len(value) != stages:
             yield (
-                f"train.{key} has {len(value)} values, but model.encoder.trainable names {parts} parts; give"
+                f"train.{key} has {len(value)} values, but model.encoder.trainable names {stages} parts; give"
                 " one for each, or one number for all"
             )
-
-
-def _attention_conflicts(config: Config) -> Iterator[str]:
-    if config.train.doubly_stochastic_weight and not config.model.decoder.has_attention:
+    if train.doubly_stochastic_weight and not decoder.has_attention:
         yield (
-            f"train.doubly_stochastic_weight = {config.train.doubly_stochastic_weight:g}, expected 0 with"
-            f" decoder '{config.model.decoder.name}', which has no attention; leave it out, or change"
-            " model.decoder.name"
+            f"train.doubly_stochastic_weight = {train.doubly_stochastic_weight:g}, expected 0 with decoder"
+            f" '{decoder.name}', which has no attention; leave it out, or change model.decoder.name"
         )
 
 
-def _search_conflicts(config: Config) -> Iterator[str]:
-    search = config.search
+def _search_conflicts(search: Any) -> Iterator[str]:
     if search.groups > 1 and search.method == "sample":
         yield (
             f"search.groups = {search.groups} with search.method = 'sample', expected 1, as only a beam has"
             " groups; set search.groups = 1 or search.method = 'beam'"
         )
-    elif search.groups > 1 and search.beam % search.groups:
+    elif search.beam % search.groups:
         yield (
             f"search.beam = {search.beam} is not a multiple of search.groups = {search.groups}; change one of"
             " them"

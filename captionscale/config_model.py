@@ -1,19 +1,25 @@
 """The config's section `model`: each decoder has a class of its own for its options."""
 
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny, ValidationError, WrapValidator
+from pydantic import Field, SerializeAsAny, WrapValidator
 
 from captionscale import plugins
-from captionscale.config_base import Section, Size, Text
+from captionscale.config_base import Section, Size, Text, name_or_plugin
 from captionscale.errors import UserError
 
-ENCODERS = {
-    "*": "captionscale.model.encoders.torchvision:TorchvisionEncoder",
-}
-"""Class of an encoder by a pattern of `model.encoder.name`; the first that fits."""
+Interpolation = Literal["bilinear", "bicubic"]
+"""How images can be resized."""
+
+
+_TORCHVISION = "captionscale.model.encoders.torchvision:TorchvisionEncoder"
+_TORCHVISION_NAMES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "mobilenet_v2", "wide_resnet50_2"),
+    *("wide_resnet101_2", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+)
+ENCODERS = dict.fromkeys(_TORCHVISION_NAMES, _TORCHVISION)
+"""Class of an encoder by `model.encoder.name`; the first name of a class is its smallest network's."""
 
 DECODERS = {
     "plain": "captionscale.model.decoders.plain:PlainDecoder",
@@ -26,8 +32,8 @@ DECODERS = {
 class EncoderConfig(Section):
     """The network that turns an image into region features; a base for the encoders' own options."""
 
-    name: Text = "resnet50"
-    """A torchvision ResNet or `mobilenet_v2`, or `module:Class`."""
+    name: Annotated[Text, name_or_plugin(ENCODERS)] = "resnet50"
+    """The encoder: one of captionscale's, or `module:Class`."""
     weights: Text = "none"
     """`imagenet` (torchvision's download), a .safetensors or .pth file, or `none` (random)."""
     trainable: Literal["all", "none"] | tuple[Text, ...] = "none"
@@ -35,9 +41,9 @@ class EncoderConfig(Section):
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> type[Section]:
-        """Return the class of the encoder that a config names."""
-        name = tree.get("name", "resnet50")
-        return _config_of(encoder_place(name) if isinstance(name, str) else ENCODERS["*"], EncoderConfig)
+        """Return the class of the encoder that a config names; this one if there is no such encoder."""
+        place = find_place(str(tree.get("name", "resnet50")), ENCODERS)
+        return _config_of(place, EncoderConfig) if place else cls
 
 
 class TorchvisionConfig(EncoderConfig):
@@ -58,14 +64,13 @@ class DecoderConfig(Section):
 
     has_attention: ClassVar[bool] = True
     """Whether the decoder returns attention weights."""
-    name: Text
-    """`plain`, `attention`, `top_down`, or `module:Class`."""
+    name: Annotated[Text, name_or_plugin(DECODERS)]
+    """The decoder: one of captionscale's, or `module:Class`."""
 
     @classmethod
     def of(cls, tree: Mapping[str, Any]) -> type[Section]:
         """Return the class of the decoder that a config names; this one if there is no such decoder."""
-        name = tree.get("name", "attention")
-        place = decoder_place(name) if isinstance(name, str) else None
+        place = find_place(str(tree.get("name", "attention")), DECODERS)
         return _config_of(place, DecoderConfig) if place else cls
 
 
@@ -126,7 +131,7 @@ class TopDownConfig(AttendingConfig):
 
 
 _CONFIGS: dict[str, type[Section]] = {
-    ENCODERS["*"]: TorchvisionConfig,
+    _TORCHVISION: TorchvisionConfig,
     DECODERS["plain"]: PlainConfig,
     DECODERS["attention"]: AttentionConfig,
     DECODERS["top_down"]: TopDownConfig,
@@ -134,16 +139,9 @@ _CONFIGS: dict[str, type[Section]] = {
 """Configs known without an import of torch."""
 
 
-def encoder_place(name: str) -> str:
-    """Return the `module:Class` of an encoder."""
-    if plugins.is_plugin(name):
-        return name
-    return next(place for pattern, place in ENCODERS.items() if fnmatchcase(name, pattern))
-
-
-def decoder_place(name: str) -> str | None:
-    """Return the `module:Class` of a decoder; None: there is none of that name."""
-    return name if plugins.is_plugin(name) else DECODERS.get(name)
+def find_place(name: str, registry: Mapping[str, str]) -> str | None:
+    """Return the `module:Class` of an encoder or decoder; None: there is none of that name."""
+    return name if plugins.is_plugin(name) else registry.get(name)
 
 
 def _config_of(place: str, base: type[Section]) -> type[Section]:
@@ -152,11 +150,13 @@ def _config_of(place: str, base: type[Section]) -> type[Section]:
         return known
     kind = "encoder" if base is EncoderConfig else "decoder"
     expected = f"captionscale.model.{kind}s.{kind}.{kind.title()}"
-    found = getattr(plugins.load(place, object, expected), "Config", None)
+    network = plugins.load(place, object, expected)
+    found = getattr(network, "Config", None)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(
-            f"model.{kind}.name = {place!r}: its Config is {found!r:.60}, expected a class derived from"
-            f" {base.__module__}.{base.__name__}; see docs/extending.md"
+            f"model.{kind}.name = {place!r}: found {network!r:.60} with Config {found!r:.60}, expected a"
+            f" class derived from {expected}, whose Config is derived from {base.__module__}.{base.__name__};"
+            " see docs/extending.md"
         )
     return found
 
@@ -167,21 +167,11 @@ def _by_name(base: type[EncoderConfig | DecoderConfig]) -> WrapValidator:
     def validate(value: Any, validate_base: Any) -> Any:
         if not isinstance(value, dict):
             return validate_base(value)
-        kind = base.of(value)
-        if kind is DecoderConfig:
-            expected = f"{', '.join(map(repr, DECODERS))} or module:Class"
-            raise ValidationError.from_exception_data(
-                "decoder",
-                [
-                    {
-                        "type": "literal_error",
-                        "loc": ("name",),
-                        "input": value["name"],
-                        "ctx": {"expected": expected},
-                    }
-                ],
-            )
-        return kind.model_validate(value)
+        name = value.get("name")
+        registry = ENCODERS if base is EncoderConfig else DECODERS
+        # Of an unknown name only the name is an error: its options are unknown too.
+        known = name is None or find_place(str(name), registry)
+        return base.of(value).model_validate(value if known else {"name": name})
 
     return WrapValidator(validate)
 

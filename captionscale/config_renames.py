@@ -1,4 +1,4 @@
-"""Config keys of version 0.1, and what they are called now."""
+"""Config keys of version 0.1, and their new names."""
 
 RENAMED = {
     "data.colour_jitter": "data.color_jitter",

@@ -15,7 +15,7 @@ _URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.:-]{0,63}://[^\s"'<>]+""")
 _AUTHORITY = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(:\d*)?")
 _SECRET = re.compile(r"token|sig|secret|pass|pwd|key|auth|cred|session|jwt|sas|access", re.IGNORECASE)
 _KEY_LENGTH = 16
-"""Characters of a parameter's value from which on it may be a key, unless it says what is read."""
+"""A parameter's value of so many characters may be a key, unless the name is that of a version or path."""
 _WHAT = re.compile(r"(version|generation)(id)?|revision|commit|ref|branch|path|prefix", re.IGNORECASE)
 _AZURE = re.compile(r"(.*::)?(az|abfss?|wasbs?)")
 
@@ -37,29 +37,31 @@ def strip(text: str) -> str:
 def strip_and_remember(text: str) -> str:
     """Return a text as `strip` does; `restore` knows the URLs as they were, in this process and its children.
 
-    A warning says once for each of them that they are not saved.
+    One warning for each of them: they are not saved.
     """
 
-    def keep(found: re.Match[str]) -> str:
+    def remember(found: re.Match[str]) -> str:
         stripped = _strip(found[0])
-        if stripped != found[0]:
-            _keep(stripped, found[0])
+        if stripped != found[0] and restore(stripped) != found[0]:
+            urls = _remembered() | {stripped.rstrip("/"): found[0]}
+            os.environ[_GIVEN] = json.dumps(urls)
+            _warn(stripped)
         return stripped
 
-    return _URL.sub(keep, text)
+    return _URL.sub(remember, text)
 
 
 def restore(url: str) -> str:
     """Return a URL as it was given, with its credentials."""
+    return _remembered().get(url.rstrip("/"), url)
+
+
+def _remembered() -> dict[str, str]:
     urls: dict[str, str] = json.loads(os.environ.get(_GIVEN, "{}"))
-    return urls.get(url.rstrip("/"), url)
+    return urls
 
 
-def _keep(stripped: str, url: str) -> None:
-    urls = json.loads(os.environ.get(_GIVEN, "{}"))
-    if urls.get(stripped.rstrip("/")) == url:
-        return
-    os.environ[_GIVEN] = json.dumps(urls | {stripped.rstrip("/"): url})
+def _warn(stripped: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         # The command line imports this module, also where nothing is installed.
         from captionscale.progress import say

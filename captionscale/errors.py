@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class PreemptedError(Exception):
-    """The process was asked to exit before its work was done; the text says what is kept."""
+    """The process was asked to exit before its work was done; the text names what is kept."""
 
     EXIT_CODE = 75
     """Exit code: EX_TEMPFAIL of sysexits.h. The same command resumes."""
@@ -27,10 +27,6 @@ class PreemptedError(Exception):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of an error about an unknown word: the nearest known one, or all of them.
-
-    Args:
-        word: The unknown word.
-        known: The valid words.
 
     Examples:
         >>> did_you_mean("globl_batch", ["global_batch", "micro_batch"])
@@ -53,11 +49,7 @@ def describe_images(images: Collection[object]) -> str:
 
 
 def first_few(lines: Sequence[str], everything: str) -> list[str]:
-    """Return the first lines, and how many more there are.
-
-    Args:
-        lines: All lines.
-        everything: The option or file that lists all of them.
+    """Return the first lines, and how many more the option or file `everything` lists.
 
     Examples:
         >>> first_few(["a", "b", "c", "d", "e", "f", "g"], "--json")

@@ -1,4 +1,4 @@
-"""Text that others chose, made safe for where it is shown: a terminal, HTML, Markdown, a shell, a file name.
+"""Untrusted text, escaped for its target: a terminal, HTML, Markdown, a shell, a file name.
 
 Names, captions, keys and messages come from manifests, configs, checkpoints, tars and servers. Each writer
 passes them through the function of its target; `captionscale.terminal` does so for all that is printed.
@@ -27,7 +27,7 @@ _DIGEST = 8
 
 
 def for_terminal(text: str) -> str:
-    r"""Return text as one line that moves no cursor, changes no colour and reverses no direction.
+    r"""Return text as one line that moves no cursor, changes no color and reverses no direction.
 
     What is escaped becomes `\n` or `\u001b`, as JSON and TOML write it.
 
@@ -92,13 +92,9 @@ def for_shell(*words: str) -> str:
 
 
 def for_file_name(text: str, ending: str = "") -> str:
-    """Return a file name: one part of a path, not hidden, no option, short enough for every file system.
+    """Return a file name with this ending: not hidden, no option, short enough for every file system.
 
     Different texts have different names: a text that cannot be one as it is gets a hash of itself.
-
-    Args:
-        text: What the file is named after.
-        ending: Of the name, such as `.png`.
 
     Examples:
         >>> for_file_name("dog 1", ".png")
@@ -124,15 +120,12 @@ def _escaped(found: re.Match[str]) -> str:
 
 def _quoted(word: str) -> str:
     """Quote a word with control characters: bash's $'...' holds them escaped."""
-    letters = []
-    for letter in word:
-        if _CONTROL.match(letter):
-            # The bytes, as bash writes \u in the locale's encoding.
-            try:
-                data = letter.encode(errors="surrogateescape")
-            except UnicodeEncodeError:
-                data = letter.encode(errors="surrogatepass")
-            letters.append("".join(f"\\x{byte:02x}" for byte in data))
-        else:
-            letters.append(f"\\{letter}" if letter in "\\'" else letter)
-    return f"$'{''.join(letters)}'"
+
+    def as_bytes(found: re.Match[str]) -> str:
+        # bash would write \u in the locale's encoding.
+        undecodable = "\udc80" <= found[0] <= "\udcff"
+        data = found[0].encode(errors="surrogateescape" if undecodable else "surrogatepass")
+        return "".join(f"\\x{byte:02x}" for byte in data)
+
+    quoted = re.sub(r"([\\'])", r"\\\1", word)
+    return f"$'{_CONTROL.sub(as_bytes, quoted)}'"

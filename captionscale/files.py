@@ -173,11 +173,7 @@ def not_writable(path: Path, error: OSError) -> UserError:
 
 @contextmanager
 def temp_folder(name: str) -> Iterator[Path]:
-    """Create a temporary folder and remove it at the end, together with those that killed processes left.
-
-    Args:
-        name: Part of the folder's name.
-    """
+    """Create a temporary folder and remove it at the end, together with those that killed processes left."""
     for other in Path(gettempdir()).glob(f"{_SCRATCH}*"):
         # The kernel releases the lock of a process that dies.
         with suppress(OSError):
@@ -260,7 +256,7 @@ def lock(folder: Path, who: str) -> Iterator[None]:
 
 
 def lock_holder(folder: Path) -> str:
-    """Return what the process that writes into a folder says of itself; empty if none does.
+    """Return who holds the lock of a folder: command, process and host; empty if nobody does.
 
     Raises:
         OSError: There is no lock, or it is no regular file.

@@ -14,11 +14,8 @@ from captionscale.escape import for_html, for_markdown, for_markdown_code, for_t
 def render(template: str, **values: Any) -> Markup:
     """Render a template with values that `captionscale.escape` makes safe for HTML or, in `*.md`, Markdown.
 
-    Of a `Markup` value, such as the result of another `render`, only control characters are escaped.
-
-    Args:
-        template: File name in `captionscale/templates/`.
-        values: Variables of the template; one that is missing is an error.
+    Of a `Markup` value, such as the result of another `render`, only control characters are escaped. A
+    variable that is missing is an error.
     """
     return Markup(_environment().get_template(template).render(values))
 

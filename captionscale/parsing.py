@@ -20,11 +20,7 @@ T = TypeVar("T")
 
 
 def decode(data: bytes | memoryview, decoder: msgspec.json.Decoder[T]) -> T:
-    """Return JSON as the decoder's type. NaN and Infinity, which are not JSON, are refused.
-
-    Args:
-        data: UTF-8, with or without a byte order mark.
-        decoder: Of a type without `Any`, whose depth is bounded by its own.
+    """Return JSON (UTF-8) as the decoder's type, which has no `Any`; NaN and Infinity are refused.
 
     Raises:
         ValueError: It is not JSON, or has another layout.
@@ -74,12 +70,7 @@ def toml(text: str) -> dict[str, Any]:
 
 
 def convert(tree: Any, kind: type[T], dec_hook: Callable[[type, Any], Any] | None = None) -> T:
-    """Return parsed JSON as a type.
-
-    Args:
-        tree: Parsed JSON.
-        kind: Its type.
-        dec_hook: Makes values of types that msgspec does not know.
+    """Return parsed JSON as a type; `dec_hook` makes values of types that msgspec does not know.
 
     Raises:
         ValueError: It has another layout.
@@ -106,30 +97,25 @@ class Lines(Generic[T]):
     """The lines of a file that could be read, and those that could not."""
 
     valid: list[tuple[bytes, T]]
-    """Each as it is in the file, and what it says."""
+    """Each as it is in the file, and as it was read."""
     damaged: list[tuple[int, bytes]]
     """Each with its number, from 1."""
 
     def warning(self, place: object) -> str:
-        """Return one line that names what was passed over; nothing if all lines are whole."""
+        """Return one line that names what was skipped; nothing if all lines are whole."""
         if not self.damaged:
             return ""
         count, first = len(self.damaged), self.damaged[0][0]
-        return f"{place}: passed over {count:,} damaged line{'s' * (count > 1)}, the first is line {first:,}"
+        return f"{place}: skipped {count:,} damaged line{'s' * (count > 1)}, the first is line {first:,}"
 
 
-def read_lines(data: bytes, read: Callable[[bytes], T], first: int = 1) -> Lines[T]:
-    """Read a file of JSON lines.
+def read_lines(data: bytes, read: Callable[[bytes], T]) -> Lines[T]:
+    """Read JSON lines by a function that raises ValueError for a damaged one.
 
     A last line without its end, which a killed process leaves, is not damaged: it is left out.
-
-    Args:
-        data: The file's content.
-        read: Reads one line; raises ValueError for one that is damaged.
-        first: Number of the first line.
     """
     found = Lines[T]([], [])
-    for number, line in enumerate(data.splitlines(keepends=True), start=first):
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
         raw = line.rstrip(b"\r\n")
         if not raw:
             continue

@@ -16,13 +16,8 @@ def is_plugin(name: str) -> bool:
 def load(name: str, base: type[T], expected: str | None = None) -> type[T]:
     """Import a class from Python's path.
 
-    The current folder is not added to it: a checkpoint's config may name a class, and whoever made the
-    checkpoint must not choose what is executed.
-
-    Args:
-        name: `module:Class`.
-        base: What the class must derive from.
-        expected: Name of that class in errors, where it is not `base`'s.
+    The current folder is not added to it: a checkpoint's config may name a class, and its author must not
+    choose what is executed. `expected` is the name of the base class in errors, where it is not `base`'s.
 
     Raises:
         UserError: No such module or class, an error while it is imported, or a class that is no `base`.

@@ -87,7 +87,7 @@ def progress(
     """
     out = console()
     if quiet or lines or not out.is_terminal:
-        yield Bar(title, total, done, None if quiet else out, SHORT_S if transient else 0.0)
+        yield Bar(title, total, done, None if quiet else out, min_s=SHORT_S if transient else 0.0)
         return
     columns = (
         _text("{task.description}"),
@@ -97,19 +97,12 @@ def progress(
         _text("{task.fields[note]}"),
     )
     with _bars(*columns, transient=transient) as bars:
-        bar = Bar(title, total, done, out)
-        bar.attach(bars)
-        yield bar
+        yield Bar(title, total, done, out, bars)
 
 
 @contextmanager
 def spinner(title: str, *, quiet: bool = False) -> Iterator[None]:
-    """Show that a task of unknown length is running: on a terminal, or in one line after some seconds.
-
-    Args:
-        title: The task.
-        quiet: Show nothing; for ranks other than the first.
-    """
+    """Show that a task of unknown length is running: on a terminal, or in one line after some seconds."""
     out = console()
     if quiet:
         yield
@@ -148,18 +141,21 @@ class Bar:
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, title: str, total: int, done: int, out: Console | None, least_s: float = 0.0):
-        self._title, self._total, self._done, self._out = for_terminal(title), total, done, out
-        self._least_s = least_s
-        self._note = ""
-        self._bars: Progress | None = None
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        done: int,
+        out: Console | None,
+        bars: Progress | None = None,
+        min_s: float = 0.0,
+    ):
+        self._title, self._total, self._out, self._bars = for_terminal(title), total, out, bars
+        self._start = self._done = done
+        self._min_s, self._note = min_s, ""
         self._started = self._spoke = time.monotonic()
-        self._start = done
-
-    def attach(self, bars: Progress) -> None:
-        """Draw on a terminal."""
-        self._bars = bars
-        self._task = bars.add_task(self._title, total=self._total, completed=self._done, note="")
+        if bars is not None:
+            self._task = bars.add_task(self._title, total=total, completed=done, note="")
 
     def note(self, text: str) -> None:
         """Set the text after the bar."""
@@ -174,7 +170,7 @@ class Bar:
         now = time.monotonic()
         due = now - self._spoke > self.SECONDS_BETWEEN_LINES
         if self._out is not None and (
-            due or (self._done == self._total and now - self._started >= self._least_s)
+            due or (self._done == self._total and now - self._started >= self._min_s)
         ):
             self._spoke = now
             pace = (now - self._started) / max(1, self._done - self._start)

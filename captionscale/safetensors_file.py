@@ -39,11 +39,7 @@ def read_header(path: Path) -> Header:
 
 
 def load(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a file that holds those that are expected, and no others.
-
-    Args:
-        path: The file.
-        expected: Tensors of the same names, dtypes and shapes; they may be on the device `meta`.
+    """Return the tensors of a file with the expected names, dtypes and shapes, and no others.
 
     Raises:
         ValueError: It is not a safetensors file, or holds other tensors.

@@ -23,11 +23,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start(command: "Sequence[str | Path]", **options: Any) -> "subprocess.Popen[Any]":
-    """Start a process that ends when this one does.
-
-    Args:
-        command: Program and arguments.
-        options: As of `subprocess.Popen`.
+    """Start a process that ends when this one does, with the options of `subprocess.Popen`.
 
     Raises:
         OSError: There is no such program, or no memory for another process.

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from captionscale import assets, credentials, parsing
 from captionscale.config import Config
 from captionscale.config_base import Section
-from captionscale.config_model import DecoderConfig
+from captionscale.config_model import DecoderConfig, EncoderConfig, Model
 from captionscale.config_renames import RENAMED
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import read_file
@@ -22,11 +22,9 @@ _MAX_SHOWN = 200
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config.
+    """Read a config: a path, or the name of a file in `configs/`.
 
-    Args:
-        source: A path, or the name of a file in `configs/`.
-        overrides: `section.key=value` each, the value as TOML writes it (a bare word is a string).
+    An override is `section.key=value`, the value as TOML writes it (a bare word is a string).
 
     Raises:
         UserError: No such file, not TOML, an unknown key, or a value out of range.
@@ -44,13 +42,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def override(config: Config, overrides: Sequence[str], section: str, *, option: str = "--set ") -> Config:
-    """Return a config with other values in one section.
-
-    Args:
-        config: The config to change.
-        overrides: As in `load`.
-        section: The section that may change.
-        option: What error messages put before an override.
+    """Return a config with other values in one section; errors put `option` before an override.
 
     Raises:
         UserError: A key of another section, an unknown key, or a value out of range.
@@ -74,11 +66,7 @@ def _validate(
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        findings = error.errors()
-        lines = [
-            *_explain_renamed(place, overrides, findings, option),
-            *_explain(place, overrides, tree, [each for each in findings if not _new_name(each)], option),
-        ]
+        lines = _explain(place, overrides, tree, error.errors(), option)
         raise UserError(*map(credentials.strip, lines)) from None
 
 
@@ -133,45 +121,33 @@ def _explain(
             yield f"{path}: {first['ctx']['error']}"
             continue
         *sections, name = key
+        dotted = ".".join(key)
         place = ": ".join([str(path), ".".join(sections)] if sections else [str(path)])
-        if change := next((each for each in overrides if each.split("=")[0].strip() == ".".join(key)), None):
+        change = next((each for each in overrides if each.split("=")[0].strip() == dotted), None)
+        if change is not None:
             place = f"{option}{change}"
-        if first["type"] == "extra_forbidden" and issubclass(section, DecoderConfig):
-            decoder = reduce(getitem, sections, tree).get("name", "attention")
+        if first["type"] == "extra_forbidden" and dotted in RENAMED:
+            where = path if change is None else place
+            yield f"{where}: {dotted} is a key of version 0.1, expected {RENAMED[dotted]}; rename it"
+        elif first["type"] == "extra_forbidden" and issubclass(section, EncoderConfig | DecoderConfig):
+            kind = sections[-1]
+            network = reduce(getitem, sections, tree).get("name") or getattr(Model(), kind).name
             hint = did_you_mean(name, section.model_fields)
             join = " If not," if hint.endswith("?") else ";"
             yield (
-                f"{place}: unknown key '{name}' with decoder '{decoder}'; {hint}{join} leave it out, or"
-                " change model.decoder.name"
+                f"{place}: unknown key '{name}' with {kind} '{network}'; {hint}{join} leave it out, or"
+                f" change model.{kind}.name"
             )
         elif first["type"] == "extra_forbidden":
             yield f"{place}: unknown key '{name}'; {did_you_mean(name, section.model_fields)}"
         elif first["type"] == "missing" and first["loc"] == key:
-            yield f"{place}: key '{name}' is missing; add it to the file or pass --set {'.'.join(key)}=..."
+            yield f"{place}: key '{name}' is missing; add it to the file or pass --set {dotted}=..."
         else:
-            messages = dict.fromkeys(
-                found["msg"][:1].lower() + found["msg"][1:] for found in (first, *others)
-            )
-            meaning = " ".join((section.model_fields[name].description or "a section").split())
+            texts = [found["msg"] for found in (first, *others)]
+            messages = dict.fromkeys(text[:1].lower() + text[1:] for text in texts)
+            meaning = " ".join((section.model_fields[name].description or "").split())
             value = _shown(reduce(getitem, key, tree))
-            yield f"{place}: {name} = {value}: {' or '.join(messages)} ({meaning})"
-
-
-def _new_name(finding: Any) -> str | None:
-    """Return what an unknown key of version 0.1 is called now."""
-    return RENAMED.get(".".join(map(str, finding["loc"]))) if finding["type"] == "extra_forbidden" else None
-
-
-def _explain_renamed(
-    path: Path | str, overrides: Sequence[str], findings: Iterable[Any], option: str
-) -> Iterator[str]:
-    for finding in findings:
-        if new := _new_name(finding):
-            old = ".".join(finding["loc"])
-            place = next(
-                (f"{option}{each}" for each in overrides if each.partition("=")[0].strip() == old), path
-            )
-            yield f"{place}: {old} is a key of version 0.1, expected {new}; rename it"
+            yield f"{place}: {name} = {value}: {' or '.join(messages)}" + f" ({meaning})" * bool(meaning)
 
 
 def _shown(value: Any) -> str:

@@ -82,10 +82,7 @@ class Vocabulary:
 def build(captions: Iterable[str], min_count: int, max_vocab_size: int | None) -> Vocabulary:
     """Return the words that occur at least `min_count` times, most frequent first.
 
-    Args:
-        captions: Raw text.
-        min_count: Smallest number of occurrences.
-        max_vocab_size: Largest number of words, without special tokens.
+    `max_vocab_size` does not count the special tokens.
 
     Raises:
         UserError: No word is frequent enough.

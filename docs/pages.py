@@ -11,7 +11,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-BESIDE = ("README.md", "CHANGELOG.md", "launch/README.md", "shards/README.md", "slurm/README.md")
+OUTSIDE = ("README.md", "CHANGELOG.md", "launch/README.md", "shards/README.md", "slurm/README.md")
 _LINK = re.compile(r"\]\(([^)#:]+)")
 
 
@@ -25,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.remove(file)
         if file.inclusion.is_included():
             add(f"docs/{file.src_uri}")
-    for place in BESIDE:
+    for place in OUTSIDE:
         add(place)
     for page in files.documentation_pages():
         folder = (ROOT / page.src_uri).parent

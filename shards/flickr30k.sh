@@ -3,9 +3,9 @@
 #
 #     bash flickr30k.sh RAW OUT [options of captionscale pack ...]
 #
-# The authors give the images (4 GB) to those who fill in the form at
+# The authors provide the images (4 GB) on request, by the form at
 # https://shannon.cs.illinois.edu/DenotationGraph/: unpack them so that RAW/flickr30k-images/1000092795.jpg is one.
-# RAW/dataset_flickr30k.json is downloaded unless it is there, or caption_datasets.zip, which holds it.
+# RAW/dataset_flickr30k.json is downloaded unless it is there, or caption_datasets.zip, which contains it.
 # KARPATHY_URL names a mirror of the zip's folder.
 
 # shellcheck source-path=SCRIPTDIR

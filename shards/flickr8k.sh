@@ -3,7 +3,7 @@
 #
 #     bash flickr8k.sh RAW OUT [options of captionscale pack ...]
 #
-# What RAW has already is not downloaded: the folder Flicker8k_Dataset (so it is spelt), Flickr8k.token.txt and
+# What RAW has already is not downloaded: the folder Flicker8k_Dataset (so spelled), Flickr8k.token.txt and
 # Flickr_8k.{train,dev,test}Images.txt, or the two zips. FLICKR8K_URL names a mirror of the folder of the zips.
 
 # shellcheck source-path=SCRIPTDIR

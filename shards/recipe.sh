@@ -42,7 +42,7 @@ fetch() { # PATH URL [PATH URL ...], the paths of one zip side by side
     if ! mkdir -p "$raw" 2>/dev/null || [[ ! -w $raw ]]; then
         fail "$raw: cannot be written to, expected it for ${paths[*]}; take another folder, or put them there yourself"
     fi
-    # Two writers would spoil a download. After a kill -9 the lock stays with curl until it has ended too.
+    # Two writers would damage a download. After a kill -9 the lock stays with curl until it has ended too.
     exec 9<"$raw"
     ! command -v flock >/dev/null || flock --nonblock 9 || (($? != 1)) ||
         fail "$raw: another recipe is at work here, expected to be the only one; wait for its end, or stop it"
@@ -87,23 +87,23 @@ download() { # URL FILE BYTES
     say "downloading $1"
     until have=$(bytes "$part") && ((have == $3)); do
         ((failed < 5)) ||
-            fail "$1: stopped after $have of $3 bytes, expected all; run the same command again to go on from there"
-        # More than the whole is of another file.
+            fail "$1: stopped after $have of $3 bytes, expected all; run the same command again to resume"
+        # A larger part is of another file.
         ((have < $3)) || rm "$part"
         code=0
         # Not --retry, which starts at the first byte again.
         curl --fail --location $meter --show-error --connect-timeout 30 --speed-limit 1000 --speed-time 60 \
             --continue-at - --output "$part" "$1" || code=$?
-        # The server cannot go on in the middle.
+        # The server cannot resume.
         ((code != 33)) || rm "$part"
-        # A long download may break often, as long as it gets on.
+        # A long download may break often, as long as it advances.
         if ((have && $(bytes "$part") > have)); then failed=0; else failed=$((failed + 1)); fi
         ((code == 0)) || sleep "$failed"
     done
     mv "$part" "$2"
 }
 
-# Unpack elsewhere and move it when it is whole, so that whatever is at its place is whole.
+# Unpack into another folder, and move what is complete.
 unpack() { # ZIP PATH
     local fresh=$raw/.unpacking code=0
     say "unpacking $2"
@@ -120,7 +120,7 @@ unpack() { # ZIP PATH
     rm -rf "$fresh"
 }
 
-# Pack one of COCO's official splits; of the numbers that the caller expects, only this split's is meant.
+# Pack one of COCO's official splits; of the expected numbers, only this split's applies.
 pack_coco() { # SPLIT IMAGES FOLDER CAPTIONS [options of captionscale pack ...]
     local split=$1 images=$2 folder=$raw/$3 captions=$raw/$4 options=()
     shift 4
@@ -137,7 +137,7 @@ pack_coco() { # SPLIT IMAGES FOLDER CAPTIONS [options of captionscale pack ...]
         --expect "$split=$images" ${options[@]+"${options[@]}"}
 }
 
-# An image in two of a data set's own splits is worth a note, but nobody can mend it.
+# An image in two of the official splits is a note, as the user cannot correct it.
 verify() {
     captionscale verify "$out" --allow-leaks
 }
@@ -148,7 +148,7 @@ if (($# < 2)) || [[ $1 == -* || $2 == -* ]]; then
 fi
 raw=$1 out=$2
 shift 2
-# After what is on the PATH: the environment that `make install` puts into a checkout.
+# Last on the PATH: the environment that `make install` puts into a checkout.
 PATH=$PATH:$(dirname "${BASH_SOURCE[0]}")/../.venv/bin
 command -v captionscale >/dev/null ||
     fail "no command captionscale, expected it on the PATH; activate its environment, or install it"

@@ -15,9 +15,9 @@ import pytest
 def serve_app(app: Any, limits: Any = None) -> Iterator[str]:
     """Serve an application as the demo does; yield its address."""
     from captionscale.tools.demo.connections import Server
-    from captionscale.tools.demo.origins import OriginMiddleware, allowed_hosts
+    from captionscale.tools.demo.origins import OriginMiddleware
 
-    app.add_middleware(OriginMiddleware, names=allowed_hosts("127.0.0.1", ["proxy.example"]), secure=set())
+    app.add_middleware(OriginMiddleware, host="127.0.0.1", allowed=["proxy.example"], secure=[])
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = Server(app, lambda: None, limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

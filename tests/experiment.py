@@ -20,7 +20,7 @@ from captionscale import config, toml
 from captionscale.data.loader import Loader
 from captionscale.data.shards import Split
 from captionscale.model.captioner import Captioner
-from captionscale.train.checkpoint_writer import write_checkpoint
+from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.run_folder import checkpoint_steps
 from captionscale.train.state import TrainState
 from captionscale.vocab import build
@@ -59,7 +59,7 @@ def tiny_config(folder: Path, packed: Path, *changes: str) -> config.Config:
 
 
 def peaked_run(folder: Path, packed: Path) -> Path:
-    """Write a run of one checkpoint that sees pictures apart and has strong opinions, but never learned."""
+    """Write an untrained run with one checkpoint that distinguishes images and has sharp probabilities."""
     import torch
 
     settings = tiny_config(folder, packed, "data.image_size=64")
@@ -72,13 +72,13 @@ def peaked_run(folder: Path, packed: Path) -> Path:
     with torch.no_grad():
         for parameter in captioner.decoder.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
-        # What an encoder that never learned sees of pictures is nearly the same for all.
+        # The features of an untrained encoder are nearly the same for all images.
         features = captioner.encode(batch.images).flatten(0, 1)
         regions = captioner.decoder.region_projection
         regions.weight /= features.std() * features.shape[1] ** 0.5 / 4
         regions.bias.copy_(-(regions.weight @ features.mean(0)))
     run = folder / "run"
-    write_checkpoint(run, TrainState(step=1), {}, captioner.state_dict(), {}, settings, vocabulary)
+    CheckpointWriter(run, settings, vocabulary, {}).write(TrainState(step=1), captioner.state_dict(), {})
     return run
 
 

@@ -40,7 +40,7 @@ QUICKSTARTS = ("val2017/000000002001.jpg", "test2017/000000002156.jpg")
 PROGRAMS = {
     "python": '#!/bin/sh\nexec {python} "$@"\n',
     "captionscale": '#!/bin/sh\nexec {python} -m captionscale "$@"\n',
-    # Its own arguments are known, the script is there, and what the script makes of the others can be said.
+    # It checks its own options and the script; the other arguments must be valid for the script's command.
     "sbatch": """#!{python}
 import argparse, pathlib, subprocess, sys
 from captionscale.commands.parser import parser
@@ -49,20 +49,20 @@ for option in ("--nodes", "--gpus-per-node", "--time", "--dependency", "--cpus-p
     sbatch.add_argument(option)
 sbatch.add_argument("--parsable", action="store_true")
 sbatch.add_argument("script", type=pathlib.Path)
-sbatch.add_argument("words", nargs=argparse.REMAINDER)
-said = sbatch.parse_args()
-subprocess.run(["bash", "-n", said.script], check=True)
-match said.script.stem.split("_")[-1]:
-    case "pack" | "score" as verb:
-        parser().parse_args([verb, *said.words])
+sbatch.add_argument("arguments", nargs=argparse.REMAINDER)
+options = sbatch.parse_args()
+subprocess.run(["bash", "-n", options.script], check=True)
+match options.script.stem.split("_")[-1]:
+    case "pack" | "score" as command:
+        parser().parse_args([command, *options.arguments])
     case "node":
-        experiment, run, *changes = said.words
+        experiment, run, *changes = options.arguments
         parser().parse_args(["train", experiment, "--out", run, *changes])
     case "job":
-        assert not said.words
+        assert not options.arguments
     case other:
         sys.exit(f"no script of ours: {{other}}")
-print("17" if said.parsable else "Submitted batch job 17")
+print("17" if options.parsable else "Submitted batch job 17")
 """,
 }
 
@@ -188,7 +188,7 @@ def _own(folder: Path, documents: dict[str, dict[str, Any]]) -> None:
 
 
 def _others(folder: Path, synthetic_coco: Path, documents: dict[str, dict[str, Any]]) -> None:
-    """Write what else is spoken of: photographs, lists of images, references, weights."""
+    """Write the other files that commands name: images, lists of images, references, weights."""
     photos = sorted((synthetic_coco / "test2017").iterdir())
     shutil.copy(photos[0], folder / "photo.jpg")
     shutil.copy(photos[1], folder / "another.jpg")

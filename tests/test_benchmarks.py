@@ -86,8 +86,8 @@ def test_a_training_step_with_other_gradients_ends_its_benchmark(monkeypatch: py
         module._whole_steps(options)
 
 
-def test_packing_needs_photographs(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"no \.jpg files; expected a folder of photographs"):
+def test_packing_needs_images(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"no \.jpg files; expected a folder of images"):
         importlib.import_module("pack").main(["--tiny", "--images", str(tmp_path)])
 
 

@@ -1,4 +1,4 @@
-"""What holds for every command of the command line."""
+"""Properties of every command of the command line."""
 
 import argparse
 import shlex
@@ -13,7 +13,7 @@ PARSER = parser()
 
 
 def commands(top: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yield each command, and each kind of data set of `pack`, with its parser."""
+    """Yield each command, and each source of `pack`, with its parser."""
     for action in top._actions:
         if isinstance(action, argparse._SubParsersAction):
             for each, inner in action.choices.items():
@@ -24,7 +24,7 @@ def commands(top: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str
 COMMANDS = dict(commands(PARSER))
 
 
-def refusal(capsys: pytest.CaptureFixture[str], line: str) -> str:
+def usage_error(capsys: pytest.CaptureFixture[str], line: str) -> str:
     with pytest.raises(SystemExit) as caught:
         PARSER.parse_args(shlex.split(line))
     assert caught.value.code == 2
@@ -77,7 +77,7 @@ def test_only_out_names_what_a_command_writes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "meant"),
+    ("line", "suggestion"),
     [
         ("train attention --lr 1e-3", "did you mean --set train.lr=1e-3?"),
         ("train attention --lr=1e-3 --out run", "did you mean --set train.lr=1e-3?"),
@@ -97,11 +97,11 @@ def test_only_out_names_what_a_command_writes() -> None:
         ("show shards 1 2", "unrecognized arguments: 2"),
     ],
 )
-def test_an_unknown_option_is_refused_under_its_commands_usage_with_what_was_meant(
-    line, meant, capsys
+def test_an_unknown_option_is_refused_under_its_commands_usage_with_a_suggestion(
+    line, suggestion, capsys
 ) -> None:
-    error = refusal(capsys, line)
-    assert meant in error.splitlines()[-1]
+    error = usage_error(capsys, line)
+    assert suggestion in error.splitlines()[-1]
     command = " ".join(line.split()[: 2 if line.startswith("pack") else 1])
     assert error.startswith(f"usage: captionscale {command} ")
 

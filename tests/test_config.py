@@ -138,7 +138,7 @@ def test_a_file_may_leave_to_a_change_what_has_no_default(tmp_path) -> None:
         ),
         (
             f"model = 3\n{SMALL}",
-            "model = 3: input should be a valid dictionary or instance of Model (a section)",
+            "model = 3: input should be a valid dictionary or instance of Model",
         ),
     ],
 )
@@ -201,7 +201,7 @@ def test_broken_toml_is_told_with_its_line(tmp_path) -> None:
     assert "line 3" in error
     assert error.endswith("; correct that line")
     path = tmp_path / "mine.toml"
-    path.write_bytes(b"\xff\xd8\xff\xe0 a photograph")
+    path.write_bytes(b"\xff\xd8\xff\xe0  a JPEG")
     with pytest.raises(UserError, match="not a TOML file"):
         load(path)
 
@@ -249,3 +249,9 @@ def test_new_names_are_keys_and_old_names_are_not(tmp_path) -> None:
 def test_only_a_beam_has_groups(tmp_path) -> None:
     error = refused(tmp_path, f"{SMALL}[search]\nmethod = 'sample'\ngroups = 3")
     assert error.startswith("search.groups = 3 with search.method = 'sample', expected 1")
+
+
+def test_an_unknown_encoder_is_refused_before_torch_is_imported(tmp_path) -> None:
+    error = refused(tmp_path, f"{SMALL}[model.encoder]\nname = 'resnett18'")
+    assert "or module:Class; did you mean 'resnet18'?" in error
+    assert "'resnet18', 'resnet34'" in refused(tmp_path, f"{SMALL}[model.encoder]\nname = 'vgg16'")

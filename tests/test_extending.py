@@ -131,7 +131,7 @@ def test_an_encoder_and_a_decoder_of_ones_own_caption_and_train(folder: Path) ->
     (folder / "again.toml").write_text(toml.dumps(config), encoding="utf-8")
     assert toml.load(folder / "again.toml") == config
     captioner = Captioner(config.model, 20)
-    captioner.load_pretrained()
+    captioner.encoder.load_pretrained()
     images = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
     features = captioner.encode(images)
     rows, columns = captioner.encoder.grid(64, 64)
@@ -161,8 +161,9 @@ def test_an_encoder_and_a_decoder_of_ones_own_caption_and_train(folder: Path) ->
         (["model.decoder.name=my_encoder:MyEncoder"], "expected a class derived from .*DecoderConfig"),
         (
             ["model.encoder.name=my_encoder:MyEncoder", "model.encoder.output_stride=16"],
-            "unknown key 'output_stride'",
+            "unknown key 'output_stride' with encoder 'my_encoder:MyEncoder'.* change model.encoder.name",
         ),
+        (["model.encoder.name=resnet19"], "name = 'resnet19': input should be 'resnet18'.* or module:Class"),
     ],
 )
 def test_a_plug_in_that_does_not_fit_is_refused(folder: Path, overrides: list[str], error: str) -> None:

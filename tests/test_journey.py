@@ -116,7 +116,7 @@ def test_ranks_without_work_wait_for_nobody_and_change_nothing(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"
     main(["caption", str(run), "--split", "test", "--out", str(alone)])
-    # One batch of eight pictures: two of three processes have none.
+    # One batch of eight images: two of three processes have none.
     main(["launch", "--processes", "3", "--", "caption", str(run), "--split", "test", "--out", str(together)])
     assert together.read_bytes() == alone.read_bytes()
 
@@ -179,7 +179,7 @@ def test_shards_behind_a_url_are_verified_shown_and_trained_on_as_in_their_folde
     assert _say(capsys, "show", url, "3") == _say(capsys, "show", packed, "3")
     by_url, by_folder = _say(capsys, "stats", url), _say(capsys, "stats", packed)
     assert by_url.replace(url, str(packed)) == by_folder
-    # Room for two shards of three: what is read comes and goes.
+    # The cache holds two of three shards: shards are evicted while they are read.
     largest = max(path.stat().st_size for path in packed.glob("*.tar"))
     tiny_config(tmp_path, packed, "train.epochs=1")
     changes = (
@@ -204,7 +204,7 @@ def test_bad_input_is_told_in_one_line(
     text = tmp_path / "text.jpg"
     text.write_text("no image")
     assert "not a readable image" in _refuse(capsys, "caption", run, text)
-    assert "no such file, expected an image" in _refuse(capsys, "caption", run, tmp_path / "none.jpg")
+    assert "No such file or directory, expected" in _refuse(capsys, "caption", run, tmp_path / "none.jpg")
     assert "no checkpoint, so no run" in _refuse(capsys, "caption", tmp_path, text)
     assert "no split 'vla'; did you mean 'val'?" in _refuse(capsys, "score", run, "--split", "vla")
     assert "no --split" in _refuse(capsys, "score", run)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
-from captionscale import progress as room
+from captionscale import progress as progress_module
 from captionscale.progress import Bar, console, progress, spinner
 
 
@@ -15,7 +15,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
     """What a terminal of 120 columns gets."""
     written = io.StringIO()
     fake = Console(file=written, force_terminal=True, width=120, highlight=False)
-    monkeypatch.setattr(room, "console", lambda: fake)
+    monkeypatch.setattr(progress_module, "console", lambda: fake)
     return written
 
 
@@ -55,14 +55,14 @@ def test_quiet_is_silent_on_a_terminal_too(terminal: io.StringIO) -> None:
     assert terminal.getvalue() == ""
 
 
-def test_what_is_said_stands_as_it_was_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_are_printed_without_markup(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("training", 1) as bar:
         # Rich took [a] for a style and left it out, before.
         bar.say("runs/[a]: " + "long " * 60 + "[/b]")
     assert capsys.readouterr().err == "runs/[a]: " + "long " * 60 + "[/b]\n"
 
 
-def test_people_are_spoken_to_wherever_the_standard_error_goes_now(
+def test_messages_go_to_the_current_standard_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     console().print("first")
@@ -85,10 +85,10 @@ def test_a_bar_inside_another_works_on_a_terminal(terminal: io.StringIO) -> None
         assert text in shown
 
 
-def test_what_is_printed_beside_a_bar_goes_into_the_pipe_that_it_was_meant_for(
+def test_output_printed_during_a_progress_bar_reaches_its_pipe(
     terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # `attend --split val > pages.txt` left the file empty where people saw a bar.
+    # `attend --split val > pages.txt` left the file empty and drew a bar on the terminal.
     piped = io.StringIO()
     monkeypatch.setattr(sys, "stdout", piped)
     with progress("attention", 1) as bar:

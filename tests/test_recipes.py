@@ -116,7 +116,7 @@ def zipped(files: dict[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def photograph(number: int) -> bytes:
+def jpeg_image(number: int) -> bytes:
     buffer = io.BytesIO()
     noise = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)
     Image.fromarray(noise).save(buffer, "JPEG")
@@ -141,7 +141,7 @@ def coco(mirror: Mirror) -> None:
     ids = {"train2014": range(1, 5), "val2014": range(11, 14), "test2014": range(21, 23)}
     for split, its in ids.items():
         folder = {f"{split}/": b""} | {
-            f"{split}/COCO_{split}_{it:012}.jpg": photograph(it % 21) for it in its
+            f"{split}/COCO_{split}_{it:012}.jpg": jpeg_image(it % 21) for it in its
         }
         mirror.files[f"/zips/{split}.zip"] = zipped(folder)
     captions = {split: coco_captions(split, its, split != "test2014") for split, its in ids.items()}
@@ -248,7 +248,7 @@ def test_flickr8k_goes_on_where_it_was_killed(mirror: Mirror, tmp_path: Path) ->
         for k, split in enumerate(("train", "dev", "test"))
     }
     every = [name for group in names.values() for name in group]
-    images = {f"Flicker8k_Dataset/{name}": photograph(k) for k, name in enumerate(every)}
+    images = {f"Flicker8k_Dataset/{name}": jpeg_image(k) for k, name in enumerate(every)}
     mirror.files["/Flickr8k_Dataset.zip"] = zipped(
         images | {f"__MACOSX/Flicker8k_Dataset/._{name}": b"finder" for name in every}
     )
@@ -350,7 +350,7 @@ def test_flickr30k_says_where_its_images_must_lie_and_needs_no_server_with_range
     (raw / "flickr30k-images").mkdir(parents=True)
     names = [f"{k}.jpg" for k in range(4)]
     for k, name in enumerate(names):
-        (raw / "flickr30k-images" / name).write_bytes(photograph(k))
+        (raw / "flickr30k-images" / name).write_bytes(jpeg_image(k))
     splits = {"train": names[:2], "val": names[2:3], "test": names[3:]}
     mirror.files["/caption_datasets.zip"] = zipped({"dataset_flickr30k.json": karpathy("flickr30k", splits)})
     mirror.ranges = False

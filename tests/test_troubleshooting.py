@@ -20,8 +20,8 @@ def quoted() -> list[str]:
 
 def texts() -> Iterator[str]:
     """Yield each text in the code but docstrings, with the page's sign for what is put into it."""
-    for room in (ROOT / "captionscale").rglob("*.py"):
-        nodes = list(ast.walk(ast.parse(room.read_text(encoding="utf-8"))))
+    for module in (ROOT / "captionscale").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         for node in nodes:
             if isinstance(node, ast.JoinedStr):

@@ -79,7 +79,7 @@ def test_a_saved_vocabulary_is_the_same_when_read(tmp_path: Path) -> None:
     assert load(tmp_path / "vocab.json").sha256 == vocabulary.sha256
 
 
-def test_the_hash_tells_words_and_orders_apart() -> None:
+def test_the_hash_depends_on_words_and_order() -> None:
     hashes = {Vocabulary(words).sha256 for words in [("a", "b"), ("b", "a"), ("a", "b", "c"), ("ab",)]}
     assert len(hashes) == 4
 

@@ -42,7 +42,7 @@ def test_the_wheel_carries_the_configs(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb",
+    "command",
     [
         "pack",
         "verify",
@@ -62,8 +62,8 @@ def test_the_wheel_carries_the_configs(home: Path) -> None:
         "quickstart",
     ],
 )
-def test_every_verb_answers_for_help(home: Path, verb: str) -> None:
-    assert "usage: captionscale" in _say(home, verb, "--help")
+def test_every_command_has_help(home: Path, command: str) -> None:
+    assert "usage: captionscale" in _say(home, command, "--help")
 
 
 def test_the_wheel_carries_the_launch_profiles(home: Path) -> None:

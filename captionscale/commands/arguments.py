@@ -62,11 +62,35 @@ def positive(text: str) -> int:
     return number
 
 
+def argument(*names: str, **settings: Any) -> "Callable[[argparse.ArgumentParser], None]":
+    """Return a function that adds an argument to a parser."""
+
+    def add(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(*names, **settings)
+
+    return add
+
+
+add_json = argument("--json", action="store_true", help="print the result as JSON")
+add_checkpoint = argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
+add_shards = argument(
+    "--shards", metavar="DIR", help="folder or URL of other shards than those of the run's config"
+)
+add_ensemble = argument(
+    "--ensemble",
+    action="append",
+    default=[],
+    type=Path,
+    metavar="RUN",
+    dest="others",
+    help="add this run to an ensemble with the first (same vocabulary required); repeatable",
+)
+
+
 def add_config(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add CONFIG and --set, which `load_config` reads."""
-    parser.add_argument(
-        "config", metavar="CONFIG", nargs=None if required else "?", help="a TOML file, or a name in configs/"
-    )
+    nargs = None if required else "?"
+    parser.add_argument("config", metavar="CONFIG", nargs=nargs, help="a TOML file, or a name in configs/")
     _add_set(parser, "section.key=value")
 
 
@@ -79,9 +103,8 @@ def load_config(options: argparse.Namespace) -> "Config":
 
 def add_run(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Add RUN; `require_run` is called before anything heavy is imported."""
-    parser.add_argument(
-        "run", type=Path, nargs=None if required else "?", metavar="RUN", help="folder of the run"
-    )
+    nargs = None if required else "?"
+    parser.add_argument("run", type=Path, nargs=nargs, metavar="RUN", help="folder of the run")
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -102,50 +125,16 @@ def search_overrides(options: argparse.Namespace) -> list[str]:
     return [*options.overrides, *([f"search.beam={options.beam}"] if options.beam else [])]
 
 
-def add_checkpoint(parser: argparse.ArgumentParser) -> None:
-    """Add --checkpoint."""
-    parser.add_argument("--checkpoint", default="best", help="best, last or a step (default: %(default)s)")
-
-
-def add_ensemble(parser: argparse.ArgumentParser) -> None:
-    """Add --ensemble, the other runs of an ensemble."""
-    parser.add_argument(
-        "--ensemble",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="RUN",
-        dest="others",
-        help="add this run to an ensemble with the first (same vocabulary required); repeatable",
-    )
-
-
-def add_shards(parser: argparse.ArgumentParser) -> None:
-    """Add --shards."""
-    parser.add_argument(
-        "--shards", metavar="DIR", help="folder or URL of other shards than those of the run's config"
-    )
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add --json."""
-    parser.add_argument("--json", action="store_true", help="print the result as JSON")
-
-
 def add_profile(parser: argparse.ArgumentParser, default: str | None) -> None:
     """Add --profile, the launch profile."""
-    parser.add_argument(
-        "--profile",
-        default=default,
-        help=f"launch profile: a file, or a name in launch/ (default: {default or 'one process'})",
-    )
+    text = f"launch profile: a file, or a name in launch/ (default: {default or 'one process'})"
+    parser.add_argument("--profile", default=default, help=text)
 
 
 def add_job_size(parser: argparse.ArgumentParser, nodes: int | None) -> None:
     """Add --nodes, --gpus and --time."""
-    parser.add_argument(
-        "--nodes", type=positive, default=nodes, metavar="N", help="nodes (default: this job's, or 1)"
-    )
+    text = "nodes (default: this job's, or 1)"
+    parser.add_argument("--nodes", type=positive, default=nodes, metavar="N", help=text)
     parser.add_argument("--gpus", type=positive, metavar="N", help="GPUs of each node")
     parser.add_argument("--time", metavar="H:MM:SS", help="time limit of the job, such as 4:00:00")
 
@@ -161,11 +150,5 @@ def require_images_or_split(options: argparse.Namespace, usage: str) -> None:
 
 
 def _add_set(parser: argparse.ArgumentParser, metavar: str) -> None:
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar=metavar,
-        dest="overrides",
-        help="change a key of the config; repeatable",
-    )
+    text = "change a key of the config; repeatable"
+    parser.add_argument("--set", action="append", default=[], metavar=metavar, dest="overrides", help=text)

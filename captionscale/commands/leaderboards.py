@@ -1,9 +1,10 @@
 """`board` and `leaderboard`: receipts in one table, and files for the servers of COCO and nocaps."""
 
 import argparse
+import json
 from pathlib import Path
 
-from captionscale.commands.arguments import Commands
+from captionscale.commands.arguments import Commands, add_json
 
 
 def add(commands: Commands) -> None:
@@ -24,6 +25,7 @@ def add(commands: Commands) -> None:
     board.add_argument(
         "--out", type=Path, default=Path("board.html"), metavar="FILE", help="page (default: %(default)s)"
     )
+    add_json(board)
 
     leaderboard = commands.add(
         "leaderboard",
@@ -60,9 +62,12 @@ def add(commands: Commands) -> None:
 
 
 def _board(options: argparse.Namespace) -> None:
-    from captionscale.tools.board import write_board
+    from captionscale.tools.board import to_json, write_board
 
     tables = write_board(options.receipts, options.out)
+    if options.json:
+        print(json.dumps({"page": str(options.out), "tables": [*map(to_json, tables)]}, indent=1))
+        return
     receipts = sum(len(table.entries) for table in tables)
     said = f"{options.out}: {receipts} receipt{'s' * (receipts != 1)}"
     if len(tables) > 1:

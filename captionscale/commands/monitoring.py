@@ -32,13 +32,13 @@ def add(commands: Commands) -> None:
     add_json(doctor)
 
     watch = commands.add(
-        "watch",
-        "follow a run, from any machine that sees its folder",
-        _watch,
-        example="watch runs/attention",
+        "watch", "follow a run, from any machine that sees its folder", _watch, example="watch runs/attention"
     )
     add_run(watch)
-    watch.add_argument("--once", action="store_true", help="print the state of the run once, and exit")
+    watch.add_argument(
+        "--once", action="store_true", help="print the state of the run once, and exit; so does --json"
+    )
+    add_json(watch)
     watch.add_argument(
         "--interval", type=positive, default=5, metavar="S", help="seconds between updates (default: 5)"
     )
@@ -65,4 +65,4 @@ def _doctor(options: argparse.Namespace) -> None:
 def _watch(options: argparse.Namespace) -> None:
     from captionscale.tools.watch import watch
 
-    watch(options.run, once=options.once, every_s=float(options.interval))
+    watch(options.run, once=options.once, as_json=options.json, every_s=float(options.interval))

@@ -2,15 +2,7 @@
 
 import argparse
 
-from captionscale.commands import (
-    leaderboards,
-    monitoring,
-    reporting,
-    scoring,
-    shards,
-    sharing,
-    training,
-)
+from captionscale.commands import leaderboards, monitoring, scoring, shards, sharing, training
 from captionscale.commands.arguments import Commands
 from captionscale.commands.unknown_options import CommandParser
 from captionscale.version import __version__
@@ -19,7 +11,7 @@ _GROUPS = (
     ("data", (shards,)),
     ("training", (training, monitoring)),
     ("captions and scores", (scoring, leaderboards)),
-    ("looking at a run, and sharing it", (reporting, sharing)),
+    ("looking at a run, and sharing it", (sharing,)),
 )
 
 

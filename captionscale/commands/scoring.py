@@ -4,9 +4,10 @@ import argparse
 import json
 import math
 import signal
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from captionscale.commands.arguments import (
     Commands,
@@ -23,6 +24,9 @@ from captionscale.commands.arguments import (
 from captionscale.errors import UserError
 from captionscale.escape import for_terminal
 from captionscale.train.run_folder import require_run
+
+if TYPE_CHECKING:
+    from captionscale.tools.ensemble import CheckpointEnsemble
 
 _STOPPED = "score: stopped by {}; no receipt was written, run the same command again"
 
@@ -64,32 +68,23 @@ def add(commands: Commands) -> None:
     add_shards(score)
     add_search(score)
     add_ensemble(score)
+    for option, metavar, text in (
+        ("--captions", "FILE", "without a run: the captions to score, in COCO results format"),
+        ("--references", "FILE", "without a run: references, in COCO captions format"),
+        ("--out", "FILE", "receipt (default: in RUN/scores/; without a run, none is written)"),
+        ("--spice", "DIR", "also compute SPICE: folder with Stanford CoreNLP 3.6.0"),
+        ("--clip", "FILE", "with a run, also compute CLIPScore: CLIP's weights"),
+    ):
+        score.add_argument(option, type=Path, metavar=metavar, help=text)
     score.add_argument(
-        "--captions",
-        type=Path,
-        metavar="FILE",
-        help="without a run: the captions to score, in COCO results format",
-    )
-    score.add_argument(
-        "--references", type=Path, metavar="FILE", help="without a run: references, in COCO captions format"
-    )
-    score.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="receipt (default: in RUN/scores/; without a run, none is written)",
-    )
-    score.add_argument(
-        "--meteor-gb", type=_gigabytes, metavar="GB", help="memory limit of METEOR's Java processes"
+        "--meteor-gb",
+        type=_gigabytes,
+        default=1.3,
+        metavar="GB",
+        help="memory limit of METEOR's Java processes (default: %(default)s)",
     )
     score.add_argument(
         "--reference-implementation", action="store_true", help="use pycocoevalcap's own classes: slower"
-    )
-    score.add_argument(
-        "--spice", type=Path, metavar="DIR", help="also compute SPICE: folder with Stanford CoreNLP 3.6.0"
-    )
-    score.add_argument(
-        "--clip", type=Path, metavar="FILE", help="with a run, also compute CLIPScore: CLIP's weights"
     )
     score.add_argument(
         "--clip-model", default="ViT-B-32-quickgelu", help="open_clip model of --clip (default: %(default)s)"
@@ -125,41 +120,36 @@ def _caption(options: argparse.Namespace) -> None:
     require_images_or_split(options, usage)
     if bool(options.split) != bool(options.out):
         raise UserError(f"caption: expected either {usage}")
-    require_run(options.run)
+    members = _open(options)
     from captionscale.tools.captioner_api import CaptionPipeline
-    from captionscale.tools.ensemble import open_ensemble
     from captionscale.tools.scoring import caption_run
 
+    words: dict[str, Any] = {"prefix": options.prefix, "require": options.require}
     if options.split:
-        count = caption_run(
-            options.run,
-            options.split,
-            checkpoint=options.checkpoint,
-            shards=options.shards,
-            out=options.out,
-            overrides=search_overrides(options),
-            others=options.others,
-            prefix=options.prefix,
-            require=options.require,
-        )
+        count = caption_run(members, options.split, shards=options.shards, out=options.out, **words)
         if count is not None:
             print(f"{options.out}: {count:,} captions, in COCO's results format")
         return
-    members = open_ensemble(
-        options.run, options.others, checkpoint=options.checkpoint, overrides=search_overrides(options)
-    )
-    captions = CaptionPipeline(members).caption(
-        options.images, prefix=options.prefix, require=options.require
-    )
+    captions = CaptionPipeline(members).caption(options.images, **words)
+    pairs = list(zip(options.images, captions, strict=True))
     if options.json:
-        pairs = zip(options.images, captions, strict=True)
         tree = [
             {"image": str(path), "caption": each.caption, "log_prob": each.log_prob} for path, each in pairs
         ]
         print(json.dumps(tree, indent=1))
         return
-    for path, found in zip(options.images, captions, strict=True):
+    for path, found in pairs:
         print(f"{for_terminal(str(path))}\t{for_terminal(found.caption)}")
+
+
+def _open(options: argparse.Namespace) -> "CheckpointEnsemble":
+    """Return RUN and the other runs of --ensemble."""
+    require_run(options.run)
+    from captionscale.tools.ensemble import open_ensemble
+
+    return open_ensemble(
+        options.run, options.others, checkpoint=options.checkpoint, overrides=search_overrides(options)
+    )
 
 
 def _score_or_stop(options: argparse.Namespace) -> None:
@@ -192,38 +182,30 @@ def _score(options: argparse.Namespace) -> None:
 
     # Schedulers end jobs with it: Java and its files are cleaned up, as after Ctrl-C.
     signal.signal(signal.SIGTERM, _stop)
-    changes: dict[str, Any] = {}
-    if options.meteor_gb is not None:
-        changes["meteor_gb"] = options.meteor_gb
-    if options.reference_implementation:
-        changes["reference_implementation"] = True
-    metrics = partial(measure, **changes)
+    place = options.out
+    common: dict[str, Any] = {
+        "measure": partial(
+            measure,
+            meteor_gb=options.meteor_gb,
+            reference_implementation=options.reference_implementation,
+        ),
+        "spice_jars": options.spice,
+        "metrics": options.metric,
+    }
     if by_run:
         from captionscale.tools.scoring import score_run
 
+        clip = (options.clip, options.clip_model) if options.clip else None
         receipt, place = score_run(
-            options.run,
-            options.split,
-            checkpoint=options.checkpoint,
-            shards=options.shards,
-            out=options.out,
-            overrides=search_overrides(options),
-            others=options.others,
-            measure=metrics,
-            spice_jars=options.spice,
-            clip=(options.clip, options.clip_model) if options.clip else None,
-            metrics=options.metric,
+            _open(options), options.split, shards=options.shards, out=options.out, clip=clip, **common
         )
+        if receipt is None:
+            return
     else:
         # It does not import torch, which takes seconds.
         from captionscale.tools.score_file import score_file
 
-        receipt = score_file(
-            options.captions, options.references, options.out, metrics, options.spice, options.metric
-        )
-        place = options.out
-    if receipt is None:
-        return
+        receipt = score_file(options.captions, options.references, options.out, **common)
     if options.json:
         tree = {"scores": receipt.scores, "intervals": receipt.intervals, "receipt": place and str(place)}
         print(json.dumps(tree, indent=1))
@@ -254,6 +236,6 @@ def _compare(options: argparse.Namespace) -> None:
     first, second = (find_receipt(path) for path in (options.first, options.second))
     found = compare(Receipt.read(first), Receipt.read(second), top=options.limit, metrics=options.metric)
     if options.json:
-        print(json.dumps({"first": str(first), "second": str(second), **found.to_dict()}, indent=1))
+        print(json.dumps({"first": str(first), "second": str(second), **asdict(found)}, indent=1))
     else:
         print(f"A: {first}", f"B: {second}", "", *table(found), sep="\n")

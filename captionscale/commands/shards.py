@@ -3,12 +3,12 @@
 import argparse
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from captionscale.commands.arguments import Commands, add_json, add_parser, positive
+from captionscale.commands.arguments import Commands, add_json, add_parser, argument, positive
 from captionscale.commands.unknown_options import CommandParser
 from captionscale.data.sources.registry import SOURCES
 from captionscale.errors import UserError, first_few
@@ -16,8 +16,6 @@ from captionscale.escape import for_terminal
 from captionscale.plugins import is_plugin
 
 if TYPE_CHECKING:
-    from captionscale.data.decode import ImageInfo
-    from captionscale.data.shards import Sample
     from captionscale.data.storage import Storage
 
 
@@ -30,10 +28,6 @@ class _SourceParser(CommandParser):
         self._add_arguments()
         return super().parse_known_args(args, namespace)
 
-    def format_help(self) -> str:
-        self._add_arguments()
-        return super().format_help()
-
     def _add_arguments(self) -> None:
         from captionscale.data.sources import source
 
@@ -44,22 +38,6 @@ class _SourceParser(CommandParser):
         except UserError as error:
             self.exit(2, f"{self.prog}: error: {error}\n")
         _add_packing(self)
-
-
-class _SourceParsers(dict[str, argparse.ArgumentParser]):
-    """Parsers by the names of sources; that of a plug-in is made when it is named."""
-
-    def __init__(self, prog: str, parsers: Iterable[tuple[str, argparse.ArgumentParser]]):
-        super().__init__(parsers)
-        self._prog = prog
-
-    def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or is_plugin(str(name))
-
-    def __missing__(self, name: str) -> argparse.ArgumentParser:
-        parser = _SourceParser(f"{self._prog} {name}")
-        parser.set_defaults(source=name)
-        return parser
 
 
 def add(commands: Commands) -> None:
@@ -76,8 +54,14 @@ def add(commands: Commands) -> None:
     for name, (_, text, arguments) in SOURCES.items():
         example = f"pack {name} {arguments} --out shards"
         add_parser(sources, name, f"pack {text}", example, help=text).set_defaults(source=name)
-    by_name: Any = _SourceParsers(pack.prog, sources.choices.items())
-    sources._name_parser_map = sources.choices = by_name
+
+    def add_plugin(text: str) -> str:
+        # argparse converts a value before it looks for the value among the choices.
+        if is_plugin(text) and text not in sources.choices:
+            sources.add_parser(text).set_defaults(source=text)
+        return text
+
+    sources.type = add_plugin
 
     verify = commands.add(
         "verify",
@@ -109,64 +93,34 @@ def add(commands: Commands) -> None:
         "--min-count", type=positive, default=5, metavar="N", help="as data.min_count (default: 5)"
     )
     stats.add_argument("--out", type=Path, metavar="FILE", help="also draw them: a .png, .pdf or .svg")
+    add_json(stats)
 
 
-def _add_shards(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", metavar="SHARDS", help="folder or URL of the shards")
-
-
-def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=positive, metavar="N", help="workers (default: one for each core)")
+_add_shards = argument("shards", metavar="SHARDS", help="folder or URL of the shards")
+_add_workers = argument("--workers", type=positive, metavar="N", help="workers (default: one for each core)")
 
 
 def _add_packing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--out",
         type=Path,
         required=True,
         metavar="DIR",
         help="folder of the shards; it may hold other splits",
     )
-    parser.add_argument(
-        "--images-per-shard",
-        type=positive,
-        default=1000,
-        metavar="N",
-        help="images in each shard (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--resize",
-        type=positive,
-        metavar="PIXELS",
-        help="shrink images to this shorter side (default: original size)",
-    )
-    parser.add_argument(
-        "--quality",
-        type=int,
-        choices=range(1, 101),
-        metavar="1..100",
-        help="JPEG quality of shrunk images (default: 95)",
-    )
-    parser.add_argument(
-        "--no-decode",
-        action="store_true",
-        help="check only the images' headers: faster, but damage is found later",
-    )
-    parser.add_argument(
-        "--max-rejected",
-        type=_fraction,
-        default=0.001,
-        metavar="FRACTION",
-        help="largest fraction of unreadable images (default: 0.001)",
-    )
-    parser.add_argument(
-        "--expect",
-        type=_expected,
-        action="append",
-        default=[],
-        metavar="SPLIT=IMAGES",
-        help="fail if a split has another number of images; repeatable",
-    )
+    text = "images in each shard (default: %(default)s)"
+    add("--images-per-shard", type=positive, default=1000, metavar="N", help=text)
+    text = "shrink images to this shorter side (default: original size)"
+    add("--resize", type=positive, metavar="PIXELS", help=text)
+    text = "JPEG quality of shrunk images (default: 95)"
+    add("--quality", type=int, choices=range(1, 101), metavar="1..100", help=text)
+    text = "check only the images' headers: faster, but damage is found later"
+    add("--no-decode", action="store_true", help=text)
+    text = "largest fraction of unreadable images (default: %(default)s)"
+    add("--max-rejected", type=_fraction, default=0.001, metavar="FRACTION", help=text)
+    text = "fail if a split has another number of images; repeatable"
+    add("--expect", type=_expected, action="append", default=[], metavar="SPLIT=IMAGES", help=text)
     _add_workers(parser)
 
 
@@ -207,27 +161,23 @@ def _verify_place(place: "Storage", options: argparse.Namespace) -> None:
     from captionscale.machine import cpu_count
     from captionscale.progress import progress, say
 
-    splits = read_manifest(place).splits
-    with progress("verifying", sum(facts.images for facts in splits.values())) as bar:
+    images = {name: info.images for name, info in read_manifest(place).splits.items()}
+    workers = options.workers or cpu_count()
+    with progress("verifying", sum(images.values())) as bar:
         found = verify(
-            place,
-            deep=options.deep,
-            allow_leaks=options.allow_leaks,
-            workers=options.workers or cpu_count(),
-            progress=bar.advance,
+            place, deep=options.deep, allow_leaks=options.allow_leaks, workers=workers, progress=bar.advance
         )
+    lines = []
     if options.json:
-        images = {name: facts.images for name, facts in splits.items()}
-        tree = {"shards": options.shards, "images": images, **asdict(found)}
-        print(json.dumps(tree, indent=1))
-    for note in [] if options.json else first_few(found.notes, "--json"):
-        say(f"note: {note}")
+        print(json.dumps({"shards": options.shards, "images": images, **asdict(found)}, indent=1))
+    else:
+        for note in first_few(found.notes, "--json"):
+            say(f"note: {note}")
+        lines = first_few(found.problems, "--json")
     if found.problems:
-        lines = [] if options.json else first_few(found.problems, "--json")
-        verdict = f"{options.shards}: NOT as packed; problems: {len(found.problems):,}"
-        raise UserError(*lines, verdict)
+        raise UserError(*lines, f"{options.shards}: NOT as packed; problems: {len(found.problems):,}")
     if not options.json:
-        counts = ", ".join(f"{name} {facts.images:,}" for name, facts in splits.items())
+        counts = ", ".join(f"{name} {count:,}" for name, count in images.items())
         print(f"{options.shards}: as packed: images: {counts}")
 
 
@@ -245,21 +195,18 @@ def _show(options: argparse.Namespace) -> None:
         tree = {"id": options.image_id, "file": sample.file, "split": split.name, **facts}
         print(json.dumps({**tree, "captions": list(sample.captions)}, indent=1))
     else:
-        _print_sample(options.image_id, split.name, sample, info, len(data))
+        print(f"image {options.image_id}  {for_terminal(sample.file)}  split {split.name}")
+        print(f"{info.width} x {info.height} pixels, {len(data):,} bytes of {info.extension}")
+        for caption in sample.captions:
+            print(f"  {for_terminal(caption)}")
     if options.out:
         with atomic_write(options.out) as file:
             file.write(data)
-
-
-def _print_sample(image_id: int, split: str, sample: "Sample", info: "ImageInfo", size_bytes: int) -> None:
-    print(f"image {image_id}  {for_terminal(sample.file)}  split {split}")
-    print(f"{info.width} x {info.height} pixels, {size_bytes:,} bytes of {info.extension}")
-    for caption in sample.captions:
-        print(f"  {for_terminal(caption)}")
 
 
 def _stats(options: argparse.Namespace) -> None:
     from captionscale.data.storage import open_storage
     from captionscale.tools.dataset_stats import print_stats
 
-    print_stats(open_storage(options.shards), min_count=options.min_count, plot=options.out)
+    storage = open_storage(options.shards)
+    print_stats(storage, min_count=options.min_count, plot=options.out, as_json=options.json)

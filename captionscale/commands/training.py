@@ -14,7 +14,7 @@ from captionscale.commands.arguments import (
     positive,
 )
 
-_DRY_RUN = "print what would be started, and exit"
+_DRY_RUN = "print the command, and exit"
 
 
 def add(commands: Commands) -> None:
@@ -57,7 +57,7 @@ def add(commands: Commands) -> None:
 
     submit = commands.add(
         "submit",
-        "submit a SLURM job that trains, and resumes as the next job when its time is over",
+        "submit a SLURM job that trains, and resumes as another job at its time limit",
         _submit,
         example="submit attention --nodes 2 --gpus 8 --time 4:00:00",
     )
@@ -101,7 +101,7 @@ def add(commands: Commands) -> None:
 
     config = commands.add(
         "config",
-        "print a config with all its defaults; without CONFIG, list the configs that ship",
+        "print a config with all its defaults; without CONFIG, list the shipped configs",
         _config,
         example="config attention --set train.lr=2e-4",
     )
@@ -110,7 +110,7 @@ def add(commands: Commands) -> None:
 
     quickstart = commands.add(
         "quickstart",
-        "run every step once, on drawn images: draw, pack, train, score, caption, report",
+        "run every step once on synthetic images: draw, pack, train, score, caption, report",
         _quickstart,
         example="quickstart --out quickstart",
     )

@@ -6,17 +6,13 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any, get_args
 
-_LAUNCH = "launch sets the number of processes: captionscale launch --processes N -- {}"
-_HINTS = {
+_LAUNCH = "launch sets the number of processes: captionscale launch --processes N -- train"
+_TRAIN_HINTS = {
     "resume": "training resumes by itself from the last checkpoint in --out RUN; leave it out",
     "profile": "--profile is a launch profile (captionscale launch); --trace-steps N traces N steps",
-    "processes": _LAUNCH,
-    "nproc_per_node": _LAUNCH,
-    "num_processes": _LAUNCH,
-    "gpus": _LAUNCH,
-    "num_gpus": _LAUNCH,
+    **dict.fromkeys(("processes", "nproc_per_node", "num_processes", "gpus", "num_gpus"), _LAUNCH),
 }
-"""What the options of `train` that other tools have are called here."""
+"""Cures for options of other tools' training commands."""
 _OTHER_NAMES = {
     "batch_size": "train.global_batch",
     "beam_size": "search.beam",
@@ -33,7 +29,7 @@ _OTHER_NAMES = {
     "num_workers": "data.workers",
     "wd": "train.weight_decay",
 }
-"""Config keys by the names that other tools have for them."""
+"""Config keys by their names in other tools."""
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -55,37 +51,37 @@ class CommandParser(argparse.ArgumentParser):
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         for word, following in zip(words, [*words, "--"][1:], strict=True):
-            option, equals, value = word.partition("=")
             if word == "--":
                 return
-            known = self._option_string_actions
-            if option.startswith("--") and " " not in word and not any(k.startswith(option) for k in known):
+            option, equals, value = word.partition("=")
+            known = any(name.startswith(option) for name in self._option_string_actions)
+            if option.startswith("--") and " " not in word and not known:
                 if not equals:
                     value = "..." if following.startswith("--") else following
-                self.error(f"unknown option {option}; {self._meant(option, value)}")
+                self.error(f"unknown option {option}; {self._suggestion(option, value)}")
 
-    def _meant(self, option: str, value: str) -> str:
+    def _suggestion(self, option: str, value: str) -> str:
         name = option.removeprefix("--").replace("-", "_")
-        command = self.prog.split()[-1]
-        if command == "train" and name in _HINTS:
-            return _HINTS[name].format(command)
+        if self.prog.split()[-1] == "train" and name in _TRAIN_HINTS:
+            return _TRAIN_HINTS[name]
         settable = self._option_string_actions.get("--set")
-        keys = list(_config_keys(str(settable.metavar).partition("key")[0])) if settable else []
+        # --set takes keys of any `section.`, or of the section that it names.
+        start = str(settable.metavar).partition("key")[0].removeprefix("section.") if settable else "none"
+        keys = {key: key.rpartition(".")[2] for key in _config_keys() if key.startswith(start)}
         exact = [key for key in keys if key == _OTHER_NAMES.get(name)]
-        exact += [key for key in keys if name in (key, key.rpartition(".")[2])]
+        exact += [key for key, last in keys.items() if name in (key, last)]
         if exact:
             return f"did you mean {' or '.join(f'--set {key}={value}' for key in exact)}?"
         options = sorted(each for each in self._option_string_actions if each.startswith("--"))
         if near := get_close_matches(option, options, n=1, cutoff=0.6):
             return f"did you mean {near[0]}?"
-        last = {key.rpartition(".")[2]: key for key in keys}
-        if near := get_close_matches(name, last, n=1, cutoff=0.7):
-            return f"did you mean --set {last[near[0]]}={value}?"
+        by_last = {last: key for key, last in keys.items()}
+        if near := get_close_matches(name, by_last, n=1, cutoff=0.7):
+            return f"did you mean --set {by_last[near[0]]}={value}?"
         return f"known: {', '.join(options)}"
 
 
-def _config_keys(start: str) -> Iterator[str]:
-    """Yield the config keys below `section.` for any section, or below the one that is named."""
+def _config_keys() -> list[str]:
     from captionscale.config import Config
     from captionscale.config_base import Section
 
@@ -98,5 +94,4 @@ def _config_keys(start: str) -> Iterator[str]:
             if not inner:
                 yield prefix + name
 
-    keys = dict.fromkeys(walk(Config, ""))
-    yield from (key for key in keys if start == "section." or key.startswith(start))
+    return list(dict.fromkeys(walk(Config, "")))

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from captionscale.data import image_limits
 from captionscale.errors import UserError
-from captionscale.files import UnfitFileError, read_file
+from captionscale.files import read_file
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
 
@@ -33,13 +33,7 @@ _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xdb-\xe0\xe2-\xfe]")
 
 
 class ImageInfo(NamedTuple):
-    """Size and format of an image file.
-
-    Attributes:
-        width: In pixels, upright.
-        height: In pixels, upright.
-        extension: File name extension by which a WebDataset reader decodes these bytes, such as `jpg`.
-    """
+    """Upright size of an image in pixels, and the extension by which a WebDataset reader decodes its file."""
 
     width: int
     height: int
@@ -47,119 +41,68 @@ class ImageInfo(NamedTuple):
 
 
 def decode_image(data: bytes, place: str) -> UInt8[np.ndarray, "height width 3"]:
-    """Return RGB pixels, upright by the EXIF orientation, on white where transparent.
+    """Return RGB pixels of the first frame, upright by the EXIF orientation, on white where transparent.
 
     simplejpeg decodes ordinary JPEGs, Pillow the rest; on JPEGs both give the same pixels.
 
-    Args:
-        data: A JPEG, PNG, WebP, BMP or GIF file; its first frame is decoded.
-        place: Source of the bytes, for errors.
-
     Raises:
-        UserError: The image is damaged or beyond the limits.
+        UserError: The image is damaged or beyond the limits; the message starts with `place`.
     """
-    with _refusing(data, place):
+    with _check(data, place):
         header = _jpeg_header(data)
         if header and (image := _jpeg(data)) is not None:
             return _upright(image, header[2])
-        return _by_pillow(data)
+        with _open(data) as pil:
+            return _pixels(pil)
 
 
 def read_image(file: Path) -> UInt8[np.ndarray, "height width 3"]:
-    """Return the `decode_image` of an image file.
-
-    Raises:
-        UserError: It is missing; as `decode_image` does.
-    """
-    if not file.is_file():
-        found = "a folder" if file.is_dir() else "no such file"
-        raise UserError(f"{file}: {found}, expected an image, such as a JPEG; correct the path")
+    """Read and decode an image file."""
     try:
         data = read_file(file, image_limits.MAX_IMAGE_BYTES)
-    except UnfitFileError as error:
-        raise UserError(f"{file}: {error.strerror}, expected an image; correct the path") from None
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}, expected an image file; correct the path") from None
     return decode_image(data, str(file))
 
 
-def decode_pil(data: bytes, place: str) -> Image.Image:
-    """Return `decode_image` as a Pillow image."""
-    return Image.fromarray(decode_image(data, place))
-
-
 def pil_to_rgb(pil: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    """Return the pixels of a Pillow image, as `decode_image` does for a file.
-
-    Raises:
-        UserError: As `decode_image` does, if Pillow has opened a file but not decoded it yet.
-    """
+    """Return the pixels of a Pillow image, as `decode_image` does for a file."""
     file = pil.fp if isinstance(pil, ImageFile.ImageFile) else None
     if file is None or file.closed:
-        return _uprighted(pil)
+        return _pixels(pil)
     at = file.tell()
     file.seek(0)
     data = file.read()
     file.seek(at)
-    with _refusing(data, getattr(pil, "filename", "") or "image"):
-        return _uprighted(pil)
-
-
-def _uprighted(pil: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
-    pil.load()
-    width, height = pil.size
-    image = np.empty((height, width, 3), np.uint8)
-    # In tiles: conversion to RGB takes up to twenty bytes a pixel.
-    columns = min(width, _TILE_PIXELS)
-    rows = max(1, _TILE_PIXELS // columns)
-    for top in range(0, height, rows):
-        for left in range(0, width, columns):
-            bottom, right = min(height, top + rows), min(width, left + columns)
-            tile = pil.crop((left, top, right, bottom))
-            image[top:bottom, left:right] = np.asarray(_rgb(tile))
-    return _upright(image, _orientation(pil))
+    with _check(data, getattr(pil, "filename", "") or "image"):
+        return _pixels(pil)
 
 
 def image_info(data: bytes, place: str, *, full_decode: bool) -> ImageInfo:
-    """Return size and format of an image file.
-
-    Args:
-        data: A JPEG, PNG, WebP, BMP or GIF file.
-        place: Source of the bytes, for errors.
-        full_decode: Prove that `decode_image` can decode it; otherwise read only what gives the size.
-
-    Raises:
-        UserError: As `decode_image` does.
-    """
-    with _refusing(data, place):
+    """Return size and format of an image file, from its header, or after a test of `decode_image`."""
+    with _check(data, place):
         header = _jpeg_header(data)
         # At an eighth of the size, libjpeg still reads every code of the file.
         if header and not (full_decode and _jpeg(data, eighth=True) is None):
-            height, width, orientation = header
-            extension = "jpg"
+            (height, width, orientation), kind = header, "jpg"
         else:
             with _open(data) as pil:
                 if full_decode:
                     pil.load()
                 (width, height), orientation = pil.size, _orientation(pil)
-                kind = str(pil.format)
-            # MPO, of phones with two lenses, is a JPEG with more behind it.
-            extension = "jpg" if kind in ("JPEG", "MPO") else kind.lower()
-        return (
-            ImageInfo(height, width, extension) if orientation >= 5 else ImageInfo(width, height, extension)
-        )
+                # MPO, of phones with two lenses, is a JPEG with more behind it.
+                kind = "jpg" if pil.format in ("JPEG", "MPO") else str(pil.format).lower()
+        return ImageInfo(height, width, kind) if orientation >= 5 else ImageInfo(width, height, kind)
 
 
 def count_pixels(data: bytes, place: str) -> int:
-    """Return the number of pixels stated by an image file's header, without decoding.
-
-    Raises:
-        UserError: The header is damaged, or the image is beyond the limits.
-    """
-    with _refusing(data, place), _open(data) as pil:
+    """Return the number of pixels in an image file's header, without decoding."""
+    with _check(data, place), _open(data) as pil:
         return pil.width * pil.height
 
 
 @contextmanager
-def _refusing(data: bytes, place: str) -> Iterator[None]:
+def _check(data: bytes, place: str) -> Iterator[None]:
     """Check the limits, and turn decoder errors into user errors."""
     try:
         image_limits.check_image(data)
@@ -200,28 +143,35 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
 
 
 def _jpeg(data: bytes, *, eighth: bool = False) -> UInt8[np.ndarray, "height width 3"] | None:
-    """Return a JPEG's pixels as stored, or None if Pillow has to judge whether a warning is harmless.
-
-    libjpeg reports only its first warning; Pillow notices truncation.
-    """
-    least = int(eighth)
-    image: UInt8[np.ndarray, "height width 3"]
+    """Return a JPEG's pixels as stored, or None if Pillow has to judge whether a warning is harmless."""
+    # libjpeg reports only its first warning; Pillow notices truncation.
+    side = int(eighth)
+    image: UInt8[np.ndarray, "height width 3"] | None = None
     try:
-        image = simplejpeg.decode_jpeg(data, min_height=least, min_width=least, strict=True)
+        image = simplejpeg.decode_jpeg(data, min_height=side, min_width=side, strict=True)
     except ValueError as error:
         if _DAMAGE.search(str(error)):
             raise
-        return None
     return image
-
-
-def _by_pillow(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    with _open(data) as pil:
-        return _uprighted(pil)
 
 
 def _open(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _pixels(pil: Image.Image) -> UInt8[np.ndarray, "height width 3"]:
+    pil.load()
+    width, height = pil.size
+    image = np.empty((height, width, 3), np.uint8)
+    # In tiles: conversion to RGB takes up to twenty bytes a pixel.
+    columns = min(width, _TILE_PIXELS)
+    rows = max(1, _TILE_PIXELS // columns)
+    for top in range(0, height, rows):
+        for left in range(0, width, columns):
+            bottom, right = min(height, top + rows), min(width, left + columns)
+            tile = pil.crop((left, top, right, bottom))
+            image[top:bottom, left:right] = np.asarray(_rgb(tile))
+    return _upright(image, _orientation(pil))
 
 
 def _orientation(pil: Image.Image) -> int:
@@ -229,9 +179,8 @@ def _orientation(pil: Image.Image) -> int:
     found: Any = None
     # Damaged EXIF raises nearly any exception; the pixels are still good.
     with suppress(Exception):
-        info = pil.info
-        raw = bytes.fromhex("".join(info.get("Raw profile type exif", "").split("\n")[3:]))
-        image_limits.check_tiff_directory(info.get("exif", raw))
+        raw = bytes.fromhex("".join(pil.info.get("Raw profile type exif", "").split("\n")[3:]))
+        image_limits.check_tiff_directory(pil.info.get("exif", raw))
         found = pil.getexif().get(ExifTags.Base.Orientation)
     return int(found) if found in range(1, 9) else 1
 

@@ -21,75 +21,51 @@ T = TypeVar("T")
 _MB = 10**6
 _CHUNK_BYTES = 1 << 20
 _CONNECT_S = 20.0
+# A download fails after this time without a byte, or below 0.3 kB/s, where a shard takes days.
 _SILENCE_S = 60.0
-"""A server that sends nothing for so long is given up."""
 _SLOW_S, _SLOW_BYTES = 300.0, 100_000
-"""So is one that sends less than so many bytes in so long, 0.3 kB/s, where a shard takes days."""
+# Before the second, the third and the last try.
 _WAITS_S = (0.5, 2.0, 8.0)
-"""Before the second, the third and the last try."""
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class _FinalError(UserError):
-    """What another try would meet again."""
+    """An error that another try would meet again."""
 
 
 def join_url(folder: str, name: str) -> str:
     """Return the URL of a folder's file; parameters such as a token come after its name."""
     if not name:
         return folder
-    path, mark, query = (
-        folder.partition("?") if folder.startswith(("http://", "https://")) else (folder, "", "")
-    )
+    path, mark, query = folder.partition("?") if _is_http(folder) else (folder, "", "")
     return f"{path.rstrip('/')}/{name}{mark}{query}"
 
 
 def fetch(folder: str, name: str, max_bytes: int) -> bytes:
-    """Return a small file whole.
-
-    Args:
-        folder: URL of its folder, without credentials.
-        name: Of the file.
-        max_bytes: What it may have at most.
-
-    Raises:
-        FileNotFoundError: It is not there.
-        UserError: The server does not give it, or it is larger.
-    """
+    """Return a small file, or raise FileNotFoundError; the folder's URL has no credentials."""
 
     def action(files: Any, source: str) -> bytes:
-        # On the disk, so that what is too large is in nobody's memory.
+        # On disk: a file that is too large must not fill the memory.
         with TemporaryDirectory(prefix="captionscale-") as scratch:
             path = Path(scratch, "file")
             _get(files, source, path, _Progress(join_url(folder, name), max_bytes))
             return path.read_bytes()
 
-    return _patiently(folder, name, action, _WAITS_S)
+    return _retry(folder, name, action)
 
 
 def download(folder: str, shard: Shard, path: Path) -> None:
-    """Write a shard to `path`, proven to be the manifest's.
-
-    Args:
-        folder: URL of its folder, without credentials.
-        shard: Which.
-        path: Where to write.
-
-    Raises:
-        OSError: The disk is full.
-        UserError: The server does not give it, or gives something else.
-    """
+    """Write a shard to `path`, with the manifest's size and hash; a full disk is an OSError."""
     url = join_url(folder, shard.name)
 
     def action(files: Any, source: str) -> None:
-        # The last one is begun, and never whole.
+        # The last megabyte is a partial one.
         total = shard.size_bytes // _MB + 1
         quiet = os.environ.get("RANK", "0") != "0"
         with progress(f"downloading {url}, MB", total, quiet=quiet, transient=True, lines=True) as bar:
             _get(files, source, path, _Progress(url, shard.size_bytes, bar))
             bar.advance()
-        found = blake3_of(path)
-        size_bytes = path.stat().st_size
+        found, size_bytes = blake3_of(path), path.stat().st_size
         if (size_bytes, found) != (shard.size_bytes, shard.blake3):
             raise UserError(
                 f"{url}: {size_bytes:,} bytes with blake3 {found[:12]}... came, manifest says"
@@ -97,36 +73,18 @@ def download(folder: str, shard: Shard, path: Path) -> None:
             )
 
     try:
-        _patiently(folder, shard.name, action, _WAITS_S)
+        _retry(folder, shard.name, action)
     except FileNotFoundError:
         raise UserError(f"{url}: missing, manifest says {shard.size_bytes:,} bytes; {CURE}") from None
 
 
 def require_filesystem(folder: str) -> None:
-    """Prove, without using the network, that something installed can read such a URL.
-
-    Raises:
-        UserError: Nothing can.
-    """
+    """Check, without using the network, that an installed package reads such a URL."""
     _filesystem(folder, "")
 
 
-def _get(files: Any, source: str, path: Path, arrived: "_Progress") -> None:
-    """Copy a file to `path`, as long as `arrived` allows it."""
-    if files.async_impl:
-        files.get_file(source, str(path), callback=_callback(files, arrived))
-        return
-    if not files.isfile(source):
-        raise FileNotFoundError(source)
-    # What these have of their own copies without a word, however much it is.
-    with files.open(source, "rb") as remote, path.open("wb") as local:
-        while chunk := remote.read(_CHUNK_BYTES):
-            arrived.count(len(chunk))
-            local.write(chunk)
-
-
 class _Progress:
-    """What has arrived of a file: no more than expected, and not too slowly."""
+    """Counts the bytes that arrive of a file: no more than expected, and not too slowly."""
 
     def __init__(self, url: str, max_bytes: int, bar: Bar | None = None):
         self._url, self._max_bytes, self._bar = url, max_bytes, bar
@@ -134,13 +92,8 @@ class _Progress:
         self._since, self._bytes_then = time.monotonic(), 0
 
     def count(self, size: int) -> None:
-        """Count bytes.
-
-        Raises:
-            UserError: They are too many, or too few for the time that they took.
-        """
         before, self._bytes = self._bytes, self._bytes + size
-        self.need(self._bytes)
+        self.check_size(self._bytes)
         if self._bar is not None and (whole := self._bytes // _MB - before // _MB):
             self._bar.advance(whole)
         seconds = time.monotonic() - self._since
@@ -152,12 +105,7 @@ class _Progress:
                 )
             self._since, self._bytes_then = time.monotonic(), self._bytes
 
-    def need(self, size: int) -> None:
-        """Refuse a size above what is expected.
-
-        Raises:
-            UserError: It is.
-        """
+    def check_size(self, size: int) -> None:
         if size > self._max_bytes:
             raise _FinalError(
                 f"{self._url}: more than {self._max_bytes:,} bytes came, expected at most these by the"
@@ -165,17 +113,30 @@ class _Progress:
             )
 
 
+def _get(files: Any, source: str, path: Path, arrived: _Progress) -> None:
+    """Copy a file to `path`, as long as `arrived` allows it."""
+    if files.async_impl:
+        files.get_file(source, str(path), callback=_callback(files, arrived))
+        return
+    if not files.isfile(source):
+        raise FileNotFoundError(source)
+    # The `get_file` of these file systems calls no callback before the file is whole.
+    with files.open(source, "rb") as remote, path.open("wb") as local:
+        while chunk := remote.read(_CHUNK_BYTES):
+            arrived.count(len(chunk))
+            local.write(chunk)
+
+
 def _callback(files: Any, arrived: _Progress) -> Any:
-    """Return what fsspec tells of the bytes that come."""
     from fsspec.callbacks import Callback
 
-    # HTTP's size is that of an error's page too, and of what is still compressed.
-    believed = "http" not in files.protocol
+    # HTTP's size is also that of an error page, or of compressed data.
+    size_is_known = "http" not in files.protocol
 
     class Arrived(Callback):  # type: ignore[misc]
         def set_size(self, size: int | None) -> None:
-            if believed and size is not None:
-                arrived.need(size)
+            if size_is_known and size is not None:
+                arrived.check_size(size)
 
         def relative_update(self, inc: int = 1) -> None:
             arrived.count(inc)
@@ -183,14 +144,15 @@ def _callback(files: Any, arrived: _Progress) -> Any:
     return Arrived()
 
 
-def _filesystem(folder: str, name: str) -> tuple[Any, str]:
-    """Return what reads a URL, and the name by which it knows the file.
+def _is_http(url: str) -> bool:
+    return url.startswith(("http://", "https://"))
 
-    fsspec keeps one for each process, so that a fork gets its own.
-    """
+
+def _filesystem(folder: str, name: str) -> tuple[Any, str]:
+    """Return fsspec's file system for a URL, one for each process, and its name of the file."""
     import fsspec
 
-    # After Ctrl-C in a download asyncio would complain of what it had begun.
+    # After Ctrl-C in a download, asyncio would log unfinished tasks.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     url, protocol = join_url(folder, name), folder.partition("://")[0]
     try:
@@ -199,19 +161,15 @@ def _filesystem(folder: str, name: str) -> tuple[Any, str]:
         if protocol in ("http", "https", "gs", "gcs"):
             from aiohttp import ClientTimeout
 
-            # aiohttp's own would end a download after five minutes, however well it goes.
+            # aiohttp's default ends a download after five minutes.
             timeout = ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
             options = {"requests_timeout": timeout}
-            if protocol in ("http", "https"):
+            if _is_http(folder):
                 configured = fsspec.config.apply_config(kind, {}).get("client_kwargs", {})
-                # Proxies and .netrc, as other programs read them. What is compressed anyway is counted when
-                # it is not any more.
-                client = {
-                    "trust_env": True,
-                    "headers": {"Accept-Encoding": "identity"},
-                    "trace_configs": [_tracing()],
-                }
-                options = {"timeout": timeout, "client_kwargs": {**client, **configured}}
+                # `trust_env`: proxies and .netrc. Bytes are counted after decompression.
+                headers = {"Accept-Encoding": "identity"}
+                client = {"trust_env": True, "headers": headers, "trace_configs": [_tracing()]}
+                options = {"timeout": timeout, "client_kwargs": client | configured}
         files, path = fsspec.core.url_to_fs(join_url(credentials.restore(folder), name), **options)
         return files, path
     except ImportError as error:
@@ -219,14 +177,14 @@ def _filesystem(folder: str, name: str) -> tuple[Any, str]:
             f"{url}: no package that reads {protocol}:// ({error}); expected captionscale's extra 'remote';"
             " pip install 'captionscale[remote]'"
         ) from None
-    # What each of fsspec's many file systems raises is its own affair.
+    # fsspec's file systems raise nearly any exception.
     except Exception as error:
         raise _explained(url, error) from None
 
 
 @cache
 def _tracing() -> Any:
-    """Return what aiohttp calls at a redirect: one for all, as fsspec keeps sessions by their options."""
+    """Return aiohttp's hooks that refuse a redirect to HTTP; one, as fsspec keeps sessions by options."""
     from aiohttp import TraceConfig
 
     async def refuse_downgrade(_: Any, __: Any, redirect: Any) -> None:
@@ -242,32 +200,31 @@ def _tracing() -> Any:
     return tracing
 
 
-def _patiently(folder: str, name: str, action: Callable[[Any, str], T], waits_s: tuple[float, ...]) -> T:
-    """Do something with a remote file, again if what hinders it may pass."""
-    files, path = _filesystem(folder, name)
-    try:
-        return action(files, path)
-    except (FileNotFoundError, _FinalError):
-        raise
-    except UserError as error:
-        failure = error
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK:
+def _retry(folder: str, name: str, action: Callable[[Any, str], T]) -> T:
+    """Do something with a remote file, again if the error may be temporary."""
+    for wait_s in (*_WAITS_S, None):
+        files, path = _filesystem(folder, name)
+        try:
+            return action(files, path)
+        except (FileNotFoundError, _FinalError):
             raise
-        failure = _explained(join_url(folder, name), error)
-        # Those of S3 and Google retry by themselves.
-        passing = folder.startswith(("http://", "https://")) and not isinstance(error, ValueError)
-        if _refused(error) or "Redirect" in type(error).__name__ or not passing:
-            raise failure from None
-    if not waits_s:
-        raise failure
-    say(f"{failure}; trying again in {waits_s[0]:g} s")
-    time.sleep(waits_s[0])
-    return _patiently(folder, name, action, waits_s[1:])
+        except UserError as error:
+            failure = error
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno in _DISK:
+                raise
+            failure = _explained(join_url(folder, name), error)
+            # S3's and Google's file systems retry by themselves.
+            lasting = isinstance(error, ValueError) or "Redirect" in type(error).__name__ or _refused(error)
+            if lasting or not _is_http(folder):
+                raise failure from None
+        if wait_s is not None:
+            say(f"{failure}; trying again in {wait_s:g} s")
+            time.sleep(wait_s)
+    raise failure
 
 
 def _explained(url: str, error: Exception) -> UserError:
-    """Return what the user can do about what a file system of fsspec raised."""
     found = credentials.strip(" ".join(f"{type(error).__name__}: {error}".split()))[:300].removesuffix(":")
     if _refused(error):
         return UserError(
@@ -282,7 +239,7 @@ def _explained(url: str, error: Exception) -> UserError:
 
 
 def _refused(error: Exception) -> bool:
-    # aiohttp and gcsfs tell HTTP's number, each by its own name; botocore tells the absence of credentials.
-    number = vars(error).get("status", vars(error).get("code"))
-    final = isinstance(number, int) and 400 <= number < 500 and number not in (408, 429)
+    # HTTP's status is `status` in aiohttp and `code` in gcsfs; NoCredentialsError is botocore's.
+    status = vars(error).get("status", vars(error).get("code"))
+    final = isinstance(status, int) and 400 <= status < 500 and status not in (408, 429)
     return final or isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"

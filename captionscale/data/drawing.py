@@ -1,4 +1,4 @@
-"""What the sample world looks like: toys and scenery as strings of shapes, and the pen that draws them."""
+"""Drawings of the synthetic data set: toys and scenery as strings of shapes."""
 
 from functools import cache
 from random import Random
@@ -19,9 +19,8 @@ COLORS = {
 }
 INK = "#2c2834"
 
-# A sketch lives in a square of 100 by 100, y downwards, and may reach over it: "shape colour numbers; ...",
-# where `paint` is the toy's own colour.  A poly takes points; a line its width, then points; an oval its box;
-# a pie its box and two angles.
+# A sketch is "shape color numbers; ..." in a square of 100 by 100, y downwards, and may exceed it. `paint` is
+# the toy's color. A poly has points, a line its width and points, an oval a box, a pie a box and two angles.
 TOYS = {
     "ball": "oval paint 8 16 92 100; pie white 8 16 92 100 20 58; pie white 8 16 92 100 140 178;"
     "pie white 8 16 92 100 260 298; oval paint 40 48 60 68",
@@ -67,8 +66,8 @@ PROPS = {
     + ";".join(f"line #fffc 1.6 {x} 0 {x + 10} 0" for x in range(4, 100, 20)),
 }
 
-# What is spread over a picture: a prop, how many copies, their width, and how low and how high their tops are
-# over the horizon; lengths are fractions of the picture's side.
+# Scenery: a prop, the number of copies, their width, and the lowest and highest top above the horizon, as
+# fractions of the image's side.
 SPREAD = {
     "clouds": ("cloud", 3, 0.36, 0.3, 0.58),
     "flowers": ("dot", 24, 0.018, -0.38, -0.04),
@@ -83,7 +82,7 @@ SPREAD = {
     "towers": ("tower", 6, 0.18, 0.2, 0.5),
     "lane": ("lane", 1, 1.8, -0.26, -0.26),
 }
-# Colours of the sky from top to bottom, then of the ground; what stands behind the ground, and what on it.
+# Colors of the sky from top to bottom, then of the ground; scenery behind the ground, and on it.
 SCENERY = {
     "meadow": ("#78bef0 #e8f4fc #b0da6e #6ca840", "clouds", "flowers"),
     "beach": ("#8ad4ee #f0faf8 #f6e4b0 #d8b070", "clouds waves", ""),
@@ -98,17 +97,17 @@ Box = tuple[float, float, float]
 
 
 class Toy(NamedTuple):
-    """One thing in a picture."""
+    """A toy in an image."""
 
     kind: str
     color: str
 
 
 class Scene(NamedTuple):
-    """All that is discrete about a picture, and so all that its captions may say.
+    """The content of an image, which its captions describe.
 
-    A lone toy is small or large and its relation to the picture is left, middle or right; a pair is of
-    medium size and its first toy is `beside` the second, on its left, or `above` it.
+    A single toy is small or large, and left, middle or right. A pair is of medium size, and its first toy is
+    `beside` the second, on its left, or `above` it.
     """
 
     setting: str
@@ -118,19 +117,13 @@ class Scene(NamedTuple):
 
 
 def draw_scene(scene: Scene, size: int, random: Random) -> Image.Image:
-    """Draw a scene.
-
-    Args:
-        scene: What to show.
-        size: Side of the square picture in pixels.
-        random: Moves and turns things a little, and changes the light.
-    """
+    """Draw a scene as a square image of `size` pixels; `random` varies positions, sides and light."""
     side = size * SUPERSAMPLING
     horizon = random.uniform(0.6, 0.66)
-    colours, behind, before = SCENERY[scene.setting]
-    sky_top, sky_bottom, ground_top, ground_bottom = colours.split()
-    picture = _ramp(sky_top, sky_bottom, side).copy()
-    canvas = ImageDraw.Draw(picture, "RGBA")
+    colors, behind, before = SCENERY[scene.setting]
+    sky_top, sky_bottom, ground_top, ground_bottom = colors.split()
+    image = _ramp(sky_top, sky_bottom, side).copy()
+    canvas = ImageDraw.Draw(image, "RGBA")
 
     def spread(names: str) -> None:
         for name in names.split():
@@ -141,7 +134,7 @@ def draw_scene(scene: Scene, size: int, random: Random) -> Image.Image:
                 _sketch(canvas, PROPS[prop], (side * (x - width / 2), side * y, side * width))
 
     spread(behind)
-    picture.paste(_ramp(ground_top, ground_bottom, side), (0, round(side * horizon)))
+    image.paste(_ramp(ground_top, ground_bottom, side), (0, round(side * horizon)))
     spread(before)
     for toy, (left, top, width) in zip(scene.toys, _places(scene, random), strict=True):
         box = (side * left, side * top, side * width)
@@ -150,17 +143,17 @@ def draw_scene(scene: Scene, size: int, random: Random) -> Image.Image:
         flip = random.random() < 0.5
         _sketch(canvas, TOYS[toy.kind], box, COLORS[toy.color], pen=max(1, round(box[2] / 50)), flip=flip)
     light = random.uniform(0.93, 1.05)
-    return ImageEnhance.Brightness(picture.reduce(SUPERSAMPLING)).enhance(light)
+    return ImageEnhance.Brightness(image.reduce(SUPERSAMPLING)).enhance(light)
 
 
 @cache
 def _ramp(top: str, bottom: str, side: int) -> Image.Image:
-    """Return a square that fades from one colour to another; shared, so not to be drawn on."""
+    """Return a square that fades from one color to another; do not draw on it."""
     return ImageOps.colorize(Image.linear_gradient("L"), top, bottom).resize((side, side))
 
 
 def _places(scene: Scene, random: Random) -> list[Box]:
-    """Return left, top and width of each toy, as fractions of the picture."""
+    """Return left, top and width of each toy, as fractions of the image's side."""
     width = {"small": 0.32, "medium": 0.43, "large": 0.6}[scene.size]
     reach, column = 0.48 - width / 2, random.uniform(-0.2, 0.2)
     columns = {"left": [-reach], "middle": [0.0], "right": [reach], "beside": [-reach, reach]}
@@ -168,7 +161,7 @@ def _places(scene: Scene, random: Random) -> list[Box]:
     for toy, offset in zip(scene.toys, columns.get(scene.relation, [column, column]), strict=True):
         left = 0.5 + offset - width / 2 + random.uniform(-0.02, 0.02)
         high, low = (0.04, 0.12) if toy.kind in FLYING else (0.88 - width, 0.95 - width)
-        # A flyer that is above something else must keep clear of it.
+        # A flying toy above another one must not overlap it.
         top = random.uniform(high, high if scene.relation == "above" else low)
         places.append((left, top, width))
     return places
@@ -177,24 +170,24 @@ def _places(scene: Scene, random: Random) -> list[Box]:
 def _sketch(
     canvas: ImageDraw.ImageDraw, sketch: str, box: Box, paint: str = "", pen: int = 0, flip: bool = False
 ) -> None:
-    """Draw a sketch into a square, inked with a pen so many pixels wide, left and right flipped if asked."""
+    """Draw a sketch into a square, with outlines `pen` pixels wide."""
     left, top, side = box
     outline = INK if pen else None
     for part in sketch.split(";"):
-        shape, tone, *words = part.split()
-        numbers = [float(word) for word in words]
-        fill = paint if tone == "paint" else tone
-        thick = numbers.pop(0) / 100 * side if shape == "line" else 0
+        shape, color, *fields = part.split()
+        numbers = [float(field) for field in fields]
+        fill = paint if color == "paint" else color
+        width = numbers.pop(0) / 100 * side if shape == "line" else 0
         end, start = (numbers.pop(), numbers.pop()) if shape == "pie" else (0.0, 0.0)
         xs = [left + side * (100 - x if flip else x) / 100 for x in numbers[::2]]
         ys = [top + side * y / 100 for y in numbers[1::2]]
-        points = list(zip(xs, ys, strict=True))
+        points, box_of = list(zip(xs, ys, strict=True)), (min(xs), ys[0], max(xs), ys[1])
         if shape == "line":
-            canvas.line(points, fill, max(1, round(thick)))
+            canvas.line(points, fill, max(1, round(width)))
         elif shape == "poly":
             canvas.polygon(points, fill, outline, pen)
         elif shape == "oval":
-            canvas.ellipse((min(xs), ys[0], max(xs), ys[1]), fill, outline, pen)
+            canvas.ellipse(box_of, fill, outline, pen)
         else:
             start, end = (180 - end, 180 - start) if flip else (start, end)
-            canvas.pieslice((min(xs), ys[0], max(xs), ys[1]), start, end, fill, outline, pen)
+            canvas.pieslice(box_of, start, end, fill, outline, pen)

@@ -8,24 +8,23 @@ megapixels of JPEG with 22 scans.
 import math
 import re
 import struct
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
-_JPEG, _PNG, _GIF, _BMP, _WEBP = b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"GIF8", b"BM", b"RIFF"
-
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Size of an image file: above the uncompressed size of the pixel limit.
 MAX_IMAGE_BYTES = 512 << 20
-"""Of an image file: above the uncompressed size of the pixel limit."""
+# Segments or chunks that are not pixels. Pillow appends each to those before it.
 _METADATA_PARTS = 1000
-"""Segments or chunks that are not pixels. Pillow appends each to those before it."""
 _METADATA_BYTES = 16 << 20
+# Chunks of a PNG, and segments between the scans of a JPEG: libpng writes 8 KiB of pixels in each.
 _CHUNKS = 100_000
-"""Chunks of a PNG, and segments between the scans of a JPEG: libpng writes 8 KiB of pixels in each."""
+# Blocks of at most 255 bytes before the first frame.
 _GIF_BLOCKS = 10_000
-"""Blocks of at most 255 bytes before the first frame."""
+# Values of a TIFF directory: its entries may all name the same bytes, and Pillow copies them for each.
 _DIRECTORY_BYTES = 1 << 20
-"""Values of a TIFF directory: its entries may all name the same bytes, and Pillow copies them for each."""
-
 # Encoders write ten scans, or eighteen in CMYK. A pass takes 0.9 ns for each pixel, whatever the scan holds.
 _SCANS = 500
 _SCANNED_PIXELS = 2_000_000_000
@@ -50,38 +49,28 @@ def check_image(data: bytes) -> None:
         ValueError: Too many scans or pixels, too much metadata, or an unsupported coding.
         Image.DecompressionBombError: Too many pixels, where Pillow would notice too late.
     """
-    if data.startswith(_JPEG):
-        _check_jpeg(data)
-    elif data.startswith(_PNG):
-        _check_png(data)
-    elif data.startswith(_GIF):
-        _check_gif(data)
-    elif data.startswith(_BMP):
-        _check_bmp(data)
-    elif data.startswith(_WEBP):
-        _check_webp(data)
+    for signature, check in _CHECKS.items():
+        if data.startswith(signature):
+            check(data)
 
 
 def check_tiff_directory(tiff: bytes) -> None:
-    """Refuse a TIFF directory, such as EXIF, whose values take too much memory.
-
-    Raises:
-        ValueError: They do.
-    """
+    """Refuse a TIFF directory, such as EXIF, whose values take too much memory, by a ValueError."""
     while tiff.startswith(b"Exif\0\0"):
         tiff = tiff[6:]
-    big = len(tiff) > 2 and 43 in tiff[2:4]
     order = ">" if tiff.startswith(b"MM") else "<"
-    entry = struct.Struct(order + ("HHQQ" if big else "HHII"))
+    # BigTIFF has the number 43. A value of at most the size of an offset takes its place.
+    word, count_type, word_bytes = ("Q", "Q", 8) if len(tiff) > 2 and 43 in tiff[2:4] else ("I", "H", 4)
+    entry = struct.Struct(f"{order}HH{word}{word}")
     total = 0
     try:
-        (at,) = struct.unpack_from(order + ("Q" if big else "I"), tiff, 8 if big else 4)
-        (count,) = struct.unpack_from(order + ("Q" if big else "H"), tiff, at)
-        first = at + (8 if big else 2)
+        (at,) = struct.unpack_from(order + word, tiff, word_bytes)
+        (count,) = struct.unpack_from(order + count_type, tiff, at)
+        first = at + struct.calcsize(order + count_type)
         for place in range(first, min(first + count * entry.size, len(tiff)), entry.size):
             _, kind, number, offset = entry.unpack_from(tiff, place)
             size = number * _UNITS.get(kind, 0)
-            if size > (8 if big else 4):
+            if size > word_bytes:
                 if offset + size > len(tiff):
                     return  # Here Pillow stops too.
                 total += size
@@ -130,8 +119,8 @@ def _check_jpeg(data: bytes) -> None:
 
 
 def _scan_markers(data: bytes) -> int:
-    """Return how often the two bytes of a scan's marker are there."""
-    # Each image is asked: `bytes.count` takes several times as long, 4 % of decoding.
+    """Return an upper bound of the number of scans."""
+    # `bytes.count` takes several times as long, 4 % of decoding.
     pairs = (np.frombuffer(data, "<u2", (len(data) - start) // 2, start) for start in (0, 1))
     return sum(int(np.count_nonzero(each == 0xDAFF)) for each in pairs)
 
@@ -174,7 +163,7 @@ def _check_gif(data: bytes) -> None:
         if data[at] != ord("!"):
             at += 1
         else:
-            # As Pillow reads it, which goes on after a first block that is empty, unless it is a comment's.
+            # Like Pillow, which continues after a first block that is empty, unless it is a comment's.
             label, netscape = data[at + 1 : at + 2], data.startswith(b"NETSCAPE2.0", at + 3)
             at, size = block(at + 2)
             if netscape and label == b"\xff":
@@ -203,23 +192,27 @@ def _check_bmp(data: bytes) -> None:
 def _check_webp(data: bytes) -> None:
     if data[12:16] == b"VP8X":
         width, height = (1 + int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
-        # Memory for all of it is asked for before Pillow learns how large it is.
+        # libwebp allocates memory for all pixels before Pillow reads the size.
         if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
             raise Image.DecompressionBombError
 
 
+_CHECKS: dict[bytes, Callable[[bytes], None]] = {
+    b"\xff\xd8": _check_jpeg,
+    _PNG: _check_png,
+    b"GIF8": _check_gif,
+    b"BM": _check_bmp,
+    b"RIFF": _check_webp,
+}
+
+
 class _Metadata:
-    """Counts metadata."""
+    """Counts metadata, and refuses too much."""
 
     def __init__(self) -> None:
         self._parts = self._bytes = 0
 
     def add(self, parts: int, size: int = 0) -> None:
-        """Count parts and bytes.
-
-        Raises:
-            ValueError: Too many.
-        """
         self._parts += parts
         self._bytes += size
         if self._parts > _METADATA_PARTS:

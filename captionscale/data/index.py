@@ -7,48 +7,24 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from captionscale.data.manifest import CURE, MAX_INDEX_BYTES, SplitInfo, shard_name
+from captionscale.data.manifest import CURE, MAX_INDEX_BYTES, SplitInfo, index_name, shard_name
 from captionscale.data.storage import Storage
 from captionscale.errors import UserError
 
+_COLUMNS = "shard image_offset image_size json_offset json_size image_id captions width height"
+_HASHES = "image_hash json_hash"
 INDEX_DTYPE = np.dtype(
-    [
-        ("shard", "<i8"),
-        ("image_offset", "<i8"),
-        ("image_size", "<i8"),
-        ("json_offset", "<i8"),
-        ("json_size", "<i8"),
-        ("image_id", "<i8"),
-        ("captions", "<i8"),
-        ("width", "<i8"),
-        ("height", "<i8"),
-        ("image_hash", "<u8"),
-        ("json_hash", "<u8"),
-    ]
+    [(name, "<i8") for name in _COLUMNS.split()] + [(name, "<u8") for name in _HASHES.split()]
 )
+# NumPy's limit.
 _MAX_HEADER_BYTES = 4096
-"""NumPy's limit."""
 _MAX_CAPTIONS = 10**6
 _MAX_SIDE = 10**8
 _NAMED = 5
 
 
-def index_name(split: str) -> str:
-    """Return the file name of a split's index."""
-    return f"{split}.index.npy"
-
-
 def read(place: Storage, split: str, facts: SplitInfo) -> Shaped[np.ndarray, "sample"]:
-    """Return a split's index, with all rows inside the split's shards.
-
-    Args:
-        place: The folder or URL.
-        split: Such as `train`.
-        facts: The split's entry in the manifest.
-
-    Raises:
-        UserError: The index is missing, damaged, or differs from the manifest.
-    """
+    """Return a split's index, with all rows inside the split's shards."""
     path = f"{place}/{index_name(split)}"
     try:
         expected_bytes = facts.images * INDEX_DTYPE.itemsize + _MAX_HEADER_BYTES
@@ -66,18 +42,18 @@ def read(place: Storage, split: str, facts: SplitInfo) -> Shaped[np.ndarray, "sa
         )
     for fault, rows in _faults(index, facts):
         if len(found := np.flatnonzero(rows)):
-            values = dict(zip(INDEX_DTYPE.names or (), index[found[0]].tolist(), strict=True))
-            values["tar"] = shard_name(split, values["shard"])
+            row = dict(zip(INDEX_DTYPE.names or (), index[found[0]].tolist(), strict=True))
+            tar = shard_name(split, row["shard"])
             ids = ", ".join(map(str, index["image_id"][found[:_NAMED]]))
             raise UserError(
-                f"{path}: {fault.format_map(values)}; {len(found):,} such rows, of images {ids}"
+                f"{path}: {fault.format(tar=tar, **row)}; {len(found):,} such rows, of images {ids}"
                 f"{', ...' * (len(found) > _NAMED)}; {CURE}"
             )
     return index
 
 
 def _parse(data: bytes, path: str) -> Shaped[np.ndarray, "sample"]:
-    """Return the rows without a copy, after checking the header against the file's size."""
+    """Return the rows without a copy, after comparing the header with the file's size."""
     file = io.BytesIO(data)
     try:
         if (version := np.lib.format.read_magic(file)) != (1, 0):
@@ -88,11 +64,11 @@ def _parse(data: bytes, path: str) -> Shaped[np.ndarray, "sample"]:
         raise UserError(f"{path}: not an index ({' '.join(str(error).split()):.200}); {CURE}") from None
     if dtype != INDEX_DTYPE:
         raise UserError(f"{path}: columns {dtype.names!s:.200}, expected {INDEX_DTYPE.names}; {CURE}")
-    there = (len(data) - file.tell()) / INDEX_DTYPE.itemsize
-    if fortran_order or len(shape) != 1 or shape[0] != there:
+    rows = (len(data) - file.tell()) / INDEX_DTYPE.itemsize
+    if fortran_order or len(shape) != 1 or shape[0] != rows:
         raise UserError(
             f"{path}: rows of shape {shape!s:.80} in {'Fortran' if fortran_order else 'C'} order,"
-            f" expected ({there:g},) in C order; {CURE}"
+            f" expected ({rows:g},) in C order; {CURE}"
         )
     return np.frombuffer(data, INDEX_DTYPE, offset=file.tell())
 
@@ -109,14 +85,12 @@ def _faults(
         offset, size = index[f"{part}_offset"], index[f"{part}_size"]
         # Without sums, which may overflow.
         outside = (offset < 0) | (size < 1) | (size > sizes) | (offset > sizes - size)
-        yield (
-            f"{part} of {{{part}_size}} bytes at byte {{{part}_offset}}, expected it within {{tar}}",
-            outside,
-        )
+        fault = f"{part} of {{{part}_size}} bytes at byte {{{part}_offset}}, expected it within {{tar}}"
+        yield fault, outside
     yield "image id {image_id}, expected at least 0", index["image_id"] < 0
-    again = np.ones(len(index), np.bool_)
-    again[np.unique(index["image_id"], return_index=True)[1]] = False
-    yield "image {image_id} is there again, expected each once", again
+    repeated = np.ones(len(index), np.bool_)
+    repeated[np.unique(index["image_id"], return_index=True)[1]] = False
+    yield "image {image_id} is there again, expected each once", repeated
     captions = index["captions"]
     yield "{captions} captions, expected 0 to a million", (captions < 0) | (captions > _MAX_CAPTIONS)
     sides = [(index[side] < 1) | (index[side] > _MAX_SIDE) for side in ("width", "height")]

@@ -6,7 +6,7 @@ The loader is stateless: a batch depends only on its items and the epoch.
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Float16, Int, UInt8
 from torch import Tensor
 
 from captionscale.config import Data
+from captionscale.config_model import Interpolation
 from captionscale.data import decode, transforms
 from captionscale.data.feature_cache import FeatureReader
 from captionscale.data.shards import Split
@@ -29,21 +30,24 @@ _Work = tuple[Items, ImageBatch, list[Future[list[Captions]]]]
 
 @dataclass(frozen=True)
 class Batch:
-    """Images with all their captions."""
+    """Images with all their captions.
+
+    Attributes:
+        images: Pixels, channels last in memory, or cached encoder features.
+        tokens: START, words, END, then PAD.
+        image_index: Row of `images` of each caption.
+        image_ids: Image ids of the data set.
+        lengths: Number of input tokens of each caption, all but its last, on the host; by default from
+            `tokens`.
+    """
 
     images: ImageBatch
-    """Pixels, channels last in memory, or cached encoder features."""
     tokens: Int[Tensor, "caption time"]
-    """START, words, END, then PAD."""
     image_index: Int[Tensor, "caption"]
-    """Row of `images` of each caption."""
     image_ids: list[int]
-    """Image ids of the data set."""
     lengths: Sequence[int] = ()
-    """Number of tokens to read of each caption, all but its last, for the host; by default from `tokens`."""
 
     def __post_init__(self) -> None:
-        """Count tokens where nobody has."""
         if len(self.lengths) != len(self.tokens):
             object.__setattr__(self, "lengths", input_lengths(self.tokens))
 
@@ -51,13 +55,12 @@ class Batch:
         """Return the batch on a device."""
         # Copies from pinned memory are asynchronous.
         images = self.images.to(device, non_blocking=self.images.is_pinned())
-        return Batch(
-            images, self.tokens.to(device), self.image_index.to(device), self.image_ids, self.lengths
-        )
+        tokens, image_index = self.tokens.to(device), self.image_index.to(device)
+        return replace(self, images=images, tokens=tokens, image_index=image_index)
 
 
 def input_lengths(tokens: Int[Tensor, "caption time"]) -> list[int]:
-    """Return the number of tokens to read of each caption: all but the last."""
+    """Return the number of input tokens of each caption: all but the last."""
     return (tokens[:, 1:] != PAD).sum(1).tolist()
 
 
@@ -71,21 +74,15 @@ class Loader:
         data: Data,
         seed: int = 0,
         features: FeatureReader | None = None,
+        interpolation: Interpolation = "bilinear",
     ):
         """Create a loader with `data.workers` threads.
 
-        Args:
-            split: Images and captions.
-            vocabulary: Token ids.
-            data: The config's section `data`.
-            seed: Seed of the augmentation.
-            features: Cached features of all images of the split, used instead of pixels.
+        The seed is that of the augmentation. Cached features of the split replace pixels. The encoder
+        declares the interpolation.
         """
-        self.features = features
-        self.split = split
-        self.vocabulary = vocabulary
-        self.data = data
-        self.seed = seed
+        self.split, self.vocabulary, self.features = split, vocabulary, features
+        self.data, self.seed, self.interpolation = data, seed, interpolation
         # Worker threads run torch on one core each. torch passes a thread's setting on to threads that start
         # later, but not to this one once it has asked for its number.
         torch.get_num_threads()
@@ -94,15 +91,10 @@ class Loader:
     def prefetch(
         self, requests: Iterable[tuple[Int[np.ndarray, "_"], int | None]], depth: int = 3
     ) -> Iterator[Batch]:
-        """Yield the batch of each request, while the next ones are decoded.
+        """Yield the batch of each request, while the next `depth` ones are decoded.
 
-        Args:
-            requests: Rows of the split's index, and the training epoch, which seeds the augmentation; None
-                takes center crops.
-            depth: Batches to decode ahead.
-
-        Raises:
-            UserError: A damaged shard.
+        A request is rows of the split's index, and the training epoch, which seeds the augmentation, or None
+        for center crops. A damaged shard is a UserError.
         """
         waiting: deque[_Work] = deque()
         for items, epoch in requests:
@@ -117,22 +109,20 @@ class Loader:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _submit(self, items: Items, epoch: int | None) -> _Work:
-        images = self._empty(len(items))
-        rows = images.numpy() if self.features is not None else images.permute(0, 2, 3, 1).numpy()
-        # One task per thread: submitting single images costs a tenth of their decoding.
-        some = max(1, -(-len(items) // self.data.workers))
-        pieces = [slice(start, start + some) for start in range(0, len(items), some)]
-        work = [self._pool.submit(self._fill, rows[piece], items[piece], epoch) for piece in pieces]
-        return items, images, work
-
-    def _empty(self, count: int) -> ImageBatch:
-        """Return memory for a batch; pinned once a GPU is in use."""
-        pinned: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        if self.features is not None:
-            return torch.empty((count, *self.features.shape), dtype=torch.float16, pin_memory=pinned)
         size = self.data.image_size
-        pixels = torch.empty((count, size, size, 3), dtype=torch.uint8, pin_memory=pinned)
-        return pixels.permute(0, 3, 1, 2)
+        shape: tuple[int, ...] = (size, size, 3)
+        if self.features is not None:
+            shape = self.features.shape
+        dtype = torch.uint8 if self.features is None else torch.float16
+        # Pinned once a GPU is in use.
+        pinned: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        images = torch.empty((len(items), *shape), dtype=dtype, pin_memory=pinned)
+        rows = images.numpy()
+        # One task per thread: submitting single images costs a tenth of their decoding.
+        count = max(1, -(-len(items) // self.data.workers))
+        parts = [slice(start, start + count) for start in range(0, len(items), count)]
+        work = [self._pool.submit(self._fill, rows[part], items[part], epoch) for part in parts]
+        return items, images if self.features is not None else images.permute(0, 3, 1, 2), work
 
     def _fill(self, rows: Views, items: Items, epoch: int | None) -> list[Captions]:
         """Write images into `rows`, and return their tokenized captions."""
@@ -149,7 +139,7 @@ class Loader:
         place = f"{self.split.storage}: image {self.split.index[item]['image_id']}"
         image = decode.decode_image(self.split.image(item), place)
         if epoch is None:
-            return transforms.center_crop(image, data.image_size)
+            return transforms.center_crop(image, data.image_size, self.interpolation)
         return transforms.augment(
             image,
             data.image_size,
@@ -157,21 +147,17 @@ class Loader:
             flip=data.flip,
             color_jitter=data.color_jitter,
             rotate=data.rotate,
+            interpolation=self.interpolation,
             random=np.random.default_rng([self.seed, epoch, item]),
         )
 
-    def _collate(self, items: Items, pictures: ImageBatch, work: list[Future[list[Captions]]]) -> Batch:
-        captions = [sample for piece in work for sample in piece.result()]
-        rows = [tokens for each in captions for tokens in each]
-        tokens = np.full((len(rows), max(map(len, rows), default=0)), PAD)
-        for row, caption in zip(tokens, rows, strict=True):
+    def _collate(self, items: Items, images: ImageBatch, work: list[Future[list[Captions]]]) -> Batch:
+        samples = [captions for part in work for captions in part.result()]
+        captions = [caption for sample in samples for caption in sample]
+        tokens = np.full((len(captions), max(map(len, captions), default=0)), PAD)
+        for row, caption in zip(tokens, captions, strict=True):
             row[: len(caption)] = caption
-        image_index = np.repeat(np.arange(len(captions)), [len(each) for each in captions])
+        image_index = np.repeat(np.arange(len(samples)), [len(sample) for sample in samples])
         image_ids = self.split.index["image_id"][items].tolist()
-        return Batch(
-            pictures,
-            torch.from_numpy(tokens),
-            torch.from_numpy(image_index),
-            image_ids,
-            [len(row) - 1 for row in rows],
-        )
+        lengths = [len(caption) - 1 for caption in captions]
+        return Batch(images, torch.from_numpy(tokens), torch.from_numpy(image_index), image_ids, lengths)

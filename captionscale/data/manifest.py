@@ -12,12 +12,11 @@ from captionscale.errors import UserError
 from captionscale.files import MB, read_file
 
 FORMAT = 2
+# 100,000 shards of 150 bytes; parsing takes at most 20 times as much memory.
 MAX_MANIFEST_BYTES = 16 * MB
-"""Of a manifest: 100,000 shards of 150 bytes; parsing takes at most 20 times as much memory."""
+# 22 million images.
 MAX_INDEX_BYTES = 2000 * MB
-"""Of an index: 22 million images."""
 MAX_REJECTED_BYTES = 512 * MB
-"""Of the list of rejected images."""
 MANIFEST = "manifest.json"
 # Splits name files.
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -33,21 +32,21 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}.tar"
 
 
-class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How images are stored.
+def index_name(split: str) -> str:
+    """Return the file name of a split's index."""
+    return f"{split}.index.npy"
 
-    Attributes:
-        short_side: Shorter side to which larger images were resized, in pixels; None: original bytes.
-        quality: JPEG quality of resized images.
-    """
+
+class Images(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How images are stored: original, or larger ones resized to a shorter side, as JPEGs of a quality."""
 
     short_side: _Positive | None = None
     quality: _Positive | None = None
 
     def __str__(self) -> str:
-        return (
-            "original" if self.short_side is None else f"--resize {self.short_side} --quality {self.quality}"
-        )
+        if self.short_side is None:
+            return "original"
+        return f"--resize {self.short_side} --quality {self.quality}"
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,14 +62,10 @@ class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One split.
 
     Attributes:
-        images: Number of packed images.
-        captions: Number of captions of all images; may be 0.
         rejected: Number of unreadable images, listed in `rejected.jsonl`.
         tool: Versions of captionscale and of the libraries that resized images.
         sources: SHA-256 of each caption file, list or tar of the data set.
         fingerprint: Hash of the records and options.
-        index_sha256: SHA-256 of the index file.
-        shards: Shards by number.
     """
 
     images: _Count
@@ -84,7 +79,7 @@ class SplitInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All splits of a folder; images are stored alike in all of them."""
+    """All splits of a folder; images are stored in the same way in all of them."""
 
     format: int
     images: Images
@@ -93,25 +88,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def dumps(self) -> bytes:
         """Return the file's content."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1) + b"\n"
-
-
-def loads(data: bytes, place: str) -> Manifest:
-    """Parse a manifest; `place` is for errors.
-
-    Raises:
-        UserError: It is damaged or of another format.
-    """
-    try:
-        document = parsing.loads(data)
-        found = document["format"]
-        if found == FORMAT:
-            return _manifest(document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{place}: not a manifest ({reason}); {CURE}") from None
-    newer = isinstance(found, int) and found > FORMAT
-    cure = "upgrade captionscale" if newer else "pack again, into another folder"
-    raise UserError(f"{place}: format {found}, expected {FORMAT}; {cure}")
 
 
 def read(folder: Path) -> Manifest:
@@ -124,24 +100,24 @@ def read(folder: Path) -> Manifest:
 
 
 def fetch(file: Callable[[str], bytes], place: str) -> Manifest:
-    """Return the manifest of local or remote shards.
-
-    Args:
-        file: Reads a small file of the folder.
-        place: The folder, for errors.
-
-    Raises:
-        UserError: No manifest, a damaged one, or one of another format.
-    """
+    """Return the manifest of local or remote shards; `file` reads a small file of the folder `place`."""
+    path = f"{place}/{MANIFEST}"
     try:
-        return loads(file(MANIFEST), f"{place}/{MANIFEST}")
+        document = parsing.loads(file(MANIFEST))
+        found = document["format"]
+        if found == FORMAT:
+            return _manifest(document)
     except FileNotFoundError:
         raise UserError(
             f"{place}: no {MANIFEST}, so no finished shards; run captionscale pack first, or correct"
             " the path (a relative one starts at the folder you are in)"
         ) from None
-    except OSError as error:
-        raise UserError(f"{place}/{MANIFEST}: not a manifest ({error.strerror}); {CURE}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no key {error}" if isinstance(error, KeyError) else getattr(error, "strerror", error)
+        raise UserError(f"{path}: not a manifest ({reason}); {CURE}") from None
+    newer = isinstance(found, int) and found > FORMAT
+    cure = "upgrade captionscale" if newer else "pack again, into another folder"
+    raise UserError(f"{path}: format {found}, expected {FORMAT}; {cure}")
 
 
 def _manifest(document: dict[str, Any]) -> Manifest:

@@ -16,12 +16,7 @@ from captionscale.errors import UserError
 def write_shards(jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[ShardJob, WrittenShard]]:
     """Yield jobs and their shards as they finish, those of an earlier call first.
 
-    Args:
-        jobs: In any order.
-        workers: Number of processes; 1 runs in this process unless images are resized.
-
-    Raises:
-        UserError: As `write_shard`; or a process was killed.
+    One worker is this process, unless images are resized.
     """
     todo = []
     for job in jobs:
@@ -29,7 +24,7 @@ def write_shards(jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[Shard
             yield job, shard
         else:
             todo.append(job)
-    resizes = any(job.short_side is not None for job in todo)
+    resizes = any(job.images.short_side is not None for job in todo)
     if workers == 1 and not resizes:
         for job in todo:
             yield job, write_shard(job)
@@ -37,9 +32,7 @@ def write_shards(jobs: Sequence[ShardJob], workers: int) -> Iterator[tuple[Shard
     # Forks of this process would copy all records, whose reference counts change. Workers are forks of a
     # small server that imports torch (500 MB, seconds) once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [write_shard.__module__, *(["captionscale.data.resize"] if resizes else [])]
-    )
+    context.set_forkserver_preload([write_shard.__module__, *["captionscale.data.resize"] * resizes])
     # Workers inherit the ignored SIGINT: Ctrl-C stops only this process.
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     forkserver.ensure_running()

@@ -1,13 +1,12 @@
 """Image resizing. Imports torch."""
 
-from typing import Literal
-
 import numpy as np
 import simplejpeg
 import torch
 import torch.nn.functional as F
 from jaxtyping import UInt8
 
+from captionscale.config_model import Interpolation
 from captionscale.data import decode
 
 # libjpeg's JPEG_MAX_DIMENSION.
@@ -17,24 +16,14 @@ _LONGEST = 65_500
 def resize_to_jpeg(data: bytes, place: str, *, side: int, quality: int) -> bytes:
     """Return an image as a smaller JPEG, upright, without EXIF and color profile.
 
-    Images whose shorter side is at most `side`, or whose longer side would not fit into a JPEG, are returned
-    unchanged after a decoding test.
-
-    Args:
-        data: A JPEG, PNG, WebP, BMP or GIF file.
-        place: Source of the bytes, for errors.
-        side: Shorter side of the result, in pixels.
-        quality: JPEG quality, 1 to 100; chroma is subsampled 4:2:0.
-
-    Raises:
-        UserError: As `decode.decode_image` does.
+    Images whose shorter side is at most `side` pixels, or whose longer side would not fit into a JPEG, are
+    returned unchanged after a decoding test. Chroma is subsampled 4:2:0. Errors are those of `decode_image`.
     """
     image = decode.decode_image(data, place)
     height, width = resized_shape(image.shape[0], image.shape[1], side)
     if min(image.shape[:2]) <= side or max(height, width) > _LONGEST:
         return data
-    jpeg: bytes = simplejpeg.encode_jpeg(resize_image(image, height, width), quality, colorsubsampling="420")
-    return jpeg
+    return bytes(simplejpeg.encode_jpeg(resize_image(image, height, width), quality, colorsubsampling="420"))
 
 
 def resized_shape(height: int, width: int, side: int) -> tuple[int, int]:
@@ -47,7 +36,7 @@ def resize_image(
     image: UInt8[np.ndarray, "height width 3"],
     new_height: int,
     new_width: int,
-    mode: Literal["bicubic", "bilinear"] = "bicubic",
+    mode: Interpolation = "bicubic",
 ) -> UInt8[np.ndarray, "{new_height} {new_width} 3"]:
     """Resize an image by antialiased interpolation, in a third of Pillow's time.
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 
 from captionscale.errors import UserError
 
@@ -25,9 +25,6 @@ class BatchSampler:
         global_batch: Samples per step.
         micro_batch: Maximum samples per micro-batch.
         shuffle_window: Samples are shuffled within this many neighboring shards of a stream.
-
-    Raises:
-        UserError: Too few samples to give each micro-batch one at each step.
     """
 
     shard_sizes: tuple[int, ...]
@@ -76,32 +73,30 @@ class BatchSampler:
             )
         streams = _streams(self, self.epoch(step))
         part = step % self.steps_per_epoch
-        return [
-            (number, _part(streams[number], part, self.steps_per_epoch))
-            for number in range(rank, self.micro_batches_per_step, world_size)
-        ]
+        numbers = range(rank, self.micro_batches_per_step, world_size)
+        return [(number, _part(streams[number], part, self.steps_per_epoch)) for number in numbers]
 
 
 # Two epochs: the loader prefetches across the boundary.
 @lru_cache(maxsize=2)
-def _streams(order: BatchSampler, epoch: int) -> list[Int[np.ndarray, "_"]]:
+def _streams(sampler: BatchSampler, epoch: int) -> list[Int[np.ndarray, "_"]]:
     """Return the items of each stream of an epoch, in reading order."""
-    random = np.random.default_rng([order.seed, epoch])
-    sizes = np.array(order.shard_sizes)
+    random = np.random.default_rng([sampler.seed, epoch])
+    sizes = np.array(sampler.shard_sizes)
     first = np.cumsum(sizes) - sizes
     shuffled = random.permutation(len(sizes))
     # Items of the shuffled shards: position plus the offset of each shard's first item.
-    ahead = first[shuffled] - (np.cumsum(sizes[shuffled]) - sizes[shuffled])
-    sequence = np.arange(sizes.sum()) + np.repeat(ahead, sizes[shuffled])
+    offset = first[shuffled] - (np.cumsum(sizes[shuffled]) - sizes[shuffled])
+    sequence = np.arange(sizes.sum()) + np.repeat(offset, sizes[shuffled])
     shard_rank = np.repeat(np.arange(len(sizes)), sizes[shuffled])
     priority = random.random(len(sequence))
-    streams = []
-    for part in range(order.micro_batches_per_step):
-        start, stop = (len(sequence) * edge // order.micro_batches_per_step for edge in (part, part + 1))
-        window = (shard_rank[start:stop] - shard_rank[start : start + 1]) // order.shuffle_window
-        streams.append(sequence[start:stop][np.lexsort((priority[start:stop], window))])
+    streams, count = [], sampler.micro_batches_per_step
+    for number in range(count):
+        items, ranks, priorities = (_part(each, number, count) for each in (sequence, shard_rank, priority))
+        window = (ranks - ranks[:1]) // sampler.shuffle_window
+        streams.append(items[np.lexsort((priorities, window))])
     return streams
 
 
-def _part(stream: Int[np.ndarray, "item"], part: int, parts: int) -> Int[np.ndarray, "share"]:
-    return stream[len(stream) * part // parts : len(stream) * (part + 1) // parts]
+def _part(array: Shaped[np.ndarray, "item"], part: int, parts: int) -> Shaped[np.ndarray, "_"]:
+    return array[len(array) * part // parts : len(array) * (part + 1) // parts]

@@ -19,12 +19,12 @@ from uuid import uuid4
 from captionscale.data.manifest import CURE, Shard
 from captionscale.errors import UserError
 
-# A download says in its name how much room it will take: the file itself grows only while it comes.
+# The name of a download has its final size: the file grows only while it is written.
 _OURS = re.compile(r"[0-9a-f]{64}(?:\.tar|\.(?P<bytes>\d+)\.[0-9a-f]{32}\.tmp)")
 _BLAKE3 = re.compile(r"[0-9a-f]{64}")
-_ROOM = "room.lock"
+_SPACE_LOCK = "room.lock"
 _LEFT_OVER_S = 3600
-_WAIT_FOR_ROOM_S = 600.0
+_WAIT_FOR_SPACE_S = 600.0
 _SAME_USE_S = 10.0
 
 
@@ -32,16 +32,12 @@ class ShardCache:
     """Local copies of remote shards; safe for threads and forks."""
 
     def __init__(self, folder: Path | None, limit_gb: float):
-        """Use a folder, created with the first shard.
+        """Use a folder, created with the first shard, of at most `limit_gb` * 10^9 bytes.
 
-        Args:
-            folder: None: `$CAPTIONSCALE_CACHE`, else `captionscale` in `$XDG_CACHE_HOME` or `~/.cache`.
-            limit_gb: Maximum size, in 10^9 bytes.
-
-        Raises:
-            UserError: The folder starts with an unknown home.
+        The default is `$CAPTIONSCALE_CACHE`, else `captionscale` in `$XDG_CACHE_HOME` or `~/.cache`.
         """
-        place = folder or Path(os.environ.get("CAPTIONSCALE_CACHE") or _default())
+        default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "captionscale")
+        place = folder or Path(os.environ.get("CAPTIONSCALE_CACHE") or default)
         try:
             self.folder = place.expanduser().absolute()
         except RuntimeError:
@@ -57,15 +53,8 @@ class ShardCache:
     def open(self, shard: Shard, download: Callable[[Path], None]) -> Iterator[IO[bytes]]:
         """Open a shard, downloaded if missing; it is not removed while open.
 
-        Keep it open only while reading: other processes may wait for its space. The size is checked at each
-        opening, the hash after the download.
-
-        Args:
-            shard: The shard.
-            download: Writes the checked shard to a path.
-
-        Raises:
-            UserError: The download fails, the folder is not writable, or the cache is full.
+        Keep it open only while reading: other processes may wait for its space. `download` writes the shard
+        to a path and checks its hash; the size is checked at each opening.
         """
         try:
             while (file := self._open_cached(shard)) is None:
@@ -117,7 +106,7 @@ class ShardCache:
                     download(partial)
                     os.fsync(held.fileno())
                     # Renaming must not hide the file from another process that counts sizes.
-                    with _exclusive(self.folder / _ROOM):
+                    with _exclusive(self.folder / _SPACE_LOCK):
                         partial.replace(path)
                 finally:
                     partial.unlink(missing_ok=True)
@@ -125,11 +114,11 @@ class ShardCache:
     def _reserve(self, shard: Shard) -> tuple[Path, IO[bytes]]:
         """Free space for a shard; return the file to download to, with a shared lock."""
         if shard.size_bytes > self.limit_bytes:
-            raise self._no_room(shard, 0)
+            raise self._full(shard, 0)
         partial = self.folder / f"{shard.blake3}.{shard.size_bytes}.{uuid4().hex}.tmp"
-        give_up = time.monotonic() + _WAIT_FOR_ROOM_S
+        give_up = time.monotonic() + _WAIT_FOR_SPACE_S
         while True:
-            with _exclusive(self.folder / _ROOM):
+            with _exclusive(self.folder / _SPACE_LOCK):
                 held = self._evict(shard.size_bytes)
                 if held + shard.size_bytes <= self.limit_bytes:
                     file = partial.open("x+b")
@@ -138,10 +127,10 @@ class ShardCache:
                     return partial, file
             # Space is freed when others finish reading or downloading.
             if time.monotonic() > give_up:
-                raise self._no_room(shard, held)
+                raise self._full(shard, held)
             time.sleep(0.1)
 
-    def _no_room(self, shard: Shard, held: int) -> UserError:
+    def _full(self, shard: Shard, held: int) -> UserError:
         return UserError(
             f"{self.folder}: {held:,} bytes are in use and {shard.name} needs {shard.size_bytes:,} more,"
             f" data.cache_gb = {self.limit_bytes / 1e9:g} allows {self.limit_bytes:,.0f}; raise it,"
@@ -163,10 +152,6 @@ class ShardCache:
             if (partial and old) or held + needed_bytes > self.limit_bytes:
                 held -= size_bytes * _remove_unused(path, without_lock=old or not partial)
         return held
-
-
-def _default() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "captionscale"
 
 
 def _remove_unused(path: Path, *, without_lock: bool) -> bool:
@@ -194,12 +179,9 @@ def _exclusive(path: Path) -> Iterator[None]:
 
 
 def _open_lock(path: Path) -> IO[bytes]:
-    """Open or create a lock file.
-
-    In a folder with the sticky bit, Linux refuses O_CREAT for another user's existing file.
-    """
     while True:
         try:
+            # Without O_CREAT, which Linux refuses for another user's file in a folder with the sticky bit.
             return path.open("r+b")
         except FileNotFoundError:
             with suppress(FileExistsError):
@@ -218,11 +200,7 @@ def _share(file: IO[bytes]) -> None:
 
 
 def _flock(file: IO[bytes], operation: int) -> bool:
-    """Lock a file; False if its file system has no locks.
-
-    Raises:
-        BlockingIOError: It is locked, and the operation does not wait.
-    """
+    """Lock a file; False if its file system has no locks, BlockingIOError if LOCK_NB finds it locked."""
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:

@@ -14,18 +14,22 @@ import msgspec
 import numpy as np
 import xxhash
 from blake3 import blake3
-from jaxtyping import Shaped
 
 from captionscale import parsing
 from captionscale.data import decode, ustar
 from captionscale.data.index import INDEX_DTYPE
+from captionscale.data.manifest import MAX_REJECTED_BYTES, Images, Shard
 from captionscale.data.shards import Sample
 from captionscale.data.sources.record import Record
+from captionscale.data.storage import Storage, as_storage
 from captionscale.errors import UserError
-from captionscale.files import atomic_write, open_file
+from captionscale.files import MB, atomic_write, read_file
 
+REJECTED = "rejected.jsonl"
 _GONE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 _BAD_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
+# Of the file `done`: 120 bytes for each image.
+_MAX_DONE_BYTES = 4096 * MB
 _CHUNK_BYTES = 8 << 20
 _CHUNKS_AHEAD = 2
 
@@ -36,37 +40,18 @@ class _Unreadable(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to write.
-
-    Attributes:
-        path: The tar.
-        number: Number of the shard in its split.
-        records: Records in order.
-        full_decode: Decode every image; otherwise check only its header.
-        short_side: As in `PackOptions`.
-        quality: As in `PackOptions`.
-        done: File with the index rows, written when the tar is finished.
-    """
+    """One shard to write: the tar `path`, and then the file `done`, which is a `WrittenShard`."""
 
     path: Path
     number: int
     records: Sequence[Record]
     full_decode: bool
-    short_side: int | None
-    quality: int
+    images: Images
     done: Path
 
 
 class RejectedImage(msgspec.Struct, frozen=True):
-    """An image that could not be packed.
-
-    Attributes:
-        split: Its split.
-        image_id: Image id of the data set.
-        file: The image file, or the tar and its name in it.
-        offset: Offset in the tar, in bytes; 0 for an image file.
-        reason: The error.
-    """
+    """An image that could not be packed: where it is, as in `Record`, and the error."""
 
     split: str
     image_id: int
@@ -75,55 +60,42 @@ class RejectedImage(msgspec.Struct, frozen=True):
     reason: str
 
 
-class _Done(msgspec.Struct):
-    """Metadata of a finished shard."""
+class WrittenShard(msgspec.Struct, frozen=True):
+    """A finished shard.
 
-    size_bytes: int
-    blake3: str
+    Attributes:
+        info: Its manifest entry.
+        rows: Its index rows, as bytes of `INDEX_DTYPE`.
+        rejected: Images that could not be packed.
+        stamp: Hash of the sizes and times of its source files, of the tar and of the rows.
+    """
+
+    info: Shard
+    rows: bytes
     rejected: list[RejectedImage]
     stamp: str
 
 
-_REJECTED, _DONE = msgspec.json.Decoder(RejectedImage), msgspec.json.Decoder(_Done)
-
-
-def read_rejected(data: bytes, place: str) -> list[RejectedImage]:
-    """Parse `rejected.jsonl`; `place` is for errors.
+def read_rejected(where: Storage | Path) -> list[RejectedImage]:
+    """Return the rejected images of shards.
 
     Raises:
-        UserError: It is damaged.
+        UserError: The list is damaged.
     """
+    place, decoder = as_storage(where), msgspec.json.Decoder(RejectedImage)
     try:
-        return [parsing.decode(line, _REJECTED) for line in data.splitlines() if line]
+        lines = place.fetch(REJECTED, MAX_REJECTED_BYTES).splitlines()
+        return [parsing.decode(line, decoder) for line in lines if line]
+    except FileNotFoundError:
+        return []
     except ValueError as error:
-        raise UserError(f"{place}: not a list of rejected images ({error}); remove it") from None
-
-
-@dataclass(frozen=True)
-class WrittenShard:
-    """A finished shard.
-
-    Attributes:
-        rows: Index rows.
-        size_bytes: Size of the tar.
-        blake3: BLAKE3 of the tar, in hexadecimal.
-        rejected: Images that could not be packed.
-    """
-
-    rows: Shaped[np.ndarray, "sample"]
-    size_bytes: int
-    blake3: str
-    rejected: list[RejectedImage]
+        raise UserError(f"{place}/{REJECTED}: not a list of rejected images ({error}); remove it") from None
 
 
 def write_shard(job: ShardJob) -> WrittenShard:
-    """Write a tar, then its `done` file.
-
-    Raises:
-        UserError: The disk is full or fails, or the folder is read-only.
-    """
+    """Write a tar, then its `done` file."""
     rows, rejected = [], []
-    stamp = _stamp(job)
+    stamp = _source_stamp(job)
     with atomic_write(job.path) as file, _Tar(file) as tar:
         for record in job.records:
             try:
@@ -135,25 +107,18 @@ def write_shard(job: ShardJob) -> WrittenShard:
                 continue
             text = msgspec.json.encode(Sample(record.image_id, record.name, record.captions))
             key = f"{record.image_id:012d}"
-            rows.append(
-                (
-                    job.number,
-                    tar.add(f"{key}.{info.extension}", data),
-                    len(data),
-                    tar.add(f"{key}.json", text),
-                    len(text),
-                    record.image_id,
-                    len(record.captions),
-                    info.width,
-                    info.height,
-                    xxhash.xxh3_64_intdigest(data),
-                    xxhash.xxh3_64_intdigest(text),
-                )
-            )
-    written = WrittenShard(np.array(rows, INDEX_DTYPE), tar.size_bytes, tar.blake3.hexdigest(), rejected)
+            image_offset = tar.add(f"{key}.{info.extension}", data)
+            json_offset = tar.add(f"{key}.json", text)
+            location = (job.number, image_offset, len(data), json_offset, len(text))
+            facts = (record.image_id, len(record.captions), info.width, info.height)
+            hashes = (xxhash.xxh3_64_intdigest(data), xxhash.xxh3_64_intdigest(text))
+            rows.append((*location, *facts, *hashes))
+    shard = Shard(job.path.name, tar.size_bytes, tar.blake3.hexdigest(), len(rows))
+    index = np.array(rows, INDEX_DTYPE).tobytes()
+    stamp.update(shard.blake3.encode() + index)
+    written = WrittenShard(shard, index, rejected, stamp.hexdigest())
     with atomic_write(job.done) as file:
-        facts = _Done(written.size_bytes, written.blake3, rejected, stamp)
-        np.savez(file, rows=written.rows, facts=np.frombuffer(msgspec.json.encode(facts), np.uint8))
+        file.write(msgspec.json.encode(written))
     return written
 
 
@@ -164,19 +129,14 @@ def load_finished(job: ShardJob) -> WrittenShard | None:
     (size or time) are written again.
     """
     try:
-        with open_file(job.done) as file, np.load(file) as saved:
-            # It is written uncompressed; a compressed one could expand to any size.
-            if sum(each.file_size for each in saved.zip.infolist()) > os.fstat(file.fileno()).st_size:
-                return None
-            facts = parsing.decode(saved["facts"].tobytes(), _DONE)
-            rows = saved["rows"]
-        whole = job.path.stat().st_size == facts.size_bytes and not facts.rejected
-        whole = whole and facts.stamp == _stamp(job)
-        whole = whole and rows.dtype == INDEX_DTYPE and rows.shape == (len(job.records),)
-    # On a damaged file NumPy and zipfile raise nearly any exception.
-    except Exception:
+        found = parsing.decode(read_file(job.done, _MAX_DONE_BYTES), msgspec.json.Decoder(WrittenShard))
+        whole = job.path.stat().st_size == found.info.size_bytes and not found.rejected
+    except (OSError, ValueError):
         return None
-    return WrittenShard(rows, facts.size_bytes, facts.blake3, []) if whole else None
+    stamp = _source_stamp(job)
+    stamp.update(found.info.blake3.encode() + found.rows)
+    whole = whole and len(found.rows) == len(job.records) * INDEX_DTYPE.itemsize
+    return found if whole and found.stamp == stamp.hexdigest() else None
 
 
 def _image(record: Record, job: ShardJob) -> tuple[bytes, decode.ImageInfo]:
@@ -193,19 +153,20 @@ def _image(record: Record, job: ShardJob) -> tuple[bytes, decode.ImageInfo]:
             f"{place}: {error.strerror}, a fault of the disk or server, not of the image; finished"
             " shards are kept; repair it and run the same command again"
         ) from None
+    side, quality = job.images.short_side, job.images.quality
     try:
-        if job.short_side is None:
+        if side is None or quality is None:
             return data, decode.image_info(data, place, full_decode=job.full_decode)
         # Imports torch, which is slow.
         from captionscale.data.resize import resize_to_jpeg
 
-        data = resize_to_jpeg(data, place, side=job.short_side, quality=job.quality)
+        data = resize_to_jpeg(data, place, side=side, quality=quality)
         return data, decode.image_info(data, place, full_decode=False)
     except UserError as error:
         raise _Unreadable(str(error)) from None
 
 
-def _stamp(job: ShardJob) -> str:
+def _source_stamp(job: ShardJob) -> "hashlib._Hash":
     """Hash sizes and times of a shard's source files."""
     hasher = hashlib.sha256()
     for path in dict.fromkeys(record.file for record in job.records):
@@ -214,7 +175,7 @@ def _stamp(job: ShardJob) -> str:
             hasher.update(f"{status.st_size} {status.st_mtime_ns};".encode())
         except OSError:
             hasher.update(b"gone;")
-    return hasher.hexdigest()
+    return hasher
 
 
 class _Tar:
@@ -223,10 +184,9 @@ class _Tar:
     def __init__(self, file: BinaryIO):
         self.size_bytes = 0
         self.blake3 = blake3()
-        self._parts: list[bytes] = []
-        self._chunk_bytes = 0
+        self._chunk = bytearray()
         # One thread each keeps chunks in order.
-        sinks: list[Callable[[bytes], Any]] = [file.write, self.blake3.update]
+        sinks: list[Callable[[bytearray], Any]] = [file.write, self.blake3.update]
         self._sinks = [(sink, ThreadPoolExecutor(1)) for sink in sinks]
         self._busy: deque[Future[Any]] = deque()
 
@@ -249,18 +209,16 @@ class _Tar:
         offset = self.size_bytes
         self._put(data)
         self._put(ustar.padding(len(data)))
-        if self._chunk_bytes >= _CHUNK_BYTES:
+        if len(self._chunk) >= _CHUNK_BYTES:
             self._flush()
         return offset
 
     def _put(self, part: bytes) -> None:
-        self._parts.append(part)
+        self._chunk += part
         self.size_bytes += len(part)
-        self._chunk_bytes += len(part)
 
     def _flush(self) -> None:
-        chunk = b"".join(self._parts)
-        self._parts, self._chunk_bytes = [], 0
+        chunk, self._chunk = self._chunk, bytearray()
         self._busy += [thread.submit(sink, chunk) for sink, thread in self._sinks]
         self._wait(_CHUNKS_AHEAD * len(self._sinks))
 

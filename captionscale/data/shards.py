@@ -17,13 +17,7 @@ from captionscale.errors import UserError, did_you_mean
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The JSON stored with an image.
-
-    Attributes:
-        image_id: Image id of the data set.
-        file: File name in the data set.
-        captions: Raw captions; may be empty.
-    """
+    """The JSON stored with an image: its id and file name in the data set, and its raw captions."""
 
     image_id: int
     file: str
@@ -41,27 +35,19 @@ class Split:
     """
 
     def __init__(self, where: Storage | Path, name: str, *, check_sizes: bool = True):
-        """Open a split and check its index and the sizes of its shards.
-
-        Args:
-            where: Output of `captionscale pack`.
-            name: Such as `train`.
-            check_sizes: Check the shards' sizes.
+        """Open a split of the output of `captionscale pack`.
 
         Raises:
-            UserError: The split is missing or empty, its index is damaged, or a shard is missing or of the
-                wrong size.
+            UserError: The split is missing, its index is damaged, or a shard is missing or of another size.
         """
-        place = as_storage(where)
-        splits = read_manifest(place).splits
+        self.storage, self.name = as_storage(where), name
+        splits = read_manifest(self.storage).splits
         if name not in splits:
-            raise UserError(f"{place}: no split '{name}'; {did_you_mean(name, splits)}")
-        self.storage = place
-        self.name = name
+            raise UserError(f"{where}: no split '{name}'; {did_you_mean(name, splits)}")
         self.info = splits[name]
         for shard in self.info.shards if check_sizes else ():
-            place.check_size(shard)
-        self.index: Shaped[np.ndarray, "sample"] = index.read(place, name, self.info)
+            self.storage.check_size(shard)
+        self.index: Shaped[np.ndarray, "sample"] = index.read(self.storage, name, self.info)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -78,11 +64,7 @@ class Split:
         return np.bincount(self.index["shard"], minlength=len(self.info.shards))
 
     def image(self, item: int) -> bytes:
-        """Return the stored bytes of an image.
-
-        Raises:
-            UserError: The shard is truncated, or the bytes changed after packing.
-        """
+        """Return the stored bytes of an image; refuse bytes that changed after packing."""
         return self._read(item, "image")
 
     def captions(self, item: int) -> tuple[str, ...]:
@@ -90,30 +72,25 @@ class Split:
         return self.sample(item).captions
 
     def sample(self, item: int) -> "Sample":
-        """Return the JSON stored with an image.
-
-        Raises:
-            UserError: It is damaged, or changed after packing.
-        """
+        """Return the JSON stored with an image; errors as in `image`."""
         try:
             return parsing.decode(self._read(item, "json"), _SAMPLE)
         except ValueError as error:
-            raise UserError(f"{self._place(item, 'json')} holds no sample ({error}); {CURE}") from None
+            place = f"{self.place(item)}: json at byte {int(self.index[item]['json_offset']):,}"
+            raise UserError(f"{place} holds no sample ({error}); {CURE}") from None
 
     def require_captions(self, purpose: str) -> None:
-        """Check that every image has captions.
-
-        Args:
-            purpose: Why they are needed, and the cure, for the error.
-
-        Raises:
-            UserError: An image has no captions.
-        """
+        """Check that every image has captions; `purpose` ends the error: what for, and the cure."""
         if missing := int((self.index["captions"] == 0).sum()):
             raise UserError(
                 f"{self.storage}: {missing:,} of {len(self):,} images of split '{self.name}' have no"
                 f" captions; expected them {purpose}"
             )
+
+    def place(self, item: int) -> str:
+        """Return shard and id of an image, for errors."""
+        row = self.index[item]
+        return f"{self.storage}/{self.info.shards[int(row['shard'])].name}: image {row['image_id']}"
 
     def references(self) -> dict[int, list[str]]:
         """Return the captions of all images by image id."""
@@ -124,7 +101,10 @@ class Split:
         shard, offset, size = int(row["shard"]), int(row[f"{part}_offset"]), int(row[f"{part}_size"])
         data = self.storage.pread(self.info.shards[shard], offset, size)
         if len(data) != size:
-            raise UserError(f"{self._place(item, part)} ends after {len(data):,} of {size:,} bytes; {CURE}")
+            raise UserError(
+                f"{self.place(item)}: {part} at byte {offset:,} ends after {len(data):,} of {size:,} bytes;"
+                f" {CURE}"
+            )
         # A changed caption would otherwise go unnoticed.
         found, expected = xxhash.xxh3_64_intdigest(data), int(row[f"{part}_hash"])
         if found != expected:
@@ -132,23 +112,14 @@ class Split:
             what = "bytes at" if part == "image" else "captions at byte"
             whose = f"those of image {matches[0]}" if len(matches) else "not those packed"
             raise UserError(
-                f"{self.storage}/{self.info.shards[shard].name}: image {row['image_id']}: the {what}"
-                f" {offset:,} are {whose}; found xxh3 {found:016x}, expected {expected:016x}; {CURE}"
+                f"{self.place(item)}: the {what} {offset:,} are {whose}; found xxh3 {found:016x}, expected"
+                f" {expected:016x}; {CURE}"
             )
         return data
 
-    def _place(self, item: int, part: str) -> str:
-        row = self.index[item]
-        name = self.info.shards[int(row["shard"])].name
-        return f"{name}: image {row['image_id']}: {part} at byte {int(row[f'{part}_offset']):,}"
-
 
 def find_image(where: Storage | Path, image_id: int) -> tuple[Split, int]:
-    """Return the split and the item of an image.
-
-    Raises:
-        UserError: No split holds it.
-    """
+    """Return the split and the item of an image; refuse an id that no split has."""
     place = as_storage(where)
     for name in read_manifest(place).splits:
         split = Split(place, name)

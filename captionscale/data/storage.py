@@ -19,8 +19,8 @@ from captionscale.data.shard_cache import ShardCache
 from captionscale.errors import UserError
 from captionscale.files import blake3_of, read_file
 
+# Open files per reader.
 _MAX_OPEN_SHARDS = 100
-"""Open files per reader."""
 
 
 class LocalStorage:
@@ -38,15 +38,12 @@ class LocalStorage:
 
         Raises:
             OSError: It is larger, or cannot be read; FileNotFoundError: it does not exist.
+            UserError: Its download fails.
         """
         return read_file(self.path / name, max_bytes)
 
     def check_size(self, shard: Shard) -> None:
-        """Compare a shard's size with the manifest.
-
-        Raises:
-            UserError: The shard is missing or of another size.
-        """
+        """Compare a shard's size with the manifest."""
         path = self.path / shard.name
         size_bytes = path.stat().st_size if path.is_file() else None
         if size_bytes != shard.size_bytes:
@@ -56,11 +53,7 @@ class LocalStorage:
             )
 
     def pread(self, shard: Shard, offset: int, size: int) -> bytes:
-        """Return `size` bytes of a shard from `offset`, fewer at its end; thread-safe.
-
-        Raises:
-            UserError: The shard was removed, or the disk fails.
-        """
+        """Return `size` bytes of a shard from `offset`, fewer at its end; thread-safe."""
         path = self.path / shard.name
         return _pread(self._opened(path), path, offset, size)
 
@@ -74,11 +67,7 @@ class RemoteStorage:
     """Shards behind a URL, with a local cache."""
 
     def __init__(self, url: str, cache: ShardCache):
-        """Open a URL, without using the network.
-
-        Raises:
-            UserError: No installed package reads such a URL.
-        """
+        """Open a URL, without using the network; refuse one that no installed package reads."""
         self.url = credentials.strip_and_remember(url).rstrip("/")
         self.cache = cache
         download.require_filesystem(self.url)
@@ -87,33 +76,20 @@ class RemoteStorage:
         return self.url
 
     def fetch(self, name: str, max_bytes: int = manifest.MAX_MANIFEST_BYTES) -> bytes:
-        """Download a small file of at most `max_bytes`.
-
-        Raises:
-            FileNotFoundError: It does not exist.
-            UserError: The download fails, or the file is larger.
-        """
+        """Download a small file."""
         return download.fetch(self.url, name, max_bytes)
 
     def check_size(self, shard: Shard) -> None:
         """Do nothing: downloads are checked."""
 
     def pread(self, shard: Shard, offset: int, size: int) -> bytes:
-        """Return `size` bytes of a shard from `offset`; thread-safe.
-
-        Raises:
-            UserError: The server or the local disk fails, or the download differs from the manifest.
-        """
+        """As `LocalStorage.pread`."""
         with self._open(shard) as file:
             return _pread(file, self.cache.path(shard), offset, size)
 
     @contextmanager
     def local_path(self, shard: Shard) -> Iterator[Path]:
-        """Provide a shard as a file, with its hash checked again; a damaged one is downloaded again.
-
-        Raises:
-            UserError: As `pread` does.
-        """
+        """Provide a shard as a file, with its hash checked again; a damaged one is downloaded again."""
         path = self.cache.path(shard)
         with self._open(shard):
             whole = blake3_of(path) == shard.blake3
@@ -135,25 +111,12 @@ def as_storage(where: Storage | Path) -> Storage:
 
 
 def read_manifest(place: Storage) -> manifest.Manifest:
-    """Return the manifest of shards.
-
-    Raises:
-        UserError: The manifest is missing, damaged or of another format, or the download fails.
-    """
+    """Return the manifest of shards."""
     return manifest.fetch(place.fetch, str(place))
 
 
 def open_storage(where: str, cache: Path | None = None, cache_gb: float = DEFAULT_CACHE_GB) -> Storage:
-    """Open a folder or URL of shards.
-
-    Args:
-        where: A folder, or a URL such as `s3://bucket/coco`.
-        cache: Cache folder of remote shards; None: the user's.
-        cache_gb: Maximum size of the cache, in 10^9 bytes.
-
-    Raises:
-        UserError: No installed package reads such a URL.
-    """
+    """Open a folder or URL of shards, with a cache of at most `cache_gb` * 10^9 bytes for remote ones."""
     path = where.removeprefix("file://")
     return RemoteStorage(where, ShardCache(cache, cache_gb)) if "://" in path else LocalStorage(Path(path))
 

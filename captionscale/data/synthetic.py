@@ -1,11 +1,11 @@
-"""The sample world: drawn scenes of one or two toys, five English captions each, on disk as COCO 2017.
+"""The synthetic data set: drawn scenes of one or two toys, five English captions each, in COCO 2017's layout.
 
-It exists so that a first run needs no download, yet walks the very path that COCO walks.
+A first run needs no download, yet reads the same files as one on COCO.
 """
 
-import itertools
 import json
 from collections.abc import Mapping
+from itertools import islice, product
 from pathlib import Path
 from random import Random
 
@@ -15,10 +15,10 @@ from captionscale.progress import progress
 
 CAPTIONS_PER_IMAGE = 5
 JPEG_QUALITY = 90
-# Lone toys teach a small model the single words; pairs, of which there are far more, teach the relations.
-ALONE_SHARE = 0.4
+# A small model learns the words from scenes of one toy, and the relations from pairs, which are far more.
+ALONE_FRACTION = 0.4
 
-# The ground of each setting, and two phrases for the whole.
+# The ground of each setting, and two phrases for the setting.
 WHERE = {
     "meadow": ("the grass", "in a meadow", "in a grassy field"),
     "beach": ("the sand", "at the beach", "by the sea"),
@@ -38,7 +38,7 @@ VERBS = {
     "tree": ("stands", "grows"),
 }
 STILL = ("sits", "is")
-# a and b are the toys with their colours, bare_a and bare_b without; does_a is a verb of a.
+# a and b are the toys with their colors, bare_a and bare_b without; does_a is a verb of a.
 ALONE = (
     "{sized} {does_a} {on}.",
     "{sized} {on}.",
@@ -73,15 +73,14 @@ ABOVE = (
 
 
 def all_scenes() -> tuple[list[Scene], list[Scene]]:
-    """Return every scene there is: those with one toy, and those with two of different kinds."""
-    toys = [Toy(*names) for names in itertools.product(TOYS, COLORS)]
+    """Return all scenes of one toy, and all of two toys of different kinds."""
+    toys = [Toy(*names) for names in product(TOYS, COLORS)]
     alone = [
-        Scene(setting, (toy,), side, size)
-        for setting, toy, side, size in itertools.product(WHERE, toys, SIDES, SIZES)
+        Scene(setting, (toy,), side, size) for setting, toy, side, size in product(WHERE, toys, SIDES, SIZES)
     ]
     pairs = [
         Scene(setting, (first, second), relation, "medium")
-        for setting, first, second, relation in itertools.product(WHERE, toys, toys, ("beside", "above"))
+        for setting, first, second, relation in product(WHERE, toys, toys, ("beside", "above"))
         if first.kind != second.kind
         and (relation == "beside" or (first.kind in FLYING and second.kind not in FLYING))
     ]
@@ -89,12 +88,7 @@ def all_scenes() -> tuple[list[Scene], list[Scene]]:
 
 
 def captions(scene: Scene, random: Random) -> list[str]:
-    """Return five differing sentences, all true; like people, few of them mention everything.
-
-    Args:
-        scene: What the picture shows.
-        random: Chooses the sentence patterns and the synonyms.
-    """
+    """Return five different sentences, all true; `random` chooses the patterns and synonyms."""
     pick = random.choice
     first, last = scene.toys[0], scene.toys[-1]
     ground, *phrases = WHERE[scene.setting]
@@ -126,31 +120,29 @@ def captions(scene: Scene, random: Random) -> list[str]:
 
 
 def write_coco(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: int = 0) -> None:
-    """Write a sample data set in COCO 2017 layout; the same arguments write the same bytes.
+    """Write a data set in COCO 2017's layout; the same arguments write the same bytes.
 
-    No scene is shown twice, so no split holds a picture of another.
+    No scene is drawn twice, so no image is in two splits.
 
     Args:
         out: Folder for `{split}2017/*.jpg` and `annotations/captions_{split}2017.json`.
-        counts: Number of pictures per split, such as `{"train": 2000, "val": 200}`.
-        size: Side of the square pictures in pixels.
-        seed: Chooses the scenes, how they look and what is said about them.
+        counts: Number of images per split, such as `{"train": 2000, "val": 200}`.
+        size: Side of the square images in pixels.
+        seed: Seed of scenes, drawings and captions.
 
     Raises:
-        UserError: More pictures are asked for than the world holds scenes, or fewer than none.
+        UserError: A count is below 0, or more images are requested than there are scenes.
     """
     for split, count in counts.items():
         if count < 0:
-            raise UserError(f"{out}: {count} pictures asked for in split '{split}'; expected none or more")
+            raise UserError(f"{out}: {count} images requested in split '{split}'; expected none or more")
     alone, pairs = all_scenes()
     total, limit = sum(counts.values()), len(alone) + len(pairs)
     if total > limit:
-        raise UserError(
-            f"{out}: {total} pictures asked for, the sample world holds {limit} scenes; ask for fewer"
-        )
+        raise UserError(f"{out}: {total} images requested, there are {limit} scenes; request fewer")
     random = Random(seed)
-    lone = min(len(alone), max(round(total * ALONE_SHARE), total - len(pairs)))
-    scenes = random.sample(alone, lone) + random.sample(pairs, total - lone)
+    single = min(len(alone), max(round(total * ALONE_FRACTION), total - len(pairs)))
+    scenes = random.sample(alone, single) + random.sample(pairs, total - single)
     random.shuffle(scenes)
     numbered = enumerate(scenes, start=1)
     (out / "annotations").mkdir(parents=True, exist_ok=True)
@@ -160,14 +152,17 @@ def write_coco(out: Path, *, counts: Mapping[str, int], size: int = 128, seed: i
             folder.mkdir(exist_ok=True)
             images: list[dict[str, object]] = []
             annotations: list[dict[str, object]] = []
-            for image_id, scene in itertools.islice(numbered, count):
-                # A stream of its own: how many numbers one picture uses does not change the next.
+            for image_id, scene in islice(numbered, count):
+                # The random numbers of one image do not depend on another's.
                 own = Random(f"{seed} {image_id}")
                 name = f"{image_id:012}.jpg"
                 draw_scene(scene, size, own).save(folder / name, quality=JPEG_QUALITY)
                 images.append({"id": image_id, "file_name": name, "width": size, "height": size})
-                for number, caption in enumerate(captions(scene, own), start=image_id * CAPTIONS_PER_IMAGE):
-                    annotations.append({"id": number, "image_id": image_id, "caption": caption})
+                first = image_id * CAPTIONS_PER_IMAGE
+                annotations += [
+                    {"id": number, "image_id": image_id, "caption": caption}
+                    for number, caption in enumerate(captions(scene, own), start=first)
+                ]
                 bar.advance()
             info = {"description": "captionscale sample scenes", "version": "1.0"}
             coco = {"info": info, "licenses": [], "images": images, "annotations": annotations}

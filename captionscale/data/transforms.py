@@ -8,16 +8,20 @@ import torch
 from jaxtyping import UInt8
 from PIL import Image, ImageEnhance
 
+from captionscale.config_model import Interpolation
 from captionscale.data.resize import resize_image
 
 # Left, top, right and bottom of a crop, in whole pixels.
 _Box = tuple[int, int, int, int]
 _Pixels = UInt8[np.ndarray, "height width 3"]
+_Square = UInt8[np.ndarray, "{size} {size} 3"]
+_ENHANCERS: list[Callable[[Image.Image], ImageEnhance._Enhance]]
+_ENHANCERS = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
 
 
-def center_crop(image: _Pixels, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def center_crop(image: _Pixels, size: int, interpolation: Interpolation = "bilinear") -> _Square:
     """Return the center square, resized."""
-    return _resize(image, size, _center_box(image))
+    return _resize(image, size, _center_box(image), interpolation)
 
 
 def augment(
@@ -28,8 +32,9 @@ def augment(
     flip: bool,
     color_jitter: float,
     rotate: float = 0.0,
+    interpolation: Interpolation = "bilinear",
     random: np.random.Generator,
-) -> UInt8[np.ndarray, "{size} {size} 3"]:
+) -> _Square:
     """Return a random crop, optionally rotated, flipped and color-jittered.
 
     Args:
@@ -39,7 +44,8 @@ def augment(
         flip: Mirror half of the results.
         color_jitter: Maximum relative change of brightness, contrast and saturation.
         rotate: Maximum rotation about the crop's center, in degrees; outside is the image's mean color.
-        random: Source of all random choices.
+        interpolation: How the crop is resized.
+        random: Random number generator.
 
     Source:
         The crop of Szegedy et al. 2015 (arXiv:1409.4842), section 6: area fraction and aspect ratio
@@ -47,16 +53,17 @@ def augment(
     """
     box = None if crop_scale == (1.0, 1.0) else _random_box(image, crop_scale, random)
     box = box or _center_box(image)
-    view = _turn(image, size, box, random.uniform(-rotate, rotate)) if rotate else _resize(image, size, box)
+    if rotate:
+        view = _rotate(image, size, box, random.uniform(-rotate, rotate), interpolation)
+    else:
+        view = _resize(image, size, box, interpolation)
     if flip and random.random() < 0.5:
         # NumPy is four times slower.
         view = torch.from_numpy(view).flip(1).numpy()
     if color_jitter:
         pil = Image.fromarray(view)
-        enhancers: list[Callable[[Image.Image], ImageEnhance._Enhance]]
-        enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
-        for enhance in enhancers:
-            pil = enhance(pil).enhance(1 + random.uniform(-color_jitter, color_jitter))
+        for enhancer in _ENHANCERS:
+            pil = enhancer(pil).enhance(1 + random.uniform(-color_jitter, color_jitter))
         view = np.array(pil)
     return view
 
@@ -82,15 +89,15 @@ def _center_box(image: _Pixels) -> _Box:
     return left, top, left + side, top + side
 
 
-def _resize(image: _Pixels, size: int, box: _Box) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def _resize(image: _Pixels, size: int, box: _Box, interpolation: Interpolation) -> _Square:
     left, top, right, bottom = box
-    return resize_image(np.ascontiguousarray(image[top:bottom, left:right]), size, size, "bilinear")
+    return resize_image(np.ascontiguousarray(image[top:bottom, left:right]), size, size, interpolation)
 
 
-def _turn(image: _Pixels, size: int, box: _Box, degrees: float) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def _rotate(image: _Pixels, size: int, box: _Box, degrees: float, interpolation: Interpolation) -> _Square:
     """Rotate counter-clockwise about the crop's center, and return the resized crop."""
     left, top, right, bottom = box
-    # `transform` interpolates four neighbors, so reduce first to avoid aliasing.
+    # `transform` interpolates 4 or 16 neighbors, so reduce first to avoid aliasing.
     shrink = max(1, int(min(right - left, bottom - top) / size))
     small = Image.fromarray(image).reduce(shrink)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -98,10 +105,7 @@ def _turn(image: _Pixels, size: int, box: _Box, degrees: float) -> UInt8[np.ndar
     across, down = (right - left) / size / shrink, (bottom - top) / size / shrink
     matrix = np.array([[cos * across, -sin * down], [sin * across, cos * down]])
     center = np.array([left + right, top + bottom]) / 2 / shrink
-    (a, b), (d, e) = matrix.tolist()
-    c, f = (center - matrix @ [size / 2, size / 2]).tolist()
+    affine = np.column_stack([matrix, center - matrix @ [size / 2, size / 2]]).ravel().tolist()
     mean = small.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-    view = small.transform(
-        (size, size), Image.Transform.AFFINE, (a, b, c, d, e, f), Image.Resampling.BILINEAR, fillcolor=mean
-    )
-    return np.array(view)
+    resample = Image.Resampling[interpolation.upper()]
+    return np.array(small.transform((size, size), Image.Transform.AFFINE, affine, resample, fillcolor=mean))

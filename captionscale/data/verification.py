@@ -1,32 +1,28 @@
 """Check shards against their manifest, index and hashes."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from captionscale.data import decode
-from captionscale.data.index import index_name
-from captionscale.data.manifest import CURE, MAX_REJECTED_BYTES, Manifest
-from captionscale.data.packing import REJECTED, WORK
-from captionscale.data.shard_writer import read_rejected
+from captionscale.data.manifest import CURE, Manifest, index_name
+from captionscale.data.packing import WORK, unnamed_files
+from captionscale.data.shard_writer import REJECTED, read_rejected
 from captionscale.data.shards import Split
 from captionscale.data.sources.tars import iter_members
-from captionscale.data.storage import RemoteStorage, Storage, as_storage, read_manifest
+from captionscale.data.storage import LocalStorage, Storage, as_storage, read_manifest
 from captionscale.errors import UserError
 from captionscale.files import blake3_of
 
 
 @dataclass
 class VerificationReport:
-    """Result of a verification.
-
-    Attributes:
-        problems: Damage, and images in two splits.
-        notes: Findings that need no repair.
-    """
+    """Result of a verification: damage and images in two splits, and findings that need no repair."""
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -48,14 +44,10 @@ def verify(
         allow_leaks: The same image in two splits is a note, not a problem.
         workers: Number of threads.
         progress: Called with the number of images of each checked shard.
-
-    Raises:
-        UserError: The manifest cannot be read.
     """
     place = as_storage(where)
     facts, findings = read_manifest(place), VerificationReport()
-    findings.problems += _strays(place, facts)
-    findings.problems += _rejected(place, facts)
+    findings.problems += _check_files(place, facts)
     splits = []
     for name in facts.splits:
         try:
@@ -68,50 +60,40 @@ def verify(
 
     jobs = [(split, number) for split in splits for number in range(len(split.info.shards))]
     with ThreadPoolExecutor(workers) as pool:
-        for (split, number), problems in zip(
-            jobs, pool.map(lambda job: _check_shard(*job, deep=deep), jobs), strict=True
-        ):
+        found = pool.map(lambda job: _check_shard(*job, deep=deep), jobs)
+        for (split, number), problems in zip(jobs, found, strict=True):
             findings.problems += problems
             progress(split.info.shards[number].images)
     _find_duplicates(splits, findings, allow_leaks)
     return findings
 
 
-def _strays(place: Storage, facts: Manifest) -> Iterator[str]:
-    if isinstance(place, RemoteStorage):
-        return  # Not every server lists files, and unnamed ones are never read.
-    known = {shard.name for split in facts.splits.values() for shard in split.shards}
-    known |= {index_name(name) for name in facts.splits}
-    for path in sorted([*place.path.glob("*.tar"), *place.path.glob("*.index.npy")]):
-        if path.name not in known:
-            cure = "end that pack" if (place.path / WORK).exists() else f"remove {path.name}"
+def _check_files(place: Storage, facts: Manifest) -> Iterator[str]:
+    """Yield files that the manifest does not name, and wrong numbers of rejected images."""
+    # Not every server lists files, and unnamed ones are never read.
+    if isinstance(place, LocalStorage):
+        for path in unnamed_files(place.path, facts):
+            cure = "finish that pack" if (place.path / WORK).exists() else f"remove {path.name}"
             yield f"{path}: the manifest does not name it; {cure}, or remove the folder and pack again"
-
-
-def _rejected(place: Storage, facts: Manifest) -> Iterator[str]:
-    path = f"{place}/{REJECTED}"
     # Some servers answer a missing file with 403.
     if not any(split.rejected for split in facts.splits.values()):
         return
-    try:
-        data = place.fetch(REJECTED, MAX_REJECTED_BYTES)
-        rejected = [image.split for image in read_rejected(data, path)]
-    except FileNotFoundError:
-        rejected = []
+    found = Counter(image.split for image in read_rejected(place))
     for name, split in facts.splits.items():
-        if rejected.count(name) != split.rejected:
+        if found[name] != split.rejected:
             yield (
-                f"{path}: {rejected.count(name):,} images of split '{name}', manifest says"
+                f"{place}/{REJECTED}: {found[name]:,} images of split '{name}', manifest says"
                 f" {split.rejected:,}; {CURE}"
             )
 
 
 def _check_index(split: Split) -> None:
-    path = f"{split.storage}/{index_name(split.name)}"
     found = [int(split.index["captions"].sum()), *split.shard_sizes.tolist()]
-    expected = [split.info.captions, *(shard.images for shard in split.info.shards)]
-    if found != expected:
-        raise UserError(f"{path}: number of captions or images differs from the manifest's; {CURE}")
+    if found != [split.info.captions, *(shard.images for shard in split.info.shards)]:
+        raise UserError(
+            f"{split.storage}/{index_name(split.name)}: number of captions or images differs from the"
+            f" manifest's; {CURE}"
+        )
 
 
 def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
@@ -123,7 +105,7 @@ def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
             found = blake3_of(path)
             problems = [problem for item in items for problem in check_sample(split, item, deep=deep)]
             if not problems and found == facts.blake3:
-                problems += _compare_with_tar(split, path, number, items)
+                problems += _compare_with_tar(split, path, items)
     except UserError as error:
         return [str(error)]
     if not problems and found != facts.blake3:
@@ -136,45 +118,32 @@ def _check_shard(split: Split, number: int, *, deep: bool) -> list[str]:
 
 def check_sample(split: Split, item: int, *, deep: bool) -> Iterator[str]:
     """Yield the problems of one sample, an item of a split; `deep` decodes its image."""
-    row = split.index[item]
-    place = f"{split.storage}/{split.info.shards[int(row['shard'])].name}: image {row['image_id']}"
+    row, place = split.index[item], split.place(item)
     try:
         data, sample = split.image(item), split.sample(item)
+        if (sample.image_id, len(sample.captions)) != (row["image_id"], row["captions"]):
+            yield (
+                f"{place}: the sample says image {sample.image_id} with {len(sample.captions)} captions, the"
+                f" index says image {row['image_id']} with {row['captions']}; {CURE}"
+            )
+        if deep:
+            info = decode.image_info(data, place, full_decode=True)
+            if (info.width, info.height) != (row["width"], row["height"]):
+                yield f"{place}: {info.width} x {info.height} pixels, the index says otherwise; {CURE}"
     except UserError as error:
         yield str(error)
-        return
-    if (sample.image_id, len(sample.captions)) != (row["image_id"], row["captions"]):
-        yield (
-            f"{place}: the sample says image {sample.image_id} with {len(sample.captions)} captions, the"
-            f" index says image {row['image_id']} with {row['captions']}; {CURE}"
-        )
-    if deep:
-        try:
-            info = decode.image_info(data, place, full_decode=True)
-        except UserError as error:
-            yield str(error)
-            return
-        if (info.width, info.height) != (row["width"], row["height"]):
-            yield f"{place}: {info.width} x {info.height} pixels, the index says otherwise; {CURE}"
 
 
-def _compare_with_tar(split: Split, path: Path, number: int, items: list[int]) -> Iterator[str]:
+def _compare_with_tar(split: Split, path: Path, items: list[int]) -> Iterator[str]:
     """Yield where the tar's headers, which other readers use, and the index differ."""
-    expected = []
-    for row in split.index[items]:
-        expected += [
-            (int(row["image_offset"]), int(row["image_size"])),
-            (int(row["json_offset"]), int(row["json_size"])),
-        ]
+    columns = ["image_offset", "image_size", "json_offset", "json_size"]
+    rows = np.stack([split.index[items][column] for column in columns], axis=1)
+    expected = [(offset, size) for offset, size in rows.reshape(-1, 2).tolist()]
     found = [(member.offset_data, member.size) for member in iter_members(path)]
-    if found != expected:
-        row = next(
-            (k for k, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
-            min(len(found), len(expected)),
-        )
-        near = split.index["image_id"][items[min(row // 2, len(items) - 1)]]
-        place = f"{split.storage}/{split.info.shards[number].name}"
-        yield f"{place}: image {near}: the index differs from the tar; {CURE}"
+    differs = [a != b for a, b in zip_longest(found, expected)]
+    if any(differs):
+        near = items[min(differs.index(True) // 2, len(items) - 1)]
+        yield f"{split.place(near)}: the index differs from the tar; {CURE}"
 
 
 def _find_duplicates(splits: list[Split], findings: VerificationReport, allow_leaks: bool) -> None:
@@ -187,17 +156,14 @@ def _find_duplicates(splits: list[Split], findings: VerificationReport, allow_le
     leaks: list[str] = []
     twins: list[str] = []
     for k in np.flatnonzero(hashes[order][1:] == hashes[order][:-1]).tolist():
-        (split, item), (other, twin) = places[order[k]], places[order[k + 1]]
+        pair = places[order[k]], places[order[k + 1]]
         try:
-            same = split.image(item) == other.image(twin)
+            first, second = [split.image(item) for split, item in pair]
         except UserError:
             continue  # Reported above.
-        if same:
-            pair = [
-                f"image {it.index['image_id'][at]} of split '{it.name}'"
-                for it, at in ((split, item), (other, twin))
-            ]
-            (leaks if split is not other else twins).append(" and ".join(pair) + " are the same bytes")
+        if first == second:
+            names = [f"image {split.index['image_id'][item]} of split '{split.name}'" for split, item in pair]
+            (twins if pair[0][0] is pair[1][0] else leaks).append(f"{' and '.join(names)} are the same bytes")
     if leaks and not allow_leaks:
         leaks.append(
             f"{len(leaks):,} images are in two splits, so training may see scored images; expected each"

@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +33,7 @@ def create_engine(
     *,
     compress_gradients: bool = False,
 ) -> "Engine":
-    """Return the engine of the launch profile; arguments are those of `Engine`.
+    """Return the engine of the launch profile; arguments as of `Engine`.
 
     Raises:
         UserError: DeepSpeed is not installed.
@@ -55,32 +55,32 @@ class Engine:
         *,
         compress_gradients: bool = False,
     ):
-        """Wrap a model; the model itself is still what is read, saved and scored.
+        """Wrap a model with equal weights on all ranks; read, save and score the model itself.
 
         Args:
             ranks: This process and its peers.
-            model: On the ranks' device, with the same weights on all of them.
+            model: On the ranks' device.
             optimizer: AdamW over the trainable parameters.
-            clip_norm: Largest norm of the gradient.
+            clip_norm: Maximum norm of the gradient.
             compress_gradients: Whether to reduce gradients in bf16.
         """
-        self.ranks, self._module, self._clip_norm = ranks, model, clip_norm
+        self.ranks, self._module, self._adamw = ranks, model, optimizer
+        self._clip_norm, self._compress_gradients = clip_norm, compress_gradients
         self._accelerator = ranks.accelerator
-        self._adamw, self._compress = optimizer, compress_gradients
         self._model: Any
         self._optimizer: Any
-        self._prepare(compress_gradients)
+        self._prepare()
         ranks.broadcast_buffers_from_main(model)
 
     def replace_optimizer(self, optimizer: Optimizer) -> None:
-        """Train the parameters of another optimizer from now on, and keep the state of those trained before.
+        """Train the parameters of another optimizer, keeping the state of those trained before.
 
         All ranks call it, between two steps.
         """
         state = self.optimizer_state()
         self._release()
         self._adamw = optimizer
-        self._prepare(self._compress)
+        self._prepare()
         self.load_optimizer_state(state)
 
     def _release(self) -> None:
@@ -88,13 +88,13 @@ class Engine:
         self._model = self._optimizer = None
         self._accelerator.free_memory()
 
-    def _prepare(self, compress_gradients: bool) -> None:
+    def _prepare(self) -> None:
         with warnings.catch_warnings():
             # Older torch and Accelerate do not know the new name.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             self._model, self._optimizer = self._accelerator.prepare(self._module, self._adamw)
         # No static_graph: it excludes no_sync, and gains nothing where all parameters have gradients.
-        if compress_gradients and isinstance(self._model, DistributedDataParallel):
+        if self._compress_gradients and isinstance(self._model, DistributedDataParallel):
             self._model.register_comm_hook(None, bf16_compress_hook)
 
     @property
@@ -110,9 +110,11 @@ class Engine:
         """Yield this rank's micro-batches; gradients are reduced in the backward pass of the last one."""
         items = list(work)
         for number, item in enumerate(items, start=1):
-            context = nullcontext() if number == len(items) else self._accelerator.no_sync(self._model)
-            with context:
+            with self._gradient_sync(number == len(items)):
                 yield item
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        return nullcontext() if last else self._accelerator.no_sync(self._model)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss, scaled as the precision requires."""
@@ -169,16 +171,16 @@ class Engine:
 class ZeroEngine(Engine):
     """Model and AdamW under DeepSpeed's ZeRO: optimizer state (and gradients) are partitioned over the ranks.
 
-    Each rank has all weights in fp32, and Accelerate's autocast, as DeepSpeed's own bf16 and fp16 would put
+    Each rank has all weights in fp32, under Accelerate's autocast: DeepSpeed's own bf16 and fp16 would put
     the model itself in half precision.
 
     Source:
         Rajbhandari et al. 2020, "ZeRO" (arXiv:1910.02054), stages 1 (optimizer state) and 2 (gradients too).
     """
 
-    def _prepare(self, compress_gradients: bool) -> None:
+    def _prepare(self) -> None:
         deepspeed = _deepspeed(self.ranks)
-        self._groups = [list(group["params"]) for group in self._adamw.param_groups]
+        self._parameters = [list(group["params"]) for group in self._adamw.param_groups]
         # Accelerate sets the precision of the forward pass. DeepSpeed flattens parameters as if contiguous.
         model = self._accelerator.prepare_model(self._module, evaluation_mode=True)
         model.to(memory_format=torch.contiguous_format)
@@ -187,7 +189,7 @@ class ZeroEngine(Engine):
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._clip_norm,
-            "communication_data_type": "bf16" if compress_gradients else "fp32",
+            "communication_data_type": "bf16" if self._compress_gradients else "fp32",
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": self.ranks.zero_stage,
@@ -199,7 +201,7 @@ class ZeroEngine(Engine):
             model=model, optimizer=self._adamw, config=settings
         )
         # DeepSpeed finds AdamW's state only if it exists.
-        for partition in self._partitions():
+        for partition, _ in self._groups():
             moments = {key: torch.zeros_like(partition) for key in MOMENTS}
             self._adamw.state[partition] = {"step": torch.zeros((), device=partition.device), **moments}
         self._optimizer._lazy_init_hp_params_optimizer_state()
@@ -208,16 +210,16 @@ class ZeroEngine(Engine):
         self._model.destroy()
         super()._release()
 
-    def _partitions(self) -> list[Tensor]:
-        """Return this rank's partition of each parameter group."""
-        return [partition for group in self._adamw.param_groups for partition in group["params"]]
+    def _groups(self) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Yield this rank's partition of each parameter group, and the group's parameters by name."""
+        names = {parameter: name for name, parameter in self._module.named_parameters()}
+        for group, parameters in zip(self._adamw.param_groups, self._parameters, strict=True):
+            (partition,) = group["params"]
+            yield partition, {names[parameter]: parameter for parameter in parameters}
 
-    def micro_batches(self, work: Iterable[T]) -> Iterator[T]:
-        """Yield this rank's micro-batches, equally many on all ranks."""
-        items = list(work)
-        for number, item in enumerate(items, start=1):
-            self._model.set_gradient_accumulation_boundary(number == len(items))
-            yield item
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        self._model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a loss."""
@@ -230,32 +232,26 @@ class ZeroEngine(Engine):
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """As `Engine.optimizer_state`, gathered from all ranks."""
-        read = importlib.import_module("deepspeed.utils").safe_get_full_optimizer_state
-        # Each group has one step count.
-        return {
-            f"{name}/{key}": self._adamw.state[partition]["step"].clone()
-            if key == "step"
-            else read(parameter, key)
-            for partition, names in zip(self._partitions(), self._names(), strict=True)
-            for name, parameter in names.items()
-            for key in ("step", *MOMENTS)
-        }
+        utils, state = importlib.import_module("deepspeed.utils"), {}
+        for partition, parameters in self._groups():
+            for name, parameter in parameters.items():
+                # Each group has one step count.
+                state[f"{name}/step"] = self._adamw.state[partition]["step"].clone()
+                for key in MOMENTS:
+                    state[f"{name}/{key}"] = utils.safe_get_full_optimizer_state(parameter, key)
+        return state
 
     def load_optimizer_state(self, state: Mapping[str, Tensor]) -> None:
         """As `Engine.load_optimizer_state`; each rank takes its partition."""
-        write = importlib.import_module("deepspeed.utils").safe_set_full_optimizer_state
-        for partition, names in zip(self._partitions(), self._names(), strict=True):
-            for name, parameter in names.items():
+        utils = importlib.import_module("deepspeed.utils")
+        for partition, parameters in self._groups():
+            for name, parameter in parameters.items():
                 # Absent for parameters that were frozen so far.
                 if f"{name}/step" in state:
                     for key in MOMENTS:
-                        write(parameter, state[f"{name}/{key}"].to(parameter.device), key)
+                        value = state[f"{name}/{key}"].to(parameter.device)
+                        utils.safe_set_full_optimizer_state(parameter, value, key)
                     self._adamw.state[partition]["step"].copy_(state[f"{name}/step"])
-
-    def _names(self) -> list[dict[str, Tensor]]:
-        """Return the parameters of each group by name."""
-        names = {parameter: name for name, parameter in self._module.named_parameters()}
-        return [{names[parameter]: parameter for parameter in group} for group in self._groups]
 
 
 def _deepspeed(ranks: Ranks) -> Any:

@@ -44,8 +44,8 @@ class Ranks:
 
         Args:
             precision: Of the forward pass: `fp32`, `bf16` or `fp16`.
-            alone: Be the only rank, whatever a launcher has set.
-            cpu: Use no GPU; without a GPU, or if the launcher says so, none is used anyway.
+            alone: Ignore the launcher: be the only rank.
+            cpu: Use no GPU, as without one or where the launcher asks for CPUs.
 
         Raises:
             UserError: The device or the engine lacks this precision, or the launch profile asks for another
@@ -53,11 +53,8 @@ class Ranks:
         """
         self.zero_stage = None if alone else _zero_stage()
         """Of DeepSpeed's ZeRO; None without it."""
-        cpu = (
-            cpu
-            or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-            or not torch.cuda.is_available()
-        )
+        cpu |= os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+        cpu |= not torch.cuda.is_available()
         if precision == "fp16" and cpu:
             raise UserError(
                 "train.precision = fp16 needs a GPU, found a CPU; set train.precision to fp32, or to bf16"
@@ -68,7 +65,7 @@ class Ranks:
                 " or take --profile gpu"
             )
         # Ranks wait while rank 0 scores: COCO's val2014 can take half an hour.
-        patience = InitProcessGroupKwargs(timeout=timedelta(hours=1))
+        process_group = InitProcessGroupKwargs(timeout=timedelta(hours=1))
         ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)
         try:
             # Accelerate would start DeepSpeed on GPUs only, with the model itself in half precision.
@@ -76,7 +73,7 @@ class Ranks:
                 self.accelerator = Accelerator(
                     mixed_precision={"fp32": "no"}.get(precision, precision),
                     cpu=cpu,
-                    kwargs_handlers=[patience, ddp],
+                    kwargs_handlers=[process_group, ddp],
                 )
         except ValueError as error:
             raise UserError(
@@ -87,9 +84,8 @@ class Ranks:
         self.rank: int = self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
         # Other CPUs emulate it.
-        has_bf16 = (
-            torch.backends.cpu.get_cpu_capability().startswith("AVX512") or platform.machine() == "aarch64"
-        )
+        has_bf16 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        has_bf16 |= platform.machine() == "aarch64"
         if precision == "bf16" and self.device.type == "cpu" and self.rank == 0 and not has_bf16:
             say(
                 "warning: this CPU has no bf16 instructions, so train.precision = bf16 is many times slower"
@@ -103,10 +99,10 @@ class Ranks:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         # A rank that fails alone must not wait for peers that wait elsewhere.
         if error is None or self.world_size == 1 or self._all_fail:
-            # The launcher kills all ranks once one has failed, and rank 0 may still be writing.
+            # The launcher kills all ranks when one has failed, and rank 0 may still write.
             self.accelerator.wait_for_everyone()
             self.accelerator.end_training()
-            # This process may join again, in another precision.
+            # This process may join again in another precision.
             AcceleratorState._reset_state(reset_partial_state=True)
 
     @property
@@ -129,9 +125,8 @@ class Ranks:
 
     def sum(self, *values: Tensor | int | float) -> Float[Tensor, "values"]:
         """Return the sums of scalars over all ranks, in double precision, on the device."""
-        total = torch.stack(
-            [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
-        )
+        scalars = [torch.as_tensor(value, dtype=torch.float64, device=self.device) for value in values]
+        total = torch.stack(scalars)
         if self.world_size > 1:
             torch.distributed.all_reduce(total)
         return total
@@ -140,40 +135,35 @@ class Ranks:
         """Return the items of all ranks, in the order of the ranks."""
         if self.world_size == 1:
             return items
-        gathered: list[T] = gather_object(items)
-        return gathered
+        return gather_object(items)  # type: ignore[no-any-return]
 
     def run_on_main(self, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function on rank 0, and return its result on every rank.
 
         An error ends the other ranks too; rank 0 alone reports it.
         """
-        outcome: list[Any] = [None, False]
+        result: Any = None
         failure = None
         if self.is_main:
             try:
-                outcome[0] = action(*args, **kwargs)
+                result = action(*args, **kwargs)
             except Exception as error:
-                failure, outcome[1] = error, True
+                failure = error
+        outcome = [result, failure is not None]
         if self.world_size > 1:
             torch.distributed.broadcast_object_list(outcome, device=self.device)
-        self._all_fail = outcome[1]
+        result, self._all_fail = outcome
         if failure is not None:
             raise failure
         if self._all_fail:
             raise SystemExit(1)
-        result: T = outcome[0]
-        return result
+        return result  # type: ignore[no-any-return]
 
     def broadcast_buffers_from_main(self, model: nn.Module) -> None:
         """Broadcast the buffers of rank 0, such as batch statistics."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-
-    def local_indices(self, count: int) -> range:
-        """Return this rank's part of `count` indices: rank, rank + world_size, ..."""
-        return range(self.rank, count, self.world_size)
 
 
 def _zero_stage() -> int | None:

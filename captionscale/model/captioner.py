@@ -16,21 +16,13 @@ class Captioner(nn.Module):
     def __init__(self, config: Model, vocab_size: int):
         """Build a captioner with random weights.
 
-        Args:
-            config: The config's section `model`.
-            vocab_size: Size of the vocabulary.
-
         Raises:
             UserError: An unknown encoder, or a plug-in that is none.
         """
         super().__init__()
         self.encoder: Encoder = encoder_class(config.encoder.name)(config.encoder)
-        build = decoder_class(config.decoder.name)
-        self.decoder: Decoder = build(config.decoder, self.encoder.feature_size, vocab_size)
-
-    def load_pretrained(self) -> None:
-        """Load the encoder's pretrained weights, as `Encoder.load_pretrained` does."""
-        self.encoder.load_pretrained()
+        kind = decoder_class(config.decoder.name)
+        self.decoder: Decoder = kind(config.decoder, self.encoder.feature_size, vocab_size)
 
     def encode(
         self, images: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"]
@@ -47,14 +39,9 @@ class Captioner(nn.Module):
         image_index: Int[Tensor, "caption"],
         sampling_prob: float = 0.0,
     ) -> tuple[Float[Tensor, "token word"], Float[Tensor, "caption time region"] | None]:
-        """Return logits and attention weights as `Decoder.teacher_forced` does.
+        """Return logits and attention weights as `Decoder.teacher_forced` does, of images or their features.
 
-        Args:
-            images: Each encoded once, however many captions it has; or their features.
-            tokens: Start token and words, then padding.
-            lengths: Number of tokens to read of each caption, 1 or more; known to the host.
-            image_index: Row of `images` for each caption.
-            sampling_prob: Probability that a word read is the decoder's own sample.
+        With `sampling_prob`, the probability of reading the decoder's own sample, as `scheduled_sampling`.
         """
         features = self.encode(images)
         if sampling_prob:

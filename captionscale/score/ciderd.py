@@ -15,9 +15,6 @@ from captionscale.score.ngrams import MAX_ORDER, Block, Groups, Texts, blocks, e
 
 _SIGMA = 6.0
 
-# Knuth's multiplicative hashing: an odd factor keeps products distinct and spreads their high bits evenly.
-_SPREAD = np.uint64(0x9E3779B97F4A7C15)
-
 
 def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> Float64[np.ndarray, "image"]:
     """Return CIDEr-D of each image, 0 to 10, with the document frequencies of these references.
@@ -90,26 +87,25 @@ class _Scorer:
     """References with their document frequencies and the norms of their vectors."""
 
     def __init__(self, references: Groups):
-        self.references = references
-        self.idf, squares = _Idf.of(references)
-        self.norms = np.empty((MAX_ORDER, len(references.texts.lengths)))
-        for block in blocks(references.texts, references):
-            positions = references.texts.positions(block.rows, block.masks.shape[1])
-            counts, first = block.n_grams()
-            weights = squares.take(positions, axis=1, mode="clip") * first
-            self.norms[:, block.rows] = _norms(weights, counts[:, 0], block)
+        self.references, texts = references, references.texts
+        images = len(references.starts) - 1
+        image_of = np.repeat(np.arange(images, dtype=np.uint64), np.diff(texts.starts[references.starts]))
+        # One more word than there are, for words in no reference.
+        self.idf = _Idf(images, int(texts.words.max(initial=-1)) + 2)
+        squares = self.idf.squared(texts, image_of)
+        self.norms = np.empty((MAX_ORDER, len(texts.lengths)))
+        for block in blocks(texts, references):
+            counts, weights = _weigh(block, texts, squares)
+            self.norms[:, block.rows] = _norms(counts[:, 0], weights)
 
     def score(self, captions: Texts, comparisons: Iterable[Block]) -> Float64[np.ndarray, "caption"]:
         squares = self.idf.squared(captions)
         scores = np.zeros(len(captions.lengths))
         for block in comparisons:
-            positions = captions.positions(block.rows, block.masks.shape[1])
-            counts, first = block.n_grams()
-            weights = squares.take(positions, axis=1, mode="clip") * first
+            counts, weights = _weigh(block, captions, squares)
             shared = np.minimum(counts[:, :1], counts[:, 1:])
-            products = np.multiply(shared, counts[:, 1:], dtype=_product_dtype(counts, block))
-            cosines = np.einsum("nrpc,npc->nrc", products, weights)
-            norms = _norms(weights, counts[:, 0], block)[:, None] * self.norms[:, block.texts]
+            cosines = np.einsum("nrpc,npc->nrc", shared * counts[:, 1:], weights)
+            norms = _norms(counts[:, 0], weights)[:, None] * self.norms[:, block.texts]
             np.divide(cosines, norms, out=cosines, where=norms != 0)
             away = block.lengths[1:] - block.lengths[0]
             penalties = np.exp(-(away**2) / (2 * _SIGMA**2))
@@ -126,98 +122,63 @@ class _Idf:
     """
 
     def __init__(self, images: int, words: int):
-        self.images = images
-        self.words = words
+        self.images, self.words = images, words
         self.levels: list[_Level] = []
 
-    @classmethod
-    def of(cls, references: Groups) -> tuple["_Idf", Float64[np.ndarray, "n word"]]:
-        """Count the n-grams of references; also return `squared` of these."""
-        texts, images = references.texts, len(references.starts) - 1
-        # One more than there are, for words in no reference.
-        idf = cls(images, int(texts.words.max(initial=-1)) + 2)
-        image_of = np.repeat(np.arange(images, dtype=np.uint64), np.diff(texts.starts[references.starts]))
-        return idf, idf._walk(texts, image_of)
-
-    def squared(self, texts: Texts) -> Float64[np.ndarray, "n word"]:
-        """Return the squared IDF of the n-grams that begin at each word."""
-        return self._walk(texts, None)
-
-    def _walk(
-        self, texts: Texts, image_of: UInt64[np.ndarray, "word"] | None
+    def squared(
+        self, texts: Texts, image_of: UInt64[np.ndarray, "word"] | None = None
     ) -> Float64[np.ndarray, "n word"]:
-        most = np.log(max(1, self.images)) ** 2
-        squares = np.full((MAX_ORDER, len(texts.words)), most)
+        """Return the squared IDF of the n-grams that begin at each word; given images, count these first."""
+        squares = np.full((MAX_ORDER, len(texts.words)), np.log(max(1, self.images)) ** 2)
         words = np.minimum(texts.words, self.words - 1).astype(np.uint64)
         at, keys = np.arange(len(words)), words
         for n in range(MAX_ORDER):
             if image_of is not None:
                 self.levels.append(_Level(keys, image_of[at], self.images))
-            level = self.levels[n]
-            known, found = level.find(keys)
-            squares[n, at] = np.where(found, level.squares[known], most)
-            longer = np.flatnonzero(found & (texts.left[at] > n + 1))
-            at = at[longer]
-            keys = known[longer].astype(np.uint64) * np.uint64(self.words) + words[at + n + 1]
+            number, found = self.levels[n].find(keys)
+            at, number = at[found], number[found]
+            squares[n, at] = self.levels[n].squares[number]
+            longer = texts.left[at] > n + 1
+            at, number = at[longer], number[longer]
+            keys = number.astype(np.uint64) * np.uint64(self.words) + words[at + n + 1]
         return squares
 
 
 class _Level:
-    """A hash table of the n-grams of one order that occur in two images or more."""
+    """The n-grams of one order that occur in two images or more, by ascending key."""
 
     def __init__(self, keys: UInt64[np.ndarray, "start"], image_of: UInt64[np.ndarray, "start"], images: int):
         bits = np.uint64(images.bit_length())
-        pairs = (keys << bits) | image_of
-        pairs.sort()
-        seen = pairs[_firsts(pairs)] >> bits
-        firsts = _firsts(seen)
-        counts = np.diff(np.append(firsts, len(seen)))
-        kept = np.flatnonzero(counts > 1)
-        spread = seen[firsts[kept]] * _SPREAD
-        order = np.argsort(spread)
-        counts = counts[kept[order]]
+        # Each n-gram once for each image.
+        keys, counts = np.unique(np.unique((keys << bits) | image_of) >> bits, return_counts=True)
+        kept = counts > 1
+        counts = counts[kept]
         idf = np.where(counts == images, 0.0, np.log(max(1, images)) - np.log(counts))
-        self.squares = np.append(idf**2, np.nan)
-        self.spread = np.append(spread[order], np.uint64(2**64 - 1))
-        # Start of each bucket of equal high bits; a bucket holds half an n-gram on average.
-        self.shift = np.uint64(63 - len(order).bit_length())
-        sizes = np.bincount(
-            (self.spread[:-1] >> self.shift).view(np.int64), minlength=2 << len(order).bit_length()
-        )
-        self.begins = np.cumsum(sizes) - sizes
+        self.squares = idf**2
+        # The last key belongs to no n-gram.
+        self.keys = np.append(keys[kept], np.uint64(2**64 - 1))
 
     def find(
         self, keys: UInt64[np.ndarray, "start"]
     ) -> tuple[Int[np.ndarray, "start"], Bool[np.ndarray, "start"]]:
         """Return the number of each n-gram, and whether it is stored."""
-        spread = keys * _SPREAD
-        at = self.begins[(spread >> self.shift).view(np.int64)]
-        behind = np.flatnonzero(self.spread[at] < spread)
-        while len(behind):
-            at[behind] += 1
-            behind = behind[self.spread[at[behind]] < spread[behind]]
-        return at, (self.spread[at] == spread) & (at < len(self.squares) - 1)
+        number = np.searchsorted(self.keys, keys)
+        return number, self.keys[number] == keys
 
 
-def _firsts(ordered: UInt64[np.ndarray, "any"]) -> Int[np.ndarray, "first"]:
-    """Return the index of the first of each run of equal numbers."""
-    new = np.ones(len(ordered), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
-    return np.flatnonzero(new)
+def _weigh(
+    block: Block, texts: Texts, squares: Float64[np.ndarray, "n word"]
+) -> tuple[Integer[np.ndarray, "n text position row"], Float64[np.ndarray, "n position row"]]:
+    """Return the counts of the candidates' n-grams in a type that holds products, and their squared IDF."""
+    counts, first = block.n_grams()
+    positions = texts.positions(block.rows, block.masks.shape[1])
+    weights = squares.take(positions, axis=1, mode="clip") * first
+    return counts.astype(np.promote_types(counts.dtype, np.uint16)), weights
 
 
 def _norms(
-    weights: Float64[np.ndarray, "n position row"],
-    counts: Integer[np.ndarray, "n position row"],
-    block: Block,
+    counts: Integer[np.ndarray, "n position row"], weights: Float64[np.ndarray, "n position row"]
 ) -> Float64[np.ndarray, "n row"]:
     """Return the norms of TF-IDF vectors."""
-    squares = np.square(counts, dtype=_product_dtype(counts, block))
-    norms: Float64[np.ndarray, "n row"] = np.sqrt(np.einsum("npc,npc->nc", weights, squares))
+    norms: Float64[np.ndarray, "n row"] = np.sqrt(np.einsum("npc,npc->nc", weights, counts**2))
     return norms
-
-
-def _product_dtype(counts: Integer[np.ndarray, "*any"], block: Block) -> np.dtype:
-    """Return a type that holds the product of two counts of a block."""
-    few = block.masks.shape[1] * block.lengths.max(initial=0) <= np.iinfo(np.uint8).max
-    return counts.dtype if few else np.promote_types(counts.dtype, np.uint16)

@@ -3,19 +3,20 @@
 import logging
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64, Int
+from jaxtyping import Float, Float64, Int
 from PIL import Image
 from torch import Tensor
 
-from captionscale.data.decode import decode_pil
+from captionscale.data.decode import decode_image
 from captionscale.data.shards import Split
 from captionscale.errors import UserError, did_you_mean
 from captionscale.files import sha256_of
@@ -25,10 +26,10 @@ from captionscale.score.metric import ComputedMetric
 
 PROMPT = "A photo depicts "
 WEIGHT = 2.5
+# Images or texts in one forward pass.
+_BATCH = 64
 MODEL = "ViT-B-32-quickgelu"
 """The paper's model, OpenAI's ViT-B/32, whose activation is the quick GELU."""
-
-Features = Float[np.ndarray, "row feature"]
 
 
 class Clip(NamedTuple):
@@ -85,17 +86,14 @@ def measure(
     captions: Mapping[int, str],
     references: Mapping[int, Sequence[str]],
     clip: Clip,
-    *,
-    batch: int = 64,
 ) -> list[ComputedMetric]:
     """Compute CLIPScore and RefCLIPScore of one caption for each image of a split.
 
     Args:
         split: Its images are read.
         captions: The caption of each image, not tokenized.
-        references: The human references of each image.
+        references: One or more for each image.
         clip: From `load`.
-        batch: Images or texts in one forward pass.
 
     Raises:
         UserError: A damaged image.
@@ -107,14 +105,16 @@ def measure(
     clip.model.to(clip.device)
     items = np.argsort(split.index["image_id"], kind="stable")
     image_ids = [int(image_id) for image_id in split.index["image_id"][items]]
-    human = [references[image_id] for image_id in image_ids]
-    flat = [text for group in human for text in group]
+    own = [captions[image_id] for image_id in image_ids]
+    groups = [references[image_id] for image_id in image_ids]
+    flat = list(chain.from_iterable(groups))
     with progress("CLIPScore", len(items) * 2 + len(flat), transient=True) as bar:
-        candidates = _texts(clip, [captions[image_id] for image_id in image_ids], batch, bar)
-        others = _texts(clip, flat, batch, bar)
-        images = _images(clip, split, items, batch, bar)
+        candidates, others = (
+            _encode(clip, clip.model.encode_text, _tokens(clip, texts), bar) for texts in (own, flat)
+        )
+        images = _encode(clip, clip.model.encode_image, _images(clip, split, items), bar)
     scores = clip_s(images, candidates)
-    counts = np.array([len(group) for group in human])
+    counts = np.array([len(group) for group in groups])
     with_references = ref_clip_s(scores, candidates, others, counts)
     return [
         ComputedMetric("CLIPScore", scores, clip.signature, (0.0, WEIGHT)),
@@ -163,7 +163,7 @@ def load(weights: Path, name: str = MODEL) -> Clip:
     try:
         # An absolute path, because a bare name such as `openai` is a tag, and would be downloaded.
         file = None if archive else str(weights.resolve())
-        with _quietly():
+        with _without_warnings():
             model, _, preprocess = open_clip.create_model_and_transforms(
                 name, pretrained=file, precision="fp32"
             )
@@ -185,12 +185,11 @@ def load(weights: Path, name: str = MODEL) -> Clip:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     # open_clip warns that the model has no weights yet, PyTorch that the format of OpenAI's files is old.
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(logging.NOTSET)
@@ -210,34 +209,29 @@ def _torchscript_state(path: Path) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def _texts(clip: Clip, texts: Sequence[str], batch: int, bar: Bar) -> Features:
-    rows = []
-    for start in range(0, len(texts), batch):
-        prompted = [PROMPT + text for text in texts[start : start + batch]]
-        rows.append(clip.model.encode_text(clip.tokenizer(prompted).to(clip.device)).float().cpu().numpy())
-        bar.advance(len(prompted))
-    return np.concatenate(rows)
+def _encode(
+    clip: Clip, encoder: Callable[[Tensor], Tensor], batches: Iterable[Tensor], bar: Bar
+) -> Float[np.ndarray, "row feature"]:
+    features = []
+    for batch in batches:
+        features.append(encoder(batch.to(clip.device)).float().cpu().numpy())
+        bar.advance(len(batch))
+    return np.concatenate(features)
 
 
-@torch.inference_mode()
-def _images(clip: Clip, split: Split, items: Int[np.ndarray, "image"], batch: int, bar: Bar) -> Features:
-    rows = []
-    for views in _views(clip, split, items, batch):
-        rows.append(clip.model.encode_image(views.to(clip.device)).float().cpu().numpy())
-        bar.advance(len(views))
-    return np.concatenate(rows)
+def _tokens(clip: Clip, texts: Sequence[str]) -> Iterator[Tensor]:
+    for start in range(0, len(texts), _BATCH):
+        yield clip.tokenizer([PROMPT + text for text in texts[start : start + _BATCH]])
 
 
-def _views(
-    clip: Clip, split: Split, items: Int[np.ndarray, "image"], batch: int
-) -> Iterator[Float32[Tensor, "image 3 height width"]]:
-    def view(item: int) -> Tensor:
+def _images(clip: Clip, split: Split, items: Int[np.ndarray, "image"]) -> Iterator[Tensor]:
+    def preprocess(item: int) -> Tensor:
         place = f"{split.storage}: image {split.index['image_id'][item]}"
-        return clip.preprocess(decode_pil(split.image(item), place))
+        return clip.preprocess(Image.fromarray(decode_image(split.image(item), place)))
 
     with ThreadPoolExecutor(cpu_count()) as threads:
-        for start in range(0, len(items), batch):
-            yield torch.stack(list(threads.map(view, map(int, items[start : start + batch]))))
+        for start in range(0, len(items), _BATCH):
+            yield torch.stack(list(threads.map(preprocess, map(int, items[start : start + _BATCH]))))
 
 
 def _unit(rows: Float[np.ndarray, "row feature"]) -> Float64[np.ndarray, "row feature"]:

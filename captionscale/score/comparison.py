@@ -1,9 +1,7 @@
 """Compare two systems: is the difference of their scores more than chance?"""
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
@@ -17,7 +15,6 @@ from captionscale.score.receipt import Receipt
 from captionscale.score.tokenizer import INVISIBLE
 
 RESAMPLES = 10_000
-_SEED = 0
 _ROUNDING = 1e-9
 _TOLERANCE = 1e-6
 _RANKED_BY = "CIDEr-D"
@@ -25,27 +22,18 @@ _RANKED_BY = "CIDEr-D"
 
 @dataclass(frozen=True)
 class Difference:
-    """Scores of two systems in one metric.
-
-    Attributes:
-        metric: Its name.
-        first: The first system's corpus value.
-        second: The second system's.
-        difference: Second minus first.
-        interval: The 95 % bootstrap interval of the difference.
-        p_value: Two-sided: how often chance alone would separate equal systems so far.
-        won: Images on which the second system scores higher.
-        lost: Images on which it scores lower.
-        tied: Images on which both score the same.
-    """
+    """Corpus values of two systems in one metric; the difference is second minus first."""
 
     metric: str
     first: float
     second: float
     difference: float
     interval: tuple[float, float]
+    """The 95 % bootstrap interval of the difference."""
     p_value: float
+    """Two-sided."""
     won: int
+    """Images on which the second system scores higher; `lost`: lower."""
     lost: int
     tied: int
 
@@ -61,23 +49,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two receipts, compared on the same images.
-
-    Attributes:
-        images: How many.
-        differences: Of each metric that both have.
-        ranked_by: The metric that selects `most_changed`.
-        most_changed: The images that changed most, in that order.
-    """
+    """Two receipts, compared on the same images."""
 
     images: int
+    """How many."""
     differences: list[Difference]
+    """Of each metric that both have."""
     ranked_by: str
+    """The metric that selects `most_changed`."""
     most_changed: list[Change]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as JSON types."""
-        return asdict(self)
+    """The images that changed most, in that order."""
 
 
 def compare(first: Receipt, second: Receipt, *, top: int = 5, metrics: Metrics = ()) -> Comparison:
@@ -99,30 +80,48 @@ def compare(first: Receipt, second: Receipt, *, top: int = 5, metrics: Metrics =
         difference is 0 or has the other sign, with 1 added to both counts: so it falls below 0.05 where the
         interval excludes 0, and is at least 2 / 10,001.
     """
-    _check_comparable(first, second)
+    _check_measured_alike(first, second)
     known = METRICS | {metric.name: metric for metric in (resolve(metrics) if metrics else ())}
     shared = [
         known.get(name) or ComputedMetric(name, (), "") for name in first.scores if name in second.scores
     ]
-    for receipt in (first, second):
-        _check_values(receipt, shared)
+    if not shared:
+        raise UserError("compare: the receipts share no metric, expected one or more; score both by the same")
+    for metric in shared:
+        _check_values(first, metric)
+        _check_values(second, metric)
     with spinner(f"scoring both on {RESAMPLES:,} sets of {len(first.images.ids):,} images"):
         one, other = (
-            bootstrap_scores(receipt.images.statistics, shared, resamples=RESAMPLES, seed=_SEED)
+            bootstrap_scores(receipt.images.statistics, shared, resamples=RESAMPLES)
             for receipt in (first, second)
         )
-    names = [metric.name for metric in shared]
-    differences = [_difference(name, first, second, other[name] - one[name]) for name in names]
-    ranking = _RANKED_BY if _RANKED_BY in names else names[-1]
-    changes = _changes(ranking, first, second)
-    # Ties keep the order of the images.
-    most = [int(at) for at in np.argsort(-abs(changes), kind="stable")[:top] if changes[at]]
     ids, before, after = first.images.ids, first.images.captions, second.images.captions
+    changes = {name: _changes(name, first, second) for name in one}
+    ranking = _RANKED_BY if _RANKED_BY in one else list(one)[-1]
+    # Ties keep the order of the images.
+    ranked = np.argsort(-abs(changes[ranking]), kind="stable")
     return Comparison(
-        images=len(changes),
-        differences=differences,
+        images=len(ids),
+        differences=[
+            Difference(
+                metric=name,
+                first=first.scores[name],
+                second=second.scores[name],
+                difference=second.scores[name] - first.scores[name],
+                interval=interval(other[name] - one[name]),
+                p_value=p_value(other[name] - one[name]),
+                won=int((of_images > 0).sum()),
+                lost=int((of_images < 0).sum()),
+                tied=int((of_images == 0).sum()),
+            )
+            for name, of_images in changes.items()
+        ],
         ranked_by=ranking,
-        most_changed=[Change(ids[at], float(changes[at]), (before[at], after[at])) for at in most],
+        most_changed=[
+            Change(ids[at], float(changes[ranking][at]), (before[at], after[at]))
+            for at in map(int, ranked[:top])
+            if changes[ranking][at]
+        ],
     )
 
 
@@ -166,9 +165,9 @@ def find_receipt(path: Path) -> Path:
     raise UserError(f"{path}: {len(found)} receipts, expected one; name one of {names}")
 
 
-def _check_comparable(first: Receipt, second: Receipt) -> None:
-    ours, theirs = first.metric_signature, second.metric_signature
-    for name, part in ours.items():
+def _check_measured_alike(first: Receipt, second: Receipt) -> None:
+    theirs = second.metric_signature
+    for name, part in first.metric_signature.items():
         if theirs.get(name, part) != part:
             raise UserError(
                 f"compare: the first receipt has '{part}', the second '{theirs[name]}'; expected scores of"
@@ -178,45 +177,24 @@ def _check_comparable(first: Receipt, second: Receipt) -> None:
         raise UserError(
             "compare: the receipts are of different images, expected the same; score both on one split"
         )
-    if not first.scores.keys() & second.scores.keys():
-        raise UserError("compare: the receipts share no metric, expected one or more; score both by the same")
 
 
-def _check_values(receipt: Receipt, metrics: Iterable[Metric]) -> None:
-    """Verify that the metrics are those that scored a receipt: its statistics give its scores."""
-    for metric in metrics:
-        rows = receipt.images.statistics[metric.family]
-        if rows.shape[1] != metric.width or not np.isclose(
-            metric.corpus_value(rows), receipt.scores[metric.name], rtol=_TOLERANCE, atol=_TOLERANCE
-        ):
-            raise UserError(
-                f"compare: found {metric.name} = {receipt.scores[metric.name]:g}, expected what the receipt's"
-                " statistics give; name the metric by --metric MODULE:CLASS, or score both again"
-            )
+def _check_values(receipt: Receipt, metric: Metric) -> None:
+    """Verify that a receipt's statistics give its score, so that this metric measured it."""
+    rows = receipt.images.statistics[metric.family]
+    if rows.shape[1] != metric.width or not np.isclose(
+        metric.corpus_value(rows), receipt.scores[metric.name], rtol=_TOLERANCE, atol=_TOLERANCE
+    ):
+        raise UserError(
+            f"compare: found {metric.name} = {receipt.scores[metric.name]:g}, expected what the receipt's"
+            " statistics give; name the metric by --metric MODULE:CLASS, or score both again"
+        )
 
 
 def _changes(metric: str, first: Receipt, second: Receipt) -> Float64[np.ndarray, "image"]:
     """Return each image's difference; rounding errors are none."""
     changes = second.images.scores[metric] - first.images.scores[metric]
     return np.where(abs(changes) < _ROUNDING, 0, changes)
-
-
-def _difference(
-    metric: str, first: Receipt, second: Receipt, resampled: Float64[np.ndarray, "resample"]
-) -> Difference:
-    one, other = first.scores[metric], second.scores[metric]
-    by_image = _changes(metric, first, second)
-    return Difference(
-        metric=metric,
-        first=one,
-        second=other,
-        difference=other - one,
-        interval=interval(resampled),
-        p_value=p_value(resampled),
-        won=int((by_image > 0).sum()),
-        lost=int((by_image < 0).sum()),
-        tied=int((by_image == 0).sum()),
-    )
 
 
 def p_value(differences: Float64[np.ndarray, "resample"]) -> float:

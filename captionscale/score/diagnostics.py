@@ -21,6 +21,14 @@ Source:
     `bad_endings` of ruotianluo/self-critical.pytorch, eval_utils.py; the last four are ours.
 """
 MAX_LENGTH_BIN = 50
+_SHARES = {
+    "empty": "empty",
+    "dangling_endings": "dangling endings",
+    "repeated_words": "repeated words",
+    "repeated_3_grams": "repeated 3-grams",
+    "distinct": "distinct captions",
+    "novel": "novel captions",
+}
 
 
 class CaptionStatistics(TypedDict):
@@ -68,36 +76,29 @@ def diagnose(
 
     Args:
         captions: The caption of each image.
-        references: The human references of each image.
+        references: One or more for each image.
         train_captions: All captions that the model was trained on.
         vocabulary_size: Words that the model can generate.
     """
     known = None if train_captions is None else {" ".join(split_words(caption)) for caption in train_captions}
-    human = [group[0] for group in references.values()]
+    first = [group[0] for group in references.values()]
     return Diagnostics(
         captions=_statistics(list(captions.values()), known, vocabulary_size),
-        references=_statistics(human, known, None),
+        references=_statistics(first, known, None),
     )
 
 
 def rows(diagnostics: Diagnostics) -> list[tuple[str, str, str]]:
     """Return rows of a table: a name, the captions' value and the references'."""
-    ours, human = diagnostics["captions"], diagnostics["references"]
-    shares = {
-        "empty": (ours["empty"], human["empty"]),
-        "dangling endings": (ours["dangling_endings"], human["dangling_endings"]),
-        "repeated words": (ours["repeated_words"], human["repeated_words"]),
-        "repeated 3-grams": (ours["repeated_3_grams"], human["repeated_3_grams"]),
-        "distinct captions": (ours["distinct"], human["distinct"]),
-        "novel captions": (ours["novel"], human["novel"]),
-    }
+    ours, theirs = diagnostics["captions"], diagnostics["references"]
     found = []
-    for name, pair in shares.items():
-        if pair != (None, None) and (name != "empty" or any(pair)):
-            one, other = ("-" if share is None else f"{share:.1%}" for share in pair)
+    for key, name in _SHARES.items():
+        shares = [each[key] for each in (ours, theirs)]  # type: ignore[literal-required]
+        if shares != [None, None] and (key != "empty" or any(shares)):
+            one, other = ("-" if share is None else f"{share:.1%}" for share in shares)
             found.append((name, one, other))
-    found.append(("words in use", f"{ours['vocabulary_size']:,}", f"{human['vocabulary_size']:,}"))
-    one, other = (f"{each['length_mean']:.1f}±{each['length_std']:.1f}" for each in (ours, human))
+    found.append(("words in use", f"{ours['vocabulary_size']:,}", f"{theirs['vocabulary_size']:,}"))
+    one, other = (f"{each['length_mean']:.1f}±{each['length_std']:.1f}" for each in (ours, theirs))
     return [*found, ("words a caption", one, other)]
 
 
@@ -116,14 +117,18 @@ def _statistics(
     texts = [" ".join(each) for each in words]
     lengths = np.array([len(each) for each in words])
     used = {word for each in words for word in each}
+
+    def share(found: Iterable[bool]) -> float:
+        return sum(found) / len(texts)
+
     return CaptionStatistics(
         captions=len(captions),
-        empty=float((lengths == 0).mean()),
-        dangling_endings=_share(bool(each) and each[-1] in DANGLING for each in words),
-        repeated_words=_share(any(one == other for one, other in pairwise(each)) for each in words),
-        repeated_3_grams=_share(_repeats(each, 3) for each in words),
+        empty=share(not each for each in words),
+        dangling_endings=share(bool(each) and each[-1] in DANGLING for each in words),
+        repeated_words=share(any(one == other for one, other in pairwise(each)) for each in words),
+        repeated_3_grams=share(len(set(grams)) < len(grams) for grams in map(_3_grams, words)),
         distinct=len(set(texts)) / len(texts),
-        novel=None if known is None else _share(text not in known for text in texts),
+        novel=None if known is None else share(text not in known for text in texts),
         vocabulary_size=len(used),
         vocabulary_coverage=None if vocabulary_size is None else len(used) / vocabulary_size,
         length_mean=float(lengths.mean()),
@@ -132,10 +137,5 @@ def _statistics(
     )
 
 
-def _share(found: Iterable[bool]) -> float:
-    return float(np.mean(list(found)))
-
-
-def _repeats(words: Sequence[str], n: int) -> bool:
-    grams = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-    return len(set(grams)) < len(grams)
+def _3_grams(words: Sequence[str]) -> list[tuple[str, ...]]:
+    return list(zip(words, words[1:], words[2:], strict=False))

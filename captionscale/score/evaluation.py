@@ -23,7 +23,6 @@ from captionscale.score.receipt import (
 from captionscale.score.signature import signature
 from captionscale.vocab import split_words
 
-_SEED = 0
 _DIGITS = 10
 
 Captions: TypeAlias = Mapping[int, str] | Mapping[str, str]
@@ -49,11 +48,11 @@ def score(
 
     Args:
         captions: The caption of each image. An image's id is an int, or a str such as its file name.
-        references: The human references of each image, one or more.
+        references: One or more for each image.
         metrics: Names of `metrics.METRICS`, `module:Class`, or objects.
         measure: `metrics.Evaluator.measure` is faster if other captions follow.
         train_captions: All captions the model was trained on, to count novel captions.
-        vocabulary_size: Words that the model can generate.
+        vocabulary_size: Number of words that the model can generate.
         provenance: What generated the captions, for the receipt.
         hashes: SHA-256 of what generated them.
         hardware: More facts about the machine.
@@ -76,7 +75,7 @@ def score(
     ids, captions_by_number, references_by_number = _numbered(captions, references)
     found = measure(captions_by_number, references_by_number, metrics)
     statistics = {family: _rounded(rows) for family, rows in found.statistics.items()}
-    resampled = intervals.bootstrap_scores(statistics, found.metrics, seed=_SEED)
+    resampled = intervals.bootstrap_scores(statistics, found.metrics)
     diagnostics = diagnose(
         captions, references, train_captions=train_captions, vocabulary_size=vocabulary_size
     )
@@ -89,7 +88,7 @@ def score(
             "confidence": intervals.CONFIDENCE,
             "method": "percentile, over images",
             "resamples": intervals.RESAMPLES,
-            "seed": _SEED,
+            "seed": intervals.SEED,
         },
         diagnostics=diagnostics,
         counts={
@@ -136,25 +135,25 @@ def _numbered(captions: Any, references: Any) -> tuple[Any, dict[int, str], dict
                 " give one"
             )
     kinds = {type(image_id) for image_id in (*captions, *references)}
-    if not kinds <= {int} and not kinds <= {str}:
+    if len(kinds) > 1 or not kinds <= {int, str}:
         found = " and ".join(sorted(kind.__name__ for kind in kinds))
         raise UserError(
             f"score: image ids are {found}, expected all int or all str; use the same ids in captions and"
             " references"
         )
     ids = sorted({*captions, *references})
-    if kinds <= {int}:
+    if str not in kinds:
         return ids, captions, references
-    if odd := captions.keys() ^ references.keys():
-        raise UserError(
-            f"score: image {min(odd)!r} has only {'a caption' if min(odd) in captions else 'references'};"
-            " expected both for each image; give both for the same images"
-        )
-    numbers = dict(enumerate(ids))
+    for name in ids:
+        if name not in captions or name not in references:
+            raise UserError(
+                f"score: image {name!r} has only {'a caption' if name in captions else 'references'};"
+                " expected both for each image; give both for the same images"
+            )
     return (
         ids,
-        {number: captions[name] for number, name in numbers.items()},
-        {number: references[name] for number, name in numbers.items()},
+        {number: captions[name] for number, name in enumerate(ids)},
+        {number: references[name] for number, name in enumerate(ids)},
     )
 
 

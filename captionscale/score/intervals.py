@@ -9,6 +9,7 @@ from captionscale.score.metric import Metric
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
+SEED = 0
 # Weights in memory, of 8 bytes each.
 _MAX_WEIGHTS = 1 << 22
 
@@ -18,7 +19,7 @@ def bootstrap_scores(
     metrics: Sequence[Metric],
     *,
     resamples: int = RESAMPLES,
-    seed: int = 0,
+    seed: int = SEED,
 ) -> dict[str, Float64[np.ndarray, "resample"]]:
     """Return each metric's corpus value on resamples of the images, drawn with replacement.
 

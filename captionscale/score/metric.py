@@ -61,7 +61,7 @@ class Metric(ABC):
     def signature(self) -> str:
         """What the value depends on, after the name in lower case; values of two signatures do not compare.
 
-        `{images}` stands for the number of images. Default: the class, and the SHA-256 of its file.
+        `{images}` is replaced by the number of images. Default: the class, and the SHA-256 of its file.
         """
         kind = type(self)
         file = Path(inspect.getfile(kind))
@@ -78,7 +78,7 @@ class MeanMetric(Metric):
     def per_image(
         self, candidates: Sequence[str], references: Sequence[Sequence[str]]
     ) -> Sequence[float] | Float64[np.ndarray, "image"]:
-        """Return the value of each image; the arguments are those of `statistics`."""
+        """Return the value of each image, of the arguments of `statistics`."""
 
     def statistics(
         self, candidates: Sequence[str], references: Sequence[Sequence[str]]
@@ -95,6 +95,8 @@ class MeanMetric(Metric):
 class ComputedMetric(MeanMetric):
     """A metric whose values were computed before, from more than captions and references."""
 
+    signature = ""
+
     def __init__(
         self,
         name: str,
@@ -103,23 +105,16 @@ class ComputedMetric(MeanMetric):
         bounds: tuple[float, float] = (-math.inf, math.inf),
     ):
         """Take the values, by ascending image id, and the other attributes."""
-        self.name, self.range = name, bounds
-        self._values, self._signature = values, signature
-
-    @property
-    def signature(self) -> str:
-        """The given signature."""
-        return self._signature
+        self.name, self.range, self.signature = name, bounds, signature
+        self._values = values
 
     def per_image(
-        self,
-        candidates: Sequence[str],
-        references: Sequence[Sequence[str]],  # noqa: ARG002
-    ) -> Sequence[float]:
+        self, candidates: Sequence[str], _: object
+    ) -> Sequence[float] | Float64[np.ndarray, "image"]:
         """Return the given values."""
         if len(self._values) != len(candidates):
             raise UserError(
                 f"{self.name}: found values of {len(self._values):,} images, expected {len(candidates):,};"
                 " compute it for the same images"
             )
-        return list(self._values)
+        return self._values

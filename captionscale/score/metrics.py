@@ -10,7 +10,7 @@ Source:
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Float64
@@ -42,23 +42,19 @@ _MAX_WORDS = 5000
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of captions.
-
-    Attributes:
-        metrics: Those computed.
-        values: The corpus value of each metric, by name.
-        image_ids: The images, in ascending order.
-        per_image: The values of each metric for each image.
-        statistics: For each family of metrics a row for each image; see `Metric.statistics`.
-        reference_implementation: Whether pycocoevalcap's own classes computed the values.
-    """
+    """Scores of captions."""
 
     metrics: list[Metric]
     values: dict[str, float]
+    """The corpus value of each metric."""
     image_ids: list[int]
+    """In ascending order."""
     per_image: dict[str, list[float]]
+    """The values of each metric for each image."""
     statistics: dict[str, Float64[np.ndarray, "image _"]]
-    reference_implementation: bool = False
+    """Of each family of metrics; see `Metric.statistics`."""
+    reference_implementation: bool
+    """Whether pycocoevalcap's own classes computed the values."""
 
 
 class Evaluator:
@@ -75,7 +71,7 @@ class Evaluator:
         """Start no process yet.
 
         Args:
-            workers: Most JVMs of METEOR; default: one for each core.
+            workers: Maximum number of METEOR's JVMs; default: one for each core.
             meteor_gb: Their memory together; fewer are started if it is short.
             reference_implementation: Use pycocoevalcap's own classes, and METEOR as one JVM with its whole
                 paraphrase table: slower, with the same values.
@@ -92,10 +88,6 @@ class Evaluator:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the JVMs."""
-        self.close()
-
-    def close(self) -> None:
         """End the JVMs; the next call of `measure` starts new ones."""
         self._meteor.close()
 
@@ -113,7 +105,7 @@ class Evaluator:
 
         Args:
             captions: The caption of each image.
-            references: The human references of each image, one or more.
+            references: One or more for each image.
             metrics: Which metrics to compute.
 
         Raises:
@@ -132,27 +124,24 @@ class Evaluator:
         if not any(map(any, targets)):
             raise UserError(
                 f"score: found no word in the references of {len(image_ids)} images, expected sentences;"
-                " give the human captions as references"
+                " give human captions as references"
             )
         statistics = self._statistics(chosen, candidates, targets)
-        scores: dict[str, MetricScores] = {}
+        values: dict[str, float] = {}
+        per_image: dict[str, list[float]] = {}
         for metric in chosen:
             rows = statistics[metric.family]
-            if self._reference_implementation and metric is self._meteor:
-                scores["METEOR"] = self._meteor.reference(rows)
-            else:
-                scores[metric.name] = metric.corpus_value(rows), metric.corpus_score(rows).tolist()
+            values[metric.name] = metric.corpus_value(rows)
+            per_image[metric.name] = metric.corpus_score(rows).tolist()
         if self._reference_implementation:
-            found = {number: [caption] for number, caption in enumerate(candidates)}
-            scores |= pycocoevalcap_scores(found, dict(enumerate(targets)), list(scores))
-        return Scores(
-            metrics=chosen,
-            values={name: float(value) for name, (value, _) in scores.items()},
-            image_ids=image_ids,
-            per_image={name: [float(value) for value in values] for name, (_, values) in scores.items()},
-            statistics=statistics,
-            reference_implementation=self._reference_implementation,
-        )
+            own = pycocoevalcap_scores(
+                dict(enumerate([text] for text in candidates)), dict(enumerate(targets)), list(values)
+            )
+            if "METEOR" in values:
+                own["METEOR"] = self._meteor.reference(statistics["METEOR"])
+            for name, (value, of_images) in own.items():
+                values[name], per_image[name] = float(value), [float(each) for each in of_images]
+        return Scores(chosen, values, image_ids, per_image, statistics, self._reference_implementation)
 
     def _tokenize(
         self, captions: Sequence[str], references: Sequence[Sequence[str]]
@@ -170,12 +159,12 @@ class Evaluator:
         families = {metric.family: metric for metric in metrics}
         self._meteor.open()
         with ThreadPoolExecutor(1) as thread:
-            waiting = {
-                family: thread.submit(metric.statistics, candidates, references)
-                for family, metric in families.items()
-                if metric.external
-            }
             try:
+                waiting = {
+                    family: thread.submit(metric.statistics, candidates, references)
+                    for family, metric in families.items()
+                    if metric.external
+                }
                 found = {
                     family: metric.statistics(candidates, references)
                     for family, metric in families.items()
@@ -200,15 +189,10 @@ def measure(
     captions: Mapping[int, str],
     references: Mapping[int, Sequence[str]],
     metrics: Metrics = tuple(METRICS),
-    *,
-    workers: int | None = None,
-    meteor_gb: float = DEFAULT_GB,
-    reference_implementation: bool = False,
+    **options: Any,
 ) -> Scores:
-    """Score captions once; see `Evaluator` for the options, and its `measure`."""
-    with Evaluator(
-        workers=workers, meteor_gb=meteor_gb, reference_implementation=reference_implementation, once=True
-    ) as evaluator:
+    """Score captions once, as `Evaluator.measure`; the options are the evaluator's."""
+    with Evaluator(once=True, **options) as evaluator:
         return evaluator.measure(captions, references, metrics)
 
 
@@ -220,18 +204,20 @@ def resolve(metrics: Metrics) -> list[Metric]:
     """
     if not metrics or isinstance(metrics, str):
         raise UserError(f"score: metrics = {metrics!r}, expected a list of some of {', '.join(METRICS)}")
-    return [metric if isinstance(metric, Metric) else _find(metric) for metric in metrics]
-
-
-def _find(name: str) -> Metric:
-    if plugins.is_plugin(name):
-        return plugins.load(name, Metric)()  # type: ignore[type-abstract]
-    if name not in METRICS:
-        raise UserError(
-            f"score: unknown metric {name!r}, expected a known one or MODULE:CLASS;"
-            f" {did_you_mean(name, METRICS)}"
-        )
-    return METRICS[name]
+    found: list[Metric] = []
+    for metric in metrics:
+        if isinstance(metric, Metric):
+            found.append(metric)
+        elif plugins.is_plugin(metric):
+            found.append(plugins.load(metric, Metric)())  # type: ignore[type-abstract]
+        elif metric in METRICS:
+            found.append(METRICS[metric])
+        else:
+            raise UserError(
+                f"score: unknown metric {metric!r}, expected a known one or MODULE:CLASS;"
+                f" {did_you_mean(metric, METRICS)}"
+            )
+    return found
 
 
 def _check(captions: Collection[int], references: Mapping[int, Sequence[str]]) -> None:

@@ -60,9 +60,8 @@ class Texts:
         self, which: Int[np.ndarray, "*rest row"], width: int
     ) -> Int[np.ndarray, "*rest position row"]:
         """Return the indices of the first `width` words of texts, also past the end of shorter ones."""
-        positions: Int[np.ndarray, "*rest position row"] = (
-            self.starts[which][..., None, :] + np.arange(width)[:, None]
-        )
+        starts = self.starts[which][..., None, :]
+        positions: Int[np.ndarray, "*rest position row"] = starts + np.arange(width)[:, None]
         return positions
 
     def rows(
@@ -70,11 +69,9 @@ class Texts:
     ) -> Integer[np.ndarray, "*rest position row"]:
         """Return the first `width` words of texts; past the end of a shorter one they are arbitrary."""
         positions = self.positions(which, width)
-        return (
-            self.short.take(positions, mode="clip")
-            if len(self.words)
-            else np.zeros(positions.shape, np.uint16)
-        )
+        if not len(self.words):
+            return np.zeros(positions.shape, np.uint16)
+        return self.short.take(positions, mode="clip")
 
 
 @dataclass(frozen=True)
@@ -173,13 +170,11 @@ def _block(
     dtype: type[np.generic],
 ) -> Block:
     lengths = np.concatenate([candidates.lengths[rows][None], references.lengths[texts]])
-    width, own_width = (int(each.max(initial=0)) for each in (lengths, lengths[0]))
+    width, own_width = int(lengths.max(initial=0)), int(lengths[0].max(initial=0))
     words = np.concatenate([candidates.rows(rows, width)[None], references.rows(texts, width)])
     # No word has this number where both candidates and references have 16 bits.
-    padding = _PADDING if words.dtype == np.uint16 else -1
-    own = np.where(
-        np.arange(own_width)[:, None] < lengths[0], words[0, :own_width], words.dtype.type(padding)
-    )
+    padding = words.dtype.type(_PADDING if words.dtype == np.uint16 else -1)
+    own = np.where(np.arange(own_width)[:, None] < lengths[0], words[0, :own_width], padding)
     masks = np.zeros((len(words), *own.shape), dtype)
     equal, byte = np.empty(masks.shape, bool), np.empty(masks.shape, np.uint8)
     # Eight positions at a time, the last first: bytes are faster than wider masks.
@@ -211,11 +206,11 @@ class EncodedCorpus:
 def encode_corpus(
     candidates: Sequence[str], references: Sequence[Sequence[str]], *, by_spaces: bool = False
 ) -> EncodedCorpus:
-    """Return texts as integers; the last corpus is cached for the next metric.
+    """Return a candidate and references for each image as integers; the last corpus is cached.
 
     Args:
-        candidates: One for each image.
-        references: One or more for each image.
+        candidates: Tokenized.
+        references: Tokenized.
         by_spaces: Split at each single space, so words may be empty; else at any white space.
 
     Raises:
@@ -232,32 +227,18 @@ def _encode(
     candidates: tuple[str, ...], references: tuple[tuple[str, ...], ...]
 ) -> tuple[EncodedCorpus, EncodedCorpus]:
     """Return texts split at single spaces, and at white space."""
-    texts = [*candidates, *chain.from_iterable(references)]
-    words = " ".join(texts).split(" ") if texts else []
     numbers: defaultdict[str, int] = defaultdict(count().__next__)
-    by_spaces = Texts(
-        np.fromiter(map(numbers.__getitem__, words), np.int32, len(words)),
-        np.cumsum([0, *(text.count(" ") + 1 for text in texts)]),
-    )
-    spaced = _split(by_spaces, references)
-    distinct = list(numbers)
-    if " ".join(distinct).split() == distinct:
-        return spaced, spaced
-    # Some words are empty or contain white space.
-    parts = Texts.of([[numbers[part] for part in word.split()] for word in distinct])
-    sizes = parts.lengths[by_spaces.words]
-    ends = np.append(0, np.cumsum(sizes))
-    by_white_space = Texts(parts.words[_runs(parts.starts[by_spaces.words], sizes)], ends[by_spaces.starts])
-    return spaced, _split(by_white_space, references)
+    texts = [*candidates, *chain.from_iterable(references)]
+    offsets = _offsets(references)
 
+    def corpus(split: list[list[str]]) -> EncodedCorpus:
+        encoded = [[*map(numbers.__getitem__, words)] for words in split]
+        own, others = encoded[: len(candidates)], encoded[len(candidates) :]
+        return EncodedCorpus(Texts.of(own), Groups(Texts.of(others), offsets))
 
-def _split(texts: Texts, references: tuple[tuple[str, ...], ...]) -> EncodedCorpus:
-    images = len(references)
-    own = int(texts.starts[images])
-    return EncodedCorpus(
-        Texts(texts.words[:own], texts.starts[: images + 1]),
-        Groups(Texts(texts.words[own:], texts.starts[images:] - own), _offsets(references)),
-    )
+    by_spaces, by_white_space = [text.split(" ") for text in texts], [text.split() for text in texts]
+    spaced = corpus(by_spaces)
+    return spaced, spaced if by_white_space == by_spaces else corpus(by_white_space)
 
 
 def _offsets(groups: Sequence[Sequence[object]]) -> Int[np.ndarray, "image_and_end"]:

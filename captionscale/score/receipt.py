@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +14,6 @@ from captionscale import parsing
 from captionscale.errors import UserError
 from captionscale.files import MB, atomic_write, read_file
 from captionscale.score.diagnostics import Diagnostics
-from captionscale.score.metric import Metric
 from captionscale.score.metrics import METRICS
 from captionscale.score.signature import metric_signature
 
@@ -23,7 +22,7 @@ _COUNTS = ("images", "captions", "empty_captions", "words", "references")
 _HASHES = ("captions", "references")
 
 References: TypeAlias = Mapping[int, Sequence[str]] | Mapping[str, Sequence[str]]
-"""The human references of each image."""
+"""One or more references for each image."""
 
 
 class ImageResults(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True):
@@ -48,7 +47,7 @@ class Receipt(msgspec.Struct, frozen=True, eq=False, forbid_unknown_fields=True)
         diagnostics: Statistics of the captions and of the references.
         counts: Images, captions, empty captions, words of captions, references.
         hashes: SHA-256 of captions and references, and of what generated the captions.
-        signature: How everything was measured and generated, in parts joined by `|`; see `metric_signature`.
+        signature: How everything was measured and generated, in parts joined by `|`.
         provenance: What generated the captions.
         notes: What a reader of the scores must know.
         environment: Time, host and hardware; everything else is the same wherever the command runs again.
@@ -147,12 +146,6 @@ def captions_sha256(captions: Mapping[Any, str]) -> str:
     return _hash(sorted([image_id, caption] for image_id, caption in captions.items()))
 
 
-def families(metrics: Iterable[str]) -> dict[str, Metric | None]:
-    """Return the families of metrics, each with one of its metrics if it is captionscale's own."""
-    known = ((name, METRICS.get(name)) for name in metrics)
-    return {metric.family if metric else name: metric for name, metric in known}
-
-
 def _check(receipt: Receipt) -> None:
     """Verify that the parts of a receipt fit each other (ValueError)."""
     images, names = receipt.images, receipt.scores.keys()
@@ -164,11 +157,15 @@ def _check(receipt: Receipt) -> None:
     for place, values, required in (("counts", receipt.counts, _COUNTS), ("hashes", receipt.hashes, _HASHES)):
         if missing := [key for key in required if key not in values]:
             raise ValueError(f"{place} are without {missing[0]}")
-    own = families(names)
+    # A user's own metric has a family of its name.
+    widths = {
+        metric.family if metric else name: metric.width if metric else None
+        for name, metric in ((name, METRICS.get(name)) for name in names)
+    }
     for place, found, expected in (
         ("intervals", receipt.intervals, names),
         ("images.scores", images.scores, names),
-        ("images.statistics", images.statistics, own.keys()),
+        ("images.statistics", images.statistics, widths),
     ):
         if odd := set(found) ^ set(expected):
             raise ValueError(f"{place} and scores are not of the same metrics ({min(odd):.40})")
@@ -176,8 +173,7 @@ def _check(receipt: Receipt) -> None:
     if lengths != {count}:
         raise ValueError(f"images has not {count} of each thing")
     for name, rows in images.statistics.items():
-        metric = own[name]
-        if metric and rows.shape[1] != metric.width:
+        if widths[name] not in (None, rows.shape[1]):
             raise ValueError(f"images.statistics.{name:.40} has rows of another length")
 
 
@@ -192,7 +188,7 @@ def _to_builtin(values: Any) -> Any:
         # Such as torch.__version__, which is of a class derived from str.
         return str(values)
     if values.ndim == 1:
-        return list(values.tolist())
+        return values.tolist()
     return [[int(each) if each.is_integer() else each for each in row] for row in values.tolist()]
 
 

@@ -6,7 +6,8 @@ import re
 import shutil
 import subprocess
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from pycocoevalcap.spice import spice
@@ -20,6 +21,8 @@ from captionscale.score.metric import MeanMetric
 JARS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
 ARCHIVE = "nlp.stanford.edu/software/stanford-corenlp-full-2015-12-09.zip"
 _HINT = "mostly memory is short or --spice holds other jars: give the job 8 GB and look at the jars"
+_PROGRAM = Path(spice.__file__).with_name(spice.SPICE_JAR)
+_TIMEOUT_S = 600.0
 JAVA_VERSIONS = range(8, 15)
 """SPICE writes its results with Java's own JavaScript engine, which exists in Java 8 to 14."""
 
@@ -36,25 +39,21 @@ class Spice(MeanMetric):
 
     name = "SPICE"
 
-    def __init__(self, folder: Path, *, memory_gb: float = 8.0, timeout_s: float | None = None):
-        """Find Java and the jars of Stanford CoreNLP 3.6.0.
-
-        Args:
-            folder: Holds the two jars, program and models.
-            memory_gb: Java's heap.
-            timeout_s: Deadline; default: ten minutes and half a second for each text.
+    def __init__(self, folder: Path):
+        """Find Java and the two jars of Stanford CoreNLP 3.6.0, program and models, in a folder.
 
         Raises:
             UserError: A jar is missing or damaged, or there is no Java of the right version.
         """
-        self._jars, self._java = [_checked(folder / name) for name in JARS], find_java()
-        self._memory_gb, self._timeout_s = memory_gb, timeout_s
+        self._jars = [*(_checked(folder / name) for name in JARS), _PROGRAM]
+        self._java = find_java()
 
     @property
     def signature(self) -> str:
         """The SHA-256 of each jar."""
-        parts = zip(("program", "corenlp", "models"), (_program(), *self._jars), strict=True)
-        return " ".join(["spice 1.0 corenlp-3.6.0", *(f"{name}={sha256_of(path)}" for name, path in parts)])
+        hashes = zip(("corenlp", "models", "program"), map(sha256_of, self._jars), strict=True)
+        corenlp, models, program = (f"{name}={sha256}" for name, sha256 in hashes)
+        return f"spice 1.0 corenlp-3.6.0 {program} {corenlp} {models}"
 
     def per_image(self, candidates: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         """Return SPICE of each image, 0 to 1.
@@ -66,19 +65,19 @@ class Spice(MeanMetric):
             {"image_id": str(number), "test": candidate, "refs": list(group)}
             for number, (candidate, group) in enumerate(zip(candidates, references, strict=True))
         ]
-        deadline = self._timeout_s or 600 + 0.5 * (len(candidates) + sum(map(len, references)))
+        timeout_s = _TIMEOUT_S + 0.5 * (len(candidates) + sum(map(len, references)))
         with temp_folder("spice") as folder:
             question, answer = folder / "captions.json", folder / "scores.json"
             question.write_text(json.dumps(images), encoding="utf-8")
             command: list[str | Path] = [
-                f"-Xmx{round(self._memory_gb * 1024)}M",
+                "-Xmx8192M",
                 # Before jars that pycocoevalcap's own class may have put next to the program.
-                *("-cp", os.pathsep.join(map(str, [*self._jars, _program()]))),
+                *("-cp", os.pathsep.join(map(str, self._jars))),
                 *("edu.anu.spice.SpiceScorer", question, "-out", answer, "-subset", "-silent"),
             ]
             with java.start("SPICE", *command, hint=_HINT, java=self._java) as jvm:
                 # It prints one line, its duration.
-                jvm.query([], 1, timeout_s=deadline, last=True)
+                jvm.query([], 1, timeout_s=timeout_s, last=True)
             return parse(answer.read_text(encoding="utf-8"), len(images))
 
 
@@ -89,15 +88,20 @@ def parse(text: str, images: int) -> list[float]:
         UserError: Other JSON, or not one number for each image.
     """
     try:
-        found = [(int(line["image_id"]), float(line["scores"]["All"]["f"])) for line in parsing.loads(text)]
+        scores = sorted(
+            (int(line["image_id"]), float(line["scores"]["All"]["f"])) for line in parsing.loads(text)
+        )
+        if [number for number, _ in scores] != list(range(images)):
+            raise ValueError(f"{len(scores):,} results for {images:,} images")
+        for number, score in scores:
+            if not 0 <= score <= 1:
+                raise ValueError(f"{score} for image {number}")
     except (ValueError, TypeError, KeyError) as error:
-        raise _bad_answer(f"no result ({type(error).__name__}: {error})") from None
-    scores = dict(found)
-    if len(found) != len(scores) or scores.keys() != set(range(images)):
-        raise _bad_answer(f"{len(found):,} results for {images:,} images")
-    if strange := [number for number, value in found if not 0 <= value <= 1]:
-        raise _bad_answer(f"{scores[strange[0]]} for image {strange[0]}")
-    return [scores[number] for number in range(images)]
+        raise UserError(
+            f"SPICE: its Java process wrote no result ({type(error).__name__}: {error}), expected a number"
+            " from 0 to 1 for each image; give --spice the jars of Stanford CoreNLP 3.6.0"
+        ) from None
+    return [score for _, score in scores]
 
 
 def find_java() -> str:
@@ -106,7 +110,11 @@ def find_java() -> str:
     Raises:
         UserError: There is none.
     """
-    found = {launcher: _version(launcher) for launcher in _launchers()}
+    home = os.environ.get("JAVA_HOME")
+    launchers = [str(Path(home, "bin", "java")) if home else None, shutil.which("java")]
+    with suppress(UserError):
+        launchers.append(java.find_java())
+    found = {launcher: _version(launcher) for launcher in launchers if launcher}
     for launcher, version in found.items():
         if version in JAVA_VERSIONS:
             return launcher
@@ -118,27 +126,12 @@ def find_java() -> str:
     )
 
 
-def _program() -> Path:
-    return Path(spice.__file__).with_name(spice.SPICE_JAR)
-
-
-def _launchers() -> Iterator[str]:
-    if home := os.environ.get("JAVA_HOME"):
-        yield str(Path(home, "bin", "java"))
-    if on_path := shutil.which("java"):
-        yield on_path
-    try:
-        yield java.find_java()
-    except UserError:
-        return
-
-
 def _version(launcher: str) -> int | None:
     try:
-        said = subprocess.run([launcher, "-version"], capture_output=True, text=True, timeout=60).stderr
+        printed = subprocess.run([launcher, "-version"], capture_output=True, text=True, timeout=60).stderr
     except (OSError, subprocess.TimeoutExpired):
         return None
-    number = re.search(r'version "(?:1\.)?(\d+)', said)
+    number = re.search(r'version "(?:1\.)?(\d+)', printed)
     return int(number[1]) if number else None
 
 
@@ -156,10 +149,3 @@ def _checked(jar: Path) -> Path:
     if damaged is not None:
         raise UserError(f"{jar}: damaged ({damaged}), expected a whole jar; download it again: {cure}")
     return jar.resolve()
-
-
-def _bad_answer(found: str) -> UserError:
-    return UserError(
-        f"SPICE: its Java process wrote {found}, expected a number from 0 to 1 for each image; give --spice"
-        " the jars of Stanford CoreNLP 3.6.0"
-    )

@@ -1,4 +1,4 @@
-"""Score captions in a background process while training goes on."""
+"""Score captions in a background process, in parallel with training."""
 
 import json
 import os
@@ -28,12 +28,7 @@ class BackgroundScorer:
     """
 
     def __init__(self, references: Mapping[int, Sequence[str]], metrics: Sequence[str]):
-        """Set the references and metrics of all captions.
-
-        Args:
-            references: The human references of each image.
-            metrics: Names of `metrics.METRICS`, or `module:Class`; scores have these names.
-        """
+        """Set the references and metrics of all captions; metrics are names, also of the scores."""
         self._task = json.dumps({"references": list(references.items()), "metrics": list(metrics)})
         # A killed process leaves its temporary files.
         self._stack = ExitStack()
@@ -84,31 +79,36 @@ class BackgroundScorer:
 
     def _reply(self, captions: str) -> dict[str, Any]:
         """Return scores, or an error and whether the process died, so that another may succeed."""
+        answer = ""
         try:
-            answer = self._answer(captions)
-        except BrokenPipeError:
-            answer = ""
+            with suppress(BrokenPipeError):
+                answer = self._answer(captions)
         except OSError as error:
-            return _died(
-                f"scoring: its process does not start ({error}), mostly as memory is short; give the job more"
-            )
-        if answer.endswith("\n"):
-            reply: dict[str, Any] = json.loads(answer)
-            return reply
-        return _died(
-            f"scoring: its process ended with exit code {self._end()} before it had scored, mostly because"
-            " memory is short; give the job more"
-        )
+            failure = f"does not start ({error}), mostly as memory is short"
+        else:
+            if answer.endswith("\n"):
+                reply: dict[str, Any] = json.loads(answer)
+                return reply
+            code = self._end()
+            failure = f"ended with exit code {code} before it had scored, mostly because memory is short"
+        return {"error": f"scoring: its process {failure}; give the job more", "died": True}
 
     def _answer(self, captions: str) -> str:
-        if (process := self._process) is None:
-            process = self._process = self._start()
+        process = self._process
+        if process is None:
+            process = self._process = subprocesses.start_module(
+                __name__,
+                env={"TMPDIR": str(self._folder)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
             if self._closed:
                 process.kill()
             print(self._task, file=process.stdin)
         assert process.stdout is not None
         print(captions, file=process.stdin, flush=True)
-        return process.stdout.readline()
+        answer: str = process.stdout.readline()
+        return answer
 
     def _end(self) -> int | None:
         """Wait for the process to end; the next captions start another one."""
@@ -119,18 +119,6 @@ class BackgroundScorer:
         with suppress(BrokenPipeError), process:
             pass
         return process.wait()
-
-    def _start(self) -> "subprocess.Popen[str]":
-        return subprocesses.start_module(
-            __name__,
-            env={"TMPDIR": str(self._folder)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-
-def _died(error: str) -> dict[str, Any]:
-    return {"error": error, "died": True}
 
 
 def _serve() -> None:

@@ -3,12 +3,12 @@
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from captionscale import config
+from captionscale.config import Config
 from captionscale.data.decode import decode_image
 from captionscale.data.shards import Split
 from captionscale.data.storage import open_storage
@@ -16,53 +16,37 @@ from captionscale.data.transforms import center_crop
 from captionscale.errors import UserError
 from captionscale.escape import for_file_name, for_terminal
 from captionscale.files import atomic_write, check_writable
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.progress import progress, say, spinner
 from captionscale.tools.caption_result import CaptionResult, View, overlay
 from captionscale.tools.captioner_api import CaptionPipeline
 from captionscale.tools.ensemble import open_ensemble
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _DPI = 150
 _PANEL_PIXELS = 240
 _COLUMNS = 6
 _ROWS_PER_PAGE = 10
-_MANY_PAGES = 10
-"""More take minutes."""
+_MANY_PAGES = 10  # more take minutes
 
 
 class _Size(NamedTuple):
-    """A panel's side and the height of its title, in inches, and the font size, in points."""
-
-    panel: float
-    title: float
-    font: float
+    panel: float  # side, in inches
+    title: float  # height, in inches
+    font: float  # in points
 
 
 _FIGURE, _PAGE = _Size(1.7, 0.42, 9.0), _Size(0.92, 0.3, 6.0)
 _GAP, _MARGIN, _FOOT = 0.06, 0.15, 0.55
-
-
-class _Panel(NamedTuple):
-    image: Image.Image
-    title: str
+_Panel = tuple[Image.Image, str]  # with its title
 
 
 def attend(
-    run: Path, files: Sequence[Path], out: Path, *, checkpoint: str, overrides: Sequence[str] = ()
+    run: Path, files: Sequence[Path], out: Path, *, checkpoint: str, overrides: Sequence[str]
 ) -> Iterator[tuple[Path, CaptionResult]]:
-    """Draw the attention of each word of a run's captions of image files.
-
-    Args:
-        run: The --out of captionscale train.
-        files: Images.
-        out: Folder for a PNG of each, named after it.
-        checkpoint: `best`, `last` or a step.
-        overrides: `search.key=value` each, replacing the run's own.
+    """Draw the attention of each word of a run's captions of image files, one PNG each in the folder `out`.
 
     Yields:
-        Each figure, once it is written, and what it shows.
+        Each figure's path, once it is written, and what it shows.
 
     Raises:
         UserError: No run, a decoder without attention, no image, or a figure that cannot be written.
@@ -78,7 +62,7 @@ def attend(
     for path, view, result in zip(paths, views, results, strict=True):
         panels = _panels(view, result)
         rows = [panels[start : start + _COLUMNS] for start in range(0, len(panels), _COLUMNS)]
-        _write(_draw(rows, _FIGURE, result.caption, [result]), path)
+        _write(path, rows, _FIGURE, result.caption, [result])
         yield path, result
 
 
@@ -88,29 +72,21 @@ def attend_split(
     out: Path,
     *,
     checkpoint: str,
-    shards: str | None = None,
-    limit: int | None = None,
-    overrides: Sequence[str] = (),
+    shards: str | None,
+    limit: int | None,
+    overrides: Sequence[str],
 ) -> Iterator[Path]:
-    """Draw the same for a split: a row for each image, ten rows on a page.
-
-    Args:
-        run: The --out of captionscale train.
-        split_name: Of the run's shards; it need not have captions.
-        out: Folder for the pages, PNGs.
-        checkpoint: `best`, `last` or a step.
-        shards: Shards to use instead of the run's own.
-        limit: Number of images, from the first.
-        overrides: `search.key=value` each, replacing the run's own.
+    """Draw the same for the first `limit` images of a split: a row for each, ten rows on a page.
 
     Yields:
-        Each page, once it is written.
+        Each page's path, once it is written.
 
     Raises:
-        UserError: No run or split, a decoder without attention, damaged shards, or an not_writable page.
+        UserError: No run or split, a decoder without attention, damaged shards, or no writable page.
     """
     pipeline = _open(run, checkpoint, overrides)
-    request, data = pipeline.generation_request(), pipeline.ensemble.config.data
+    request, settings = pipeline.generation_request(), pipeline.ensemble.config
+    data = settings.data
     split = Split(open_storage(shards or data.shards, data.cache, data.cache_gb), split_name)
     count = min(len(split), limit or len(split))
     pages = -(-count // _ROWS_PER_PAGE)
@@ -121,22 +97,23 @@ def attend_split(
     with progress(f"attention of {split_name}", count) as bar:
         for page in range(pages):
             items = range(page * _ROWS_PER_PAGE, min((page + 1) * _ROWS_PER_PAGE, count))
-            views = [load_view(split, item, data) for item in items]
+            views = [load_view(split, item, settings) for item in items]
             # The numbers that captionscale score samples with.
             ids = [int(split.index[item]["image_id"]) for item in items]
             results = pipeline.generate_best(views, request, ids)
             rows = [_panels(*each) for each in zip(views, results, ids, strict=True)]
             title = f"{run.resolve().name}, split {split_name}, page {page + 1} of {pages}"
             path = out / for_file_name(split_name, f"-{page + 1:0{digits}d}.png")
-            _write(_draw(rows, _PAGE, title, results), path)
+            _write(path, rows, _PAGE, title, results)
             yield path
             bar.advance(len(items))
 
 
-def load_view(split: Split, item: int, data: config.Data) -> View:
+def load_view(split: Split, item: int, config: Config) -> View:
     """Return an item of a split as the model sees it."""
     place = f"{split.storage}: image {split.index[item]['image_id']}"
-    return center_crop(decode_image(split.image(item), place), data.image_size)
+    image = decode_image(split.image(item), place)
+    return center_crop(image, config.data.image_size, interpolation_of(config.model))
 
 
 def _open(run: Path, checkpoint: str, overrides: Sequence[str]) -> CaptionPipeline:
@@ -166,19 +143,17 @@ def _panels(view: View, result: CaptionResult, image_id: int | None = None) -> l
     """Return the image and a panel for each word."""
     image = Image.fromarray(view).resize((_PANEL_PIXELS, _PANEL_PIXELS), Image.Resampling.BICUBIC)
     words = zip(result.words, result.probabilities, result.attention_maps or (), strict=True)
-    return [
-        _Panel(image, "as the model saw it" if image_id is None else f"image {image_id}"),
-        *(
-            _Panel(overlay(image, weights, result.max_attention), f"{for_terminal(word)}\n{probability:.2f}")
-            for word, probability, weights in words
-        ),
-    ]
+    panels = [(image, "as the model saw it" if image_id is None else f"image {image_id}")]
+    for word, probability, weights in words:
+        title = f"{for_terminal(word)}\n{probability:.2f}"
+        panels.append((overlay(image, weights, result.max_attention), title))
+    return panels
 
 
-def _draw(
-    rows: Sequence[Sequence[_Panel]], size: _Size, heading: str, results: Sequence[CaptionResult]
-) -> "Figure":
-    """Return rows of panels with their titles, and a legend of the colors."""
+def _write(
+    path: Path, rows: Sequence[Sequence[_Panel]], size: _Size, heading: str, results: Sequence[CaptionResult]
+) -> None:
+    """Draw rows of panels with their titles, and a legend of the colors."""
     # A notebook sets this for its children, in which its backend cannot be imported.
     os.environ.pop("MPLBACKEND", None)
     from matplotlib.figure import Figure
@@ -188,43 +163,35 @@ def _draw(
     height = 2 * _MARGIN + 0.3 + len(rows) * line + _FOOT
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
 
+    # In inches, as all lengths here.
     def write(x: float, y: float, text: str, font: float = size.font, **options: Any) -> None:
         # No formula: a caption may hold any character.
         figure.text(x / width, y / height, text, fontsize=font, parse_math=False, color="black", **options)
 
-    def show(
-        image: Any, left: float, bottom: float, width_in: float, height_in: float, **options: Any
-    ) -> None:
-        axes = figure.add_axes((left / width, bottom / height, width_in / width, height_in / height))
+    def show(image: Any, left: float, bottom: float, wide: float, high: float, **options: Any) -> None:
+        axes = figure.add_axes((left / width, bottom / height, wide / width, high / height))
         axes.imshow(np.asarray(image), **options)
         axes.set_axis_off()
 
     write(_MARGIN, height - _MARGIN, for_terminal(heading), size.font + 3, va="top", weight="bold")
     for row, panels in enumerate(rows):
         bottom = height - _MARGIN - 0.3 - (row + 1) * line
-        for column, panel in enumerate(panels):
+        for column, (image, title) in enumerate(panels):
             left = _MARGIN + column * step
-            show(panel.image, left, bottom, size.panel, size.panel, interpolation="lanczos")
-            middle = left + size.panel / 2
-            write(middle, bottom + size.panel + 0.03, panel.title, ha="center", va="bottom")
+            show(image, left, bottom, size.panel, size.panel, interpolation="lanczos")
+            write(left + size.panel / 2, bottom + size.panel + 0.03, title, ha="center", va="bottom")
     # The colors from no attention to the maximum, over medium gray.
     ramp = np.linspace(0, 1, 256, dtype=np.float32)[None]
     show(overlay(Image.new("L", (256, 1), 128), ramp, 1.0), _MARGIN, 0.36, 1.6, 0.12, aspect="auto")
     legend = "attention of a cell: none (left) to the maximum of its caption (right)"
     if len(results) == 1:
-        maps = results[0].attention_maps
-        cells = maps[0].size if maps else 1
-        legend = (
-            f"attention of a grid cell: 0 (left) to {results[0].max_attention:.2f} of the total (right);"
-            f" uniform attention is {1 / cells:.2f}"
-        )
+        maps, most = results[0].attention_maps, results[0].max_attention
+        uniform = 1 / maps[0].size if maps else 1
+        legend = f"attention of a grid cell: 0 (left) to {most:.2f} of the total (right);"
+        legend += f" uniform attention is {uniform:.2f}"
     write(_MARGIN + 1.7, 0.42, legend, va="center")
     note = "Above each panel: the word, and its probability given the image and the words before it."
     write(_MARGIN, 0.12, note, va="bottom")
-    return figure
-
-
-def _write(figure: "Figure", path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         figure.savefig(file, format="png")

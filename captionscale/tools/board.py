@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os.path import commonpath, realpath
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -17,7 +17,6 @@ from captionscale.score.receipt import Receipt
 from captionscale.tools.published import EVIDENCE, published
 from captionscale.version import __version__
 
-_RANKED_BY = "CIDEr-D"
 TIE = "≈\u202f"
 # Of each of the diagnostics: the share of captions above which it is flagged, and the text of the flag.
 _FLAGGED_ABOVE = {
@@ -28,8 +27,7 @@ _FLAGGED_ABOVE = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A receipt and its name on the board."""
 
     name: str
@@ -41,8 +39,13 @@ class Table:
     """Receipts that may be ranked together: of the same references, measured in the same way."""
 
     references_sha256: str
-    metric_signature: dict[str, str]
+    metric_signature: dict[str, str] = field(default_factory=dict)
     entries: list[Entry] = field(default_factory=list)
+
+    @property
+    def signature(self) -> str:
+        """The metric signature in one line."""
+        return " | ".join(self.metric_signature.values())
 
     @property
     def metrics(self) -> list[str]:
@@ -53,7 +56,7 @@ class Table:
     @property
     def ranked_by(self) -> str:
         """The metric that sorts the table at first."""
-        return _RANKED_BY if _RANKED_BY in self.metrics else self.metrics[-1]
+        return ranking_metric(self.metrics)
 
     @property
     def title(self) -> str:
@@ -73,32 +76,40 @@ class Table:
 
 
 def write_board(places: Sequence[Path], out: Path) -> list[Table]:
-    """Write the page; it needs no other file and no network, and JavaScript only to sort by another column.
+    """Write a page of receipts, and of those in folders; return its tables.
 
-    Args:
-        places: Receipts, and folders searched for `receipt.json`.
-        out: The page.
-
-    Returns:
-        The tables shown. Broken receipts are left out and named on standard error.
+    It needs no other file and no network, and JavaScript only to sort by another column. Broken receipts are
+    left out and named on standard error.
 
     Raises:
         UserError: No valid receipt, or a page that cannot be written.
     """
     check_writable(out)
     tables = group_into_tables(_read(places, out))
-    page = render(
-        "board.html",
-        version=__version__,
-        receipts=sum(len(table.entries) for table in tables),
-        tables=[section(table) for table in tables],
-        tie=TIE,
-    )
+    receipts = sum(len(table.entries) for table in tables)
+    write_page(out, "board.html", receipts=receipts, tables=[section(table) for table in tables], tie=TIE)
+    return tables
+
+
+def write_page(out: Path, template: str, **values: Any) -> int:
+    """Render a template into a file; return its size in bytes."""
+    # A file name may contain bytes that are no text.
+    page = render(template, version=__version__, **values).encode(errors="replace")
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as file:
-        # A file name may contain bytes that are no text.
-        file.write(page.encode(errors="replace"))
-    return tables
+        file.write(page)
+    return len(page)
+
+
+def ranking_metric(metrics: Sequence[str]) -> str:
+    """Return the metric that ranks receipts with these metrics."""
+    return "CIDEr-D" if "CIDEr-D" in metrics else metrics[-1]
+
+
+def interval_text(bounds: tuple[float, float]) -> str:
+    """Return an interval of a score, times 100."""
+    low, high = bounds
+    return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
 def group_into_tables(entries: Iterable[Entry]) -> list[Table]:
@@ -109,16 +120,15 @@ def group_into_tables(entries: Iterable[Entry]) -> list[Table]:
         receipt = entry.receipt
         table = next((table for table in tables if table.accepts(receipt)), None)
         if table is None:
-            table = Table(receipt.hashes["references"], {})
+            table = Table(receipt.hashes["references"])
             tables.append(table)
         table.metric_signature |= receipt.metric_signature
         table.entries.append(entry)
     for table in tables:
         by = table.ranked_by
         table.entries.sort(key=lambda entry: -entry.receipt.scores.get(by, float("-inf")))
-    return sorted(
-        tables, key=lambda table: (-len(table.entries), table.title, sorted(table.metric_signature.values()))
-    )
+    tables.sort(key=lambda it: (-len(it.entries), it.title, sorted(it.metric_signature.values())))
+    return tables
 
 
 def section(table: Table) -> Markup:
@@ -129,13 +139,9 @@ def section(table: Table) -> Markup:
     metrics = table.metrics + sorted(published_metrics.difference(table.metrics))
     return render(
         "board_table.html",
-        title=table.title,
-        counts=table.entries[0].receipt.counts,
-        references=table.references_sha256[:12],
-        signature=" | ".join(table.metric_signature.values()),
+        table=table,
         metrics=metrics,
-        ranked_by=table.ranked_by,
-        rows=_rows(table, metrics),
+        rows=[_row(rank, entry, table, metrics) for rank, entry in enumerate(table.entries, start=1)],
         groups=groups,
         sources=published().sources,
         evidence=EVIDENCE,
@@ -157,19 +163,29 @@ def warnings(receipt: Receipt) -> list[str]:
     return found
 
 
-def _rows(table: Table, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield what the template shows of each receipt."""
-    for rank, entry in enumerate(table.entries, start=1):
-        receipt = entry.receipt
-        # A metric that was not computed needs no note here.
-        notes = [note for note in receipt.notes if "not computed" not in note]
-        yield {
-            "rank": rank if table.ranked_by in receipt.scores else "",
-            "name": entry.name,
-            "facts": [" · ".join(_facts(receipt.provenance)), *notes],
-            "warnings": warnings(receipt),
-            "cells": [_cell(metric, receipt, table) for metric in metrics],
-        }
+def to_json(table: Table) -> dict[str, Any]:
+    """Return a table and its receipts, the best first, as JSON types; scores are not multiplied by 100."""
+    rows = []
+    for rank, (name, receipt) in enumerate(table.entries, start=1):
+        row = {"rank": rank if table.ranked_by in receipt.scores else None, "name": name}
+        values = {key: getattr(receipt, key) for key in ("scores", "intervals", "provenance", "notes")}
+        rows.append({**row, **values, "warnings": warnings(receipt)})
+    head = {key: getattr(table, key) for key in ("title", "references_sha256", "signature", "ranked_by")}
+    return {**head, "rows": rows}
+
+
+def _row(rank: int, entry: Entry, table: Table, metrics: Sequence[str]) -> dict[str, Any]:
+    """Return what the template shows of a receipt."""
+    receipt = entry.receipt
+    # A metric that was not computed needs no note here.
+    notes = [note for note in receipt.notes if "not computed" not in note]
+    return {
+        "rank": rank if table.ranked_by in receipt.scores else "",
+        "name": entry.name,
+        "facts": [" · ".join(_facts(receipt.provenance)), *notes],
+        "warnings": warnings(receipt),
+        "cells": [_cell(metric, receipt, table) for metric in metrics],
+    }
 
 
 def _cell(metric: str, receipt: Receipt, table: Table) -> dict[str, Any] | None:
@@ -177,15 +193,13 @@ def _cell(metric: str, receipt: Receipt, table: Table) -> dict[str, Any] | None:
         return None
     others = [entry.receipt for entry in table.entries if metric in entry.receipt.scores]
     best = max(others, key=lambda each: each.scores[metric])
-    score, (low, high) = receipt.scores[metric], receipt.intervals[metric]
-    ranked = len(table.entries) > 1
-    leads = score == best.scores[metric]
+    ranked, leads = len(table.entries) > 1, receipt.scores[metric] == best.scores[metric]
     return {
-        "value": repr(score),
-        "score": f"{100 * score:.1f}",
-        "interval": f"{100 * low:.1f} to {100 * high:.1f}",
+        "value": repr(receipt.scores[metric]),
+        "score": f"{100 * receipt.scores[metric]:.1f}",
+        "interval": interval_text(receipt.intervals[metric]),
         "best": ranked and leads,
-        "tie": ranked and not leads and high >= best.intervals[metric][0],
+        "tie": ranked and not leads and receipt.intervals[metric][1] >= best.intervals[metric][0],
     }
 
 
@@ -206,12 +220,8 @@ def _read(places: Sequence[Path], out: Path) -> list[Entry]:
     for place in places:
         found = sorted(place.rglob("receipt.json")) if place.is_dir() else [place]
         if not found:
-            faults.append(
-                UserError(
-                    f"{place}: no receipt.json in this folder, expected what captionscale score writes;"
-                    " score a run first, or give another folder"
-                )
-            )
+            error = f"{place}: no receipt.json in this folder, expected what captionscale score writes;"
+            faults.append(UserError(f"{error} score a run first, or give another folder"))
         files |= dict.fromkeys(Path(realpath(file)) for file in found)
     if out.exists() and out.resolve() in files:
         raise UserError(f"{out}: is a receipt, expected a path for the page; take another --out")

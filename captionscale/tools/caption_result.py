@@ -1,9 +1,11 @@
 """The probability and attention of each word of a caption, and attention drawn over the image."""
 
-import math
+import base64
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,6 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from captionscale.model.captioner import Captioner
-from captionscale.model.decoders.decoder import StepDecoder
 from captionscale.model.search.constraints import Features
 from captionscale.model.search.ensemble import Ensemble
 from captionscale.model.search.token_scores import score_captions
@@ -56,24 +57,29 @@ def encode_views(captioner: Captioner | Ensemble, views: Sequence[View]) -> Feat
 
 
 def build_caption_results(
-    decoder: StepDecoder, features: Features, captions: Sequence[Sequence[int]], vocabulary: Vocabulary
+    captioner: Captioner | Ensemble,
+    features: Features,
+    captions: Sequence[Sequence[int]],
+    vocabulary: Vocabulary,
+    image_size: int,
 ) -> list[CaptionResult]:
     """Return probabilities and attention of captions, whichever way these were generated.
 
     Args:
-        decoder: In evaluation mode.
+        captioner: In evaluation mode.
         features: Of each caption's image; an image may occur twice.
         captions: Tokens as searches return them.
-        vocabulary: The decoder's.
+        vocabulary: The captioner's.
+        image_size: Side of the views, in pixels.
     """
     results = []
-    for tokens, scores in zip(captions, score_captions(decoder, features, captions), strict=True):
+    all_scores = score_captions(captioner.decoder, features, captions)
+    for tokens, scores in zip(captions, all_scores, strict=True):
         words = [token for token in tokens if token != END]
         attention_maps = None
-        if scores.attention is not None:
-            # Views are square, so grids are too.
-            side = math.isqrt(scores.attention.shape[1])
-            attention_maps = list(scores.attention[: len(words)].view(-1, side, side).cpu().numpy())
+        if scores.attention is not None and isinstance(captioner, Captioner):
+            attention = scores.attention[: len(words)].cpu()
+            attention_maps = list(captioner.encoder.attention_maps(attention, image_size, image_size).numpy())
         results.append(
             CaptionResult(
                 [vocabulary.words[word] for word in words],
@@ -105,6 +111,13 @@ def overlay(image: Image.Image, weights: AttentionMap, max_weight: float) -> Ima
     gray = _BRIGHTNESS * np.asarray(image.convert("L"), np.float32)[:, :, None] / 255
     opacity = (_MIN_OPACITY + (_MAX_OPACITY - _MIN_OPACITY) * heat)[:, :, None]
     return Image.fromarray((255 * (opacity * colors + (1 - opacity) * gray)).round().astype(np.uint8))
+
+
+def base64_jpeg(image: Image.Image, **options: Any) -> str:
+    """Return an image as base64 JPEG for a page; the options are those of `Image.save`."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", **options)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 @cache

@@ -14,6 +14,7 @@ from PIL import Image
 from captionscale import config, toml
 from captionscale.data import decode
 from captionscale.data.transforms import center_crop
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.model.search.constraints import Constraints
 from captionscale.tools.caption_result import CaptionResult, View, build_caption_results, encode_views
 from captionscale.tools.ensemble import CheckpointEnsemble
@@ -69,11 +70,8 @@ class CaptionPipeline:
         self, *, prefix: str = "", require: Sequence[str] = (), seed: int | None = None, **search: Any
     ) -> GenerationRequest:
         """Validate how captions are to be generated; as `caption`."""
-        settings = self.ensemble.config
-        overrides = [
-            f"search.{key}={json.dumps(value)}" for key, value in search.items() if value is not None
-        ]
-        settings = toml.override(settings, overrides, "search", option="")
+        changes = [f"search.{key}={json.dumps(value)}" for key, value in search.items() if value is not None]
+        settings = toml.override(self.ensemble.config, changes, "search", option="")
         constraints = make_constraints(
             settings.search, self.vocabulary, settings.data.max_words, prefix=prefix, require=require
         )
@@ -87,7 +85,8 @@ class CaptionPipeline:
 
     def center_crop(self, image: UInt8[np.ndarray, "height width 3"]) -> View:
         """Return what the model sees of an image's pixels."""
-        return center_crop(image, self.ensemble.config.data.image_size)
+        config = self.ensemble.config
+        return center_crop(image, config.data.image_size, interpolation_of(config.model))
 
     def generate_best(
         self, views: Sequence[View], request: GenerationRequest, numbers: Sequence[int]
@@ -113,23 +112,19 @@ class CaptionPipeline:
             numbers: Of each image; a sampled caption is a function of it and the seed.
             return_all: All final captions of a beam search instead of the best.
         """
-        features, decoder = encode_views(self.captioner, views), self.captioner.decoder
+        features, data = encode_views(self.captioner, views), self.ensemble.config.data
         found = generate_tokens(
-            decoder,
+            self.captioner.decoder,
             features,
             request.search,
-            self.ensemble.config.data.max_words,
+            data.max_words,
             request.constraints,
             [(request.seed, number) for number in numbers],
         )
         if not return_all:
             found = [captions[:1] for captions in found]
-        image_index = [image for image, captions in enumerate(found) for _ in captions]
+        rows = [image for image, captions in enumerate(found) for _ in captions]
         flat = [tokens for captions in found for tokens in captions]
-        seen = (
-            features[image_index]
-            if isinstance(features, torch.Tensor)
-            else tuple(it[image_index] for it in features)
-        )
-        results = iter(build_caption_results(decoder, seen, flat, self.vocabulary))
+        seen = features[rows] if isinstance(features, torch.Tensor) else tuple(it[rows] for it in features)
+        results = iter(build_caption_results(self.captioner, seen, flat, self.vocabulary, data.image_size))
         return [[next(results) for _ in captions] for captions in found]

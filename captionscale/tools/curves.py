@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -15,8 +15,7 @@ from captionscale.score.metrics import Evaluator
 from captionscale.score.results import read_results
 from captionscale.tools.run_artifacts import RunArtifacts
 
-_INK = "#010203"
-"""Replaced by the page's text color."""
+_INK = "#010203"  # replaced by the page's text color
 # Okabe and Ito, "Color Universal Design", 2008: distinguishable with and without color-vision deficiency.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
 _MARKERS = ("o", "D", "s", "^")
@@ -24,6 +23,8 @@ _INCHES = (4.6, 2.7)
 _MARKERS_UP_TO = 40
 _OFFSET = 0.02
 
+_Scores = Mapping[int, Mapping[str, float]]  # of each metric by step
+# Title and unit of each log key that is drawn if present.
 _TITLES = {
     "loss": ("Loss", "nats per word"),
     "lr": ("Learning rate", "of the decoder"),
@@ -32,7 +33,6 @@ _TITLES = {
     "dangling": ("Sampled captions that end in 'a', 'with' or the like", "share"),
     "distinct": ("Different captions among the sampled ones", "share"),
 }
-"""Title and unit of each log key that is drawn if present."""
 
 
 class _Series(NamedTuple):
@@ -47,8 +47,7 @@ class _Series(NamedTuple):
 class _Curve(NamedTuple):
     title: str
     alt: str
-    svg: Markup
-    """Without the start of its tag, to which the page adds the alternative text."""
+    svg: Markup  # without the start of its tag, to which the page adds the alternative text
 
 
 def curves(run: RunArtifacts) -> Markup:
@@ -67,22 +66,16 @@ def curves(run: RunArtifacts) -> Markup:
         for receipt in run.receipts:
             step, split = receipt.provenance.get("step"), receipt.provenance.get("split")
             if metric in receipt.scores and isinstance(step, int):
-                low, high = receipt.intervals[metric]
-                values = {step: 100 * receipt.scores[metric]}
-                series.append(
-                    _Series(
-                        f"split {split}, by its receipt", values, {step: (100 * low, 100 * high)}, line=False
-                    )
-                )
+                value, (low, high) = {step: 100 * receipt.scores[metric]}, receipt.intervals[metric]
+                name, bars = f"split {split}, by its receipt", {step: (100 * low, 100 * high)}
+                series.append(_Series(name, value, bars, line=False))
         best = max(found, key=found.__getitem__)
         alt = f"validation {metric} times 100: best of {len(found)} is {found[best]:.1f} at step {best}"
         drawn.append(_Curve(metric, alt, _draw(metric, f"{metric} × 100", series)))
     if not drawn:
         return Markup()
-    has_intervals = bool(bounds or run.receipts)
-    return render(
-        "report_curves.html", verdict=_verdict(run, scores), curves=drawn, has_intervals=has_intervals
-    )
+    verdict, has_intervals = _verdict(run, scores), bool(bounds or run.receipts)
+    return render("report_curves.html", verdict=verdict, curves=drawn, has_intervals=has_intervals)
 
 
 def _draw(title: str, unit: str, series: Sequence[_Series]) -> Markup:
@@ -100,19 +93,13 @@ def _draw(title: str, unit: str, series: Sequence[_Series]) -> Markup:
         axes.patch.set_alpha(0)
         last = max(step for each in series for step in each.values)
         for number, each in enumerate(series):
-            color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+            steps, color = sorted(each.values), _COLORS[number % len(_COLORS)]
+            marker = _MARKERS[number % len(_MARKERS)] if len(steps) <= _MARKERS_UP_TO else ""
             # Bars of one step would hide each other.
             offset = number * _OFFSET * last
-            steps = sorted(each.values)
-            axes.plot(
-                [step + offset for step in steps],
-                [each.values[step] for step in steps],
-                "-" if each.line else "",
-                marker=marker if len(steps) <= _MARKERS_UP_TO else "",
-                color=color,
-                label=for_terminal(each.name),
-                markersize=4,
-            )
+            style: dict[str, Any] = {"marker": marker, "markersize": 4, "color": color}
+            x, y = [step + offset for step in steps], [each.values[step] for step in steps]
+            axes.plot(x, y, "-" if each.line else "", label=for_terminal(each.name), **style)
             for step, (low, high) in each.intervals.items():
                 axes.plot([step + offset] * 2, [low, high], color=color, linewidth=2.5, alpha=0.6)
         axes.set_xlim(0, last * (1 + _OFFSET * (len(series) + 1)))
@@ -131,13 +118,13 @@ def _draw(title: str, unit: str, series: Sequence[_Series]) -> Markup:
     return Markup(file.getvalue().replace(_INK, "currentColor").partition("<svg ")[2])
 
 
-def _best_and_last(scores: dict[int, dict[str, float]], metric: str) -> list[int]:
+def _best_and_last(scores: _Scores, metric: str) -> list[int]:
     """Return the steps of the best and of the last validation, which can be the same."""
     found = {step: values[metric] for step, values in scores.items() if metric in values}
     return [max(found, key=found.__getitem__), max(found)] if found else []
 
 
-def _verdict(run: RunArtifacts, scores: dict[int, dict[str, float]]) -> str:
+def _verdict(run: RunArtifacts, scores: _Scores) -> str:
     """Return whether the validation score was still rising."""
     if not scores or run.config is None:
         return ""
@@ -155,13 +142,9 @@ def _verdict(run: RunArtifacts, scores: dict[int, dict[str, float]]) -> str:
     )
 
 
-def _intervals(
-    run: RunArtifacts, scores: dict[int, dict[str, float]]
-) -> dict[str, dict[int, tuple[float, float]]]:
-    """Return by metric and step the 95 % intervals of the best and the last validation, from their captions.
-
-    To score the captions of every validation would take as long as it did in training.
-    """
+def _intervals(run: RunArtifacts, scores: _Scores) -> dict[str, dict[int, tuple[float, float]]]:
+    """Return by metric and step the 95 % intervals of the best and the last validation."""
+    # To score the captions of every validation would take as long as it did in training.
     if run.config is None:
         return {}
     chosen = _best_and_last(scores, run.config.train.score_metric)

@@ -11,6 +11,7 @@ from captionscale import toml
 from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.model.search.ensemble import Ensemble
 from captionscale.train.checkpoint import Checkpoint, open_checkpoint
 
@@ -61,6 +62,15 @@ class CheckpointEnsemble:
         }
 
 
+def _shared_settings(config: Config) -> dict[str, Any]:
+    """Return what members share besides the vocabulary."""
+    return {
+        "data.image_size": config.data.image_size,
+        "data.max_words": config.data.max_words,
+        "encoder's interpolation": interpolation_of(config.model),
+    }
+
+
 def open_ensemble(
     run: Path, others: Sequence[Path], *, checkpoint: str, overrides: Sequence[str]
 ) -> CheckpointEnsemble:
@@ -68,7 +78,7 @@ def open_ensemble(
 
     Args:
         run: The --out of captionscale train.
-        others: More of them, for an ensemble.
+        others: More runs, for an ensemble.
         checkpoint: `best`, `last` or a step, of each.
         overrides: `search.key=value` each, replacing the first run's own.
 
@@ -77,7 +87,7 @@ def open_ensemble(
     """
     saved = [open_checkpoint(each, checkpoint) for each in (run, *others)]
     first, *rest = saved
-    vocabulary, data = first.vocabulary(), first.config().data
+    vocabulary, settings = first.vocabulary(), _shared_settings(first.config())
     for other, member in zip(others, rest, strict=True):
         theirs = member.vocabulary()
         if theirs.sha256 != vocabulary.sha256:
@@ -87,12 +97,11 @@ def open_ensemble(
                 f" ({vocabulary.sha256[:8]}...), expected the same; leave it out, or train both"
                 " with the same shards, data.min_count and data.max_vocab_size"
             )
-        settings = member.config().data
-        for key in ("image_size", "max_words"):
-            if getattr(settings, key) != getattr(data, key):
+        for key, value in _shared_settings(member.config()).items():
+            if value != settings[key]:
                 raise UserError(
-                    f"--ensemble {other}: its data.{key} is {getattr(settings, key)}, that of {run}"
-                    f" {getattr(data, key)}, expected the same; leave it out, or train both alike"
+                    f"--ensemble {other}: its {key} is {value}, that of {run} {settings[key]}, expected the"
+                    " same; leave it out, or train both alike"
                 )
     return CheckpointEnsemble(
         (run, *others), tuple(saved), toml.override(first.config(), overrides, "search")

@@ -1,7 +1,5 @@
 """Example captions of a report: with their images, references, and the attention of each word."""
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +11,11 @@ from captionscale.data.shards import Split
 from captionscale.score.metrics import METRICS
 from captionscale.score.receipt import Receipt
 from captionscale.tools.attend import load_view
+from captionscale.tools.board import ranking_metric
 from captionscale.tools.caption_result import (
     CaptionResult,
     View,
+    base64_jpeg,
     build_caption_results,
     encode_views,
     overlay,
@@ -25,10 +25,8 @@ from captionscale.train.checkpoint import Checkpoint
 IMAGE_PIXELS, WORD_PIXELS = 168, 112
 _JPEG_QUALITY = 80
 _PER_GROUP = 4
-_RANKED_BY = "CIDEr-D"
 
-Id = int | str
-"""Image id; a receipt of captions from elsewhere may have names."""
+Id = int | str  # of an image; a receipt of captions from elsewhere may have names
 
 
 class Example(NamedTuple):
@@ -41,7 +39,7 @@ class Example(NamedTuple):
 
 def select_examples(receipt: Receipt) -> dict[str, list[Example]]:
     """Return a few captions of a receipt by title: the best, the worst, and a fixed random choice."""
-    metric = _RANKED_BY if _RANKED_BY in receipt.scores else list(receipt.scores)[-1]
+    metric = ranking_metric(list(receipt.scores))
     images, scores = receipt.images, receipt.images.scores[metric]
     order = np.argsort(-scores, kind="stable").tolist()
     best, worst = order[:_PER_GROUP], order[_PER_GROUP:][-_PER_GROUP:][::-1]
@@ -49,12 +47,11 @@ def select_examples(receipt: Receipt) -> dict[str, list[Example]]:
     drawn = np.random.default_rng(0).permutation(rest)[:_PER_GROUP].tolist()
     by = f"by {metric}, image by image" if metric in METRICS else f"by {metric}"
     chosen = {f"Best, {by}": best, f"Worst, {by}": worst, "At random": drawn}
-    return {
-        title: [
-            Example(images.ids[at], images.captions[at], f"{metric} {100 * scores[at]:.1f}") for at in rows
-        ]
-        for title, rows in chosen.items()
-    }
+
+    def example(at: int) -> Example:
+        return Example(images.ids[at], images.captions[at], f"{metric} {100 * scores[at]:.1f}")
+
+    return {title: [example(at) for at in rows] for title, rows in chosen.items()}
 
 
 def random_examples(captions: Mapping[int, str]) -> dict[str, list[Example]]:
@@ -69,40 +66,30 @@ def gallery(
     split: Split | None,
     saved: Checkpoint | None,
 ) -> dict[str, Any]:
-    """Return the variables of `report_captions.html` for examples.
+    """Return the variables of `report_captions.html` for examples by title.
 
-    Args:
-        groups: Examples by title.
-        config: The run's; without it there are no images.
-        split: Of the examples' images; None if the shards were not found.
-        saved: Checkpoint that wrote the captions; None: no attention is shown.
+    There are no images without a config and a split, and no attention without the captions' checkpoint.
     """
     examples = [example for group in groups.values() for example in group]
     views: dict[Id, View] = {}
     references: dict[Id, tuple[str, ...]] = {}
     if split is not None and config is not None:
-        items: dict[Id, int] = {
-            image_id: item for item, image_id in enumerate(split.index["image_id"].tolist())
-        }
+        items: dict[Id, int] = {name: item for item, name in enumerate(split.index["image_id"].tolist())}
         for example in examples:
             if (item := items.get(example.image_id)) is not None:
-                views[example.image_id] = load_view(split, item, config.data)
+                views[example.image_id] = load_view(split, item, config)
                 references[example.image_id] = split.captions(item)
-    results = _results(examples, views, saved) if saved is not None else {}
+    results = _results(examples, views, saved) if saved else {}
     maps = next((result.attention_maps for result in results.values() if result.attention_maps), None)
+
+    def entry(example: Example) -> dict[str, Any]:
+        name = example.image_id
+        images = _images(views.get(name), results.get(name))
+        return {"example": example, "references": references.get(name, ()), **images}
+
     return {
         "grid": maps[0].shape if maps else None,
-        "groups": {
-            title: [
-                {
-                    "example": example,
-                    "references": references.get(example.image_id, ()),
-                    **_images(views.get(example.image_id), results.get(example.image_id)),
-                }
-                for example in group
-            ]
-            for title, group in groups.items()
-        },
+        "groups": {title: [entry(example) for example in group] for title, group in groups.items()},
         "image_pixels": IMAGE_PIXELS,
         "word_pixels": WORD_PIXELS,
     }
@@ -113,13 +100,13 @@ def _results(
 ) -> dict[Id, CaptionResult]:
     """Return probabilities and attention of each example's own caption."""
     captioner, vocabulary = saved.captioner(), saved.vocabulary()
-    max_words = saved.config().data.max_words
+    data = saved.config().data
     seen = [example for example in examples if example.image_id in views and example.caption]
     if not seen:
         return {}
-    tokens = [vocabulary.encode(example.caption, max_words)[1:] for example in seen]
+    tokens = [vocabulary.encode(example.caption, data.max_words)[1:] for example in seen]
     features = encode_views(captioner, [views[example.image_id] for example in seen])
-    results = build_caption_results(captioner.decoder, features, tokens, vocabulary)
+    results = build_caption_results(captioner, features, tokens, vocabulary, data.image_size)
     return {example.image_id: result for example, result in zip(seen, results, strict=True)}
 
 
@@ -140,8 +127,6 @@ def _images(view: View | None, result: CaptionResult | None) -> dict[str, Any]:
 
 
 def _jpeg(image: Image.Image, side: int) -> str:
-    file = io.BytesIO()
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BICUBIC)
-    image.save(file, "JPEG", quality=_JPEG_QUALITY, optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
+    return base64_jpeg(image, quality=_JPEG_QUALITY, optimize=True)

@@ -28,11 +28,11 @@ from captionscale.tools.profiles import (
     pluralize,
     read_profile,
 )
+from captionscale.train import preemption
 
 _PORT = 29_500
 _RANK_VARIABLES = ("LOCAL_RANK", "RANK", "OMPI_COMM_WORLD_RANK")
 """Set by torchrun, Kubeflow or mpirun in each process that they start."""
-_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 _RESUMES = "the same command resumes from the last checkpoint"
 
 
@@ -45,7 +45,7 @@ def launch(
     logs: Path | None = None,
     config: Config | None = None,
 ) -> None:
-    """Run `captionscale COMMAND` in every process that the profile asks for, and wait for all of them.
+    """Run `captionscale COMMAND` in every process that the profile requests, and wait for all of them.
 
     In a SLURM job with several nodes, run once on each node (`srun --ntasks-per-node=1`), it joins them.
 
@@ -54,7 +54,7 @@ def launch(
         profile: A file, or a name in `launch/`.
         processes: Total over all nodes; None: the profile's.
         dry_run: Print the `accelerate launch` command instead.
-        logs: Folder that also gets each process's output; each line on the terminal then names its rank.
+        logs: Folder for the output of each process; each line on the terminal then names its rank.
         config: The experiment, if the processes train one.
 
     Raises:
@@ -85,7 +85,8 @@ def launch(
     environment = {"ACCELERATE_USE_CPU": "true"} if cpu else {}
     arguments = ["--config_file", str(path), "--num_processes", str(count), "--num_machines", str(nodes)]
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    threads = threads if threads.isdecimal() else str(max(1, cpu_count() // local))
+    if not threads.isdecimal():
+        threads = str(max(1, cpu_count() // local))
     arguments += ["--num_cpu_threads_per_process", threads]
     if is_zero(facts):
         # Accelerate does not pass the number on to DeepSpeed's processes, which would have one thread each.
@@ -156,15 +157,9 @@ def _run(arguments: list[str]) -> None:
 
 @contextmanager
 def _forward_signals(options: argparse.Namespace) -> Iterator[list[signal.Signals]]:
-    """Forward the signals on which a run saves and exits to its processes, and wait as long as they need.
+    """Forward the signals on which a run saves and exits to its processes; yield those received so far.
 
-    torch's launcher would forward them too, but kill after 30 seconds a process that is still saving.
-
-    Args:
-        options: Of `accelerate launch`; changed.
-
-    Returns:
-        The signals received so far.
+    torch's launcher, whose `options` this changes, would kill a process that saves for over 30 seconds.
     """
     from torch.distributed.elastic.multiprocessing import api
 
@@ -185,12 +180,12 @@ def _forward_signals(options: argparse.Namespace) -> Iterator[list[signal.Signal
     options.signals_to_handle = "SIGHUP,SIGQUIT"
     # After a failure the others wait for the failed rank: SIGTERM would ask them to save, which they cannot.
     default, api._get_default_signal = api._get_default_signal, lambda: signal.SIGKILL
-    handlers = {number: signal.signal(number, forward) for number in _SIGNALS}
+    handlers = [signal.signal(number, forward) for number in preemption.SIGNALS]
     try:
         yield forwarded
     finally:
         api._get_default_signal = default
-        for number, handler in handlers.items():
+        for number, handler in zip(preemption.SIGNALS, handlers, strict=True):
             signal.signal(number, handler)
 
 

@@ -1,9 +1,8 @@
 """Write the files that leaderboards take, verified complete against the official list of images."""
 
-import json
 import re
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import msgspec
 from captionscale.data.sources import base
 from captionscale.errors import UserError, describe_images, did_you_mean
 from captionscale.files import atomic_write
-from captionscale.score.results import read_results
+from captionscale.score.results import Result, read_results, write_results
 from captionscale.score.tokenizer import INVISIBLE
 
 # Underscores delimit the parts of a file name.
@@ -21,32 +20,29 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """A set of images that a leaderboard scores.
-
-    Attributes:
-        images: How many there are.
-        file: Name of the results file; `{name}` is the algorithm's.
-        image_list: The file that lists the images, and its source.
-        archive: The uploaded archive of results files; empty: the file itself is uploaded.
-        archived_with: The other set whose file must be in the archive too.
-    """
+    """A set of images that a leaderboard scores."""
 
     images: int
+    """How many there are."""
     file: str
+    """Name of the results file; `{name}` is the algorithm's."""
     image_list: str
+    """The file that lists the images, and its source."""
     archive: str = ""
+    """The uploaded archive of results files; empty: the file itself is uploaded."""
     archived_with: str = ""
+    """The other set whose file must be in the archive too."""
 
 
-def _coco(part: str, images: int, listed: str, archived: str, **archive: str) -> Leaderboard:
-    source = f"{listed}, in http://images.cocodataset.org/annotations/{archived}"
-    return Leaderboard(images, f"captions_{part}_{{name}}_results.json", source, **archive)
+def _coco(split: str, images: int, image_list: str, archived: str, **archive: str) -> Leaderboard:
+    source = f"{image_list}, in http://images.cocodataset.org/annotations/{archived}"
+    return Leaderboard(images, f"captions_{split}_{{name}}_results.json", source, **archive)
 
 
-def _nocaps(part: str, images: int) -> Leaderboard:
-    listed = f"nocaps_{part}_image_info.json"
-    source = f"{listed}, from https://s3.amazonaws.com/nocaps/{listed}"
-    return Leaderboard(images, f"nocaps_{part}_{{name}}_results.json", source)
+def _nocaps(split: str, images: int) -> Leaderboard:
+    image_list = f"nocaps_{split}_image_info.json"
+    source = f"{image_list}, from https://s3.amazonaws.com/nocaps/{image_list}"
+    return Leaderboard(images, f"nocaps_{split}_{{name}}_results.json", source)
 
 
 # fmt: off
@@ -77,20 +73,15 @@ Source:
 
 @dataclass(frozen=True)
 class Submission:
-    """The files written.
-
-    Attributes:
-        file: The results of one set.
-        captions: How many it contains.
-        empty: How many of them are empty.
-        upload: The file to upload; None until there are results of `missing_set`.
-        missing_set: The set without results.
-    """
+    """The files written."""
 
     file: Path
+    """The results of one set."""
     captions: int
     empty: int
+    """How many of the captions are empty."""
     upload: Path | None
+    """The file to upload; None until there are results of `missing_set`."""
     missing_set: str = ""
 
 
@@ -132,26 +123,34 @@ def write_submission(
         )
     expected = _official_ids(board_name, images)
     found = _merged(captions)
-    _check_complete(captions, found, expected, images)
-    texts = {image_id: INVISIBLE.sub(" ", found[image_id]).strip() for image_id in sorted(found)}
+    faults = {"missing": expected - found.keys(), "of no image in the list": found.keys() - expected}
+    if any(faults.values()):
+        described = [f"{describe_images(sorted(ids))} {fault}" for fault, ids in faults.items() if ids]
+        raise UserError(
+            f"{', '.join(map(str, captions))}: {len(found):,} captions, {', '.join(described)}; expected one"
+            f" for each of the {len(expected):,} images of {images}; caption that set with captionscale"
+            " caption RUN --split"
+        )
+    results: list[Result] = [
+        {"image_id": image_id, "caption": INVISIBLE.sub(" ", found[image_id]).strip()}
+        for image_id in sorted(found)
+    ]
     _check_one_algorithm(out, name)
-    out.mkdir(parents=True, exist_ok=True)
     file = out / board.file.format(name=name)
-    with atomic_write(file) as stream:
-        stream.write(_results(texts))
-    empty = sum(not text for text in texts.values())
-    if not board.archive:
-        return Submission(file, len(texts), empty, upload=file)
-    files = [file]
+    write_results(results, file)
+    files, missing = [file], ""
     if board.archived_with:
         other = out / LEADERBOARDS[board.archived_with].file.format(name=name)
-        if not other.exists():
-            return Submission(file, len(texts), empty, upload=None, missing_set=board.archived_with)
-        _check_whole(other, board.archived_with)
-        files.append(other)
-    archive = out / board.archive.format(name=name)
-    _zip(files, archive)
-    return Submission(file, len(texts), empty, upload=archive)
+        if other.exists():
+            files.append(_complete(other, board.archived_with))
+        else:
+            missing = board.archived_with
+    upload = None if missing else file
+    if board.archive and upload:
+        upload = out / board.archive.format(name=name)
+        _zip(files, upload)
+    empty = sum(not result["caption"] for result in results)
+    return Submission(file, len(results), empty, upload, missing)
 
 
 def _official_ids(board_name: str, images: Path | None) -> set[int]:
@@ -189,18 +188,6 @@ def _merged(files: Sequence[Path]) -> dict[int, str]:
     return merged
 
 
-def _check_complete(
-    captions: Sequence[Path], found: Collection[int], expected: set[int], images: Path | None
-) -> None:
-    faults = {"missing": expected - set(found), "of no image in the list": set(found) - expected}
-    told = ", ".join(f"{describe_images(sorted(ids))} {fault}" for fault, ids in faults.items() if ids)
-    if told:
-        raise UserError(
-            f"{', '.join(map(str, captions))}: {len(found):,} captions, {told}; expected one for each of the"
-            f" {len(expected):,} images of {images}; caption that set with captionscale caption RUN --split"
-        )
-
-
 def _check_one_algorithm(out: Path, name: str) -> None:
     """Refuse a folder with files of another algorithm."""
     patterns = [board.file.partition("{name}") for board in LEADERBOARDS.values()]
@@ -214,17 +201,13 @@ def _check_one_algorithm(out: Path, name: str) -> None:
                 )
 
 
-def _check_whole(file: Path, board_name: str) -> None:
+def _complete(file: Path, board_name: str) -> Path:
     count, expected = len(read_results(file)), LEADERBOARDS[board_name].images
     if count != expected:
         raise UserError(
             f"{file}: {count:,} captions, expected {expected:,}; write it again with --eval-set {board_name}"
         )
-
-
-def _results(texts: dict[int, str]) -> bytes:
-    lines = [{"image_id": image_id, "caption": text} for image_id, text in texts.items()]
-    return json.dumps(lines, ensure_ascii=False).encode()
+    return file
 
 
 def _zip(files: Sequence[Path], archive: Path) -> None:

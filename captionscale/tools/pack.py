@@ -4,6 +4,7 @@ import signal
 from argparse import Namespace
 
 from captionscale.data import packing
+from captionscale.data.shard_writer import REJECTED
 from captionscale.data.sources import expected_counts, source
 from captionscale.data.sources.record import sort_records
 from captionscale.errors import UserError
@@ -50,7 +51,7 @@ def pack(options: Namespace) -> None:
         signal.signal(signal.SIGTERM, previous)
     for split in {record.split: None for record in records}:
         facts = manifest.splits[split]
-        rejected = f", {facts.rejected:,} rejected (see {packing.REJECTED})" if facts.rejected else ""
+        rejected = f", {facts.rejected:,} rejected (see {REJECTED})" if facts.rejected else ""
         print(f"{options.out}: {split}: {facts.images:,} images, {facts.captions:,} captions{rejected}")
 
 

@@ -42,21 +42,15 @@ def read_profile(path: Path) -> dict[str, Any]:
 
 
 def check_process_count(config: Config, count: int, nodes: int, profile: Mapping[str, Any]) -> None:
-    """Refuse processes that cannot share the micro-batches of a step.
-
-    Args:
-        config: The experiment to train.
-        count: Processes on all nodes.
-        nodes: Number of nodes.
-        profile: As `read_profile` returns it.
+    """Refuse processes, counted on all nodes, that cannot share the micro-batches of a step.
 
     Raises:
         UserError: There are too many, or ZeRO needs a number that divides the micro-batches.
     """
     zero = is_zero(profile)
     batches = config.train.global_batch // config.train.micro_batch
-    fitting = [n for n in range(nodes, count, nodes) if n <= batches and not (zero and batches % n)]
-    if count <= batches and not (zero and batches % count):
+    fitting = [n for n in (*range(nodes, count, nodes), count) if n <= batches and not (zero and batches % n)]
+    if count in fitting:
         return
     cures = [f"take {pluralize(fitting[-1], 'process')}"] if fitting else []
     cures += ["lower train.micro_batch" if count > batches else "take --profile gpu"]
@@ -69,11 +63,7 @@ def check_process_count(config: Config, count: int, nodes: int, profile: Mapping
 
 
 def check_core_count(config: Config, local_processes: int) -> None:
-    """Refuse a node with fewer cores than one process has decoding threads.
-
-    Raises:
-        UserError: It has fewer.
-    """
+    """Raise a UserError on a node with fewer cores than one process has decoding threads."""
     if config.data.workers > cpu_count():
         raise UserError(
             f"data.workers = {config.data.workers}: found {cpu_count()} cores for this job on this node,"

@@ -13,33 +13,27 @@ EVIDENCE = {
 
 
 class Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"group": "class"}):
-    """Scores of one model from one source.
-
-    Attributes:
-        split: Key of `Published.splits`.
-        group: Key of `Published.classes`; rows of different classes are not comparable.
-        model: Its name.
-        encoder: Encoder and form of its features.
-        source: Key of `Published.sources`.
-        evidence: Key of `EVIDENCE`.
-        scores: Of each metric in the source, times 100.
-        loss: Training objective, if the source names it.
-        beam: Beam size, if the source names it.
-        note: What a reader must know.
-        incomparable: Metrics whose score is not what its name means elsewhere; the note says why.
-    """
+    """Scores of one model from one source."""
 
     split: str
+    """Key of `Published.splits`."""
     group: str
+    """Key of `Published.classes`; rows of different classes are not comparable."""
     model: str
     encoder: str
+    """Encoder and form of its features."""
     source: str
+    """Key of `Published.sources`."""
     evidence: str
+    """Key of `EVIDENCE`."""
     scores: dict[str, float]
+    """Of each metric in the source, times 100."""
     loss: str = ""
+    """Training objective, if the source names it."""
     beam: int | None = None
     note: str = ""
     incomparable: tuple[str, ...] = ()
+    """Metrics whose score is not what its name means elsewhere; the note has the reason."""
 
     @property
     def details(self) -> str:
@@ -71,8 +65,9 @@ class Published(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def find_split(self, references_sha256: str) -> str | None:
         """Return the key of the split with these references."""
-        keys = {split.references_sha256: key for key, split in self.splits.items()}
-        return keys.get(references_sha256)
+        return next(
+            (key for key, each in self.splits.items() if each.references_sha256 == references_sha256), None
+        )
 
     def groups(self, split: str) -> dict[str, list[Row]]:
         """Return the rows of a split by the title of their class."""

@@ -1,4 +1,4 @@
-"""The whole pipeline on synthetic images, with the commands that a user runs on COCO."""
+"""The command `quickstart`: the whole pipeline on synthetic images, with the commands for COCO."""
 
 import sys
 from pathlib import Path
@@ -36,10 +36,8 @@ def quickstart(out: Path) -> None:
         say(f"drawing {sum(COUNTS.values()):,} images into {drawn}, in the layout of COCO 2017")
         synthetic.write_coco(drawn, counts=COUNTS, size=SIZE)
         for split in COUNTS:
-            images, captions = drawn / f"{split}2017", _captions(drawn, split)
-            _run(
-                "pack", "coco", "--images", images, "--captions", captions, "--split", split, "--out", packed
-            )
+            files = ("--images", drawn / f"{split}2017", "--captions", _captions(drawn, split))
+            _run("pack", "coco", *files, "--split", split, "--out", packed)
     _run("verify", packed)
     _run("train", "quickstart", "--set", f"data.shards={packed}", "--out", run)
     receipt = run / "receipt.json"
@@ -51,22 +49,18 @@ def quickstart(out: Path) -> None:
     say("", f"all results on one page, with attention: open {out / 'report.html'}")
 
 
-def random_captions(train: dict[int, list[str]], image_ids: list[int]) -> dict[int, str]:
-    """Return a random training caption for each image, a baseline without any knowledge of the images."""
-    pool = [caption for captions in train.values() for caption in captions]
-    picks = np.random.default_rng(0).integers(len(pool), size=len(image_ids))
-    return {image_id: pool[pick] for image_id, pick in zip(image_ids, picks, strict=True)}
-
-
 def _show(drawn: Path, receipt: Path, captions: list[str]) -> None:
     """Print the scores with those of random captions, and captions with their references."""
     references = coco.read_references(_captions(drawn, "test"))
-    train = coco.read_references(_captions(drawn, "train"))
-    chance = measure(random_captions(train, list(references)), references).values
+    # A baseline without any knowledge of the images.
+    train = [text for texts in coco.read_references(_captions(drawn, "train")).values() for text in texts]
+    picks = np.random.default_rng(0).integers(len(train), size=len(references))
+    random_captions = {image_id: train[pick] for image_id, pick in zip(references, picks, strict=True)}
+    chance = measure(random_captions, references).values
     found = Receipt.read(receipt).scores
-    table = Table(title=f"{len(references)} images not used in training")
-    for heading in ("metric", "captionscale", "random training captions", "ratio"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    table = Table("metric", title=f"{len(references)} images not used in training")
+    for heading in ("captionscale", "random training captions", "ratio"):
+        table.add_column(heading, justify="right")
     for name in METRICS:
         ratio = f"{found[name] / chance[name]:.1f}" if chance[name] else "-"
         table.add_row(name, f"{found[name]:.3f}", f"{chance[name]:.3f}", ratio)
@@ -77,11 +71,11 @@ def _show(drawn: Path, receipt: Path, captions: list[str]) -> None:
         out.print(f"  {caption}", style="bold")
         for reference in references[int(image.stem)][:3]:
             out.print(f"  {reference}", style="dim")
-    model, random = found["CIDEr-D"], chance["CIDEr-D"]
-    if model < _MIN_RATIO * random:
+    if found["CIDEr-D"] < _MIN_RATIO * chance["CIDEr-D"]:
         raise UserError(
-            f"{receipt}: CIDEr-D {model:.3f}, expected {_MIN_RATIO} times the {random:.3f} of random"
-            " captions, so this installation does not learn; run make test to see what is broken"
+            f"{receipt}: CIDEr-D {found['CIDEr-D']:.3f}, expected {_MIN_RATIO} times the"
+            f" {chance['CIDEr-D']:.3f} of random captions, so this installation does not learn;"
+            " run make test to see what is broken"
         )
 
 

@@ -10,30 +10,23 @@ from markupsafe import Markup
 from captionscale import toml
 from captionscale.data.storage import open_storage, read_manifest
 from captionscale.errors import UserError
-from captionscale.files import atomic_write, check_writable
+from captionscale.files import check_writable
 from captionscale.html import render
 from captionscale.score import diagnostics
+from captionscale.score.comparison import compare
+from captionscale.score.receipt import Receipt
 from captionscale.score.results import read_results
 from captionscale.tools import board, example_captions
 from captionscale.tools.curves import curves
 from captionscale.tools.run_artifacts import RunArtifacts
-from captionscale.tools.run_diff import compare_runs
 from captionscale.train.checkpoint import Checkpoint, open_checkpoint
 from captionscale.train.run_folder import checkpoint_steps
-from captionscale.version import __version__
 
 
 def report(run: Path, out: Path, *, against: Path | None = None, shards: str | None = None) -> int:
-    """Write the page; it needs no other file, no network and no JavaScript.
+    """Write a page about a run, which may still be training, and return its size in bytes.
 
-    Args:
-        run: The --out of captionscale train; the run may still be training.
-        out: The page.
-        against: Another run to compare with.
-        shards: Shards to use instead of the run's own.
-
-    Returns:
-        The page's size in bytes.
+    The page needs no other file, no network and no JavaScript.
 
     Raises:
         UserError: It is no run, or the page cannot be written.
@@ -48,21 +41,17 @@ def report(run: Path, out: Path, *, against: Path | None = None, shards: str | N
         "Scores": _scores(ours, theirs),
         "Can you trust the score?": _diagnostics(ours),
         "Captions": _captions(ours),
-        f"Compared with {theirs.name}" if theirs else "": compare_runs(ours, theirs) if theirs else "",
+        f"Compared with {theirs.name}" if theirs else "": _compare_runs(ours, theirs) if theirs else "",
         "Data and environment": _environment(ours),
     }
-    page = render(
+    return board.write_page(
+        out,
         "report.html",
         run=ours,
         cards=_cards(ours),
         sections={title: body for title, body in sections.items() if body},
-        version=__version__,
-        at=datetime.now(UTC).isoformat(sep=" ", timespec="minutes").removesuffix("+00:00") + " UTC",
-    ).encode(errors="replace")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out) as file:
-        file.write(page)
-    return len(page)
+        at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    )
 
 
 def _cards(run: RunArtifacts) -> list[tuple[str, str]]:
@@ -80,15 +69,13 @@ def _cards(run: RunArtifacts) -> list[tuple[str, str]]:
     if losses:
         cards.append(("last loss of a step, nats per word", f"{losses[max(losses)]:.3f}"))
     if run.checkpoint and run.checkpoint.train_state.best_step and run.config:
-        state, metric = run.checkpoint.train_state, run.config.train.score_metric
-        cards.append(
-            (f"best validation {metric}, at step {state.best_step:,}", f"{100 * state.best_score:.1f}")
-        )
+        state = run.checkpoint.train_state
+        label = f"best validation {run.config.train.score_metric}, at step {state.best_step:,}"
+        cards.append((label, f"{100 * state.best_score:.1f}"))
     for receipt in run.receipts[-1:]:
-        name = "CIDEr-D" if "CIDEr-D" in receipt.scores else list(receipt.scores)[-1]
-        low, high = receipt.intervals[name]
+        name = board.ranking_metric(list(receipt.scores))
         label = f"{name} of split {receipt.provenance.get('split', '?')}"
-        label += f", 95 % interval {100 * low:.1f} to {100 * high:.1f}"
+        label += f", 95 % interval {board.interval_text(receipt.intervals[name])}"
         cards.append((label, f"{100 * receipt.scores[name]:.1f}"))
     return cards
 
@@ -145,11 +132,76 @@ def _captions(run: RunArtifacts) -> Markup:
 
 
 def _checkpoint(run: RunArtifacts, step: Any) -> Checkpoint | None:
-    return (
-        run.try_load(lambda: open_checkpoint(run.folder, str(step)))
-        if step in checkpoint_steps(run.folder)
-        else None
+    if step not in checkpoint_steps(run.folder):
+        return None
+    return run.try_load(lambda: open_checkpoint(run.folder, str(step)))
+
+
+def _compare_runs(ours: RunArtifacts, theirs: RunArtifacts) -> Markup:
+    """Return the differences between two runs as HTML."""
+    notices = [*theirs.missing]
+    for run, other in ((theirs, ours), (ours, theirs)):
+        if not run.receipts:
+            command = run.score_command(next(iter(other.scored_splits), ""))
+            notices.append(
+                f"{run.name} is not scored, so scores cannot be compared: run {command}, then this report"
+                " again."
+            )
+    # The last receipt of each set of references.
+    before, after = ({each.hashes["references"]: each for each in run.receipts} for run in (theirs, ours))
+    pairs = [(before[references], after[references]) for references in after if references in before]
+    if not pairs and ours.receipts and theirs.receipts:
+        scored = " and ".join(f"{run.name} ({', '.join(run.scored_splits)})" for run in (theirs, ours))
+        notices.append(
+            f"Their scores cannot be compared: {scored} have different references. Score both on one split,"
+            " then run this report again."
+        )
+    comparisons = []
+    for first, second in pairs:
+        try:
+            comparisons.append(_compared(first, second, ours, theirs))
+        except UserError as error:
+            notices.append(str(error))
+    return render(
+        "report_diff.html",
+        ours=ours.name,
+        theirs=theirs.name,
+        notices=notices,
+        settings=_settings(ours, theirs),
+        comparisons=comparisons,
     )
+
+
+def _settings(ours: RunArtifacts, theirs: RunArtifacts) -> list[tuple[str, str, str]] | None:
+    """Return the keys that differ, with both values; None if a config is missing."""
+    if not (ours.config and theirs.config):
+        return None
+
+    def shown(value: Any) -> str:
+        return "not set" if value is None else str(value)
+
+    one, other = (toml.flatten(config.model_dump(mode="json")) for config in (theirs.config, ours.config))
+    pairs = {key: (one.get(key), other.get(key)) for key in {**one, **other}}
+    return [(key, shown(before), shown(after)) for key, (before, after) in pairs.items() if before != after]
+
+
+def _compared(first: Receipt, second: Receipt, ours: RunArtifacts, theirs: RunArtifacts) -> dict[str, Any]:
+    found = compare(first, second)
+    rows: list[tuple[str, ...]] = [
+        ("", theirs.name, ours.name, "difference", "95 % interval", "p", "images won", "lost", "tied")
+    ]
+    for each in found.differences:
+        low, high = (f"{100 * bound:+.1f}" for bound in each.interval)
+        scores = f"{100 * each.first:.1f}", f"{100 * each.second:.1f}", f"{100 * each.difference:+.1f}"
+        counts = (f"{count:,}" for count in (each.won, each.lost, each.tied))
+        rows.append((each.metric, *scores, f"{low} to {high}", f"{each.p_value:.4f}", *counts))
+    changes = [
+        (str(image.image_id), f"{100 * image.difference:+.1f}", *image.captions)
+        for image in found.most_changed
+    ]
+    if changes:
+        changes.insert(0, ("image", f"change of {found.ranked_by}", theirs.name, ours.name))
+    return {"split": second.provenance.get("split", "?"), "rows": rows, "most_changed": changes}
 
 
 def _environment(run: RunArtifacts) -> Markup:
@@ -162,13 +214,9 @@ def _environment(run: RunArtifacts) -> Markup:
                 data.append((name, f"{split.images:,}", f"{split.captions:,}", f"{split.rejected:,}"))
     facts: list[tuple[str, str]] = []
     if run.checkpoint:
-        facts += [
-            ("checkpoint", run.checkpoint.folder.name),
-            ("sha256 of its weights", run.checkpoint.sha256),
-        ]
+        facts = [("checkpoint", run.checkpoint.folder.name), ("sha256 of its weights", run.checkpoint.sha256)]
     for receipt in run.receipts[-1:]:
-        environment = toml.flatten(receipt.environment)
-        facts += [(f"scored: {key}", str(value)) for key, value in environment.items()]
+        facts += [(f"scored: {key}", str(value)) for key, value in toml.flatten(receipt.environment).items()]
         facts.append(("measured with", receipt.signature))
     settings = toml.dumps(run.config) if run.config else ""
     return render("report_environment.html", place=place, data=data, facts=facts, settings=settings)

@@ -23,17 +23,9 @@ class RunArtifacts:
     """What can be read of a run that may be training, incomplete or of another version."""
 
     def __init__(self, folder: Path, shards: str | None):
-        """Read a run.
-
-        Args:
-            folder: The run's folder.
-            shards: Shards to use instead of the run's own.
-
-        Raises:
-            UserError: It is no run.
-        """
+        """Read a run, with other shards than its own if these are given; raises UserError if it is no run."""
         require_run(folder)
-        self.folder = folder
+        self.folder, self.shards = folder, shards
         self.name = folder.resolve().name
         self.missing: list[str] = []
         """What could not be read, and why."""
@@ -45,15 +37,13 @@ class RunArtifacts:
         self.log = self.try_load(lambda: RunLog(folder))
         self.validations = run_folder.validation_files(folder)
         """The captions file of each scored step of the validation split."""
-        self.missing += [
-            *filter(None, [self.log.warning if self.log else ""]),
-            *run_folder.unknown_file_warnings(folder),
-        ]
+        if self.log and self.log.warning:
+            self.missing.append(self.log.warning)
+        self.missing += run_folder.unknown_file_warnings(folder)
         self.checkpoint = self.try_load(lambda: open_checkpoint(folder))
         self.config: Config | None = self.try_load(self.checkpoint.config) if self.checkpoint else None
         found = [self.try_load(partial(Receipt.read, path)) for path in sorted(folder.rglob("receipt.json"))]
         self.receipts = sorted(filter(None, found), key=lambda receipt: str(receipt.environment.get("time")))
-        self.shards = shards
 
     def try_load(self, work: Callable[[], T]) -> T | None:
         """Return the result of `work`, or None after noting its `UserError` as missing."""
@@ -67,8 +57,7 @@ class RunArtifacts:
         """Return a split of the run's shards, if they can be opened."""
         if self.config is None:
             return None
-        data = self.config.data
-        shards = self.shards or data.shards
+        data, shards = self.config.data, self.shards or self.config.data.shards
         return self.try_load(lambda: Split(open_storage(shards, data.cache, data.cache_gb), name))
 
     def metric(self, key: str) -> dict[int, float]:

@@ -40,11 +40,11 @@ def score_file(
     if out:
         check_writable(out)
     chosen = all_metrics(spice_jars, metrics)
-    written, human = read_results(captions), coco.read_references(references)
-    with spinner(f"scoring {len(written):,} captions"):
+    results, texts = read_results(captions), coco.read_references(references)
+    with spinner(f"scoring {len(results):,} captions"):
         receipt = score(
-            written,
-            human,
+            results,
+            texts,
             chosen,
             measure=measure,
             notes=missing_metrics(spice_jars, "it needs images: score RUN --clip WEIGHTS"),
@@ -61,11 +61,6 @@ def all_metrics(spice_jars: Path | None, own: Sequence[str]) -> Metrics:
 
 
 def missing_metrics(spice_jars: Path | None, no_clip: str | None) -> list[str]:
-    """Return notes on the metrics that are not computed.
-
-    Args:
-        spice_jars: SPICE's, if given.
-        no_clip: Why there is no CLIPScore, if there is none.
-    """
+    """Return notes on the metrics that are not computed; `no_clip`: why there is no CLIPScore."""
     notes = [] if spice_jars else ["SPICE: not computed (no --spice DIR)"]
     return notes + ([f"CLIPScore: not computed ({no_clip})"] if no_clip else [])

@@ -29,7 +29,7 @@ def submit(
 ) -> None:
     """Write `job.sbatch` and `job.toml` into a run's folder, submit the job, and print how to follow it.
 
-    The two files are all that the job reads: later changes to the checkout do not change a requeued job.
+    The job reads only these two files: later changes to the checkout do not change a requeued job.
 
     Args:
         config: The experiment.
@@ -50,8 +50,13 @@ def submit(
             " written to a job, expected a URL without it; put it where the job finds it, such as .netrc,"
             " ~/.aws/credentials or GOOGLE_APPLICATION_CREDENTIALS"
         )
-    _refuse_control_characters("--out", str(run))
-    _refuse_control_characters("--time", time or "")
+    for option, value in (("--out", str(run)), ("--time", time or "")):
+        # SLURM does not expand % in a log's name with a backslash.
+        if for_terminal(value) != value or "\\" in value:
+            raise UserError(
+                f"{option} {value}: holds a line break, another control character or a backslash, expected a"
+                f" value that fits into an #SBATCH line; choose another {option}"
+            )
     if str(run).startswith("-"):
         # Commands would take it for an option.
         run = run.absolute()
@@ -88,16 +93,6 @@ def submit(
     print(f"see its state:      {for_shell('squeue', f'--job={number}')}")
     print(f"save and requeue:   {for_shell('scancel', '--signal=USR1', number)}")
     print(f"save and stop:      {for_shell('scancel', number)}")
-
-
-def _refuse_control_characters(option: str, value: str) -> None:
-    """Refuse a value that no `#SBATCH` line can hold."""
-    # SLURM does not expand % in a log's name with a backslash.
-    if for_terminal(value) != value or "\\" in value:
-        raise UserError(
-            f"{option} {value}: holds a line break, another control character or a backslash, expected a"
-            f" value that fits into an #SBATCH line; choose another {option}"
-        )
 
 
 def _check_syntax(script: str) -> None:

@@ -1,5 +1,6 @@
 """The command `watch`: follow a run through the files in its folder."""
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -21,23 +22,12 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.files import LOCK, is_alive, lock_holder
 from captionscale.progress import SafeConsole, format_duration
-from captionscale.train import log_reader
+from captionscale.train import log_reader, run_folder
 from captionscale.train.log_reader import JsonLinesReader
-from captionscale.train.run_folder import (
-    CONFIG_FILE,
-    JOB_CONFIG,
-    JOB_SCRIPT,
-    LOG_FILE,
-    STALLS_FILE,
-    checkpoint_folder,
-    checkpoint_steps,
-    checkpoints_folder,
-    require_run,
-)
+from captionscale.train.run_folder import CONFIG_FILE, JOB_CONFIG, JOB_SCRIPT, LOG_FILE, STALLS_FILE
 
 _RECENT = 20
-_LATE = 5
-"""Times the usual interval of the log after which a run is silent; scoring and saving may take as long."""
+_LATE = 5  # times the usual interval of the log: then a run is silent; scoring and saving may take as long
 _LEAST_S = 60.0
 _STYLES = {
     "alive": "green",
@@ -65,19 +55,16 @@ _STALL = msgspec.json.Decoder(_Stall)
 
 @dataclass(frozen=True)
 class RunStatus:
-    """The state of a run."""
+    """The state of a run: one of `_STYLES`, why, and values by name; an unknown value is None."""
 
     state: str
     reason: str
-    facts: dict[str, str]
-    fraction_done: float
-    """Of the run's steps; 0: unknown."""
-    finished: bool
+    values: dict[str, Any]
 
-    def line(self) -> str:
-        """Return it in one line."""
-        facts = [f"{name} {value}" for name, value in self.facts.items()]
-        return "  ".join([*facts, f"{self.state}: {self.reason}"])
+    @property
+    def facts(self) -> dict[str, str]:
+        """The known values as text."""
+        return dict(_describe(self.values))
 
 
 class RunWatcher:
@@ -89,12 +76,12 @@ class RunWatcher:
         Raises:
             UserError: It does not exist, or holds no run.
         """
-        require_run(run)
+        run_folder.require_run(run)
         signs = [run / name for name in (LOG_FILE, LOCK, CONFIG_FILE, JOB_SCRIPT)]
-        if not any(path.exists() for path in (*signs, checkpoints_folder(run))):
+        if not any(path.exists() for path in (*signs, run_folder.checkpoints_folder(run))):
             raise UserError(
-                f"{run}: holds no {LOG_FILE}, so no run, expected the --out of captionscale train or submit;"
-                " correct the path"
+                f"{run}: holds no {LOG_FILE}, so no run, expected the --out of captionscale train"
+                " or submit; correct the path"
             )
         self._run = run
         self._log = JsonLinesReader(run / LOG_FILE, log_reader.parse_line)
@@ -116,27 +103,34 @@ class RunWatcher:
                 f"{error.filename}: cannot be read ({error.strerror}), expected a readable file; correct its"
                 " permissions"
             ) from None
-        config = self._config()
-        trained = [line for line in self._log.lines if "loss" in line]
+        config, lines = self._config(), self._log.lines
+        train = config.train if config else None
+        trained = [line for line in lines if "loss" in line]
         last = trained[-1] if trained else {}
-        step = max((line["step"] for line in self._log.lines if "step" in line), default=0)
-        total = _total(config, trained)
-        interval_s = _interval_s(config, trained)
-        facts = dict(_facts(config, last, step, total))
-        pace = _steps_per_s(config, trained)
-        if pace and total > step:
-            facts["left"] = f"about {format_duration((total - step) / pace)}"
-        facts |= _scores(config, self._log.lines)
-        saved = checkpoint_steps(self._run)
-        facts["checkpoints"] = ", ".join(f"{each:,}" for each in saved) or "none yet"
-        if damaged := [f"{it.path.name} {it.damaged:,}" for it in (self._log, self._stalls) if it.damaged]:
-            facts["damaged lines"] = f"{', '.join(damaged)} (skipped)"
-        state, why = self._state(step, total, interval_s)
-        return RunStatus(state, why, facts, min(1.0, step / total) if total else 0.0, state == "ended")
+        epoch, step = last.get("epoch"), max((line["step"] for line in lines), default=0)
+        total = train.steps if train else None
+        if train and not total and epoch:
+            # Estimated, as the log does not have the size of the train split.
+            total = round(train.epochs * last["step"] / epoch)
+        rates = [line["images_per_s"] for line in trained[-_RECENT:] if line.get("images_per_s")]
+        step_s = train.global_batch / median(rates) if train and rates else None
+        values = {
+            "step": step,
+            "total_steps": total,
+            "epoch": epoch,
+            "total_epochs": train.epochs if train and not train.steps else None,
+            **{key: last.get(key) for key in ("loss", "reward", "images_per_s")},
+            "left_s": step_s * (total - step) if step_s and total and total > step else None,
+            **_scores(lines, train.score_metric if train else "CIDEr-D"),
+            "checkpoints": run_folder.checkpoint_steps(self._run),
+            "damaged_lines": {it.path.name: it.damaged for it in (self._log, self._stalls) if it.damaged},
+        }
+        usual_s = train.log_every * step_s if train and step_s else None
+        return RunStatus(*self._state(step, total, usual_s), values)
 
     def _config(self) -> Config | None:
-        saved = checkpoint_steps(self._run)
-        newest = [checkpoint_folder(self._run, saved[-1]) / CONFIG_FILE] if saved else []
+        saved = run_folder.checkpoint_steps(self._run)
+        newest = [run_folder.checkpoint_folder(self._run, saved[-1]) / CONFIG_FILE] if saved else []
         for path in (self._run / CONFIG_FILE, *newest, self._run / JOB_CONFIG):
             # One of another version is not used.
             with suppress(UserError, OSError):
@@ -144,13 +138,13 @@ class RunWatcher:
                     return toml.load(path)
         return None
 
-    def _state(self, step: int, total: int, interval_s: float) -> tuple[str, str]:
+    def _state(self, step: int, total: int | None, usual_s: float | None) -> tuple[str, str]:
         """Return one of `_STYLES`, and why."""
         holder, running = _holder(self._run)
         age_s = _age(self._run / LOG_FILE)
         last_line = f"last log line {format_duration(age_s)} ago" if age_s is not None else "no log yet"
-        if interval_s:
-            last_line += f", usually every {format_duration(interval_s)}"
+        if usual_s:
+            last_line += f", usually every {format_duration(usual_s)}"
         if total and step >= total and not running:
             return "ended", f"all {total:,} steps are done"
         if running is False:
@@ -167,56 +161,60 @@ class RunWatcher:
         if stall and (age_s is None or stall.time > time.time() - age_s):
             who = ", ".join(f"rank {it.rank} on {it.host}" for it in stall.stalled)
             return "stalled", f"the others wait for {who or 'a rank'} ({STALLS_FILE}); {last_line}"
-        if age_s is not None and age_s > max(_LEAST_S, _LATE * interval_s):
+        if age_s is not None and age_s > max(_LEAST_S, _LATE * (usual_s or 0)):
             return "silent", f"{last_line}; it may be scoring or saving, or have died: see the job's log"
         return "alive", last_line
 
 
-def watch(run: Path, *, once: bool, every_s: float) -> None:
-    """Show the state of a run, again and again until it has ended.
-
-    Args:
-        run: Its folder.
-        once: Show it once.
-        every_s: Seconds between two updates.
+def watch(run: Path, *, once: bool, as_json: bool, every_s: float) -> None:
+    """Show the state of a run every `every_s` seconds until it has ended, or once; as JSON only once.
 
     Raises:
         UserError: It is no run.
     """
     watcher = RunWatcher(run)
     out = SafeConsole()
-    if once:
+    if as_json:
+        status = watcher.status()
+        facts = {"run": str(run), "state": status.state, "reason": status.reason, **status.values}
+        print(json.dumps(facts, indent=1))
+    elif once:
         out.print(_renderable(run, watcher.status()))
+    else:
+        # Ctrl-C is the way to end it.
+        with suppress(KeyboardInterrupt):
+            _follow(run, _updates(watcher, every_s), out)
+        sys.stdout.flush()
+
+
+def _follow(run: Path, updates: Iterator[RunStatus], out: SafeConsole) -> None:
+    if out.is_terminal:
+        with Live(console=out, auto_refresh=False) as live:
+            for status in updates:
+                live.update(_renderable(run, status), refresh=True)
         return
-    # Ctrl-C is the way to end it.
-    with suppress(KeyboardInterrupt):
-        if out.is_terminal:
-            with Live(console=out, auto_refresh=False) as live:
-                for status in _updates(watcher, every_s):
-                    live.update(_renderable(run, status), refresh=True)
-            return
-        shown: object = None
-        for status in _updates(watcher, every_s):
-            # The reason changes every second.
-            if (news := (status.state, status.facts)) != shown:
-                shown = news
-                print(f"{time.strftime('%H:%M:%S')}  {status.line()}", flush=True)
-    sys.stdout.flush()
+    shown: object = None
+    for status in updates:
+        # The reason changes every second.
+        if (news := (status.state, status.values)) != shown:
+            shown = news
+            facts = [f"{name} {value}" for name, value in status.facts.items()]
+            print(time.strftime("%H:%M:%S"), *facts, f"{status.state}: {status.reason}", sep="  ", flush=True)
 
 
 def _updates(watcher: RunWatcher, every_s: float) -> Iterator[RunStatus]:
     while True:
         status = watcher.status()
         yield status
-        if status.finished:
+        if status.state == "ended":
             return
         time.sleep(every_s)
 
 
 def _renderable(run: Path, status: RunStatus) -> Group:
-    table = Table.grid(padding=(0, 2))
-    if status.fraction_done:
-        bar = ProgressBar(1.0, status.fraction_done, 50, complete_style="cyan", finished_style="cyan")
+    table, step, total = Table.grid(padding=(0, 2)), status.values["step"], status.values["total_steps"]
+    if step and total:
+        bar = ProgressBar(total, min(step, total), 50, complete_style="cyan", finished_style="cyan")
         table.add_row("", bar)
     for name, value in status.facts.items():
         table.add_row(Text(name, "dim"), value)
@@ -227,50 +225,36 @@ def _renderable(run: Path, status: RunStatus) -> Group:
     return Group(title, table)
 
 
-def _facts(config: Config | None, last: dict[str, Any], step: int, total: int) -> Iterator[tuple[str, str]]:
-    yield "step", f"{step:,} of {total:,}" if total else f"{step:,}"
-    if "epoch" in last:
-        total_epochs = f" of {config.train.epochs}" if config and not config.train.steps else ""
-        yield "epoch", f"{last['epoch']:.2f}{total_epochs}"
-    yield from ((key, f"{last[key]:.3f}") for key in ("loss", "reward") if key in last)
-    if "images_per_s" in last:
-        yield "images/s", f"{last['images_per_s']:,.0f}"
+def _describe(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, form in (("step", ","), ("epoch", ".2f")):
+        if values[key] is not None:
+            total = values[f"total_{key}s"]
+            yield key, f"{values[key]:{form}}" + (f" of {total:,}" if total else "")
+    for key in ("loss", "reward"):
+        if values[key] is not None:
+            yield key, f"{values[key]:.3f}"
+    if values["images_per_s"] is not None:
+        yield "images/s", f"{values['images_per_s']:,.0f}"
+    if values["left_s"] is not None:
+        yield "left", f"about {format_duration(values['left_s'])}"
+    for name in ("scores", "best"):
+        if found := values[name]:
+            shown = ", ".join(f"{metric} {score:.4f}" for metric, score in found["scores"].items())
+            yield name, f"{shown} (step {found['step']:,})"
+    yield "checkpoints", ", ".join(f"{each:,}" for each in values["checkpoints"]) or "none yet"
+    if damaged := [f"{name} {count:,}" for name, count in values["damaged_lines"].items()]:
+        yield "damaged lines", f"{', '.join(damaged)} (skipped)"
 
 
-def _scores(config: Config | None, lines: list[dict[str, Any]]) -> dict[str, str]:
-    scored = [line for line in lines if isinstance(line.get("scores"), dict)]
-    if not scored:
-        return {}
-    last = scored[-1]
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in last["scores"].items())
-    facts = {"scores": f"{shown} (step {last['step']:,})"}
-    metric = config.train.score_metric if config else "CIDEr-D"
-    if ranked := [line for line in scored if metric in line["scores"]]:
-        # The first of equals, as in training.
-        best = max(ranked, key=lambda line: line["scores"][metric])
-        facts["best"] = f"{metric} {best['scores'][metric]:.4f} (step {best['step']:,})"
-    return facts
-
-
-def _total(config: Config | None, trained: list[dict[str, Any]]) -> int:
-    """Return the steps of the whole run, estimated from the log if the config gives epochs; 0: unknown."""
-    if config is None:
-        return 0
-    if config.train.steps:
-        return config.train.steps
-    epoch = trained[-1].get("epoch") if trained else 0
-    return round(config.train.epochs * trained[-1]["step"] / epoch) if epoch else 0
-
-
-def _steps_per_s(config: Config | None, trained: list[dict[str, Any]]) -> float:
-    rates = [line["images_per_s"] for line in trained[-_RECENT:] if line.get("images_per_s")]
-    return median(rates) / config.train.global_batch if rates and config else 0.0
-
-
-def _interval_s(config: Config | None, trained: list[dict[str, Any]]) -> float:
-    """Return the usual seconds between two lines of the log; 0: unknown."""
-    pace = _steps_per_s(config, trained)
-    return config.train.log_every / pace if pace and config else 0.0
+def _scores(lines: list[dict[str, Any]], metric: str) -> dict[str, Any]:
+    """Return step and scores of the last validation, and of the best one by a metric."""
+    scored = [{"step": line["step"], "scores": line["scores"]} for line in lines if line.get("scores")]
+    ranked = [
+        {**each, "scores": {metric: each["scores"][metric]}} for each in scored if metric in each["scores"]
+    ]
+    # The first of equals, as in training.
+    best = max(ranked, key=lambda each: each["scores"][metric], default=None)
+    return {"scores": scored[-1] if scored else None, "best": best}
 
 
 def _age(path: Path) -> float | None:

@@ -5,7 +5,7 @@ A run keeps them in `checkpoints/step-00012000/`: `model.safetensors`, `optimize
 `config.toml` and `vocab.json`. Nothing is pickled. Names of partial ones end in `.tmp`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,8 +40,8 @@ from captionscale.version import __version__
 from captionscale.vocab import Vocabulary
 
 FORMAT = 1
-_NEEDED = {MODEL_FILE, CONFIG_FILE, VOCAB_FILE}
-_KNOWN = _NEEDED | {OPTIMIZER_FILE, EMA_FILE}
+_REQUIRED = {MODEL_FILE, CONFIG_FILE, VOCAB_FILE}
+_KNOWN = _REQUIRED | {OPTIMIZER_FILE, EMA_FILE}
 
 _Plain = str | int | float | bool | None
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[\w.+-]{1,40}$")]
@@ -92,10 +92,14 @@ class Checkpoint:
                 )
             self._state = parsing.decode(data, _STATE)
             self.train_state = parsing.decode(data, _TRAIN_STATE)
-            _refuse_other_files(self._state.sha256.keys())
-            done = self.train_state
-            if max(done.best_step, done.validated_step, done.scored_step) > done.step:
-                raise ValueError(f"{STATE_FILE}: names steps after its own step {done.step:,}")
+            state, files = self.train_state, self._state.sha256.keys()
+            # Of other names, no path is ever opened.
+            if unknown := sorted(files - _KNOWN):
+                raise ValueError(f"{STATE_FILE}: sha256 of {unknown[0]!r:.80}, which no checkpoint holds")
+            if missing := sorted(_REQUIRED - files):
+                raise ValueError(f"{STATE_FILE}: no sha256 of {missing[0]}")
+            if max(state.best_step, state.validated_step, state.scored_step) > state.step:
+                raise ValueError(f"{STATE_FILE}: names steps after its own step {state.step:,}")
             for name, sha256 in self._state.sha256.items():
                 if sha256_of(folder / name) != sha256:
                     raise ValueError(f"sha256 of {name} is not the one that was saved")
@@ -152,34 +156,27 @@ class Checkpoint:
         """What a resume may not change, as `make_fingerprint` gave it."""
         return self._state.fingerprint
 
-    def weights(self, captioner: Captioner | None = None) -> dict[str, Tensor]:
-        """Return the model weights.
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights; raise UserError if they are of another model than the config's."""
+        return self._load(MODEL_FILE, self._meta_captioner.state_dict())
 
-        Args:
-            captioner: To load them into; default: one of the checkpoint's config.
-
-        Raises:
-            UserError: Weights of another model.
-        """
-        return self._load(MODEL_FILE, (captioner or self._own).state_dict())
-
-    def ema_weights(self, captioner: Captioner | None = None) -> dict[str, Tensor]:
+    def ema_weights(self) -> dict[str, Tensor]:
         """Return the moving average of the weights, empty if the run has none; otherwise as `weights`."""
         if EMA_FILE not in self._state.sha256:
             return {}
-        weights = (captioner or self._own).state_dict()
+        weights = self._meta_captioner.state_dict()
         return self._load(
             EMA_FILE, {name: each for name, each in weights.items() if each.is_floating_point()}
         )
 
-    def optimizer_state(self, captioner: Captioner) -> dict[str, Tensor]:
-        """Return the optimizer state of a captioner; raise UserError if it does not fit."""
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer state; raise UserError if it does not fit the model."""
         try:
             found = safetensors_file.read_header(self.folder / OPTIMIZER_FILE)
         except (OSError, ValueError) as error:
             raise self._damaged(error) from None
         expected: dict[str, Tensor] = {}
-        for name, parameter in captioner.named_parameters():
+        for name, parameter in self._meta_captioner.named_parameters():
             # Frozen parameters have none.
             if f"{name}/step" in found:
                 expected |= {f"{name}/{key}": parameter for key in MOMENTS}
@@ -193,67 +190,55 @@ class Checkpoint:
             raise self._damaged(ValueError(f"{name}: {error}")) from None
 
     @cached_property
-    def _own(self) -> Captioner:
-        """A captioner without memory for its weights."""
+    def _meta_captioner(self) -> Captioner:
         with torch.device("meta"):
             return Captioner(self.config().model, len(self.vocabulary()))
 
 
-def _refuse_other_files(names: Iterable[str]) -> None:
-    """Refuse checksums of other files than a checkpoint's, so that no other path is ever opened."""
-    if odd := sorted(set(names) - _KNOWN):
-        raise ValueError(f"{STATE_FILE}: sha256 of {odd[0]!r:.80}, which no checkpoint holds")
-    if missing := sorted(_NEEDED - set(names)):
-        raise ValueError(f"{STATE_FILE}: no sha256 of {missing[0]}")
-
-
 def find_latest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest whole checkpoint, None if there is none; `warn` gets a line for whatever is skipped.
+    """Return the newest whole checkpoint, None if there is none; `warn` gets a line for each skipped file.
 
     Raises:
         UserError: All checkpoints are damaged, or the newest whole one has another format.
     """
     for warning in unknown_file_warnings(run):
         warn(f"warning: {warning}")
-    for step in reversed(checkpoint_steps(run)):
+    steps = checkpoint_steps(run)
+    for step in reversed(steps):
         try:
             return _checkpoint(run, step)
         except CheckpointVersionError:
             # Resuming from an older one would discard this one.
             raise
         except UserError as error:
-            warn(f"warning: passed over: {error}")
-    if checkpoint_steps(run):
+            warn(f"warning: skipped: {error}")
+    if steps:
         raise UserError(
             f"{run}: every checkpoint is damaged; copy the run again, or train it into another --out"
         )
     return None
 
 
-def resume(run: Path, fingerprint: Mapping[str, Any], tell: Callable[[str], None]) -> Checkpoint | None:
-    """Return the checkpoint to resume a run from, None for a new run; `tell` gets lines for the user.
+def resume(run: Path, fingerprint: Mapping[str, Any]) -> Checkpoint | None:
+    """Return the checkpoint to resume a run from, None for a new run.
 
     Raises:
         UserError: Another experiment's run, or all its checkpoints are damaged.
     """
     remove_partial_checkpoints(run)
-    saved = find_latest(run, tell)
+    saved = find_latest(run, say)
     if saved is not None:
         if conflicts := resume_conflicts(saved.fingerprint, fingerprint):
             raise UserError(
                 f"{saved.folder}: cannot resume another experiment: {'; '.join(conflicts)};"
                 " set these back, or take another --out"
             )
-        tell(f"{run}: resuming from step {saved.train_state.step:,}")
+        say(f"{run}: resuming from step {saved.train_state.step:,}")
     return saved
 
 
 def open_checkpoint(run: Path, which: str = "best") -> Checkpoint:
-    """Return a checkpoint of a run.
-
-    Args:
-        run: The run's folder, or a checkpoint's, such as `export --format hub` writes.
-        which: `best`, `last`, or a step.
+    """Return the `best` or `last` checkpoint of a run, or that of a step; or the one in the folder itself.
 
     Raises:
         UserError: No run, no such checkpoint, or a damaged one.
@@ -267,18 +252,15 @@ def open_checkpoint(run: Path, which: str = "best") -> Checkpoint:
             f"{run}: no checkpoint, so no run; expected the --out of captionscale train; correct the path, or"
             " wait until it has saved"
         )
-    if which == "last" or (which == "best" and not last.train_state.best_step):
+    best, steps = last.train_state.best_step, checkpoint_steps(run)
+    if which == "last" or (which == "best" and not best):
         return last
-    if which == "best":
-        step = last.train_state.best_step
-    elif which.isdecimal() and len(which) <= 12:
-        step = int(which)
-    else:
-        raise UserError(f"--checkpoint {which}: expected best, last, or a step: {checkpoint_steps(run)}")
-    if step not in checkpoint_steps(run):
+    if which != "best" and not (which.isdecimal() and len(which) <= 12):
+        raise UserError(f"--checkpoint {which}: expected best, last, or a step: {steps}")
+    step = best if which == "best" else int(which)
+    if step not in steps:
         raise UserError(
-            f"{run}: no checkpoint of step {step}; there are {checkpoint_steps(run)}; take one of these, or"
-            " --checkpoint last"
+            f"{run}: no checkpoint of step {step}; there are {steps}; take one of these, or --checkpoint last"
         )
     return _checkpoint(run, step)
 
@@ -287,7 +269,7 @@ def _checkpoint(run: Path, step: int) -> Checkpoint:
     saved = Checkpoint(checkpoint_folder(run, step))
     if saved.train_state.step != step:
         raise UserError(
-            f"{saved.folder}: holds step {saved.train_state.step:,}, expected step {step:,} as its name says;"
+            f"{saved.folder}: holds step {saved.train_state.step:,}, expected step {step:,} as in its name;"
             " rename it"
         )
     return saved

@@ -46,7 +46,7 @@ _DENSE = (torch.contiguous_format, torch.channels_last)
 class CheckpointWriter:
     """Writes a run's checkpoints in a background thread, one at a time.
 
-    All that the thread does releases the GIL: writing, hashing, waiting for the disk.
+    The thread releases the GIL while it writes, hashes and waits for the disk.
     """
 
     def __init__(self, run: Path, config: Config, vocabulary: Vocabulary, fingerprint: Mapping[str, Any]):
@@ -68,23 +68,23 @@ class CheckpointWriter:
         check_disk_space(self._run, size, self._config.train.keep_checkpoints)
         self._make_buffer(size, next(captioner.parameters()).device)
 
-    def save(
-        self,
-        train_state: TrainState,
-        weights: Mapping[str, Tensor],
-        optimizer_state: Mapping[str, Tensor],
-        ema: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Wait for the checkpoint before, copy the tensors, and begin to write.
+    def save(self, train_state: TrainState, *tensors: Mapping[str, Tensor]) -> None:
+        """Wait for the previous checkpoint, copy the tensors, and begin to `write`.
 
         Raises:
-            UserError: The checkpoint before could not be written.
+            UserError: The previous checkpoint could not be written.
         """
         began = time.monotonic()
         self.wait()
-        copies = self._copies(weights, optimizer_state, ema or {})
+        state, copies = copy.deepcopy(train_state), self._copy(*tensors)
         wait_s = time.monotonic() - began
-        self._writing = self._thread.submit(self._timed, copy.deepcopy(train_state), wait_s, copies)
+
+        def write() -> tuple[int, dict[str, float]]:
+            began = time.monotonic()
+            self.write(state, *copies)
+            return state.step, {"save_wait_s": wait_s, "save_s": time.monotonic() - began}
+
+        self._writing = self._thread.submit(write)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is on disk.
@@ -98,10 +98,9 @@ class CheckpointWriter:
             self._written[step] = seconds
 
     def pop_timings(self) -> dict[int, dict[str, float]]:
-        """Return the checkpoints completed since the last call, without waiting.
+        """Return the seconds of each checkpoint completed since the last call, by step.
 
-        Returns:
-            For each step, the seconds that training waited (`save_wait_s`) and writing took (`save_s`).
+        `save_wait_s` is the time that training waited, `save_s` that of writing.
 
         Raises:
             UserError: One could not be written.
@@ -112,7 +111,7 @@ class CheckpointWriter:
         return written
 
     def close(self) -> None:
-        """Wait for the last checkpoint, whatever ended the run."""
+        """Wait for the last checkpoint; an error is only a warning, as another one may have ended the run."""
         try:
             self.wait()
         except UserError as error:
@@ -121,24 +120,50 @@ class CheckpointWriter:
         # Pinned memory is scarce, and the process may live on.
         self._buffer = torch.empty(0, dtype=torch.uint8)
 
-    def _timed(
-        self, train_state: TrainState, wait_s: float, copies: list[dict[str, Tensor]]
-    ) -> tuple[int, dict[str, float]]:
-        began = time.monotonic()
-        weights, optimizer_state, ema = copies
-        write_checkpoint(
-            self._run,
-            train_state,
-            self._fingerprint,
-            weights,
-            optimizer_state,
-            self._config,
-            self._vocabulary,
-            ema or None,
-        )
-        return train_state.step, {"save_wait_s": wait_s, "save_s": time.monotonic() - began}
+    def write(self, train_state: TrainState, *tensors: Mapping[str, Tensor]) -> None:
+        """Write weights, optimizer state and moving average, if any; remove checkpoints that are not kept.
 
-    def _copies(self, *groups: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        It gets its name when it is on disk: a kill, a full disk or a power cut never leaves a torn one.
+
+        Raises:
+            UserError: The disk is full or cannot be written.
+        """
+        run, folder = self._run, checkpoint_folder(self._run, train_state.step)
+        partial = _partial(folder)
+        try:
+            remove_partial_checkpoints(run)
+            partial.mkdir(parents=True)
+            for group, name in zip(tensors, (MODEL_FILE, OPTIMIZER_FILE, EMA_FILE), strict=False):
+                save_file({key: tensor.contiguous() for key, tensor in group.items()}, partial / name)
+            write_metadata(partial, train_state, self._fingerprint, self._config, self._vocabulary)
+            for path in (*partial.iterdir(), partial):
+                _sync(path)
+            if folder.exists():
+                folder.rename(folder.with_name(folder.name + OLD_SUFFIX))
+            partial.rename(folder)
+            for path in (folder.parent, run):
+                _sync(path)
+            self._remove_old(train_state)
+            remove_partial_checkpoints(run)
+        # OSError, or the error that safetensors makes of it.
+        except Exception as error:
+            remove_partial_checkpoints(run)
+            raise UserError(
+                f"{folder}: cannot be written ({error}); the checkpoints before it are whole;"
+                " free the disk and train again with the same --out"
+            ) from None
+
+    def _remove_old(self, state: TrainState) -> None:
+        # Later ones are damaged: the run was resumed from before them.
+        earlier = [step for step in checkpoint_steps(self._run) if step <= state.step]
+        kept = {*earlier[-self._config.train.keep_checkpoints :], state.best_step}
+        if state.scored_step < state.validated_step:
+            kept.add(state.validated_step)  # It may turn out to be the best.
+        for step in checkpoint_steps(self._run):
+            if step not in kept:
+                checkpoint_folder(self._run, step).rename(_partial(checkpoint_folder(self._run, step)))
+
+    def _copy(self, *groups: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Copy tensors into the buffer, one after the other."""
         tensors = [tensor for group in groups for tensor in group.values()]
         sizes = [aligned(tensor.nbytes) for tensor in tensors]
@@ -156,75 +181,20 @@ class CheckpointWriter:
         self._buffer.zero_()
 
 
-def write_checkpoint(
-    run: Path,
-    train_state: TrainState,
-    fingerprint: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    optimizer_state: Mapping[str, Tensor],
-    config: Config,
-    vocabulary: Vocabulary,
-    ema: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Write a checkpoint, then remove those that `train.keep_checkpoints` does not keep.
-
-    It gets its name once it is on disk, so a kill, a full disk or a power cut never leaves a torn one.
-
-    Raises:
-        UserError: The disk is full or cannot be written.
-    """
-    folder = checkpoint_folder(run, train_state.step)
-    partial = _partial(folder)
-    try:
-        remove_partial_checkpoints(run)
-        partial.mkdir(parents=True)
-        for tensors, name in ((weights, MODEL_FILE), (optimizer_state, OPTIMIZER_FILE), (ema, EMA_FILE)):
-            if tensors is not None:
-                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, partial / name)
-        write_metadata(partial, train_state, fingerprint, config, vocabulary)
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        if folder.exists():
-            folder.rename(folder.with_name(folder.name + OLD_SUFFIX))
-        partial.rename(folder)
-        for path in (folder.parent, run):
-            _sync(path)
-        # Later ones are damaged: the run was resumed from before them.
-        earlier = [step for step in checkpoint_steps(run) if step <= train_state.step]
-        kept = {*earlier[-config.train.keep_checkpoints :], train_state.best_step}
-        if train_state.scored_step < train_state.validated_step:
-            kept.add(train_state.validated_step)  # It may turn out to be the best.
-        for step in checkpoint_steps(run):
-            if step not in kept:
-                checkpoint_folder(run, step).rename(_partial(checkpoint_folder(run, step)))
-        remove_partial_checkpoints(run)
-    # OSError, or the error that safetensors makes of it.
-    except Exception as error:
-        remove_partial_checkpoints(run)
-        raise UserError(
-            f"{folder}: cannot be written ({error}); the checkpoints before it are whole;"
-            " free the disk and train again with the same --out"
-        ) from None
-
-
 def write_metadata(
-    folder: Path,
-    train_state: TrainState,
-    fingerprint: Mapping[str, Any],
-    config: Config,
-    vocabulary: Vocabulary,
+    folder: Path, state: TrainState, fingerprint: Mapping[str, Any], config: Config, vocabulary: Vocabulary
 ) -> None:
     """Complete a checkpoint's folder with config, vocabulary, state and the checksums of all files."""
     (folder / CONFIG_FILE).write_text(toml.dumps(config), encoding="utf-8")
     vocabulary.save(folder / VOCAB_FILE)
-    state = {
+    content = {
         "format": FORMAT,
         "captionscale": __version__,
-        **asdict(train_state),
+        **asdict(state),
         "fingerprint": dict(fingerprint),
         "sha256": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
     }
-    (folder / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+    (folder / STATE_FILE).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def _partial(folder: Path) -> Path:
@@ -248,7 +218,7 @@ def _copied(tensor: Tensor, place: Tensor) -> Tensor:
     flat = place[: tensor.nbytes].view(tensor.dtype)
     if not any(tensor.is_contiguous(memory_format=form) for form in _DENSE):
         return flat.view(tensor.shape).copy_(tensor, non_blocking=True)
-    # In its own memory format; the writing thread has time to reorder it.
+    # In its own memory format; the writing thread reorders it.
     copied = flat.as_strided(tensor.shape, tensor.stride())
     if tensor.device.type != "cpu":
         return copied.copy_(tensor, non_blocking=True)

@@ -11,13 +11,13 @@ from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.train.run_folder import checkpoints_folder
 
-# No number type is wider, so each tensor may begin at any multiple of it.
-ALIGNMENT_BYTES = 16
+# No dtype is wider, so a tensor may begin at any multiple of it.
+_ALIGNMENT_BYTES = 16
 
 
 def aligned(size: int) -> int:
     """Return a size in bytes, rounded up to the alignment of tensors."""
-    return -(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
 def checkpoint_bytes(captioner: Captioner, averaged: bool) -> int:
@@ -25,23 +25,17 @@ def checkpoint_bytes(captioner: Captioner, averaged: bool) -> int:
     weights = list(captioner.state_dict().values())
     trainable = [parameter for parameter in captioner.parameters() if parameter.requires_grad]
     # AdamW keeps two moments of each parameter, and a count of its steps.
-    tensors = (*weights, *(weights if averaged else []), *trainable, *trainable)
-    return sum(aligned(tensor.nbytes) for tensor in tensors) + len(trainable) * ALIGNMENT_BYTES
+    tensors = [*weights * (1 + averaged), *trainable * 2]
+    return sum(aligned(tensor.nbytes) for tensor in tensors) + len(trainable) * _ALIGNMENT_BYTES
 
 
-def check_disk_space(run: Path, size: int, keep: int, folder: Path | None = None) -> None:
-    """Refuse a disk without room for a run's checkpoints: kept, best, being scored, being written.
-
-    Args:
-        run: The run's folder.
-        size: Of a checkpoint, in bytes.
-        keep: `train.keep_checkpoints`.
-        folder: On the same disk, if the run's folder does not exist yet.
+def check_disk_space(run: Path, size: int, keep: int) -> None:
+    """Refuse a disk without space for checkpoints of `size` bytes: `keep`, best, being scored, being written.
 
     Raises:
         UserError: Too little space or quota.
     """
-    folder = folder or run
+    folder = next(each for each in (run, *run.absolute().parents) if each.exists())
     held = sum(path.stat().st_size for path in checkpoints_folder(run).glob("*/*"))
     missing = (keep + 3) * size - held
     if missing <= 0:

@@ -17,30 +17,21 @@ class ModelEMA:
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        """Begin with the current weights.
-
-        Args:
-            model: Its floating-point parameters and buffers are averaged.
-            decay: Of the average in each step, 0 to 1.
-        """
-        self._decay = decay
-        self._own = {
-            name: tensor
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if tensor.is_floating_point()
-        }
-        self._average = {name: tensor.detach().clone() for name, tensor in self._own.items()}
+        """Begin with the floating-point parameters and buffers of the model."""
+        self._decay, weights = decay, model.state_dict(keep_vars=True)
+        self._weights = {name: each for name, each in weights.items() if each.is_floating_point()}
+        self._average = {name: tensor.detach().clone() for name, tensor in self._weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after a step, from 0."""
         decay = min(self._decay, (1 + step) / (_WARMUP + step))
-        own = [tensor.detach() for tensor in self._own.values()]
-        torch._foreach_lerp_(list(self._average.values()), own, 1 - decay)
+        weights = [tensor.detach() for tensor in self._weights.values()]
+        torch._foreach_lerp_(list(self._average.values()), weights, 1 - decay)
 
     @contextmanager
     def average_parameters(self) -> Iterator[None]:
-        """Swap the average into the model within this context."""
+        """Swap the average into the model."""
         self._swap()
         try:
             yield
@@ -58,7 +49,7 @@ class ModelEMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, tensor in self._own.items():
+        for name, tensor in self._weights.items():
             kept = tensor.clone()
             tensor.copy_(self._average[name])
             self._average[name].copy_(kept)

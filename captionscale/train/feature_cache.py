@@ -20,7 +20,7 @@ from captionscale.train import preemption
 # Of decoding, the center crop, normalization and the backbone's forward pass: raise it when one changes.
 _VERSION = 4
 # Images in a forward pass: in half precision, features can depend on the others of the batch.
-_BATCH = 32
+_BATCH_SIZE = 32
 
 
 def cache_features(encoder: Encoder, loaders: Sequence[Loader], ranks: Ranks, precision: str) -> None:
@@ -55,17 +55,17 @@ def _file_of(encoder: Encoder, loader: Loader, ranks: Ranks, precision: str) -> 
 
 def _begin(files: Sequence[FeatureFile], stack: ExitStack) -> list[FeatureFile]:
     """Create the files to fill, and return them, locked until the stack closes."""
-    if _missing(files):
-        folder = files[0].path.parent
-        try:
-            stack.enter_context(lock(folder, "captionscale train, which computes features"))
-        except OSError as error:
-            raise cannot_write(folder, error) from None
-        # Another run may have been first.
-        if missing := _missing(files):
-            create_all(missing)
-            return missing
-    return []
+    if not _missing(files):
+        return []
+    folder = files[0].path.parent
+    try:
+        stack.enter_context(lock(folder, "captionscale train, which computes features"))
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    # Another run may have been first.
+    if missing := _missing(files):
+        create_all(missing)
+    return missing
 
 
 def _missing(files: Sequence[FeatureFile]) -> list[FeatureFile]:
@@ -79,31 +79,30 @@ def _missing(files: Sequence[FeatureFile]) -> list[FeatureFile]:
 
 
 def _fill(file: FeatureFile, encoder: Encoder, loader: Loader, ranks: Ranks) -> None:
-    """Compute this rank's share of a file."""
-    items = np.arange(len(loader.split))
+    """Compute this rank's part of a file."""
+    size = len(loader.split)
+    missing = set(ranks.run_on_main(lambda: file.missing_rows().tolist()))
     # Batches, and so features, do not depend on the number of ranks.
-    parts = [items[start : start + _BATCH] for start in range(0, len(items), _BATCH)]
-    todo = set(ranks.run_on_main(lambda: file.missing_rows().tolist()))
-    parts = [part for part in parts if not todo.isdisjoint(part.tolist())]
-    mine = [parts[number] for number in ranks.local_indices(len(parts))]
-    title = f"features of {loader.split.name}" + (
-        f" (1 of {ranks.world_size} shares)" if ranks.world_size > 1 else ""
-    )
-    written, left = 0, False
-    with progress(title, sum(map(len, mine)), quiet=not ranks.is_main, transient=True) as bar:
-        for part, batch in zip(mine, loader.prefetch((part, None) for part in mine), strict=True):
-            if left := preemption.requested():
+    batches = np.split(np.arange(size), range(_BATCH_SIZE, size, _BATCH_SIZE))
+    batches = [items for items in batches if not missing.isdisjoint(items.tolist())]
+    own = batches[ranks.rank :: ranks.world_size]
+    title = f"features of {loader.split.name}"
+    title += f" (1 of {ranks.world_size} ranks)" if ranks.world_size > 1 else ""
+    written, stopped = 0, False
+    with progress(title, sum(map(len, own)), quiet=not ranks.is_main, transient=True) as bar:
+        for items, batch in zip(own, loader.prefetch((items, None) for items in own), strict=True):
+            if stopped := preemption.requested():
                 break
             with torch.no_grad(), ranks.autocast():
                 features = encoder(batch.images.to(ranks.device))
-            file.write(int(part[0]), features.float().cpu().numpy())
-            written += len(part)
-            bar.advance(len(part))
+            file.write(int(items[0]), features.float().cpu().numpy())
+            written += len(items)
+            bar.advance(len(items))
     file.sync()
-    left, written = ranks.sum(left, written).tolist()
-    if left:
+    stopped, written = ranks.sum(stopped, written).tolist()
+    if stopped:
         message = (
             f"{file.path}: stopped before the features of all images were computed; those computed are kept"
         )
         raise PreemptedError(message if ranks.is_main else "")
-    assert written == sum(map(len, parts)), "an image was encoded twice or not at all"
+    assert written == sum(map(len, batches)), "an image was encoded twice or not at all"

@@ -12,11 +12,9 @@ _HASHES = {"shards", "vocabulary"}
 
 
 def make_fingerprint(config: Config, **hashes: str) -> dict[str, Any]:
-    """Return the settings that a resume may not change; ranks, nodes, workers and paths are not among them.
+    """Return the settings that a resume may not change, and SHA-256 hashes of `shards` and `vocabulary`.
 
-    Args:
-        config: The experiment.
-        hashes: SHA-256 of its `shards` and `vocabulary`, if known.
+    Ranks, nodes, workers and paths may change.
     """
     settings = toml.flatten(config.model_dump(mode="json", include={"seed", "data", "model"}))
     for key in _FREE:
@@ -27,12 +25,7 @@ def make_fingerprint(config: Config, **hashes: str) -> dict[str, Any]:
 
 
 def resume_conflicts(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Return the changes that prevent a resume, such as `seed was 0, now 1`.
-
-    Args:
-        saved: Fingerprint in the checkpoint.
-        current: Of the config; a hash that it lacks is not compared.
-    """
+    """Return the changes that prevent a resume, such as `seed was 0, now 1`; missing hashes are unknown."""
     unknown = _HASHES - current.keys()
     return [
         f"{key} was {_short(saved.get(key))}, now {_short(current.get(key))}"

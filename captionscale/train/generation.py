@@ -5,7 +5,6 @@ from difflib import get_close_matches
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from captionscale import config
@@ -35,19 +34,12 @@ def make_constraints(
     prefix: str = "",
     require: Sequence[str] = (),
 ) -> Constraints:
-    """Return the constraints on generated captions.
-
-    Args:
-        settings: The config's section `search`.
-        vocabulary: The captioner's.
-        max_words: Of a caption.
-        prefix: Beginning of every caption.
-        require: Words that every caption must contain.
+    """Return the constraints on generated captions: begin with `prefix`, contain all words of `require`.
 
     Raises:
         UserError: A word that is not in the vocabulary, too many words, or words required of samples.
     """
-    beginning = [_token(word, vocabulary, "--prefix") for word in split_words(prefix)]
+    prefix_tokens = [_token(word, vocabulary, "--prefix") for word in split_words(prefix)]
     required = []
     for text in dict.fromkeys(require):
         words = split_words(text)
@@ -65,17 +57,17 @@ def make_constraints(
             "--require: sampling cannot require words, expected search.method = 'beam'; leave"
             " out --require, or --set search.method=beam"
         )
-    if len(beginning) + len(required) >= max_words:
+    if (count := len(prefix_tokens) + len(required)) >= max_words:
         raise UserError(
-            f"--prefix and --require: found {len(beginning) + len(required)} words, expected fewer than the"
+            f"--prefix and --require: found {count} words, expected fewer than the"
             f" run's data.max_words = {max_words}; leave some out"
         )
-    known = {token for word in DANGLING for token in vocabulary.encode(word, 1)[1:-1]} - {UNK}
+    dangling = {vocabulary.encode(word, 1)[1] for word in DANGLING} - {UNK}
     return Constraints(
         no_repeat_ngram_size=settings.no_repeat_ngram_size,
         allow_unknown=settings.allow_unknown,
-        dangling_tokens=() if settings.allow_dangling else tuple(sorted(known)),
-        prefix=tuple(beginning),
+        dangling_tokens=() if settings.allow_dangling else tuple(sorted(dangling)),
+        prefix=tuple(prefix_tokens),
         required=tuple(required),
     )
 
@@ -91,20 +83,10 @@ def caption_split(
     require: Sequence[str] = (),
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Result] | None:
-    """Caption every image of the loader's split once.
+    """Caption every image of the loader's split once; `title` is that of the progress bar.
 
     Rank r of w takes the batches r, r + w, ... A sampled caption depends only on the loader's seed and the
-    image.
-
-    Args:
-        captioner: Not wrapped by an engine.
-        loader: Of the split.
-        settings: The config's section `search`.
-        ranks: This process and its peers.
-        title: Of the progress bar.
-        prefix: As in `make_constraints`.
-        require: As in `make_constraints`.
-        should_stop: Called before each batch; generation stops if it returns true on any rank.
+    image. Generation stops if `should_stop`, called before each batch, returns true on any rank.
 
     Returns:
         COCO results by image id, the same on every rank; None if a rank stopped.
@@ -112,72 +94,37 @@ def caption_split(
     Raises:
         UserError: As `make_constraints`.
     """
-    max_words = loader.data.max_words
-    constraints = make_constraints(settings, loader.vocabulary, max_words, prefix=prefix, require=require)
-    split = loader.split
+    split, vocabulary, max_words = loader.split, loader.vocabulary, loader.data.max_words
+    constraints = make_constraints(settings, vocabulary, max_words, prefix=prefix, require=require)
     # Batches do not depend on the number of ranks.
-    items = np.arange(len(split))
-    parts = [
-        items[start : start + settings.batch_size] for start in range(0, len(split), settings.batch_size)
-    ]
-    mine = [parts[number] for number in ranks.local_indices(len(parts))]
+    batches = np.split(np.arange(len(split)), range(settings.batch_size, len(split), settings.batch_size))
+    batches = batches[ranks.rank :: ranks.world_size]
     results: list[Result] = []
-    title += f" (1 of {ranks.world_size} shares)" if ranks.world_size > 1 else ""
-    training, left = captioner.training, False
+    title += f" (1 of {ranks.world_size} ranks)" if ranks.world_size > 1 else ""
+    training, stopped = captioner.training, False
     captioner.eval()
     with (
-        progress(title, sum(map(len, mine)), quiet=not ranks.is_main, transient=True) as bar,
+        progress(title, sum(map(len, batches)), quiet=not ranks.is_main, transient=True) as bar,
+        torch.no_grad(),
         ranks.autocast(),
     ):
-        for batch in loader.prefetch((part, None) for part in mine):
-            if left := should_stop():
+        for batch in loader.prefetch((items, None) for items in batches):
+            if stopped := should_stop():
                 break
-            images = batch.images.to(ranks.device)
             keys = [(loader.seed, image_id) for image_id in batch.image_ids]
-            captions = generate_captions(
-                captioner, images, loader.vocabulary, settings, max_words, constraints, keys
-            )
-            for image_id, caption in zip(batch.image_ids, captions, strict=True):
-                results.append(Result(image_id=image_id, caption=caption))
+            features = captioner.encode(batch.images.to(ranks.device))
+            captions = generate_tokens(captioner.decoder, features, settings, max_words, constraints, keys)
+            for image_id, tokens in zip(batch.image_ids, captions, strict=True):
+                results.append(Result(image_id=image_id, caption=vocabulary.decode(tokens[0])))
             bar.advance(len(captions))
     captioner.train(training)
-    gathered = ranks.gather([*results, *([None] if left else [])])
+    gathered = ranks.gather([*results, *([None] if stopped else [])])
     if None in gathered:
         return None
     results = sorted(filter(None, gathered), key=lambda result: result["image_id"])
     captioned = [result["image_id"] for result in results]
     assert captioned == sorted(split.index["image_id"].tolist()), "an image was captioned twice or not at all"
     return results
-
-
-@torch.no_grad()
-def generate_captions(
-    captioner: Captioner | Ensemble,
-    images: UInt8[Tensor, "image 3 height width"] | Float[Tensor, "image region feature"],
-    vocabulary: Vocabulary,
-    settings: config.Search,
-    max_words: int,
-    constraints: Constraints,
-    keys: Sequence[tuple[int, int]],
-) -> list[str]:
-    """Return the best caption of each image, or a sampled one.
-
-    Args:
-        captioner: In evaluation mode.
-        images: On the captioner's device; or their features.
-        vocabulary: The captioner's.
-        settings: The config's section `search`.
-        max_words: Of a caption.
-        constraints: As of `make_constraints`.
-        keys: Seed and image id of each image, which determine its sampled caption.
-
-    Raises:
-        UserError: Coverage is asked of a captioner without attention.
-    """
-    found = generate_tokens(
-        captioner.decoder, captioner.encode(images), settings, max_words, constraints, keys
-    )
-    return [vocabulary.decode(captions[0]) for captions in found]
 
 
 def generate_tokens(
@@ -190,13 +137,7 @@ def generate_tokens(
 ) -> list[list[list[int]]]:
     """Return the token ids of all captions of a beam, best first, or of a sampled caption.
 
-    Args:
-        decoder: In evaluation mode.
-        features: Of each image.
-        settings: The config's section `search`.
-        max_words: Of a caption.
-        constraints: As of `make_constraints`.
-        keys: As in `generate_captions`.
+    The decoder is in evaluation mode. The seed and image id in `keys` determine a sampled caption.
 
     Returns:
         Captions of each image: words, then the end token unless cut at `max_words`.
@@ -205,8 +146,12 @@ def generate_tokens(
         UserError: Coverage is asked of a captioner without attention.
     """
     if settings.method == "sample":
-        uniforms = np.stack([_uniforms(*key, max_words) for key in keys])
-        first = features if isinstance(features, Tensor) else features[0]
+        # The numbers of an image do not depend on the rest of the batch.
+        uniforms = [
+            np.random.default_rng([seed, image_id % 2**64]).random(max_words, np.float32)
+            for seed, image_id in keys
+        ]
+        device = (features if isinstance(features, Tensor) else features[0]).device
         sampled, _ = sample(
             decoder,
             features,
@@ -216,7 +161,7 @@ def generate_tokens(
             top_k=settings.top_k,
             top_p=settings.top_p,
             constraints=constraints,
-            uniforms=torch.from_numpy(uniforms).to(first.device),
+            uniforms=torch.from_numpy(np.stack(uniforms)).to(device),
         )
         return [[[token for token in tokens if token != PAD]] for tokens in sampled.tolist()]
     found = search(
@@ -240,9 +185,3 @@ def _token(word: str, vocabulary: Vocabulary, place: str) -> int:
         cure = did_you_mean(word, near) if near else "see vocab.json in the checkpoint"
         raise UserError(f"{place}: '{word}' is not in this run's vocabulary ({len(known):,} words); {cure}")
     return token
-
-
-def _uniforms(seed: int, image_id: int, count: int) -> Float32[np.ndarray, "time"]:
-    """Return the uniform random numbers that sample an image's caption."""
-    random = np.random.default_rng([seed, image_id % 2**64])
-    return random.random(count, dtype=np.float32)

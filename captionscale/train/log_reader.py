@@ -42,16 +42,16 @@ class _Line(msgspec.Struct):
 
 
 class RunLog:
-    """Metrics logged by a run."""
+    """Metrics logged by a run; a missing log is empty."""
 
     def __init__(self, run: Path):
-        """Read the current log; a missing one is empty.
+        """Read the current log.
 
         Raises:
             UserError: It cannot be read.
         """
         self.path = run / LOG_FILE
-        self.lines = read(self.path)
+        self.lines = read_json_lines(self.path, parse_line)
 
     def metric(self, key: str) -> dict[int, float]:
         """Return the finite values of a metric by step."""
@@ -70,7 +70,7 @@ class RunLog:
 
 @dataclass
 class JsonLinesReader(Generic[T]):
-    """Reads new lines of a growing JSON lines file, or all if it was rewritten."""
+    """Reads new lines of a growing file of JSON lines, or all if it was rewritten."""
 
     path: Path
     parse: Callable[[bytes], T]
@@ -105,8 +105,8 @@ class JsonLinesReader(Generic[T]):
         self.lines, self.damaged, self._offset, self._inode = [], 0, 0, inode
 
 
-def read(path: Path) -> Lines[dict[str, Any]]:
-    """Return the lines of a log; none if there is no log.
+def read_json_lines(path: Path, parse: Callable[[bytes], T]) -> Lines[T]:
+    """Return the lines of a file that training wrote; none if it is missing.
 
     Raises:
         UserError: It cannot be read.
@@ -117,10 +117,10 @@ def read(path: Path) -> Lines[dict[str, Any]]:
         data = b""
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}), expected the log of a run; correct its"
+            f"{path}: cannot be read ({error.strerror}), expected a file that training wrote; correct its"
             " permissions, or move it away"
         ) from None
-    return parsing.read_lines(data, parse_line)
+    return parsing.read_lines(data, parse)
 
 
 def parse_line(line: bytes) -> dict[str, Any]:
@@ -141,13 +141,9 @@ def parse_line(line: bytes) -> dict[str, Any]:
 
 
 def read_metric(run: Path, key: str, since: float = 0) -> dict[int, float]:
-    """Return a metric of a run's log by step; the run may be in progress.
+    """Return a metric by step; a log not written `since` a time of `time.time` counts as empty.
 
-    Args:
-        run: The run's folder.
-        key: As given to `LogWriter.write`.
-        since: A time of `time.time`; a log not written since then counts as empty, as a resumed run first
-            removes the steps that it will repeat.
+    A resumed run first removes the steps that it will repeat.
 
     Raises:
         UserError: The log cannot be read.

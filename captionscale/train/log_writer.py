@@ -39,11 +39,7 @@ class LogWriter:
         self._board = EventWriter(run / "tensorboard", step + 1)
 
     def write(self, step: int, **values: Any) -> None:
-        """Add a line, and a point to each curve.
-
-        Args:
-            step: Steps done.
-            values: Numbers, or dictionaries of numbers, become TensorBoard curves.
+        """Add a line; numbers, and dictionaries of numbers, become points of TensorBoard curves.
 
         Raises:
             UserError: The disk is full; a resume needs a complete log.
@@ -82,5 +78,5 @@ class Throughput:
         return {"images_per_s": images, "captions_per_s": captions}
 
     def reset(self) -> None:
-        """Start to count anew."""
+        """Restart the count."""
         self._began, self._images, self._captions = time.monotonic(), 0, 0

@@ -5,8 +5,6 @@ import math
 from contextlib import ExitStack, closing
 from pathlib import Path
 
-from torch import Tensor
-
 from captionscale.config import Config
 from captionscale.data.loader import Batch
 from captionscale.distributed.ranks import Ranks
@@ -22,7 +20,7 @@ from captionscale.train.sample_log import SampleLog
 from captionscale.train.schedule import lr_factor
 from captionscale.train.setup import Run, build_run
 from captionscale.train.state import TrainState
-from captionscale.train.step import training_step
+from captionscale.train.step import StepResult, training_step
 from captionscale.train.tracking import Trackers
 from captionscale.train.validation import Validation
 from captionscale.train.watchdog import Watchdog
@@ -31,14 +29,10 @@ from captionscale.train.watchdog import Watchdog
 def train(config: Config, run: Path, profile_steps: int = 0, *, sample_log: bool = False) -> TrainState:
     """Train a captioner; a run with a checkpoint resumes from it.
 
-    Args:
-        config: The experiment.
-        run: Folder of checkpoints and logs.
-        profile_steps: Number of steps to profile.
-        sample_log: Record the images of every micro-batch, as `captionscale drill` needs.
+    `sample_log` records the images of every micro-batch, as `captionscale drill` needs.
 
     Returns:
-        Progress of the run: at its last step, or where early stopping or preemption ended it.
+        State at the last step, or at the step of early stopping or preemption.
 
     Raises:
         UserError: Shards, weights or an earlier run that do not fit, a run that another process writes, a
@@ -51,8 +45,8 @@ def train(config: Config, run: Path, profile_steps: int = 0, *, sample_log: bool
 
 def train_loop(run: Run, profile_steps: int = 0, *, sample_log: bool = False) -> TrainState:
     """Take the remaining steps of a run; arguments, result and errors as those of `train`."""
-    settings, ranks, state = run.config.train, run.ranks, run.train_state
-    start, initial_state = state.step, copy.copy(state)
+    config, ranks, state = run.config, run.ranks, run.train_state
+    settings, start, initial_state = config.train, state.step, copy.copy(state)
     score_every = settings.score_every or run.sampler.steps_per_epoch
     save_every = settings.save_every or run.sampler.steps_per_epoch
     with ExitStack() as stack:
@@ -60,7 +54,7 @@ def train_loop(run: Run, profile_steps: int = 0, *, sample_log: bool = False) ->
         if ranks.is_main:
             log = stack.enter_context(closing(LogWriter(run.folder, start, state.scored_step)))
             if settings.trackers:
-                stack.enter_context(closing(Trackers(run.folder, run.config)))
+                stack.enter_context(closing(Trackers(run.folder, config)))
         bar = stack.enter_context(progress("training", run.steps, start, quiet=not ranks.is_main))
         samples = stack.enter_context(closing(SampleLog(run.folder, ranks))) if sample_log else None
         watchdog = stack.enter_context(Watchdog(run.folder, ranks, settings.stall_s, run.shards))
@@ -73,7 +67,7 @@ def train_loop(run: Run, profile_steps: int = 0, *, sample_log: bool = False) ->
         def is_scored(step: int) -> bool:
             return step == run.steps or step % score_every == 0
 
-        def after_micro_batch(number: int, batch: Batch) -> None:
+        def beat(number: int, batch: Batch) -> None:
             if samples:
                 samples.write(state.step, number, batch.image_ids)
             watchdog.beat(state.step)
@@ -92,27 +86,20 @@ def train_loop(run: Run, profile_steps: int = 0, *, sample_log: bool = False) ->
                 break
             run.unfreeze(step)
             result = training_step(
-                run.engine,
-                run.objective,
-                batches,
-                run.config,
-                step,
-                run.steps,
-                flag=flag,
-                after_micro_batch=after_micro_batch,
+                run.engine, run.objective, batches, config, step, run.steps, flag=flag, after_micro_batch=beat
             )
             if run.ema:
                 run.ema.update(step)
 
             done = state.step = step + 1
             throughput.update([batch for _, batch in batches])
-            nan_guard.record(done, result.loss, result.grad_norm, batches, result.losses)
+            nan_guard.record(done, result, batches)
             logs = done == run.steps or done % settings.log_every == 0
             saves = is_scored(done) or done % save_every == 0
             if logs or saves:
                 nan_guard.check()
             if logs:
-                _log(run, log, bar, result.loss, result.grad_norm, throughput)
+                _log(run, log, bar, result, throughput)
                 _log_saves(run, log)
                 validation.log_scores()
             if is_scored(done):
@@ -133,34 +120,33 @@ def train_loop(run: Run, profile_steps: int = 0, *, sample_log: bool = False) ->
             run.wait_for_save()
         _log_saves(run, log)
         if preempted:
-            _leave(run, log, initial_state)
+            _report_preemption(run, log, initial_state)
         else:
-            best = f", the best {settings.score_metric} {state.best_score:.4f} at step {state.best_step:,}"
-            bar.say(
-                f"{run.folder}: {state.step:,} of {run.steps:,} steps done" + best * bool(state.best_step)
-            )
+            text = f"{run.folder}: {state.step:,} of {run.steps:,} steps done"
+            if state.best_step:
+                text += (
+                    f", the best {settings.score_metric} {state.best_score:.4f} at step {state.best_step:,}"
+                )
+            bar.say(text)
     return state
 
 
-def _log(
-    run: Run, log: LogWriter | None, bar: Bar, loss: Tensor, grad_norm: Tensor, throughput: Throughput
-) -> None:
-    step, settings, state = run.train_state.step, run.config.train, run.train_state
-    figures = run.objective.figures(run.ranks)
+def _log(run: Run, log: LogWriter | None, bar: Bar, result: StepResult, throughput: Throughput) -> None:
+    state, settings = run.train_state, run.config.train
+    figures, norm = run.objective.figures(run.ranks), result.grad_norm.item()
     state.initial_figures = state.initial_figures or figures
     values = {
-        "loss": loss.item(),
-        "lr": settings.lr * lr_factor(step - 1, run.steps, settings.warmup_ratio),
-        "grad_norm": grad_norm.item() if math.isfinite(grad_norm.item()) else None,
+        "loss": result.loss.item(),
+        "lr": settings.lr * lr_factor(state.step - 1, run.steps, settings.warmup_ratio),
+        "grad_norm": norm if math.isfinite(norm) else None,
         **throughput.compute(run.ranks),
         **figures,
     }
-    text = "loss {loss:.3f}  {images_per_s:,.0f} images/s  {captions_per_s:,.0f} captions/s".format_map(
-        values
-    )
-    bar.note("  ".join([text, *(f"{name} {values[name]:.3f}" for name in run.objective.progress_figures)]))
+    rates = f"{values['images_per_s']:,.0f} images/s  {values['captions_per_s']:,.0f} captions/s"
+    shown = [f"{name} {values[name]:.3f}" for name in run.objective.progress_figures]
+    bar.note("  ".join([f"loss {values['loss']:.3f}", rates, *shown]))
     if log:
-        log.write(step, epoch=step / run.sampler.steps_per_epoch, **values)
+        log.write(state.step, epoch=state.step / run.sampler.steps_per_epoch, **values)
     run.ranks.run_on_main(run.objective.check_figures, state, figures)
 
 
@@ -171,12 +157,12 @@ def _log_saves(run: Run, log: LogWriter | None) -> None:
             log.write(step, **seconds)
 
 
-def _leave(run: Run, log: LogWriter | None, initial_state: TrainState) -> None:
+def _report_preemption(run: Run, log: LogWriter | None, initial_state: TrainState) -> None:
     """Report why the run stops early, and that it was saved."""
     seconds, reason = max(run.ranks.gather([preemption.last_request()]))
     state = run.train_state
     if reason == preemption.TIME_LIMIT and state == initial_state:
-        run.ranks.run_on_main(_refuse_haste, run.folder, state.step)
+        run.ranks.run_on_main(_refuse_short_job, run.folder, state.step)
     if log:
         log.write(state.step, stop_reason=reason, stop_save_s=seconds)
     # On all ranks: a launcher on another machine would take exit code 0 for the end of the run.
@@ -185,7 +171,7 @@ def _leave(run: Run, log: LogWriter | None, initial_state: TrainState) -> None:
     )
 
 
-def _refuse_haste(folder: Path, step: int) -> None:
+def _refuse_short_job(folder: Path, step: int) -> None:
     raise UserError(
         f"{folder}: the job's time ended before step {step + 1:,}, expected at least one step in each job, or"
         " it would be requeued forever; ask for more --time, or lower train.grace_s"

@@ -28,93 +28,67 @@ class Target:
     num_sampled: int = 0
     """Number of sampled captions."""
     advantages: Callable[[], Float[Tensor, "sample"]] | None = None
-    """Reward minus baseline of each of these; called after the forward pass has been queued on the device, so
-    that the host computes rewards meanwhile."""
-
+    """Reward minus baseline of each; called after the forward pass has been queued on the device, so that the
+    host computes rewards meanwhile."""
     lengths: Sequence[int] = ()
     """Number of tokens to read of each caption, for the host; by default from `tokens`."""
 
     def __post_init__(self) -> None:
-        """Count tokens where nobody has."""
         if len(self.lengths) != len(self.tokens):
             object.__setattr__(self, "lengths", input_lengths(self.tokens))
 
     @property
     def input_tokens(self) -> Int[Tensor, "caption time"]:
-        """Tokens to read; padding where no token follows, as after the end."""
+        """Tokens to read; padding where no token follows."""
         return self.tokens[:, :-1].where(self.tokens[:, 1:] != PAD, PAD)
 
     @property
     def rows(self) -> Int[Tensor, "token"]:
-        """Flat positions of the words to predict, caption after caption."""
+        """Flat positions of the tokens to predict, caption after caption."""
         return packed_index(self.lengths, self.tokens.shape[1] - 1, self.tokens.device)
 
     @property
     def num_tokens(self) -> Int[Tensor, "2"]:
         """Tokens to predict, in sampled captions and in references."""
-        words = (self.tokens[:, 1:] != PAD).sum(1)
-        return torch.stack([words[: self.num_sampled].sum(), words[self.num_sampled :].sum()])
+        counts = (self.tokens[:, 1:] != PAD).sum(1)
+        return torch.stack([counts[: self.num_sampled].sum(), counts[self.num_sampled :].sum()])
 
     def weights(
         self, num_tokens: Float[Tensor, "2"], cross_entropy_weight: float
     ) -> Float[Tensor, "caption"]:
-        """Return the weight of each caption in the step's loss.
-
-        Args:
-            num_tokens: As the property, over the micro-batches of all ranks: all tokens have the same weight.
-            cross_entropy_weight: Weight of references.
-        """
+        """Return the weight of each caption; `num_tokens` are summed over the micro-batches of the step."""
         # On the device: reading them would make the host wait.
-        sampled, human = num_tokens.double().clamp(min=1)
-        weights: Tensor = (cross_entropy_weight / human).float().repeat(len(self.tokens))
+        sampled, references = num_tokens.double().clamp(min=1)
+        weights: Tensor = (cross_entropy_weight / references).float().repeat(len(self.tokens))
         if self.advantages:
             weights[: self.num_sampled] = self.advantages() * ((1 - cross_entropy_weight) / sampled).float()
         return weights
 
 
-def mask_unsampleable_tokens(
-    logits: Float[Tensor, "*batch word"], target: Target, rows: Int[Tensor, "row"] | None
-) -> Float[Tensor, "*batch word"]:
-    """Return logits with PAD, START and UNK masked in sampled captions, as in sampling.
-
-    Args:
-        logits: Of the next tokens of the target's captions.
-        target: The captions.
-        rows: Flat positions of the logits; None: all.
-    """
+def mask_unsampleable_tokens(logits: Float[Tensor, "row word"], target: Target) -> Float[Tensor, "row word"]:
+    """Return logits of `target.rows`, with PAD, START and UNK masked in sampled captions."""
     if not target.num_sampled:
         return logits
-    first = target.num_sampled * (target.tokens.shape[1] - 1)
-    words = first if rows is None else sum(target.lengths[: target.num_sampled])
-    flat, never = logits.flatten(0, -2), torch.tensor([PAD, START, UNK], device=logits.device)
-    sampled = flat[:words].index_fill(1, never, -torch.inf)
-    return torch.cat([sampled, flat[words:]]).view_as(logits)
+    num_rows = sum(target.lengths[: target.num_sampled])
+    masked = torch.tensor([PAD, START, UNK], device=logits.device)
+    return torch.cat([logits[:num_rows].index_fill(1, masked, -torch.inf), logits[num_rows:]])
 
 
 def cross_entropy(
-    logits: Float[Tensor, "caption time word"] | Float[Tensor, "row word"],
+    logits: Float[Tensor, "row word"],
     targets: Int[Tensor, "caption time"],
     label_smoothing: float,
-    rows: Int[Tensor, "row"] | None = None,
+    rows: Int[Tensor, "row"],
 ) -> Float[Tensor, "caption"]:
-    """Return the sum of each caption's negative log-probabilities.
+    """Return the sum of each caption's negative log-probabilities; the step divides by its number of tokens.
 
-    A sum, not a mean: the step divides by its number of tokens over all ranks.
-
-    Args:
-        logits: Of the next tokens.
-        targets: Next tokens; padding is ignored.
-        label_smoothing: Probability spread over all words.
-        rows: Flat positions of the logits; None: all.
+    `rows` are the flat positions of the logits in `targets`, where padding is ignored.
 
     Source:
         Label smoothing: Szegedy et al. 2016 (arXiv:1512.00567), section 7.
     """
-    labels = targets.flatten() if rows is None else targets.flatten()[rows]
-    words: Tensor = _CrossEntropy.apply(logits.flatten(0, -2), labels, label_smoothing)
-    if rows is None:
-        return words.view_as(targets).sum(1)
-    return words.new_zeros(len(targets)).index_add(0, rows // targets.shape[1], words)
+    losses: Tensor = _CrossEntropy.apply(logits, targets.flatten()[rows], label_smoothing)
+    return losses.new_zeros(len(targets)).index_add(0, rows // targets.shape[1], losses)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -131,25 +105,16 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Float[Tensor, "row word"], labels: Int[Tensor, "row"], smoothing: float
     ) -> Float[Tensor, "row"]:
-        """Return the negative log-probability of each label."""
         ctx.save_for_backward(logits, labels)
         ctx.smoothing = smoothing
-        losses = [
-            F.cross_entropy(
-                logits[rows].float(),
-                labels[rows],
-                ignore_index=PAD,
-                reduction="none",
-                label_smoothing=smoothing,
-            )
-            for rows in _blocks(logits)
-        ]
-        return torch.cat(losses)
+        options: Any = {"ignore_index": PAD, "reduction": "none", "label_smoothing": smoothing}
+        return torch.cat(
+            [F.cross_entropy(logits[rows].float(), labels[rows], **options) for rows in _blocks(logits)]
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dlosses: Float[Tensor, "row"]) -> tuple[Tensor, None, None]:
-        """Return the gradient of the logits."""
         (logits, labels), smoothing = ctx.saved_tensors, ctx.smoothing
         dlogits, factors = torch.empty_like(logits), dlosses.where(labels != PAD, 0).unsqueeze(1)
         for rows in _blocks(logits):
@@ -163,21 +128,18 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _blocks(logits: Float[Tensor, "row word"]) -> Iterator[slice]:
-    """Yield blocks of rows to compute at a time."""
-    some = max(1, CACHE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
-    return (slice(start, start + some) for start in range(0, max(1, len(logits)), some))
+    """Yield the rows to compute at a time: at least one block."""
+    count = max(1, len(logits))
+    size = max(1, CACHE_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else count
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def doubly_stochastic_penalty(
     attention: Float[Tensor, "caption time region"], targets: Int[Tensor, "caption time"]
 ) -> Float[Tensor, "caption"]:
-    """Return each caption's penalty on uneven attention.
+    """Return the penalty of each caption: the sum over regions i of (1 - sum over t of a_ti)^2.
 
-    With a_ti the attention to region i before token t: the sum over i of (1 - sum over t of a_ti)^2.
-
-    Args:
-        attention: Non-negative, summing to one over the regions.
-        targets: Next tokens; attention before padding is ignored.
+    a_ti is the attention to region i before token t; attention before padding is ignored.
 
     Source:
         Xu et al. 2015 (arXiv:1502.03044), equation 14: the doubly stochastic penalty.

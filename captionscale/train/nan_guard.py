@@ -1,11 +1,13 @@
-"""Divergence: a loss or gradient that is not finite ends the run unsaved, with the images that caused it."""
+"""A loss or gradient that is NaN or infinite ends the run unsaved, with the images that caused it."""
+
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from captionscale.data.loader import Batch
 from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
+from captionscale.train.step import StepResult
 
 _IDS = 8
 
@@ -17,16 +19,11 @@ class NanGuard:
         self._ranks = ranks
         # In fp16 the loss scaler skips steps whose gradient overflows.
         self._may_overflow = precision == "fp16"
-        self._steps: list[tuple[int, Tensor, Tensor, list[tuple[int, list[int], Tensor]]]] = []
+        self._steps: list[tuple[int, StepResult, list[tuple[int, list[int]]]]] = []
 
-    def record(
-        self, step: int, loss: Tensor, norm: Tensor, batches: list[tuple[int, Batch]], losses: list[Tensor]
-    ) -> None:
+    def record(self, step: int, result: StepResult, batches: Sequence[tuple[int, Batch]]) -> None:
         """Keep the results of a step to check later."""
-        parts = [
-            (number, batch.image_ids, part) for (number, batch), part in zip(batches, losses, strict=True)
-        ]
-        self._steps.append((step, loss, norm, parts))
+        self._steps.append((step, result, [(number, batch.image_ids) for number, batch in batches]))
 
     def check(self) -> None:
         """Check the steps kept so far, and drop them; all ranks call it.
@@ -37,18 +34,20 @@ class NanGuard:
         steps, self._steps = self._steps, []
         if not steps:
             return
-        figures = torch.stack([torch.stack([loss.double(), norm.double()]) for _, loss, norm, _ in steps])
-        losses, norms = figures.isfinite().T.tolist()
-        for (step, loss, norm, parts), is_loss, is_norm in zip(steps, losses, norms, strict=True):
+        values = [torch.stack([result.loss.double(), result.grad_norm.double()]) for _, result, _ in steps]
+        finite = torch.stack(values).isfinite().tolist()
+        for (step, result, batches), (is_loss, is_norm) in zip(steps, finite, strict=True):
             if not is_loss or not (is_norm or self._may_overflow):
-                bad = [(number, ids) for number, ids, part in parts if not part.isfinite().item()]
-                self._ranks.run_on_main(_raise, step, loss.item(), norm.item(), self._ranks.gather(bad))
+                pairs = zip(batches, result.losses, strict=True)
+                causes = self._ranks.gather([batch for batch, loss in pairs if not loss.isfinite().item()])
+                loss, norm = result.loss.item(), result.grad_norm.item()
+                self._ranks.run_on_main(_raise, step, loss, norm, causes)
 
 
-def _raise(step: int, loss: float, norm: float, bad: list[tuple[int, list[int]]]) -> None:
+def _raise(step: int, loss: float, norm: float, causes: list[tuple[int, list[int]]]) -> None:
     place = ""
-    if bad:
-        number, ids = min(bad)
+    if causes:
+        number, ids = min(causes)
         more = f" and {len(ids) - _IDS:,} more" * (len(ids) > _IDS)
         place = f" (first in micro-batch {number}: images {', '.join(map(str, ids[:_IDS]))}{more})"
     raise UserError(

@@ -30,14 +30,7 @@ class Objective:
     """Names of figures shown while training."""
 
     def __init__(self, config: Config, captioner: Captioner, split: Split, vocabulary: Vocabulary):
-        """Prepare the objective.
-
-        Args:
-            config: The experiment.
-            captioner: Not wrapped by an engine.
-            split: To train on.
-            vocabulary: The captioner's.
-        """
+        """Prepare to train a captioner, which no engine wraps, on a split."""
         self.config, self.captioner, self.split, self.vocabulary = config, captioner, split, vocabulary
 
     def targets(self, batches: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:
@@ -51,10 +44,7 @@ class Objective:
         raise NotImplementedError
 
     def check_start(self, batch: Batch) -> None:
-        """Refuse to train, before the first step of a new run; rank 0 calls it.
-
-        Args:
-            batch: `check_images` train images on the captioner's device, with all their captions.
+        """Check `check_images` train images on the device before the first step; rank 0 calls it.
 
         Raises:
             UserError: Training could not succeed.
@@ -65,11 +55,7 @@ class Objective:
         return {}
 
     def check_figures(self, state: TrainState, figures: Mapping[str, float]) -> None:
-        """Stop a run by its figures, after they were logged; rank 0 calls it.
-
-        Args:
-            state: Of the run; `initial_figures` are the first ones logged.
-            figures: The last ones.
+        """Compare logged figures with the first ones, `state.initial_figures`; rank 0 calls it.
 
         Raises:
             UserError: The run must stop.

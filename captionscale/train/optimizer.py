@@ -15,15 +15,13 @@ def make_optimizer(captioner: Captioner, settings: Train) -> AdamW:
 
     Each stage of the encoder has its own learning rate; each parameter group holds its `peak_lr`.
     """
-    encoder = captioner.encoder
-    rates = _for_each(settings.encoder_lr, len(encoder.stages))
-    parts = [*zip(encoder.stages, rates, strict=True), (list(captioner.decoder.parameters()), settings.lr)]
+    stages = captioner.encoder.stages
+    rates = _for_each(settings.encoder_lr, len(stages))
     groups = []
-    for part, lr in parts:
+    for part, lr in (*zip(stages, rates, strict=True), (captioner.decoder.parameters(), settings.lr)):
         trainable = [parameter for parameter in part if parameter.requires_grad]
         for matrices, decay in ((True, settings.weight_decay), (False, 0.0)):
-            members = [parameter for parameter in trainable if (parameter.ndim > 1) == matrices]
-            if members:
+            if members := [parameter for parameter in trainable if (parameter.ndim > 1) == matrices]:
                 groups.append({"params": members, "peak_lr": lr, "weight_decay": decay})
     return AdamW(groups, fused=True)
 

@@ -23,12 +23,12 @@ _ANNOUNCED_S = 180.0
 
 @dataclass
 class _State:
-    leave_at: float = float("inf")
+    exit_at: float = float("inf")
     """Seconds since the epoch."""
     reason: str = ""
     interrupted: bool = False
     """By a first Ctrl-C."""
-    since: float = 0.0
+    requested_at: float = 0.0
     """On the monotonic clock."""
     message: str | None = None
 
@@ -38,18 +38,15 @@ _state = _State()
 
 @contextmanager
 def handle_signals(grace_s: float = 10.0) -> Iterator[None]:
-    """Handle SIGUSR1, SIGTERM, a first Ctrl-C, and the end of the job's time; a second Ctrl-C interrupts.
-
-    Args:
-        grace_s: Seconds to save in, before the job's time ends.
+    """Handle SIGUSR1, SIGTERM, a first Ctrl-C, and `grace_s` seconds before the end of the job's time.
 
     Raises:
-        UserError: No more than that is left.
+        UserError: The job has no more than `grace_s` left.
         PreemptedError: The run was preempted (`mark_preempted`).
     """
     global _state
-    _state = _State(leave_at=job_end_time() - grace_s)
-    if (left := _state.leave_at - time.time()) <= 0:
+    _state = _State(exit_at=job_end_time() - grace_s)
+    if (left := _state.exit_at - time.time()) <= 0:
         raise UserError(
             f"SLURM_JOB_END_TIME: {left + grace_s:,.0f} s left in this job, expected more than the"
             f" {grace_s:g} s in which it saves; ask for more --time, or lower train.grace_s"
@@ -67,14 +64,14 @@ def handle_signals(grace_s: float = 10.0) -> Iterator[None]:
 
 def requested() -> bool:
     """Return whether this process was asked to stop."""
-    if not _state.reason and time.time() >= _state.leave_at:
-        _ask(TIME_LIMIT)
+    if time.time() >= _state.exit_at:
+        _request(TIME_LIMIT)
     return bool(_state.reason)
 
 
 def last_request() -> tuple[float, str]:
     """Return the seconds since this process was asked to stop, and the reason; 0 and '' if it was not."""
-    return (time.monotonic() - _state.since, _state.reason) if requested() else (0.0, "")
+    return (time.monotonic() - _state.requested_at, _state.reason) if requested() else (0.0, "")
 
 
 def mark_preempted(message: str) -> None:
@@ -83,9 +80,9 @@ def mark_preempted(message: str) -> None:
 
 
 class PreemptionFlag:
-    """Whether any rank was asked to stop when the last step began; all ranks read the same.
+    """Whether any rank was asked to stop before the last step; the same on all ranks.
 
-    It travels with the number of tokens and is read one step later, so that no rank waits for its device.
+    It is summed with the number of tokens and read one step later, so that no rank waits for its device.
     """
 
     def __init__(self) -> None:
@@ -93,7 +90,7 @@ class PreemptionFlag:
         self._copied: Any = None
 
     def update(self, requests: Any) -> None:
-        """Take the number of ranks that were asked, a tensor summed over all ranks."""
+        """Set it to the number of requests, a tensor summed over all ranks."""
         self._requests = requests.to("cpu", non_blocking=True)
         if requests.is_cuda:
             # This module is imported before torch, which takes seconds.
@@ -114,13 +111,14 @@ def _handle(number: int, _: FrameType | None) -> None:
         if _state.interrupted:
             raise KeyboardInterrupt
         _state.interrupted = True
+    announced = number == signal.SIGUSR1 and time.time() >= job_end_time() - _ANNOUNCED_S
+    _request(TIME_LIMIT if announced else signal.Signals(number).name)
+
+
+def _request(reason: str) -> None:
+    """Record the first request."""
     if not _state.reason:
-        announced = number == signal.SIGUSR1 and time.time() >= job_end_time() - _ANNOUNCED_S
-        _ask(TIME_LIMIT if announced else signal.Signals(number).name)
-
-
-def _ask(reason: str) -> None:
-    _state.reason, _state.since = reason, time.monotonic()
+        _state.reason, _state.requested_at = reason, time.monotonic()
 
 
 def job_end_time() -> float:

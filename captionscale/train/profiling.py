@@ -31,7 +31,10 @@ def profiling(run: Path, steps: int, start: int, say: Callable[..., None]) -> It
         path = run / "profile" / f"step-{start + profiler.step_num:08d}.json.gz"
         path.parent.mkdir(exist_ok=True)
         profiler.export_chrome_trace(str(path))
-        say(*_table(profiler))
+        events = profiler.key_averages()
+        place = "device" if any(event.self_device_time_total for event in events) else "cpu"
+        table = events.table(f"self_{place}_time_total", row_limit=_ROWS, max_name_column_width=50)
+        say(*table.splitlines())
         say(f"{path}: the trace, for ui.perfetto.dev or chrome://tracing")
 
     activities = [ProfilerActivity.CPU]
@@ -42,18 +45,3 @@ def profiling(run: Path, steps: int, start: int, say: Callable[..., None]) -> It
         yield profiler.step
     if not written:
         say(f"--trace-steps: no trace, as no step came after {WARMUP_STEPS} of warm-up")
-
-
-def _table(profiler: profile) -> list[str]:
-    """Return the most expensive operations by self time."""
-    events = profiler.key_averages()
-    place = "device" if any(event.self_device_time_total for event in events) else "cpu"
-    microseconds = {event.key: float(getattr(event, f"self_{place}_time_total")) for event in events}
-    calls, whole = {event.key: event.count for event in events}, sum(microseconds.values())
-    top = sorted(microseconds, key=lambda key: -microseconds[key])[:_ROWS]
-    names = {key: "Python, between operations" if key.startswith("ProfilerStep") else key for key in top}
-    rows = [
-        f"{names[key][:50]:50} {calls[key]:8,} {own / 1000:10,.1f} {own / whole:6.1%}"
-        for key, own in ((key, microseconds[key]) for key in top)
-    ]
-    return [f"{'operation':50} {'calls':>8} {place + ' ms':>10} {'share':>6}", *rows]

@@ -14,13 +14,8 @@ CONFIG_FILE = "config.toml"
 STALLS_FILE = "stalls.jsonl"
 JOB_SCRIPT, JOB_CONFIG = "job.sbatch", "job.toml"
 """Written by `captionscale submit`."""
-MODEL_FILE, OPTIMIZER_FILE, EMA_FILE, STATE_FILE, VOCAB_FILE = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "ema.safetensors",
-    "state.json",
-    "vocab.json",
-)
+MODEL_FILE, OPTIMIZER_FILE, EMA_FILE = "model.safetensors", "optimizer.safetensors", "ema.safetensors"
+STATE_FILE, VOCAB_FILE = "state.json", "vocab.json"
 """Other files of a checkpoint."""
 OLD_SUFFIX = ".old.tmp"
 """Of a checkpoint while another one of the same step replaces it."""
@@ -49,22 +44,19 @@ def captions_file(run: Path, step: int) -> Path:
 
 def checkpoint_steps(run: Path) -> list[int]:
     """Return the steps of a run's checkpoints, ascending."""
-    return [*_own(checkpoints_folder(run), _CHECKPOINT_NAME)]
+    return [*_by_step(checkpoints_folder(run), _CHECKPOINT_NAME)]
 
 
 def validation_files(run: Path) -> dict[int, Path]:
     """Return the files of captions by step, ascending."""
-    return _own(run / _VALIDATION, _CAPTIONS_NAME)
-
-
-def partial_checkpoints(run: Path) -> list[Path]:
-    """Return checkpoints being written or removed."""
-    return [path for path in _entries(checkpoints_folder(run)) if _PARTIAL_NAME.fullmatch(path.name)]
+    return _by_step(run / _VALIDATION, _CAPTIONS_NAME)
 
 
 def remove_partial_checkpoints(run: Path) -> None:
     """Remove checkpoints that a killed process was writing, and those no longer kept."""
-    for path in partial_checkpoints(run):
+    for path in _entries(checkpoints_folder(run)):
+        if not _PARTIAL_NAME.fullmatch(path.name):
+            continue
         whole = path.with_name(path.name.removesuffix(OLD_SUFFIX))
         if path.name.endswith(OLD_SUFFIX) and not whole.exists():
             # Its replacement was never completed.
@@ -77,25 +69,22 @@ def remove_partial_checkpoints(run: Path) -> None:
 
 def unknown_file_warnings(run: Path) -> Iterator[str]:
     """Yield a line for each folder with files that training did not write."""
-    own = {
-        checkpoints_folder(run): {
-            *_own(checkpoints_folder(run), _CHECKPOINT_NAME).values(),
-            *partial_checkpoints(run),
-        },
-        run / _VALIDATION: {*validation_files(run).values()},
-    }
-    for folder, known in own.items():
-        if others := sorted(path.name for path in set(_entries(folder)) - known):
-            more = f" and {len(others) - 1:,} more" if len(others) > 1 else ""
-            yield f"{folder}: passed over {others[0]!r:.80}{more}, which training did not write"
+    for folder, patterns in (
+        (checkpoints_folder(run), (_CHECKPOINT_NAME, _PARTIAL_NAME)),
+        (run / _VALIDATION, (_CAPTIONS_NAME,)),
+    ):
+        names = sorted(path.name for path in _entries(folder))
+        if unknown := [name for name in names if not any(each.fullmatch(name) for each in patterns)]:
+            more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+            yield f"{folder}: skipped {unknown[0]!r:.80}{more}, which training did not write"
 
 
 def _entries(folder: Path) -> list[Path]:
     return [*folder.iterdir()] if folder.is_dir() else []
 
 
-def _own(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
-    """Return the entries of a folder that training wrote, by step; a user may keep copies next to them."""
+def _by_step(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    """Return the entries that training wrote; a user may keep copies next to them."""
     found = {int(name["step"]): path for path in _entries(folder) if (name := pattern.fullmatch(path.name))}
     return dict(sorted(found.items()))
 

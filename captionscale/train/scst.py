@@ -1,11 +1,10 @@
 """Self-critical sequence training: sampled captions, weighted by their rewards."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -14,14 +13,13 @@ from captionscale.data.loader import Batch
 from captionscale.data.shards import Split
 from captionscale.distributed.ranks import Ranks
 from captionscale.model.captioner import Captioner
-from captionscale.model.search.generate import search
 from captionscale.model.search.sampling import sample
 from captionscale.score import bleu
 from captionscale.score.ciderd import CiderDReward
 from captionscale.score.diagnostics import DANGLING
 from captionscale.train.losses import Target
 from captionscale.train.objective import Objective
-from captionscale.train.scst_checks import CHECKED_IMAGES, check_collapse, check_rewards
+from captionscale.train.scst_checks import CHECKED_IMAGES, check_collapse, check_rewards, greedy_search
 from captionscale.train.state import TrainState
 from captionscale.vocab import END, PAD, START, Vocabulary
 
@@ -45,7 +43,7 @@ class ScstObjective(Objective):
     progress_figures = ("reward",)
 
     def __init__(self, config: Config, captioner: Captioner, split: Split, vocabulary: Vocabulary):
-        """Count the n-grams of all train captions; arguments as in `Objective`."""
+        """Count the n-grams of all train captions."""
         super().__init__(config, captioner, split, vocabulary)
         self._settings, self._max_words, self._seed = config.scst, config.data.max_words, config.seed
         self.cross_entropy_weight = config.scst.cross_entropy_weight
@@ -58,12 +56,13 @@ class ScstObjective(Objective):
         self._reward = CiderDReward(self._references)
         self._rows = {int(image_id): row for row, image_id in enumerate(split.index["image_id"])}
         self._dangling = {token for token, word in enumerate(vocabulary.words) if word in DANGLING}
-        self.sample_stats = SampleStats()
-        """Of the last step."""
+        # Of the last step's samples: captions, reward, dangling, and, less one for each micro-batch, captions
+        # and distinct captions.
+        self._sums = np.zeros(5)
 
     def targets(self, batches: Sequence[tuple[int, Batch]], step: int, ranks: Ranks) -> list[Target]:
         """Sample captions of the images of each micro-batch."""
-        self.sample_stats = SampleStats()
+        self._sums = np.zeros(5)
         training = self.captioner.training
         self.captioner.eval()
         with torch.no_grad(), ranks.autocast():
@@ -72,32 +71,31 @@ class ScstObjective(Objective):
         return targets
 
     def check_start(self, batch: Batch) -> None:
-        """Refuse to train if rewards teach nothing, or something else; see `check_rewards`."""
+        """See `check_rewards`."""
         check_rewards(self.rewards, self.scale, self.captioner, batch, self.vocabulary, self._max_words)
 
     def figures(self, ranks: Ranks) -> dict[str, float]:
-        """Return `reward`, `dangling` and `distinct` of the last step's samples."""
-        return self.sample_stats.compute(ranks)
+        """Return means over samples; `distinct` is 0 if all captions are equal, 1 if none is repeated."""
+        captions, reward, dangling, others, distinct = ranks.sum(*self._sums).tolist()
+        return {
+            "reward": reward / max(1, captions),
+            "dangling": dangling / max(1, captions),
+            "distinct": distinct / max(1, others),
+        }
 
     def check_figures(self, state: TrainState, figures: Mapping[str, float]) -> None:
-        """Stop a run whose captions only the reward likes; see `check_collapse`."""
+        """See `check_collapse`."""
         check_collapse(state, figures, self._settings)
 
     @property
     def scale(self) -> float:
         """Reward of a good caption that is no better than a reference."""
-        settings = self._settings
-        return settings.cider_d_weight + settings.bleu_4_weight / 2
+        return self._settings.cider_d_weight + self._settings.bleu_4_weight / 2
 
     def rewards(
         self, image_ids: Sequence[int], captions: Sequence[Sequence[int]]
     ) -> Float64[np.ndarray, "caption"]:
-        """Return the weighted reward of each caption.
-
-        Args:
-            image_ids: Of each caption.
-            captions: Tokens of words, and the end token if it was reached.
-        """
+        """Return the weighted reward of each caption: tokens with the end token, if it was reached."""
         settings, rows = self._settings, [self._rows[image_id] for image_id in image_ids]
         rewards: Float64[np.ndarray, "caption"] = settings.cider_d_weight * self._reward(rows, captions)
         if settings.bleu_4_weight:
@@ -114,12 +112,11 @@ class ScstObjective(Objective):
         sampled, _ = sample(
             decoder, features, samples_per_image=settings.samples_per_image, max_words=self._max_words
         )
-        captions = _rows(sampled)
+        captions = [[token for token in caption if token != PAD] for caption in sampled.tolist()]
         lengths = [len(caption) for caption in captions]
         greedy: list[list[int]] = []
         if settings.baseline == "greedy":
-            found = search(decoder, features, beam=1, max_words=self._max_words, length_penalty=0.0)
-            greedy = [best[0].tokens for best in found]
+            greedy = greedy_search(decoder, features, self._max_words)
         image_index = torch.arange(len(batch.image_ids), device=sampled.device).repeat_interleave(
             settings.samples_per_image
         )
@@ -145,51 +142,15 @@ class ScstObjective(Objective):
         samples = self._settings.samples_per_image
         rewards = self.rewards(np.repeat(image_ids, samples).tolist(), captions).reshape(-1, samples)
         if greedy:
-            expected = self.rewards(image_ids, greedy)[:, None]
+            baseline = self.rewards(image_ids, greedy)[:, None]
         else:
-            expected = (rewards.sum(1, keepdims=True) - rewards) / (samples - 1)
-        self.sample_stats.update(rewards, captions, self._dangling)
-        advantages: Float64[np.ndarray, "sample"] = (rewards - expected).ravel()
-        return advantages
-
-
-@dataclass
-class SampleStats:
-    """Sums over sampled captions that reveal a collapse."""
-
-    captions: int = 0
-    reward: float = 0.0
-    dangling: int = 0
-    others: int = 0
-    """Captions of each micro-batch, minus one."""
-    distinct: int = 0
-    """Distinct captions of each micro-batch, minus one."""
-
-    def update(
-        self, rewards: Float64[np.ndarray, "image sample"], captions: list[list[int]], dangling: set[int]
-    ) -> None:
-        """Add the captions of a micro-batch."""
-        self.captions += len(captions)
-        self.others += len(captions) - 1
-        self.reward += float(rewards.sum())
+            baseline = (rewards.sum(1, keepdims=True) - rewards) / (samples - 1)
         words = [[token for token in caption if token != END] for caption in captions]
-        self.dangling += sum(bool(caption) and caption[-1] in dangling for caption in words)
-        self.distinct += len(set(map(tuple, captions))) - 1
-
-    def compute(self, ranks: Ranks) -> dict[str, float]:
-        """Return means over all ranks; `distinct` is 0 if all captions are equal, 1 if none is repeated."""
-        sums = ranks.sum(self.captions, self.reward, self.dangling, self.others, self.distinct).tolist()
-        captions, reward, dangling, others, distinct = sums
-        return {
-            "reward": reward / max(1, captions),
-            "dangling": dangling / max(1, captions),
-            "distinct": distinct / max(1, others),
-        }
-
-
-def _rows(tokens: Int[Tensor, "caption time"]) -> list[list[int]]:
-    """Return captions as lists without padding."""
-    return [[token for token in caption if token != PAD] for caption in tokens.tolist()]
+        dangling = sum(bool(caption) and caption[-1] in self._dangling for caption in words)
+        distinct = len(set(map(tuple, captions)))
+        self._sums += len(captions), rewards.sum(), dangling, len(captions) - 1, distinct - 1
+        advantages: Float64[np.ndarray, "sample"] = (rewards - baseline).ravel()
+        return advantages
 
 
 def _text(caption: Sequence[int]) -> str:

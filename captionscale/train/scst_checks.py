@@ -10,12 +10,14 @@ from captionscale.config import Scst
 from captionscale.data.loader import Batch
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
+from captionscale.model.decoders.decoder import StepDecoder
+from captionscale.model.search.constraints import Features
 from captionscale.model.search.generate import search
 from captionscale.progress import say
 from captionscale.score.ciderd import CiderDReward
 from captionscale.score.metrics import measure
 from captionscale.train.state import TrainState
-from captionscale.vocab import END, UNK, Vocabulary
+from captionscale.vocab import END, PAD, UNK, Vocabulary
 
 CHECKED_IMAGES = 256
 """Train images that `check_rewards` is given."""
@@ -35,49 +37,44 @@ def check_rewards(
     vocabulary: Vocabulary,
     max_words: int,
 ) -> None:
-    """Refuse self-critical training whose rewards are wrong or teach nothing.
+    """Check rewards on train images with all their captions.
 
-    Args:
-        rewards: Reward of each caption, given its image id and tokens.
-        scale: Reward of a good caption that is no better than a reference.
-        captioner: With its initial weights.
-        batch: Train images on the captioner's device, with all their captions.
-        vocabulary: The captioner's.
-        max_words: Of a caption.
+    `rewards` gives the reward of each caption, `scale` that of a good caption no better than a reference.
 
     Raises:
         UserError: References have low rewards, as with n-grams of another vocabulary, or the reward differs
             from the evaluator's CIDEr-D.
     """
-    human = [[token for token in row[1:].tolist() if token] for row in batch.tokens.cpu()]
-    image_index = batch.image_index.tolist()
-    human_reward = float(rewards([batch.image_ids[image] for image in image_index], human).mean())
     references: list[list[list[int]]] = [[] for _ in batch.image_ids]
-    for image, caption in zip(image_index, human, strict=True):
-        references[image].append(caption)
-    greedy = _greedy(captioner, batch, max_words)
-    pairs = [captions for captions in references if len(captions) > 1]
-    agreement = CiderDReward([captions[1:] for captions in pairs])(
-        np.arange(len(pairs)), [captions[0] for captions in pairs]
-    )
+    image_index, tokens = batch.image_index.tolist(), batch.tokens.cpu()
+    for image, row in zip(image_index, tokens[:, 1:].tolist(), strict=True):
+        references[image].append([token for token in row if token != PAD])
+    captions = [caption for each in references for caption in each]
+    image_ids = np.repeat(batch.image_ids, [len(each) for each in references]).tolist()
+    reference_reward = float(rewards(image_ids, captions).mean())
+    training = captioner.training
+    captioner.eval()
+    with torch.no_grad():
+        greedy = greedy_search(captioner.decoder, captioner.encode(batch.images), max_words)
+    captioner.train(training)
+    pairs = [each for each in references if len(each) > 1]
+    scorer = CiderDReward([others for _, *others in pairs])
+    agreement = scorer(np.arange(len(pairs)), [first for first, *_ in pairs])
     ours = float(CiderDReward(references)(np.arange(len(greedy)), greedy).mean())
     theirs = measure(
         {number: _words(caption, vocabulary) for number, caption in enumerate(greedy)},
-        {
-            number: [_words(each, vocabulary) for each in captions]
-            for number, captions in enumerate(references)
-        },
+        {number: [_words(one, vocabulary) for one in each] for number, each in enumerate(references)},
         ["CIDEr-D"],
     ).values["CIDEr-D"]
     greedy_reward = float(rewards(batch.image_ids, greedy).mean())
     say(
         f"self-critical training: on {len(greedy):,} train images, references have a reward of"
-        f" {human_reward:.3f}, greedy captions {greedy_reward:.3f}; CIDEr-D of the latter among these images"
-        f" is {ours:.4f} as a reward, {theirs:.4f} by the evaluator"
+        f" {reference_reward:.3f}, greedy captions {greedy_reward:.3f}; CIDEr-D of the latter among these"
+        f" images is {ours:.4f} as a reward, {theirs:.4f} by the evaluator"
     )
-    if human_reward < _MIN_REWARD * scale:
+    if reference_reward < _MIN_REWARD * scale:
         raise UserError(
-            f"self-critical training: references have a reward of {human_reward:.3f}, expected at"
+            f"self-critical training: references have a reward of {reference_reward:.3f}, expected at"
             f" least {_MIN_REWARD * scale:g}; the rewards are of another vocabulary: report this"
         )
     if len(pairs) > 1 and agreement.mean() < _MIN_AGREEMENT:
@@ -119,15 +116,10 @@ def check_collapse(train_state: TrainState, now: Mapping[str, float], settings: 
         )
 
 
-@torch.no_grad()
-def _greedy(captioner: Captioner, batch: Batch, max_words: int) -> list[list[int]]:
-    training = captioner.training
-    captioner.eval()
-    found = search(
-        captioner.decoder, captioner.encode(batch.images), beam=1, max_words=max_words, length_penalty=0.0
-    )
-    captioner.train(training)
-    return [best[0].tokens for best in found]
+def greedy_search(decoder: StepDecoder, features: Features, max_words: int) -> list[list[int]]:
+    """Return the tokens of the greedy caption of each image."""
+    found = search(decoder, features, beam=1, max_words=max_words, length_penalty=0.0)
+    return [captions[0].tokens for captions in found]
 
 
 def _words(caption: list[int], vocabulary: Vocabulary) -> str:

@@ -21,7 +21,8 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 from captionscale.files import atomic_write
 from captionscale.model.captioner import Captioner
-from captionscale.progress import Bar, progress, say, spinner
+from captionscale.model.encoders.encoder import interpolation_of
+from captionscale.progress import progress, say, spinner
 from captionscale.train.checkpoint import open_checkpoint, resume
 from captionscale.train.checkpoint_writer import CheckpointWriter
 from captionscale.train.ema import ModelEMA
@@ -61,8 +62,9 @@ class Run:
     def save(self) -> None:
         """Begin to write a checkpoint; it is on disk after `wait_for_save`."""
         self.train_state.scaler = self.engine.scaler_state()
-        ema = self.ema.state_dict() if self.ema else None
-        tensors = self.captioner.state_dict(), self.engine.optimizer_state(), ema
+        tensors = [self.captioner.state_dict(), self.engine.optimizer_state()]
+        if self.ema:
+            tensors.append(self.ema.state_dict())
         self.ranks.run_on_main(self.checkpoint_writer.save, self.train_state, *tensors)
 
     def wait_for_save(self) -> None:
@@ -79,24 +81,24 @@ class Run:
     def steps_with_batches(self) -> Iterator[tuple[int, list[tuple[int, Batch]]]]:
         """Yield the remaining steps, each with this rank's micro-batches and their numbers."""
         steps = range(self.train_state.step, self.steps)
-        batches = self.loader.prefetch(self._requests(steps))
+        batches = self.loader.prefetch(
+            (items, self.sampler.epoch(step))
+            for step in steps
+            for _, items in self._micro_batches(step, self.ranks.rank)
+        )
         for step in steps:
-            yield step, [(number, next(batches)) for number, _ in self._micro_batches(step)]
+            yield step, [(number, next(batches)) for number, _ in self._micro_batches(step, self.ranks.rank)]
 
     def shards(self, step: int, rank: int) -> list[str]:
         """Return the names of the shards that a rank reads in a step."""
         split = self.loader.split
-        work = self.sampler.micro_batches(step, rank, self.ranks.world_size)
-        rows = {int(row) for _, items in work for row in split.index["shard"][items]}
+        rows = {
+            int(row) for _, items in self._micro_batches(step, rank) for row in split.index["shard"][items]
+        }
         return [split.info.shards[row].name for row in sorted(rows)]
 
-    def _requests(self, steps: range) -> Iterator[tuple[Items, int]]:
-        for step in steps:
-            for _, items in self._micro_batches(step):
-                yield items, self.sampler.epoch(step)
-
-    def _micro_batches(self, step: int) -> list[tuple[int, Items]]:
-        return self.sampler.micro_batches(step, self.ranks.rank, self.ranks.world_size)
+    def _micro_batches(self, step: int, rank: int) -> list[tuple[int, Items]]:
+        return self.sampler.micro_batches(step, rank, self.ranks.world_size)
 
 
 def build_run(config: Config, folder: Path, ranks: Ranks, stack: ExitStack) -> Run:
@@ -109,10 +111,9 @@ def build_run(config: Config, folder: Path, ranks: Ranks, stack: ExitStack) -> R
     ranks.run_on_main(check_trackers_installed, settings.trackers)
     split, val_split, sampler = _open_splits(config, ranks)
     vocabulary = ranks.run_on_main(_build_vocabulary, split, config)
-    loader, val_loader = (
-        Loader(split, vocabulary, config.data, config.seed),
-        Loader(val_split, vocabulary, config.data),
-    )
+    interpolation = interpolation_of(config.model)
+    loader = Loader(split, vocabulary, config.data, config.seed, interpolation=interpolation)
+    val_loader = Loader(val_split, vocabulary, config.data, interpolation=interpolation)
     stack.callback(loader.close)
     stack.callback(val_loader.close)
 
@@ -121,21 +122,26 @@ def build_run(config: Config, folder: Path, ranks: Ranks, stack: ExitStack) -> R
     captioner = Captioner(config.model, len(vocabulary))
     fingerprint = make_fingerprint(config, shards=split.sha256, vocabulary=vocabulary.sha256)
     # Rank 0 chooses the checkpoint: another rank may not see the newest one yet.
-    saved = ranks.run_on_main(resume, folder, fingerprint, say)
+    saved = ranks.run_on_main(resume, folder, fingerprint)
     if saved is None:
         ranks.run_on_main(_load_initial_weights, captioner, vocabulary, settings.init_from)
     captioner.to(ranks.device).train()
     if settings.compile_encoder:
         captioner.encoder.compile_training()
     if saved is not None:
-        captioner.load_state_dict(saved.weights(captioner))
+        captioner.load_state_dict(saved.weights())
     writer = CheckpointWriter(folder, config, vocabulary, fingerprint)
     stack.callback(writer.close)
-    # Before parts of the encoder are frozen: their optimizer state will need room too.
+    # Before parts of the encoder are frozen: their optimizer state will take space too.
     ranks.run_on_main(writer.reserve, captioner)
     unfreeze(captioner, settings, saved.train_state.step if saved else 0)
-    optimizer, compress = make_optimizer(captioner, settings), settings.compress_gradients
-    engine = create_engine(ranks, captioner, optimizer, settings.clip_norm, compress_gradients=compress)
+    engine = create_engine(
+        ranks,
+        captioner,
+        make_optimizer(captioner, settings),
+        settings.clip_norm,
+        compress_gradients=settings.compress_gradients,
+    )
     if settings.cache_features:
         # After the engine has given all ranks the weights of rank 0.
         cache_features(captioner.encoder, (loader, val_loader), ranks, settings.precision)
@@ -147,10 +153,10 @@ def build_run(config: Config, folder: Path, ranks: Ranks, stack: ExitStack) -> R
         ranks.run_on_main(_check_start, objective, loader, ranks)
     else:
         state = saved.train_state
-        engine.load_optimizer_state(saved.optimizer_state(captioner))
+        engine.load_optimizer_state(saved.optimizer_state())
         engine.load_scaler_state(state.scaler)
         if ema:
-            ema.load_state_dict(saved.ema_weights(captioner))
+            ema.load_state_dict(saved.ema_weights())
     ranks.run_on_main(_write_config, folder, config)
     return Run(
         config=config,
@@ -213,7 +219,7 @@ def _refuse_too_large(config: Config, vocab_size: int) -> None:
 def _load_initial_weights(captioner: Captioner, vocabulary: Vocabulary, source: Path | None) -> None:
     """Load the weights of another run, or a pretrained encoder."""
     if source is None:
-        captioner.load_pretrained()
+        captioner.encoder.load_pretrained()
         return
     saved = open_checkpoint(source)
     if saved.vocabulary() != vocabulary:
@@ -223,12 +229,8 @@ def _load_initial_weights(captioner: Captioner, vocabulary: Vocabulary, source: 
             " data.max_vocab_size, or train from scratch"
         )
     weights, expected = saved.weights() | saved.ema_weights(), captioner.state_dict()
-    differing = [
-        name
-        for name in sorted(weights.keys() | expected.keys())
-        if name not in weights or name not in expected or weights[name].shape != expected[name].shape
-    ]
-    if differing:
+    shapes, expected_shapes = ({name: each.shape for name, each in it.items()} for it in (weights, expected))
+    if differing := sorted({name for name, _ in shapes.items() ^ expected_shapes.items()}):
         raise UserError(
             f"train.init_from = {source}: {len(differing):,} weights are of another model, the first"
             f" '{differing[0]}'; take the section model of {saved.folder / CONFIG_FILE}"
@@ -238,7 +240,6 @@ def _load_initial_weights(captioner: Captioner, vocabulary: Vocabulary, source: 
 
 
 def _check_start(objective: Objective, loader: Loader, ranks: Ranks) -> None:
-    """Let the objective look at some images before the first step."""
     items = np.arange(min(objective.check_images, len(loader.split)))
     if len(items):
         (batch,) = loader.prefetch([(items, None)])
@@ -273,7 +274,7 @@ def _refuse_uneven(sampler: BatchSampler, ranks: Ranks) -> None:
 
 def _report_cache(storage: RemoteStorage, split: Split, sampler: BatchSampler, data: configs.Data) -> None:
     say(f"shards of {storage} are kept in {storage.cache}")
-    # What all streams shuffle at a time; each of several nodes reads only its part.
+    # The shards that all streams shuffle at a time; each of several nodes reads only its part.
     shards = min(len(split.info.shards), sampler.micro_batches_per_step * data.shuffle_window_shards)
     needed_gb = shards * max(shard.size_bytes for shard in split.info.shards) / 1e9
     if needed_gb > data.cache_gb:
@@ -285,11 +286,10 @@ def _report_cache(storage: RemoteStorage, split: Split, sampler: BatchSampler, d
 
 def _build_vocabulary(split: Split, config: Config) -> Vocabulary:
     with progress("reading captions", len(split), transient=True) as bar:
-        captions = (caption for item in _counted(range(len(split)), bar) for caption in split.captions(item))
-        return vocab.build(captions, config.data.min_count, config.data.max_vocab_size)
 
+        def captions() -> Iterator[str]:
+            for item in range(len(split)):
+                yield from split.captions(item)
+                bar.advance()
 
-def _counted(items: range, bar: Bar) -> Iterator[int]:
-    for item in items:
-        yield item
-        bar.advance()
+        return vocab.build(captions(), config.data.min_count, config.data.max_vocab_size)

@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 import msgspec
 
 Step: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=10**12)]
-"""Optimizer steps: as many as file names have room for."""
+"""Optimizer steps; file names have twelve digits."""
 
 
 @dataclass

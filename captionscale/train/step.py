@@ -23,7 +23,7 @@ from captionscale.train.schedule import lr_factor
 
 
 class StepResult(NamedTuple):
-    """What a step gives, still on the device."""
+    """Results of a step, still on the device."""
 
     loss: Float[Tensor, ""]
     """Over the micro-batches of all ranks."""
@@ -49,16 +49,15 @@ def micro_batch_loss(
         model: A captioner or an engine.
         target: Captions to make more or less likely.
         num_tokens: `Target.num_tokens`, summed over all micro-batches of the step.
-        label_smoothing: Of the cross-entropy.
-        cross_entropy_weight: Weight of references where there are sampled captions too.
+        label_smoothing: Probability spread over all words.
+        cross_entropy_weight: Weight of references; sampled captions have the rest.
         doubly_stochastic_weight: Weight of the penalty on uneven attention.
         sampling_prob: Probability of reading the model's own token (scheduled sampling).
     """
-    labels, rows = target.tokens[:, 1:], target.rows
+    labels = target.tokens[:, 1:]
     inputs = (target.images, target.input_tokens, target.lengths, target.image_index)
     logits, attention = model(*inputs, sampling_prob)
-    logits = mask_unsampleable_tokens(logits, target, rows)
-    losses = cross_entropy(logits, labels, label_smoothing, rows)
+    losses = cross_entropy(mask_unsampleable_tokens(logits, target), labels, label_smoothing, target.rows)
     if doubly_stochastic_weight and attention is not None:
         losses = losses + doubly_stochastic_weight * doubly_stochastic_penalty(attention, labels)
     return losses @ target.weights(num_tokens, cross_entropy_weight)
@@ -75,17 +74,10 @@ def training_step(
     flag: PreemptionFlag | None = None,
     after_micro_batch: Callable[[int, Batch], None] = lambda *_: None,
 ) -> StepResult:
-    """Take one optimizer step; all ranks call it.
+    """Take one of `steps` optimizer steps; all ranks call it.
 
-    Args:
-        engine: Holds the captioner and the optimizer.
-        objective: Gives each micro-batch its target.
-        batches: This rank's micro-batches, with their numbers within the step.
-        config: The experiment.
-        step: From 0; with the seed it determines all randomness.
-        steps: Of the whole run.
-        flag: Learns whether any rank was asked to stop when the step began.
-        after_micro_batch: Called after each backward pass.
+    `batches` are this rank's micro-batches with their numbers within the step. The seed and `step` (from 0)
+    determine all random numbers. `flag` is set if a rank was asked to stop before the step.
     """
     ranks, train = engine.ranks, config.train
     targets = objective.targets([(number, batch.to(ranks.device)) for number, batch in batches], step, ranks)

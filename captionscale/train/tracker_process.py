@@ -5,10 +5,11 @@ import os
 import select
 import sys
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TextIO, runtime_checkable
+from typing import Any
 
 import msgspec
 
@@ -17,23 +18,9 @@ from captionscale.files import atomic_write, read_file
 from captionscale.train.run_folder import LOG_FILE
 from captionscale.train.tracking import TRACKERS_FILE, flatten_scalars
 
-_PROJECT, _STEP = "captionscale", "step"
+_PROJECT = "captionscale"
 _POLL_S = 1.0
 _IDS = msgspec.json.Decoder(dict[str, str])
-
-
-@runtime_checkable
-class _Tracker(Protocol):
-    id: str
-    """Of the tracker's run, to continue it later."""
-    place: str
-    """URL or folder, if known."""
-
-    def log(self, step: int, points: Mapping[str, float]) -> None:
-        """Add a point to each curve; the step may be earlier than the last one."""
-
-    def finish(self) -> None:
-        """Flush and close."""
 
 
 class _Wandb:
@@ -41,7 +28,7 @@ class _Wandb:
         import wandb
 
         self.id = known or uuid.uuid4().hex[:8]
-        # No console to answer its questions; its system metrics are to be those of training.
+        # No console for its questions; its system metrics are those of training.
         options = {"console": "off", "silent": True, "x_stats_pid": os.getppid()}
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", _PROJECT),
@@ -53,11 +40,11 @@ class _Wandb:
             config=None if known else dict(settings),
         )
         # Its own step count cannot go back.
-        self._run.define_metric("*", step_metric=_STEP)
+        self._run.define_metric("*", step_metric="step")
         self.place = str(Path(self._run.dir).parent) if self._run.offline else self._run.url
 
     def log(self, step: int, points: Mapping[str, float]) -> None:
-        self._run.log({_STEP: step, **points})
+        self._run.log({"step": step, **points})
 
     def finish(self) -> None:
         self._run.finish()
@@ -84,103 +71,81 @@ class _MLflow:
         self._mlflow.end_run()
 
 
-_Factory = Callable[[Path, Mapping[str, Any], str | None], _Tracker]
-_KINDS: dict[str, _Factory] = {"wandb": _Wandb, "mlflow": _MLflow}
-
-
-class _Sink:
-    """A tracker, and counts of lines sent and lost."""
-
-    def __init__(self, name: str, tracker: _Tracker, run: Path, answers: TextIO):
-        self._name, self._tracker, self._run, self._answers = name, tracker, run, answers
-        self._lines = self._lost = 0
-
-    def log(self, step: int, points: Mapping[str, float]) -> None:
-        self._lines += 1
-        try:
-            self._tracker.log(step, points)
-        # Of the network, a server or a package.
-        except Exception as error:
-            self._lost += 1
-            if self._lost == 1:
-                _warn(self._answers, self._run, self._name, f"does not take step {step:,}", error)
-
-    def finish(self) -> None:
-        try:
-            self._tracker.finish()
-        except Exception as error:
-            _warn(self._answers, self._run, self._name, "cannot finish", error)
-        if self._lost:
-            text = f"warning: {self._name}: {self._lost:,} of {self._lines:,} lines are missing"
-            print(text, file=self._answers, flush=True)
+# Each has an id, to continue its run later, and a place: a URL or folder. Steps may be out of order.
+_TRACKERS: dict[str, type[_Wandb | _MLflow]] = {"wandb": _Wandb, "mlflow": _MLflow}
 
 
 def _serve() -> None:
     """Open the trackers named in the first line of standard input, and serve them until it ends."""
-    answers = subprocesses.serve()
+    output = subprocesses.serve()
     task = json.loads(sys.stdin.readline())
     run = Path(task["run"])
-    opened = [
-        _Sink(name, tracker, run, answers)
-        for name in task["names"]
-        if (tracker := _open(name, run, task["settings"], answers))
-    ]
+
+    def say(text: str) -> None:
+        print(text, file=output, flush=True)
+
+    def warn(what: str, error: BaseException) -> None:
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        say(f"warning: {what} ({found}); training continues, and {run / LOG_FILE} has all")
+
+    trackers: dict[str, _Wandb | _MLflow] = {}
+    num_lines, lost = 0, Counter[str]()
+    for name in task["names"]:
+        try:
+            trackers[name] = tracker = _open(name, run, task["settings"])
+        # `wandb` raises SystemExit where it cannot ask for a key.
+        except (Exception, SystemExit) as error:
+            warn(f"{name} cannot be reached", error)
+        else:
+            if tracker.place:
+                say(f"{name}: {tracker.place}")
     for step, points in _follow(run / LOG_FILE, task["start"]):
-        for sink in opened:
-            sink.log(step, points)
-    for sink in opened:
-        sink.finish()
+        num_lines += 1
+        for name, tracker in trackers.items():
+            try:
+                tracker.log(step, points)
+            # Of the network, a server or a package.
+            except Exception as error:
+                lost[name] += 1
+                if lost[name] == 1:
+                    warn(f"{name} does not take step {step:,}", error)
+    for name, tracker in trackers.items():
+        try:
+            tracker.finish()
+        except Exception as error:
+            warn(f"{name} cannot finish", error)
+        if lost[name]:
+            say(f"warning: {name}: {lost[name]:,} of {num_lines:,} lines are missing")
+
+
+def _open(name: str, run: Path, settings: Mapping[str, Any]) -> _Wandb | _MLflow:
+    """Continue a tracker's run, or start one."""
+    ids: dict[str, str] = {}
+    with suppress(FileNotFoundError, ValueError):
+        ids = parsing.decode(read_file(run / TRACKERS_FILE), _IDS)
+    tracker = _TRACKERS[name](run, settings, ids.get(name))
+    if tracker.id != ids.get(name):
+        with atomic_write(run / TRACKERS_FILE) as file:
+            file.write(json.dumps({**ids, name: tracker.id}, indent=1).encode())
+    return tracker
 
 
 def _follow(path: Path, start: int) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield step and points of each line of a log from a byte on, until standard input ends."""
     with path.open("rb") as file:
         file.seek(start)
-        ended = False
-        torn = b""
+        ended, rest = False, b""
         while True:
-            # Lines written before the end are read after it.
-            while line := torn + file.readline():
-                if not line.endswith(b"\n"):
-                    torn = line
-                    break
-                torn = b""
+            *lines, rest = (rest + file.read()).split(b"\n")
+            for line in lines:
                 values = json.loads(line)
                 step = values.pop("step")
                 if points := flatten_scalars(values):
                     yield step, points
+            # Lines written before the end are read after it.
             if ended:
                 return
             ended = bool(select.select([sys.stdin], [], [], _POLL_S)[0])
-
-
-def _open(name: str, run: Path, settings: Mapping[str, Any], answers: TextIO) -> _Tracker | None:
-    try:
-        ids = _ids(run)
-        tracker = _KINDS[name](run, settings, ids.get(name))
-        if tracker.id != ids.get(name):
-            with atomic_write(run / TRACKERS_FILE) as file:
-                file.write(json.dumps({**ids, name: tracker.id}, indent=1).encode())
-    # `wandb` raises SystemExit where it cannot ask for a key.
-    except (Exception, SystemExit) as error:
-        _warn(answers, run, name, "cannot be reached", error)
-        return None
-    if tracker.place:
-        print(f"{name}: {tracker.place}", file=answers, flush=True)
-    return tracker
-
-
-def _ids(run: Path) -> dict[str, str]:
-    """Return the known ids of this run."""
-    with suppress(FileNotFoundError, ValueError):
-        return parsing.decode(read_file(run / TRACKERS_FILE), _IDS)
-    return {}
-
-
-def _warn(answers: TextIO, run: Path, name: str, what: str, error: BaseException) -> None:
-    found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    text = f"warning: {name} {what} ({found}); training continues, and {run / LOG_FILE} has all"
-    print(text, file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -87,13 +87,13 @@ class Trackers:
         except subprocess.TimeoutExpired:
             self._warn(f"have not taken all within {_CLOSE_S:g} s and are ended")
             subprocesses.kill_tree(process)
-        # What it said last.
+        # Its last messages.
         self._thread.join(1)
 
     def _listen(self, process: "subprocess.Popen[str]") -> None:
         assert process.stdout is not None
-        with process.stdout as answers:
-            for line in answers:
+        with process.stdout as messages:
+            for line in messages:
                 say(credentials.strip(line.rstrip("\n")))
         code = process.wait()
         if code and not self._closing:

@@ -1,8 +1,8 @@
 """The watchdog names a stalled rank, with its step, shards and stack.
 
-A thread of each rank writes the state of its main thread to a common store, ten times in `train.stall_s`.
-When rank 0 stalls, it reads the states of the others to find the rank it waits for; rank 1 does so too, in
-case that is rank 0. Of a process that is stopped or gone, the last state is used.
+A thread of each rank writes the status of its main thread to a common store, ten times in `train.stall_s`.
+When rank 0 stalls, it reads the status of the others to find the rank that it waits for; rank 1 does so too,
+in case that is rank 0.
 """
 
 import json
@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from captionscale.data import loader, shard_cache
 from captionscale.distributed import engine, ranks
 from captionscale.distributed.ranks import Ranks
+from captionscale.files import append_lines
 from captionscale.progress import say
 from captionscale.train.generation import caption_split
 from captionscale.train.run_folder import STALLS_FILE
@@ -30,15 +31,15 @@ from captionscale.train.run_folder import STALLS_FILE
 _PACKAGE = str(Path(__file__).parents[1])
 _COLLECTIVE = (str(ranks.__file__), str(engine.__file__))
 _LOADER, _CACHE = str(loader.__file__), str(shard_cache.__file__)
-_END_AFTER = 10
+_EXIT_AFTER = 10
 """Times `train.stall_s`: a file system may recover after minutes, a dead peer never does."""
 _SILENT_AFTER = 4
-"""Readings without a new heartbeat."""
+"""Readings of an unchanged status."""
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """State of a rank."""
+    """Status of a rank."""
 
     rank: int
     host: str
@@ -54,11 +55,12 @@ class RankStatus:
     validating: bool
     stack: list[str]
     heartbeats: int
-    """Number of states written: clocks of two machines are not compared."""
-    silent: bool = field(default=False, kw_only=True)
+    """Number of times written: clocks of two machines are not compared."""
+    silent: bool = False
+    """It no longer writes its status."""
 
     def __str__(self) -> str:
-        found = "no sign of life" if self.silent else self.busy or "not moving"
+        found = "sends no heartbeat" if self.silent else self.busy or "makes no progress"
         return f"rank {self.rank} (process {self.pid} on {self.host}), step {self.step:,}: {found}"
 
 
@@ -66,40 +68,34 @@ class Watchdog:
     """Watches the main threads of all ranks while entered."""
 
     def __init__(self, run: Path, ranks: Ranks, stall_s: float, shards: Callable[[int, int], list[str]]):
-        """Prepare to watch.
-
-        Args:
-            run: Folder for `stalls.jsonl`.
-            ranks: This process and its peers.
-            stall_s: Seconds without a heartbeat after which a rank is stalled.
-            shards: Returns the names of the shards read in a step (from 0) by a rank.
-        """
-        self._path, self._rank, self._size = run / STALLS_FILE, ranks.rank, ranks.world_size
+        """Prepare to watch; `shards` returns the names of the shards that a rank reads in a step (from 0)."""
+        self._path, self._rank, self._world_size = run / STALLS_FILE, ranks.rank, ranks.world_size
         self._stall_s, self._shards = stall_s, shards
         self._main = threading.get_ident()
-        self._over = threading.Event()
-        self._moved, self._step, self._busy, self._number = time.monotonic(), 0, "", 0
-        self._heard: dict[int, tuple[int, int]] = {}
+        self._stop = threading.Event()
+        self._beat_at, self._step, self._busy, self._heartbeats = time.monotonic(), 0, "", 0
+        # Heartbeats of each other rank when last read, and how often they were read.
+        self._read: dict[int, tuple[int, int]] = {}
         self._store: TCPStore | None = None
 
     def __enter__(self) -> "Watchdog":
-        if self._size > 1:
+        if self._world_size > 1:
             # Its own connection: the main thread may hold the other one while it waits.
-            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self._store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=self._stall_s))
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self._store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=self._stall_s))
         self.beat(self._step)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stop.set()
         # Python ending a thread inside the store would abort the process (SIGABRT).
         self._thread.join(self._stall_s)
 
     def beat(self, step: int | None = None) -> None:
         """Record a heartbeat of the main thread, and the step (from 0) if it has changed."""
-        self._moved = time.monotonic()
+        self._beat_at = time.monotonic()
         if step is not None:
             self._step = step
 
@@ -112,116 +108,106 @@ class Watchdog:
         self.beat()
 
     def _watch(self) -> None:
-        told, looked = False, time.monotonic()
-        while not self._over.wait(self._stall_s / 10):
-            before, looked = looked, time.monotonic()
+        reported, now = False, time.monotonic()
+        while not self._stop.wait(self._stall_s / 10):
+            before, now = now, time.monotonic()
             # The whole process was suspended (Ctrl-Z, SLURM), or a download runs, which has its own timeout.
-            if looked - before > self._stall_s or self._downloads():
+            if now - before > self._stall_s or self._is_downloading():
                 self.beat()
-            mine = self._state()
+            own = self._status()
             try:
                 if self._store is not None:
-                    self._store.set(_key(self._rank), json.dumps(asdict(mine)))
+                    self._store.set(_key(self._rank), json.dumps(asdict(own)))
                 # From half the time on, to count the heartbeats of the others.
-                if self._rank > 1 or mine.stalled_s < self._stall_s / 2:
-                    self._heard, told = {}, False
+                if self._rank > 1 or own.stalled_s < self._stall_s / 2:
+                    self._read, reported = {}, False
                     continue
-                states = [mine, *self._others()]
+                statuses = [own, *self._others()]
             except RuntimeError:
                 return  # The store is gone: the run ends.
-            culprits = _blame(states, self._stall_s)
-            if self._over.is_set() or mine.stalled_s < self._stall_s or not culprits:
+            culprits = _blame(statuses, self._stall_s)
+            if self._stop.is_set() or own.stalled_s < self._stall_s or not culprits:
                 continue
-            if self._rank == 1 and not any(state.rank == 0 and state.silent for state in states):
+            if self._rank == 1 and not any(each.rank == 0 and each.silent for each in statuses):
                 continue
-            stalled_s = min([mine.stalled_s, *(state.stalled_s for state in culprits if not state.silent)])
-            # A file system may recover even then.
-            end = stalled_s > _END_AFTER * self._stall_s and not any(state.busy for state in culprits)
-            if end or not told:
-                self._tell(states, culprits, stalled_s, end)
-                told = True
-            if end:
+            stalled_s = min([own.stalled_s, *(each.stalled_s for each in culprits if not each.silent)])
+            # Long work may still end.
+            ends = stalled_s > _EXIT_AFTER * self._stall_s and not any(each.busy for each in culprits)
+            if ends or not reported:
+                self._report(statuses, culprits, stalled_s, ends)
+                reported = True
+            if ends:
                 # The launcher ends the others; nothing else ends a hanging main thread.
                 os._exit(1)
 
-    def _downloads(self) -> bool:
+    def _is_downloading(self) -> bool:
         """Return whether the main thread waits for images while another one downloads a shard."""
         threads = sys._current_frames()
         main = [name for name in _files(threads[self._main]) if name.startswith(_PACKAGE)]
         return main[:1] == [_LOADER] and any(_CACHE in _files(thread) for thread in threads.values())
 
-    def _state(self) -> RankStatus:
+    def _status(self) -> RankStatus:
         frames = traceback.extract_stack(sys._current_frames()[self._main])
         ours = [frame for frame in frames if frame.filename.startswith(_PACKAGE)]
         innermost = ours[-1] if ours else frames[-1]
         line = innermost.line or ""
-        waiting = innermost.filename in _COLLECTIVE or ".item()" in line or ".synchronize()" in line
-        validating = any(frame.name == caption_split.__name__ for frame in ours)
-        stack = [f"{Path(it.filename).name}:{it.lineno} in {it.name}: {it.line}" for it in frames[-12:]]
-        self._number += 1
-        still = time.monotonic() - self._moved
-        host = os.uname().nodename
+        self._heartbeats += 1
         return RankStatus(
-            self._rank,
-            host,
-            os.getpid(),
-            self._step + 1,
-            still,
-            self._busy,
-            waiting,
-            validating,
-            stack,
-            self._number,
+            rank=self._rank,
+            host=os.uname().nodename,
+            pid=os.getpid(),
+            step=self._step + 1,
+            stalled_s=time.monotonic() - self._beat_at,
+            busy=self._busy,
+            waiting=innermost.filename in _COLLECTIVE or ".item()" in line or ".synchronize()" in line,
+            validating=any(frame.name == caption_split.__name__ for frame in ours),
+            stack=[f"{Path(it.filename).name}:{it.lineno} in {it.name}: {it.line}" for it in frames[-12:]],
+            heartbeats=self._heartbeats,
         )
 
     def _others(self) -> Iterator[RankStatus]:
-        """Yield the last states of the other ranks, marked if they are silent."""
-        store = self._store
-        if store is None:
-            return
-        for rank in range(self._size):
-            if rank == self._rank or not store.check([_key(rank)]):
+        """Yield the last status of each other rank."""
+        for rank in range(self._world_size):
+            if self._store is None or rank == self._rank or not self._store.check([_key(rank)]):
                 continue
-            state = RankStatus(**json.loads(store.get(_key(rank))))
-            number, times = self._heard.get(rank, (0, 0))
-            times = times + 1 if number == state.heartbeats else 0
-            self._heard[rank] = state.heartbeats, times
-            yield RankStatus(**{**asdict(state), "silent": times >= _SILENT_AFTER})
+            status = RankStatus(**json.loads(self._store.get(_key(rank))))
+            heartbeats, times = self._read.get(rank, (0, 0))
+            times = times + 1 if heartbeats == status.heartbeats else 0
+            self._read[rank] = status.heartbeats, times
+            yield replace(status, silent=times >= _SILENT_AFTER)
 
-    def _tell(
-        self, states: list[RankStatus], culprits: list[RankStatus], stalled_s: float, end: bool
+    def _report(
+        self, statuses: list[RankStatus], culprits: list[RankStatus], stalled_s: float, ends: bool
     ) -> None:
-        lines = [f"captionscale: no progress for {stalled_s:,.0f} s:"]
-        stalled = []
-        for state in culprits:
-            shards = [] if state.validating else self._shards(state.step - 1, state.rank)
-            stalled.append({**asdict(state), "shards": shards})
+        lines, stalled = [f"captionscale: no progress for {stalled_s:,.0f} s:"], []
+        for each in culprits:
+            shards = [] if each.validating else self._shards(each.step - 1, each.rank)
+            stalled.append({**asdict(each), "shards": shards})
             reads = f"it reads {', '.join(shards)}" if shards else "it captions the validation split"
-            lines += [f"  {state}; {reads}; its stack:"]
-            lines += [f"    {line}" for line in state.stack]
-        waiting = sorted({state.rank for state in states} - {state.rank for state in culprits})
+            lines += [f"  {each}; {reads}; its stack:", *(f"    {line}" for line in each.stack)]
+        waiting = sorted({each.rank for each in statuses} - {each.rank for each in culprits})
         if waiting:
-            lines += [f"  waiting for it: ranks {', '.join(map(str, waiting))}"]
-        if end:
-            lines += ["  ending the run; the same command resumes from the last checkpoint"]
+            lines.append(f"  waiting for it: ranks {', '.join(map(str, waiting))}")
+        if ends:
+            lines.append("  ending the run; the same command resumes from the last checkpoint")
         say(*lines)
         record = {"time": time.time(), "stalled_s": stalled_s, "stalled": stalled, "waiting": waiting}
         # The cause may be a full disk.
-        with suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with suppress(OSError):
+            append_lines(self._path, json.dumps(record).encode())
 
 
-def _blame(states: list[RankStatus], stall_s: float) -> list[RankStatus]:
+def _blame(statuses: list[RankStatus], stall_s: float) -> list[RankStatus]:
     """Return the ranks that the others wait for; none while they progress or may be busy."""
-    if silent := [state for state in states if state.silent]:
+    if silent := [each for each in statuses if each.silent]:
         return silent
-    if any(state.busy for state in states):
-        return [state for state in states if state.busy and state.stalled_s >= _END_AFTER * stall_s]
+    if busy := [each for each in statuses if each.busy]:
+        return [each for each in busy if each.stalled_s >= _EXIT_AFTER * stall_s]
     # With steps queued on a device, waiting ranks are ahead of the one they wait for.
-    last = min(state.step for state in states)
-    behind = [state for state in states if state.step == last]
-    awaited = [state for state in behind if not state.waiting] or behind
-    return [state for state in awaited if state.stalled_s >= stall_s]
+    step = min(each.step for each in statuses)
+    behind = [each for each in statuses if each.step == step]
+    awaited = [each for each in behind if not each.waiting] or behind
+    return [each for each in awaited if each.stalled_s >= stall_s]
 
 
 def _files(thread: FrameType) -> list[str]:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captionscale.data.decode import FORMATS, ImageInfo, decode_image, decode_pil, image_info
+from captionscale.data.decode import FORMATS, ImageInfo, decode_image, image_info
 from captionscale.errors import UserError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
-# What Pillow does to an upright picture so that the orientation of the key turns it back.
+# What Pillow does to an upright image so that the orientation of the key turns it back.
 STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,6 +25,12 @@ STORED = {
     8: Image.Transpose.ROTATE_270,
 }
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+
+
+def decode_pil(data: bytes, place: str) -> Image.Image:
+    return Image.fromarray(decode_image(data, place))
+
+
 # Every way to read an image; the last reads no further than the header.
 WHOLE_READS: list[Callable[[bytes, str], Any]]
 WHOLE_READS = [decode_image, decode_pil, lambda data, place: image_info(data, place, full_decode=True)]
@@ -55,10 +61,10 @@ def by_pillow(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def photographs() -> list[bytes]:
+def real_jpegs() -> list[bytes]:
     files = sorted((SHARED / "coco_sample").glob("*2017/*.jpg"))
     if not files:
-        pytest.skip("needs ../shared/data beside the checkout")
+        pytest.skip("needs ../shared/data next to the checkout")
     return [file.read_bytes() for file in files]
 
 
@@ -71,7 +77,7 @@ def fate(read: Callable[[], Any]) -> Any:
 
 
 def far(first: Image.Image, second: Image.Image) -> float:
-    """Return the mean difference of two pictures, in steps of 256."""
+    """Return the mean difference of two images, in steps of 256."""
     assert first.mode == second.mode == "RGB"
     assert first.size == second.size
     return float(np.abs(np.asarray(first, float) - np.asarray(second, float)).mean())
@@ -92,7 +98,7 @@ def far(first: Image.Image, second: Image.Image) -> float:
         ("GIF", "gif", {}),
     ],
 )
-def test_every_format_looks_the_same_and_has_its_extension(
+def test_every_format_has_the_same_pixels_and_its_extension(
     kind: str, name: str, options: dict[str, Any]
 ) -> None:
     # Once, asking Pillow for MPO by name made it refuse all that is no JPEG.
@@ -104,7 +110,7 @@ def test_every_format_looks_the_same_and_has_its_extension(
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("orientation", [1, *STORED])
-def test_a_picture_is_turned_the_way_up_that_its_exif_orientation_says(kind: str, orientation: int) -> None:
+def test_an_image_is_turned_upright_by_its_exif_orientation(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = quarters()
@@ -120,10 +126,10 @@ def test_the_orientation_is_found_in_xmp_and_behind_other_segments_and_fill_byte
     exif[0x0112] = 6
     stored = quarters().transpose(STORED[6])
     turned = encode(stored, "JPEG", exif=exif)
-    colours_first = turned[:2] + b"\xff\xe2\x00\x04\xff\xda" + turned[2:]
+    colors_first = turned[:2] + b"\xff\xe2\x00\x04\xff\xda" + turned[2:]
     filled = turned[:2] + b"\xff\xff" + turned[2:]
     xmp = encode(stored, "JPEG", xmp=b'<rdf:Description tiff:Orientation="6"/>')
-    for data in (turned, colours_first, filled, xmp):
+    for data in (turned, colors_first, filled, xmp):
         assert far(decode_pil(data, "here"), quarters()) < 5
         assert image_info(data, "here", full_decode=False) == ImageInfo(64, 48, "jpg")
 
@@ -132,7 +138,7 @@ def test_the_orientation_is_found_in_xmp_and_behind_other_segments_and_fill_byte
 @pytest.mark.parametrize(
     "exif", [b"no TIFF", b"MM", b"MM\0*\0\0\0\x08", b"MM\0*\0\0\0\x08\0\1\1\x12\0\2\0\0\0\2x"]
 )
-def test_exif_that_cannot_be_read_costs_no_picture(kind: str, exif: bytes) -> None:
+def test_exif_that_cannot_be_read_loses_no_image(kind: str, exif: bytes) -> None:
     # Once, a PNG or WebP whose EXIF was damaged was refused, though its pixels were whole.
     data = encode(quarters(), kind, exif=b"Exif\0\0" + exif)
     with warnings.catch_warnings(action="ignore"):
@@ -141,25 +147,25 @@ def test_exif_that_cannot_be_read_costs_no_picture(kind: str, exif: bytes) -> No
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("L", "JPEG"), ("1", "PNG"), ("LA", "PNG")])
-def test_grey_becomes_the_same_grey_in_three_channels(mode: str, kind: str) -> None:
-    grey = Image.linear_gradient("L")
-    stored = grey.convert(mode)
+def test_gray_becomes_three_equal_channels(mode: str, kind: str) -> None:
+    gray = Image.linear_gradient("L")
+    stored = gray.convert(mode)
     assert far(decode_pil(encode(stored, kind), "here"), stored.convert("L").convert("RGB")) < 1
 
 
-def test_grey_of_sixteen_bits_is_scaled_and_not_cut_off() -> None:
-    grey = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    found = np.asarray(decode_pil(encode(Image.fromarray(grey), "PNG"), "here"))
-    np.testing.assert_array_equal(found, np.repeat(np.uint8(grey >> 8)[:, :, None], 3, axis=2))
+def test_sixteen_bit_gray_is_scaled_not_clipped() -> None:
+    gray = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    found = np.asarray(decode_pil(encode(Image.fromarray(gray), "PNG"), "here"))
+    np.testing.assert_array_equal(found, np.repeat(np.uint8(gray >> 8)[:, :, None], 3, axis=2))
 
 
-def test_a_palette_and_the_colours_of_print_become_the_colours_that_they_stand_for() -> None:
+def test_palette_and_cmyk_become_rgb() -> None:
     assert far(decode_pil(encode(quarters().quantize(4), "PNG"), "here"), quarters()) < 0.01
     assert far(decode_pil(encode(quarters().convert("CMYK"), "JPEG", quality=95), "here"), quarters()) < 3
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("P", "PNG"), ("RGBA", "GIF")])
-def test_what_is_transparent_shows_white(mode: str, kind: str) -> None:
+def test_transparent_pixels_become_white(mode: str, kind: str) -> None:
     image = quarters().convert("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 32, 24))
     stored = image.quantize(8) if mode == "P" else image
@@ -169,7 +175,7 @@ def test_what_is_transparent_shows_white(mode: str, kind: str) -> None:
     assert far(decode_pil(encode(stored, kind, **options), "here"), expected) < 0.01
 
 
-def test_half_of_a_colour_is_mixed_with_white() -> None:
+def test_half_transparent_colors_are_mixed_with_white() -> None:
     image = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     assert decode_pil(encode(image, "PNG"), "here").getpixel((1, 1)) == (255, 127, 127)
 
@@ -178,7 +184,7 @@ def test_half_of_a_colour_is_mixed_with_white() -> None:
     "data",
     [
         b"",
-        b"no picture",
+        b"not an image",
         b"\xff\xd8\xff",
         b"<svg xmlns='http://www.w3.org/2000/svg'/>",
         encode(quarters(), "TIFF"),
@@ -189,7 +195,7 @@ def test_half_of_a_colour_is_mixed_with_white() -> None:
     ],
     ids=["empty", "text", "three bytes", "svg", "tiff", "avif", "heic", "html", "pdf"],
 )
-def test_what_is_no_picture_of_a_known_format_is_refused_by_its_place(data: bytes) -> None:
+def test_a_file_of_an_unknown_format_is_refused_with_its_place(data: bytes) -> None:
     for read in READS:
         with pytest.raises(UserError) as caught:
             read(data, "some/where.jpg")
@@ -215,7 +221,7 @@ def test_half_of_a_file_is_refused_in_every_format(kind: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [100, 200, 300])
-def test_a_picture_of_absurdly_many_pixels_is_refused(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_of_absurdly_many_pixels_is_refused(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("PNG", "JPEG"):
         data = encode(noise(20, 20), kind)
         for read in READS:
@@ -231,19 +237,19 @@ def test_a_picture_of_absurdly_many_pixels_is_refused(limit: int, monkeypatch: p
 ALONE = """
 import sys
 from PIL import Image
-from captionscale.data.decode import decode_pil
+from captionscale.data.decode import decode_image
 from captionscale.errors import UserError
 bomb, odd = (bytes.fromhex(word) for word in sys.stdin.read().split())
-print(decode_pil(odd, "odd").size)
+print(decode_image(odd, "odd").shape)
 Image.MAX_IMAGE_PIXELS = 300
 try:
-    decode_pil(bomb, "bomb")
+    decode_image(bomb, "bomb")
 except UserError as error:
     print(error)
 """
 
 
-def test_a_bomb_is_refused_and_damaged_exif_is_not_talked_about_outside_of_tests_too() -> None:
+def test_a_bomb_is_refused_and_damaged_exif_gives_no_warning_in_a_fresh_process() -> None:
     bomb = encode(noise(20, 20), "PNG")
     odd = encode(noise(8, 8), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01")
     found = subprocess.run(
@@ -253,13 +259,13 @@ def test_a_bomb_is_refused_and_damaged_exif_is_not_talked_about_outside_of_tests
         text=True,
         check=True,
     )
-    assert found.stdout.startswith("(8, 8)\nbomb: more than 300 pixels")
+    assert found.stdout.startswith("(8, 8, 3)\nbomb: more than 300 pixels")
     assert found.stderr == ""
 
 
-def test_decoding_leaves_the_filters_of_warnings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_does_not_change_warning_filters(monkeypatch: pytest.MonkeyPatch) -> None:
     # Once, each decode set filters and put them back: threads put back each other's, so that after some
-    # thousand pictures a process ignored all that torch had to say.
+    # thousand images a process ignored all warnings of torch.
     before, during = warnings.filters, []
     really_open = Image.open
 
@@ -275,7 +281,7 @@ def test_decoding_leaves_the_filters_of_warnings_alone(monkeypatch: pytest.Monke
 
 def test_a_bomb_is_refused_by_its_header_alone() -> None:
     small = encode(noise(16, 16), "JPEG")
-    # A frame's height and width stand five bytes behind its marker.
+    # A frame's height and width are five bytes behind its marker.
     at = small.index(b"\xff\xc0") + 5
     data = small[:at] + (65000).to_bytes(2) * 2 + small[at + 4 :]
     for read in READS:
@@ -306,8 +312,8 @@ def test_a_jpeg_has_the_pixels_that_pillow_gives_it(
     np.testing.assert_array_equal(decode_image(data, "here"), by_pillow(data))
 
 
-def test_photographs_have_the_pixels_that_pillow_gives_them() -> None:
-    for data in photographs():
+def test_real_jpegs_have_the_pixels_that_pillow_gives_them() -> None:
+    for data in real_jpegs():
         found = decode_image(data, "here")
         np.testing.assert_array_equal(found, by_pillow(data))
         assert (
@@ -318,7 +324,7 @@ def test_photographs_have_the_pixels_that_pillow_gives_them() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
-def test_of_several_frames_the_first_is_taken(kind: str) -> None:
+def test_the_first_of_several_frames_is_decoded(kind: str) -> None:
     data = encode(quarters(), kind, save_all=True, append_images=[noise(64, 48), noise(64, 48)])
     assert far(decode_pil(data, "here"), quarters()) < 5
     assert image_info(data, "here", full_decode=True) == ImageInfo(64, 48, kind.lower())
@@ -347,7 +353,7 @@ def test_bytes_behind_a_jpeg_and_between_its_segments_do_no_harm() -> None:
 
 
 def test_a_harmless_warning_does_not_hide_that_the_rest_is_missing() -> None:
-    # libjpeg tells its first warning alone.
+    # libjpeg reports its first warning only.
     whole = encode(noise(64, 48), "JPEG").replace(b"JFIF\0\1\1", b"JFIF\0\x09\1")
     for stop in (len(whole) // 2, len(whole) - 2):
         for read in WHOLE_READS:
@@ -357,7 +363,7 @@ def test_a_harmless_warning_does_not_hide_that_the_rest_is_missing() -> None:
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_missing_pixels_are_noticed_even_if_the_file_has_an_end(progressive: bool) -> None:
-    # Pillow fills up with grey what a broken download lacks.
+    # Pillow fills up with gray what a broken download lacks.
     whole = encode(noise(64, 48), "JPEG", progressive=progressive)
     half = len(whole) * 2 // 3
     for data in (whole[:half] + b"\xff\xd9", whole[:half] + bytes(len(whole) - half)):
@@ -383,9 +389,7 @@ def test_broken_pixels_are_noticed_where_libjpeg_notices_them() -> None:
     "options", [{}, {"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": 2}], ids=str
 )
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_look_at_the_whole_refuses_exactly_what_cannot_be_decoded(
-    mode: str, options: dict[str, Any]
-) -> None:
+def test_a_full_decode_refuses_exactly_what_cannot_be_decoded(mode: str, options: dict[str, Any]) -> None:
     whole = encode(noise(37, 29).convert(mode), "JPEG", **options)
     draw = np.random.default_rng(0)
     fates = []
@@ -402,18 +406,18 @@ def test_a_look_at_the_whole_refuses_exactly_what_cannot_be_decoded(
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_look_at_the_whole_refuses_half_of_a_file(kind: str) -> None:
+def test_a_full_decode_refuses_half_of_a_file(kind: str) -> None:
     data = encode(noise(40, 30), kind)
     with pytest.raises(UserError, match="here: not a readable image"):
         image_info(data[: len(data) // 2], "here", full_decode=True)
 
 
-def test_a_look_at_the_header_reads_no_further() -> None:
+def test_the_info_without_decoding_reads_only_the_header() -> None:
     data = encode(noise(40, 30), "JPEG")
     assert image_info(data[: len(data) // 2 + 300], "here", full_decode=False) == ImageInfo(40, 30, "jpg")
 
 
-def test_a_look_at_an_ordinary_jpeg_does_without_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_info_of_an_ordinary_jpeg_does_not_need_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     # It takes 8 microseconds so, and 40 to 100 with Pillow's parser.
     profile = {"icc_profile": bytes(500), "comment": "of a camera"}
     kinds = [{}, profile, {"progressive": True}, {"restart_marker_blocks": 2}]

@@ -77,7 +77,7 @@ def items(*numbers: int) -> np.ndarray:
     return np.array(numbers)
 
 
-# ---- pictures
+# ---- images
 
 
 def test_the_same_items_and_epoch_give_the_same_bytes(packed: Path, loader: Loader) -> None:
@@ -89,36 +89,45 @@ def test_the_same_items_and_epoch_give_the_same_bytes(packed: Path, loader: Load
     other.close()
 
 
-def test_a_picture_does_not_depend_on_the_batch_that_it_is_in(loader: Loader) -> None:
+def test_an_image_does_not_depend_on_its_batch(loader: Loader) -> None:
     numbers = items(9, 30, 2, 41)
     batch = fetch(loader, numbers, 1)
     for row, item in enumerate(numbers.tolist()):
         assert torch.equal(batch.images[row], fetch(loader, items(item), 1).images[0])
 
 
-def test_another_epoch_seed_or_item_is_augmented_otherwise(packed: Path, loader: Loader) -> None:
+def test_another_epoch_seed_or_item_is_augmented_differently(packed: Path, loader: Loader) -> None:
     other = load(packed, seed=1)
     views = [fetch(loader, items(5), epoch).images for epoch in range(4)] + [fetch(other, items(5), 0).images]
     assert len({view.numpy().tobytes() for view in views}) == 5
     other.close()
 
 
-def test_without_an_epoch_each_picture_is_its_centre(loader: Loader) -> None:
+def test_without_an_epoch_images_are_center_crops(loader: Loader) -> None:
     numbers = items(4, 17, 33)
     batch = fetch(loader, numbers, None)
     assert batch.images.dtype == torch.uint8
     for view, item in zip(batch.images, numbers.tolist(), strict=True):
-        picture = decode.decode_image(loader.split.image(item), "here")
-        np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), transforms.center_crop(picture, SIZE))
+        image = decode.decode_image(loader.split.image(item), "here")
+        np.testing.assert_array_equal(view.permute(1, 2, 0).numpy(), transforms.center_crop(image, SIZE))
 
 
-def test_without_augmentation_an_epoch_shows_the_centres_too(packed: Path, loader: Loader) -> None:
+def test_images_are_resized_as_the_encoder_declares(loader: Loader) -> None:
+    cubic = Loader(loader.split, loader.vocabulary, loader.data, interpolation="bicubic")
+    image = decode.decode_image(loader.split.image(4), "here")
+    view = fetch(cubic, items(4), None).images[0].permute(1, 2, 0).numpy()
+    np.testing.assert_array_equal(view, transforms.center_crop(image, SIZE, "bicubic"))
+    assert not same(fetch(cubic, items(4), 0), fetch(loader, items(4), 0))
+    cubic.close()
+
+
+def test_without_augmentation_an_epoch_has_center_crops_too(packed: Path, loader: Loader) -> None:
     plain = load(packed, crop_scale=(1, 1), flip=False, color_jitter=0)
     assert same(fetch(plain, items(1, 2), 3), fetch(loader, items(1, 2), None))
     plain.close()
 
 
-def test_rotation_is_a_part_of_augmentation_and_leaves_validation_alone(packed: Path, loader: Loader) -> None:
+def test_rotation_is_for_training_only(packed: Path, loader: Loader) -> None:
     turned = load(packed, rotate=20.0)
     assert not torch.equal(fetch(turned, items(5), 0).images, fetch(loader, items(5), 0).images)
     assert same(fetch(turned, items(5), 0), fetch(turned, items(5), 0))
@@ -126,7 +135,7 @@ def test_rotation_is_a_part_of_augmentation_and_leaves_validation_alone(packed: 
     turned.close()
 
 
-def test_with_features_a_batch_holds_those_of_its_images_and_no_image_is_read(
+def test_with_cached_features_a_batch_has_them_and_no_image_is_read(
     loader: Loader, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     numbers = items(40, 3, 3, 17)
@@ -166,7 +175,7 @@ print(own, torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before)
 """
 
 
-def test_threads_that_decode_have_none_of_torchs_besides_and_leave_the_others_theirs(packed: Path) -> None:
+def test_decoding_threads_use_one_torch_thread_and_others_keep_theirs(packed: Path) -> None:
     # Those of each would fight for the cores with those of all others.
     found = subprocess.run(
         [sys.executable, "-c", ALONE, packed],
@@ -180,7 +189,7 @@ def test_threads_that_decode_have_none_of_torchs_besides_and_leave_the_others_th
     assert added == "2"
 
 
-def test_pixels_lie_in_memory_as_convolutions_want_them(loader: Loader) -> None:
+def test_pixels_are_channels_last_in_memory(loader: Loader) -> None:
     batch = fetch(loader, items(1, 2, 3), 0)
     assert batch.images.shape == (3, 3, SIZE, SIZE)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -205,7 +214,7 @@ def test_every_image_comes_with_all_its_captions(which: str, request: pytest.Fix
     assert list(zip(batch.image_index.tolist(), decoded, strict=True)) == said
 
 
-def test_tokens_are_start_words_end_and_padding_and_no_longer_than_need_be(ragged: Loader) -> None:
+def test_tokens_are_start_words_end_and_as_little_padding_as_possible(ragged: Loader) -> None:
     batch = fetch(ragged, np.arange(len(ragged.split)), None)
     longest = 0
     for row in batch.tokens.tolist():
@@ -217,7 +226,7 @@ def test_tokens_are_start_words_end_and_padding_and_no_longer_than_need_be(ragge
     assert batch.tokens.shape[1] == longest == MAX_WORDS + 2
 
 
-def test_words_are_all_that_is_to_be_predicted_the_ends_too(loader: Loader, ragged: Loader) -> None:
+def test_targets_are_words_and_end_tokens(loader: Loader, ragged: Loader) -> None:
     for each in (loader, ragged):
         numbers = np.arange(min(8, len(each.split)))
         captions = [caption for item in numbers.tolist() for caption in each.split.captions(item)]
@@ -237,7 +246,7 @@ def test_a_word_that_the_vocabulary_lacks_is_unknown(loader: Loader) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 50])
-def test_reading_ahead_gives_the_batches_of_fetch_in_their_order(loader: Loader, depth: int) -> None:
+def test_prefetch_yields_the_batches_in_order(loader: Loader, depth: int) -> None:
     random = np.random.default_rng(1)
     requests = [(random.integers(48, size=random.integers(1, 6)), epoch) for epoch in (0, 0, None, 1, 1, 2)]
     found = list(loader.prefetch(requests, depth))
@@ -246,7 +255,7 @@ def test_reading_ahead_gives_the_batches_of_fetch_in_their_order(loader: Loader,
         assert same(batch, fetch(loader, numbers, epoch))
 
 
-def test_reading_ahead_asks_for_no_more_than_its_depth(loader: Loader) -> None:
+def test_prefetch_requests_no_more_than_its_depth(loader: Loader) -> None:
     asked = 0
 
     def requests() -> Iterator[tuple[np.ndarray, int]]:

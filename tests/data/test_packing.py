@@ -21,8 +21,8 @@ import webdataset
 from PIL import Image
 
 from captionscale.data import manifest
-from captionscale.data.packing import REJECTED, PackOptions, first_image_id, pack
-from captionscale.data.shard_writer import read_rejected
+from captionscale.data.packing import PackOptions, first_image_id, pack
+from captionscale.data.shard_writer import REJECTED, read_rejected
 from captionscale.data.shards import Split
 from captionscale.data.sources import coco
 from captionscale.data.sources.record import Record
@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def spoilt(records: list[Record], number: int, file: Path) -> list[Record]:
+def with_file(records: list[Record], number: int, file: Path) -> list[Record]:
     """Return records of which one has another file."""
     bad = replace(records[number], source=str(file.parent), name=file.name)
     return [*records[:number], bad, *records[number + 1 :]]
@@ -106,7 +106,7 @@ def test_tars_are_those_that_webdataset_would_have_written(packed: Path, tmp_pat
 
 
 @streaming
-def test_webdataset_decodes_every_kind_of_picture_by_its_name(tmp_path: Path) -> None:
+def test_webdataset_decodes_every_image_format_by_its_name(tmp_path: Path) -> None:
     # Once, only JPEGs could be packed: Pillow refused all others.
     pixels = np.random.default_rng(0).integers(256, size=(20, 30, 3), dtype=np.uint8)
     names = ("a.jpg", "b.png", "c.webp", "d.gif", "e.bmp", "JPEG called.png")
@@ -132,7 +132,7 @@ def test_webdataset_decodes_every_kind_of_picture_by_its_name(tmp_path: Path) ->
             assert np.shape(sample[extension]) == (20, 30, 3)
 
 
-def test_the_manifest_says_what_was_packed_from_what(synthetic_coco: Path, packed: Path) -> None:
+def test_the_manifest_records_counts_and_sources(synthetic_coco: Path, packed: Path) -> None:
     found = manifest.read(packed)
     assert found.format == manifest.FORMAT
     assert str(found.images) == "original"
@@ -194,7 +194,7 @@ def test_any_number_of_workers_writes_the_same_bytes(
     assert contents(tmp_path) == contents(packed)
 
 
-def test_shrunk_images_have_the_side_that_was_asked_for(synthetic_coco: Path, tmp_path: Path) -> None:
+def test_resized_images_have_the_requested_side(synthetic_coco: Path, tmp_path: Path) -> None:
     records = records_of(synthetic_coco, "val")
     for workers in (1, 2):
         out = tmp_path / str(workers)
@@ -236,8 +236,8 @@ def test_an_unreadable_image_is_left_out_and_written_down(
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(damage(records[number].read()))
     out = tmp_path / "shards"
-    pack(spoilt(records, number, bad), out, sources=[], options=replace(SMALL, max_rejected=0.03))
-    (rejected,) = read_rejected((out / REJECTED).read_bytes(), "")
+    pack(with_file(records, number, bad), out, sources=[], options=replace(SMALL, max_rejected=0.03))
+    (rejected,) = read_rejected(out)
     assert (rejected.image_id, rejected.file, rejected.split) == (records[number].image_id, str(bad), "train")
     assert rejected.reason.startswith("not a readable image (")
     split = Split(out, "train")
@@ -249,7 +249,7 @@ def test_an_unreadable_image_is_left_out_and_written_down(
     assert verify(out).problems == []
 
 
-def test_more_unreadable_images_than_allowed_are_refused_and_can_be_mended(
+def test_more_unreadable_images_than_allowed_are_refused_and_can_be_repaired(
     synthetic_coco: Path, packed: Path, tmp_path: Path
 ) -> None:
     records = records_of(synthetic_coco, "train")
@@ -266,9 +266,7 @@ def test_more_unreadable_images_than_allowed_are_refused_and_can_be_mended(
     with pytest.raises(UserError, match=expected):
         pack(moved, out, sources=[source], options=SMALL)
     assert not (out / manifest.MANIFEST).exists()
-    assert [image.image_id for image in read_rejected((out / REJECTED).read_bytes(), "")] == [
-        records[30].image_id
-    ]
+    assert [image.image_id for image in read_rejected(out)] == [records[30].image_id]
     (folder / records[30].name).write_bytes(records[30].read())
     pack(moved, out, sources=[source], options=SMALL)
     assert not (out / REJECTED).exists()
@@ -277,7 +275,7 @@ def test_more_unreadable_images_than_allowed_are_refused_and_can_be_mended(
 
 
 def test_a_missing_image_is_named(synthetic_coco: Path, tmp_path: Path) -> None:
-    records = spoilt(records_of(synthetic_coco, "val"), 5, tmp_path / "gone.jpg")
+    records = with_file(records_of(synthetic_coco, "val"), 5, tmp_path / "gone.jpg")
     with pytest.raises(UserError, match=r"gone\.jpg: cannot be read \(No such file"):
         pack(records, tmp_path / "shards", sources=[])
 
@@ -290,7 +288,7 @@ def test_headers_alone_show_less_but_the_same_shards(
     assert (tmp_path / "whole" / "val-00000.tar").read_bytes() == (packed / "val-00000.tar").read_bytes()
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(records[2].read()[:-40])
-    pack(spoilt(records, 2, bad), tmp_path / "cut", sources=[], options=PackOptions(full_decode=False))
+    pack(with_file(records, 2, bad), tmp_path / "cut", sources=[], options=PackOptions(full_decode=False))
     (problem,) = verify(tmp_path / "cut", deep=True).problems
     assert f"image {records[2].image_id}: not a readable image" in problem
 
@@ -355,7 +353,7 @@ def test_one_folder_stores_images_in_one_way(synthetic_coco: Path, tmp_path: Pat
         pack(records_of(synthetic_coco, "test"), tmp_path, sources=[], options=PackOptions(short_side=32))
 
 
-def test_shards_that_lost_their_manifest_are_not_written_over(synthetic_coco: Path, tmp_path: Path) -> None:
+def test_shards_that_lost_their_manifest_are_not_overwritten(synthetic_coco: Path, tmp_path: Path) -> None:
     # Once, packing another split then made a new manifest, and the first split was orphaned.
     pack(records_of(synthetic_coco, "val"), tmp_path, sources=[])
     (tmp_path / manifest.MANIFEST).unlink()
@@ -366,7 +364,7 @@ def test_shards_that_lost_their_manifest_are_not_written_over(synthetic_coco: Pa
     assert contents(tmp_path) == before
 
 
-def test_another_packer_at_work_is_told_and_not_disturbed(synthetic_coco: Path, tmp_path: Path) -> None:
+def test_a_folder_that_another_process_packs_is_refused(synthetic_coco: Path, tmp_path: Path) -> None:
     out = tmp_path / "shards"
     with lock(out, "captionscale pack"):
         with pytest.raises(UserError, match=f"in use by captionscale pack, process {os.getpid()} on"):
@@ -376,9 +374,7 @@ def test_another_packer_at_work_is_told_and_not_disturbed(synthetic_coco: Path, 
     assert verify(out).problems == []
 
 
-def test_images_without_ids_are_counted_on_from_those_that_are_there(
-    synthetic_coco: Path, tmp_path: Path
-) -> None:
+def test_images_without_ids_are_numbered_after_packed_ones(synthetic_coco: Path, tmp_path: Path) -> None:
     def counted(split: str) -> list[Record]:
         start = first_image_id(tmp_path, [split])
         return [replace(it, image_id=start + k) for k, it in enumerate(records_of(synthetic_coco, split))]
@@ -426,7 +422,7 @@ def test_a_tar_of_which_only_the_last_bytes_do_not_fit_is_an_error(
     assert not list(out.glob("*.tar*"))
 
 
-def test_a_disk_that_fails_is_not_taken_for_a_bad_image(
+def test_a_disk_that_fails_is_not_reported_as_a_bad_image(
     synthetic_coco: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records, read = records_of(synthetic_coco, "val"), Record.read
@@ -446,7 +442,7 @@ def test_a_disk_that_fails_is_not_taken_for_a_bad_image(
     assert len(Split(tmp_path, "val")) == 8
 
 
-def test_what_changed_since_a_killed_call_is_packed_anew(synthetic_coco: Path, tmp_path: Path) -> None:
+def test_what_changed_since_a_killed_call_is_packed_again(synthetic_coco: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "images", tmp_path / "shards"
     folder.mkdir()
     records = [replace(record, source=str(folder)) for record in records_of(synthetic_coco, "val")]
@@ -463,7 +459,7 @@ def test_what_changed_since_a_killed_call_is_packed_anew(synthetic_coco: Path, t
     assert Split(out, "val").image(1) == records[6].read()
 
 
-def test_a_finished_tar_that_was_cut_since_is_written_anew(synthetic_coco: Path, tmp_path: Path) -> None:
+def test_a_finished_tar_that_was_cut_since_is_written_again(synthetic_coco: Path, tmp_path: Path) -> None:
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
@@ -495,19 +491,19 @@ def test_a_first_image_that_was_rejected_does_not_shift_the_numbers_of_the_next_
         assert start == 1
         records = [replace(it, image_id=start + k) for k, it in enumerate(records_of(synthetic_coco, "val"))]
         options = PackOptions(max_rejected=0.5)
-        pack(spoilt(records, 0, bad), tmp_path / "shards", sources=[], options=options)
+        pack(with_file(records, 0, bad), tmp_path / "shards", sources=[], options=options)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "folder"])
-def test_what_is_no_file_is_left_out_at_once(synthetic_coco: Path, tmp_path: Path, kind: str) -> None:
+def test_a_pipe_or_folder_is_rejected_at_once(synthetic_coco: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "bad.jpg"
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
-    records = spoilt(records_of(synthetic_coco, "val"), 3, path)
+    records = with_file(records_of(synthetic_coco, "val"), 3, path)
     made = pack(records, tmp_path / "shards", sources=[], options=PackOptions(max_rejected=0.5))
     assert made.splits["val"].rejected == 1
 
 
-def test_sources_of_one_name_are_told_apart(synthetic_coco: Path, tmp_path: Path) -> None:
+def test_sources_of_one_name_are_distinguished(synthetic_coco: Path, tmp_path: Path) -> None:
     for folder in ("a/tars", "b/tars"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "0.tar").write_text(folder)
@@ -575,8 +571,8 @@ def test_a_pack_killed_at_ten_random_moments_gives_the_bytes_of_an_unkilled_one(
     for _ in range(10):
         running = start()
         # Once it has begun to write; with luck, in the middle of a shard.
-        shards = len(list(out.glob(".packing/*.npz")))
-        while running.poll() is None and len(list(out.glob(".packing/*.npz"))) <= min(shards, 21):
+        shards = len(list(out.glob(".packing/*.json")))
+        while running.poll() is None and len(list(out.glob(".packing/*.json"))) <= min(shards, 21):
             time.sleep(0.001)
         time.sleep(random.random() * 0.005)
         running.send_signal(signal.SIGKILL)
@@ -611,7 +607,7 @@ def test_what_a_killed_call_left_is_finished_by_no_other_call(synthetic_coco: Pa
     assert verify(tmp_path).problems == []
 
 
-def test_a_killed_worker_is_told_and_the_same_call_goes_on(synthetic_coco: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_reported_and_the_same_call_resumes(synthetic_coco: Path, tmp_path: Path) -> None:
     def kill(_: int) -> None:
         for child in multiprocessing.active_children():
             child.kill()
@@ -622,6 +618,6 @@ def test_a_killed_worker_is_told_and_the_same_call_goes_on(synthetic_coco: Path,
         UserError, match=r"a worker process was killed or could not start, .* run the same command again"
     ):
         pack(train, tmp_path, sources=[], options=options, progress=kill)
-    assert list(tmp_path.glob(".packing/*.npz"))
+    assert list(tmp_path.glob(".packing/*.json"))
     pack(train, tmp_path, sources=[], options=options)
     assert verify(tmp_path).problems == []

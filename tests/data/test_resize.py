@@ -8,7 +8,7 @@ import simplejpeg
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from captionscale.data.decode import FORMATS, decode_image, decode_pil
+from captionscale.data.decode import FORMATS, decode_image
 from captionscale.data.resize import resize_image, resize_to_jpeg
 from captionscale.errors import UserError
 
@@ -16,7 +16,7 @@ SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def drawn(width: int, height: int) -> Image.Image:
-    """Return a picture of smooth colours with a hard edge."""
+    """Return an image of smooth colors with a hard edge."""
     y, x = np.mgrid[:height, :width]
     image = np.stack([x * 255 // width, y * 255 // height, (x + y) % 97 * 2], axis=2).astype(np.uint8)
     image[height // 3 : height // 2, width // 4 : width // 2] = (255, 0, 40)
@@ -57,19 +57,19 @@ def smaller(data: bytes, side: int) -> bytes:
         ((40, 30), (1, 1)),
     ],
 )
-@pytest.mark.parametrize("picture", [drawn, noise])
-def test_scaled_pixels_are_those_of_pillow(picture, old: tuple[int, int], new: tuple[int, int]) -> None:
-    image = picture(*old)
+@pytest.mark.parametrize("make", [drawn, noise])
+def test_resized_pixels_equal_pillows(make, old: tuple[int, int], new: tuple[int, int]) -> None:
+    image = make(*old)
     # Width first: of a tall image Pillow itself takes the height first, and clips other overshoots.
     wide = image.resize((new[0], old[1]), Image.Resampling.BICUBIC)
     expected = np.asarray(wide.resize(new, Image.Resampling.BICUBIC))
     assert psnr(resize_image(np.array(image), new[1], new[0]), expected) > 60
 
 
-def test_scaled_photographs_are_those_of_pillow() -> None:
+def test_resized_real_images_equal_pillows() -> None:
     files = sorted((SHARED / "coco_sample").glob("*2017/*.jpg"))[::5]
     if not files:
-        pytest.skip("needs ../shared/data beside the checkout")
+        pytest.skip("needs ../shared/data next to the checkout")
     for file in files:
         image = decode_image(file.read_bytes(), str(file))
         for side in (64, 224, 256):
@@ -78,7 +78,7 @@ def test_scaled_photographs_are_those_of_pillow() -> None:
                 assert psnr(resize_image(image, *expected.shape[:2]), expected) > 60
 
 
-def test_scaling_does_not_depend_on_the_number_of_threads() -> None:
+def test_resizing_does_not_depend_on_the_number_of_threads() -> None:
     image, before = np.array(noise(300, 200)), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -96,16 +96,16 @@ def test_scaling_does_not_depend_on_the_number_of_threads() -> None:
     "size",
     [(640, 480), (480, 640), (65, 64), (64, 65), (65, 65), (500, 333), (333, 500), (65, 2001), (67, 131)],
 )
-def test_the_shorter_side_is_as_asked_and_the_longer_one_as_pillow_rounds_it(size: tuple[int, int]) -> None:
-    picture = drawn(*size)
+def test_the_shorter_side_is_as_requested_and_the_longer_one_as_in_pillow(size: tuple[int, int]) -> None:
+    image = drawn(*size)
     for side in (1, 2, 63, 64):
-        found = decode_pil(smaller(encode(picture, "PNG"), side), "here")
+        found = Image.fromarray(decode_image(smaller(encode(image, "PNG"), side), "here"))
         assert min(found.size) == side
-        assert found.size == ImageOps.cover(picture, (side, side)).size
+        assert found.size == ImageOps.cover(image, (side, side)).size
 
 
 @pytest.mark.parametrize("quality", [1, 75, 90, 95, 100])
-def test_the_result_is_a_jpeg_of_the_quality_with_halved_colours(quality: int) -> None:
+def test_the_result_is_a_420_jpeg_of_the_given_quality(quality: int) -> None:
     data = encode(drawn(100, 80), "PNG")
     found = resize_to_jpeg(data, "here", side=40, quality=quality)
     assert simplejpeg.decode_jpeg_header(found) == (40, 50, "YCbCr", "420")
@@ -113,12 +113,12 @@ def test_the_result_is_a_jpeg_of_the_quality_with_halved_colours(quality: int) -
     assert Image.open(io.BytesIO(found)).quantization == Image.open(io.BytesIO(reference)).quantization
 
 
-def test_the_result_shows_what_training_would_have_seen() -> None:
+def test_the_result_has_the_pixels_that_training_reads() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     glass = drawn(200, 150).convert("RGBA")
     glass.putalpha(Image.linear_gradient("L").resize((200, 150)))
-    grey = Image.fromarray(np.arange(200 * 150, dtype=np.uint16).reshape(150, 200) * 2)
+    gray = Image.fromarray(np.arange(200 * 150, dtype=np.uint16).reshape(150, 200) * 2)
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     kinds = [
         encode(drawn(200, 150), "JPEG", quality=95),
@@ -127,7 +127,7 @@ def test_the_result_shows_what_training_would_have_seen() -> None:
         encode(drawn(200, 150), "MPO", save_all=True, append_images=[noise(200, 150)], quality=95),
         encode(drawn(200, 150).convert("L"), "JPEG"),
         encode(drawn(200, 150).convert("CMYK"), "JPEG"),
-        encode(grey, "PNG"),
+        encode(gray, "PNG"),
         encode(glass, "PNG"),
         encode(glass.quantize(64), "PNG"),
         encode(drawn(200, 150), "PNG", save_all=True, append_images=[noise(200, 150)]),
@@ -138,7 +138,7 @@ def test_the_result_shows_what_training_would_have_seen() -> None:
     ]
     for data in kinds:
         found = smaller(data, 100)
-        expected = ImageOps.cover(decode_pil(data, "here"), (100, 100))
+        expected = ImageOps.cover(Image.fromarray(decode_image(data, "here")), (100, 100))
         shown = Image.open(io.BytesIO(found))
         assert psnr(np.asarray(shown.convert("RGB")), np.asarray(expected)) > 25
         assert shown.info.keys().isdisjoint({"exif", "icc_profile", "xmp"})
@@ -157,12 +157,12 @@ def test_an_image_too_thin_for_a_jpeg_keeps_its_bytes() -> None:
         data = encode(Image.new("RGB", size), "PNG")
         assert smaller(data, 64) == data
     longest = smaller(encode(Image.new("RGB", (65, 66500)), "PNG"), 64)
-    assert decode_pil(longest, "here").size == (64, 65477)
+    assert decode_image(longest, "here").shape == (65477, 64, 3)
 
 
 @pytest.mark.parametrize("side", [16, 64])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_damaged_image_is_refused_be_it_small_or_large(kind: str, side: int) -> None:
+def test_a_damaged_image_of_any_size_is_refused(kind: str, side: int) -> None:
     data = encode(noise(40, 30), kind)
     for broken in (data[: len(data) // 2], b"", b"<html></html>"):
         with pytest.raises(UserError, match="here: not a readable image"):

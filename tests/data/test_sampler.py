@@ -75,7 +75,7 @@ def test_an_epoch_has_no_more_steps_than_its_samples_need() -> None:
         assert order.steps_per_epoch == -(-sum(order.shard_sizes) // order.global_batch)
 
 
-def test_a_step_is_the_same_whichever_steps_were_asked_for_before() -> None:
+def test_a_step_is_the_same_whichever_steps_were_read_before() -> None:
     order = BatchSampler((16, 16, 9), seed=1, global_batch=8, micro_batch=4, shuffle_window=2)
     steps = range(4 * order.steps_per_epoch)
     forwards = {step: order.micro_batches(step, 1, 2)[0][1].tolist() for step in steps}
@@ -116,7 +116,7 @@ def test_samples_are_shuffled_but_never_out_of_their_window_of_shards() -> None:
 
 
 def test_the_order_of_a_small_run_is_the_one_that_older_checkpoints_were_trained_in() -> None:
-    # A run that goes on with another version must not read a sample twice.
+    # A run that resumes with another version must not read a sample twice.
     order = BatchSampler((3, 4, 2), seed=7, global_batch=4, micro_batch=2, shuffle_window=2)
     two_epochs = [[items.tolist() for _, items in order.micro_batches(step, 0, 1)] for step in range(6)]
     assert two_epochs == [

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from blake3 import blake3
 
-from captionscale.data import shard_cache as room
+from captionscale.data import shard_cache
 from captionscale.data.manifest import Shard
 from captionscale.data.shard_cache import ShardCache
 from captionscale.errors import UserError
@@ -60,7 +60,7 @@ def origin() -> Origin:
 
 
 def cache_of(folder: Path, shards: float) -> ShardCache:
-    """A cache with room for so many shards."""
+    """A cache for so many shards."""
     return ShardCache(folder, shards * SIZE / 1e9)
 
 
@@ -73,7 +73,7 @@ def held(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix != ".lock"}
 
 
-def test_a_shard_is_brought_once_and_named_by_its_content(tmp_path: Path, origin: Origin) -> None:
+def test_a_shard_is_downloaded_once_and_named_by_its_hash(tmp_path: Path, origin: Origin) -> None:
     # A past bug of webdataset (its issue 238): one name for all cached shards, so that training saw one.
     for _ in range(2):
         cache = cache_of(tmp_path / "made" / "if need be", 8)
@@ -83,7 +83,7 @@ def test_a_shard_is_brought_once_and_named_by_its_content(tmp_path: Path, origin
     assert set(held(cache.folder)) == {f"{shard.blake3}.tar" for shard in SHARDS}
 
 
-def test_threads_that_want_one_shard_bring_it_once(tmp_path: Path, origin: Origin) -> None:
+def test_threads_that_read_one_shard_download_it_once(tmp_path: Path, origin: Origin) -> None:
     cache = cache_of(tmp_path, 8)
 
     def slow(path: Path) -> None:
@@ -100,7 +100,7 @@ def test_the_bound_holds_whatever_is_read_and_the_least_recently_used_make_way(
     tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # File systems may count time in milliseconds; what is used here follows closer.
-    monkeypatch.setattr(room, "_SAME_USE_S", -1.0)
+    monkeypatch.setattr(shard_cache, "_SAME_USE_S", -1.0)
     clock = iter(range(1, 10**6))
     utime = os.utime
     monkeypatch.setattr(os, "utime", lambda path: utime(path, (0, next(clock))))
@@ -114,7 +114,7 @@ def test_the_bound_holds_whatever_is_read_and_the_least_recently_used_make_way(
         assert set(held(tmp_path)) == {f"{SHARDS[each].blake3}.tar" for each in recent[-3:]}
 
 
-def test_threads_keep_to_a_bound_that_holds_one_shard(tmp_path: Path, origin: Origin) -> None:
+def test_threads_keep_to_the_size_of_one_shard(tmp_path: Path, origin: Origin) -> None:
     cache = cache_of(tmp_path, 1)
 
     with ThreadPoolExecutor(4) as pool:
@@ -126,7 +126,7 @@ def test_threads_keep_to_a_bound_that_holds_one_shard(tmp_path: Path, origin: Or
 def test_a_shard_in_use_is_not_removed_and_the_error_names_bound_and_need(
     tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_WAIT_FOR_ROOM_S", 0.3)
+    monkeypatch.setattr(shard_cache, "_WAIT_FOR_SPACE_S", 0.3)
     cache = cache_of(tmp_path, 2)
     expected = (
         rf"{tmp_path}: 2,000 bytes are in use and train-00000.tar needs 1,000 more,"
@@ -140,7 +140,7 @@ def test_a_shard_in_use_is_not_removed_and_the_error_names_bound_and_need(
     assert set(held(tmp_path)) == {f"{SHARDS[number].blake3}.tar" for number in (1, 2)}
 
 
-def test_who_finds_no_room_waits_for_it(tmp_path: Path, origin: Origin) -> None:
+def test_a_full_cache_is_waited_for(tmp_path: Path, origin: Origin) -> None:
     cache = cache_of(tmp_path, 1)
     with ThreadPoolExecutor(1) as pool:
         with cache.open(SHARDS[0], origin.of(0)):
@@ -163,7 +163,7 @@ def test_a_bound_smaller_than_a_shard_is_refused_at_once(tmp_path: Path, origin:
 
 
 @pytest.mark.parametrize("damage", [b"", CONTENT[0][:-1], CONTENT[0] + b"\0"])
-def test_a_shard_of_another_size_is_brought_anew(tmp_path: Path, origin: Origin, damage: bytes) -> None:
+def test_a_shard_of_another_size_is_downloaded_again(tmp_path: Path, origin: Origin, damage: bytes) -> None:
     cache = cache_of(tmp_path, 8)
     read(cache, 0, origin.of(0))
     cache.path(SHARDS[0]).write_bytes(damage)
@@ -171,7 +171,7 @@ def test_a_shard_of_another_size_is_brought_anew(tmp_path: Path, origin: Origin,
     assert origin.asked == [0, 0]
 
 
-def test_a_removed_shard_or_folder_is_brought_anew(tmp_path: Path, origin: Origin) -> None:
+def test_a_removed_shard_or_folder_is_downloaded_again(tmp_path: Path, origin: Origin) -> None:
     cache = cache_of(tmp_path / "cache", 8)
     with cache.open(SHARDS[0], origin.of(0)) as first:
         shutil.rmtree(cache.folder)
@@ -179,7 +179,7 @@ def test_a_removed_shard_or_folder_is_brought_anew(tmp_path: Path, origin: Origi
     assert origin.asked == [0, 0]
 
 
-def test_files_of_others_are_left_alone(tmp_path: Path, origin: Origin) -> None:
+def test_foreign_files_are_kept(tmp_path: Path, origin: Origin) -> None:
     others = ["train-00000.tar", "notes.tmp", f"{SHARDS[0].blake3}.tar.bak", f"{'A' * 64}.tar"]
     for name in others:
         (tmp_path / name).write_bytes(bytes(SIZE))
@@ -207,10 +207,10 @@ def test_a_failed_download_leaves_nothing(tmp_path: Path, origin: Origin, error:
     assert read(cache, 0, origin.of(0)) == CONTENT[0]
 
 
-def test_a_killed_download_blocks_nobody_and_a_running_one_is_not_removed(
+def test_a_killed_download_blocks_no_other_and_a_running_one_is_not_removed(
     tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "_WAIT_FOR_ROOM_S", 0.3)
+    monkeypatch.setattr(shard_cache, "_WAIT_FOR_SPACE_S", 0.3)
     command = [sys.executable, "-c", DIE_IN_A_DOWNLOAD, str(tmp_path), SHARDS[0].blake3]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -229,7 +229,7 @@ def test_a_killed_download_blocks_nobody_and_a_running_one_is_not_removed(
 
 
 @pytest.mark.parametrize("locks", [True, False])
-def test_old_left_overs_are_removed_even_where_there_is_room(
+def test_old_left_overs_are_removed_even_with_free_space(
     tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch, locks: bool
 ) -> None:
     if not locks:
@@ -249,7 +249,7 @@ def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", refuse)
 
 
-def test_without_locks_the_bound_holds_and_a_young_download_is_left_alone(
+def test_without_locks_the_limit_is_kept_and_a_recent_download_is_not_removed(
     tmp_path: Path, origin: Origin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_locks(monkeypatch)
@@ -262,7 +262,7 @@ def test_without_locks_the_bound_holds_and_a_young_download_is_left_alone(
     assert running.exists()
 
 
-def test_a_file_or_a_folder_in_the_way_is_told(tmp_path: Path, origin: Origin) -> None:
+def test_a_file_or_a_folder_in_the_way_is_reported(tmp_path: Path, origin: Origin) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(
         UserError, match=r"/file.*: Not a directory; expected a folder that can keep .* data.cache"
@@ -276,7 +276,7 @@ def test_a_file_or_a_folder_in_the_way_is_told(tmp_path: Path, origin: Origin) -
 
 
 @pytest.mark.parametrize("name", ["", "../../" + "a" * 58, "A" * 64, "a" * 64 + "\n", "ä" * 64])
-def test_a_name_from_a_damaged_manifest_leads_nowhere(tmp_path: Path, origin: Origin, name: str) -> None:
+def test_a_hash_from_a_damaged_manifest_is_no_path(tmp_path: Path, origin: Origin, name: str) -> None:
     with pytest.raises(UserError, match=r"^train-00000.tar: blake3 .* in the manifest is not one;"):
         cache_of(tmp_path, 8).open(Shard("train-00000.tar", SIZE, name, 1), origin.of(0)).__enter__()
     assert held(tmp_path) == {}
@@ -343,7 +343,7 @@ def test_users_who_may_write_the_folder_share_it(
         f"{SHARDS[1].blake3}.tar": 4002,
     }
     # With the sticky bit nobody removes what is another's; the bound holds nonetheless.
-    monkeypatch.setattr(room, "_WAIT_FOR_ROOM_S", 0.1)
+    monkeypatch.setattr(shard_cache, "_WAIT_FOR_SPACE_S", 0.1)
     other = as_user(4001, 4000, lambda: read(cache_of(folder, 1), 2, origin.of(2)))
     assert (other, sum(held(folder).values())) == (1 if mode & 0o1000 else 0, SIZE)
 
@@ -364,7 +364,7 @@ def test_locks_that_an_older_version_made_are_used_by_others(meeting_place: Path
 
 @pytest.mark.parametrize(("folder_mode", "file_mode"), [(0o700, 0o600), (0o755, 0o644), (0o775, 0o664)])
 @pytest.mark.parametrize("umask", [0o000, 0o077])
-def test_files_have_the_rights_of_the_folder(
+def test_files_have_the_permissions_of_the_folder(
     tmp_path: Path, origin: Origin, folder_mode: int, file_mode: int, umask: int
 ) -> None:
     tmp_path.chmod(folder_mode)

@@ -112,7 +112,7 @@ def test_a_damaged_manifest_is_refused(tmp_path: Path, content: str) -> None:
         ("{", "Extra data"),
     ],
 )
-def test_a_manifest_that_lost_a_line_says_which(copy: Path, line: str, expected: str) -> None:
+def test_a_manifest_that_lost_a_line_is_refused_with_its_key(copy: Path, line: str, expected: str) -> None:
     lines = (copy / MANIFEST).read_text().splitlines()
     at = next(k for k, text in enumerate(lines) if line in text)
     (copy / MANIFEST).write_text("\n".join(lines[:at] + lines[at + 1 :]))

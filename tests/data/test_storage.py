@@ -49,7 +49,7 @@ for number in map(int, order.split(",")):
 
 
 class Server(ThreadingHTTPServer):
-    """Gives the files of a folder over HTTP, in the ways that it was told to."""
+    """Gives the files of a folder over HTTP, in configurable ways."""
 
     daemon_threads = True
     # A client that leaves in the middle is no news.
@@ -167,7 +167,7 @@ def test_a_file_stays_open_for_the_thread_that_reads_it_whatever_others_open(
     assert found == [CONTENT[number][100:108] for number in numbers]
 
 
-def test_a_folder_tells_a_shard_that_is_missing_of_another_size_or_not_a_file(folder: Path) -> None:
+def test_a_shard_that_is_missing_of_another_size_or_not_a_file_is_refused(folder: Path) -> None:
     place = open_storage(str(folder))
     path = folder / SHARDS[0].name
     path.write_bytes(b"half")
@@ -188,7 +188,7 @@ def test_a_folder_tells_a_shard_that_is_missing_of_another_size_or_not_a_file(fo
 # ---- HTTP
 
 
-def test_a_download_that_takes_its_time_says_how_far_it_is_by_the_first_rank_alone(
+def test_a_slow_download_shows_progress_on_the_first_rank_only(
     server: Server, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SHORT_S", 0.0)
@@ -215,7 +215,7 @@ def test_over_http_everything_is_as_in_the_folder_and_a_shard_travels_once(
 @pytest.mark.parametrize(
     "faults", [["503", "503"], ["truncated"], ["reset", "429"], ["flipped", "truncated"]]
 )
-def test_what_passes_is_tried_again(server: Server, tmp_path: Path, faults: list[str]) -> None:
+def test_a_temporary_fault_is_retried(server: Server, tmp_path: Path, faults: list[str]) -> None:
     server.faults = list(faults)
     place = open_storage(server.url, tmp_path)
     assert place.pread(SHARDS[0], 0, SIZE) == CONTENT[0]
@@ -235,7 +235,7 @@ def test_what_passes_is_tried_again(server: Server, tmp_path: Path, faults: list
         ("404", 1, r"missing, manifest says 200,000 bytes; copy it again"),
     ],
 )
-def test_what_does_not_pass_is_told_and_nothing_is_kept(
+def test_a_lasting_fault_is_an_error_and_nothing_is_kept(
     server: Server, tmp_path: Path, fault: str, asked: int, expected: str
 ) -> None:
     server.faults = [fault] * 9
@@ -258,7 +258,7 @@ def test_another_file_under_the_name_of_a_shard_is_not_taken(server: Server, tmp
     assert cached(tmp_path) == set()
 
 
-def test_a_silent_server_is_given_up(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_server_times_out(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "_SILENCE_S", 0.5)
     server.faults = ["silent"] * 4
     with pytest.raises(UserError, match=r"manifest.json: cannot be read \(FSTimeoutError\)"):
@@ -287,7 +287,7 @@ def test_a_login_of_netrc_is_used(server: Server, tmp_path: Path, monkeypatch: p
         ("://", "cannot be read ("),
     ],
 )
-def test_a_url_that_leads_nowhere_is_told(
+def test_a_url_that_leads_nowhere_is_refused(
     url: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "_WAITS_S", ())
@@ -297,12 +297,12 @@ def test_a_url_that_leads_nowhere_is_told(
     assert "\n" not in str(error.value)
 
 
-def test_tls_that_cannot_be_trusted_is_told(server: Server, tmp_path: Path) -> None:
+def test_tls_that_cannot_be_trusted_is_refused(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^https://.*/manifest.json: cannot be read \(Client.*SSL"):
         open_storage(server.url.replace("http://", "https://"), tmp_path).fetch("manifest.json")
 
 
-def test_a_missing_package_is_told_on_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_on_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(
         UserError, match=r"^gs://bucket/coco: no package that reads gs://.*captionscale\[remote\]"
@@ -310,9 +310,7 @@ def test_a_missing_package_is_told_on_opening(tmp_path: Path, monkeypatch: pytes
         open_storage("gs://bucket/coco", tmp_path)
 
 
-def test_what_rotted_on_the_disk_is_downloaded_anew_by_those_who_compare(
-    server: Server, tmp_path: Path
-) -> None:
+def test_verify_downloads_a_damaged_shard_again(server: Server, tmp_path: Path) -> None:
     place = open_storage(server.url, tmp_path)
     assert place.pread(SHARDS[0], 5, 1) == CONTENT[0][5:6]
     path = tmp_path / f"{SHARDS[0].blake3}.tar"
@@ -322,7 +320,7 @@ def test_what_rotted_on_the_disk_is_downloaded_anew_by_those_who_compare(
     assert place.pread(SHARDS[0], 0, SIZE) == CONTENT[0]
 
 
-def test_neither_the_room_nor_a_folder_needs_fsspec(folder: Path) -> None:
+def test_neither_the_cache_nor_a_folder_needs_fsspec(folder: Path) -> None:
     script = f"""
 import sys
 from captionscale.data.storage import open_storage
@@ -335,9 +333,9 @@ assert not {{"fsspec", "aiohttp", "s3fs"}} & set(sys.modules)
 # ---- several processes
 
 
-def read_elsewhere(server: Server, cache: Path, order: str, room_for: float = 9) -> subprocess.Popen[bytes]:
+def read_elsewhere(server: Server, cache: Path, order: str, max_shards: float = 9) -> subprocess.Popen[bytes]:
     names = [shard.blake3 for shard in SHARDS]
-    arguments = [server.url, str(cache), str(room_for * SIZE / 1e9), order, *names]
+    arguments = [server.url, str(cache), str(max_shards * SIZE / 1e9), order, *names]
     command = [sys.executable, "-c", READ, *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -347,7 +345,7 @@ def parts(order: str) -> bytes:
     return b"".join(whole[:10] + whole[150_000:150_010] for whole in wholes)
 
 
-def test_a_fork_reads_on(server: Server, tmp_path: Path) -> None:
+def test_a_forked_process_can_read(server: Server, tmp_path: Path) -> None:
     place = open_storage(server.url, tmp_path)
     assert place.pread(SHARDS[0], 0, SIZE) == CONTENT[0]
     child = os.fork()
@@ -361,7 +359,7 @@ def test_a_fork_reads_on(server: Server, tmp_path: Path) -> None:
     assert server.asked["/coco/train-00000.tar"] == 1
 
 
-def test_processes_share_a_cache_that_holds_all(server: Server, tmp_path: Path) -> None:
+def test_processes_share_a_cache_that_fits_all_shards(server: Server, tmp_path: Path) -> None:
     orders = ["0,1,2,3", "3,2,1,0", "0,2,1,3"]
     others = [read_elsewhere(server, tmp_path, order) for order in orders]
     for other, order in zip(others, orders, strict=True):
@@ -370,9 +368,9 @@ def test_processes_share_a_cache_that_holds_all(server: Server, tmp_path: Path) 
     assert cached(tmp_path) == {f"{shard.blake3}.tar" for shard in SHARDS}
 
 
-def test_processes_share_a_cache_that_holds_less_than_the_data(server: Server, tmp_path: Path) -> None:
+def test_processes_share_a_cache_smaller_than_the_data(server: Server, tmp_path: Path) -> None:
     orders = [",".join(map(str, np.random.default_rng(seed).integers(4, size=60))) for seed in range(3)]
-    others = [read_elsewhere(server, tmp_path, order, room_for=3.2) for order in orders]
+    others = [read_elsewhere(server, tmp_path, order, max_shards=3.2) for order in orders]
     largest = 0
     while any(other.poll() is None for other in others):
         # Nothing comes or goes while we hold this lock; what changes its name meanwhile is counted once.
@@ -392,10 +390,10 @@ def test_a_process_killed_in_a_download_leaves_the_next_one_undisturbed(
     server: Server, tmp_path: Path
 ) -> None:
     server.faults = ["slow"]
-    other = read_elsewhere(server, tmp_path, "0", room_for=1)
+    other = read_elsewhere(server, tmp_path, "0", max_shards=1)
     while not any(path.stat().st_size for path in tmp_path.glob("*.tmp")):
         time.sleep(0.01)
-    waiting = read_elsewhere(server, tmp_path, "0,1", room_for=1)
+    waiting = read_elsewhere(server, tmp_path, "0,1", max_shards=1)
     time.sleep(0.5)
     other.kill()
     other.communicate()
@@ -403,9 +401,7 @@ def test_a_process_killed_in_a_download_leaves_the_next_one_undisturbed(
     assert cached(tmp_path) == {f"{SHARDS[1].blake3}.tar"}
 
 
-def test_ctrl_c_in_a_download_ends_it_at_once_and_nobody_else_complains(
-    server: Server, tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_a_download_at_once_without_other_messages(server: Server, tmp_path: Path) -> None:
     server.faults = ["slow"]
     other = read_elsewhere(server, tmp_path, "0")
     while not any(path.stat().st_size for path in tmp_path.glob("*.tmp")):
@@ -418,7 +414,7 @@ def test_ctrl_c_in_a_download_ends_it_at_once_and_nobody_else_complains(
     assert cached(tmp_path) == set()
 
 
-def test_a_full_disk_is_told_and_nothing_is_left(server: Server, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_nothing_is_left(server: Server, tmp_path: Path) -> None:
     script = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))" + READ
     arguments = [server.url, str(tmp_path), "1", "0", *(shard.blake3 for shard in SHARDS)]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
@@ -445,7 +441,7 @@ def test_over_s3_everything_is_as_in_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("s3")
-def test_a_bucket_or_a_shard_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_bucket_or_a_shard_that_is_missing_is_reported(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         open_storage("s3://no-such-bucket/coco", tmp_path).fetch("manifest.json")
     shard = Shard("val-00000.tar", SIZE, SHARDS[0].blake3, 1)
@@ -464,7 +460,7 @@ def test_damage_on_s3_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("s3")
-def test_missing_credentials_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = READ.partition("shards =")[0] + "place.fetch('manifest.json')"
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     command = [sys.executable, "-c", script, "s3://bucket/data/coco", str(tmp_path), "1", ""]

@@ -11,7 +11,8 @@ import pytest
 from blake3 import blake3
 
 from captionscale.data.manifest import MANIFEST
-from captionscale.data.packing import REJECTED, PackOptions, pack
+from captionscale.data.packing import PackOptions, pack
+from captionscale.data.shard_writer import REJECTED
 from captionscale.data.shards import Split
 from captionscale.data.sources import coco
 from captionscale.data.sources.record import Record
@@ -55,7 +56,7 @@ def forge(folder: Path, split: str, change: Callable[[dict[str, Any]], None] = l
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_good_shards_verify_without_a_word(packed: Path, workers: int) -> None:
+def test_good_shards_have_no_problems_and_no_notes(packed: Path, workers: int) -> None:
     seen: list[int] = []
     found = verify(packed, deep=True, workers=workers, progress=seen.append)
     assert (found.problems, found.notes) == ([], [])
@@ -103,7 +104,7 @@ def test_two_images_that_were_swapped_are_named_each_with_the_other(copy: Path) 
     path, size = copy / "train-00000.tar", [len(split.image(item)) for item in range(16)]
     small, large = sorted((2, 9), key=lambda item: size[item])
     data, index = bytearray(path.read_bytes()), np.load(copy / "train.index.npy")
-    # Swapped with the size in the index mended, as a careless script would.
+    # Swapped with the size in the index corrected, as a careless script would.
     start = place(copy, "train", large, "image").start
     data[start : start + size[small]] = split.image(small)
     data[place(copy, "train", small, "image")] = split.image(large)[: size[small]]
@@ -171,7 +172,7 @@ def test_a_duplicated_id_is_named(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("column", ["image_id", "captions", "width"])
-def test_an_index_that_says_something_else_than_its_samples_is_found(copy: Path, column: str) -> None:
+def test_an_index_that_differs_from_its_samples_is_found(copy: Path, column: str) -> None:
     index = np.load(copy / "train.index.npy")
     index[column][20] += 1000
     np.save(copy / "train.index.npy", index)
@@ -188,7 +189,7 @@ def test_numbers_that_the_manifest_has_wrong_are_found(copy: Path) -> None:
     assert "0 images of split 'val', manifest says 1" in found[0]
 
 
-def test_all_damage_is_told_at_once(copy: Path) -> None:
+def test_all_damage_is_reported_at_once(copy: Path) -> None:
     flip(copy / "train-00000.tar", place(copy, "train", 0, "image").start)
     flip(copy / "train-00002.tar", place(copy, "train", 40, "image").start)
     (copy / "test-00000.tar").unlink()
@@ -228,7 +229,7 @@ def test_an_image_twice_in_one_split_is_a_note(synthetic_coco: Path, tmp_path: P
     ]
 
 
-def test_an_unfinished_pack_beside_a_split_is_to_be_ended(synthetic_coco: Path, tmp_path: Path) -> None:
+def test_an_unfinished_pack_next_to_a_split_is_to_be_finished(synthetic_coco: Path, tmp_path: Path) -> None:
     def stop(_: int) -> None:
         raise KeyboardInterrupt
 
@@ -236,7 +237,7 @@ def test_an_unfinished_pack_beside_a_split_is_to_be_ended(synthetic_coco: Path, 
     with pytest.raises(KeyboardInterrupt):
         pack(records_of(synthetic_coco, "train"), tmp_path, sources=[], progress=stop)
     (problem,) = verify(tmp_path).problems
-    assert "train-00000.tar: the manifest does not name it; end that pack, or" in problem
+    assert "train-00000.tar: the manifest does not name it; finish that pack, or" in problem
 
 
 def test_without_a_manifest_there_is_nothing_to_verify(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 CHANGES = ("train.epochs=1", "train.clip_norm=0.3", "train.save_every=1", "train.keep_checkpoints=3")
 
 
-def test_the_model_computes_in_the_run_s_precision() -> None:
+def test_the_forward_pass_has_the_precision_of_the_run() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(4, 64)
     outputs = {}
@@ -37,7 +37,7 @@ def test_the_model_computes_in_the_run_s_precision() -> None:
     assert 1e-4 < (outputs["bf16"] - outputs["fp32"]).abs().max() < 1e-1
 
 
-def test_the_gradient_is_clipped_to_its_greatest_norm() -> None:
+def test_the_gradient_is_clipped_to_the_maximum_norm() -> None:
     layer = nn.Linear(3, 1, bias=False)
     before = layer.weight.detach().clone()
     with Ranks() as ranks:
@@ -48,7 +48,7 @@ def test_the_gradient_is_clipped_to_its_greatest_norm() -> None:
     assert layer.weight.grad is None
 
 
-def test_a_run_whose_steps_fp16_has_left_out_so_far_goes_on_without_memory() -> None:
+def test_a_run_whose_steps_fp16_has_all_skipped_resumes_without_optimizer_state() -> None:
     layer = nn.Linear(3, 1)
     with Ranks() as ranks:
         engine = Engine(ranks, layer, torch.optim.AdamW(layer.parameters()), 1.0)
@@ -90,7 +90,7 @@ def _expect_the_same(run: Path, alone: Path) -> None:
     ]
 
 
-def test_two_ranks_of_zero_end_with_the_weights_losses_and_memory_of_one_process(
+def test_two_ranks_of_zero_have_the_weights_losses_and_optimizer_state_of_one_process(
     alone: Path, packed: Path, tmp_path: Path
 ) -> None:
     join_all(start_training(2, tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run", **_zero(1)))
@@ -98,7 +98,7 @@ def test_two_ranks_of_zero_end_with_the_weights_losses_and_memory_of_one_process
 
 
 @pytest.mark.usefixtures("forked")
-def test_a_run_moves_from_zero_2_on_two_ranks_to_one_process_and_back_as_if_nothing_had_been(
+def test_a_run_resumes_from_zero_2_in_one_process_and_back_with_the_same_result(
     alone: Path, packed: Path, tmp_path: Path
 ) -> None:
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
@@ -116,7 +116,7 @@ def test_a_run_moves_from_zero_2_on_two_ranks_to_one_process_and_back_as_if_noth
     _expect_the_same(run, alone)
 
 
-def test_gradients_that_travel_in_bf16_are_nearly_those_that_do_not(
+def test_gradients_reduced_in_bf16_are_nearly_those_in_fp32(
     alone: Path, packed: Path, tmp_path: Path
 ) -> None:
     settings = tiny_config(tmp_path, packed, *CHANGES, "train.compress_gradients=true")

@@ -11,7 +11,7 @@ from captionscale.distributed.ranks import Ranks
 from captionscale.errors import UserError
 
 
-def test_randomness_is_a_function_of_its_key_alone() -> None:
+def test_random_numbers_depend_on_the_seed_key_only() -> None:
     with Ranks() as ranks:
         ranks.seed(0, 5, 2)
         first = torch.rand(3)
@@ -23,16 +23,15 @@ def test_randomness_is_a_function_of_its_key_alone() -> None:
             assert not torch.equal(torch.rand(3), first)
 
 
-def test_alone_everything_is_this_ranks() -> None:
+def test_one_process_is_the_only_rank() -> None:
     with Ranks() as ranks:
         assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
         assert ranks.sum(1, torch.tensor(2.5)).tolist() == [1, 2.5]
         assert ranks.gather([1, 2]) == [1, 2]
-        assert list(ranks.local_indices(4)) == [0, 1, 2, 3]
         assert ranks.run_on_main(max, 3, 4) == 4
 
 
-def test_an_error_of_the_first_rank_is_raised_as_it_is() -> None:
+def test_an_error_of_rank_0_is_raised_unchanged() -> None:
     def fail() -> None:
         raise UserError("place: found; expected; cure")
 
@@ -51,21 +50,21 @@ def _fail_together(folder: Path) -> None:
     (folder / str(ranks.rank)).write_text(str(time.time()))
 
 
-def test_where_all_fail_nobody_leaves_before_the_first_rank_has_let_go(tmp_path: Path) -> None:
-    # A launcher killed the first rank as soon as another had left, before it had saved and said why.
+def test_when_all_ranks_fail_they_wait_for_rank_0(tmp_path: Path) -> None:
+    # The launcher kills rank 0 when another rank exits, perhaps before it has saved and reported the error.
     join_all(spawn_ranks(2, _fail_together, tmp_path))
     first, second = (float((tmp_path / str(rank)).read_text()) for rank in range(2))
     assert second > first - 0.5
 
 
-def test_a_process_may_work_in_one_precision_after_another() -> None:
+def test_a_process_may_change_its_precision() -> None:
     for precision, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         with Ranks(precision) as ranks, ranks.autocast():
             assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == kind
 
 
 @pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("fp32", False)])
-def test_bf16_on_a_cpu_without_its_instructions_is_warned_of(precision, warned, monkeypatch, capsys) -> None:
+def test_bf16_on_a_cpu_without_bf16_instructions_is_a_warning(precision, warned, monkeypatch, capsys) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     with Ranks(precision):
@@ -79,7 +78,7 @@ def test_bf16_on_a_cpu_without_its_instructions_is_warned_of(precision, warned, 
         ("2", "fp16", "fp16 .*; set train.precision to "),
     ],
 )
-def test_what_zero_cannot_do_is_refused(stage, precision, message, monkeypatch) -> None:
+def test_unsupported_zero_settings_are_refused(stage, precision, message, monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     with pytest.raises(UserError, match=message):

@@ -169,11 +169,11 @@ def _work(command: str) -> None:
         tempfile.tempdir = None
         _bound(resource.RLIMIT_AS, (_memory_kib("VmSize") << 10) + (_ADDRESSES_MB << 20))
         _bound(resource.RLIMIT_FSIZE, 1 << 30)
-        verb, *arguments = shlex.split(command)
-        if verb == "load":
+        command_name, *arguments = shlex.split(command)
+        if command_name == "load":
             _load(*arguments)
         else:
-            cli.main([verb, *arguments])
+            cli.main([command_name, *arguments])
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(bool(ended.code))

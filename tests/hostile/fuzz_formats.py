@@ -151,15 +151,6 @@ def _npy(rng: Random, data: bytes) -> tuple[bytes, str]:
     return out.getvalue(), change
 
 
-def _npz(rng: Random, data: bytes) -> tuple[bytes, str]:
-    out, arrays = io.BytesIO(), dict(np.load(io.BytesIO(data)))
-    key = rng.choice(list(arrays))
-    kinds: list[Any] = [np.array([Pickled()], dtype=object), np.zeros((3, 3)), np.array("x"), np.zeros(0)]
-    number = rng.randrange(len(kinds))
-    np.savez(out, **arrays | {key: kinds[number]})
-    return out.getvalue(), f"{key} = kind {number}"
-
-
 def _safetensors(rng: Random, data: bytes) -> tuple[bytes, str]:
     length = int.from_bytes(data[:8], "little")
     if rng.random() < 0.1:
@@ -250,7 +241,6 @@ _FORMATS: dict[str, Callable[[Random, bytes], tuple[bytes, str]]] = {
     ".yaml": _yaml,
     **dict.fromkeys((".csv", ".tsv"), _table),
     ".npy": _npy,
-    ".npz": _npz,
     ".safetensors": _safetensors,
     ".pth": _pickle,
     ".tar": _tar,

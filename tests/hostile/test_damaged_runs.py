@@ -1,4 +1,4 @@
-"""A run whose files were damaged or copied resumes and is reported; what is passed over is named."""
+"""A run whose files were damaged or copied resumes and is reported; what is skipped is named."""
 
 import json
 import os
@@ -6,13 +6,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 from captionscale import files
 from captionscale.cli import main
-from captionscale.data import shard_writer
 from captionscale.data.feature_cache import FeatureFile, create_all
 from captionscale.errors import UserError
 from captionscale.tools.export import bundle
@@ -82,11 +80,9 @@ def test_a_damaged_run_resumes_as_if_nothing_had_been(
     assert logged_losses(damaged) == [pair for pair in logged_losses(done) if pair[0] != 2]
     told = capsys.readouterr().err
     count = len(ODD_LINES) + 1
-    assert f"{damaged / LOG_FILE}: passed over {count} damaged lines, the first is line 2; moved to" in told
-    assert (
-        f"{damaged / 'checkpoints'}: passed over 'notes.tmp' and 3 more, which training did not write" in told
-    )
-    assert f"{damaged / 'validation'}: passed over 'step-00000003 (copy).json', which" in told
+    assert f"{damaged / LOG_FILE}: skipped {count} damaged lines, the first is line 2; moved to" in told
+    assert f"{damaged / 'checkpoints'}: skipped 'notes.tmp' and 3 more, which training did not write" in told
+    assert f"{damaged / 'validation'}: skipped 'step-00000003 (copy).json', which" in told
     kept = (damaged / f"{LOG_FILE}.damaged").read_bytes().splitlines()
     assert kept[1:] == [*ODD_LINES]
     names = {path.name for path in (damaged / "checkpoints").iterdir()}
@@ -101,8 +97,8 @@ def test_a_damaged_run_is_reported_and_watched(
 ) -> None:
     main(["report", str(damaged), "--out", str(tmp_path / "report.html")])
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert f"passed over {len(ODD_LINES) + 1} damaged lines, the first is line 2" in page
-    assert "passed over &#x27;step-00000003 (copy).json&#x27;" in page
+    assert f"skipped {len(ODD_LINES) + 1} damaged lines, the first is line 2" in page
+    assert "skipped &#x27;step-00000003 (copy).json&#x27;" in page
     capsys.readouterr()
     main(["watch", str(damaged), "--once"])
     told = capsys.readouterr().out
@@ -122,7 +118,7 @@ def test_an_odd_line_is_passed_over_by_each_reader_of_the_log(tmp_path: Path, li
     good = b'{"step": 1, "loss": 2.0, "lr": NaN, "grad_norm": null, "note": "x"}'
     (tmp_path / LOG_FILE).write_bytes(good + b"\n" + line + b"\n")
     found = log_reader.RunLog(tmp_path)
-    assert found.warning == f"{tmp_path / LOG_FILE}: passed over 1 damaged line, the first is line 2"
+    assert found.warning == f"{tmp_path / LOG_FILE}: skipped 1 damaged line, the first is line 2"
     assert (found.metric("loss"), found.metric("lr")) == ({1: 2.0}, {})
     reader = log_reader.JsonLinesReader(tmp_path / LOG_FILE, log_reader.parse_line)
     reader.read()
@@ -146,7 +142,7 @@ def test_a_damaged_ledger_is_named_and_the_rest_of_it_read(
     path.write_bytes(line + GARBAGE + b"\n" + b'{"step": 1, "num')
     (path.parent / "attempt-00001.rank-00000 (copy).jsonl").write_bytes(line)
     assert sample_log.read(tmp_path) == {(0, 0): [[1]]}
-    assert f"{path}: passed over 1 damaged line, the first is line 2" in capsys.readouterr().err
+    assert f"{path}: skipped 1 damaged line, the first is line 2" in capsys.readouterr().err
 
 
 def link(path: Path) -> None:
@@ -237,14 +233,3 @@ def test_only_names_that_are_our_own_are_removed(tmp_path: Path, monkeypatch: py
         pass
     assert [path for path in kept if not path.exists()] == []
     assert [path for path in removed if path.exists()] == []
-
-
-def test_a_finished_shard_that_is_larger_than_its_file_is_packed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "val-00000.npz"
-    np.savez_compressed(path, rows=np.zeros(10**7), facts=np.zeros(1))
-    loaded: list[str] = []
-    monkeypatch.setattr(shard_writer.parsing, "decode", lambda *_: loaded.append("decoded"))
-    assert shard_writer.load_finished(shard_writer.ShardJob(path, 0, [], True, None, 95, path)) is None
-    assert loaded == []

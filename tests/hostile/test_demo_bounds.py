@@ -27,7 +27,7 @@ from captionscale.data import decode
 from captionscale.errors import UserError
 from captionscale.tools.demo.connections import ConnectionLimits
 from captionscale.tools.demo.endpoint import create_api
-from captionscale.tools.demo.request_body import BusyError, MemoryBudget, MinRate, TooSlowError, chunks
+from captionscale.tools.demo.request_body import MemoryBudget, MinRate, RequestError, chunks
 from captionscale.tools.demo.service import Limits, Service
 
 JPEG = {"Content-Type": "image/jpeg"}
@@ -168,10 +168,10 @@ def test_the_slowest_body_is_dropped_when_the_memory_for_bodies_is_full() -> Non
         assert done.complete() == bytes(50)
         with memory.body() as late:
             late.add(bytes(45))
-            with pytest.raises(BusyError, match="try again later"):
+            with pytest.raises(RequestError, match="try again later"):
                 slow.add(b"x")
             # What is complete stays.
-            with memory.body() as last, pytest.raises(BusyError):
+            with memory.body() as last, pytest.raises(RequestError):
                 last.add(bytes(51))
             assert late.dropped
     with memory.body() as body:
@@ -187,7 +187,7 @@ def test_a_body_that_is_too_slow_is_refused() -> None:
         async for _ in chunks(drip, RATE):
             pass
 
-    with pytest.raises(TooSlowError, match="expected at least 1,000,000 bytes per second"):
+    with pytest.raises(RequestError, match="expected at least 1,000,000 bytes per second"):
         asyncio.run(read())
 
 
@@ -252,7 +252,7 @@ def test_an_image_whose_client_has_left_is_not_decoded(
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{url}/caption", content=photo, headers=JPEG, timeout=0.3)
         until = time.monotonic() + 600
-        while service._admitted:
+        while service._slots._value < service.limits.max_requests:
             assert time.monotonic() < until
             threading.Event().wait(0.01)
         release.set()

@@ -120,7 +120,7 @@ def service(
 
 @pytest.fixture(scope="module")
 def page(service: Service, packed: Path) -> Iterator[str]:
-    from captionscale.tools.demo.app import create_app
+    from captionscale.tools.demo.page import create_app
 
     with serve_app(create_app(service, "tiny", Split(packed, "val"))) as url:
         yield url

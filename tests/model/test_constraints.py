@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sayings import FIRST_WORD, IMAGES, SEARCHES, STRATEGIES, peaked_decoder, strip_end
+from tiny_decoders import FIRST_WORD, IMAGES, SEARCHES, STRATEGIES, peaked_decoder, strip_end
 
 from captionscale.config_model import DECODERS
 from captionscale.model.search.constraints import Constraints
@@ -60,7 +60,7 @@ def test_no_caption_ends_in_a_dangling_word_finished_or_cut(case, strategy) -> N
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_unknown_token_is_said_only_if_it_may_be(case, strategy) -> None:
+def test_the_unknown_token_is_generated_only_if_allowed(case, strategy) -> None:
     with torch.no_grad():
         case[0].output_projection.bias[UNK] += 20
     assert not any(UNK in caption for caption in every(case, strategy, Constraints()))
@@ -101,12 +101,12 @@ def test_every_caption_holds_the_required_words(case, strategy, count) -> None:
         assert all({*group} & {*caption} for group in required)
         assert not repeats(strip_end(caption), 2)
         assert strip_end(caption)[-1] not in constraints.dangling_tokens
-    # There is no more room than for them and one word.
+    # There is no more space than for them and one word.
     for caption in every(case, strategy, constraints, max_words=count + 1):
         assert all({*group} & {*caption} for group in required)
 
 
-def test_a_word_of_the_prefix_need_not_be_said_again(case) -> None:
+def test_a_required_word_in_the_prefix_is_satisfied(case) -> None:
     constraints = Constraints(prefix=(FIRST_WORD + 2,), required=((FIRST_WORD + 2,),))
     plain = every(case, "beam", Constraints(prefix=constraints.prefix))
     assert every(case, "beam", constraints) == plain

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sayings import build_decoder
+from tiny_decoders import build_decoder
 from torch import Tensor, nn
 
 from captionscale.config_model import DECODERS, DecoderConfig

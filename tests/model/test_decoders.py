@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sayings import build_decoder
+from tiny_decoders import build_decoder
 from torch import Tensor, nn
 
 from captionscale import toml
@@ -121,7 +121,7 @@ def test_the_same_dropout_hides_the_same_at_all_words_of_a_caption_and_not_of_an
         assert len({tuple(word.tolist()) for word in mask.flatten(0, 1)}) == len(IMAGE_INDEX) * TIMES
 
 
-def test_a_picture_is_normalised_over_its_micro_batch_and_alone_by_what_was_seen(features) -> None:
+def test_image_batch_norm_uses_the_micro_batch_and_for_one_image_running_statistics(features) -> None:
     decoder = build("plain", image_batch_norm=True).train()
     vectors = decoder.image_projection(features.mean(1))
     mean, variance = vectors.mean(0), vectors.var(0, unbiased=False)
@@ -139,8 +139,8 @@ def test_attention_is_not_paid_by_a_gate_that_is_closed(features, tokens) -> Non
     decoder = build("attention", num_layers=1, attention_gate=True).eval()
     nn.init.constant_(decoder.gate.bias, -100)
     nn.init.zeros_(decoder.initial_state.weight)
-    closed, looks = read(decoder, features, tokens)
-    torch.testing.assert_close(looks.sum(2), torch.ones(len(IMAGE_INDEX), TIMES))
+    closed, attention = read(decoder, features, tokens)
+    torch.testing.assert_close(attention.sum(2), torch.ones(len(IMAGE_INDEX), TIMES))
     torch.testing.assert_close(read(decoder, features + 1, tokens)[0], closed)
     nn.init.constant_(decoder.gate.bias, 100)
     opened, _ = read(decoder, features, tokens)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sayings import FIRST_WORD, IMAGES, STRATEGIES, peaked_decoder
+from tiny_decoders import FIRST_WORD, IMAGES, STRATEGIES, peaked_decoder
 from torch import nn
 
 from captionscale.model.search.constraints import Constraints
@@ -56,13 +56,13 @@ def test_an_ensembles_members_change_their_mode_together() -> None:
             super().__init__()
             self.decoder = peaked_decoder("plain", 0)[0]
 
-        def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-            return pictures[:, 0].float() + self.training
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return images[:, 0].float() + self.training
 
-    pictures = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     members = [Looks(), Looks()]
     ensemble = Ensemble.__new__(Ensemble)
     nn.Module.__init__(ensemble)
     ensemble._parts, ensemble._members = nn.ModuleList(members), members
-    assert [each.max().item() for each in ensemble.train().encode(pictures)] == [1, 1]
-    assert [each.max().item() for each in ensemble.eval().encode(pictures)] == [0, 0]
+    assert [each.max().item() for each in ensemble.train().encode(images)] == [1, 1]
+    assert [each.max().item() for each in ensemble.eval().encode(images)] == [0, 0]

@@ -1,4 +1,4 @@
-"""The decoders against their papers' equations, written out in NumPy for one caption of one picture."""
+"""The decoders against their papers' equations, written out in NumPy for one caption of one image."""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from sayings import build_decoder
+from tiny_decoders import build_decoder
 from torch import Tensor
 
 from captionscale.model.decoders.additive_attention import AdditiveAttention
@@ -80,14 +80,14 @@ def plain(
     """Vinyals et al., equations 10 to 12."""
     zero = np.zeros(settings.hidden_size)
     memory: Memory = [(zero, zero)] * settings.num_layers
-    picture = weights.linear("image_projection", regions.mean(0))
+    image = weights.linear("image_projection", regions.mean(0))
     if settings.image_batch_norm:
         scale, mean, variance, shift = (
             weights.arrays[f"image_batch_norm.{name}"]
             for name in ("weight", "running_mean", "running_var", "bias")
         )
-        picture = scale * (picture - mean) / np.sqrt(variance + 1e-5) + shift
-    for time, vector in enumerate([picture, *words]):
+        image = scale * (image - mean) / np.sqrt(variance + 1e-5) + shift
+    for time, vector in enumerate([image, *words]):
         below = vector
         for layer in range(settings.num_layers):
             memory[layer] = weights.lstm("lstm", below, memory[layer], suffix=f"_l{layer}")
@@ -183,8 +183,8 @@ def test_additive_attention_is_the_formula_of_bahdanau() -> None:
     torch.testing.assert_close(context, torch.tensor([[0.931506, 0.534247]]), atol=1e-5, rtol=0)
 
 
-def test_a_plain_lstm_says_what_was_worked_out_by_hand() -> None:
-    # All weights 1 and all biases 0, but the output's: picture 1, so that each gate is of 1 and then of the
+def test_a_plain_lstm_has_the_results_computed_by_hand() -> None:
+    # All weights 1 and all biases 0, but the output's: image 1, so that each gate is of 1 and then of the
     # word's vector 2 plus the state.
     decoder = build_decoder(
         "plain", 1, 2, embed_size=1, hidden_size=1, num_layers=1, word_head="linear", dropout=0.0
@@ -208,7 +208,7 @@ def spread(shape: Sequence[int], place: int) -> Tensor:
     return 2 * torch.sin(torch.arange(float(np.prod(shape))) * 1.7 + place).reshape(shape)
 
 
-def test_a_checkpoint_of_before_there_were_options_loads_and_says_the_same() -> None:
+def test_a_checkpoint_older_than_the_options_loads_and_has_the_same_results() -> None:
     decoder = build_decoder("attention", FEATURE, WORDS, embed_size=2, hidden_size=3, attention_size=4).eval()
     state = decoder.state_dict()
     assert " ".join(state) == (
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_before_there_were_options_loads_and_says_the_same() -> 
     weights = {name: spread(tensor.shape, place) for place, (name, tensor) in enumerate(state.items())}
     decoder.load_state_dict(weights)
     with torch.no_grad():
-        logits, looks = decoder.teacher_forced(
+        logits, attention = decoder.teacher_forced(
             spread((1, REGIONS, FEATURE), 20), torch.tensor([[1, 4]]), [2], torch.tensor([0])
         )
     # What the decoder said at d2899013.
@@ -233,4 +233,4 @@ def test_a_checkpoint_of_before_there_were_options_loads_and_says_the_same() -> 
     ]
     torch.testing.assert_close(logits, torch.tensor(expected), atol=2e-5, rtol=0)
     expected = [[0.4921876, 0.5078124], [0.2524673, 0.7475327]]
-    torch.testing.assert_close(looks[0], torch.tensor(expected), atol=1e-6, rtol=0)
+    torch.testing.assert_close(attention[0], torch.tensor(expected), atol=1e-6, rtol=0)

@@ -3,7 +3,7 @@ from itertools import product
 
 import pytest
 import torch
-from sayings import IMAGES, mask_special_tokens, peaked_decoder
+from tiny_decoders import IMAGES, mask_special_tokens, peaked_decoder
 from torch import Tensor
 
 from captionscale.config_model import DECODERS
@@ -99,7 +99,7 @@ def test_many_images_at_once_get_the_captions_that_each_gets_alone(case) -> None
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5])
-def test_what_is_found_is_distinct_sorted_and_says_no_special_token(case, beam) -> None:
+def test_captions_found_are_distinct_sorted_and_without_special_tokens(case, beam) -> None:
     decoder, features = case
     for image, captions in zip(features, said(decoder, features, beam), strict=True):
         assert 1 <= len({tuple(caption.tokens) for caption in captions}) == len(captions) <= beam
@@ -113,7 +113,7 @@ def test_what_is_found_is_distinct_sorted_and_says_no_special_token(case, beam) 
             assert caption.log_prob == pytest.approx(expected, abs=1e-4)
 
 
-def test_special_tokens_are_not_said_however_likely_they_are(case) -> None:
+def test_special_tokens_are_not_generated_however_likely_they_are(case) -> None:
     decoder, features = case
     with torch.no_grad():
         decoder.output_projection.bias[[PAD, START, UNK]] += 100
@@ -121,7 +121,7 @@ def test_special_tokens_are_not_said_however_likely_they_are(case) -> None:
         assert all(not {PAD, START, UNK} & set(caption.tokens) for caption in captions)
 
 
-def test_an_unfinished_caption_is_returned_as_it_stands(case) -> None:
+def test_an_unfinished_caption_is_returned_unfinished(case) -> None:
     decoder, features = case
     with torch.no_grad():
         decoder.output_projection.bias[END] -= 100
@@ -173,7 +173,7 @@ def test_one_group_is_a_plain_beam_and_groups_without_a_price_find_the_same_capt
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
-def test_groups_choose_one_after_another_and_pay_for_words_said_at_the_same_place(case, width) -> None:
+def test_groups_choose_in_turn_and_are_penalized_for_the_same_word_at_the_same_step(case, width) -> None:
     """Algorithm 1 of Vijayakumar et al. 2016, written out; a finished caption says nothing more."""
     decoder, features = case
     price = 1.5
@@ -214,8 +214,8 @@ def test_many_images_at_once_get_in_groups_what_each_gets_alone(case, beam) -> N
         assert [caption.tokens for caption in alone] == [caption.tokens for caption in together[number]]
 
 
-def test_pictures_that_are_done_early_change_nothing_for_the_others() -> None:
-    """They are laid aside, a quarter of them at a time."""
+def test_images_that_finish_early_change_nothing_for_the_others() -> None:
+    """They are dropped, a quarter of them at a time."""
     decoder, features = peaked_decoder("attention", 0, words=9)
     features = features.repeat(8, 1, 1) + torch.randn(40, 4, 6)
     with torch.no_grad():

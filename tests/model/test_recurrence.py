@@ -3,7 +3,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from sayings import build_decoder
+from tiny_decoders import build_decoder
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -28,7 +28,7 @@ def build(**choices: object) -> AttentionDecoder:
     return build_decoder("attention", FEATURE, WORDS, **({"dropout": 0.0} | choices))
 
 
-def picture_of(images: int = IMAGES) -> Tensor:
+def image_features(images: int = IMAGES) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(images, REGIONS, FEATURE, generator=generator, dtype=torch.float64).abs() * 3
 
@@ -74,12 +74,12 @@ def gradients(
     features = features.to(decoder.embedding.weight.dtype).requires_grad_()
     torch.manual_seed(3)
     with torch.autocast("cpu", precision) if precision else nullcontext():
-        logits, looks = read(decoder, features, tokens, tokens.ne(PAD).sum(1).tolist(), image_index)
+        logits, attention = read(decoder, features, tokens, tokens.ne(PAD).sum(1).tolist(), image_index)
     weights = torch.linspace(0, 1, WORDS, dtype=features.dtype)
     said = (logits.to(features.dtype).log_softmax(1) * weights).sum()
-    (said + (1 - (looks * words).sum(1)).square().sum()).backward()
+    (said + (1 - (attention * words).sum(1)).square().sum()).backward()
     grads = {name: parameter.grad for name, parameter in decoder.named_parameters()}
-    results = {"logits": logits, "attention": looks * words, "features": features.grad, **grads}
+    results = {"logits": logits, "attention": attention * words, "features": features.grad, **grads}
     return {name: result.detach().double() for name, result in results.items()}
 
 
@@ -90,8 +90,8 @@ def test_results_and_gradients_are_those_of_reading_word_by_word(choices, dtype,
     for some in (slice(None), slice(1, 3), slice(1, 2), slice(0, 1)):
         for time in (captions.shape[1], 1):
             tokens, image_index = captions[some, :time], IMAGE_INDEX[some]
-            expected = gradients(word_by_word, decoder, picture_of(), tokens, image_index)
-            found = gradients(fused, decoder, picture_of(), tokens, image_index)
+            expected = gradients(word_by_word, decoder, image_features(), tokens, image_index)
+            found = gradients(fused, decoder, image_features(), tokens, image_index)
             assert expected["attention.key.weight"].abs().max() > 0
             for name, value in found.items():
                 error = (value - expected[name]).abs().max()
@@ -100,7 +100,7 @@ def test_results_and_gradients_are_those_of_reading_word_by_word(choices, dtype,
 
 def test_in_bf16_it_is_as_close_to_exact_gradients_as_reading_word_by_word() -> None:
     decoder = build(num_layers=2, attention_gate=True, hidden_size=32, attention_size=32, embed_size=16)
-    arguments = (picture_of(), captions_of(), IMAGE_INDEX)
+    arguments = (image_features(), captions_of(), IMAGE_INDEX)
     rounded = gradients(word_by_word, decoder, *arguments, torch.bfloat16)
     found = gradients(fused, decoder, *arguments, torch.bfloat16)
     exact = gradients(word_by_word, decoder.double(), *arguments)
@@ -118,7 +118,7 @@ def test_the_gradient_is_that_of_small_differences(layers, gate) -> None:
     tokens, image_index = captions_of((3, 1, 2), 3), torch.tensor([1, 0, 1])
     weights = [*decoder.attention.query.parameters(), *decoder.attention.energy.parameters()]
     weights += [*decoder.cells.parameters(), *(decoder.gate.parameters() if decoder.gate else ())]
-    start = [part.detach().requires_grad_() for part in decoder.start(picture_of(2))[:4]]
+    start = [part.detach().requires_grad_() for part in decoder.start(image_features(2))[:4]]
     words = decoder.embedding(tokens).detach().requires_grad_()
 
     def read(words: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -132,28 +132,28 @@ def test_the_gradient_is_that_of_small_differences(layers, gate) -> None:
 
 def test_what_follows_the_end_of_a_caption_is_not_read() -> None:
     decoder, tokens = build(num_layers=2, attention_gate=True).double(), captions_of()
-    _, looks = decoder.teacher_forced(picture_of(), tokens, LENGTHS, IMAGE_INDEX)
-    assert (looks.sum(2) - tokens.ne(PAD).double()).abs().max() < 1e-12
+    _, attention = decoder.teacher_forced(image_features(), tokens, LENGTHS, IMAGE_INDEX)
+    assert (attention.sum(2) - tokens.ne(PAD).double()).abs().max() < 1e-12
 
 
 def test_reading_without_a_gradient_and_twice_backwards_change_nothing() -> None:
     decoder = build(num_layers=2, attention_gate=True).double()
-    logits, looks = decoder.teacher_forced(picture_of(), captions_of(), LENGTHS, IMAGE_INDEX)
+    logits, attention = decoder.teacher_forced(image_features(), captions_of(), LENGTHS, IMAGE_INDEX)
     with torch.no_grad():
-        again, _ = decoder.teacher_forced(picture_of(), captions_of(), LENGTHS, IMAGE_INDEX)
+        again, _ = decoder.teacher_forced(image_features(), captions_of(), LENGTHS, IMAGE_INDEX)
     assert torch.equal(again, logits)
     for _ in range(2):
-        looks.square().sum().backward(retain_graph=True)
+        attention.square().sum().backward(retain_graph=True)
     twice = decoder.attention.query.weight.grad
     decoder.zero_grad()
-    looks.square().sum().backward()
+    attention.square().sum().backward()
     assert torch.equal(twice, 2 * decoder.attention.query.weight.grad)
 
 
-def test_a_picture_that_is_copied_for_each_caption_says_and_learns_the_same() -> None:
+def test_an_image_copied_for_each_caption_has_the_same_results_and_gradients() -> None:
     decoder = build(num_layers=2, attention_gate=True).double()
-    expected = gradients(fused, decoder, picture_of(), captions_of(), IMAGE_INDEX)
-    copies, own = picture_of()[IMAGE_INDEX], torch.arange(len(IMAGE_INDEX))
+    expected = gradients(fused, decoder, image_features(), captions_of(), IMAGE_INDEX)
+    copies, own = image_features()[IMAGE_INDEX], torch.arange(len(IMAGE_INDEX))
     found = gradients(fused, decoder, copies, captions_of(), own)
     found["features"] = torch.zeros_like(expected["features"]).index_add(0, IMAGE_INDEX, found["features"])
     for name, value in found.items():
@@ -165,9 +165,9 @@ def test_on_a_gpu_the_host_never_waits_for_a_value() -> None:
     with FakeTensorMode(), torch.device("cuda"):
         decoder = build(num_layers=2, attention_gate=True)
         features, tokens = torch.empty(IMAGES, REGIONS, FEATURE), torch.empty(6, 7, dtype=torch.long)
-        logits, looks = decoder.teacher_forced(
+        logits, attention = decoder.teacher_forced(
             features, tokens, (7, 7, 3, 2, 1, 7), torch.empty(6, dtype=torch.long)
         )
-        assert (logits.shape, looks.shape) == ((27, WORDS), (6, 7, REGIONS))
+        assert (logits.shape, attention.shape) == ((27, WORDS), (6, 7, REGIONS))
         with pytest.raises(DataDependentOutputException):
             tokens.max().item()

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
-from sayings import FIRST_WORD, IMAGES, mask_special_tokens, peaked_decoder
+from tiny_decoders import FIRST_WORD, IMAGES, mask_special_tokens, peaked_decoder
 
 from captionscale.config_model import DECODERS
 from captionscale.model.search.constraints import Constraints
@@ -96,7 +96,7 @@ def test_the_likeliest_word_alone_or_a_cold_temperature_is_greedy_search(case) -
 
 
 def test_a_caption_is_a_function_of_its_own_numbers(case) -> None:
-    """Neither of the pictures beside it, nor of which captions are finished and laid aside."""
+    """Neither of the other images, nor of which captions are finished and dropped."""
     decoder, features = case
     uniforms = torch.rand(IMAGES * 2, 12, generator=torch.Generator().manual_seed(3))
     together, totals = sample(decoder, features, samples_per_image=2, max_words=12, uniforms=uniforms)
@@ -127,7 +127,7 @@ def test_rows_hold_words_then_the_end_then_padding_and_are_cut_without_an_end(ca
     assert totals.abs().max() < 1e-6
 
 
-def test_what_may_not_be_said_is_never_drawn_even_at_the_ends_of_the_numbers() -> None:
+def test_masked_words_are_never_sampled_even_with_extreme_uniforms() -> None:
     decoder, features = peaked_decoder("plain", 0, words=40)
     uniforms = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24]).repeat(IMAGES, 1)
     for settings in ({}, {"top_k": 44}, {"top_p": 0.999}):

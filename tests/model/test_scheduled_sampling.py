@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sayings import build_decoder
+from tiny_decoders import build_decoder
 from torch import Tensor, nn
 
 from captionscale.config_model import DECODERS
@@ -29,7 +29,7 @@ class Recorder(nn.Module):
         return state
 
 
-def test_as_many_words_are_drawn_as_asked_for_and_as_often_as_they_are_said() -> None:
+def test_words_are_sampled_with_the_given_probability_and_the_decoders_distribution() -> None:
     chances = torch.tensor([0.3, 0.2, 0.1, 0.05, 0.2, 0.15])
     decoder = Recorder(chances.tolist())
     count, reference = 4000, 5

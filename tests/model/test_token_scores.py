@@ -1,6 +1,6 @@
 import pytest
 import torch
-from sayings import SEARCHES, peaked_decoder
+from tiny_decoders import SEARCHES, peaked_decoder
 
 from captionscale.config_model import DECODERS
 from captionscale.model.search.constraints import Constraints
@@ -12,7 +12,7 @@ from captionscale.vocab import END, START
 
 @pytest.mark.parametrize("name", DECODERS)
 @pytest.mark.parametrize("beam", [1, 4])
-def test_the_words_of_a_found_caption_are_as_likely_together_as_the_search_said(name, beam) -> None:
+def test_the_token_scores_of_a_caption_sum_to_the_log_probability_of_the_search(name, beam) -> None:
     decoder, features = peaked_decoder(name, 0)
     found = search(decoder, features, beam=beam, max_words=6, length_penalty=0.7)
     for rank in range(beam):
@@ -24,7 +24,7 @@ def test_the_words_of_a_found_caption_are_as_likely_together_as_the_search_said(
 
 
 @pytest.mark.parametrize("name", ["attention", "top_down"])
-def test_the_decoder_looks_where_it_does_when_it_reads_the_whole_caption_at_once(name) -> None:
+def test_attention_equals_that_of_teacher_forcing(name) -> None:
     decoder, features = peaked_decoder(name, 1)
     captions = [each[0].tokens for each in search(decoder, features, beam=4, max_words=6, length_penalty=0.7)]
     for row, (tokens, trace) in enumerate(
@@ -41,7 +41,7 @@ def test_the_decoder_looks_where_it_does_when_it_reads_the_whole_caption_at_once
         torch.testing.assert_close(trace.attention.sum(1), torch.ones(len(tokens)))
 
 
-def test_captions_of_other_lengths_beside_it_change_nothing() -> None:
+def test_captions_of_other_lengths_in_the_batch_change_nothing() -> None:
     decoder, features = peaked_decoder("attention", 2)
     captions = [[4, END], [5, 4, 6, 5, END], [4, 4, 4], [END], []]
     together = score_captions(decoder, features, captions)

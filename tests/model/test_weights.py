@@ -37,7 +37,7 @@ def load(path: str | Path, name: str = "resnet18") -> Encoder:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_a_trunk_gets_every_tensor_of_a_file_but_the_classifiers(published, tmp_path, suffix) -> None:
+def test_a_backbone_gets_every_tensor_of_a_file_but_the_classifiers(published, tmp_path, suffix) -> None:
     state = load(write(published, tmp_path / f"resnet18{suffix}")).backbone.state_dict()
     assert {*published} - {*state} == {"fc.weight", "fc.bias"}
     assert all(torch.equal(tensor, published[name]) for name, tensor in state.items())
@@ -49,14 +49,14 @@ def test_files_from_before_batch_norm_counted_batches_are_read(published, tmp_pa
     assert torch.equal(backbone.state_dict()["layer4.1.bn2.weight"], published["layer4.1.bn2.weight"])
 
 
-def test_without_weights_the_trunk_stays_as_it_was() -> None:
+def test_without_weights_the_backbone_stays_unchanged() -> None:
     torch.manual_seed(1)
     before = Encoder(Settings(name="mobilenet_v2")).backbone.state_dict()
     after = load("none", "mobilenet_v2").backbone.state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="the real weights are not beside the checkout")
+@pytest.mark.skipif(not REAL.exists(), reason="the real weights are not next to the checkout")
 def test_the_real_weights_of_mobilenet_are_its_own() -> None:
     encoder = load(REAL, "mobilenet_v2").eval()
     features = encoder(torch.zeros((1, 3, 64, 64), dtype=torch.uint8))
@@ -85,7 +85,7 @@ def test_a_tensor_of_another_shape_is_refused_by_its_name(published, tmp_path) -
         load(write(wider, tmp_path / "wider.safetensors"))
 
 
-def test_a_missing_file_is_told_with_what_could_stand_there(tmp_path) -> None:
+def test_the_error_about_a_missing_file_names_the_valid_choices(tmp_path) -> None:
     with pytest.raises(UserError) as caught:
         load(tmp_path / "absent.pth")
     assert str(caught.value).startswith(
@@ -125,7 +125,7 @@ def assert_no_weights(path: Path) -> None:
     assert (expected, cure) == ("expected a dictionary of tensors", "download it again")
 
 
-def test_no_network_is_told_with_the_address_and_a_way_around(tmp_path, monkeypatch) -> None:
+def test_the_error_without_a_network_names_the_address_and_a_way_around(tmp_path, monkeypatch) -> None:
     def refuse(*_: object) -> None:
         raise URLError("Name or service not known")
 

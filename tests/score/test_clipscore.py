@@ -45,7 +45,7 @@ def by_hand(image: np.ndarray, caption: np.ndarray, references: list[np.ndarray]
     return first, 2 / (1 / first + 1 / second) if first and second else 0.0
 
 
-def test_the_formulas_are_the_papers_and_a_caption_that_points_away_scores_zero() -> None:
+def test_formulas_are_the_papers_and_negative_cosines_score_zero() -> None:
     random = np.random.default_rng(0)
     images, captions = random.normal(size=(2, 50, 8))
     counts = random.integers(1, 7, 50)
@@ -61,12 +61,15 @@ def test_the_formulas_are_the_papers_and_a_caption_that_points_away_scores_zero(
     assert not np.isnan(clipscore.clip_s(images, 0 * captions)).any()
 
 
-def test_a_split_scores_as_by_hand_whatever_the_batch(weights: Path, packed: Path) -> None:
+def test_scores_of_a_split_do_not_depend_on_the_batch(
+    weights: Path, packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clipscore, "_BATCH", 3)
     split = Split(packed, "val")
     references = split.references()
     captions = {image_id: f"an image, number {image_id}" for image_id in references}
     clip = clipscore.load(weights, "tiny")
-    found = {metric.name: metric for metric in clipscore.measure(split, captions, references, clip, batch=3)}
+    found = {metric.name: metric for metric in clipscore.measure(split, captions, references, clip)}
     rows = []
     for image_id in sorted(references):
         item = int(np.flatnonzero(split.index["image_id"] == image_id)[0])
@@ -77,15 +80,15 @@ def test_a_split_scores_as_by_hand_whatever_the_batch(weights: Path, packed: Pat
             texts = clip.model.encode_text(clip.tokenizer(prompts).to(clip.device)).cpu().double().numpy()
         rows.append(by_hand(image, texts[0], list(texts[1:])))
     expected = dict(zip(("CLIPScore", "RefCLIPScore"), zip(*rows, strict=True), strict=True))
-    for metric, figures in expected.items():
-        rows = found[metric].statistics([""] * len(figures), [])
-        np.testing.assert_allclose(rows[:, 0], figures, rtol=1e-4, atol=1e-6)
-        assert found[metric].corpus_value(rows) == pytest.approx(np.mean(figures), abs=1e-5)
+    for metric, values in expected.items():
+        rows = found[metric].statistics([""] * len(values), [])
+        np.testing.assert_allclose(rows[:, 0], values, rtol=1e-4, atol=1e-6)
+        assert found[metric].corpus_value(rows) == pytest.approx(np.mean(values), abs=1e-5)
         assert found[metric].signature.startswith("clipscore open_clip-")
         assert " tiny sha256=" in found[metric].signature
 
 
-def test_openais_own_kind_of_file_gives_the_same_model_and_wants_the_quick_gelu(
+def test_openais_own_format_gives_the_same_model_and_requires_the_quick_gelu(
     weights: Path, tmp_path: Path
 ) -> None:
     clip = clipscore.load(weights, "tiny")
@@ -108,7 +111,7 @@ def test_openais_own_kind_of_file_gives_the_same_model_and_wants_the_quick_gelu(
         clipscore.load(archive, "tiny-slow")
 
 
-def test_what_cannot_be_loaded_says_why(weights: Path, tmp_path: Path) -> None:
+def test_weights_that_cannot_be_loaded_are_refused(weights: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.pt"
     damaged.write_bytes(weights.read_bytes()[:-1000])
     for file, name, found in [
@@ -123,7 +126,7 @@ def test_what_cannot_be_loaded_says_why(weights: Path, tmp_path: Path) -> None:
             clipscore.load(file, name)
 
 
-def test_without_open_clip_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_open_clip_the_error_has_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(UserError, match=r"open_clip: not installed, .* pip install 'captionscale\[clip\]'"):
         clipscore.load(Path("any.pt"))

@@ -39,7 +39,7 @@ def receipt(captions: list[str], cider: np.ndarray, signature: str = SIGNATURE) 
     ids = list(range(len(captions)))
     return Receipt(
         scores=scores,
-        intervals={metric: interval(figures) for metric, figures in drawn.items()},
+        intervals={metric: interval(values) for metric, values in drawn.items()},
         bootstrap={},
         diagnostics=diagnose(dict(enumerate(captions)), dict(enumerate(REFERENCES))),
         counts={
@@ -77,7 +77,7 @@ def test_a_receipt_compared_with_itself_has_no_difference(systems: tuple[Receipt
         assert (each.p_value, each.difference, each.interval, each.tied) == (1.0, 0.0, (0.0, 0.0), 400)
 
 
-def test_a_better_system_is_better_beyond_chance_and_the_images_that_changed_most_are_shown(
+def test_a_better_system_is_significantly_better_and_the_most_changed_images_are_listed(
     systems: tuple[Receipt, Receipt],
 ) -> None:
     found = compare(*systems, top=3)
@@ -88,7 +88,7 @@ def test_a_better_system_is_better_beyond_chance_and_the_images_that_changed_mos
     cider = found.differences[1]
     assert cider.difference == pytest.approx(0.5)
     assert (cider.won, cider.lost, cider.tied) == (200, 0, 200)
-    # Both meet the same images, so only the differences vary: 0 and 1, half and half.
+    # Both have the same images, so only the differences vary: half are 0, half are 1.
     assert cider.interval == pytest.approx((0.5 - 1.96 * 0.5 / 20, 0.5 + 1.96 * 0.5 / 20), abs=0.003)
     assert len(found.most_changed) == 3
     for change in found.most_changed:
@@ -104,8 +104,8 @@ def test_swapping_the_systems_swaps_the_signs(systems: tuple[Receipt, Receipt]) 
         assert one.interval == pytest.approx((-other.interval[1], -other.interval[0]), abs=2e-6)
 
 
-def test_between_equals_every_p_value_is_as_likely(systems: tuple[Receipt, Receipt]) -> None:
-    # Whose caption an image gets is drawn anew each time: neither side is better.
+def test_p_values_of_equal_systems_are_uniform(systems: tuple[Receipt, Receipt]) -> None:
+    # The system of each caption is drawn at random, so neither side is better.
     first, second = (each.images.statistics for each in systems)
     random = np.random.default_rng(2)
     found: dict[str, list[float]] = {"BLEU-4": [], "CIDEr-D": []}
@@ -139,19 +139,19 @@ def test_between_equals_every_p_value_is_as_likely(systems: tuple[Receipt, Recei
         ({"scores": {"SPICE": 0.2}}, "share no metric"),
     ],
 )
-def test_scores_measured_differently_are_not_compared(
+def test_scores_with_different_measurements_are_not_compared(
     systems: tuple[Receipt, Receipt], change: dict[str, object], found: str
 ) -> None:
     with pytest.raises(UserError, match=found):
         compare(systems[0], msgspec.structs.replace(systems[1], **change))
 
 
-def test_another_beam_or_a_metric_that_only_one_has_does_not_hinder(systems: tuple[Receipt, Receipt]) -> None:
+def test_other_beams_and_metrics_of_one_receipt_only_are_allowed(systems: tuple[Receipt, Receipt]) -> None:
     other = systems[1].signature.replace("beam 5", "beam 1").replace("|bleu", "|spice 1.0|bleu")
     assert len(compare(systems[0], msgspec.structs.replace(systems[1], signature=other)).differences) == 2
 
 
-def test_the_command_takes_files_and_runs(
+def test_the_command_takes_files_and_run_folders(
     systems: tuple[Receipt, Receipt], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
@@ -163,9 +163,9 @@ def test_the_command_takes_files_and_runs(
         == run / "scores" / "val-step-1" / "receipt.json"
     )
     main(["compare", str(run), str(tmp_path / "other.json"), "--limit", "2"])
-    said = capsys.readouterr().out
-    assert "400 images" in said
-    assert said.count("\n    A: ") == said.count("\n    B: ") == 2
+    printed = capsys.readouterr().out
+    assert "400 images" in printed
+    assert printed.count("\n    A: ") == printed.count("\n    B: ") == 2
     main(["compare", str(run), str(tmp_path / "other.json"), "--json"])
     found = json.loads(capsys.readouterr().out)
     assert [each["metric"] for each in found["differences"]] == ["BLEU-4", "CIDEr-D"]

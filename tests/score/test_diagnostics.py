@@ -17,8 +17,8 @@ REFERENCES = {image_id: ["Two birds sit", f"unused {image_id}"] for image_id in 
 
 def test_diagnostics_of_captions_and_references() -> None:
     found = diagnose(CAPTIONS, REFERENCES, train_captions=["Two birds, sit!", "a zebra"], vocabulary_size=100)
-    ours, human = found["captions"], found["references"]
-    assert ours["captions"] == human["captions"] == 8
+    ours, references = found["captions"], found["references"]
+    assert ours["captions"] == references["captions"] == 8
     assert ours["empty"] == 1 / 8
     assert ours["dangling_endings"] == 2 / 8
     assert ours["repeated_words"] == 2 / 8  # "the the", "word word"
@@ -30,12 +30,16 @@ def test_diagnostics_of_captions_and_references() -> None:
     assert ours["vocabulary_coverage"] == 16 / 100
     assert ours["length_mean"] == (4 + 4 + 0 + 6 + 3 + 3 + 80 + 6) / 8
     assert ours["length_histogram"] == [1, 0, 0, 2, 2, 0, 2, *[0] * (MAX_LENGTH_BIN - 7), 1]
-    # Of each image the first caption, so that both sides have as many.
-    assert human["vocabulary_size"] == 3
-    assert (human["distinct"], human["novel"], human["vocabulary_coverage"]) == (1 / 8, 0.0, None)
+    # The first reference of each image, so both sides have as many.
+    assert references["vocabulary_size"] == 3
+    assert (references["distinct"], references["novel"], references["vocabulary_coverage"]) == (
+        1 / 8,
+        0.0,
+        None,
+    )
 
 
-def test_what_is_not_known_is_neither_counted_nor_shown() -> None:
+def test_unknown_statistics_are_left_out() -> None:
     found = diagnose({1: "a dog"}, {1: ["a cat"]})
     assert found["captions"]["novel"] is found["captions"]["vocabulary_coverage"] is None
     assert not [line for line in table(found) if "novel" in line or "empty" in line]
@@ -52,5 +56,5 @@ def test_what_is_not_known_is_neither_counted_nor_shown() -> None:
         ("...", False),
     ],
 )
-def test_a_dangling_ending_is_seen_through_punctuation(caption: str, dangles: bool) -> None:
+def test_a_dangling_ending_is_found_before_punctuation(caption: str, dangles: bool) -> None:
     assert diagnose({1: caption}, {1: ["a"]})["captions"]["dangling_endings"] == float(dangles)

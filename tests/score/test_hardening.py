@@ -1,4 +1,4 @@
-"""Each way in which pycocoevalcap, used directly, fails on other people's machines; and that ours does not.
+"""Ways in which pycocoevalcap, used directly, fails on other machines, where captionscale does not.
 
 Every program runs on its own, from an installation that is a copy made of links, so that what theirs writes
 into its package stays out of our environment.  What costs too much time (its JVM at each call, its slow sums)
@@ -44,9 +44,9 @@ REFERENCES = {
 # By pycocoevalcap's own Meteor on an ordinary machine, whose Java takes 10 s to load.
 METEOR = 0.33352777737668615
 
-# What a METEOR bears in its command line.
+# Part of the command line of METEOR's Java.
 JAR = "meteor-1.5.jar"
-# A busy machine may take so many seconds for what takes an idle one twenty.
+# Seconds: an idle machine takes twenty.
 LONG = 300
 
 OURS = """
@@ -106,7 +106,7 @@ finally:
 
 
 class Machine:
-    """A machine on which both are installed, and nobody else can be reached."""
+    """A machine with both installed and without a network."""
 
     def __init__(self, folder: Path):
         """Install into a folder."""
@@ -131,9 +131,9 @@ class Machine:
             folder.chmod(0o555)
 
     def remove(self) -> None:
-        """End what still runs, and let the files be removed."""
+        """End all processes, and make the files removable."""
         for process in self.processes:
-            # What is over has no group any more.
+            # A process that ended has no group.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
@@ -141,7 +141,7 @@ class Machine:
             Path(path).chmod(0o755)
 
     def leaks(self) -> list[str]:
-        """Return the files that somebody left behind: in the packages, all that is no link of ours."""
+        """Return the files left behind: in the packages, all that are no links of ours."""
         left = [path for path in self.site.rglob("*") if not path.is_dir() and not path.is_symlink()]
         return [path.name for path in [*left, *self.temporary.iterdir()]]
 
@@ -174,7 +174,7 @@ class Machine:
         return process
 
     def run(self, *program: Any, **environment: str) -> tuple[int, str, str]:
-        """Run a program: its exit code, what it wrote, and what it complained of."""
+        """Run a program; return its exit code, output and errors."""
         process = self.start(*program, **environment)
         out, complaint = process.communicate(timeout=LONG)
         return process.returncode, out, complaint
@@ -213,7 +213,7 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return json.loads(out)
 
 
-def test_a_line_separator_moves_their_captions_to_other_images_but_not_ours(machine: Machine) -> None:
+def test_a_line_separator_shifts_their_captions_but_not_ours(machine: Machine) -> None:
     separators = ["\r", "\v", "\f", "\u2028", "\u2029"]
     shifted = [f"a dog{separator}runs" for separator in separators]
     theirs = [
@@ -221,7 +221,7 @@ def test_a_line_separator_moves_their_captions_to_other_images_but_not_ours(mach
     ]
     for process in theirs:
         out, complaint = process.communicate(timeout=LONG)
-        # The last image has no caption now, and nobody is told.
+        # The last image has no caption now, and nothing reports it.
         expected = {"1": ["a dog"], "2": ["runs"], "3": ["two cats"]}
         assert (process.returncode, json.loads(out)) == (0, expected), complaint
     captions = dict(enumerate([*shifted, "two cats", "\x00three\x1b birds\x85"]))
@@ -231,7 +231,7 @@ def test_a_line_separator_moves_their_captions_to_other_images_but_not_ours(mach
     assert json.loads(out)[1:] == [list(range(7)), {"BLEU-2": pytest.approx([1.0] * 7)}]
 
 
-def test_other_countries_break_theirs_while_four_of_ours_agree_from_a_read_only_place_without_network(
+def test_other_locales_break_theirs_but_not_ours_in_a_read_only_folder_without_network(
     machine: Machine, scores: list[Any]
 ) -> None:
     italian = {"LANG": "it_IT.UTF-8", "JAVA_TOOL_OPTIONS": "-Duser.language=it -Duser.country=IT"}
@@ -267,7 +267,7 @@ def test_other_countries_break_theirs_while_four_of_ours_agree_from_a_read_only_
     assert machine.leaks() == []
 
 
-def test_their_meteor_hangs_for_ever_when_its_java_dies_and_ours_is_an_error_at_once(
+def test_their_meteor_hangs_when_its_java_dies_and_ours_raises_at_once(
     machine: Machine,
 ) -> None:
     theirs = machine.start(THEIRS, CAPTIONS, REFERENCES, ["METEOR"])
@@ -302,7 +302,7 @@ def test_without_a_network_their_evaluation_has_not_even_bleu(machine: Machine) 
     assert out.endswith("found: {}\n")
 
 
-def test_theirs_cannot_run_from_a_read_only_place(machine: Machine) -> None:
+def test_theirs_cannot_run_in_a_read_only_folder(machine: Machine) -> None:
     machine.lock()
     code, _, complaint = machine.run(THEIRS)
     assert code
@@ -325,7 +325,7 @@ def test_without_java_theirs_leaves_a_file_in_its_package_and_ours_has_its_own(
     assert machine.leaks() == []
 
 
-def test_the_cider_of_one_image_is_zero_and_only_ours_says_so(machine: Machine) -> None:
+def test_the_cider_of_one_image_is_zero_and_only_ours_notes_it(machine: Machine) -> None:
     one = {1: "a dog runs"}, {1: ["a dog runs"]}, ["CIDEr-D"]
     code, out, complaint = machine.run(THEIRS, *one)
     assert (code, out) == (0, "0.0"), complaint
@@ -347,7 +347,7 @@ def _children(process: int) -> dict[int, str]:
                 command = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
             except OSError:
                 continue
-            # A dead one that nobody asked after has none.
+            # A zombie has none.
             found |= ({pid: command} if command else {}) | _children(pid)
     return found
 

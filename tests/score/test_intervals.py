@@ -18,11 +18,11 @@ def sentences(random: np.random.Generator, count: int) -> list[str]:
 
 
 def means(values: np.ndarray) -> dict[str, np.ndarray]:
-    """Statistics of a metric of which the corpus has the mean."""
+    """Statistics of a metric that is a mean."""
     return {"mean": np.stack([values, np.ones(len(values))], axis=1)}
 
 
-def test_the_figure_of_each_resample_is_pycocoevalcaps_on_these_very_images() -> None:
+def test_the_value_of_each_resample_equals_pycocoevalcaps() -> None:
     random = np.random.default_rng(0)
     candidates, references = sentences(random, 30), [sentences(random, 3) for _ in range(30)]
     metrics = [bleu.Bleu(n) for n in range(1, 5)]
@@ -38,7 +38,7 @@ def test_the_figure_of_each_resample_is_pycocoevalcaps_on_these_very_images() ->
         assert [found[metric.name][number] for metric in metrics] == pytest.approx(theirs, rel=1e-12)
 
 
-def test_resamples_hold_the_same_images_whatever_is_summed_and_however_many_fit_into_memory(
+def test_resamples_depend_neither_on_the_values_nor_on_the_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     values = np.arange(40.0) ** 2
@@ -53,12 +53,12 @@ def test_resamples_hold_the_same_images_whatever_is_summed_and_however_many_fit_
 
 
 @pytest.mark.parametrize("draw", [np.random.Generator.standard_normal, np.random.Generator.exponential])
-def test_of_a_hundred_intervals_about_95_hold_the_truth(draw: Callable[..., np.ndarray]) -> None:
+def test_about_95_of_100_intervals_contain_the_true_value(draw: Callable[..., np.ndarray]) -> None:
     random = np.random.default_rng(1)
     truth = {"standard_normal": 0.0, "exponential": 1.0}[draw.__name__]
     held = 0
     for seed in range(300):
-        figures = bootstrap_scores(means(draw(random, size=100)), [MEAN], resamples=300, seed=seed)["mean"]
-        low, high = interval(figures)
+        values = bootstrap_scores(means(draw(random, size=100)), [MEAN], resamples=300, seed=seed)["mean"]
+        low, high = interval(values)
         held += low <= truth <= high
     assert 0.90 < held / 300 < 0.98

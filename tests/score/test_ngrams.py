@@ -1,4 +1,4 @@
-"""BLEU, ROUGE-L, CIDEr-D and the reward, beside pycocoevalcap's and what dictionaries count."""
+"""BLEU, ROUGE-L, CIDEr-D and the reward, compared with pycocoevalcap's and a plain implementation."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def invent(seed, images, words, lengths, references=(1, 6), space=" "):
 
 
 def check(candidates, references):
-    """Assert that every figure is pycocoevalcap's."""
+    """Assert that every value equals pycocoevalcap's."""
     targets = dict(enumerate(references))
     found = {image: [text] for image, text in enumerate(candidates)}
     statistics = bleu.statistics(candidates, references)
@@ -63,11 +63,11 @@ def check(candidates, references):
         pytest.param((["a b c d"] * 5, [["a b c d", "a b c e"]] * 5), id="all images alike"),
     ],
 )
-def test_every_figure_equals_that_of_pycocoevalcap(texts):
+def test_every_value_equals_pycocoevalcaps(texts):
     check(*texts)
 
 
-def test_figures_of_published_captions_equal_those_of_pycocoevalcap(real_data: Path):
+def test_values_of_published_captions_equal_pycocoevalcaps(real_data: Path):
     captions = json.loads((real_data / "published_results" / "karpathy_test_results.json").read_text())[:1000]
     references: dict[int, list[str]] = {}
     for note in json.loads((real_data / "coco_karpathy" / "captions_test5k.json").read_text())["annotations"]:
@@ -75,7 +75,7 @@ def test_figures_of_published_captions_equal_those_of_pycocoevalcap(real_data: P
     check([each["caption"] for each in captions], [references[each["image_id"]] for each in captions])
 
 
-def test_where_pycocoevalcap_has_no_figure_ours_is_zero():
+def test_where_pycocoevalcap_has_no_value_ours_is_zero():
     assert cider_d(["a dog", ""], [["", " "], [""]]).tolist() == [0, 0]
     assert cider_d([], []).shape == rouge_l([], []).shape == (0,)
     assert bleu.corpus_score(bleu.statistics([], []).sum(axis=0)) == pytest.approx(np.zeros(4), abs=1e-15)
@@ -84,19 +84,19 @@ def test_where_pycocoevalcap_has_no_figure_ours_is_zero():
 def test_bleu_of_a_bootstrap_sample_needs_the_sums_alone():
     candidates, references = invent(10, 100, 20, range(3, 12))
     drawn = np.random.default_rng(0).integers(0, 100, (3, 100))
-    figures = bleu.corpus_score(bleu.statistics(candidates, references)[drawn].sum(axis=1))
-    for rows, figure in zip(drawn, figures, strict=True):
+    values = bleu.corpus_score(bleu.statistics(candidates, references)[drawn].sum(axis=1))
+    for rows, value in zip(drawn, values, strict=True):
         targets = {place: references[row] for place, row in enumerate(rows)}
         found = {place: [candidates[row]] for place, row in enumerate(rows)}
-        assert figure == pytest.approx(Bleu(4).compute_score(targets, found, verbose=0)[0], rel=1e-12)
+        assert value == pytest.approx(Bleu(4).compute_score(targets, found, verbose=0)[0], rel=1e-12)
 
 
-@pytest.mark.parametrize("figure", [bleu.statistics, rouge_l, cider_d])
-def test_an_image_without_a_reference_or_a_candidate_is_refused(figure):
+@pytest.mark.parametrize("value", [bleu.statistics, rouge_l, cider_d])
+def test_an_image_without_a_reference_or_a_candidate_is_refused(value):
     with pytest.raises(ValueError, match="image 1 in order has no reference"):
-        figure(["a", "b"], [["a"], []])
+        value(["a", "b"], [["a"], []])
     with pytest.raises(ValueError, match="1 candidates for 2 images"):
-        figure(["a"], [["a"], ["b"]])
+        value(["a"], [["a"], ["b"]])
 
 
 def sampled(seed, images=200, captions=300):
@@ -119,7 +119,7 @@ def sampled(seed, images=200, captions=300):
     return references, of, written
 
 
-def test_the_reward_equals_what_dictionaries_give():
+def test_the_reward_equals_a_plain_implementation():
     references, images, captions = sampled(0)
     found = CiderDReward(references)(images, captions)
     np.testing.assert_allclose(
@@ -153,8 +153,8 @@ def test_each_caption_needs_an_image():
         CiderDReward([[[5, END]]])([0, 0], [[5, END]])
 
 
-# Self-critical training's usual scorer learns each n-gram that it is asked about, for ever.
-def test_rewarding_captions_of_new_words_takes_no_memory():
+# The usual scorer of self-critical training stores each n-gram of a caption forever.
+def test_captions_with_new_words_take_no_memory():
     references, images, captions = sampled(2, images=20, captions=40)
     reward = CiderDReward(references)
     dice = np.random.default_rng(0)

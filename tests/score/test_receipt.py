@@ -43,7 +43,7 @@ def receipt() -> Receipt:
         REFERENCES,
         N_GRAMS,
         provenance={"search": {"beam": 3, "length_penalty": 0.7}, "end_token_rewarded": False},
-        # Its class is derived from str.
+        # A class derived from str.
         hardware={"torch": torch.torch_version.TorchVersion("2.11.0")},
     )
 
@@ -76,11 +76,11 @@ def test_reading_returns_what_was_written(receipt: Receipt, written: Path) -> No
         (again.images.statistics, receipt.images.statistics),
     ):
         assert kept.keys() == known.keys()
-        for name, figures in known.items():
-            np.testing.assert_array_equal(kept[name], figures)
+        for name, values in known.items():
+            np.testing.assert_array_equal(kept[name], values)
 
 
-def test_it_says_what_was_counted_and_measured(receipt: Receipt) -> None:
+def test_counts_notes_and_signature(receipt: Receipt) -> None:
     assert receipt.counts == {"images": 4, "captions": 4, "empty_captions": 1, "words": 14, "references": 8}
     assert receipt.notes == ["1 of 4 captions are empty"]
     parts = receipt.signature.split("|")
@@ -98,7 +98,7 @@ def test_it_says_what_was_counted_and_measured(receipt: Receipt) -> None:
         assert 0 <= low <= receipt.scores[metric] <= high
 
 
-def test_the_same_call_gives_the_same_receipt_but_for_when_and_where(
+def test_the_same_call_gives_the_same_receipt_except_for_the_environment(
     receipt: Receipt, tmp_path: Path
 ) -> None:
     results, references = tmp_path / "results.json", tmp_path / "references.json"
@@ -110,10 +110,10 @@ def test_the_same_call_gives_the_same_receipt_but_for_when_and_where(
     }
     references.write_text(json.dumps(document))
 
-    def measure(captions: dict[int, str], human: dict[int, list[str]], _: object) -> object:
+    def measure(captions: dict[int, str], references: dict[int, list[str]], _: object) -> object:
         from captionscale.score.metrics import measure
 
-        return measure(captions, human, N_GRAMS)
+        return measure(captions, references, N_GRAMS)
 
     trees = []
     for name in ("one.json", "other.json"):
@@ -129,7 +129,7 @@ def test_the_same_call_gives_the_same_receipt_but_for_when_and_where(
     assert again.scores == pytest.approx(receipt.scores, rel=1e-12)
 
 
-def test_images_may_be_called_by_their_files_names(receipt: Receipt) -> None:
+def test_image_ids_may_be_file_names(receipt: Receipt) -> None:
     captions = {f"{image_id}.jpg": text for image_id, text in CAPTIONS.items()}
     references = {f"{image_id}.jpg": texts for image_id, texts in REFERENCES.items()}
     named = score(captions, references, N_GRAMS)
@@ -168,7 +168,7 @@ def change(**changes: object) -> Callable[[bytes], bytes]:
         (change(sha256=None), "was changed after it was written"),
     ],
 )
-def test_a_receipt_that_was_cut_short_edited_or_is_another_ones_is_refused(
+def test_a_truncated_edited_or_foreign_receipt_is_refused(
     written: Path, damage: Callable[[bytes], bytes], found: str
 ) -> None:
     written.write_bytes(damage(written.read_bytes()))
@@ -180,23 +180,23 @@ def in_images(**changes: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda tree: {"images": tree["images"] | changes}
 
 
-FIGURES = {"BLEU-1": 0.9, "BLEU-4": 0.9, "ROUGE-L": 0.9, "CIDEr-D": 0.9}
+VALUES = {"BLEU-1": 0.9, "BLEU-4": 0.9, "ROUGE-L": 0.9, "CIDEr-D": 0.9}
 
 
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
         (lambda _: {"scores": [1, 2]}, "scores: Expected `object`, got `array`"),
-        (lambda _: {"scores": FIGURES | {"BLEU-1": "0.9"}}, "Expected `float`, got `str`"),
-        (lambda _: {"scores": FIGURES | {"BLEU-1": 10**400}}, "out of range"),
-        (lambda _: {"scores": FIGURES | {"BLEU-1": float("nan")}}, "not JSON compliant"),
+        (lambda _: {"scores": VALUES | {"BLEU-1": "0.9"}}, "Expected `float`, got `str`"),
+        (lambda _: {"scores": VALUES | {"BLEU-1": 10**400}}, "out of range"),
+        (lambda _: {"scores": VALUES | {"BLEU-1": float("nan")}}, "not JSON compliant"),
         (
             lambda _: {"scores": {"BLEU-1": 0.9}},
             r"intervals and scores are not of the same metrics \(BLEU-4\)",
         ),
         (lambda _: {"intervals": {}}, "intervals and scores are not of the same"),
         (lambda _: {"scores": {}, "intervals": {}}, "it has no scores"),
-        (lambda _: {"intervals": {metric: [0.1] for metric in FIGURES}}, "Expected `array` of length 2"),
+        (lambda _: {"intervals": {metric: [0.1] for metric in VALUES}}, "Expected `array` of length 2"),
         (
             lambda tree: {"diagnostics": {"captions": tree["diagnostics"]["captions"]}},
             "missing required field `references`",
@@ -214,7 +214,7 @@ FIGURES = {"BLEU-1": 0.9, "BLEU-4": 0.9, "ROUGE-L": 0.9, "CIDEr-D": 0.9}
         (in_images(ids=[1, 2, 3, "4"]), "ids are not all numbers, nor all texts"),
         (in_images(ids=[1, 2, 3]), "images has not 3 of each thing"),
         (in_images(scores={}), "images.scores and scores are not of the same metrics"),
-        (in_images(scores={metric: [0.1] for metric in FIGURES}), "images has not 4 of each thing"),
+        (in_images(scores={metric: [0.1] for metric in VALUES}), "images has not 4 of each thing"),
         (in_images(statistics={}), r"images.statistics and scores .* \(BLEU\)"),
         (
             in_images(statistics=dict.fromkeys(("BLEU", "ROUGE-L", "CIDEr-D"), [[1.0, 1.0]] * 4)),
@@ -222,10 +222,10 @@ FIGURES = {"BLEU-1": 0.9, "BLEU-4": 0.9, "ROUGE-L": 0.9, "CIDEr-D": 0.9}
         ),
     ],
 )
-def test_a_receipt_that_others_wrote_with_odd_parts_is_refused(
+def test_a_receipt_with_invalid_parts_is_refused(
     written: Path, changes: Callable[[dict[str, Any]], dict[str, Any]], found: str
 ) -> None:
-    # Its hash fits.  Whatever read it stumbled later: over a list for figures, over an absent interval.
+    # Its hash fits, but readers would fail later, such as at a list of scores or an absent interval.
     tree = json.loads(written.read_text())
     tree |= changes(tree)
     tree["sha256"] = _spoilt_hash(
@@ -243,7 +243,7 @@ def _spoilt_hash(tree: dict[str, Any]) -> str:
         return ""
 
 
-def test_a_receipt_says_who_measured_and_takes_any_facts_of_who_wrote() -> None:
+def test_notes_and_signature_follow_implementation_and_provenance() -> None:
     theirs = partial(measure, reference_implementation=True)
     facts = [{}, {"search": {"beam": 3}}, {"search": None, "end_token_rewarded": True}, {"search": {}}]
     signed = []
@@ -252,7 +252,7 @@ def test_a_receipt_says_who_measured_and_takes_any_facts_of_who_wrote() -> None:
         assert "measured by pycocoevalcap's own classes" in found.notes
         signed.append(found.signature.partition("|captionscale ")[2].split("|")[1:])
     assert signed == [[], ["beam 3"], ["end rewarded"], []]
-    # The figures are equal, so that they are ranked together.
+    # The values are equal, so they are ranked together.
     ours = score(CAPTIONS, REFERENCES, ["BLEU-1"])
     assert (ours.metric_signature, ours.notes) == (found.metric_signature, ["1 of 4 captions are empty"])
 
@@ -269,7 +269,7 @@ def test_a_receipt_says_who_measured_and_takes_any_facts_of_who_wrote() -> None:
         (b"[" * 100_000, "no COCO results"),
     ],
 )
-def test_what_are_no_results_is_refused_with_the_expected_form(
+def test_invalid_results_are_refused_with_the_expected_format(
     content: bytes, found: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "results.json"
@@ -283,20 +283,18 @@ def test_what_are_no_results_is_refused_with_the_expected_form(
     assert read_results(path) == {1: "a dog"}
 
 
-def test_a_receipt_may_be_laid_out_anew_and_its_time_and_host_left_out(
-    receipt: Receipt, written: Path
-) -> None:
+def test_formatting_and_environment_do_not_change_the_hash(receipt: Receipt, written: Path) -> None:
     tree = json.loads(written.read_text()) | {"environment": {}}
     written.write_text(json.dumps(dict(sorted(tree.items())), indent=2, ensure_ascii=True))
     assert Receipt.read(written).sha256 == receipt.sha256
 
 
-def test_what_is_no_file_is_no_receipt(tmp_path: Path) -> None:
-    for path, told in (
+def test_a_folder_or_a_missing_file_is_refused(tmp_path: Path) -> None:
+    for path, message in (
         (tmp_path, "no receipt, or a damaged one"),
         (tmp_path / "none.json", "does not exist, expected a receipt"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             Receipt.read(path)
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
@@ -328,7 +326,7 @@ def test_the_receipt_of_5000_images_is_below_3_mb(receipt: Receipt, tmp_path: Pa
     )
 
 
-def test_references_hash_alike_only_if_they_score_alike() -> None:
+def test_references_with_other_scores_have_another_hash() -> None:
     own = references_sha256(REFERENCES)
     for other in (
         {**REFERENCES, 5: ["a bowl of fruits"]},
@@ -361,7 +359,7 @@ WRONG = {
 }
 
 
-def test_what_is_no_caption_is_refused() -> None:
+def test_invalid_arguments_are_refused() -> None:
     # Elsewhere: here types are checked at each call.
     code = f"""
 from numpy import int64
@@ -378,7 +376,7 @@ for case in {list(WRONG)!r}:
         assert expected in error
 
 
-def test_a_receipt_does_not_take_the_place_of_what_is_scored(tmp_path: Path) -> None:
+def test_the_receipt_never_overwrites_an_input(tmp_path: Path) -> None:
     results, references = tmp_path / "results.json", tmp_path / "captions.json"
     results.write_text('[{"image_id": 1, "caption": "a dog"}]', encoding="utf-8")
     tree = {"images": [{"id": 1}], "annotations": [{"id": 1, "image_id": 1, "caption": "a dog"}]}
@@ -389,7 +387,7 @@ def test_a_receipt_does_not_take_the_place_of_what_is_scored(tmp_path: Path) -> 
     assert results.read_bytes() == before
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_scored(tmp_path: Path) -> None:
+def test_an_unwritable_output_is_refused_before_scoring(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path, tmp_path / "file" / "receipt.json"):
         with pytest.raises(UserError, match=r"is a folder|cannot be written \(Not a directory\)"):

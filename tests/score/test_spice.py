@@ -18,7 +18,7 @@ import json, os, sys
 arguments = sys.argv[1:]
 if arguments == ["-version"]:
     sys.exit('openjdk version "{version}" 2014-03-18')
-assert "JAVA_TOOL_OPTIONS" not in os.environ and "-Xmx1536M" in arguments
+assert "JAVA_TOOL_OPTIONS" not in os.environ and "-Xmx8192M" in arguments
 first, second, third = arguments[arguments.index("-cp") + 1].split(os.pathsep)
 assert [os.path.basename(path) for path in (first, second, third)] == [*{jars}, "spice-1.0.jar"]
 question, out, answer = arguments[arguments.index("edu.anu.spice.SpiceScorer") + 1 :][:3]
@@ -55,13 +55,13 @@ def install(folder: Path, monkeypatch: pytest.MonkeyPatch, program: str = PROGRA
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=tr")
 
 
-def test_scores_stay_at_their_images_whatever_the_order_of_the_answers(
+def test_scores_do_not_depend_on_the_order_of_the_results(
     folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path_factory.mktemp("temporary")
     monkeypatch.setattr("tempfile.tempdir", str(place))
     install(folder, monkeypatch)
-    metric = spice.Spice(folder, memory_gb=1.5)
+    metric = spice.Spice(folder)
     rows = metric.statistics(CANDIDATES, REFERENCES)
     assert rows.tolist() == [[0, 1], [0.25, 1], [1, 1]]
     assert metric.corpus_value(rows) == pytest.approx(1.25 / 3)
@@ -89,14 +89,12 @@ def test_scores_stay_at_their_images_whatever_the_order_of_the_answers(
         ),
     ],
 )
-def test_what_is_not_one_number_for_each_image_is_refused(text: str, found: str) -> None:
+def test_results_without_one_number_for_each_image_are_refused(text: str, found: str) -> None:
     with pytest.raises(UserError, match=found):
         spice.parse(text, 2)
 
 
-def test_a_missing_or_damaged_jar_is_told_before_anything_runs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_or_damaged_jar_is_refused_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spice, "find_java", lambda: pytest.fail("looked for Java"))
     models = folder / spice.JARS[1]
     whole = models.read_bytes()
@@ -111,9 +109,7 @@ def test_a_missing_or_damaged_jar_is_told_before_anything_runs(
         spice.Spice(folder)
 
 
-def test_a_java_that_cannot_write_the_results_is_told_before_the_captions_are_parsed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unfit_java_is_refused_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(folder, monkeypatch, version="15.0.1")
     monkeypatch.setattr(spice.java, "find_java", lambda: str(folder / "none" / "java"))
     monkeypatch.setenv("PATH", "")
@@ -123,13 +119,14 @@ def test_a_java_that_cannot_write_the_results_is_told_before_the_captions_are_pa
     assert spice.find_java() == str(folder / "old" / "bin" / "java")
 
 
-def test_a_failing_program_is_an_error_with_its_last_words(
+def test_a_failing_program_is_an_error_with_its_last_output(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     program = PROGRAM.replace("assert ", "sys.exit('java.lang.OutOfMemoryError') # ", 1)
     install(folder, monkeypatch, program)
-    with pytest.raises(UserError, match=r"SPICE: its Java process .* words: java\.lang\.OutOfMemoryError\)"):
+    with pytest.raises(UserError, match=r"SPICE: its Java process .* output: java\.lang\.OutOfMemoryError\)"):
         spice.Spice(folder).statistics(CANDIDATES, REFERENCES)
     install(folder, monkeypatch, PROGRAM.replace("assert ", "import time; time.sleep(60) # ", 1))
-    with pytest.raises(UserError, match=r"stopped at its deadline of 0\.5 s"):
-        spice.Spice(folder, timeout_s=0.5).statistics(CANDIDATES, REFERENCES)
+    monkeypatch.setattr(spice, "_TIMEOUT_S", 0.0)
+    with pytest.raises(UserError, match=r"stopped at its deadline of 3\.5 s"):
+        spice.Spice(folder).statistics(CANDIDATES, REFERENCES)

@@ -34,7 +34,7 @@ def result(scorer: BackgroundScorer) -> dict[str, float]:
     return scores
 
 
-def test_each_set_of_captions_gets_its_own_scores(scorer: BackgroundScorer) -> None:
+def test_each_set_of_captions_has_its_own_scores(scorer: BackgroundScorer) -> None:
     scorer.submit({3: "two cats sleep on a sofa", 7: "a dog runs"})
     assert scorer.result() is None, "it was waited for"
     assert result(scorer) == {"BLEU-1": pytest.approx(1), "ROUGE-L": 1}

@@ -1,4 +1,4 @@
-"""Jobs as users submit them, on a real SLURM cluster of two nodes; `cluster.sh` starts and stops it."""
+"""Jobs on a SLURM cluster of two nodes; `cluster.sh` starts and stops it."""
 
 import json
 import os
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.long
 CHECKOUT = Path(__file__).parents[2]
 CLUSTER = Path(__file__).with_name("cluster.sh")
 TOLERANCE = 1e-5
-# 60 steps of a tenth of a second, small checkpoints: there is always time to hit a run in its middle.
+# 60 steps of a tenth of a second with small checkpoints: enough time to interrupt a run.
 CHANGES = (
     "train.epochs=20",
     "train.save_every=3",
@@ -39,7 +39,7 @@ Slurm = Callable[..., str]
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """A cluster, by what runs its commands."""
+    """A function that runs commands on a cluster."""
     if missing := [name for name in ("slurmctld", "slurmd", "munged") if shutil.which(name) is None]:
         pytest.skip(f"needs {', '.join(missing)}: apt-get install slurm-wlm munge")
     if os.geteuid():
@@ -50,7 +50,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environment |= {
         "SLURM_CONF": str(home / "slurm.conf"),
-        # Several jobs at once on nodes that multi_node.sbatch would have for itself.
+        # Several jobs at once on nodes that multi_node.sbatch would allocate whole.
         "SBATCH_EXCLUSIVE": "user",
         "CAPTIONSCALE_PROFILE": str(profile),
         "CAPTIONSCALE_LOGS": str(home / "logs"),
@@ -72,27 +72,29 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def jobs(slurm: Slurm, synthetic_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Four jobs at once: one that is hit by all that hits jobs; a chain of packing, training and scoring."""
+    """Four jobs at once: one is preempted, requeued and killed; three pack, train and score in a chain."""
     folder = tmp_path_factory.mktemp("jobs")
     for split in ("train", "val"):
         captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
         records = coco.read_official(synthetic_coco / f"{split}2017", captions, split)
         pack(records, folder / "shards", sources=[captions], options=PackOptions(images_per_shard=16))
     settings = tiny_config(folder, folder / "shards", *CHANGES)
-    facts = SimpleNamespace(hit=folder / "hit", chain=folder / "chain", alone=folder / "alone", folder=folder)
+    facts = SimpleNamespace(
+        interrupted=folder / "interrupted", chain=folder / "chain", alone=folder / "alone", folder=folder
+    )
 
-    # What a cluster edits: a container (here a script that only says so) and a node-local disk.
+    # A site's edits: a container (here a script that prints its command) and a node-local disk.
     shutil.copytree(CHECKOUT / "slurm", folder / "slurm")
-    within = folder / "within"
-    within.write_text('#!/bin/sh\necho "within: $1 $2"\nexec "$@"\n')
-    within.chmod(0o755)
+    container = folder / "container"
+    container.write_text('#!/bin/sh\necho "container: $1 $2"\nexec "$@"\n')
+    container.chmod(0o755)
     with (folder / "slurm" / "site.sh").open("a") as site:
-        site.write(f"inside=({within})\nexport CAPTIONSCALE_CACHE={folder}/disk\n")
-        # The other job begins with it, and this one starts four times.
+        site.write(f"inside=({container})\nexport CAPTIONSCALE_CACHE={folder}/disk\n")
+        # The other job runs it, and this one starts four times.
         site.write("export CAPTIONSCALE_DOCTOR=off\n")
     sbatch = ("sbatch", "--parsable", f"--output={folder}/%j.log")
-    facts.hit_job = slurm(
-        *(*sbatch, "slurm/multi_node.sbatch", folder / "experiment.toml", facts.hit),
+    facts.interrupted_job = slurm(
+        *(*sbatch, "slurm/multi_node.sbatch", folder / "experiment.toml", facts.interrupted),
         *("--set", f"data.shards=local://{folder}/shards"),
         folder=folder,
     )
@@ -104,19 +106,19 @@ def jobs(slurm: Slurm, synthetic_coco: Path, tmp_path_factory: pytest.TempPathFa
     )
     facts.sbatch, facts.started = sbatch, Future()
     with ThreadPoolExecutor() as pool:
-        both = [pool.submit(_hit, slurm, facts), pool.submit(_run_out_of_time, slurm, facts)]
+        both = [pool.submit(_interrupt, slurm, facts), pool.submit(_run_out_of_time, slurm, facts)]
         train(settings, facts.alone)
         for each in both:
             each.result()
     return facts
 
 
-def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
-    job, run = facts.hit_job, facts.hit
+def _interrupt(slurm: Slurm, facts: SimpleNamespace) -> None:
+    job, run = facts.interrupted_job, facts.interrupted
     began = time.monotonic()
     _until(lambda: _trained(run, 1), "the first steps")
     facts.started.set_result(time.monotonic() - began)
-    # To the job's script as well, which is to stay.
+    # To the job's script as well, which must keep running.
     slurm("scancel", "--full", "--signal=USR1", job)
     _until(lambda: _restarted(slurm, job, 1), "the restart after USR1")
     first = checkpoint_steps(run)[-1]
@@ -134,26 +136,26 @@ def _hit(slurm: Slurm, facts: SimpleNamespace) -> None:
 
 
 def _run_out_of_time(slurm: Slurm, facts: SimpleNamespace) -> None:
-    # Three times as long as the other job took to start: this one begins with the doctor, beside others.
-    leave_s = 30 + round(3 * facts.started.result(DEADLINE_S))
-    minutes = leave_s // 60 + 2
-    said = slurm(
+    # Three times as long as the other job took to start: this one runs doctor first, next to other jobs.
+    limit_s = 30 + round(3 * facts.started.result(DEADLINE_S))
+    minutes = limit_s // 60 + 2
+    printed = slurm(
         *("captionscale", "submit", facts.folder / "experiment.toml", "--out", facts.chain),
-        *("--profile", "cpu", "--time", f"{minutes}", "--set", f"train.grace_s={60 * minutes - leave_s}"),
+        *("--profile", "cpu", "--time", f"{minutes}", "--set", f"train.grace_s={60 * minutes - limit_s}"),
         SBATCH_SIGNAL="USR1@1",
     )
-    [facts.chain_job] = [job] = re.findall(r"job (\d+)", said.splitlines()[0])
+    [facts.chain_job] = [job] = re.findall(r"job (\d+)", printed.splitlines()[0])
     facts.score_job = slurm(
         *(*facts.sbatch, "--cpus-per-task=1", f"--dependency=afterok:{facts.pack_job}:{job}"),
         *("slurm/score.sbatch", facts.chain, "--split", "test"),
     )
     _until(lambda: _trained(facts.chain, 1), "the first steps")
-    # So that it is in its middle when the time is over, however fast this machine is.  Where that was so slow
-    # that the time was over before, it has restarted, and this stops what goes on.
+    # Stopped, so that it has not finished at its time limit on a fast machine. On a slow one the limit may be
+    # over, and this stops the restarted job.
     restarts = _restarts(slurm, job)
     slurm("scancel", "--signal=STOP", job)
     began = slurm("squeue", "--noheader", f"--job={job}", "--format=%S")
-    over = time.mktime(time.strptime(began, "%Y-%m-%dT%H:%M:%S")) + leave_s
+    over = time.mktime(time.strptime(began, "%Y-%m-%dT%H:%M:%S")) + limit_s
     time.sleep(max(0, over + 1 - time.time()))
     slurm("scancel", "--signal=CONT", job)
     _until(lambda: _restarts(slurm, job) > restarts, "the end of the time")
@@ -207,41 +209,41 @@ def _log(facts: SimpleNamespace, job: str) -> str:
     return (facts.folder / f"{job}.log").read_text()
 
 
-def _ended_as_if_nothing_had_been(run: Path, alone: Path) -> None:
+def _assert_same_result(run: Path, alone: Path) -> None:
     assert max_abs_difference(load_weights(run), load_weights(alone)) < TOLERANCE
     assert logged_losses(run) == [
         (step, pytest.approx(loss, abs=TOLERANCE)) for step, loss in logged_losses(alone)
     ]
 
 
-def test_a_job_hit_by_a_signal_a_requeue_and_a_kill_ends_by_itself_with_the_weights_of_one_process(
+def test_a_job_with_a_signal_a_requeue_and_a_kill_ends_with_the_weights_of_one_process(
     jobs: SimpleNamespace,
 ) -> None:
-    _ended_as_if_nothing_had_been(jobs.hit, jobs.alone)
+    _assert_same_result(jobs.interrupted, jobs.alone)
 
 
-def test_a_job_whose_time_is_over_ends_by_itself_with_the_weights_of_one_process(
+def test_a_job_at_its_time_limit_resumes_and_ends_with_the_weights_of_one_process(
     jobs: SimpleNamespace,
 ) -> None:
-    _ended_as_if_nothing_had_been(jobs.chain, jobs.alone)
+    _assert_same_result(jobs.chain, jobs.alone)
 
 
 def test_a_killed_rank_is_named_and_ends_the_job_at_once(jobs: SimpleNamespace) -> None:
-    assert "rank 1 on" in _log(jobs, jobs.hit_job)
-    assert "was killed by SIGKILL" in _log(jobs, jobs.hit_job)
+    assert "rank 1 on" in _log(jobs, jobs.interrupted_job)
+    assert "was killed by SIGKILL" in _log(jobs, jobs.interrupted_job)
     # torch's launcher would wait half a minute for the others.
     assert jobs.ended_s < 28
 
 
-def test_each_that_was_to_leave_saved_and_said_so_with_its_code(jobs: SimpleNamespace) -> None:
-    said = re.findall(r"job \d+: (.+?) after (\d) restarts", _log(jobs, jobs.hit_job))
+def test_preemption_and_kill_are_logged_with_their_exit_code(jobs: SimpleNamespace) -> None:
+    printed = re.findall(r"job \d+: (.+?) after (\d) restarts", _log(jobs, jobs.interrupted_job))
     # `scontrol requeue` ends the job's script at once.
-    assert said == [("left", "0"), ("hit, with code 137", "2")]
-    assert "SIGUSR1: step" in _log(jobs, jobs.hit_job)
+    assert printed == [("preempted", "0"), ("killed, with code 137", "2")]
+    assert "SIGUSR1: step" in _log(jobs, jobs.interrupted_job)
 
 
-def test_a_job_runs_within_the_sites_container_and_reads_from_the_nodes_disk(jobs: SimpleNamespace) -> None:
-    assert "within: captionscale launch" in _log(jobs, jobs.hit_job)
+def test_a_job_runs_in_the_sites_container_and_reads_from_the_local_disk(jobs: SimpleNamespace) -> None:
+    assert "container: captionscale launch" in _log(jobs, jobs.interrupted_job)
     assert len(list((jobs.folder / "disk").glob("*.tar"))) == 4
 
 
@@ -249,10 +251,10 @@ def test_each_rank_has_its_log(jobs: SimpleNamespace) -> None:
     logs = jobs.chain / "logs"
     for restart in (0, 1):
         of_ranks = [path.read_text() for path in (logs / f"{jobs.chain_job}.{restart}").rglob("stderr.log")]
-        assert sorted(bool(text) for text in of_ranks) == [False, True], "rank 1 has nothing to say"
+        assert sorted(bool(text) for text in of_ranks) == [False, True], "rank 1 prints nothing"
     assert "[rank 0] training" in (logs / f"{jobs.chain_job}.log").read_text()
 
 
-def test_scoring_waits_for_packing_and_training_through_its_restarts(jobs: SimpleNamespace) -> None:
+def test_scoring_starts_after_packing_and_all_restarts_of_training(jobs: SimpleNamespace) -> None:
     [receipt] = jobs.chain.glob("scores/test-*/receipt.json")
     assert len(json.loads(receipt.read_text())["scores"]) >= 4

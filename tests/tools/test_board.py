@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -64,17 +65,17 @@ class Page(HTMLParser):
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        said = dict(attributes)
-        self.tags.append((tag, said))
+        named = dict(attributes)
+        self.tags.append((tag, named))
         if tag == "table":
             self.tables.append([])
         elif tag == "tbody":
-            self.tables[-1].append((said["class"] or "", []))
+            self.tables[-1].append((named["class"] or "", []))
         elif tag == "tr" and self.tables[-1]:
             self.row = []
             self.tables[-1][-1][1].append(self.row)
         elif tag in ("td", "th") and self.row is not None:
-            self.row.append((said.get("class") or "", ""))
+            self.row.append((named.get("class") or "", ""))
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "tr":
@@ -152,7 +153,7 @@ def test_published_rows_are_next_to_receipts_of_their_split_and_have_no_rank(tmp
     marked = [text for row in theirs for kind, text in row if kind == "incomparable"]
     assert marked == ["(30.28)", "(33.06)", "(33.29)"]
     assert not [
-        tag for tag, said in page.tags if said.get("class") == "incomparable" and "data-value" in said
+        tag for tag, named in page.tags if named.get("class") == "incomparable" and "data-value" in named
     ]
 
 
@@ -178,27 +179,29 @@ def test_captions_that_exploit_their_reward_are_flagged(tmp_path) -> None:
 
 
 def test_the_page_shows_any_text_as_text_and_needs_nothing_from_elsewhere(tmp_path) -> None:
-    evil = '<script>alert(1)</script>"><img src=x onerror=y> $version & é\udc80'
-    each = receipt(0.9, signature=f"ptb {evil}", metrics=["BLEU-4", evil], split=evil, captions=evil)
-    name = evil.replace("/", "")
+    markup = '<script>alert(1)</script>"><img src=x onerror=y> $version & é\udc80'
+    each = receipt(0.9, signature=f"ptb {markup}", metrics=["BLEU-4", markup], split=markup, captions=markup)
+    name = markup.replace("/", "")
     page = board(tmp_path, {name: each, "plain": receipt(0.9, references=KARPATHY)})
     names = [row[1][1] for table in page.tables for _, rows in table[:1] for row in rows]
     assert names[-1].startswith(name.replace("\udc80", r"\udc80"))
     assert not [tag for tag, _ in page.tags if tag in ("img", "link", "iframe", "base")]
-    assert [said for tag, said in page.tags if tag == "script"] == [{}]
-    assert {name for _, said in page.tags for name in said if name.startswith("on") or name == "src"} == set()
-    assert {tag for tag, said in page.tags if "href" in said} == {"a"}
+    assert [named for tag, named in page.tags if tag == "script"] == [{}]
+    assert {
+        name for _, named in page.tags for name in named if name.startswith("on") or name == "src"
+    } == set()
+    assert {tag for tag, named in page.tags if "href" in named} == {"a"}
     text = (tmp_path / "board.html").read_text(encoding="utf-8")
     assert not re.search(r"url\(|@import|fetch\(|XMLHttp", text)
 
 
-def test_the_command_says_what_it_showed_and_what_it_cannot_show(tmp_path, capsys) -> None:
+def test_the_command_reports_what_the_page_shows_and_refuses_what_it_cannot_show(tmp_path, capsys) -> None:
     receipt(0.9).write(tmp_path / "runs" / "a" / "receipt.json")
     receipt(0.9, references=KARPATHY).write(tmp_path / "b.json")
     out = tmp_path / "new" / "board.html"
     main(["board", str(tmp_path / "runs"), str(tmp_path / "b.json"), "--out", str(out)])
-    said = capsys.readouterr().out
-    assert said.startswith(f"{out}: 2 receipts in 2 tables: other references")
+    output = capsys.readouterr().out
+    assert output.startswith(f"{out}: 2 receipts in 2 tables: other references")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no receipt\.json in this folder"):
         write_board([tmp_path / "empty"], out)
@@ -206,6 +209,28 @@ def test_the_command_says_what_it_showed_and_what_it_cannot_show(tmp_path, capsy
         write_board([tmp_path / "nothere"], out)
     with pytest.raises(UserError, match="is a folder, expected a file"):
         write_board([tmp_path / "runs"], tmp_path / "runs")
+
+
+def test_json_has_the_rows_of_each_table_with_scores_as_in_the_receipts(tmp_path, capsys) -> None:
+    for name, score in (("weak", 0.8), ("best", 1.0)):
+        receipt(score, split="val").write(tmp_path / name / "receipt.json")
+    receipt(0.9, metrics=["BLEU-4"]).write(tmp_path / "other" / "receipt.json")
+    out = tmp_path / "board.html"
+    main(["board", str(tmp_path), "--out", str(out), "--json"])
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["page"] == str(out)
+    [table] = tree["tables"]
+    assert (table["title"], table["ranked_by"]) == ("Split val", "CIDEr-D")
+    assert table["signature"].startswith("ptb corenlp-3.4.1 | bleu coco")
+    assert [(row["rank"], row["name"]) for row in table["rows"]] == [
+        (1, "best"),
+        (2, "weak"),
+        (None, "other"),
+    ]
+    assert table["rows"][0]["scores"] == {"BLEU-4": 1.0 / 3, "CIDEr-D": 1.0}
+    assert table["rows"][0]["intervals"]["CIDEr-D"] == [0.98, 1.02]
+    assert table["rows"][0]["provenance"] == {"split": "val"}
+    assert Page(out).tables
 
 
 def test_a_broken_receipt_is_named_and_left_out(tmp_path, capsys) -> None:
@@ -217,10 +242,10 @@ def test_a_broken_receipt_is_named_and_left_out(tmp_path, capsys) -> None:
     (tmp_path / "empty").mkdir()
     out = tmp_path / "board.html"
     main(["board", str(tmp_path / "in"), str(tmp_path / "empty"), str(tmp_path / "none"), "--out", str(out)])
-    said = capsys.readouterr()
-    assert said.out == f"{out}: 1 receipt\n"
-    told = [line for line in said.err.splitlines() if line.startswith("left out: ")]
-    for line, place in zip(told, ["empty", "in/cut", "in/odd", "none"], strict=True):
+    output = capsys.readouterr()
+    assert output.out == f"{out}: 1 receipt\n"
+    warnings = [line for line in output.err.splitlines() if line.startswith("left out: ")]
+    for line, place in zip(warnings, ["empty", "in/cut", "in/odd", "none"], strict=True):
         assert f"{tmp_path / place}" in line
         assert line.endswith(("; score the captions again", "or give another folder", "; correct the path"))
     assert Page(out).tables[0][0][1][0][1][1].startswith("goodsplit ['a', 'list']")

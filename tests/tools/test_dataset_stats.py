@@ -18,7 +18,6 @@ from captionscale.data.packing import PackOptions, pack
 from captionscale.data.sources import coco
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
-from captionscale.tools import dataset_stats
 from captionscale.tools.dataset_stats import print_stats
 from captionscale.vocab import split_words
 
@@ -40,7 +39,7 @@ def packs(tmp_path: Path) -> Pack:
                 if min(size):
                     Image.new("L", size).save(tmp_path / f"{image_id}.png")
                 else:
-                    (tmp_path / f"{image_id}.png").write_bytes(b"no picture")
+                    (tmp_path / f"{image_id}.png").write_bytes(b"no image")
                 records.append(Record(image_id, split, captions, str(tmp_path), f"{image_id}.png"))
         out = tmp_path / "shards"
         pack(records, out, sources=[], options=PackOptions(images_per_shard=3, max_rejected=0.5))
@@ -108,7 +107,26 @@ def test_the_numbers_are_those_counted_by_hand(small: Path, capsys: pytest.Captu
     )
 
 
-def test_columns_stand_under_each_other(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_the_numbers_of_the_table(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["stats", str(small), "--min-count", "2", "--json"])
+    stats = json.loads(capsys.readouterr().out)
+    assert (stats["shards"], stats["stored"]) == (str(small), "original")
+    assert stats["vocabulary"] == {"split": "train", "words": 4, "kept": 2}
+    train, val, test = stats["splits"].values()
+    assert list(stats["splits"]) == ["train", "val", "test"]
+    assert train["size_bytes"] == sum(path.stat().st_size for path in small.glob("train-*.tar"))
+    assert train["height"] == {"min": 50, "mean": 307.75, "median": 350.5, "p95": 480, "max": 480}
+    assert train["caption_words"] == {"min": 2, "mean": 9.6, "median": 3, "p95": 21, "max": 21}
+    assert (train["images"], train["rejected"], train["shards"], train["captions"]) == (4, 1, 2, 5)
+    assert (train["portrait"], train["landscape"], train["square"]) == (0.25, 0.5, 0.25)
+    assert (train["below_image_size"], train["above_max_words"]) == (0.25, 0.2)
+    assert train["smallest_images"][0] == {"image_id": 1, "width": 100, "height": 50}
+    assert val["vocabulary_coverage"] == 0.375
+    assert val["unknown_words"] == {"tuk-tuk": 2, "and": 1, "cat": 1, "runs": 1}
+    assert not {"caption_words", "vocabulary_coverage"} & test.keys()
+
+
+def test_columns_are_aligned(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_stats(small, min_count=2)
     lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert len({len(line) for line in lines}) == 1
@@ -126,7 +144,7 @@ def test_a_vocabulary_covers_the_captions_it_is_of(
     assert f"vocabulary of train: {len(words):,} words, {len(words):,} of them at least 1 times\n" in page
 
 
-def test_a_word_so_frequent_as_asked_is_kept(packs: Pack, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_word_of_the_minimum_count_is_kept(packs: Pack, capsys: pytest.CaptureFixture[str]) -> None:
     shards = packs(train=[((300, 300), ("dog dog dog cat cat",))], val=[((300, 301), ("cat cat",))])
     for min_count, kept, train, val in ((2, 2, "100.0%", "100.0%"), (3, 1, "60.0%", "0.0%")):
         print_stats(shards, min_count=min_count)
@@ -149,7 +167,7 @@ def test_without_train_the_first_split_with_words_gives_the_vocabulary(
     assert table(page)["words in the vocabulary"] == ["-", "-", "100.0%", "100.0%"]
 
 
-def test_train_gives_the_vocabulary_wherever_it_stands(
+def test_train_gives_the_vocabulary_wherever_it_is_listed(
     packs: Pack, capsys: pytest.CaptureFixture[str]
 ) -> None:
     packs(early=[((300, 300), ("a dog",))])
@@ -168,21 +186,21 @@ def test_any_captions_can_be_drawn(packs: Pack, tmp_path: Path, ending: str, min
     assert (tmp_path / f"it.{ending}").stat().st_size > 5000
 
 
-def test_without_captions_the_images_are_told_and_drawn(
+def test_without_captions_the_images_are_counted_and_drawn(
     packs: Pack, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards = packs(test=[((300, 300), ()), ((10, 30), ())])
     print_stats(shards, min_count=5, plot=tmp_path / "it.svg")
-    heard = capsys.readouterr()
-    assert "note: no captions in test" in heard.out
-    assert "vocabulary" not in heard.out
-    assert heard.err == f"drawn: {tmp_path / 'it.svg'}\n"
+    printed = capsys.readouterr()
+    assert "note: no captions in test" in printed.out
+    assert "vocabulary" not in printed.out
+    assert printed.err == f"drawn: {tmp_path / 'it.svg'}\n"
     drawn = (tmp_path / "it.svg").read_text()
     assert "<!-- width in pixels -->" in drawn
     assert 'id="axes_2"' not in drawn
 
 
-def test_a_picture_is_of_the_kind_that_its_ending_says(small: Path, tmp_path: Path) -> None:
+def test_the_suffix_sets_the_format_of_the_figure(small: Path, tmp_path: Path) -> None:
     for name, start in (("a.png", b"\x89PNG"), ("b.PDF", b"%PDF"), ("c d.svg", b"<?xml")):
         print_stats(small, min_count=2, plot=tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
@@ -193,7 +211,7 @@ def test_a_picture_is_of_the_kind_that_its_ending_says(small: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["plot.jpg", "plot", "png", "plot.png.gz"])
-def test_another_picture_is_refused_before_anything_is_counted(
+def test_another_format_is_refused_before_anything_is_counted(
     small: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(
@@ -203,7 +221,7 @@ def test_another_picture_is_refused_before_anything_is_counted(
     assert capsys.readouterr().out == ""
 
 
-def test_a_picture_that_cannot_be_written_costs_no_numbers(
+def test_a_figure_that_cannot_be_written_does_not_suppress_the_table(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "folder.png").mkdir()
@@ -214,7 +232,7 @@ def test_a_picture_that_cannot_be_written_costs_no_numbers(
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_only_who_wants_a_picture_waits_for_matplotlib(small: Path, tmp_path: Path) -> None:
+def test_matplotlib_is_imported_only_for_a_figure(small: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from captionscale.tools.dataset_stats import print_stats\n"
         f"print_stats(Path({str(small)!r}), min_count=2)\n"
@@ -222,7 +240,7 @@ def test_only_who_wants_a_picture_waits_for_matplotlib(small: Path, tmp_path: Pa
         f"print_stats(Path({str(small)!r}), min_count=2, plot=Path({str(tmp_path / 'it.png')!r}))\n"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    # Once, this ended in a traceback when a notebook had started it.
+    # Regression: a traceback when a notebook had started the command.
     env = os.environ | {"MPLBACKEND": "module://of_a_notebook"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
@@ -230,14 +248,13 @@ def test_only_who_wants_a_picture_waits_for_matplotlib(small: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
 
 
-def test_a_bar_comes_only_where_it_takes_long_and_nothing_is_lost_to_it(
+def test_progress_is_shown_for_long_tasks_only_and_does_not_change_the_output(
     small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     print_stats(small, min_count=2)
     quick = capsys.readouterr()
     assert quick.err == ""
-    for each in (dataset_stats, progress):
-        monkeypatch.setattr(each, "SHORT_S", 0.0)
+    monkeypatch.setattr(progress, "SHORT_S", 0.0)
     print_stats(small, min_count=2)
     slow = capsys.readouterr()
     # Images without captions are not read.
@@ -252,12 +269,12 @@ def test_a_manifest_without_splits_is_refused(tmp_path: Path) -> None:
         print_stats(tmp_path, min_count=5)
 
 
-def test_real_coco_images_have_the_sizes_that_coco_says(
+def test_real_coco_images_have_the_sizes_of_the_annotations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sample = DATA / "coco_sample"
     if not sample.is_dir():
-        pytest.skip("needs ../shared/data beside the checkout")
+        pytest.skip("needs ../shared/data next to the checkout")
     captions = sample / "annotations" / "captions_val2017.json"
     records = coco.read_official(sample / "val2017", captions, "val")
     pack(records, tmp_path / "shards", sources=[captions], options=PackOptions(full_decode=False))
@@ -265,7 +282,7 @@ def test_real_coco_images_have_the_sizes_that_coco_says(
     page = table(capsys.readouterr().out)
     document = json.loads(captions.read_text())
     for side in ("width", "height"):
-        told = sorted(image[side] for image in document["images"])
-        middle = (told[29] + told[30]) / 2
-        assert page[f"{side}: min / median / max"] == [f"{told[0]} / {middle:g} / {told[-1]}"]
+        sizes = sorted(image[side] for image in document["images"])
+        middle = (sizes[29] + sizes[30]) / 2
+        assert page[f"{side}: min / median / max"] == [f"{sizes[0]} / {middle:g} / {sizes[-1]}"]
     assert page["captions"] == [f"{len(document['annotations']):,}"]

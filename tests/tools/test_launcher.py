@@ -27,7 +27,7 @@ def _outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Set SLURM's variables; at first those of the third of four machines."""
+    """Set SLURM's variables; at first those of the third of four nodes."""
 
     def put(**variables: str) -> None:
         for name, value in variables.items():
@@ -59,12 +59,12 @@ def profile(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("processes", [None, 1, 3])
-def test_on_one_machine_every_process_runs_the_command(dry_run, processes) -> None:
+def test_on_one_node_every_process_runs_the_command(dry_run, processes) -> None:
     _, arguments = dry_run(processes=processes)
     assert (arguments.num_processes, arguments.num_machines) == (processes or 2, 1)
     assert arguments.module
     assert [arguments.training_script, *arguments.training_script_args] == ["captionscale", *COMMAND]
-    # Port 0: any free one, so that two runs on one machine do not meet.
+    # Port 0: any free one, so that two runs on one machine do not collide.
     assert arguments.main_process_port == 0
 
 
@@ -76,8 +76,8 @@ def test_processes_stay_on_the_cpu_if_the_profile_says_so(dry_run) -> None:
 @pytest.mark.parametrize("profile", ["cpu", "gpu", "zero2"])
 @pytest.mark.parametrize(("processes", "threads"), [(2, "6"), (5, "2"), (12, "1"), (64, "1")])
 def test_processes_share_the_cores(dry_run, monkeypatch, profile, processes, threads) -> None:
-    # Two processes with a thread for each core fight for them: they take ten times as long.
-    # Once, those of ZeRO had one thread, whatever their share: Accelerate does not tell them the number.
+    # Two processes with a thread for each core take ten times as long.
+    # Regression: those of ZeRO had one thread each, as Accelerate does not pass the number on.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     environment, options = dry_run(profile, processes)
     for pair in environment:
@@ -97,7 +97,7 @@ def test_a_profile_is_a_file_or_a_name(dry_run, tmp_path) -> None:
 
 
 @pytest.mark.usefixtures("slurm")
-def test_in_a_slurm_job_the_machines_meet_at_the_first(dry_run) -> None:
+def test_the_nodes_of_a_slurm_job_connect_to_the_first(dry_run) -> None:
     _, arguments = dry_run("gpu")
     assert (arguments.num_machines, arguments.num_processes, arguments.machine_rank) == (4, 32, 2)
     assert arguments.main_process_ip == "gpu01"
@@ -114,13 +114,13 @@ def test_in_a_slurm_job_the_machines_meet_at_the_first(dry_run) -> None:
         ("gpu-1,n[1-2]", "gpu-1"),
     ],
 )
-def test_the_first_machine_is_found_in_any_list_that_slurm_writes(dry_run, slurm, nodes, first) -> None:
+def test_the_first_node_is_found_in_any_node_list_of_slurm(dry_run, slurm, nodes, first) -> None:
     slurm(STEP_NODELIST=nodes)
     assert dry_run()[1].main_process_ip == first
 
 
 # Such as `salloc --nodes=4`, then `srun --nodes=1 captionscale launch`.
-def test_a_step_smaller_than_its_job_has_only_its_own_machines(dry_run, slurm) -> None:
+def test_a_step_smaller_than_its_job_has_only_its_own_nodes(dry_run, slurm) -> None:
     slurm(STEP_NUM_NODES="2", STEP_NUM_TASKS="2", STEP_NODELIST="gpu[11-12]", NODEID="1")
     _, arguments = dry_run()
     assert (arguments.num_machines, arguments.machine_rank, arguments.main_process_ip) == (2, 1, "gpu11")
@@ -128,7 +128,7 @@ def test_a_step_smaller_than_its_job_has_only_its_own_machines(dry_run, slurm) -
     assert (dry_run()[1].num_machines, dry_run()[1].main_process_port) == (1, 0)
 
 
-def test_in_the_batch_script_of_one_machine_there_is_no_step(dry_run, slurm, monkeypatch) -> None:
+def test_the_batch_script_of_one_node_has_no_step(dry_run, slurm, monkeypatch) -> None:
     for name in ("STEP_NUM_NODES", "STEP_NUM_TASKS", "STEP_NODELIST"):
         monkeypatch.delenv(f"SLURM_{name}")
     slurm(JOB_NUM_NODES="1", NODEID="0")
@@ -142,7 +142,7 @@ def test_in_the_batch_script_of_one_machine_there_is_no_step(dry_run, slurm, mon
 
 
 @pytest.mark.parametrize("name", ["JOB_ID", "NODEID", "STEP_NODELIST"])
-def test_a_container_that_hides_what_slurm_says_is_told_which(dry_run, slurm, monkeypatch, name) -> None:
+def test_a_variable_that_a_container_hides_is_named(dry_run, slurm, monkeypatch, name) -> None:
     slurm()
     monkeypatch.delenv(f"SLURM_{name}")
     with pytest.raises(UserError) as caught:
@@ -160,7 +160,7 @@ def test_a_launcher_for_each_gpu_is_refused(dry_run, slurm) -> None:
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK"])
-def test_under_another_launcher_it_is_refused(dry_run, monkeypatch, name) -> None:
+def test_another_launcher_is_refused(dry_run, monkeypatch, name) -> None:
     monkeypatch.setenv(name, "3")
     with pytest.raises(UserError) as caught:
         dry_run()
@@ -171,7 +171,7 @@ def test_under_another_launcher_it_is_refused(dry_run, monkeypatch, name) -> Non
 
 
 @pytest.mark.usefixtures("slurm")
-def test_processes_are_counted_over_all_machines(dry_run) -> None:
+def test_processes_are_counted_over_all_nodes(dry_run) -> None:
     assert dry_run("gpu", 8)[1].num_processes == 8
     with pytest.raises(UserError) as caught:
         dry_run("gpu", 6)
@@ -211,12 +211,12 @@ def test_processes_that_cannot_share_a_step_are_refused(dry_run, profile, proces
 
 
 @pytest.mark.parametrize(("profile", "processes"), [("gpu", 16), ("gpu", 3), ("zero2", 8)])
-def test_processes_that_can_share_a_step_are_not(dry_run, profile, processes) -> None:
+def test_processes_that_can_share_a_step_are_accepted(dry_run, profile, processes) -> None:
     assert dry_run(profile, processes, config=experiment())[1].num_processes == processes
 
 
 @pytest.mark.usefixtures("slurm")
-def test_the_cure_fits_the_machines(dry_run) -> None:
+def test_the_cure_is_a_multiple_of_the_nodes(dry_run) -> None:
     with pytest.raises(UserError, match="; take 16 processes, or lower"):
         dry_run("gpu", config=experiment())
     with pytest.raises(
@@ -243,13 +243,13 @@ def test_more_decoding_threads_in_one_process_than_cores_are_refused(monkeypatch
         launch(COMMAND, profile="cpu", processes=2, dry_run=False, config=experiment("data.workers=3"))
 
 
-def test_threads_that_the_user_chose_are_kept(dry_run, monkeypatch) -> None:
+def test_the_users_number_of_threads_is_kept(dry_run, monkeypatch) -> None:
     for chosen, threads in (("3", 3), ("2,1", 1)):
         monkeypatch.setenv("OMP_NUM_THREADS", chosen)
         assert dry_run(processes=64)[1].num_cpu_threads_per_process == threads
 
 
-def test_logs_are_kept_beside_what_the_terminal_shows(dry_run, tmp_path) -> None:
+def test_output_goes_to_log_files_and_to_the_terminal(dry_run, tmp_path) -> None:
     environment, arguments = dry_run(logs=tmp_path)
     assert (arguments.log_dir, arguments.tee) == (str(tmp_path / os.uname().nodename), "3")
     assert "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=[rank ${rank}] " in environment
@@ -269,7 +269,7 @@ def test_logs_are_kept_beside_what_the_terminal_shows(dry_run, tmp_path) -> None
         "num_processes:",
     ],
 )
-def test_what_is_no_profile_is_refused(dry_run, tmp_path, text) -> None:
+def test_a_file_that_is_no_profile_is_refused(dry_run, tmp_path, text) -> None:
     path = profile(tmp_path, text)
     with pytest.raises(UserError) as caught:
         dry_run(path)
@@ -283,7 +283,7 @@ def test_what_is_no_profile_is_refused(dry_run, tmp_path, text) -> None:
     ("kind", "found"),
     [("", "None"), ("distributed_type: FSDP\n", "FSDP"), ("distributed_type: NO\n", "False")],
 )
-def test_a_profile_for_what_the_engine_cannot_do_is_refused(dry_run, tmp_path, kind, found) -> None:
+def test_a_profile_for_an_unsupported_engine_is_refused(dry_run, tmp_path, kind, found) -> None:
     path = profile(tmp_path, f"num_processes: 2\n{kind}")
     with pytest.raises(UserError) as caught:
         dry_run(path)
@@ -294,7 +294,7 @@ def test_a_profile_for_what_the_engine_cannot_do_is_refused(dry_run, tmp_path, k
 
 
 @pytest.mark.parametrize("line", ["num_processors: 2", "compute_environment: AMAZON_SAGEMAKER"])
-def test_what_accelerate_refuses_in_a_profile_is_one_line(monkeypatch, tmp_path, line) -> None:
+def test_an_error_of_accelerate_in_a_profile_is_one_line(monkeypatch, tmp_path, line) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     path = profile(tmp_path, f"num_processes: 2\ndistributed_type: MULTI_GPU\n{line}\n")
     with pytest.raises(UserError) as caught:
@@ -302,7 +302,7 @@ def test_what_accelerate_refuses_in_a_profile_is_one_line(monkeypatch, tmp_path,
     assert str(caught.value).startswith(f"{path}: Accelerate refuses it (")
 
 
-def test_an_unknown_profile_is_told_with_the_nearest_known_one(dry_run) -> None:
+def test_an_unknown_profile_is_refused_with_the_nearest_known_one(dry_run) -> None:
     with pytest.raises(UserError) as caught:
         dry_run("gpus")
     assert str(caught.value) == "gpus: no such file, and no such name in launch/; did you mean 'gpu'?"

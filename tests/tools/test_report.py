@@ -46,7 +46,7 @@ def _receipt(run: Path, packed: Path, caption: str, name: Callable[[int], int | 
     receipt.write(run / "scores" / "test" / "receipt.json")
 
 
-def test_a_run_that_is_not_scored_says_so_and_shows_what_there_is(copy) -> None:
+def test_a_run_that_is_not_scored_reports_it_and_shows_what_exists(copy) -> None:
     page = _write(copy)
     assert f"captionscale score {copy} --split val" in page
     for title in ("Loss", "Learning rate", "Throughput", "CIDEr-D", "At random"):
@@ -77,7 +77,7 @@ def test_a_scored_run_shows_its_table_and_what_changed_against_another(copy, pac
     assert "Difference: run minus other; won: images on which run scores higher" in page
 
 
-def test_against_a_run_that_is_not_scored_says_which_command_scores_it(copy, packed, tmp_path) -> None:
+def test_against_a_run_that_is_not_scored_names_the_command_that_scores_it(copy, packed, tmp_path) -> None:
     other = tmp_path / "other"
     shutil.copytree(copy, other)
     _receipt(copy, packed, "a red ball")
@@ -101,14 +101,14 @@ def test_only_the_best_and_the_last_validation_are_scored_again_for_their_interv
 
 
 def test_a_receipt_whose_images_have_names_is_shown_without_them(copy, packed) -> None:
-    # score --captions of other people's images, with --out in the run's folder.
+    # score --captions of images from elsewhere, with --out in the run's folder.
     _receipt(copy, packed, "a red ball", "photo-{}".format)
     page = _write(copy)
     assert "Best, by CIDEr-D" in page
     assert "attention of the word" not in page
 
 
-def test_a_run_that_is_at_work_or_was_killed_has_a_page_of_its_log(copy) -> None:
+def test_a_run_that_is_training_or_was_killed_has_a_page_of_its_log(copy) -> None:
     shutil.rmtree(copy / "checkpoints")
     shutil.rmtree(copy / "validation")
     log = (copy / "log.jsonl").read_text(encoding="utf-8")
@@ -118,14 +118,14 @@ def test_a_run_that_is_at_work_or_was_killed_has_a_page_of_its_log(copy) -> None
     assert ">Loss<" in page
 
 
-def test_without_its_shards_a_page_has_no_images_and_says_why(copy, tmp_path) -> None:
+def test_without_its_shards_a_page_has_no_images_and_reports_why(copy, tmp_path) -> None:
     page = _write(copy, "--shards", tmp_path / "nowhere")
     assert "no manifest.json" in page
     assert "The shards were not found" in page
     assert "data:image/jpeg" not in page
 
 
-def test_a_run_of_another_version_says_so(copy) -> None:
+def test_a_run_of_another_version_is_reported(copy) -> None:
     for path in copy.glob("checkpoints/*/state.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     page = _write(copy)
@@ -149,10 +149,10 @@ def test_what_a_receipt_or_config_holds_is_text_and_never_markup(copy, packed) -
         ("run", "experiment.toml/page.html", "cannot be written"),
     ],
 )
-def test_no_run_and_no_place_are_refused(name, out, error, run, capsys) -> None:
+def test_a_folder_without_a_run_and_an_unwritable_page_are_refused(name, out, error, run, capsys) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["report", str(run.parent / name), "--out", str(run.parent / out)])
     assert caught.value.code == 1
-    said = capsys.readouterr().err
-    assert error in said
-    assert "Traceback" not in said
+    error_output = capsys.readouterr().err
+    assert error in error_output
+    assert "Traceback" not in error_output

@@ -12,7 +12,7 @@ from captionscale.tools.submit import submit
 
 ROOT = Path(__file__).parents[2]
 
-# That SLURM takes the job, and that it trains, is in tests/slurm.
+# tests/slurm submits and runs such jobs.
 
 
 def written(capsys: pytest.CaptureFixture[str], run: str = "runs/a run", nodes: int = 2) -> str:
@@ -23,7 +23,7 @@ def written(capsys: pytest.CaptureFixture[str], run: str = "runs/a run", nodes: 
     return capsys.readouterr().out
 
 
-def test_a_job_contains_all_that_it_runs(capsys) -> None:
+def test_a_job_contains_the_files_that_it_sources(capsys) -> None:
     job = written(capsys)
     assert "\nsource slurm/" not in job
     assert subprocess.run(["bash", "-n"], input=job, text=True, check=False).returncode == 0
@@ -31,7 +31,7 @@ def test_a_job_contains_all_that_it_runs(capsys) -> None:
     assert "NCCL_SOCKET_IFNAME" in job
 
 
-# SLURM looks no further than the first command, and takes the last of two options.
+# SLURM reads no options after the first command, and uses the last of two.
 def test_requested_options_follow_the_scripts_own_and_precede_its_commands(capsys) -> None:
     lines = written(capsys).splitlines()
     commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
@@ -46,7 +46,7 @@ def test_requested_options_follow_the_scripts_own_and_precede_its_commands(capsy
     assert "set -- 'runs/a run/job.toml' 'runs/a run'" in lines
 
 
-def test_a_job_of_one_machine_may_share_it_and_asks_for_a_core_for_each_decoding_thread(capsys) -> None:
+def test_a_job_of_one_node_may_share_it_and_requests_a_core_for_each_decoding_thread(capsys) -> None:
     several, one = written(capsys), written(capsys, nodes=1)
     assert "--exclusive" in several
     assert "--exclusive" not in one
@@ -56,14 +56,14 @@ def test_a_job_of_one_machine_may_share_it_and_asks_for_a_core_for_each_decoding
 
 
 @pytest.mark.parametrize(
-    ("script", "folder", "end", "said"),
+    ("script", "folder", "end", "printed"),
     [
-        ("pack.sbatch", "", "", "holds no slurm/job.sh, wanted the checkout; call sbatch from there"),
-        ("pack.sbatch", ROOT, "", "SLURM_JOB_ID: not set, wanted within a job; start the script by sbatch"),
-        ("multi_node.sbatch", ROOT, "0", "1 words after the script's name, wanted EXPERIMENT RUN"),
+        ("pack.sbatch", "", "", "holds no slurm/job.sh, expected the checkout; call sbatch from there"),
+        ("pack.sbatch", ROOT, "", "SLURM_JOB_ID: not set, expected within a job; start the script by sbatch"),
+        ("multi_node.sbatch", ROOT, "0", "1 arguments, expected EXPERIMENT RUN"),
     ],
 )
-def test_a_wrongly_called_script_prints_its_usage(tmp_path, script, folder, end, said) -> None:
+def test_a_wrongly_called_script_prints_its_usage(tmp_path, script, folder, end, printed) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     environment |= {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": end} if end else {}
     done = subprocess.run(
@@ -75,7 +75,7 @@ def test_a_wrongly_called_script_prints_its_usage(tmp_path, script, folder, end,
         check=False,
     )
     assert done.returncode != 0
-    assert said in done.stderr
+    assert printed in done.stderr
 
 
 def test_more_processes_than_micro_batches_are_refused(capsys) -> None:

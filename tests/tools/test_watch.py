@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from captionscale import toml
+from captionscale.cli import main
 from captionscale.errors import UserError
 from captionscale.tools.watch import RunWatcher, watch
 from captionscale.train.log_reader import JsonLinesReader, parse_line
@@ -41,14 +42,13 @@ def age(run: Path, seconds: float) -> None:
 
 
 def show(run: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    watch(run, once=True, every_s=1.0)
+    watch(run, once=True, as_json=False, every_s=1.0)
     return capsys.readouterr().out
 
 
 def test_a_training_run_shows_its_progress_and_when_it_ends(run, capsys) -> None:
     status = RunWatcher(run).status()
     assert status.state == "alive"
-    assert not status.finished
     assert status.facts == {
         "step": "60 of 100",
         "epoch": "1.20 of 2",
@@ -60,9 +60,31 @@ def test_a_training_run_shows_its_progress_and_when_it_ends(run, capsys) -> None
         "best": "CIDEr-D 0.7500 (step 50)",
         "checkpoints": "50",
     }
-    said = show(run, capsys)
-    assert "alive" in said
-    assert all(value in said for value in status.facts.values())
+    output = show(run, capsys)
+    assert "alive" in output
+    assert all(value in output for value in status.facts.values())
+
+
+def test_json_has_the_values_of_the_table_as_numbers(run, capsys) -> None:
+    main(["watch", str(run), "--json"])
+    tree = json.loads(capsys.readouterr().out)
+    assert tree.pop("reason").startswith("last log line")
+    assert tree == {
+        "run": str(run),
+        "state": "alive",
+        "step": 60,
+        "total_steps": 100,
+        "epoch": 1.2,
+        "total_epochs": 2,
+        "loss": 1.0,
+        "reward": None,
+        "images_per_s": 64.0,
+        "left_s": 20.0,
+        "scores": {"step": 50, "scores": {"CIDEr-D": 0.75, "BLEU-4": 0.25}},
+        "best": {"step": 50, "scores": {"CIDEr-D": 0.75}},
+        "checkpoints": [50],
+        "damaged_lines": {},
+    }
 
 
 def test_the_best_of_two_equal_scores_is_the_first(run) -> None:
@@ -96,7 +118,7 @@ def test_a_stall_names_the_rank_until_the_run_moves_again(run) -> None:
     assert RunWatcher(run).status().state == "alive"
 
 
-def test_a_preempted_run_says_why_and_how_to_resume(run) -> None:
+def test_a_preempted_run_reports_why_and_how_to_resume(run) -> None:
     (run / ".lock").write_text("")
     with (run / "log.jsonl").open("a") as log:
         log.write('{"step": 60, "stop_reason": "SIGUSR1", "stop_save_s": 0.5}\n')
@@ -117,7 +139,7 @@ def test_a_finished_run_ends_the_watch(run, capsys) -> None:
     (run / ".lock").write_text("")
     with (run / "log.jsonl").open("a") as log:
         log.write(json.dumps({"step": 100, "epoch": 2.0, "loss": 0.5, "images_per_s": 64.0}) + "\n")
-    watch(run, once=False, every_s=60.0)
+    watch(run, once=False, as_json=False, every_s=60.0)
     [line] = capsys.readouterr().out.splitlines()
     assert "step 100 of 100" in line
     assert "ended: all 100 steps are done" in line
@@ -164,7 +186,7 @@ def test_ctrl_c_ends_it_quietly(run, monkeypatch, capsys) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(time, "sleep", interrupt)
-    watch(run, once=False, every_s=1.0)
+    watch(run, once=False, as_json=False, every_s=1.0)
     assert "step 60 of 100" in capsys.readouterr().out
 
 
@@ -193,8 +215,8 @@ def test_a_config_of_another_version_only_leaves_facts_out(run) -> None:
 def test_what_is_no_run_is_refused(tmp_path, run) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "empty").mkdir()
-    for name, said in (("gone", "no such folder"), ("file", "is a file"), ("empty", "so no run")):
-        with pytest.raises(UserError, match=said):
+    for name, output in (("gone", "no such folder"), ("file", "is a file"), ("empty", "so no run")):
+        with pytest.raises(UserError, match=output):
             RunWatcher(tmp_path / name)
     watcher = RunWatcher(run)
     run.rename(tmp_path / "elsewhere")

@@ -9,7 +9,7 @@ from captionscale.train.loop import train
 from captionscale.train.run_folder import checkpoint_steps
 
 
-def test_the_average_is_the_recurrence_that_defines_it() -> None:
+def test_the_average_equals_the_recurrence() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 4.0)
     average = ModelEMA(model, 0.2)
@@ -29,18 +29,20 @@ def test_the_average_is_the_recurrence_that_defines_it() -> None:
 def test_a_run_saves_resumes_and_captions_with_the_average(packed, tmp_path, monkeypatch) -> None:
     settings = tiny_config(tmp_path, packed, "train.ema_decay=0.9", "train.save_every=3", "train.lr=5e-3")
     half = settings.model_copy(update={"train": settings.train.model_copy(update={"steps": 3})})
-    # The schedule must not know that it is to stop.
+    # The schedule must not depend on the number of steps.
     monkeypatch.setattr("captionscale.train.step.lr_factor", lambda step, _, __: 1 / (1 + step))
-    train(settings, tmp_path / "unbroken")
-    train(half, tmp_path / "broken")
-    train(settings, tmp_path / "broken")
-    for run in ("unbroken", "broken"):
+    train(settings, tmp_path / "uninterrupted")
+    train(half, tmp_path / "resumed")
+    train(settings, tmp_path / "resumed")
+    for run in ("uninterrupted", "resumed"):
         assert checkpoint_steps(tmp_path / run)[-1] == 6
-    assert max_abs_difference(load_weights(tmp_path / "unbroken"), load_weights(tmp_path / "broken")) == 0
-    both = [open_checkpoint(tmp_path / run, "last").ema_weights() for run in ("unbroken", "broken")]
+    assert (
+        max_abs_difference(load_weights(tmp_path / "uninterrupted"), load_weights(tmp_path / "resumed")) == 0
+    )
+    both = [open_checkpoint(tmp_path / run, "last").ema_weights() for run in ("uninterrupted", "resumed")]
     assert max_abs_difference(*both) == 0
 
-    saved = open_checkpoint(tmp_path / "unbroken", "last")
+    saved = open_checkpoint(tmp_path / "uninterrupted", "last")
     average = saved.ema_weights()
     assert average.keys() <= saved.weights().keys()
     assert max_abs_difference(average, {name: saved.weights()[name] for name in average}) > 1e-4

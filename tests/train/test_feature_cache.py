@@ -1,4 +1,4 @@
-"""The cache of features: equal to doing without, whole or not there."""
+"""The cache of features: it changes no loss, and a file is complete or absent."""
 
 import os
 import shutil
@@ -49,11 +49,11 @@ def loaders(shards: Path, *names: str, **data: object) -> list[Loader]:
     return [Loader(Split(shards, name), WORDS, settings) for name in names or ("train", "val")]
 
 
-def cache(encoder: Encoder, made: list[Loader], precision: str = "fp32") -> list[Path]:
-    """Return where the features are."""
+def cache(encoder: Encoder, splits: list[Loader], precision: str = "fp32") -> list[Path]:
+    """Return the files of features."""
     with Ranks(precision) as ranks:
-        cache_features(encoder, made, ranks, precision)
-    return [each.features.path for each in made]
+        cache_features(encoder, splits, ranks, precision)
+    return [each.features.path for each in splits]
 
 
 def test_a_file_holds_the_features_of_each_image_in_the_order_of_the_index(shards: Path) -> None:
@@ -62,21 +62,21 @@ def test_a_file_holds_the_features_of_each_image_in_the_order_of_the_index(shard
     assert sorted(path.name for path in (shards / "features").iterdir()) == sorted(
         [".lock", *(path.name for path in paths)]
     )
-    held = np.load(paths[0], mmap_mode="r")["features"]
-    assert (held.shape, held.dtype) == ((48, 1, 512), np.float16)
-    pictures = [decode.decode_image(train_split.split.image(item), "here") for item in range(48)]
-    seen = np.stack([transforms.center_crop(picture, 32) for picture in pictures])
+    features = np.load(paths[0], mmap_mode="r")["features"]
+    assert (features.shape, features.dtype) == ((48, 1, 512), np.float16)
+    images = [decode.decode_image(train_split.split.image(item), "here") for item in range(48)]
+    pixels = np.stack([transforms.center_crop(image, 32) for image in images])
     with torch.no_grad():
-        expected = encoder(torch.from_numpy(seen).permute(0, 3, 1, 2)).numpy()
-    np.testing.assert_allclose(held, expected, rtol=1e-3, atol=1e-4)
+        expected = encoder(torch.from_numpy(pixels).permute(0, 3, 1, 2)).numpy()
+    np.testing.assert_allclose(features, expected, rtol=1e-3, atol=1e-4)
     items = np.array([40, 3, 7])
     (batch,) = train_split.prefetch([(items, 5)])
     assert batch.images.dtype == torch.float16
-    np.testing.assert_array_equal(batch.images.numpy(), held[items])
+    np.testing.assert_array_equal(batch.images.numpy(), features[items])
     assert batch.image_ids == train_split.split.index["image_id"][items].tolist()
 
 
-def test_no_image_is_decoded_that_is_in_the_cache(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_images_are_not_decoded(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache(build(), loaders(shards))
     again = loaders(shards)
     monkeypatch.setattr(decode, "decode_image", None)
@@ -84,7 +84,7 @@ def test_no_image_is_decoded_that_is_in_the_cache(shards: Path, monkeypatch: pyt
     assert len(next(iter(again[0].prefetch([(np.arange(9), 0)]))).images) == 9
 
 
-def test_all_that_features_depend_on_is_in_their_name(shards: Path) -> None:
+def test_the_file_name_depends_on_all_that_features_depend_on(shards: Path) -> None:
     other = build()
     with torch.no_grad():
         other.backbone.layer1[0].bn1.running_mean += 1e-6
@@ -102,7 +102,7 @@ def test_all_that_features_depend_on_is_in_their_name(shards: Path) -> None:
 
 # Measured: fp32 5e-6, as half precision rounds features by 5e-4; bf16 0, as it holds those of bf16 exactly.
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 5e-5), ("bf16", 1e-6)])
-def test_a_run_with_the_cache_has_the_losses_of_one_without_on_two_ranks_too(
+def test_a_run_with_cached_features_has_the_losses_of_one_without(
     shards: Path, tmp_path: Path, precision: str, tolerance: float, capfd: pytest.CaptureFixture[str]
 ) -> None:
     changes = (*CHANGES, "data.image_size=64", f"train.precision={precision}")
@@ -113,18 +113,18 @@ def test_a_run_with_the_cache_has_the_losses_of_one_without_on_two_ranks_too(
     cached = tiny_config(tmp_path, shards, *changes, "train.cache_features=true")
     train(cached, tmp_path / "one")
     assert logged_losses(tmp_path / "one") == expected
-    told = capfd.readouterr().err
-    assert "computing features of 48 images (4 x 1,280 numbers each), once: 0.00 GB in" in told
+    stderr = capfd.readouterr().err
+    assert "computing features of 48 images (4 x 1,280 numbers each), once: 0.00 GB in" in stderr
     shutil.rmtree(shards / "features")
     join_all(start_training(2, cached, tmp_path / "two"))
     assert logged_losses(tmp_path / "two") == expected
     assert len(list((shards / "features").glob("*.npy"))) == 2
 
 
-def test_what_a_killed_process_began_is_gone_on_with_and_what_is_torn_is_begun_anew(
+def test_a_partial_file_is_continued_and_a_torn_one_restarted(
     shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(feature_cache, "_BATCH", 2)
+    monkeypatch.setattr(feature_cache, "_BATCH_SIZE", 2)
     (path,) = cache(build(), loaders(shards, "val"))
     whole, row = path.read_bytes(), 8 + 2 * 512
     partial = path.rename(path.with_name(path.name + ".tmp"))
@@ -142,10 +142,10 @@ def test_what_a_killed_process_began_is_gone_on_with_and_what_is_torn_is_begun_a
     assert not list((shards / "features").glob("*.tmp"))
 
 
-def test_who_is_asked_to_leave_while_features_are_computed_leaves_and_the_next_goes_on(
+def test_a_preempted_computation_of_features_is_continued_by_the_next_run(
     shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(feature_cache, "_BATCH", 2)
+    monkeypatch.setattr(feature_cache, "_BATCH_SIZE", 2)
     asked = iter([False, False, True])
     monkeypatch.setattr(feature_cache.preemption, "requested", lambda: next(asked))
     with pytest.raises(PreemptedError, match="stopped before the features of all images were computed"):
@@ -157,13 +157,13 @@ def test_who_is_asked_to_leave_while_features_are_computed_leaves_and_the_next_g
     assert len(np.load(path)) == 8
 
 
-def test_a_damaged_row_is_told_when_it_is_read(shards: Path) -> None:
-    (loader,) = made = loaders(shards, "val")
-    (path,) = cache(build(), made)
+def test_a_damaged_row_is_an_error_when_it_is_read(shards: Path) -> None:
+    (loader,) = splits = loaders(shards, "val")
+    (path,) = cache(build(), splits)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    cache(build(), made)
+    cache(build(), splits)
     assert len(next(loader.prefetch([(np.array([6]), None)])).images) == 1
     with pytest.raises(UserError, match=r"row 7 is damaged, expected .*; delete the file"):
         next(loader.prefetch([(np.array([7]), None)]))
@@ -207,7 +207,7 @@ def test_a_folder_that_another_process_fills_is_refused_unless_all_is_there(shar
             cache(build(), loaders(shards))
 
 
-def test_a_disk_without_room_is_refused_before_anything_is_computed(
+def test_a_disk_without_space_is_refused_before_features_are_computed(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(shards)._replace(free=30_000)
@@ -217,7 +217,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_computed(
     assert not (shards / "features").exists()
 
 
-def test_a_folder_in_which_nothing_can_be_written_is_refused_and_a_url_too(shards: Path) -> None:
+def test_an_unwritable_folder_and_a_url_are_refused(shards: Path) -> None:
     (shards / "features").write_text("a file where the folder is to be")
     with pytest.raises(UserError, match="features: "):
         cache(build(), loaders(shards))

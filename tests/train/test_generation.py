@@ -17,7 +17,7 @@ from captionscale.vocab import build, split_words
 
 
 class OneOf(Ranks):
-    """A rank of several whose peers' results are handed in, to see one rank's share alone."""
+    """One of several ranks, without the others; tests replace `gather`."""
 
     def __init__(self, rank: int, size: int):
         super().__init__()
@@ -33,24 +33,24 @@ def captioner_and_loader(packed: Path, tmp_path: Path) -> tuple[Captioner, Loade
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 11])
-def test_ranks_caption_every_image_once_and_as_one_rank_does(
+def test_ranks_caption_every_image_once_with_the_captions_of_one_rank(
     captioner_and_loader: tuple[Captioner, Loader], monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
     captioner, loader = captioner_and_loader
     alone = caption_split(captioner, loader, Search(beam=2, batch_size=3), Ranks(), "alone")
-    shares: list[list[dict[str, object]]] = []
-    monkeypatch.setattr(OneOf, "gather", lambda _, items: shares.append(items) or items)
+    results: list[list[dict[str, object]]] = []
+    monkeypatch.setattr(OneOf, "gather", lambda _, items: results.append(items) or items)
     # One share alone is not the whole split, and is refused as such.
     refused = nullcontext() if size == 1 else pytest.raises(AssertionError, match="twice or not at all")
     for rank in range(size):
         with refused:
-            caption_split(captioner, loader, Search(beam=2, batch_size=3), OneOf(rank, size), "share")
-    together = [result for share in shares for result in share]
+            caption_split(captioner, loader, Search(beam=2, batch_size=3), OneOf(rank, size), "part")
+    together = [result for part in results for result in part]
     assert sorted(together, key=lambda result: result["image_id"]) == alone
-    assert max(map(len, shares)) - min(map(len, shares)) <= 3
+    assert max(map(len, results)) - min(map(len, results)) <= 3
 
 
-def test_captioning_leaves_the_captioner_in_its_mode(
+def test_generation_restores_the_mode_of_the_captioner(
     captioner_and_loader: tuple[Captioner, Loader],
 ) -> None:
     captioner, loader = captioner_and_loader
@@ -60,7 +60,9 @@ def test_captioning_leaves_the_captioner_in_its_mode(
         assert captioner.training == training
 
 
-def test_the_beam_batch_does_not_change_captions(captioner_and_loader: tuple[Captioner, Loader]) -> None:
+def test_the_batch_size_does_not_change_captions_of_a_beam(
+    captioner_and_loader: tuple[Captioner, Loader],
+) -> None:
     captioner, loader = captioner_and_loader
     captions = [
         caption_split(captioner, loader, Search(beam=3, batch_size=batch), Ranks(), "batch")
@@ -76,20 +78,20 @@ def test_a_sampled_caption_depends_on_the_seed_and_the_image_not_on_batch_or_ran
     captioner_and_loader: tuple[Captioner, Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captioner, loader = captioner_and_loader
-    drawn = [
+    sampled = [
         caption_split(captioner, loader, Search(method="sample", batch_size=batch), Ranks(), "batch")
         for batch in (1, 3, 8)
     ]
-    assert drawn[0] == drawn[1] == drawn[2]
-    shares: list[dict[str, object]] = []
-    monkeypatch.setattr(OneOf, "gather", lambda _, items: shares.extend(items) or items)
+    assert sampled[0] == sampled[1] == sampled[2]
+    results: list[dict[str, object]] = []
+    monkeypatch.setattr(OneOf, "gather", lambda _, items: results.extend(items) or items)
     for rank in range(2):
         with pytest.raises(AssertionError):
-            caption_split(captioner, loader, Search(method="sample", batch_size=3), OneOf(rank, 2), "share")
-    assert sorted(shares, key=lambda result: result["image_id"]) == drawn[0]
+            caption_split(captioner, loader, Search(method="sample", batch_size=3), OneOf(rank, 2), "part")
+    assert sorted(results, key=lambda result: result["image_id"]) == sampled[0]
     loader.seed = 1
     other = caption_split(captioner, loader, Search(method="sample"), Ranks(), "seed")
-    assert other != drawn[0]
+    assert other != sampled[0]
     assert len({result["caption"] for result in other}) > 1
 
 
@@ -98,13 +100,15 @@ def test_a_sampled_caption_depends_on_the_seed_and_the_image_not_on_batch_or_ran
     [Search(beam=2), Search(beam=4, groups=2), Search(method="sample", top_k=50)],
     ids=["beam", "diverse", "sampled"],
 )
-def test_a_splits_captions_keep_the_rules_of_the_settings_and_the_prefix(
+def test_captions_of_a_split_follow_the_constraints_and_the_prefix(
     captioner_and_loader: tuple[Captioner, Loader], settings: Search
 ) -> None:
     captioner, loader = captioner_and_loader
     first = loader.vocabulary.words[-1]
     settings = settings.model_copy(update={"no_repeat_ngram_size": 1, "allow_dangling": False})
-    for result in caption_split(captioner, loader, settings, Ranks(), "rules", prefix=f" {first.upper()}. "):
+    for result in caption_split(
+        captioner, loader, settings, Ranks(), "constraints", prefix=f" {first.upper()}. "
+    ):
         words = split_words(result["caption"])
         assert words[0] == first
         assert len(set(words)) == len(words)
@@ -114,13 +118,13 @@ def test_a_splits_captions_keep_the_rules_of_the_settings_and_the_prefix(
 
 def test_required_words_are_in_every_caption(captioner_and_loader: tuple[Captioner, Loader]) -> None:
     captioner, loader = captioner_and_loader
-    wanted = loader.vocabulary.words[-3:]
-    for result in caption_split(captioner, loader, Search(beam=2), Ranks(), "words", require=wanted):
-        assert set(wanted) <= set(result["caption"].split())
+    required = loader.vocabulary.words[-3:]
+    for result in caption_split(captioner, loader, Search(beam=2), Ranks(), "words", require=required):
+        assert set(required) <= set(result["caption"].split())
 
 
 @pytest.mark.parametrize(
-    ("settings", "wish", "told"),
+    ("settings", "constraints", "error"),
     [
         ({}, {"prefix": "zebrafish"}, "--prefix: 'zebrafish' is not in this run's vocabulary"),
         ({}, {"require": ["two words"]}, "--require 'two words': found 2 words, expected one"),
@@ -131,10 +135,10 @@ def test_required_words_are_in_every_caption(captioner_and_loader: tuple[Caption
     ],
     ids=str,
 )
-def test_wishes_that_no_caption_can_fulfil_are_refused(
-    captioner_and_loader: tuple[Captioner, Loader], settings, wish, told
+def test_constraints_that_no_caption_can_meet_are_refused(
+    captioner_and_loader: tuple[Captioner, Loader], settings, constraints, error
 ) -> None:
     loader = captioner_and_loader[1]
     with pytest.raises(UserError) as caught:
-        make_constraints(Search(**settings), loader.vocabulary, 8, **wish)
-    assert told in str(caught.value)
+        make_constraints(Search(**settings), loader.vocabulary, 8, **constraints)
+    assert error in str(caught.value)

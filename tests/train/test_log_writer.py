@@ -38,7 +38,7 @@ def test_a_line_can_be_read_as_soon_as_it_is_written(tmp_path: Path) -> None:
     log.close()
 
 
-def test_numbers_become_curves_and_words_do_not(tmp_path: Path) -> None:
+def test_numbers_become_curves_and_texts_do_not(tmp_path: Path) -> None:
     log = LogWriter(tmp_path, 0, 0)
     for step in (1, 2, 3):
         log.write(step, loss=0.5 * step, scores={"CIDEr-D": 0.25 * step}, note="word")
@@ -49,7 +49,7 @@ def test_numbers_become_curves_and_words_do_not(tmp_path: Path) -> None:
     }
 
 
-def test_a_resumed_run_takes_out_what_it_will_do_again(tmp_path: Path) -> None:
+def test_a_resumed_run_removes_lines_of_steps_that_it_repeats(tmp_path: Path) -> None:
     first = LogWriter(tmp_path, 0, 0)
     for step in range(1, 8):
         first.write(step, loss=float(step))
@@ -70,7 +70,7 @@ def test_a_resumed_run_takes_out_what_it_will_do_again(tmp_path: Path) -> None:
     assert curves(tmp_path)["loss"] == [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50)]
 
 
-def test_scores_that_did_not_count_yet_are_made_again(tmp_path: Path) -> None:
+def test_pending_scores_are_logged_again(tmp_path: Path) -> None:
     first = LogWriter(tmp_path, 0, 0)
     for step in (2, 4):
         first.write(step, loss=1.0)
@@ -85,14 +85,14 @@ def test_scores_that_did_not_count_yet_are_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"st', "3", "\0\0\0", '{"loss": 1.0}', ""])
-def test_a_resumed_run_takes_a_torn_last_line_out(tmp_path: Path, torn: str) -> None:
+def test_a_resumed_run_removes_a_torn_last_line(tmp_path: Path, torn: str) -> None:
     whole = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n'
     (tmp_path / LOG_FILE).write_text(whole + torn, encoding="utf-8")
     LogWriter(tmp_path, 9, 0).close()
     assert (tmp_path / LOG_FILE).read_text(encoding="utf-8") == whole
 
 
-def test_a_run_that_starts_anew_starts_an_empty_log(tmp_path: Path) -> None:
+def test_a_new_run_starts_an_empty_log(tmp_path: Path) -> None:
     (tmp_path / LOG_FILE).write_text('{"step": 1, "loss": 2.0}\n', encoding="utf-8")
     LogWriter(tmp_path, 0, 0).close()
     assert (tmp_path / LOG_FILE).read_text(encoding="utf-8") == ""

@@ -38,7 +38,7 @@ def test_a_run_logs_every_step_scores_every_epoch_and_keeps_the_best(done: Path)
     assert list((done / "tensorboard").iterdir())
 
 
-def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_not(
+def test_a_killed_and_resumed_run_has_the_weights_of_an_uninterrupted_one(
     done: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny_config(tmp_path, packed, "train.save_every=1")
@@ -60,7 +60,7 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_weights_of_one_that_is_n
     assert logged_losses(tmp_path / "run") == logged_losses(done)
 
 
-def test_a_run_that_goes_on_stops_where_one_that_did_not_stop_would_have(
+def test_a_resumed_run_stops_early_at_the_same_step(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = ("train.lr=1e-12", "train.encoder_lr=1e-12", "train.epochs=6", "train.patience=1")
@@ -81,20 +81,20 @@ def test_a_run_that_goes_on_stops_where_one_that_did_not_stop_would_have(
     assert train(settings, run).step == 9
 
 
-def test_scores_that_cannot_be_had_are_a_warning_unless_they_are_the_first(
+def test_failed_scoring_is_a_warning_unless_it_is_the_first(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     settings, run = tiny_config(tmp_path, packed), tmp_path / "run"
-    real = generation.generate_captions
+    real = generation.generate_tokens
 
-    def captions(*arguments: Any) -> list[str]:
+    def captions(*arguments: Any) -> Any:
         for process in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
             for child in process.read_text().split():
                 if "captionscale.score.worker" in Path(f"/proc/{child}/cmdline").read_text():
                     os.kill(int(child), signal.SIGKILL)
         return real(*arguments)
 
-    monkeypatch.setattr(generation, "generate_captions", captions)
+    monkeypatch.setattr(generation, "generate_tokens", captions)
     monkeypatch.setattr(worker, "_TRIES", 1)
     train_state = train(settings, run)
     assert (train_state.step, train_state.validated_step, train_state.scored_step, train_state.best_step) == (
@@ -116,13 +116,13 @@ def test_a_finished_run_has_nothing_left_to_do(done: Path, packed: Path, tmp_pat
     assert (run / "log.jsonl").read_text() == before
 
 
-def test_training_stops_when_scores_stop_rising(packed: Path, tmp_path: Path) -> None:
-    # A learning rate of nearly nothing: every validation has the captions of the first.
+def test_training_stops_when_scores_stop_improving(packed: Path, tmp_path: Path) -> None:
+    # A learning rate of nearly zero: every validation has the captions of the first.
     changes = ("train.lr=1e-12", "train.encoder_lr=1e-12", "train.score_every=1", "train.patience=2")
     settings, run = tiny_config(tmp_path, packed, *changes), tmp_path / "run"
     for _ in range(2):
         train_state = train(settings, run)
-        # The third scores, like all, count at the next validation, which then need not be.
+        # The third scores count at the next validation, which is then skipped.
         assert (
             train_state.step,
             train_state.validated_step,
@@ -141,7 +141,7 @@ def test_training_stops_when_scores_stop_rising(packed: Path, tmp_path: Path) ->
         ("model.decoder.hidden_size=8", "model.decoder.hidden_size"),
     ],
 )
-def test_another_experiment_cannot_go_on_in_a_run(
+def test_a_run_cannot_resume_another_experiment(
     done: Path, packed: Path, tmp_path: Path, change: str, named: str
 ) -> None:
     with pytest.raises(UserError, match="cannot resume another experiment") as caught:
@@ -150,7 +150,7 @@ def test_another_experiment_cannot_go_on_in_a_run(
     assert "take another --out" in str(caught.value)
 
 
-def test_workers_and_places_may_change_within_a_run(done: Path, packed: Path, tmp_path: Path) -> None:
+def test_workers_and_paths_may_change_within_a_run(done: Path, packed: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(packed, tmp_path / "moved")
     run = shutil.copytree(done, tmp_path / "run")
     train(tiny_config(tmp_path, moved, "data.workers=2"), run)
@@ -186,7 +186,7 @@ def test_fp16_without_a_gpu_is_refused(packed: Path, tmp_path: Path) -> None:
         train(tiny_config(tmp_path, packed, "train.precision=fp16"), tmp_path / "run")
 
 
-def test_a_diverged_run_is_told_before_it_is_saved(packed: Path, tmp_path: Path) -> None:
+def test_a_diverged_run_ends_before_it_is_saved(packed: Path, tmp_path: Path) -> None:
     changes = ("train.lr=1e30", "train.encoder_lr=1e30", "train.log_every=1000", "train.warmup_ratio=0")
     with pytest.raises(UserError, match=r"lower train\.lr"):
         train(tiny_config(tmp_path, packed, *changes), tmp_path / "run")
@@ -199,7 +199,7 @@ def test_a_run_that_cannot_start_leaves_nothing_behind(packed: Path, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-def test_another_metric_may_not_judge_a_run(done: Path, packed: Path, tmp_path: Path) -> None:
+def test_a_resume_with_another_score_metric_is_refused(done: Path, packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.score_metric was 'CIDEr-D', now 'BLEU-4'"):
         train(tiny_config(tmp_path, packed, "train.score_metric=BLEU-4"), done)
 
@@ -211,7 +211,7 @@ def test_a_run_learns_in_bf16(packed: Path, tmp_path: Path) -> None:
     assert found[-1] < 0.9 * found[0]
 
 
-def test_scheduled_sampling_begins_after_the_first_step_and_uneven_attention_costs(
+def test_scheduled_sampling_starts_after_the_first_step_and_uneven_attention_has_a_penalty(
     packed: Path, tmp_path: Path
 ) -> None:
     logs = {}
@@ -225,11 +225,11 @@ def test_scheduled_sampling_begins_after_the_first_step_and_uneven_attention_cos
         logs[name] = [loss for _, loss in logged_losses(tmp_path / name)]
     assert logs["own"][0] == logs["plain"][0]
     assert abs(logs["own"][1] - logs["plain"][1]) > 1e-4
-    # Each of its regions cannot have been looked at once in a caption.
+    # No caption has attended to each region exactly once.
     assert all(even > plain + 1e-3 for even, plain in zip(logs["even"], logs["plain"], strict=True))
 
 
-def test_a_profile_tells_the_costliest_operations_and_changes_nothing(
+def test_a_profile_prints_the_most_expensive_operations_and_changes_no_loss(
     done: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tiny_config(tmp_path, packed), tmp_path / "run", profile_steps=2)
@@ -237,7 +237,7 @@ def test_a_profile_tells_the_costliest_operations_and_changes_nothing(
     (trace,) = (tmp_path / "run" / "profile").iterdir()
     with gzip.open(trace, "rt") as file:
         assert any(event["name"] == "aten::convolution" for event in json.load(file)["traceEvents"])
-    said = capsys.readouterr().err
-    assert str(trace) in said
-    assert sum(line.startswith("aten::") for line in said.splitlines()) >= 5
+    stderr = capsys.readouterr().err
+    assert str(trace) in stderr
+    assert sum(line.lstrip().startswith("aten::") for line in stderr.splitlines()) >= 5
     assert logged_losses(tmp_path / "run") == logged_losses(done)

@@ -11,6 +11,7 @@ from captionscale.errors import UserError
 from captionscale.train.loop import train
 from captionscale.train.nan_guard import NanGuard
 from captionscale.train.run_folder import checkpoint_steps
+from captionscale.train.step import StepResult
 
 GOOD, BAD = torch.tensor(1.0), torch.tensor(float("nan"))
 
@@ -21,16 +22,16 @@ def batch(*image_ids: int) -> Batch:
     return Batch(torch.zeros(count, 3, 8, 8, dtype=torch.uint8), tokens, image_index, [*image_ids])
 
 
-def test_the_first_step_that_gave_no_number_is_told_with_its_images_however_late_one_looks() -> None:
+def test_the_first_step_with_nan_is_reported_with_its_images_at_a_later_check() -> None:
     batches = [(0, batch(1, 2)), (3, batch(391895, 522418)), (6, batch(*range(20)))]
     with Ranks() as ranks:
         nan_guard = NanGuard(ranks, "bf16")
         nan_guard.check()
-        nan_guard.record(7, GOOD, GOOD, batches, [GOOD, GOOD, GOOD])
+        nan_guard.record(7, StepResult(GOOD, GOOD, [GOOD, GOOD, GOOD]), batches)
         nan_guard.check()
-        nan_guard.record(8, GOOD, GOOD, batches, [GOOD, GOOD, GOOD])
-        nan_guard.record(9, BAD, BAD, batches, [GOOD, BAD, BAD])
-        nan_guard.record(10, BAD, BAD, batches, [BAD, BAD, BAD])
+        nan_guard.record(8, StepResult(GOOD, GOOD, [GOOD, GOOD, GOOD]), batches)
+        nan_guard.record(9, StepResult(BAD, BAD, [GOOD, BAD, BAD]), batches)
+        nan_guard.record(10, StepResult(BAD, BAD, [BAD, BAD, BAD]), batches)
         with pytest.raises(UserError) as caught:
             nan_guard.check()
     assert str(caught.value).startswith(
@@ -42,7 +43,7 @@ def test_the_first_step_that_gave_no_number_is_told_with_its_images_however_late
 def test_a_gradient_may_overflow_in_fp16_alone(precision: str, refused: bool) -> None:
     with Ranks() as ranks:
         nan_guard = NanGuard(ranks, precision)
-        nan_guard.record(1, GOOD, torch.tensor(np.inf), [(0, batch(1))], [GOOD])
+        nan_guard.record(1, StepResult(GOOD, torch.tensor(np.inf), [GOOD]), [(0, batch(1))])
         if refused:
             with pytest.raises(UserError, match="step 1: loss 1, gradient norm inf"):
                 nan_guard.check()

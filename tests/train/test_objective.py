@@ -17,7 +17,7 @@ def test_every_objective_holds_the_contract(name: str, packed: Path, tmp_path: P
     objective_contract.check(objective_class(name), config, packed)
 
 
-def test_an_unknown_objective_is_refused_and_what_is_none_too(packed: Path, tmp_path: Path) -> None:
+def test_an_unknown_objective_and_a_class_of_another_kind_are_refused(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.objective.*'cross-entropy', 'scst' or module:Class"):
         tiny_config(tmp_path, packed, "train.objective=reinforce")
     with pytest.raises(UserError, match=r"json:dumps: found .* derived from captionscale\.train\.objective"):

@@ -12,6 +12,7 @@ import pytest
 from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
 from captionscale.errors import PreemptedError, UserError
+from captionscale.tools.ensemble import open_ensemble
 from captionscale.tools.scoring import caption_run
 from captionscale.train import generation, preemption, schedule
 from captionscale.train.checkpoint import find_latest
@@ -25,9 +26,9 @@ CHANGES = ("train.epochs=4", "train.score_every=6", "train.save_every=100", "sea
 
 
 @pytest.fixture(scope="module")
-def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
+def uninterrupted(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     train(tiny_config(folder, packed, *CHANGES), folder / "run")
     return folder / "run"
 
@@ -52,24 +53,24 @@ def children(process: int) -> list[int]:
 
 def signal_in_the_first_batch(monkeypatch: pytest.MonkeyPatch, *signals: signal.Signals) -> None:
     """Have this process get real signals while it captions its next batch."""
-    real, left = generation.generate_captions, list(signals)
+    real, left = generation.generate_tokens, list(signals)
 
-    def captions(*arguments: Any) -> list[str]:
+    def captions(*arguments: Any) -> Any:
         while left:
             os.kill(os.getpid(), left.pop())
         return real(*arguments)
 
-    monkeypatch.setattr(generation, "generate_captions", captions)
+    monkeypatch.setattr(generation, "generate_tokens", captions)
 
 
 @pytest.mark.usefixtures("forked")
-def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_goes_on_as_if_nothing_had_been(
-    whole: Path, packed: Path, tmp_path: Path
+def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_resumes_with_the_same_result(
+    uninterrupted: Path, packed: Path, tmp_path: Path
 ) -> None:
     tiny_config(tmp_path, packed, *CHANGES, "train.epochs=400")
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
-    verb = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
-    launch = [sys.executable, "-m", "captionscale", "launch", "--processes", "2", "--", *verb]
+    command = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
+    launch = [sys.executable, "-m", "captionscale", "launch", "--processes", "2", "--", *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 600
@@ -78,50 +79,50 @@ def test_a_signal_to_one_of_two_ranks_saves_both_and_the_run_goes_on_as_if_nothi
             assert time.monotonic() < deadline
             time.sleep(0.01)
         os.kill(children(process.pid)[1], signal.SIGUSR1)
-        _, told = process.communicate(timeout=600)
+        _, stderr = process.communicate(timeout=600)
     assert process.returncode == PreemptedError.EXIT_CODE
     (step,) = checkpoint_steps(run)
-    assert step < 12, "it ended before it was asked to"
+    assert step < 12, "it ended before the signal"
     last = lines(run)[-1]
     assert (last["step"], last["stop_reason"]) == (step, "SIGUSR1")
     assert 0 < last["stop_save_s"] < 60
-    assert f"step {step} was saved within" in told
-    assert "Traceback" not in told
+    assert f"step {step} was saved within" in stderr
+    assert "Traceback" not in stderr
     train(settings, run)
-    assert max_abs_difference(load_weights(run), load_weights(whole)) < 1e-5
+    assert max_abs_difference(load_weights(run), load_weights(uninterrupted)) < 1e-5
     assert logged_losses(run) == [
-        (step, pytest.approx(loss, abs=1e-5)) for step, loss in logged_losses(whole)
+        (step, pytest.approx(loss, abs=1e-5)) for step, loss in logged_losses(uninterrupted)
     ]
 
 
-def test_a_validation_that_is_broken_off_is_done_by_the_run_that_goes_on(
-    whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_validation_is_run_by_the_resumed_run(
+    uninterrupted: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
     for _ in range(2):
-        # The second time, the first thing that the run does is broken off again.
+        # The second time, the resumed run is interrupted at once.
         signal_in_the_first_batch(monkeypatch, signal.SIGTERM)
         with pytest.raises(PreemptedError, match="SIGTERM: step 6 was saved"), preemption.handle_signals():
             train(settings, run)
         assert checkpoint_steps(run) == [6]
         assert scores(run) == []
     train(settings, run)
-    assert logged_losses(run) == logged_losses(whole)
-    assert scores(run) == scores(whole)
-    assert max_abs_difference(load_weights(run), load_weights(whole)) == 0
-    ours, theirs = find_latest(run, pytest.fail), find_latest(whole, pytest.fail)
-    assert ours is not None
-    assert theirs is not None
-    assert ours.train_state == theirs.train_state
+    assert logged_losses(run) == logged_losses(uninterrupted)
+    assert scores(run) == scores(uninterrupted)
+    assert max_abs_difference(load_weights(run), load_weights(uninterrupted)) == 0
+    resumed, expected = find_latest(run, pytest.fail), find_latest(uninterrupted, pytest.fail)
+    assert resumed is not None
+    assert expected is not None
+    assert resumed.train_state == expected.train_state
 
 
-def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
-    whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_pending_scores_are_computed_by_the_resumed_run(
+    uninterrupted: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
-    real, calls = generation.generate_captions, itertools.count(1)
+    real, calls = generation.generate_tokens, itertools.count(1)
 
-    def captions(*arguments: Any) -> list[str]:
+    def captions(*arguments: Any) -> Any:
         # In the last batch of the last step's validation.
         if next(calls) == 8:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -130,19 +131,19 @@ def test_scores_that_a_run_did_not_wait_for_are_made_by_the_run_that_goes_on(
                     os.kill(child, signal.SIGSTOP)
         return real(*arguments)
 
-    monkeypatch.setattr(generation, "generate_captions", captions)
+    monkeypatch.setattr(generation, "generate_tokens", captions)
     with pytest.raises(PreemptedError, match="SIGTERM: step 12 was saved"), preemption.handle_signals():
         train(settings, run)
-    left = find_latest(run, pytest.fail)
-    assert left is not None
-    assert (left.train_state.validated_step, left.train_state.scored_step) == (12, 6)
-    monkeypatch.setattr(generation, "generate_captions", None)
-    assert train(settings, run) == train(settings, whole)
-    assert scores(run) == scores(whole)
+    saved = find_latest(run, pytest.fail)
+    assert saved is not None
+    assert (saved.train_state.validated_step, saved.train_state.scored_step) == (12, 6)
+    monkeypatch.setattr(generation, "generate_tokens", None)
+    assert train(settings, run) == train(settings, uninterrupted)
+    assert scores(run) == scores(uninterrupted)
 
 
-def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
-    whole: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_validation_is_run_by_the_resumed_run(
+    uninterrupted: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
     real = schedule.lr_factor
@@ -152,14 +153,14 @@ def test_a_validation_that_is_not_begun_is_done_by_the_run_that_goes_on(
             os.kill(os.getpid(), signal.SIGUSR1)
         return real(step, steps, warmup_ratio)
 
-    # Asked in the fifth step, the ranks tell each other in the sixth, which is to be scored.
+    # A signal in the fifth step is summed over the ranks in the sixth, which is scored.
     monkeypatch.setattr("captionscale.train.step.lr_factor", rate)
     with pytest.raises(PreemptedError, match="SIGUSR1: step 6 was saved"), preemption.handle_signals():
         train(settings, run)
     assert not (run / "validation").exists()
     train(settings, run)
-    assert scores(run) == scores(whole)
-    assert max_abs_difference(load_weights(run), load_weights(whole)) == 0
+    assert scores(run) == scores(uninterrupted)
+    assert max_abs_difference(load_weights(run), load_weights(uninterrupted)) == 0
 
 
 def test_the_end_of_the_job_s_time_is_a_signal(
@@ -182,7 +183,7 @@ def test_a_job_without_a_limit_has_no_end(end: str, monkeypatch: pytest.MonkeyPa
         assert not preemption.requested()
 
 
-def test_a_job_too_short_for_any_progress_is_refused_or_it_would_be_requeued_for_ever(
+def test_a_job_too_short_for_any_progress_is_not_requeued(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, run = tiny_config(tmp_path, packed, *CHANGES), tmp_path / "run"
@@ -196,7 +197,7 @@ def test_a_job_too_short_for_any_progress_is_refused_or_it_would_be_requeued_for
         preemption.handle_signals(120.0),
     ):
         pass
-    # Time for Python to start, but not for the validation that is owed.
+    # Time for Python to start, but not for the missing validation.
     with preemption.handle_signals(98.0):
         time.sleep(max(0, end - 98 - time.time()))
         with pytest.raises(UserError, match="the job's time ended before step 7"):
@@ -204,7 +205,7 @@ def test_a_job_too_short_for_any_progress_is_refused_or_it_would_be_requeued_for
     assert checkpoint_steps(run) == [6]
 
 
-def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back() -> None:
+def test_a_second_ctrl_c_interrupts_and_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in preemption.SIGNALS]
     with preemption.handle_signals():
         os.kill(os.getpid(), signal.SIGINT)
@@ -222,30 +223,30 @@ def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back() -> None:
 
 
 @pytest.mark.parametrize(("left_s", "reason"), [(170, preemption.TIME_LIMIT), (600, "SIGUSR1")])
-def test_usr1_shortly_before_the_end_of_the_job_is_its_end(
+def test_usr1_shortly_before_the_end_of_the_job_means_its_end(
     left_s: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # SLURM announces the end with it: a job too short for any progress was taken for one that was asked to
-    # leave, and was requeued for ever.
+    # SLURM announces the end with it: a job too short for any progress must not be requeued forever.
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + left_s))
     with preemption.handle_signals(120.0):
         os.kill(os.getpid(), signal.SIGUSR1)
         assert preemption.last_request()[1] == reason
 
 
-def test_captioning_a_split_leaves_and_writes_nothing(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_generation_leaves_no_process_and_no_file(
+    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "captions.json"
+    members = open_ensemble(uninterrupted, (), checkpoint="last", overrides=())
     signal_in_the_first_batch(monkeypatch, signal.SIGUSR1)
     with pytest.raises(PreemptedError, match="before split 'test' was captioned"):
-        caption_run(whole, "test", checkpoint="last", shards=None, out=out)
+        caption_run(members, "test", shards=None, out=out)
     assert not out.exists()
-    # A place that cannot be written is told before, and what was done is remembered.
+    # An unwritable path is an error before generation; finished generation is in the history.
     with pytest.raises(UserError, match="is a folder, expected a file"):
-        caption_run(whole, "test", checkpoint="last", shards=None, out=tmp_path)
-    assert caption_run(whole, "test", checkpoint="last", shards=None, out=out) == 8
-    line = json.loads((whole / "scores" / "history.jsonl").read_text().splitlines()[-1])
+        caption_run(members, "test", shards=None, out=tmp_path)
+    assert caption_run(members, "test", shards=None, out=out) == 8
+    line = json.loads((uninterrupted / "scores" / "history.jsonl").read_text().splitlines()[-1])
     assert (line["split"], line["captions"]) == ("test", str(out.resolve()))
     assert line["search"]["beam"] >= 1
     assert "scores" not in line

@@ -1,4 +1,4 @@
-"""Self-critical training: rewards and gradients against brute force, gate, collapse, ranks, resuming."""
+"""Self-critical training: rewards and gradients against brute force, checks, collapse, ranks, resuming."""
 
 import itertools
 from dataclasses import replace
@@ -73,7 +73,7 @@ def test_the_reward_is_cider_d_with_the_end_token_and_the_train_splits_document_
     assert (objective.rewards(ids, own) > objective.rewards(ids, unfinished)).mean() > 0.9
 
 
-def test_bleu_4_joins_the_reward_by_its_weight(packed: Path, source: Path, tmp_path: Path) -> None:
+def test_bleu_4_is_added_to_the_reward_by_its_weight(packed: Path, source: Path, tmp_path: Path) -> None:
     only = objective_of(
         config_of(tmp_path, packed, source, "scst.cider_d_weight=0.0", "scst.bleu_4_weight=2.0"),
         packed,
@@ -81,9 +81,9 @@ def test_bleu_4_joins_the_reward_by_its_weight(packed: Path, source: Path, tmp_p
     )
     split, vocabulary = Split(packed, "train"), open_checkpoint(source).vocabulary()
     (image_id,) = split.index["image_id"][:1].tolist()
-    said = vocabulary.encode(split.captions(0)[0], 8)[1:]
-    # A caption that people wrote has all its n-grams; half of it is too short.
-    whole, half = only.rewards([image_id, image_id], [said, said[: len(said) // 2]])
+    reference = vocabulary.encode(split.captions(0)[0], 8)[1:]
+    # A reference matches itself in all n-grams; half of it is too short.
+    whole, half = only.rewards([image_id, image_id], [reference, reference[: len(reference) // 2]])
     assert whole == pytest.approx(2.0, abs=1e-6)
     assert half < 1.0
 
@@ -108,31 +108,31 @@ class Reader(torch.nn.Module):
         return (state[0][rows],)
 
 
-def test_the_gradient_is_that_of_the_expected_reward(
+def test_the_gradient_equals_that_of_the_expected_reward(
     packed: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config_of(tmp_path, packed, source, "data.max_words=2")
-    # More than an experiment may ask for: the mean has to be near the expectation.
+    # More than a config allows: the mean has to be near the expectation.
     many = settings.scst.model_copy(update={"samples_per_image": 20_000})
     settings = settings.model_copy(update={"scst": many})
     reader = Reader()
     captioner = open_checkpoint(source).captioner()
     split = Split(packed, "train")
-    words = Vocabulary((*SPECIAL_TOKENS, "red", "blue", "circle"))
-    objective = ScstObjective(settings, captioner, split, words)
+    vocabulary = Vocabulary((*SPECIAL_TOKENS, "red", "blue", "circle"))
+    objective = ScstObjective(settings, captioner, split, vocabulary)
     captioner.decoder = reader
-    chances = reader.logits.clone()
-    chances[:, [PAD, START, 3]] = -torch.inf
-    surprise = -chances.log_softmax(1)
+    logits = reader.logits.clone()
+    logits[:, [PAD, START, 3]] = -torch.inf
+    losses = -logits.log_softmax(1)
 
     def reward(_: list[int], captions: list[list[int]]) -> np.ndarray:
         return np.array([len(set(caption)) + 2.0 * (caption[0] == 4) for caption in captions])
 
     monkeypatch.setattr(objective, "rewards", reward)
     expected = torch.zeros(())
-    spoken = [END, 4, 5, 6]
-    for caption in [[END]] + [[first, second] for first, second in itertools.product(spoken[1:], spoken)]:
-        loss = sum(surprise[read, said] for read, said in itertools.pairwise([START, *caption]))
+    tokens = [END, 4, 5, 6]
+    for caption in [[END]] + [[first, second] for first, second in itertools.product(tokens[1:], tokens)]:
+        loss = sum(losses[token, target] for token, target in itertools.pairwise([START, *caption]))
         expected = expected + torch.exp(-loss) * float(reward([0], [caption])[0])
     expected.backward()
     exact, reader.logits.grad = reader.logits.grad.clone(), None
@@ -146,24 +146,24 @@ def test_the_gradient_is_that_of_the_expected_reward(
     with Ranks() as ranks:
         (target,) = objective.targets([(0, batch)], 0, ranks)
     assert target.num_sampled == 20000
-    logits = mask_unsampleable_tokens(reader.logits[target.tokens[:, :-1]], target, None)
-    losses = cross_entropy(logits, target.tokens[:, 1:], 0.0)
-    # The gradient of a mean over captions, not over words.
+    logits = reader.logits[target.tokens[:, :-1]].flatten(0, 1)[target.rows]
+    losses = cross_entropy(mask_unsampleable_tokens(logits, target), target.tokens[:, 1:], 0.0, target.rows)
+    # The gradient of a mean over captions, not over tokens.
     (losses @ target.weights(torch.tensor([20000.0, 0.0]), 0.0)).backward()
     estimate = -reader.logits.grad
     assert (estimate - exact).abs().max() < 0.03 * exact.abs().max()
 
 
 @pytest.mark.parametrize("baseline", ["samples", "greedy"])
-def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
+def test_advantages_are_rewards_minus_the_baseline_and_depend_on_the_seed(
     packed: Path, source: Path, tmp_path: Path, baseline: str
 ) -> None:
     settings = config_of(tmp_path, packed, source, f"scst.baseline={baseline}", "scst.samples_per_image=3")
     objective = objective_of(settings, packed, source)
     split = Split(packed, "train")
-    pictures = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(0, 255, (2, 3, 32, 32), dtype=torch.uint8)
     batch = Batch(
-        pictures, torch.zeros(2, 1, dtype=torch.long), torch.arange(2), split.index["image_id"][:2].tolist()
+        images, torch.zeros(2, 1, dtype=torch.long), torch.arange(2), split.index["image_id"][:2].tolist()
     )
     with Ranks() as ranks:
         (one,), (same,), (other,) = (objective.targets([(0, batch)], step, ranks) for step in (4, 4, 5))
@@ -181,22 +181,20 @@ def test_advantages_are_rewards_less_the_baseline_and_a_seed_gives_them_again(
         assert advantages.sum(1) == pytest.approx(np.zeros(2), abs=1e-5)
     else:
         captioner = open_checkpoint(source).captioner()
-        features = captioner.encode(pictures)
+        features = captioner.encode(images)
         greedy = search(captioner.decoder, features, beam=1, max_words=8, length_penalty=0.0)
         baseline_ = objective.rewards(batch.image_ids, [best[0].tokens for best in greedy])
         assert advantages == pytest.approx(rewards - baseline_[:, None], abs=1e-6)
 
 
-def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_the_config(
-    packed: Path, source: Path, tmp_path: Path
-) -> None:
+def test_sampling_and_training_have_no_dropout(packed: Path, source: Path, tmp_path: Path) -> None:
     settings = config_of(tmp_path, packed, source)
     assert settings.model.decoder.dropout == 0.5
     saved, split = open_checkpoint(source), Split(packed, "train")
     captioner = saved.captioner()
     objective = ScstObjective(settings, captioner, split, saved.vocabulary())
-    pictures, ids = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), split.index["image_id"][:2].tolist()
-    batch = Batch(pictures, torch.zeros(2, 1, dtype=torch.long), torch.arange(2), ids)
+    images, ids = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), split.index["image_id"][:2].tolist()
+    batch = Batch(images, torch.zeros(2, 1, dtype=torch.long), torch.arange(2), ids)
     with Ranks() as ranks:
         (target,) = objective.targets([(0, batch)], 0, ranks)
     both = [
@@ -204,12 +202,12 @@ def test_what_is_learned_from_is_what_was_sampled_from_in_spite_of_dropout_in_th
         for mode in (True, False)
     ]
     assert torch.equal(*both)
-    masked = mask_unsampleable_tokens(both[0], target, target.rows)
+    masked = mask_unsampleable_tokens(both[0], target)
     assert (masked[:, [PAD, START, UNK]] == -torch.inf).all()
-    # Of people's captions, which come behind, the unknown token is a word like others.
+    # In references, which come last, the unknown token is a word like others.
     half = replace(target, num_sampled=4)
     sampled = sum(half.lengths[:4])
-    masked = mask_unsampleable_tokens(both[0], half, half.rows)
+    masked = mask_unsampleable_tokens(both[0], half)
     assert (masked[:sampled, UNK] == -torch.inf).all()
     assert torch.equal(masked[sampled:], both[0][sampled:])
 
@@ -228,16 +226,15 @@ def test_self_critical_training_raises_the_reward(packed: Path, source: Path, tm
         for step in range(40):
             (target,) = objective.targets([(0, features)], step, ranks)
             logits, _ = captioner(target.images, target.input_tokens, target.lengths, target.image_index)
-            words = target.num_tokens.double()
-            weights_ = target.weights(words, objective.cross_entropy_weight)
+            weights_ = target.weights(target.num_tokens.double(), objective.cross_entropy_weight)
             (cross_entropy(logits, target.tokens[:, 1:], 0.0, target.rows) @ weights_).backward()
             adam.step()
             adam.zero_grad()
-            rewards.append(objective.sample_stats.compute(ranks)["reward"])
+            rewards.append(objective.figures(ranks)["reward"])
     assert np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:5])
 
 
-def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
+def test_two_ranks_and_a_resumed_run_have_the_weights_of_one_process(
     packed: Path, source: Path, tmp_path: Path
 ) -> None:
     changes = (
@@ -251,7 +248,7 @@ def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
     settings = config_of(tmp_path, packed, source, *changes)
     runs = [tmp_path / "alone", tmp_path / "three", tmp_path / "resumed"]
     join_all([*start_training(1, settings, runs[0]), *start_training(3, settings, runs[1])])
-    # What stood two steps before the end goes on with two ranks.
+    # Two ranks resume from the checkpoint of the last step but one.
     (runs[2] / "checkpoints").mkdir(parents=True)
     (runs[0] / "checkpoints" / "step-00000003").rename(runs[2] / "checkpoints" / "step-00000003")
     join_all(start_training(2, settings, runs[2]))
@@ -263,10 +260,12 @@ def test_ranks_and_a_resumed_run_reach_the_weights_of_one_that_ran_alone(
     assert logged == pytest.approx([logged[0]] * 3)
 
 
-def gate_of(settings: Config, packed: Path, source: Path, words: Vocabulary | None = None) -> None:
+def check_start_of(
+    settings: Config, packed: Path, source: Path, vocabulary: Vocabulary | None = None
+) -> None:
     saved = open_checkpoint(source)
     split, captioner = Split(packed, "train"), saved.captioner()
-    vocabulary = words or saved.vocabulary()
+    vocabulary = vocabulary or saved.vocabulary()
     objective = ScstObjective(settings, captioner, split, vocabulary)
     loader = Loader(split, saved.vocabulary(), settings.data)
     (batch,) = loader.prefetch([(np.arange(48), None)])
@@ -274,10 +273,10 @@ def gate_of(settings: Config, packed: Path, source: Path, words: Vocabulary | No
     objective.check_start(batch)
 
 
-def test_the_gate_lets_through_what_can_learn_and_says_what_it_saw(
+def test_the_checks_pass_with_valid_rewards_and_report_them(
     packed: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gate_of(config_of(tmp_path, packed, source), packed, source)
+    check_start_of(config_of(tmp_path, packed, source), packed, source)
     assert "on 48 train images, references have a reward of " in capsys.readouterr().err
 
 
@@ -290,11 +289,11 @@ def test_a_high_learning_rate_is_refused_when_the_config_is_read(
         config_of(tmp_path, packed, source, "train.lr=5e-4")
 
 
-def test_the_gate_refuses_rewards_of_another_vocabulary(packed: Path, source: Path, tmp_path: Path) -> None:
+def test_the_checks_refuse_rewards_of_another_vocabulary(packed: Path, source: Path, tmp_path: Path) -> None:
     words = open_checkpoint(source).vocabulary().words
     shifted = Vocabulary((*SPECIAL_TOKENS, *words[len(SPECIAL_TOKENS) + 1 :], words[len(SPECIAL_TOKENS)]))
     with pytest.raises(UserError, match="references have a reward of 0"):
-        gate_of(config_of(tmp_path, packed, source), packed, source, shifted)
+        check_start_of(config_of(tmp_path, packed, source), packed, source, shifted)
 
 
 COLLAPSES = {

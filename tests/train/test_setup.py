@@ -1,4 +1,4 @@
-"""What ranks agree on before a run's first step."""
+"""Checks over ranks before the first step."""
 
 import os
 import tomllib
@@ -18,14 +18,14 @@ def _train(folder: Path) -> None:
     try:
         train(config.Config.model_validate(tomllib.loads(file.read_text())), folder / "run")
     except UserError as error:
-        (folder / "told").write_text(str(error))
+        (folder / "error").write_text(str(error))
         raise SystemExit(1) from None
 
 
-def test_ranks_that_find_different_shards_at_one_place_are_refused(
+def test_ranks_that_find_different_shards_are_refused(
     synthetic_coco: Path, packed: Path, tmp_path: Path
 ) -> None:
-    # As two machines do that keep copies of their own: each would learn from what it has.
+    # As on two machines with different copies.
     other = tmp_path / "other"
     for split in ("train", "val"):
         captions = synthetic_coco / "annotations" / f"captions_{split}2017.json"
@@ -38,4 +38,4 @@ def test_ranks_that_find_different_shards_at_one_place_are_refused(
     for process in processes:
         process.wait(600)
     assert [process.returncode for process in processes] == [1, 1]
-    assert "rank 1 finds other shards there than rank 0" in (tmp_path / "told").read_text()
+    assert "rank 1 finds other shards there than rank 0" in (tmp_path / "error").read_text()

@@ -32,7 +32,7 @@ mlflow.log_metrics = log
 def services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowClient:
     """Both services without any network: files of this machine."""
     store = f"file:{tmp_path}/mlruns"
-    # However busy this machine is.
+    # Also on a busy machine.
     monkeypatch.setattr(tracking, "_CLOSE_S", 300.0)
     for name, value in {
         "WANDB_MODE": "offline",
@@ -49,7 +49,7 @@ def settings(*names: str) -> Config:
     return toml.load("quickstart", [f"train.trackers={json.dumps(names)}"])
 
 
-def told(run: Path, config: Config, *points: tuple[int, dict[str, Any]]) -> dict[str, str]:
+def log_to_trackers(run: Path, config: Config, *points: tuple[int, dict[str, Any]]) -> dict[str, str]:
     """Log points while trackers are open, and return the trackers' ids of the run."""
     with closing(LogWriter(run, 9, 9)) as log, closing(Trackers(run, config)):
         for step, values in points:
@@ -64,14 +64,12 @@ def curve(client: MlflowClient, run_id: str, name: str) -> list[tuple[int, float
     return [(point.step, point.value) for point in client.get_metric_history(run_id, name)]
 
 
-def test_mlflow_has_settings_metrics_and_late_scores_and_a_resumed_run_goes_on_in_the_same_one(
-    services, tmp_path
-) -> None:
+def test_mlflow_gets_settings_metrics_and_late_scores_and_a_resumed_run_continues(services, tmp_path) -> None:
     config = settings("mlflow")
     late = {"scores": {"CIDEr-D": 0.25}}
-    first = told(tmp_path, config, (1, {"loss": 2.0}), (2, {"loss": 1.5}), (1, late))
+    first = log_to_trackers(tmp_path, config, (1, {"loss": 2.0}), (2, {"loss": 1.5}), (1, late))
     later = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 9})})
-    assert told(tmp_path, later, (3, {"loss": 1.0})) == first
+    assert log_to_trackers(tmp_path, later, (3, {"loss": 1.0})) == first
     run_id = first["mlflow"]
     assert curve(services, run_id, "loss") == [(1, 2.0), (2, 1.5), (3, 1.0)]
     assert curve(services, run_id, "scores/CIDEr-D") == [(1, 0.25)]
@@ -82,40 +80,42 @@ def test_mlflow_has_settings_metrics_and_late_scores_and_a_resumed_run_goes_on_i
 
 
 @pytest.mark.usefixtures("services")
-def test_wandb_offline_keeps_everything_for_wandb_sync_and_a_resumed_run_its_id(tmp_path) -> None:
+def test_wandb_offline_keeps_all_for_wandb_sync_and_a_resumed_run_keeps_its_id(tmp_path) -> None:
     config = settings("wandb")
     points = (1, {"loss": 2.0}), (2, {"loss": 1.5}), (1, {"scores": {"CIDEr-D": 0.25}})
-    first = told(tmp_path, config, *points)
+    first = log_to_trackers(tmp_path, config, *points)
     time.sleep(1)  # Its folders are called after the second.
-    assert told(tmp_path, config, (3, {"loss": 1.0})) == first
+    assert log_to_trackers(tmp_path, config, (3, {"loss": 1.0})) == first
     kept = sorted((tmp_path / "wandb").glob(f"offline-run-*-{first['wandb']}/*.wandb"))
     assert len(kept) == 2
-    # Records of its own format, in which strings stand as they are.
+    # Records of its own format, which hold strings unchanged.
     written = kept[0].read_bytes()
     for text in (b"train.global_batch", b"scores/CIDEr-D", b"step"):
         assert text in written
 
 
-def test_a_server_that_is_gone_is_a_warning_and_stops_nothing(tmp_path, monkeypatch, capsys) -> None:
+def test_an_unreachable_server_is_a_warning(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert told(tmp_path, settings("mlflow"), (1, {"loss": 2.0})) == {}
+    assert log_to_trackers(tmp_path, settings("mlflow"), (1, {"loss": 2.0})) == {}
     assert "warning: mlflow cannot be reached" in capsys.readouterr().err
 
 
-def test_a_tracker_that_fails_in_between_is_told_once_and_the_rest_arrives(
+def test_a_failing_tracker_is_one_warning_and_gets_the_other_lines(
     services, tmp_path, monkeypatch, capsys
 ) -> None:
-    # Found first by the process of the trackers; no package of ours.
+    # The process of the trackers imports it first.
     patch = tmp_path / "patch"
     patch.mkdir()
     (patch / "sitecustomize.py").write_text(FAILING, encoding="utf-8")
     monkeypatch.setenv("PYTHONPATH", str(patch))
-    ids = told(tmp_path, settings("mlflow"), *((step, {"loss": float(step)}) for step in range(1, 5)))
+    ids = log_to_trackers(
+        tmp_path, settings("mlflow"), *((step, {"loss": float(step)}) for step in range(1, 5))
+    )
     assert curve(services, ids["mlflow"], "loss") == [(1, 1.0), (4, 4.0)]
-    said = capsys.readouterr().err
-    assert said.count("no route") == 1
-    assert "mlflow: 2 of 4 lines are missing" in said
+    stderr = capsys.readouterr().err
+    assert stderr.count("no route") == 1
+    assert "mlflow: 2 of 4 lines are missing" in stderr
 
 
 def test_a_missing_package_is_refused_by_the_name_of_its_extra(monkeypatch) -> None:

@@ -39,7 +39,7 @@ def memory(run: Path, step: int) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / f"step-{step:08d}" / "optimizer.safetensors")
 
 
-def test_a_part_stays_as_it_is_until_its_step_and_costs_no_memory_either(alone: Path) -> None:
+def test_a_stage_is_frozen_and_has_no_optimizer_state_until_its_step(alone: Path) -> None:
     for part, begins in PARTS.items():
         name = f"{part}.weight"
         for step in range(2, 6):
@@ -55,7 +55,7 @@ def test_a_part_stays_as_it_is_until_its_step_and_costs_no_memory_either(alone: 
 
 
 @pytest.mark.parametrize("step", [1, 2])
-def test_a_run_broken_off_before_at_or_after_a_step_at_which_a_part_begins_ends_as_if_nothing_had_been(
+def test_a_run_killed_near_an_unfreezing_step_resumes_with_the_same_result(
     alone: Path, packed: Path, tmp_path: Path, step: int
 ) -> None:
     run = shutil.copytree(alone, tmp_path / "run")
@@ -68,7 +68,7 @@ def test_a_run_broken_off_before_at_or_after_a_step_at_which_a_part_begins_ends_
 
 
 @pytest.mark.parametrize("zero", [None, 2])
-def test_two_ranks_end_as_one_over_the_steps_at_which_parts_begin(
+def test_two_ranks_have_the_result_of_one_over_unfreezing_steps(
     alone: Path, packed: Path, tmp_path: Path, zero: int | None
 ) -> None:
     profile = {} if zero is None else {"ACCELERATE_USE_DEEPSPEED": "true"}
@@ -85,7 +85,7 @@ def captioner(*trainable: str) -> Captioner:
     return Captioner(Model.model_validate({"encoder": encoder}), 20)
 
 
-def test_each_part_has_its_own_rate_and_vectors_do_not_decay() -> None:
+def test_each_stage_has_its_learning_rate_and_vectors_have_no_weight_decay() -> None:
     model = captioner("layer4", "layer3")
     settings = Train(lr=1.0, encoder_lr=(0.25, 0.5), weight_decay=0.1)
     rates = {}
@@ -99,7 +99,7 @@ def test_each_part_has_its_own_rate_and_vectors_do_not_decay() -> None:
         assert rates.get(parameter) == (None if norm_or_lower else expected)
 
 
-def test_one_number_is_for_all_parts_and_what_does_not_learn_yet_is_not_moved() -> None:
+def test_one_value_is_for_all_stages_and_frozen_parameters_do_not_change() -> None:
     model, settings = captioner("layer4", "layer3"), Train(unfreeze_at=7, encoder_lr=0.5)
     assert unfreeze(model, settings, 0)
     decoder = set(model.decoder.parameters())
@@ -113,7 +113,7 @@ def test_one_number_is_for_all_parts_and_what_does_not_learn_yet_is_not_moved() 
 
 
 @pytest.mark.parametrize("trainable", ["all", "none"])
-def test_a_single_value_in_brackets_is_for_the_whole_encoder(trainable: str) -> None:
+def test_a_single_value_in_brackets_is_for_all_stages(trainable: str) -> None:
     encoder = {"name": "resnet18", "trainable": trainable}
     model = Captioner(Model.model_validate({"encoder": encoder}), 20)
     settings = Train(unfreeze_at=(3,), encoder_lr=(0.5,))

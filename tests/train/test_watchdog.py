@@ -45,21 +45,21 @@ CALM = RankStatus(
 @pytest.mark.parametrize(
     ("others", "blamed"),
     [
-        # It says nothing any more.
+        # It sends no heartbeat.
         ([replace(CALM, rank=1, silent=True), replace(CALM, rank=2, waiting=False)], [1]),
-        # It does something else than wait.
+        # It does not wait.
         ([replace(CALM, rank=1), replace(CALM, rank=2, waiting=False)], [2]),
-        # On GPUs those who wait have queued the next step, and stand anywhere in it.
+        # On GPUs waiting ranks have queued the next step, and are anywhere in it.
         ([replace(CALM, rank=1, step=4), replace(CALM, rank=2, waiting=False)], [1]),
-        # It scores, which may take as long as it likes.
+        # It scores, which has no time limit.
         ([replace(CALM, rank=1, busy="scoring"), replace(CALM, rank=2)], []),
         # All wait for each other.
         ([replace(CALM, rank=1)], [0, 1]),
-        # It is slow, as one whose share of a validation takes longer, but it moves.
+        # It is slow, as its part of a validation takes longer, but it makes progress.
         ([replace(CALM, rank=1, waiting=False, validating=True, stalled_s=1.0)], []),
     ],
 )
-def test_whoever_keeps_the_others_waiting_is_blamed(others: list[RankStatus], blamed: list[int]) -> None:
+def test_the_rank_that_the_others_wait_for_is_blamed(others: list[RankStatus], blamed: list[int]) -> None:
     assert [state.rank for state in _blame([CALM, *others], 45.0)] == blamed
 
 
@@ -87,12 +87,12 @@ class Clock(threading.Event):
         super().set()
         self._granted.release()
 
-    def stand_still(self, seconds: float) -> None:
-        """Let time pass in which the watchdog's thread does not run either."""
+    def skip(self, seconds: float) -> None:
+        """Let time pass in which the thread of the watchdog does not run either."""
         self._now += seconds
 
     def tick(self, count: int) -> None:
-        """Have the watchdog look so many times; return when it has."""
+        """Have the watchdog check so many times; return when it has."""
         for _ in range(count):
             assert self._idle.acquire(timeout=600)
             self._granted.release()
@@ -108,13 +108,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def watch(clock: Clock, *arguments: Any) -> Watchdog:
-    """Return a watchdog that looks when the clock ticks."""
+    """Return a watchdog that checks when the clock ticks."""
     watchdog = Watchdog(*arguments)
-    watchdog._over = clock
+    watchdog._stop = clock
     return watchdog
 
 
-def test_a_process_that_does_not_move_is_told_once_with_its_stack_and_shards(
+def test_a_stalled_process_is_reported_once_with_its_stack_and_shards(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], clock: Clock
 ) -> None:
     def shards(step: int, rank: int) -> list[str]:
@@ -122,7 +122,7 @@ def test_a_process_that_does_not_move_is_told_once_with_its_stack_and_shards(
 
     with Ranks() as ranks, watch(clock, tmp_path, ranks, 0.5, shards) as watchdog:
         for _ in range(10):
-            # It looks ten times in half a second.
+            # It checks ten times in half a second.
             clock.tick(9)
             watchdog.beat(6)
         with watchdog.busy("scoring"):
@@ -134,12 +134,12 @@ def test_a_process_that_does_not_move_is_told_once_with_its_stack_and_shards(
     assert (stalled["rank"], stalled["step"]) == (0, 7)
     assert stalled["shards"] == ["train-of-step-6-and-rank-0.tar"]
     assert any("clock.tick(20)" in line for line in stalled["stack"])
-    told = capsys.readouterr().err
-    assert "rank 0" in told
-    assert "train-of-step-6-and-rank-0.tar" in told
+    stderr = capsys.readouterr().err
+    assert "rank 0" in stderr
+    assert "train-of-step-6-and-rank-0.tar" in stderr
 
 
-def test_a_process_that_never_moves_again_ends_with_an_error(tmp_path: Path, clock: Clock) -> None:
+def test_a_process_that_never_recovers_exits_with_an_error(tmp_path: Path, clock: Clock) -> None:
     def hang() -> None:
         with watch(clock, tmp_path, ranks, 0.2, lambda step, rank: [f"{step}-{rank}.tar"]):
             clock.tick(1000)
@@ -155,13 +155,13 @@ def test_a_process_that_never_moves_again_ends_with_an_error(tmp_path: Path, clo
     assert 0.2 <= warned < 2 <= ended
 
 
-def test_a_process_that_was_stopped_for_long_goes_on(tmp_path: Path, clock: Clock) -> None:
-    # By Ctrl-Z, or where SLURM suspends a job: its sleep was counted against it.
+def test_a_suspended_process_is_no_stall(tmp_path: Path, clock: Clock) -> None:
+    # By Ctrl-Z, or where SLURM suspends a job.
     def work() -> None:
         with watch(clock, tmp_path, ranks, 0.2, lambda *_: []) as watchdog:
             clock.tick(1)
             watchdog.beat(1)
-            clock.stand_still(2.5)
+            clock.skip(2.5)
             clock.tick(5)
 
     with Ranks() as ranks:
@@ -171,7 +171,7 @@ def test_a_process_that_was_stopped_for_long_goes_on(tmp_path: Path, clock: Cloc
     assert process.exitcode == 0
 
 
-def test_a_download_may_take_its_time(packed: Path, tmp_path: Path, clock: Clock) -> None:
+def test_a_slow_download_is_no_stall(packed: Path, tmp_path: Path, clock: Clock) -> None:
     class Slow(SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path.endswith(".tar"):
@@ -179,7 +179,7 @@ def test_a_download_may_take_its_time(packed: Path, tmp_path: Path, clock: Clock
             super().do_GET()
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Print nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Slow, directory=str(packed))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -197,14 +197,12 @@ def test_a_download_may_take_its_time(packed: Path, tmp_path: Path, clock: Clock
 
 
 @pytest.mark.usefixtures("forked")
-def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_which_ends_all_at_once(
-    packed: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_rank_is_named_and_a_killed_one_ends_the_run_at_once(packed: Path, tmp_path: Path) -> None:
     stall_s, run = 2.0, tmp_path / "run"
     changes = ("train.epochs=1000", "train.score_every=5000", f"train.stall_s={stall_s}")
     config = tiny_config(tmp_path, packed, *changes)
-    verb = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
-    launch = [sys.executable, "-m", "captionscale", "launch", "--processes", "2", "--", *verb]
+    command = ["train", str(tmp_path / "experiment.toml"), "--out", str(run)]
+    launch = [sys.executable, "-m", "captionscale", "launch", "--processes", "2", "--", *command]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(launch, env=environment, stderr=subprocess.PIPE, text=True) as process:
 
@@ -216,7 +214,7 @@ def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_wh
                 time.sleep(0.05)
 
         wait_for(lambda: (run / "log.jsonl").exists() and logged_losses(run), 120)
-        # Until its watchdog has put down a step.
+        # Until its watchdog has written a step.
         time.sleep(stall_s / 3)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         first, second = sorted(map(int, children))
@@ -224,12 +222,12 @@ def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_wh
         wait_for((run / STALLS_FILE).exists, 120)
         os.kill(first, signal.SIGKILL)
         began = time.monotonic()
-        _, told = process.communicate(timeout=600)
-    # A stopped process does not hear SIGTERM, and torch gives it half a minute to.
+        _, stderr = process.communicate(timeout=600)
+    # A stopped process does not handle SIGTERM, for which torch waits half a minute.
     assert time.monotonic() - began < 28
     assert process.returncode == 128 + signal.SIGKILL
-    assert "rank 0 on" in told
-    assert "was killed by SIGKILL" in told
+    assert "rank 0 on" in stderr
+    assert "was killed by SIGKILL" in stderr
     record = json.loads((run / STALLS_FILE).read_text().splitlines()[0])
     (stalled,) = record["stalled"]
     assert (stalled["rank"], stalled["pid"], stalled["silent"]) == (1, second, True)
@@ -241,4 +239,4 @@ def test_a_stopped_rank_is_named_by_its_peer_and_a_killed_one_by_the_launcher_wh
     # The innermost frames: which, depends on where it was stopped.
     assert all(re.match(r".+:\d+ in \S+: ", line) for line in stalled["stack"])
     assert stalled["stack"]
-    assert f"rank 1 (process {second}" in told
+    assert f"rank 1 (process {second}" in stderr

@@ -5,8 +5,9 @@ import posixpath
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -23,6 +24,16 @@ FirstImageId = Callable[[set[str]], int]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif")
 
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "images": {"type": Path, "required": True, "metavar": "DIR", "help": "folder of the image files"},
+    "captions": {"type": Path, "required": True, "metavar": "FILE", "help": "the data set's caption file"},
+    "split": {"default": "train", "help": "name of the split (default: train)"},
+    "restval": {
+        "choices": ("train", "drop"),
+        "help": "images of COCO's val2014 outside Karpathy's val and test (default: train)",
+    },
+}
+
 # Characters of a name in an error: damaged files have names of megabytes.
 _LONGEST = 120
 # COCO's and Karpathy's files have 150 MB.
@@ -31,52 +42,24 @@ _MAX_BYTES = 4096 * MB
 _T = TypeVar("_T")
 
 
-def add_images(parser: ArgumentParser) -> None:
-    """Add --images."""
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of the image files")
-
-
-def add_captions(parser: ArgumentParser) -> None:
-    """Add --captions, one file."""
-    parser.add_argument(
-        "--captions", type=Path, required=True, metavar="FILE", help="the data set's caption file"
-    )
-
-
-def add_split(parser: ArgumentParser) -> None:
-    """Add --split, of all images."""
-    parser.add_argument("--split", default="train", help="name of the split (default: train)")
-
-
-def add_restval(parser: ArgumentParser) -> None:
-    """Add --restval."""
-    parser.add_argument(
-        "--restval",
-        choices=("train", "drop"),
-        help="images of COCO's val2014 outside Karpathy's val and test (default: train)",
-    )
+def add_options(parser: ArgumentParser, *names: str) -> None:
+    """Add options that several sources have."""
+    for name in names:
+        parser.add_argument(f"--{name}", **_OPTIONS[name])
 
 
 @contextmanager
-def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors for a file, or a folder and its contents, into user errors.
-
-    Raises:
-        UserError: It cannot be opened or read.
-    """
+def explain_os_errors(path: Path, expected: str = "it to be readable") -> Iterator[None]:
+    """Turn the system's errors for a file, or a folder and its contents, into user errors."""
     try:
         yield
     except OSError as error:
         place = error.filename or path
-        raise UserError(f"{place}: {error.strerror}; expected it to be readable; check the path") from error
+        raise UserError(f"{place}: {error.strerror}; expected {expected}; check the path") from error
 
 
 def decode_utf8(data: bytes, place: str) -> str:
-    """Decode UTF-8, without a byte order mark.
-
-    Raises:
-        UserError: It is not UTF-8.
-    """
+    """Decode UTF-8, without a byte order mark; `place` starts the error."""
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -87,13 +70,8 @@ def decode_utf8(data: bytes, place: str) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return the content of a text file.
-
-    Raises:
-        UserError: It cannot be read, is not UTF-8, or is empty.
-    """
-    with explain_os_errors(path):
-        content = decode_utf8(read_file(path, _MAX_BYTES), str(path))
+    """Return the content of a UTF-8 text file, which must not be empty."""
+    content = decode_utf8(_read(path), str(path))
     if not content.strip():
         raise UserError(f"{path}: the file is empty; expected text; write or download it again")
     return content
@@ -105,9 +83,7 @@ def read_json(path: Path, kind: type[_T], expected: str) -> _T:
     Raises:
         UserError: The file cannot be read, is not JSON, or has another layout.
     """
-    with explain_os_errors(path):
-        data = read_file(path, _MAX_BYTES)
-    return parse_json(data, msgspec.json.Decoder(kind), str(path), expected)
+    return parse_json(_read(path), msgspec.json.Decoder(kind), str(path), expected)
 
 
 def parse_json(data: bytes, decoder: msgspec.json.Decoder[_T], place: str, expected: str) -> _T:
@@ -119,11 +95,7 @@ def parse_json(data: bytes, decoder: msgspec.json.Decoder[_T], place: str, expec
 
 
 def normalize_path(path: str, place: str) -> str:
-    """Normalize an image path relative to the image folder; `place` starts errors.
-
-    Raises:
-        UserError: The path leads out of the folder.
-    """
+    """Normalize an image path relative to the image folder; `place` starts errors."""
     plain = posixpath.normpath(path)
     if plain in (".", "..") or plain.startswith(("/", "../")) or "\0" in plain:
         raise UserError(
@@ -137,22 +109,36 @@ def strip_captions(captions: Iterable[str]) -> tuple[str, ...]:
     return tuple(caption for raw in captions if (caption := raw.strip()))
 
 
+def make_record(
+    image_id: int, split: str, captions: Iterable[str], images: Path, path: str, place: str
+) -> Record:
+    """Return the record of an image file, whose path may have folders; `place` starts errors."""
+    folder, _, name = normalize_path(path, place).rpartition("/")
+    return Record(image_id, split, strip_captions(captions), _join(images, folder), name)
+
+
+def assign_split(splits: dict[str, str] | dict[int, str], key: Any, split: str, place: str) -> None:
+    """Put an image of a split list into a split; `place` starts the error if it is in another one."""
+    if (known := splits.setdefault(key, split)) != split:
+        raise UserError(
+            f"{place} is in the list of {known} too; expected it in one split, or training sees what is"
+            " scored; delete it from one"
+        )
+
+
 def validate_records(
     records: Sequence[Record], images: Path, captions: Path | str, *, require_captions: bool = True
 ) -> list[Record]:
-    """Check that all image files exist, and return the records in the order of shards.
+    """Check that there are records with captions and image files; return them in the order of shards.
 
     Args:
         records: Records of image files.
         images: Folder above all of them.
         captions: The caption files, for errors.
         require_captions: Check that each image has captions.
-
-    Raises:
-        UserError: There are no records, or an image file or its captions are missing.
     """
     # One listing per folder: checking each of COCO's 118,287 files takes minutes on a cluster's file system.
-    there = {str(images): list_folder(images, "the folder of the images")}
+    listings = {str(images): list_folder(images, "the folder of the images")}
     missing = []
     for record in records:
         if require_captions and not record.captions:
@@ -160,14 +146,14 @@ def validate_records(
                 f"{captions}: image {record.image_id} ({printable_name(record.name)}) has no captions, or"
                 " only empty ones; expected at least one; add a caption or take the image out"
             )
-        folder, _, name = f"{record.source}/{record.name}".rpartition("/")
-        if folder not in there:
-            there[folder] = set()
+        folder, _, name = record.file.rpartition("/")
+        if folder not in listings:
+            listings[folder] = set()
             # Images of a missing folder are reported by name.
             with suppress(UserError):
-                there[folder] = list_folder(Path(folder), "")
-        if name not in there[folder]:
-            missing.append(f"{folder}/{name}".removeprefix(f"{images}/"))
+                listings[folder] = list_folder(Path(folder), "")
+        if name not in listings[folder]:
+            missing.append(record.file.removeprefix(f"{images}/"))
     if not records:
         raise UserError(f"{captions}: no images; expected at least one; give the file of a whole data set")
     if missing:
@@ -180,16 +166,9 @@ def validate_records(
 
 
 def list_folder(folder: Path, expected: str) -> set[str]:
-    """Return the names in a folder; `expected` describes it in the error.
-
-    Raises:
-        UserError: It cannot be listed.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries}
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; expected {expected}; check the path") from error
+    """Return the names in a folder; `expected` describes it in the error."""
+    with explain_os_errors(folder, expected), os.scandir(folder) as entries:
+        return {entry.name for entry in entries}
 
 
 def name_some(names: Sequence[str]) -> str:
@@ -200,6 +179,17 @@ def name_some(names: Sequence[str]) -> str:
 def printable_name(name: str) -> str:
     """Return a name for a one-line error."""
     return name[:_LONGEST] if name.isprintable() else repr(name[:_LONGEST])
+
+
+def _read(path: Path) -> bytes:
+    with explain_os_errors(path):
+        return read_file(path, _MAX_BYTES)
+
+
+@cache
+def _join(images: Path, folder: str) -> str:
+    # All records of a folder share one string.
+    return str(images / folder)
 
 
 def _folder_with(folder: Path, path: str) -> str | None:

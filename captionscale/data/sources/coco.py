@@ -3,7 +3,6 @@
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +17,6 @@ _EXPECTED = (
     "expected COCO captions: 'images' with id and file_name, 'annotations' with image_id and caption;"
     " give captions_train2017.json or its like, not instances_* or Karpathy's dataset_*.json"
 )
-_SPLITS = ("train", "val", "test")
 _NAME_2014 = re.compile(r"COCO_((?:train|val)2014)_(\d{12})\.jpg")
 _BOTH_FILES = "give captions_train2014.json and captions_val2014.json"
 _LIST_LINE = re.compile(r"(?P<path>\S+)[ \t]+(?P<image_id>\d{1,18})")
@@ -44,7 +42,7 @@ class Coco(Source):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add --images, --captions, --lists, --restval and --split."""
-        base.add_images(parser)
+        base.add_options(parser, "images")
         parser.add_argument(
             "--captions",
             type=Path,
@@ -56,25 +54,24 @@ class Coco(Source):
         parser.add_argument(
             "--lists", type=Path, metavar="DIR", help="folder of karpathy_{train,val,test}_images.txt"
         )
-        base.add_restval(parser)
+        base.add_options(parser, "restval")
         parser.add_argument("--split", help="name of the split")
 
     def read(self, options: Namespace) -> list[Record]:
         """Return the records of `read_official`, or with --lists of `read_karpathy_lists`."""
+        images, captions = options.images, options.captions
         if options.lists:
             if options.split is not None:
                 raise UserError(
                     "pack coco: found --split with --lists, expected one of them; leave out --split"
                 )
-            return read_karpathy_lists(
-                options.images, options.captions, options.lists, options.restval or "train"
-            )
-        if options.split is None or len(options.captions) != 1 or options.restval is not None:
+            return read_karpathy_lists(images, captions, options.lists, options.restval or "train")
+        if options.split is None or len(captions) != 1 or options.restval is not None:
             raise UserError(
                 "pack coco: expected one --captions file with its --split, or both files of 2014 with"
                 " --lists; --restval only with --lists"
             )
-        return read_official(options.images, options.captions[0], options.split)
+        return read_official(images, captions[0], options.split)
 
     def files(self, options: Namespace) -> list[Path]:
         """Return the caption files and lists."""
@@ -85,29 +82,16 @@ class Coco(Source):
 def read_official(images: Path, captions: Path, split: str) -> list[Record]:
     """Read a split of COCO 2014 or 2017 in its official files.
 
-    Args:
-        images: Folder of the image files, such as `train2017`.
-        captions: Captions of the split, such as `captions_train2017.json`, or a list of images without
-            captions, such as `image_info_test2014.json`.
-        split: Name of the split.
-
-    Returns:
-        Records by image id, without empty captions.
-
-    Raises:
-        UserError: A file is missing, broken or of another layout, an image id repeats, a caption belongs to
-            no image, or an image has no captions although others have.
+    A list of images without captions, such as `image_info_test2014.json`, is read too.
 
     Source:
         Chen et al. 2015, "Microsoft COCO Captions" (arXiv:1504.00325).
     """
     names, texts = _read(captions)
-    source = cache(lambda folder: str(images / folder))
     records = []
     for image_id, path in names.items():
-        folder, _, name = base.normalize_path(path, f"{captions}: image {image_id}").rpartition("/")
-        kept = base.strip_captions(texts.pop(image_id)) if texts else ()
-        records.append(Record(image_id, split, kept, source(folder), name))
+        own = texts.pop(image_id) if texts else []
+        records.append(base.make_record(image_id, split, own, images, path, f"{captions}: image {image_id}"))
     return base.validate_records(records, images, captions, require_captions=texts is not None)
 
 
@@ -119,25 +103,17 @@ def read_karpathy_lists(
     Args:
         images: Folder with `train2014` and `val2014`.
         captions: `captions_train2014.json` and `captions_val2014.json`.
-        lists: Folder with `karpathy_{train,val,test}_images.txt`, lines such as
-            `val2014/COCO_val2014_000000391895.jpg 391895`. Without a train list, all unlisted images are in
-            train; with it, they are left out.
+        lists: Folder with `karpathy_{train,val,test}_images.txt`. Without a train list, all unlisted images
+            are in train; with it, they are left out.
         restval: The 30,504 train images in `val2014`: `train` as in most papers, or `drop` to leave them out.
-
-    Returns:
-        Records by split and image id.
-
-    Raises:
-        UserError: As `read_official`; or a val or test list is missing, a list is malformed or names an image
-            without annotation, an image is in two lists, or an id differs from its file name.
 
     Source:
         Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments" (arXiv:1412.2306).
     """
-    paths: dict[int, tuple[str, str]] = {}
+    paths: dict[int, str] = {}
     texts: dict[int, list[str]] = {}
     for file in captions:
-        names, found = _captioned(file)
+        names, found = _read_captioned(file)
         if both := names.keys() & paths.keys():
             raise UserError(
                 f"{file}: image {min(both)} is in another file too; expected it once; {_BOTH_FILES}"
@@ -145,27 +121,21 @@ def read_karpathy_lists(
         paths |= {image_id: _path_2014(file, image_id, name) for image_id, name in names.items()}
         texts |= found
     place = " and ".join(map(str, captions))
-    if {folder for folder, _ in paths.values()} != {"train2014", "val2014"}:
+    if {path.partition("/")[0] for path in paths.values()} != {"train2014", "val2014"}:
         raise UserError(f"{place}: expected images of train2014 and of val2014 both; {_BOTH_FILES}")
-    listed = _listed(lists, paths)
+    listed = _read_lists(lists, paths)
     rest = None if "train" in listed.values() else "train"
-    source = {folder: str(images / folder) for folder in ("train2014", "val2014")}
     records = []
-    for image_id, (folder, name) in paths.items():
+    for image_id, path in paths.items():
         split = listed.get(image_id, rest)
-        if split and not (split == "train" and folder == "val2014" and restval == "drop"):
-            kept = base.strip_captions(texts[image_id])
-            records.append(Record(image_id, split, kept, source[folder], name))
+        if split and not (split == "train" and path.startswith("val2014") and restval == "drop"):
+            records.append(base.make_record(image_id, split, texts[image_id], images, path, place))
     return base.validate_records(records, images, place)
 
 
 def read_references(captions: Path) -> dict[int, list[str]]:
-    """Read the captions of a file such as `captions_val2014.json` by image id, without images.
-
-    Raises:
-        UserError: As `read_official` for its caption file, or it has no annotations.
-    """
-    return _captioned(captions)[1]
+    """Read the captions of a file such as `captions_val2014.json` by image id, without images."""
+    return _read_captioned(captions)[1]
 
 
 def _read(captions: Path) -> tuple[dict[int, str], dict[int, list[str]] | None]:
@@ -191,14 +161,14 @@ def _read(captions: Path) -> tuple[dict[int, str], dict[int, list[str]] | None]:
     return names, texts
 
 
-def _captioned(captions: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
+def _read_captioned(captions: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     names, texts = _read(captions)
     if texts is None:
         raise UserError(f"{captions}: no list 'annotations'; {_EXPECTED}")
     return names, texts
 
 
-def _path_2014(place: Path, image_id: int, name: str) -> tuple[str, str]:
+def _path_2014(place: Path, image_id: int, name: str) -> str:
     """Return folder and file name of a COCO 2014 image."""
     found = _NAME_2014.fullmatch(name)
     if not found or int(found[2]) != image_id:
@@ -206,17 +176,17 @@ def _path_2014(place: Path, image_id: int, name: str) -> tuple[str, str]:
             f"{place}: image {image_id} has the file name {name!r:.60}; expected COCO 2014's, as in"
             f" COCO_val2014_000000391895.jpg of image 391895; {_BOTH_FILES}"
         )
-    return found[1], name
+    return f"{found[1]}/{name}"
 
 
-def _listed(lists: Path, paths: dict[int, tuple[str, str]]) -> dict[int, str]:
+def _read_lists(lists: Path, paths: dict[int, str]) -> dict[int, str]:
     """Return the split of each listed image id."""
     split_of: dict[int, str] = {}
-    there = base.list_folder(lists, "the folder of Karpathy's lists")
-    for split in _SPLITS:
+    names = base.list_folder(lists, "the folder of Karpathy's lists")
+    for split in ("train", "val", "test"):
         file = lists / f"karpathy_{split}_images.txt"
         # Only the train list is optional: without the others, training would see scored images.
-        if split == "train" and file.name not in there:
+        if split == "train" and file.name not in names:
             continue
         for number, line in enumerate(base.read_text(file).split("\n"), start=1):
             if not line.strip():
@@ -228,14 +198,10 @@ def _listed(lists: Path, paths: dict[int, tuple[str, str]]) -> dict[int, str]:
                     f"{place} is {line!r:.60}; expected val2014/COCO_val2014_000000391895.jpg 391895; fix it"
                 )
             image_id = int(found["image_id"])
-            if "/".join(paths.get(image_id, ())) != found["path"]:
+            if paths.get(image_id) != found["path"]:
                 raise UserError(
                     f"{place} names {found['path']} {image_id}; expected an image of the annotations with"
                     " its own id; give lists and captions of one data set"
                 )
-            if split_of.setdefault(image_id, split) != split:
-                raise UserError(
-                    f"{place}: image {image_id} is in the list of {split_of[image_id]} too; expected it in"
-                    " one split, or training sees what is scored; delete it from one"
-                )
+            base.assign_split(split_of, image_id, split, f"{place}: image {image_id}")
     return split_of

@@ -24,8 +24,8 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = (".jsonl", ".ndjson")
 _EXPECTED_COLUMNS = "expected the columns image, caption and, if need be, split and image_id; correct it"
 _EXPECTED_OBJECTS = (
-    "expected one object a line with image, caption or captions and, if need be, split and image_id; correct"
-    " it"
+    "expected one object a line with image, caption or captions and, if need be, split and image_id;"
+    " correct it"
 )
 _NEEDED, _OPTIONAL = {"image", "caption"}, {"split", "image_id"}
 
@@ -45,15 +45,12 @@ class Table(Source):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add --images, --captions and --split."""
-        base.add_images(parser)
-        base.add_captions(parser)
-        base.add_split(parser)
+        base.add_options(parser, "images", "captions", "split")
 
     def read(self, options: Namespace) -> list[Record]:
         """Return the records of `read_table`."""
-        return read_table(
-            options.captions, options.images, options.split, partial(first_image_id, options.out)
-        )
+        first_id = partial(first_image_id, options.out)
+        return read_table(options.captions, options.images, options.split, first_id)
 
     def files(self, options: Namespace) -> list[Path]:
         """Return the table."""
@@ -65,8 +62,7 @@ class Folder(Source):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add --images and --split."""
-        base.add_images(parser)
-        base.add_split(parser)
+        base.add_options(parser, "images", "split")
 
     def read(self, options: Namespace) -> list[Record]:
         """Return the records of `read_folder`."""
@@ -78,20 +74,7 @@ def read_table(captions: Path, images: Path, split: str, first_id: base.FirstIma
 
     A `.csv` or `.tsv` starts with its column names: `image`, `caption` and optionally `split` and `image_id`.
     A line of a `.jsonl` or `.ndjson` is an object with these keys; `caption` or `captions` may be a list. The
-    captions of an image's rows are joined in order.
-
-    Args:
-        captions: The table.
-        images: Folder that paths in `image` are relative to.
-        split: Split of rows that name none.
-        first_id: Returns the first image id of these splits, if rows have none; ids are counted in order.
-
-    Returns:
-        Records by split (train, val, test, others) and image id, without empty captions.
-
-    Raises:
-        UserError: The table is missing, broken or of another layout, an image is missing, outside `images`,
-            without captions or in two splits, or image ids are not unique.
+    captions of an image's rows are joined in order. Without `image_id`, ids are counted from `first_id`.
     """
     found: dict[str, tuple[str, int | None, list[str]]] = {}
     names: dict[int, str] = {}
@@ -139,19 +122,8 @@ def read_table(captions: Path, images: Path, split: str, first_id: base.FirstIma
 def read_folder(images: Path, split: str, first_id: base.FirstImageId) -> list[Record]:
     """Read images anywhere below a folder, with captions in a `.txt` of the same name next to each.
 
-    Links to folders are followed; names that start with a dot are skipped.
-
-    Args:
-        images: The folder.
-        split: Split of all images.
-        first_id: Returns the first image id of the split; ids are counted in the order of sorted paths.
-
-    Returns:
-        Records by image id. Each non-empty line is a caption; without any `.txt`, there are no captions.
-
-    Raises:
-        UserError: There are no images, only some have a text, a text belongs to two images or has no
-            captions, or something cannot be read.
+    Each non-empty line is a caption; without any `.txt`, there are no captions. Links to folders are
+    followed; names that start with a dot are skipped. Ids are counted from `first_id`, by sorted paths.
     """
     source = str(images)
     others: list[str] = []
@@ -169,7 +141,7 @@ def read_folder(images: Path, split: str, first_id: base.FirstImageId) -> list[R
     without = [path for path, text in pairs if not text]
     if 0 < len(without) < len(pairs):
         raise UserError(
-            f"{images}: {base.name_some(without)} of {len(pairs)} without a .txt beside it; expected one for"
+            f"{images}: {base.name_some(without)} of {len(pairs)} without a .txt next to it; expected one for"
             " each image or for none; write them or take the images out"
         )
     records = []
@@ -191,7 +163,7 @@ def _rows(path: Path) -> Iterator[tuple[str, _Row]]:
                 yield place, base.parse_json(line, decoder, place, _EXPECTED_OBJECTS)
     else:
         endings = ", ".join((*_DELIMITERS, *_JSON_LINES))
-        raise UserError(f"{path}: a table's ending tells its layout; expected {endings}; rename it")
+        raise UserError(f"{path}: a table's ending gives its layout; expected {endings}; rename it")
 
 
 def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
@@ -201,25 +173,21 @@ def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, _Row]]:
         header = next(reader, [])
         if len(header) != len(set(header)) or not _NEEDED <= set(header) <= _NEEDED | _OPTIONAL:
             raise UserError(f"{path}: line 1 is {delimiter.join(header)!r:.80}; {_EXPECTED_COLUMNS}")
-        for fields in reader:
+        for fields in filter(None, reader):
             place = f"{path}: line {reader.line_num}"
-            if fields and len(fields) != len(header):
+            if len(fields) != len(header):
                 raise UserError(
                     f"{place} has {len(fields)} fields; expected {len(header)} as in line 1; put a caption"
                     f" with {delimiter!r} in quotes"
                 )
-            if fields:
-                cells = {column: field for column, field in zip(header, fields, strict=True) if field}
-                yield place, msgspec.convert(cells, _Row, strict=False)
-    except msgspec.ValidationError as error:
-        raise UserError(
-            f"{path}: line {reader.line_num}: {describe_error(error)}; {_EXPECTED_COLUMNS}"
-        ) from error
-    except csv.Error as error:
-        raise UserError(
-            f"{path}: line {reader.line_num}: {error}; expected a field with quotes in quotes, and each quote"
-            " in it twice; correct it"
-        ) from error
+            cells = {column: field for column, field in zip(header, fields, strict=True) if field}
+            yield place, msgspec.convert(cells, _Row, strict=False)
+    except (msgspec.ValidationError, csv.Error) as error:
+        if isinstance(error, csv.Error):
+            fault = f"{error}; expected a field with quotes in quotes, and each quote in it twice; correct it"
+        else:
+            fault = f"{describe_error(error)}; {_EXPECTED_COLUMNS}"
+        raise UserError(f"{path}: line {reader.line_num}: {fault}") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -252,20 +220,15 @@ def _pairs(images: Path, others: list[str]) -> Iterator[tuple[str, str]]:
             of_text: dict[str, str] = {}
             for name in names:
                 stem, _, ending = name.rpartition(".")
-                if name.startswith("."):
+                if name.startswith(".") or ending.lower() == "txt":
                     continue
                 if ending.lower() not in base.IMAGE_EXTENSIONS:
-                    if ending.lower() != "txt":
-                        others.append(base.printable_name(name))
+                    others.append(base.printable_name(name))
                     continue
-                if not _is_utf8(f"{start}/{name}"):
-                    raise UserError(
-                        f"{folder}/{name!r}: the name is not UTF-8; expected one that is; rename it"
-                    )
                 text = texts.get(stem, "")
                 if text and (other := of_text.setdefault(text, name)) != name:
                     raise UserError(
-                        f"{folder}/{text}: beside {other} and {name}; expected a name of its own for each"
+                        f"{folder}/{text}: next to {other} and {name}; expected a name of its own for each"
                         " image; rename one"
                     )
                 yield os.path.normpath(f"{start}/{name}"), text and os.path.normpath(f"{start}/{text}")
@@ -273,7 +236,3 @@ def _pairs(images: Path, others: list[str]) -> Iterator[tuple[str, str]]:
 
 def _raise(error: OSError) -> None:
     raise error
-
-
-def _is_utf8(path: str) -> bool:
-    return path.encode(errors="replace").decode() == path

@@ -7,6 +7,7 @@ from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
 
 # Training on 82,783 instead of 113,287 images is a common mistake.
+# Source: the data sets' own files; Karpathy & Fei-Fei 2015 (arXiv:1412.2306).
 _KNOWN = {
     82_783: "COCO 2014's official train, or Karpathy's train without the 30,504 restval images",
     40_504: "COCO 2014's official val",
@@ -26,19 +27,7 @@ _KNOWN = {
 
 
 def check_counts(records: Iterable[Record], expected: Mapping[str, int], place: str) -> None:
-    """Check that each split has the expected number of images.
-
-    Args:
-        records: All records.
-        expected: Number of images by split.
-        place: The data set, for errors.
-
-    Raises:
-        UserError: A split has another number, is missing, or is not expected.
-
-    Source:
-        The data sets' own files; Karpathy & Fei-Fei 2015 (arXiv:1412.2306) for Karpathy's splits.
-    """
+    """Check that each split has the expected number of images; `place` is the data set, for the error."""
     found = Counter(record.split for record in records)
     faults = []
     for split in [*expected, *sorted(found.keys() - expected.keys())]:

@@ -43,8 +43,7 @@ class Flickr(Source):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add --images, --captions and --splits."""
-        base.add_images(parser)
-        base.add_captions(parser)
+        base.add_options(parser, "images", "captions")
         parser.add_argument(
             "--splits", type=Path, metavar="DIR", help="folder of the official lists of each split's images"
         )
@@ -68,20 +67,9 @@ def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
     The first line gives the layout: `image,caption` (captions.txt), `image_name| comment_number|
     comment` (results.csv), or `name.jpg#n<TAB>caption` (Flickr8k.token.txt, results_20130124.token).
 
-    Args:
-        images: Folder of the image files.
-        captions: The caption file.
-        splits: Folder with `Flickr_8k.{train,dev,test}Images.txt` or `{train,val,test}.txt`; dev is split
-            val, and unlisted images are left out. None: all images are in train.
-
-    Returns:
-        Records by split (train, val, test) and image id, the number at the start of the file name. Captions
-        are sorted by their number, if they have one; empty ones are dropped, as is an image of
-        Flickr8k.token.txt that was never published, `2258277193_586949ec62.jpg.1`.
-
-    Raises:
-        UserError: A file is missing, broken or of another layout, an image is in two lists, or an image has
-            no captions, no number or the number of another one.
+    `splits` is a folder with `Flickr_8k.{train,dev,test}Images.txt` or `{train,val,test}.txt`; dev is split
+    val, and unlisted images are left out. Without it, all images are in train. The image id is the number at
+    the start of the file name. Captions are sorted by their number, if they have one.
 
     Source:
         Hodosh et al. 2013, "Framing Image Description as a Ranking Task" (JAIR 47), Flickr8k;
@@ -98,30 +86,24 @@ def read(images: Path, captions: Path, splits: Path | None) -> list[Record]:
             f"{splits}: {base.name_some(unknown)} listed, but not in {captions}; expected captions of each"
             " listed image; give lists and captions of one data set"
         )
-    names: dict[int, str] = {}
-    for name in split_of:
+    source = str(images)
+    records: dict[int, Record] = {}
+    for name, split in split_of.items():
         number = parse_image_id(name, str(captions))
-        if names.setdefault(number, name) != name:
+        if number in records:
             raise UserError(
                 f"{captions}: image {base.printable_name(name)} has the number of"
-                f" {base.printable_name(names[number])}; {_EXPECTED_NUMBER}; rename one"
+                f" {base.printable_name(records[number].name)}; {_EXPECTED_NUMBER}; rename one"
             )
-    source = str(images)
-    records = []
-    for number, name in names.items():
         # Captions without a number are all 0 and keep the file's order.
         numbered = sorted(texts[name], key=lambda pair: pair[0])
         kept = base.strip_captions(text for _, text in numbered)
-        records.append(Record(number, split_of[name], kept, source, name))
-    return base.validate_records(records, images, captions)
+        records[number] = Record(number, split, kept, source, name)
+    return base.validate_records([*records.values()], images, captions)
 
 
 def parse_image_id(name: str, place: str) -> int:
-    """Return the number at the start of a file name such as `1000268201_693b08cb0e.jpg`.
-
-    Raises:
-        UserError: There is none of 18 digits or fewer.
-    """
+    """Return the number at the start of a file name such as `1000268201_693b08cb0e.jpg`."""
     lead = _NUMBER.match(name)
     if not lead:
         raise UserError(
@@ -157,17 +139,13 @@ def _captions(path: Path) -> Iterator[tuple[str, int, str]]:
 
 def _splits(folder: Path) -> dict[str, str]:
     """Return the split of each listed image."""
-    there = base.list_folder(folder, "the folder of the split lists")
-    if there.isdisjoint(_SPLIT_OF_LIST):
+    names = base.list_folder(folder, "the folder of the split lists")
+    if names.isdisjoint(_SPLIT_OF_LIST):
         raise UserError(f"{folder}: no split list; expected {' or '.join(_SPLIT_OF_LIST)}; check the path")
     split_of: dict[str, str] = {}
     for file, split in _SPLIT_OF_LIST.items():
-        lines = base.read_text(folder / file).split("\n") if file in there else []
+        lines = base.read_text(folder / file).split("\n") if file in names else []
         for line in filter(None, map(str.strip, lines)):
             name = line if line.endswith(".jpg") else f"{line}.jpg"
-            if split_of.setdefault(name, split) != split:
-                raise UserError(
-                    f"{folder / file}: {name} is in a {split_of[name]} list too; expected it in one split,"
-                    " or training sees what is scored; delete it from one"
-                )
+            base.assign_split(split_of, name, split, f"{folder / file}: {name}")
     return split_of

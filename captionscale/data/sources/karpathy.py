@@ -2,7 +2,6 @@
 
 import posixpath
 from argparse import ArgumentParser, Namespace
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -41,9 +40,7 @@ class Karpathy(Source):
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Add --images, --captions and --restval."""
-        base.add_images(parser)
-        base.add_captions(parser)
-        base.add_restval(parser)
+        base.add_options(parser, "images", "captions", "restval")
 
     def read(self, options: Namespace) -> list[Record]:
         """Return the records of the module's function `read`."""
@@ -62,19 +59,10 @@ def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> lis
         captions: `dataset_coco.json`, `dataset_flickr8k.json` or `dataset_flickr30k.json`.
         restval: COCO's 30,504 `restval` images: `train` as in most papers, or `drop` to leave them out.
 
-    Returns:
-        Records by split (train, val, test) and image id: COCO's, or the number at the start of Flickr's file
-        names. Captions are the raw sentences, without empty ones.
-
-    Raises:
-        UserError: A file is missing, broken or of another layout, a split has another name, an image id
-            repeats, or an image has no captions.
-
     Source:
         Karpathy & Fei-Fei 2015, "Deep Visual-Semantic Alignments" (arXiv:1412.2306).
     """
     document = base.read_json(captions, _Document, _EXPECTED)
-    source = cache(lambda folder: str(images / folder))
     records: dict[int, Record] = {}
     for number, image in enumerate(document.images):
         place = f"{captions}: images[{number}]"
@@ -87,9 +75,7 @@ def read(images: Path, captions: Path, restval: Literal["train", "drop"]) -> lis
         if image_id in records:
             raise UserError(f"{place} repeats image id {image_id}; expected each id once; delete one")
         split = restval if image.split == "restval" else image.split
-        path = base.normalize_path(posixpath.join(image.filepath, image.filename), place)
-        folder, _, name = path.rpartition("/")
-        texts = base.strip_captions(sentence.raw for sentence in image.sentences)
-        records[image_id] = Record(image_id, split, texts, source(folder), name)
+        path, texts = posixpath.join(image.filepath, image.filename), [it.raw for it in image.sentences]
+        records[image_id] = base.make_record(image_id, split, texts, images, path, place)
     kept = [record for record in records.values() if record.split != "drop"]
     return base.validate_records(kept, images, captions)

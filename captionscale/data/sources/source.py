@@ -36,9 +36,5 @@ class Source(ABC):
 
 
 def load(name: str) -> Source:
-    """Return the source of a name in the registry, or of a plug-in, `module:Class`.
-
-    Raises:
-        UserError: The plug-in cannot be imported, or is no `Source`.
-    """
+    """Return the source of a name in the registry, or of a plug-in, `module:Class`."""
     return plugins.load(SOURCES[name][0] if name in SOURCES else name, Source)()  # type: ignore[type-abstract]

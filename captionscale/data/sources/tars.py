@@ -5,6 +5,7 @@ import re
 import tarfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,29 +27,22 @@ _META = re.compile(r"__[^/]*__(?:$|/)")
 _UNPACKERS = {b"\x1f\x8b": "gunzip", b"BZ": "bunzip2", b"\xfd7": "unxz", b"\x28\xb5": "unzstd"}
 # Compressed tars are refused, not skipped silently.
 _ENDINGS = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_EXPECTED_FACTS = "expected a JSON object with caption or captions, and image_id or none; write the tar again"
+_EXPECTED_JSON = "expected a JSON object with caption or captions, and image_id or none; write the tar again"
 
 _KINDS = {int: "a number in some .json", str: "a text in some .json", bytes: "missing in some samples"}
 
+# Name, offset and size of a member.
 _Part = tuple[str, int, int]
 _Identity = int | str | bytes
 
 
-class _Facts(msgspec.Struct, gc=False):
+class _Json(msgspec.Struct, gc=False):
     """The fields of a sample's .json that are read."""
 
     image_id: base.ImageId | str | None = None
     file: str | None = None
     caption: str | list[str] | msgspec.UnsetType | None = msgspec.UNSET
     captions: tuple[str, ...] = ()
-
-
-class _Image(msgspec.Struct):
-    tar: str
-    name: str
-    offset: int
-    size: int
-    texts: list[str]
 
 
 class WebDataset(Source):
@@ -59,7 +53,7 @@ class WebDataset(Source):
         parser.add_argument(
             "--tars", type=Path, nargs="+", required=True, metavar="PATH", help="tar files, or their folders"
         )
-        base.add_split(parser)
+        base.add_options(parser, "split")
 
     def read(self, options: Namespace) -> list[Record]:
         """Return the records of the module's function `read`."""
@@ -77,38 +71,27 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[
     `.txt` or from `caption` or `captions` in a `.json`, without repetition. Samples with the same `image_id`
     or, where no `.json` has one, with the same image bytes are joined in order.
 
-    Args:
-        tars: Tars, or folders of tars, read in the order of their names.
-        split: Split of all images.
-        first_id: Returns the first image id of the split, if no `.json` has an integer `image_id`; ids are
-            counted in order.
-
-    Returns:
-        Records by image id. Samples without an image are skipped: img2dataset writes one for each failed
-        download. Images with empty captions are skipped too, unless all captions are empty.
-
-    Raises:
-        UserError: A tar is missing, compressed, damaged or truncated, a sample has two images or a broken
-            text, an image has no captions although others have, or only some samples have an `image_id`.
+    Tars in a folder are read in the order of their names. If no `.json` has an integer `image_id`, ids are
+    counted from `first_id`. Samples without an image are skipped: img2dataset writes one for each failed
+    download. Images with empty captions are skipped too, unless all captions are empty.
 
     Source:
         The WebDataset format, https://github.com/webdataset/webdataset; img2dataset's output,
         https://github.com/rom1504/img2dataset.
     """
-    found: dict[_Identity, _Image] = {}
+    # The first of a joined image's samples, and all captions.
+    found: dict[_Identity, tuple[Record, list[str]]] = {}
     for path in find_tars(tars):
         samples = _samples(path)
         with base.explain_os_errors(path), open_file(path) as file:
             for parts in samples:
                 name, offset, size = parts["image"]
-                facts = _facts(path, file.fileno(), parts)
-                identity: _Identity
-                if facts.image_id is None:
+                fields, texts = _read_texts(path, file.fileno(), parts)
+                identity: _Identity | None = fields.image_id
+                if identity is None:
                     identity = xxhash.xxh3_128_digest(os.pread(file.fileno(), size, offset))
-                else:
-                    identity = facts.image_id
-                image = _Image(str(path), _utf8(facts.file or name), offset, size, [])
-                found.setdefault(identity, image).texts.extend(_texts(path, file.fileno(), parts, facts))
+                record = Record(0, split, (), str(path), _utf8(fields.file or name), offset, size)
+                found.setdefault(identity, (record, []))[1].extend(texts)
     place = ", ".join(map(str, tars))
     if not found:
         raise UserError(
@@ -121,29 +104,23 @@ def read(tars: Sequence[Path], split: str, first_id: base.FirstImageId) -> list[
         )
     first = first_id({split})
     records: list[Record] = []
-    captions = {identity: base.strip_captions(image.texts) for identity, image in found.items()}
-    captioned = any(captions.values())
-    for identity, image in found.items():
-        if captioned and not captions[identity]:
-            if image.texts:
+    captioned = any(base.strip_captions(texts) for _, texts in found.values())
+    for identity, (record, texts) in found.items():
+        captions = base.strip_captions(texts)
+        if captioned and not captions:
+            if texts:
                 continue
             raise UserError(
-                f"{image.tar}: {base.printable_name(image.name)} has no captions, others have; expected a"
-                " .txt, or a .json with caption, beside each image or none; write the tar again"
+                f"{record.source}: {base.printable_name(record.name)} has no captions, others have; expected"
+                " a .txt, or a .json with caption, with each image or none; write the tar again"
             )
         image_id = identity if isinstance(identity, int) else first + len(records)
-        records.append(
-            Record(image_id, split, captions[identity], image.tar, image.name, image.offset, image.size)
-        )
+        records.append(replace(record, image_id=image_id, captions=captions))
     return sort_records(records)
 
 
 def find_tars(tars: Sequence[Path]) -> list[Path]:
-    """Return the given tars, and those in the given folders.
-
-    Raises:
-        UserError: A folder cannot be read, has no tars, or has our own shards of several splits.
-    """
+    """Return the given tars, and those in the given folders."""
     found = []
     for path in tars:
         if not path.is_dir():
@@ -190,11 +167,7 @@ def _samples(path: Path) -> list[dict[str, _Part]]:
 
 
 def iter_members(path: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the members of an intact tar.
-
-    Raises:
-        UserError: It cannot be read, or is compressed, damaged or cut short.
-    """
+    """Yield the members of an intact tar; refuse one that is compressed, damaged or cut short."""
     with base.explain_os_errors(path), open_file(path) as file:
         if unpacker := _UNPACKERS.get(file.read(2)):
             raise UserError(
@@ -224,35 +197,35 @@ def iter_members(path: Path) -> Iterator[tarfile.TarInfo]:
             )
 
 
-def _facts(path: Path, descriptor: int, parts: dict[str, _Part]) -> _Facts:
-    if "json" not in parts:
-        return _Facts()
-    name, offset, size = parts["json"]
-    place = f"{path}: {base.printable_name(name)}"
-    try:
-        # Not msgspec's parser: img2dataset writes NaN.
-        return msgspec.convert(parsing.loads(os.pread(descriptor, size, offset)), _Facts)
-    except msgspec.ValidationError as error:
-        raise UserError(f"{place}: {parsing.describe_error(error)}; {_EXPECTED_FACTS}") from error
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON: {error}; {_EXPECTED_FACTS}") from error
+def _read_texts(path: Path, descriptor: int, parts: dict[str, _Part]) -> tuple[_Json, list[str]]:
+    """Return the .json of a sample, and its captions, including empty ones."""
 
+    def read(part: str) -> tuple[bytes, str]:
+        name, offset, size = parts[part]
+        return os.pread(descriptor, size, offset), f"{path}: {base.printable_name(name)}"
 
-def _texts(path: Path, descriptor: int, parts: dict[str, _Part], facts: _Facts) -> list[str]:
-    """Return a sample's captions, including empty ones."""
-    texts = [*facts.captions]
-    if isinstance(facts.caption, list):
-        texts += facts.caption
-    elif facts.caption is not msgspec.UNSET:
-        texts.append(facts.caption or "")
+    fields = _parse_json(*read("json")) if "json" in parts else _Json()
+    texts = [*fields.captions]
+    if isinstance(fields.caption, list):
+        texts += fields.caption
+    elif fields.caption is not msgspec.UNSET:
+        texts.append(fields.caption or "")
     if "txt" in parts:
-        name, offset, size = parts["txt"]
-        text = base.decode_utf8(
-            os.pread(descriptor, size, offset), f"{path}: {base.printable_name(name)}"
-        ).strip()
+        text = base.decode_utf8(*read("txt")).strip()
         if text not in map(str.strip, texts):
             texts.append(text)
-    return [_utf8(text) for text in texts]
+    return fields, [_utf8(text) for text in texts]
+
+
+def _parse_json(data: bytes, place: str) -> _Json:
+    try:
+        # Not msgspec's parser: img2dataset writes NaN.
+        return msgspec.convert(parsing.loads(data), _Json)
+    except msgspec.ValidationError as error:
+        fault = parsing.describe_error(error)
+    except ValueError as error:
+        fault = f"not JSON: {error}"
+    raise UserError(f"{place}: {fault}; {_EXPECTED_JSON}")
 
 
 def _utf8(text: str) -> str:

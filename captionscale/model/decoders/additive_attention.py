@@ -36,8 +36,8 @@ class AttendingDecoder(RecurrentDecoder):
     def select(self, state: Any, rows: Int[Tensor, "selected"]) -> Any:
         """Return the state of these rows.
 
-        On a CPU and without gradient, the rows of an image share its regions and keys instead of copying
-        them (`benchmarks/decode.py`).
+        On a CPU and without gradient, the rows of an image share its regions and keys. Beam search is then
+        1.11 (7 x 7 regions) and 1.59 times (14 x 14) as fast as with copies (`benchmarks/decode.py`).
         """
         regions, keys = state.regions, state.keys
         chosen = select(state._replace(regions=(), keys=()), rows)
@@ -74,11 +74,8 @@ class AdditiveAttention(nn.Module):
     ) -> tuple[Float[Tensor, "row size"], Float[Tensor, "row region"]]:
         """Return the context vectors, and the attention weights: non-negative, summing to one.
 
-        Args:
-            regions: Grid cells, row by row from the top left.
-            keys: `key` of these, computed once for all words.
-            hidden: State of the LSTM that attends.
-            image_index: Row of `regions` for each state; fast if those of an image are adjacent.
+        `keys` is `key(regions)`, computed once for all words; `image_index` is fast if rows of an image are
+        adjacent.
         """
         query = self.query(hidden)
         if isinstance(image_index, Tensor):

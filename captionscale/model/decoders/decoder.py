@@ -1,4 +1,4 @@
-"""What a decoder is: to search, to training, and to whoever adds one."""
+"""The decoder's interface, for search, training and plug-ins."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from captionscale import plugins
-from captionscale.config_model import DecoderConfig, decoder_place
+from captionscale.config_model import DECODERS, DecoderConfig, find_place
 from captionscale.vocab import PAD, START
 
 State = TypeVar("State", bound=tuple[Any, ...])
@@ -42,13 +42,7 @@ class Decoder(nn.Module):
     """Options in the config's section `model.decoder`."""
 
     def __init__(self, config: DecoderConfig, feature_size: int, vocab_size: int):
-        """Build a decoder with random weights.
-
-        Args:
-            config: Of the class `Config`.
-            feature_size: Size of a region's feature.
-            vocab_size: Size of the vocabulary.
-        """
+        """Build a decoder with random weights; `feature_size` is that of a region."""
         super().__init__()
         self.config, self.feature_size, self.vocab_size = config, feature_size, vocab_size
 
@@ -108,7 +102,7 @@ def decoder_class(name: str) -> type[Decoder]:
     Raises:
         UserError: It cannot be imported, or is no `Decoder`.
     """
-    return plugins.load(decoder_place(name) or name, Decoder)
+    return plugins.load(find_place(name, DECODERS) or name, Decoder)
 
 
 def select(state: State, rows: Int[Tensor, "selected"]) -> State:

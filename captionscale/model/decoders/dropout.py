@@ -29,12 +29,7 @@ class Dropout(nn.Dropout):
     def forward(
         self, vectors: Float[Tensor, "*batch size"], mask: Float[Tensor, "caption size"] | None = None
     ) -> Float[Tensor, "*batch size"]:
-        """Return the vectors with dropout in training.
-
-        Args:
-            vectors: The second dimension is time where a caption has several.
-            mask: From `mask`.
-        """
+        """Return the vectors with dropout in training; the second of three dimensions is time."""
         if mask is not None:
             return vectors * (mask if vectors.dim() == mask.dim() else mask.unsqueeze(1))
         if not (self.training and self.p):

@@ -79,13 +79,9 @@ class PlainDecoder(RecurrentDecoder):
     def _embed_image(self, images: Float[Tensor, "image feature"]) -> Float[Tensor, "image embed"]:
         embedded: Tensor = self.image_projection(images)
         norm = self.image_batch_norm
-        if norm is None:
-            return embedded
-        # One image has no variance: use the running statistics.
-        training = norm.training and len(embedded) > 1
-        if training:
-            normalized: Tensor = norm(embedded)
-            return normalized
-        return F.batch_norm(
-            embedded, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
-        )
+        if norm is not None and norm.training and len(embedded) == 1:
+            # One image has no variance: use the running statistics.
+            return F.batch_norm(
+                embedded, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+            )
+        return embedded if norm is None else norm(embedded)

@@ -1,16 +1,16 @@
-"""What an encoder is: to training, to the feature cache, and to whoever adds one."""
+"""The encoder's interface, for training, the feature cache and plug-ins."""
 
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from captionscale import plugins
-from captionscale.config_model import EncoderConfig, encoder_place
+from captionscale.config_model import ENCODERS, EncoderConfig, Interpolation, Model, find_place
 from captionscale.errors import UserError, did_you_mean
 from captionscale.model.encoders import weights
 
@@ -29,10 +29,10 @@ class Encoder(nn.Module):
     """Mean of each color channel, from 0 to 1, that `forward_features` expects to be subtracted."""
     std: ClassVar[Sequence[float]] = IMAGENET_STD
     """Standard deviation of each color channel, that it expects to be divided by."""
-    interpolation: ClassVar[str] = "bilinear"
-    """How images are resized; captionscale's transforms know no other."""
+    interpolation: ClassVar[Interpolation] = "bilinear"
+    """How images are resized: `bilinear` or `bicubic`, both antialiased."""
     image_size: ClassVar[int | None] = None
-    """Height and width that images must have; None: any."""
+    """Side of the square images that it needs, in pixels, known when `__init__` returns; None: any."""
     num_prefix_tokens: ClassVar[int] = 0
     """Regions before those of the grid, such as a CLS token."""
 
@@ -48,10 +48,15 @@ class Encoder(nn.Module):
             UserError: A trainable stage that the backbone does not have.
         """
         super().__init__()
-        if self.interpolation != "bilinear":
+        if self.interpolation not in get_args(Interpolation):
             raise UserError(
                 f"model.encoder.name = '{config.name}': its interpolation is '{self.interpolation}', expected"
-                " 'bilinear', by which images are resized; change the encoder"
+                " 'bilinear' or 'bicubic', by which images are resized; change the encoder"
+            )
+        if not isinstance(self.image_size, int | None):
+            raise UserError(
+                f"model.encoder.name = '{config.name}': its image_size is {self.image_size!r}, expected an"
+                " int, as images are square, or None; change the encoder"
             )
         self.config, self.backbone, self.feature_size = config, backbone, feature_size
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
@@ -72,6 +77,12 @@ class Encoder(nn.Module):
         """Return the rows and columns of regions of an image of this size."""
         raise NotImplementedError
 
+    def attention_maps(
+        self, attention: Float[Tensor, "*batch region"], height: int, width: int
+    ) -> Float[Tensor, "*batch row column"]:
+        """Return attention weights on the grid of an image of this size, without the prefix tokens'."""
+        return torch.unflatten(attention[..., self.num_prefix_tokens :], -1, self.grid(height, width))
+
     def forward_features(
         self, images: Float[Tensor, "image 3 height width"]
     ) -> Float[Tensor, "image region feature"]:
@@ -87,7 +98,7 @@ class Encoder(nn.Module):
         """
         choice = self.config.weights
         if choice != "none":
-            state = self.download_weights() if choice == "imagenet" else weights.read(Path(choice))
+            state = self._download() if choice == "imagenet" else weights.read(Path(choice))
             weights.load_into(self.backbone, state, self.config)
 
     def download_weights(self) -> dict[str, Tensor]:
@@ -100,6 +111,17 @@ class Encoder(nn.Module):
             f"model.encoder.weights = 'imagenet': encoder '{self.config.name}' downloads none, expected"
             " 'none' or a .safetensors or .pth file; set model.encoder.weights to one of these"
         )
+
+    def _download(self) -> dict[str, Tensor]:
+        try:
+            return self.download_weights()
+        # Of an encoder of the user's own.
+        except OSError as error:
+            raise UserError(
+                f"model.encoder.weights = 'imagenet': the weights of encoder '{self.config.name}' cannot be"
+                f" downloaded ({error}); expected a network connection; set model.encoder.weights to a"
+                " .safetensors or .pth file"
+            ) from None
 
     def trainable_parameters(self, prefix: str) -> list[nn.Parameter]:
         """Return the parameters of a stage that train."""
@@ -116,10 +138,13 @@ class Encoder(nn.Module):
 
     @property
     def identity(self) -> str:
-        """Hash of everything that features depend on, apart from images and precision."""
+        """Hash of everything that features depend on, apart from image files, image size and precision."""
         unrelated = {"weights", "trainable", "batch_norm", "grad_checkpointing"}
         facts = (type(self).__qualname__, self.config.model_dump_json(exclude=unrelated), self.mean, self.std)
         hasher = hashlib.sha256(repr(facts).encode())
+        # Only if it is not the default: the keys of existing feature caches stay.
+        if self.interpolation != Encoder.interpolation:
+            hasher.update(self.interpolation.encode())
         for name, tensor in sorted(self.backbone.state_dict().items()):
             # A counter that changes no feature.
             if not name.endswith("num_batches_tracked"):
@@ -169,15 +194,7 @@ class Encoder(nn.Module):
         self._compiled = True
 
     def unfreeze(self, step: int, starts: Sequence[int]) -> bool:
-        """Train the stages whose step has come, and no others.
-
-        Args:
-            step: The run's next one, from 0.
-            starts: First step of each stage, in the order of `stages`.
-
-        Returns:
-            Whether the trained stages changed.
-        """
+        """Train the stages whose first step in `starts` has come; return whether that changed any."""
         changed = False
         for stage, start in zip(self.stages, starts, strict=True):
             for parameter in stage:
@@ -193,10 +210,14 @@ class Encoder(nn.Module):
         names = [name for name, _ in self.backbone.named_parameters()]
         for number, prefix in enumerate(prefixes):
             if prefix and not any(starts_with(name, prefix) for name in names):
-                parts = {".".join(name.split(".")[:depth]) for name in names for depth in (1, 2)}
+                modules = self.backbone.named_modules()
+                parts = {
+                    place for place, module in modules if place.count(".") < 2 and [*module.parameters()]
+                }
+                parts = parts - {""} | {"all", "none"}
                 raise UserError(
                     f"model.encoder.trainable: {self.config.name} has no part '{prefix}';"
-                    f" {did_you_mean(prefix, parts)}"
+                    f" {did_you_mean(prefix, parts | {'all', 'none'})}"
                 )
             for other in prefixes[:number]:
                 if starts_with(other, prefix) or starts_with(prefix, other):
@@ -213,7 +234,13 @@ def encoder_class(name: str) -> type[Any]:
     Raises:
         UserError: It cannot be imported, or is no `Encoder`.
     """
-    return plugins.load(encoder_place(name), Encoder)
+    return plugins.load(find_place(name, ENCODERS) or name, Encoder)
+
+
+def interpolation_of(config: Model) -> Interpolation:
+    """Return how images are resized for a captioner with this config."""
+    interpolation: Interpolation = encoder_class(config.encoder.name).interpolation
+    return interpolation
 
 
 def starts_with(name: str, prefix: str) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from captionscale.config_model import TorchvisionConfig
-from captionscale.errors import UserError, did_you_mean
 from captionscale.model.encoders.encoder import Encoder, starts_with
 from captionscale.model.encoders.weights import download
 
@@ -28,15 +27,8 @@ class TorchvisionEncoder(Encoder):
         """Build the network with random weights.
 
         Raises:
-            UserError: An unknown network, or a trainable stage that it does not have.
+            UserError: A trainable stage that it does not have.
         """
-        known: list[str] = torchvision.models.list_models(
-            include=["resnet*", "resnext*", "wide_resnet*", "mobilenet_v2"]
-        )
-        if config.name not in known:
-            raise UserError(
-                f"model.encoder.name: unknown '{config.name}'; {did_you_mean(config.name, known)}"
-            )
         network = torchvision.models.get_model(config.name, weights=None)
         children = OrderedDict(each for each in network.named_children() if each[0] not in _CLASSIFIERS)
         backbone = nn.Sequential(children)

@@ -20,12 +20,7 @@ _CLASSIFIERS = ("fc.", "classifier.")
 
 
 def load_into(backbone: nn.Module, state: dict[str, Tensor], config: EncoderConfig) -> None:
-    """Load weights into a backbone.
-
-    Args:
-        backbone: Without the classifier.
-        state: Tensors by torchvision's parameter names; those of a classifier are left out.
-        config: Names the encoder and the weights in errors.
+    """Load weights by torchvision's parameter names into a backbone, without a classifier's.
 
     Raises:
         UserError: The tensors are another network's.
@@ -35,7 +30,7 @@ def load_into(backbone: nn.Module, state: dict[str, Tensor], config: EncoderConf
     differing = [
         key
         for key in sorted(expected.keys() | state.keys())
-        # Old files lack this counter, and nobody needs it.
+        # Old files lack this counter, which is not used.
         if not key.endswith("num_batches_tracked")
         and (key not in state or key not in expected or state[key].shape != expected[key].shape)
     ]

@@ -45,7 +45,9 @@ class BeamLayout(NamedTuple):
         return values.view(-1, *self)[:, :, -1]
 
 
-def transitions(constraints: Constraints, layout: BeamLayout, device: torch.device) -> Transitions | None:
+def find_transitions(
+    constraints: Constraints, layout: BeamLayout, device: torch.device
+) -> Transitions | None:
     """Return the transitions to each set of required groups, padded with START, which is never generated."""
     if layout.sets == 1:
         return None
@@ -71,13 +73,8 @@ def best_candidates(
 ) -> tuple[Float[Tensor, "slot"], Int[Tensor, "slot"], Int[Tensor, "slot"]]:
     """Return the log-probability, previous slot and next token of the captions to keep.
 
-    Args:
-        next_log_probs: Log-probability of each active caption with each next token.
-        active: Slots of these captions.
-        kept: All captions; finished ones compete as they are.
-        layout: Layout of the slots.
-        diversity_penalty: See `search`.
-        transitions: From `transitions`.
+    Of each caption in the slots `active`, `next_log_probs` has the log-probability with each next token.
+    Finished captions compete as they are.
     """
     firsts = torch.arange(0, len(kept.log_probs), layout.slots_per_image, device=active.device).unsqueeze(1)
     penalty = next_log_probs.new_zeros(len(firsts), next_log_probs.shape[1])
@@ -117,38 +114,29 @@ def _best(
     layout: BeamLayout,
     transitions: Transitions | None,
 ) -> tuple[Float[Tensor, "image kept"], Int[Tensor, "image kept"], Int[Tensor, "image kept"]]:
-    """Return the best captions of a group, equally many per set of required groups: score, slot, token.
-
-    Args:
-        scores: Score of each active caption of the group with each next token.
-        rows: Slots of these captions.
-        own: All slots of the group.
-        kept: All captions.
-        layout: Layout of the slots.
-        transitions: From `transitions`.
-    """
+    """Return the best captions of a group, equally many per set of required groups: score, slot, token."""
     if transitions is not None:
-        # Only transitions change a caption's set; other tokens leave it where it is.
+        # Only transitions change a caption's set.
         nothing = scores.new_full((1, scores.shape[1]), -torch.inf)
         row_of = torch.full_like(kept.tokens, len(rows))
         row_of[rows] = torch.arange(len(rows), device=rows.device)
         by = row_of[own[:, transitions[0]]], transitions[1].expand(len(own), -1, -1)
         scores = torch.cat([scores, nothing])
-        coming, scores = scores[by], scores.index_put(by, nothing[0, 0])[:-1]
+        entering, scores = scores[by], scores.index_put(by, nothing[0, 0])[:-1]
     values, words = scores.topk(min(layout.width, scores.shape[1]))
     likely = values.new_full((len(kept.log_probs), values.shape[1]), -torch.inf)
     likely[:, 0] = kept.log_probs.masked_fill(~kept.finished, -torch.inf)
     likely[rows] = values
-    said = torch.full_like(likely, PAD, dtype=torch.long)
-    said[rows] = words
+    likely_words = torch.full_like(likely, PAD, dtype=torch.long)
+    likely_words[rows] = words
     values, chosen = likely[own].view(len(own), layout.sets, -1).topk(layout.width)
-    words = said[own].view(len(own), layout.sets, -1).gather(2, chosen)
+    words = likely_words[own].view(len(own), layout.sets, -1).gather(2, chosen)
     first = torch.arange(0, layout.slots_per_group, layout.width, device=rows.device).unsqueeze(1)
     slots = first + chosen // likely.shape[1]
     if transitions is not None:
-        values, order = torch.cat([values, coming], 2).topk(layout.width)
+        values, order = torch.cat([values, entering], 2).topk(layout.width)
         slots, words = (
-            torch.cat([stayed, came.expand(len(own), -1, -1)], 2).gather(2, order)
-            for stayed, came in zip((slots, words), transitions, strict=True)
+            torch.cat([staying, new.expand(len(own), -1, -1)], 2).gather(2, order)
+            for staying, new in zip((slots, words), transitions, strict=True)
         )
     return values.flatten(1), slots.flatten(1), words.flatten(1)

@@ -35,12 +35,7 @@ class Constraints:
         """Set the logits of forbidden next tokens to minus infinity, in place.
 
         A caption cut at `max_words` does not end in a dangling word either. If nothing is left, as in a tiny
-        vocabulary, the caption ends after all.
-
-        Args:
-            logits: Logits or log-probabilities.
-            sequences: Tokens of each caption so far.
-            max_words: Maximum number of words.
+        vocabulary, the caption ends after all. Log-probabilities serve as well as logits.
         """
         time, end = sequences.shape[1], logits[:, END].clone()
         for token in (PAD, START) if self.allow_unknown else (PAD, START, UNK):

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from captionscale.model.decoders.decoder import StepDecoder, select
-from captionscale.model.search.beam import Beam, BeamLayout, best_candidates, transitions
+from captionscale.model.search.beam import Beam, BeamLayout, best_candidates, find_transitions
 from captionscale.model.search.constraints import (
     UNCONSTRAINED,
     Constraints,
@@ -71,11 +71,11 @@ def search(
     if groups < 1 or beam % groups:
         raise ValueError(f"a beam of {beam} cannot be divided among {groups} groups")
     layout = BeamLayout(groups, 2 ** len(constraints.required), beam // groups)
-    begun = read_prefix(decoder, features, constraints.prefix)
-    kept = _first(begun, layout, constraints)
-    ways = transitions(constraints, layout, kept.tokens.device)
+    start = read_prefix(decoder, features, constraints.prefix)
+    kept = _first(start, layout, constraints)
+    transitions = find_transitions(constraints, layout, kept.tokens.device)
     active = (kept.log_probs > -torch.inf).nonzero().squeeze(1)
-    state = decoder.select(begun.state, active // layout.slots_per_image)
+    state = decoder.select(start.state, active // layout.slots_per_image)
     for _ in range(len(constraints.prefix), max_words):
         logits, state, _ = decoder.step(kept.tokens[active], state)
         logits = logits.float()
@@ -85,7 +85,7 @@ def search(
             lacking = active % layout.slots_per_group < layout.slots_per_group - layout.width
             next_log_probs[:, END].masked_fill_(lacking, -torch.inf)
         log_probs, slots, tokens = best_candidates(
-            next_log_probs, active, kept, layout, diversity_penalty, ways
+            next_log_probs, active, kept, layout, diversity_penalty, transitions
         )
         kept = select(kept, slots)
         kept = kept._replace(
@@ -96,10 +96,8 @@ def search(
         )
         undecided = ~_decided(kept, layout)
         unfinished = ~kept.finished & (log_probs > -torch.inf)
-        before, active = (
-            active,
-            (unfinished & undecided.repeat_interleave(layout.slots_per_image)).nonzero().squeeze(1),
-        )
+        unfinished &= undecided.repeat_interleave(layout.slots_per_image)
+        before, active = active, unfinished.nonzero().squeeze(1)
         if not len(active):
             break
         if layout.slots_per_image == 1 and len(active) == len(before):
@@ -111,11 +109,11 @@ def search(
     return _hypotheses(kept, layout, length_penalty)
 
 
-def _first(begun: PrefixState, layout: BeamLayout, constraints: Constraints) -> Beam:
+def _first(start: PrefixState, layout: BeamLayout, constraints: Constraints) -> Beam:
     """Return the beam before the first step."""
-    count, device = len(begun.tokens), begun.tokens.device
+    count, device = len(start.tokens), start.tokens.device
     finished = torch.zeros(count, dtype=torch.bool, device=device)
-    beam = Beam(begun.tokens, begun.sequences, begun.log_probs, finished)
+    beam = Beam(start.tokens, start.sequences, start.log_probs, finished)
     beam = select(beam, torch.arange(count, device=device).repeat_interleave(layout.slots_per_image))
     # One caption per group: equal ones would stay equal.
     alone = torch.full((count, *layout), -torch.inf, device=device)
@@ -125,9 +123,8 @@ def _first(begun: PrefixState, layout: BeamLayout, constraints: Constraints) -> 
 
 def _decided(beam: Beam, layout: BeamLayout) -> Bool[Tensor, "image"]:
     """Return the images whose unfinished captions can no longer be among the results."""
-    active = beam.log_probs.masked_fill(beam.finished, -torch.inf).view(
-        -1, layout.groups, layout.slots_per_group
-    )
+    active = beam.log_probs.masked_fill(beam.finished, -torch.inf)
+    active = active.view(-1, layout.groups, layout.slots_per_group)
     settled = layout.completed(beam.log_probs.masked_fill(~beam.finished, -torch.inf))
     return (active.amax(2) <= settled.amin(2)).all(1)
 

@@ -52,12 +52,12 @@ def sample(
     """
     if constraints.required:
         raise ValueError("sampling cannot enforce required words")
-    begun = read_prefix(decoder, features, constraints.prefix)
-    device, count = begun.tokens.device, len(begun.tokens) * samples_per_image
-    active = torch.arange(len(begun.tokens), device=device).repeat_interleave(samples_per_image)
-    tokens, state = begun.tokens[active], decoder.select(begun.state, active)
+    start = read_prefix(decoder, features, constraints.prefix)
+    device, count = start.tokens.device, len(start.tokens) * samples_per_image
+    active = torch.arange(len(start.tokens), device=device).repeat_interleave(samples_per_image)
+    tokens, state = start.tokens[active], decoder.select(start.state, active)
     sequences = torch.full((count, max_words), PAD, device=device)
-    sequences[:, : len(constraints.prefix)] = begun.sequences[active]
+    sequences[:, : len(constraints.prefix)] = start.sequences[active]
     totals = torch.zeros(count, device=device)
     uniforms = torch.rand(count, max_words, device=device) if uniforms is None else uniforms
     # The captions that the decoder still reads, and which of these are finished.

@@ -27,15 +27,11 @@ def score_captions(
 ) -> list[TokenScores]:
     """Return the token scores of captions, read by the decoder's `step`.
 
-    Probabilities are over the whole vocabulary, without the constraints or temperature of a search.
-
-    Args:
-        decoder: In evaluation mode.
-        features: Features of each caption's image.
-        captions: Tokens without START and PAD; with END where it was generated.
+    Probabilities are over the whole vocabulary, without the constraints or temperature of a search. Captions
+    have no START and PAD, and END only where it was generated.
     """
-    begun = read_prefix(decoder, features, ())
-    tokens, state = begun.tokens, begun.state
+    start = read_prefix(decoder, features, ())
+    tokens, state = start.tokens, start.state
     longest = max(map(len, captions), default=0)
     rows = [[*caption, *[PAD] * (longest - len(caption))] for caption in captions]
     sequences = torch.tensor(rows, dtype=torch.long, device=tokens.device).view(len(captions), longest)
@@ -45,12 +41,11 @@ def score_captions(
         log_probs[:, time] = logits.float().log_softmax(1).gather(1, words.unsqueeze(1)).squeeze(1)
         attentions += [] if attention is None else [attention.float()]
         tokens = words
+    attention = torch.stack(attentions, 1) if attentions else None
     return [
         TokenScores(
             log_probs[row, : len(caption)],
-            torch.stack([each[row] for each in attentions[: len(caption)]])
-            if attentions and caption
-            else None,
+            attention[row, : len(caption)] if attention is not None and caption else None,
         )
         for row, caption in enumerate(captions)
     ]

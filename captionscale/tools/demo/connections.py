@@ -23,16 +23,13 @@ _SHUTDOWN_S = 5.0
 class ConnectionLimits:
     """Bounds of one server's connections, and the connections that count."""
 
+    # Open at once. One more closes the connection that has waited longest for a request's headers.
     connections: int = 500
-    """Open at once. One more closes the connection that has waited longest for a request's headers."""
-    max_per_address: int = 64
-    """From one address other than this machine's own."""
-    headers_timeout_s: float = 10.0
-    """Until a request's headers are complete."""
-    write_timeout_s: float = 30.0
-    """For a client that does not read its answer."""
+    max_per_address: int = 64  # other than this machine's own
+    headers_timeout_s: float = 10.0  # until a request's headers are complete
+    write_timeout_s: float = 30.0  # for a client that does not read its answer
+    # Connections without complete headers, the longest wait first.
     waiting: dict["_Connection", None] = field(default_factory=dict)
-    """Connections without complete headers, the longest wait first."""
     addresses: Counter[str] = field(default_factory=Counter)
 
 
@@ -52,7 +49,8 @@ class _Connection(H11Protocol):
         limits, address = self._limits, self.client[0] if self.client else ""
         self._address = address
         limits.addresses[address] += 1
-        crowded = limits.addresses[address] > limits.max_per_address and not _is_loopback(address)
+        local = bool(address) and ip_address(address).is_loopback
+        crowded = limits.addresses[address] > limits.max_per_address and not local
         if crowded or (len(self.connections) > limits.connections and not self._close_oldest()):
             transport.abort()
         else:
@@ -109,24 +107,11 @@ class _Connection(H11Protocol):
         return oldest is not None
 
 
-def _is_loopback(address: str) -> bool:
-    try:
-        return ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
 class Server(uvicorn.Server):
     """A server that a signal ends within seconds, even if a thread never returns."""
 
     def __init__(self, app: Any, cleanup: Callable[[], None], limits: ConnectionLimits | None = None):
-        """Configure the server.
-
-        Args:
-            app: The application.
-            cleanup: Called before the process is ended, if it does not end by itself.
-            limits: Of connections.
-        """
+        """Configure the server; `cleanup` is called if the process has to be ended."""
         http: Any = partial(_Connection, limits or ConnectionLimits())
         # Pages keep streams open that would never end by themselves.
         timeouts: Any = {"timeout_keep_alive": 60, "timeout_graceful_shutdown": 2}

@@ -15,7 +15,7 @@ from starlette.types import Receive
 from captionscale.config import Search
 from captionscale.errors import UserError
 from captionscale.escape import for_markdown_code
-from captionscale.tools.demo.request_body import Body, chunks
+from captionscale.tools.demo.request_body import RequestError, chunks
 from captionscale.tools.demo.service import MAX_BEAM, Service
 from captionscale.version import __version__
 
@@ -73,12 +73,6 @@ class ErrorResponse(BaseModel):
     error: str = Field(description="Where, what was found, what was expected, and what to do.")
 
 
-class _WrongTypeError(UserError):
-    """The Content-Type is not an image's."""
-
-    status = 415
-
-
 _ERRORS = {
     408: "The image did not arrive in time",
     413: "The image has too many bytes",
@@ -89,12 +83,7 @@ _ERRORS = {
 
 
 def create_api(service: Service, name: str) -> FastAPI:
-    """Return the application.
-
-    Args:
-        service: Decodes and captions.
-        name: The run's, for the documentation page.
-    """
+    """Return the application; `name` is the run's, for the documentation page."""
     limits = service.limits
     app = FastAPIOffline(
         title="captionscale",
@@ -112,14 +101,16 @@ def create_api(service: Service, name: str) -> FastAPI:
         "/caption",
         summary="Caption an image",
         description="The body is the image file itself: JPEG, PNG, WebP, BMP or GIF.",
-        responses={status: {"model": ErrorResponse, "description": told} for status, told in _ERRORS.items()},
+        responses={code: {"model": ErrorResponse, "description": text} for code, text in _ERRORS.items()},
         openapi_extra={"requestBody": body},
     )
     async def caption(request: Request, options: Annotated[Options, Query()]) -> CaptionResponse:
         _check_headers(request, service)
         # The body's memory counts until it is decoded.
         with service.memory_budget.body() as body:
-            await _receive(request, service, body)
+            async for chunk in chunks(request.receive, limits.min_rate, limits.upload_timeout_s):
+                service.check_size(body.size + len(chunk), _PLACE)
+                body.add(chunk)
             with service.admit():
                 search = service.pipeline.generation_request(**options.model_dump(exclude_none=True))
                 view = service.decode(body.complete(), _PLACE, service.pipeline.center_crop)
@@ -149,19 +140,12 @@ def create_api(service: Service, name: str) -> FastAPI:
 def _check_headers(request: Request, service: Service) -> None:
     kind = request.headers.get("content-type", "application/octet-stream").partition(";")[0].strip().lower()
     if kind not in _TYPES:
-        raise _WrongTypeError(
-            f"Content-Type: found {kind}, expected {', '.join(_TYPES)}; send the image file as the body"
+        raise RequestError(
+            415, f"Content-Type: found {kind}, expected {', '.join(_TYPES)}; send the image file as the body"
         )
     declared = request.headers.get("content-length", "")
     if declared.isdecimal():
         service.check_size(int(declared), _PLACE)
-
-
-async def _receive(request: Request, service: Service, body: Body) -> None:
-    limits = service.limits
-    async for chunk in chunks(request.receive, limits.min_rate, limits.upload_timeout_s):
-        service.check_size(body.size + len(chunk), _PLACE)
-        body.add(chunk)
 
 
 async def _unless_gone(future: Future[_Answer], receive: Receive) -> _Answer:

@@ -19,17 +19,6 @@ _HEADERS = {
 }
 
 
-def allowed_hosts(host: str, others: Iterable[str]) -> set[str]:
-    """Return the names that this server answers to besides IP addresses.
-
-    Args:
-        host: Address or name to listen at.
-        others: Names that the user allows, such as a proxy's.
-    """
-    machine = socket.gethostname().lower()
-    return {"localhost", host.lower(), machine, machine.partition(".")[0], *(each.lower() for each in others)}
-
-
 class OriginMiddleware:
     """Refuses requests to other hosts, and those that pages of other origins make.
 
@@ -37,15 +26,12 @@ class OriginMiddleware:
     the user's browser sends its own `Origin`. Programs send no origin, and an IP address is no site's name.
     """
 
-    def __init__(self, app: ASGIApp, names: set[str], secure: set[str]):
-        """Wrap an application.
-
-        Args:
-            app: The application.
-            names: From `allowed_hosts`.
-            secure: The names among them that are reached by https.
-        """
-        self._app, self._names, self._secure = app, names, secure
+    def __init__(self, app: ASGIApp, host: str, allowed: Iterable[str], secure: Iterable[str]):
+        """Wrap an application that listens at `host`; `allowed` and `secure` (by https) are further names."""
+        self._app, self._secure = app, {name.lower() for name in secure}
+        machine = socket.gethostname().lower()
+        self._names = {"localhost", host.lower(), machine, machine.partition(".")[0], *self._secure}
+        self._names.update(name.lower() for name in allowed)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, or pass it on."""

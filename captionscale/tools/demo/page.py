@@ -1,25 +1,33 @@
-"""The page on which visitors try a run."""
+"""The demo's application: a run's endpoint, with a page at its root on which users try the run."""
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from fastapi import FastAPI
 
 from captionscale.data.shards import Split
+from captionscale.data.storage import LocalStorage, open_storage
+from captionscale.errors import UserError
 from captionscale.escape import for_markdown, for_markdown_code
-from captionscale.tools.demo.endpoint import search_bounds
+from captionscale.progress import say
+from captionscale.tools.captioner_api import CaptionPipeline
+from captionscale.tools.demo.endpoint import create_api, search_bounds
+from captionscale.tools.demo.request_filter import restrict_gradio
 from captionscale.tools.demo.service import MAX_BEAM, MAX_SAMPLES, Service
 from captionscale.tools.demo.sessions import COLUMNS, PageHandlers, percent
 from captionscale.tools.demo.uploads import Uploads
+from captionscale.tools.ensemble import open_ensemble
 
-_SAMPLE_IMAGES = 8
 _STATE_TTL_S = 3600
 _METHODS = (
     ("greedy: the most likely word at each step", "greedy"),
     ("beam search: the best of many captions", "beam"),
     ("sampling: words drawn by their probability", "sample"),
 )
-CSS = """
+_CSS = """
 .gradio-container { width: 100% !important; max-width: min(1100px, 100vw) !important; margin: auto }
 /* Errors are shown as text. */
 .wrap > .error { display: none }
@@ -35,26 +43,47 @@ CSS = """
 """
 
 
+def open_app(
+    run: Path, others: Sequence[Path], checkpoint: str, shards: str | None
+) -> tuple[FastAPI, Service]:
+    """Return a run's application and its service; the arguments are those of `serve`."""
+    members = open_ensemble(run, others, checkpoint=checkpoint, overrides=[])
+    service, data = Service(CaptionPipeline(members)), members.config.data
+    samples: Split | None = None
+    try:
+        place = open_storage(shards or data.shards, data.cache, data.cache_gb)
+        if isinstance(place, LocalStorage):
+            samples = Split(place, data.val_split)
+        reason = f"{place} is not a folder on this machine"
+    except UserError as error:
+        reason = str(error)
+    if samples is None:
+        say(f"note: the page offers no sample images: {reason}; name a folder with --shards DIR")
+    return create_app(service, run.resolve().name, samples), service
+
+
+def create_app(service: Service, name: str, samples: Split | None) -> FastAPI:
+    """Return the application of a run, whose page offers images of the split `samples`."""
+    app, uploads = create_api(service, name), Uploads(service)
+    page = restrict_gradio(_build_page(service, name, samples, uploads), uploads, service.limits, css=_CSS)
+    app.router.lifespan_context = page.router.lifespan_context
+    app.mount("/", page)
+    return app
+
+
 def _by_token(part: Any) -> Any:
     """Have an input pass on an upload's token: gradio opens no file.
 
-    The class stays the same, as gradio writes a file beside each subclass.
+    The class stays the same, as gradio writes a file next to each subclass.
     """
     part.data_model, part.preprocess = None, lambda payload: payload
     part.api_info = lambda: {"type": "string"}
     return part
 
 
-def build_page(service: Service, name: str, samples: Split | None, uploads: Uploads) -> gr.Blocks:
-    """Return the page.
-
-    Args:
-        service: Decodes and captions.
-        name: The run's.
-        samples: A split whose images the page offers.
-        uploads: The page's.
-    """
-    handlers = PageHandlers(service, samples, _SAMPLE_IMAGES, uploads)
+def _build_page(service: Service, name: str, samples: Split | None, uploads: Uploads) -> gr.Blocks:
+    """Return the page of a run; it offers images of the split `samples`."""
+    handlers = PageHandlers(service, samples, uploads)
     # gradio's own files are deleted soon, and it reports nothing.
     with gr.Blocks(title=f"captionscale: {name}", analytics_enabled=False, delete_cache=(60, 300)) as blocks:
         gr.Markdown(
@@ -64,15 +93,11 @@ def build_page(service: Service, name: str, samples: Split | None, uploads: Uplo
         state = gr.State(None, time_to_live=_STATE_TTL_S)
         with gr.Tab("One image"), gr.Row():
             with gr.Column(min_width=280):
-                upload = _by_token(
-                    gr.Image(
-                        label="Drop an image",
-                        sources=["upload", "clipboard"],
-                        type="filepath",
-                        height=260,
-                        elem_id="drop",
-                    )
+                sources = ["upload", "clipboard"]
+                drop = gr.Image(
+                    label="Drop an image", sources=sources, type="filepath", height=260, elem_id="drop"
                 )
+                upload = _by_token(drop)
                 if samples:
                     gr.Markdown(f"or choose one of the split '{for_markdown(samples.name)}':")
                 gallery = gr.Gallery(
@@ -107,12 +132,9 @@ def build_page(service: Service, name: str, samples: Split | None, uploads: Uplo
             gr.Markdown(f"At most {service.limits.max_files} files, captioned with the first tab's settings.")
             files = _by_token(gr.File(file_count="multiple", label="Drop images", elem_id="files"))
             download = gr.HTML(elem_id="download")
+            widths = ["18%", "30%", "24%", "28%"]
             table = gr.Dataframe(
-                headers=list(COLUMNS),
-                column_widths=["18%", "30%", "24%", "28%"],
-                interactive=False,
-                wrap=True,
-                elem_id="table",
+                headers=list(COLUMNS), column_widths=widths, interactive=False, wrap=True, elem_id="table"
             )
         shown: list[Any] = [state, captions, words, image]
         private: dict[str, Any] = {"api_visibility": "private", "show_progress": "minimal"}
@@ -142,30 +164,22 @@ def _search_controls(service: Service) -> tuple[list[Any], gr.Button]:
     method = gr.Radio(list(_METHODS), value="beam", label="Search", elem_id="method")
     with gr.Group() as beam_group:
         beam = _slider("beam", "Beam size", min(search.beam, MAX_BEAM), 1, MAX_BEAM)
-        length = _slider(
-            "length_penalty", "Length penalty: the higher, the longer", search.length_penalty, 0.1
-        )
+        hint = "Length penalty: the higher, the longer"
+        length = _slider("length_penalty", hint, search.length_penalty, 0.1)
     with gr.Group(visible=False) as sample_group:
         samples = gr.Slider(1, MAX_SAMPLES, 5, step=1, label="Samples")
         bounds = search_bounds("temperature")
-        temperature = gr.Number(
-            1,
-            minimum=bounds["ge"],
-            maximum=bounds["le"],
-            step=0.1,
-            label="Temperature: below 1, likely words get likelier",
-        )
+        hint = "Temperature: below 1, likely words get likelier"
+        temperature = gr.Number(1, minimum=bounds["ge"], maximum=bounds["le"], step=0.1, label=hint)
         top_p = _slider("top_p", "Top-p: total probability of the words sampled from", 1, 0.05)
         seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-    method.change(
-        lambda method: (gr.Group(visible=method == "beam"), gr.Group(visible=method == "sample")),
-        method,
-        [beam_group, sample_group],
-        api_visibility="private",
-    )
-    return [method, beam, length, samples, temperature, top_p, seed], gr.Button(
-        "Caption again", elem_id="again"
-    )
+
+    def show_options(method: str) -> tuple[gr.Group, gr.Group]:
+        return gr.Group(visible=method == "beam"), gr.Group(visible=method == "sample")
+
+    method.change(show_options, method, [beam_group, sample_group], api_visibility="private")
+    again = gr.Button("Caption again", elem_id="again")
+    return [method, beam, length, samples, temperature, top_p, seed], again
 
 
 def _slider(key: str, label: str, value: Any, step: Any, maximum: Any = math.inf) -> gr.Slider:

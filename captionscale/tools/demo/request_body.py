@@ -12,22 +12,12 @@ from starlette.types import Receive
 from captionscale.errors import UserError
 
 
-class TooLargeError(UserError):
-    """A client sent more than is accepted."""
+class RequestError(UserError):
+    """A request that is refused with an HTTP status."""
 
-    status = 413
-
-
-class BusyError(UserError):
-    """Too many requests are in progress."""
-
-    status = 503
-
-
-class TooSlowError(UserError):
-    """A body did not arrive in time."""
-
-    status = 408
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -39,15 +29,10 @@ class MinRate:
 
 
 async def chunks(receive: Receive, rate: MinRate, timeout_s: float = math.inf) -> AsyncIterator[bytes]:
-    """Yield a request's body as it arrives.
-
-    Args:
-        receive: The request's ASGI `receive`.
-        rate: Minimum rate.
-        timeout_s: Time limit for the whole body, in seconds.
+    """Yield a request's body as it arrives, within a time limit for the whole of it, in seconds.
 
     Raises:
-        TooSlowError: The body is too slow.
+        RequestError: 408, the body is too slow.
         ClientDisconnect: The client closed the connection.
     """
     time = asyncio.get_running_loop().time
@@ -59,9 +44,10 @@ async def chunks(receive: Receive, rate: MinRate, timeout_s: float = math.inf) -
             async with asyncio.timeout(allowed_s - waited_s):
                 message = await receive()
         except TimeoutError:
-            raise TooSlowError(
+            raise RequestError(
+                408,
                 f"the body: {received:,} bytes in {allowed_s:.0f} s, expected at least"
-                f" {rate.bytes_per_s:,.0f} bytes per second; use a faster connection"
+                f" {rate.bytes_per_s:,.0f} bytes per second; use a faster connection",
             ) from None
         # The consumer's own time does not count.
         waited_s += time() - started
@@ -80,11 +66,7 @@ class Body:
         self.size, self.dropped = 0, False
 
     def add(self, data: bytes) -> None:
-        """Append data.
-
-        Raises:
-            BusyError: The budget is used up, or another body took this one's memory.
-        """
+        """Append data; raises RequestError (503) if another body took this memory, or it is used up."""
         self._budget.reserve(self, len(data))
         self._data += data
 
@@ -127,9 +109,10 @@ class MemoryBudget:
             self._release(oldest)
             oldest._data, oldest.dropped = bytearray(), True
         if body.dropped:
-            raise BusyError(
+            raise RequestError(
+                503,
                 f"the body: all clients together are sending more than {self._max_bytes:,} bytes, expected"
-                " fewer, and this body took longest; try again later"
+                " fewer, and this body took longest; try again later",
             )
         self._used += size
         body.size += size

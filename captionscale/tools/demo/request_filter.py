@@ -7,7 +7,7 @@ numbers, short text and upload tokens only, never an object.
 import asyncio
 import math
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from captionscale.errors import UserError
-from captionscale.tools.demo.request_body import TooLargeError, TooSlowError, chunks
+from captionscale.tools.demo.request_body import RequestError, chunks
 from captionscale.tools.demo.service import Limits
 from captionscale.tools.demo.uploads import Uploads
 
@@ -65,14 +65,7 @@ _DECODER = msgspec.json.Decoder(_Event)
 
 
 def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, css: str = "") -> FastAPI:
-    """Return the application that serves a page.
-
-    Args:
-        blocks: The page. Its inputs get uploads as their tokens.
-        uploads: The page's.
-        limits: Of streams, sessions and waiting events.
-        css: The page's.
-    """
+    """Return the application that serves a page, whose inputs get uploads as their tokens."""
     # Read when the page is mounted.
     blocks.state_session_capacity = limits.max_sessions
     mounted = gr.mount_gradio_app(
@@ -83,7 +76,7 @@ def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, css: st
         # Browsers would keep uploads.
         run_history=False,
         ssr_mode=False,
-        # Visitors see only the errors meant for them.
+        # Users see only the errors meant for them.
         show_error=False,
         css=css,
     )
@@ -91,7 +84,6 @@ def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, css: st
     blocks.has_launched = True
     values = [part["props"].get("value") for part in blocks.config["components"]]
     own_files = {path: Path(path).read_bytes() for path in _paths(values)}
-    gradio = _Gradio(mounted, limits)
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.router.lifespan_context = mounted.router.lifespan_context
 
@@ -102,7 +94,7 @@ def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, css: st
             return JSONResponse(await uploads.receive(request.headers.get("content-type"), body))
         except UserError as error:
             await _drain(body, limits.min_rate.grace_s)
-            return PlainTextResponse(str(error), _status(error))
+            return PlainTextResponse(str(error), getattr(error, "status", 400))
 
     @app.get("/gradio_api/upload_progress")
     async def progress() -> Response:
@@ -114,38 +106,25 @@ def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, css: st
         if name in own_files:
             return Response(own_files[name], media_type="image/webp")
         try:
-            image = uploads.get(name).image
+            preview = uploads.get(name).image.result().preview
         except UserError as error:
-            image = error
-        if isinstance(image, UserError):
-            return PlainTextResponse(str(image), 404)
-        return Response(image.preview, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
+            return PlainTextResponse(str(error), 404)
+        return Response(preview, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 
-    @app.post("/gradio_api/queue/join")
-    async def join(request: Request) -> Response:
-        try:
-            event = await _receive_event(request, blocks, uploads, limits)
-        except UserError as error:
-            # gradio's scripts show what is under this key.
-            return JSONResponse({"detail": str(error)}, _status(error))
-        _forget_unread(blocks._queue, event["session_hash"], limits.max_unread_messages)
-        return _Forwarded(gradio, msgspec.json.encode(event))
-
-    app.mount("/", gradio)
+    app.mount("/", _Gradio(mounted, blocks, uploads, limits))
     return app
 
 
-async def _receive_event(
-    request: Request, blocks: gr.Blocks, uploads: Uploads, limits: Limits
-) -> dict[str, Any]:
-    """Return a request's event as gradio may see it."""
-    data = bytearray()
-    async for chunk in chunks(request.receive, limits.min_rate):
-        data += chunk
-        if len(data) > _MAX_EVENT_BYTES:
-            raise TooLargeError(
-                f"the event: more than {_MAX_EVENT_BYTES:,} bytes, expected fewer: reload the page"
-            )
+async def _drain(body: AsyncIterator[bytes], timeout_s: float) -> None:
+    """Read the rest for a while: browsers show no answer to a request that they are still sending."""
+    with suppress(UserError, TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            async for _ in body:
+                pass
+
+
+def _parse_event(data: bytearray, blocks: gr.Blocks, uploads: Uploads) -> dict[str, Any]:
+    """Return an event as gradio may see it."""
     try:
         event = _DECODER.decode(data)
     except (msgspec.DecodeError, RecursionError) as error:
@@ -219,65 +198,62 @@ def _forget_unread(queue: Any, session: str, limit: int) -> None:
         del queue.pending_event_ids_session[each]
 
 
-async def _drain(body: AsyncIterator[bytes], timeout_s: float) -> None:
-    """Read the rest for a while: browsers show no answer to a request that they are still sending."""
-    with suppress(TooSlowError, TimeoutError):
-        async with asyncio.timeout(timeout_s):
-            async for _ in body:
-                pass
-
-
-def _status(error: UserError) -> int:
-    status: int = getattr(error, "status", 400)
-    return status
-
-
 class _Gradio:
     """Passes allowed requests to gradio, and answers 404 to all others."""
 
-    def __init__(self, app: ASGIApp, limits: Limits):
-        self._app, self._limits = app, limits
+    def __init__(self, app: ASGIApp, blocks: gr.Blocks, uploads: Uploads, limits: Limits):
+        self._app, self._blocks, self._uploads, self._limits = app, blocks, uploads, limits
         self._streams = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"]
-        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD") or not _ALLOWED.fullmatch(path):
+        path, method = scope["path"], scope.get("method")
+        if method == "POST" and path == "/gradio_api/queue/join":
+            await self._join(scope, receive, send)
+        elif method not in ("GET", "HEAD") or not _ALLOWED.fullmatch(path):
             await PlainTextResponse("not found", 404)(scope, receive, send)
         elif not _STREAMS.fullmatch(path):
-            await self.forward(scope, receive, send)
+            await self._forward(scope, receive, send)
         elif self._streams < self._limits.max_streams:
             self._streams += 1
             try:
-                await self.forward(scope, receive, send)
+                await self._forward(scope, receive, send)
             finally:
                 self._streams -= 1
         else:
-            text = f"{self._streams} streams are open, expected fewer; come again later"
+            text = f"{self._streams} streams are open, expected fewer; try again later"
             await PlainTextResponse(text, 503)(scope, receive, send)
 
-    async def forward(self, scope: Scope, receive: Receive, send: Send, body: bytes | None = None) -> None:
-        """Pass on the parts of a request that gradio needs."""
-        headers = [(name, value) for name, value in scope["headers"] if name in _HEADERS]
-        if body is not None:
-            headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        session = _SESSION.fullmatch(scope["query_string"])
-        query = session[0] if session else b""
-        await self._app({**scope, "headers": headers, "query_string": query}, receive, send)
+    async def _join(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on an event of the page."""
+        data = bytearray()
+        try:
+            async for chunk in chunks(receive, self._limits.min_rate):
+                data += chunk
+                if len(data) > _MAX_EVENT_BYTES:
+                    raise RequestError(
+                        413,
+                        f"the event: more than {_MAX_EVENT_BYTES:,} bytes, expected fewer: reload the page",
+                    )
+            event = _parse_event(data, self._blocks, self._uploads)
+        except UserError as error:
+            # gradio's scripts show what is under this key.
+            refusal = JSONResponse({"detail": str(error)}, getattr(error, "status", 400))
+            await refusal(scope, receive, send)
+            return
+        _forget_unread(self._blocks._queue, event["session_hash"], self._limits.max_unread_messages)
+        unread = [msgspec.json.encode(event)]
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(unread[0]))]
 
-
-class _Forwarded(Response):
-    """gradio's answer to another body than was sent."""
-
-    def __init__(self, gradio: _Gradio, body: bytes):
-        self._gradio, self._body = gradio, body
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        unread = [self._body]
-
-        async def replaced() -> Message:
+        async def receive_event() -> Message:
             if unread:
                 return {"type": "http.request", "body": unread.pop(), "more_body": False}
             return await receive()
 
-        await self._gradio.forward(scope, replaced, send, self._body)
+        await self._forward(scope, receive_event, send, headers)
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send, added: Iterable[Any] = ()) -> None:
+        """Pass on the parts of a request that gradio needs."""
+        headers = [(name, value) for name, value in scope["headers"] if name in _HEADERS]
+        session = _SESSION.fullmatch(scope["query_string"])
+        query = session[0] if session else b""
+        await self._app({**scope, "headers": [*headers, *added], "query_string": query}, receive, send)

@@ -1,4 +1,4 @@
-"""Serves a run to people and programs, on this machine unless told otherwise."""
+"""Serves a run as a page and an endpoint, by default on this machine only."""
 
 import ctypes
 import errno
@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 from collections.abc import Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -33,17 +33,7 @@ def serve(
     shards: str | None,
     allowed: Sequence[str],
 ) -> None:
-    """Serve the page and the endpoint until a signal comes.
-
-    Args:
-        run: The --out of captionscale train.
-        checkpoint: `best`, `last` or a step.
-        others: Further runs of an ensemble.
-        host: Address to listen at.
-        port: To listen at; 0 chooses a free one.
-        share: Also open a public link through gradio's servers.
-        shards: Source of sample images, instead of the run's own shards.
-        allowed: Further host names that requests may name.
+    """Serve the page and the endpoint until a signal comes; the options are those of `captionscale demo`.
 
     Raises:
         UserError: A missing package or run, a port in use, or no public link.
@@ -60,13 +50,13 @@ def serve(
         # Read when gradio is imported. All that it writes is deleted with this folder, even after a kill.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
         with spinner("making the page ready"):
-            from captionscale.tools.demo.app import open_app
             from captionscale.tools.demo.connections import Server
-            from captionscale.tools.demo.origins import OriginMiddleware, allowed_hosts
+            from captionscale.tools.demo.origins import OriginMiddleware
+            from captionscale.tools.demo.page import open_app
 
             app, service = open_app(run, others, checkpoint, shards)
         public = _announce(host, listening.getsockname()[1], share)
-        app.add_middleware(OriginMiddleware, names=allowed_hosts(host, [*allowed, *public]), secure=public)
+        app.add_middleware(OriginMiddleware, host=host, allowed=allowed, secure=public)
         # uvicorn shuts down at these signals, then raises them again.
         before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -79,9 +69,7 @@ def serve(
 
 def _return_freed_memory() -> None:
     """Have glibc return freed blocks of 1 MB and more: it would keep those of decoded images."""
-    # Other C libraries do not have it.
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -101,7 +89,7 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def _announce(host: str, port: int, share: bool) -> set[str]:
+def _announce(host: str, port: int, share: bool) -> list[str]:
     """Print the server's addresses; return the host names of its public link."""
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{port}       the page\nhttp://{shown}:{port}/docs  the endpoint, for programs")
@@ -119,4 +107,4 @@ def _announce(host: str, port: int, share: bool) -> set[str]:
             ) from None
         print(f"{link}  the page, for anyone who has this link, for a week")
     print("Press Ctrl-C to stop.", flush=True)
-    return {urlsplit(link).hostname or ""} if share else set()
+    return [urlsplit(link).hostname or ""] if share else []

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -16,12 +16,10 @@ from captionscale.data import decode
 from captionscale.errors import UserError
 from captionscale.tools.caption_result import CaptionResult, View
 from captionscale.tools.captioner_api import CaptionPipeline, GenerationRequest
-from captionscale.tools.demo.request_body import BusyError, MemoryBudget, MinRate, TooLargeError
+from captionscale.tools.demo.request_body import MemoryBudget, MinRate, RequestError
 
-MAX_BEAM = 20
-"""Beam size that a request may ask for; the config allows more to those who have the run."""
-MAX_SAMPLES = 10
-"""Captions that the page samples at once."""
+MAX_BEAM = 20  # that a request may ask for; the config allows more
+MAX_SAMPLES = 10  # captions that the page samples at once
 _Pixels = UInt8[np.ndarray, "height width 3"]
 _Result = TypeVar("_Result")
 
@@ -31,33 +29,22 @@ class Limits:
     """What the server accepts, and how much of it at once."""
 
     max_file_bytes: int = 20_000_000
-    max_pixels: int = 50_000_000
-    """Read from the image's header before it is decoded."""
-    large_image_pixels: int = 12_500_000
-    """Larger images are decoded one at a time, and do not delay smaller ones."""
-    decode_threads: int = 2
-    """For smaller images."""
-    max_incoming_bytes: int = 256_000_000
-    """Of all bodies that are being received or wait to be decoded."""
+    max_pixels: int = 50_000_000  # read from the image's header before it is decoded
+    large_image_pixels: int = 12_500_000  # larger images are decoded one at a time, and do not delay others
+    decode_threads: int = 2  # for smaller images
+    max_incoming_bytes: int = 256_000_000  # of all bodies that are being received or wait to be decoded
     min_rate: MinRate = field(default_factory=MinRate)
-    upload_timeout_s: float = 60
-    """For an image sent to the endpoint."""
-    max_requests: int = 100
-    """In progress at once, counted once their bodies have arrived."""
+    upload_timeout_s: float = 60  # for an image sent to the endpoint
+    max_requests: int = 100  # in progress at once, counted once their bodies have arrived
     max_batch_size: int = 16
-    max_queue_delay_s: float = 0.01
-    """How long the first image of a batch waits for others."""
-    max_files: int = 100
-    """In one upload to the page."""
-    max_uploads: int = 300
-    """That the page keeps, each as a view and a preview; the oldest are removed first."""
+    max_queue_delay_s: float = 0.01  # how long the first image of a batch waits for others
+    max_files: int = 100  # in one upload to the page
+    # Of these, the oldest are removed first.
+    max_uploads: int = 300  # that the page keeps, each as a view and a preview
     upload_ttl_s: float = 300
-    max_sessions: int = 200
-    """Of the page; the oldest are removed first."""
-    max_streams: int = 200
-    """Event streams of open pages, two for each page."""
-    max_unread_messages: int = 500
-    """Messages that pages have not fetched; the oldest are removed first."""
+    max_sessions: int = 200  # of the page
+    max_streams: int = 200  # event streams of open pages, two for each page
+    max_unread_messages: int = 500  # that pages have not fetched
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +60,13 @@ class Service:
     """Answers requests from any thread: one thread owns the model, others decode.
 
     A caption does not depend on the requests that share its batch.
-
-    Attributes:
-        pipeline: The model.
-        limits: What is accepted.
-        memory_budget: For bodies that are being received.
     """
 
     def __init__(self, pipeline: CaptionPipeline, limits: Limits = Limits()):
         self.pipeline, self.limits = pipeline, limits
         self.memory_budget = MemoryBudget(limits.max_incoming_bytes)
         self._requests: SimpleQueue[_Request | None] = SimpleQueue()
-        self._admitted, self._lock = 0, threading.Lock()
+        self._slots = threading.Semaphore(limits.max_requests)
         self._small = ThreadPoolExecutor(limits.decode_threads, "decode")
         self._large = ThreadPoolExecutor(1, "decode-large")
         self._thread = threading.Thread(target=self._work, name="captions", daemon=True)
@@ -92,46 +74,34 @@ class Service:
 
     @contextmanager
     def admit(self) -> Iterator[None]:
-        """Count a request as in progress within the context.
-
-        Raises:
-            BusyError: Too many are.
-        """
-        with self._lock:
-            if self._admitted >= self.limits.max_requests:
-                raise BusyError(
-                    f"{self._admitted} requests are waiting, expected at most {self.limits.max_requests};"
-                    " try again later"
-                )
-            self._admitted += 1
+        """Count a request as in progress within the context; raises RequestError (503) if too many are."""
+        limit = self.limits.max_requests
+        if not self._slots.acquire(blocking=False):
+            raise RequestError(
+                503, f"{limit} requests are waiting, expected at most {limit}; try again later"
+            )
         try:
             yield
         finally:
-            with self._lock:
-                self._admitted -= 1
+            self._slots.release()
 
     def check_size(self, size: int, place: str) -> None:
-        """Raise TooLargeError for a file of too many bytes."""
+        """Raise RequestError (413) for a file of too many bytes."""
         limit = self.limits.max_file_bytes
         if size > limit:
-            raise TooLargeError(
+            raise RequestError(
+                413,
                 f"{place}: {size:,} bytes or more, expected at most {limit:,}; send a smaller copy of the"
-                " image"
+                " image",
             )
 
     def decode(self, data: bytes, place: str, reduce: Callable[[_Pixels], _Result]) -> Future[_Result]:
-        """Decode an image file and keep only what a function returns of its pixels.
+        """Decode an image file, named `place` in errors, and return what `reduce` makes of its pixels.
 
         Decoded images take up to several hundred megabytes, so none leaves the threads that decode.
 
-        Args:
-            data: The file.
-            place: Its name, for errors.
-            reduce: Called with the pixels, in the thread that decoded them.
-
         Returns:
-            A future of the result. It raises TooLargeError for too many bytes, and UserError for too many
-            pixels, a damaged file, or no image.
+            A future, which raises UserError for too many bytes or pixels, a damaged file, or no image.
         """
         answer: Future[_Result] = Future()
 
@@ -175,20 +145,17 @@ class Service:
         self._thread.join()
 
     def _work(self) -> None:
-        while (request := self._requests.get()) is not None:
-            batch: list[_Request] = []
-            deadline = time.monotonic() + self.limits.max_queue_delay_s
-            while request is not None:
-                batch.append(request)
-                if len(batch) == self.limits.max_batch_size:
-                    break
-                try:
+        request = self._requests.get()
+        while request is not None:
+            batch, deadline = [request], time.monotonic() + self.limits.max_queue_delay_s
+            with suppress(Empty):
+                while len(batch) < self.limits.max_batch_size:
                     request = self._requests.get(timeout=max(0.0, deadline - time.monotonic()))
-                except Empty:
-                    break
+                    if request is None:
+                        break
+                    batch.append(request)
             self._answer(batch)
-            if request is None:
-                return
+            request = request and self._requests.get()
 
     def _answer(self, batch: list[_Request]) -> None:
         groups: dict[tuple[GenerationRequest, bool], list[_Request]] = {}
@@ -200,7 +167,7 @@ class Service:
             views, numbers = [each.view for each in requests], [each.number for each in requests]
             try:
                 answers = self.pipeline.generate(views, generation_request, numbers, return_all=return_all)
-            # Any error goes to those who wait, and the thread goes on to serve others.
+            # Any error goes to those who wait, and the thread serves others.
             except Exception as error:
                 for request in requests:
                     request.answer.set_exception(error)

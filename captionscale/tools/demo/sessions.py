@@ -1,10 +1,9 @@
-"""What the page does with its visitors' input."""
+"""Event handlers of the page."""
 
 import base64
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,18 +18,19 @@ from captionscale.data.transforms import center_crop
 from captionscale.errors import UserError
 from captionscale.escape import for_html
 from captionscale.html import render
-from captionscale.tools.caption_result import CaptionResult, overlay
+from captionscale.tools.caption_result import CaptionResult, base64_jpeg, overlay
 from captionscale.tools.captioner_api import GenerationRequest
 from captionscale.tools.demo.service import Service
 from captionscale.tools.demo.uploads import PREVIEW_SIZE, DecodedImage, Uploads, decode_upload
 
 COLUMNS = ("file", "caption", "log p", "problem")
+_SAMPLE_IMAGES = 8
 _THUMBNAIL = 96
 
 
 @dataclass(frozen=True, eq=False)
 class PageState:
-    """The image that a visitor looks at; in memory while the page is open, for an hour at most."""
+    """The image that a user looks at; in memory while the page is open, for an hour at most."""
 
     image: DecodedImage
     references: tuple[str, ...] = ()
@@ -55,56 +55,55 @@ class SearchControls(NamedTuple):
     seed: int | None
 
 
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Show the user an error that they can fix, without a traceback in the terminal."""
+    try:
+        yield
+    except UserError as error:
+        raise gr.Error(for_html(str(error)), print_exception=False, duration=None) from None
+
+
 class PageHandlers:
     """The page's event handlers.
 
     Those that caption return the state, the list of captions, the chosen one's words, and the image.
     """
 
-    def __init__(self, service: Service, samples: Split | None, count: int, uploads: Uploads):
-        """Choose samples.
-
-        Args:
-            service: Decodes and captions.
-            samples: A split whose images the page offers.
-            count: How many of them.
-            uploads: The page's.
-        """
+    def __init__(self, service: Service, samples: Split | None, uploads: Uploads):
         self._service, self._samples, self._uploads = service, samples, uploads
-        spread = np.linspace(0, len(samples) - 1, min(count, len(samples))) if samples else np.zeros(0)
+        count = len(samples) if samples else 0
+        spread = np.linspace(0, count - 1, min(_SAMPLE_IMAGES, count))
         self._items: list[int] = spread.astype(int).tolist()
 
     def thumbnails(self) -> list[Image.Image]:
-        """Return the samples, small."""
+        """Return the sample images, small."""
         return [_square(self._sample(item).image, _THUMBNAIL) for item in self._items]
 
+    @_user_errors()
     def on_upload(self, token: str | None, *controls: Any) -> tuple[Any, ...]:
         """Caption an upload."""
         if token is None:
             return None, gr.Radio(choices=[]), [], ""
-        with _user_errors():
-            image = self._uploads.get(token).image
-            if isinstance(image, UserError):
-                raise image
-        return self.caption(PageState(image), *controls)
+        return self.caption(PageState(self._uploads.get(token).image.result()), *controls)
 
+    @_user_errors()
     def on_sample_select(self, event: gr.SelectData, *controls: Any) -> tuple[Any, ...]:
-        """Caption a sample."""
-        with _user_errors():
-            state = self._sample(self._items[_checked(event.index, len(self._items), "sample")])
+        """Caption a sample image."""
+        state = self._sample(self._items[_checked(event.index, len(self._items), "sample")])
         return self.caption(state, *controls)
 
+    @_user_errors()
     def caption(self, state: PageState | None, *controls: Any) -> tuple[Any, ...]:
         """Caption the image again."""
         if state is None:
             return None, gr.skip(), gr.skip(), gr.skip()
         chosen = SearchControls(*controls)
         sampling = chosen.method == "sample"
-        with _user_errors():
-            request, view = self._request(chosen), state.image.view
-            numbers = range(int(chosen.samples) if sampling else 1)
-            answers = [self._service.submit(view, request, number, return_all=True) for number in numbers]
-            found = [caption for answer in answers for caption in answer.result()]
+        request, view = self._request(chosen), state.image.view
+        numbers = range(int(chosen.samples) if sampling else 1)
+        answers = [self._service.submit(view, request, number, return_all=True) for number in numbers]
+        found = [caption for answer in answers for caption in answer.result()]
         if sampling:
             found.sort(key=lambda caption: -caption.log_prob)
         # Samples may be equal.
@@ -113,31 +112,35 @@ class PageHandlers:
         labels = [(_label(caption), number) for number, caption in enumerate(captions)]
         return state, gr.Radio(choices=labels, value=0), *_shown(state)
 
+    @_user_errors()
     def on_caption_select(self, event: gr.SelectData, state: PageState | None) -> tuple[Any, ...]:
         """Show another caption."""
-        with _user_errors():
-            state = _in_memory(state)
-            state = replace(state, chosen=_checked(event.index, len(state.captions), "caption"))
+        state = _in_memory(state)
+        state = replace(state, chosen=_checked(event.index, len(state.captions), "caption"))
         return state, *_shown(state)
 
+    @_user_errors()
     def on_word_select(self, event: gr.SelectData, state: PageState | None) -> str:
         """Show the attention of a word."""
-        with _user_errors():
-            state = _in_memory(state)
-            return _attention_html(state, _checked(event.index, len(state.caption.words), "word"))
+        state = _in_memory(state)
+        return _attention_html(state, _checked(event.index, len(state.caption.words), "word"))
 
+    @_user_errors()
     def on_files(self, tokens: Sequence[str] | None, *controls: Any) -> tuple[Any, ...]:
         """Caption files, any of which may be damaged; return rows of a table, and a link to it as CSV."""
-        with _user_errors():
-            request = self._request(SearchControls(*controls))
-            uploads = [self._uploads.get(token) for token in tokens or ()]
+        request = self._request(SearchControls(*controls))
+        uploads = [self._uploads.get(token) for token in tokens or ()]
         answers = [
-            upload.image
-            if isinstance(upload.image, UserError)
-            else self._service.submit(upload.image.view, request, number)
+            upload.image.exception() or self._service.submit(upload.image.result().view, request, number)
             for number, upload in enumerate(uploads)
         ]
-        rows = [_row(upload.name, answer) for upload, answer in zip(uploads, answers, strict=True)]
+        rows = []
+        for upload, answer in zip(uploads, answers, strict=True):
+            if isinstance(answer, BaseException):
+                rows.append([upload.name, "", "", str(answer)])
+            else:
+                [found] = answer.result()
+                rows.append([upload.name, found.caption, f"{found.log_prob:.4f}", ""])
         return rows, _csv_link(rows)
 
     def _request(self, chosen: SearchControls) -> GenerationRequest:
@@ -168,22 +171,6 @@ def _in_memory(state: PageState | None) -> PageState:
     return state
 
 
-def _row(name: str, answer: Future[list[CaptionResult]] | UserError) -> list[str]:
-    if isinstance(answer, UserError):
-        return [name, "", "", str(answer)]
-    [caption, *_] = answer.result()
-    return [name, caption.caption, f"{caption.log_prob:.4f}", ""]
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Show the visitor an error that they can fix, without a traceback in the terminal."""
-    try:
-        yield
-    except UserError as error:
-        raise gr.Error(for_html(str(error)), print_exception=False, duration=None) from None
-
-
 def _square(image: DecodedImage, side: int) -> Image.Image:
     """Return the center square, which is what the model sees."""
     return Image.fromarray(center_crop(decode.decode_image(image.preview, "the preview"), side))
@@ -212,17 +199,14 @@ def _shown(state: PageState) -> tuple[Any, ...]:
 def _attention_html(state: PageState, word: int | None) -> str:
     """Return the image, with the attention of a word if there is one, and the image's references."""
     caption, image = state.caption, _square(state.image, PREVIEW_SIZE)
-    values: dict[str, Any] = {"word": None}
-    if caption.attention_maps is not None and word is not None:
-        weights = caption.attention_maps[word]
-        image = overlay(image, weights, caption.max_attention)
-        values = {"word": caption.words[word], "percent": percent(round(100 * caption.probabilities[word]))}
-        values["rows"], values["columns"] = weights.shape
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=90)
-    values["jpeg"] = base64.b64encode(out.getvalue()).decode()
-    has_attention = caption.attention_maps is not None
-    return render("demo_image.html", has_attention=has_attention, references=state.references, **values)
+    maps = caption.attention_maps
+    values: dict[str, Any] = {"has_attention": maps is not None, "word": None}
+    if maps is not None and word is not None:
+        image = overlay(image, maps[word], caption.max_attention)
+        values |= {"word": caption.words[word], "percent": percent(round(100 * caption.probabilities[word]))}
+        values["rows"], values["columns"] = maps[word].shape
+    jpeg = base64_jpeg(image, quality=90)
+    return render("demo_image.html", references=state.references, jpeg=jpeg, **values)
 
 
 def _csv_link(rows: Sequence[Sequence[str]]) -> str:

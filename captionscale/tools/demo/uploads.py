@@ -3,9 +3,9 @@
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,34 +17,28 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from captionscale.data.resize import resize_image, resized_shape
 from captionscale.errors import UserError
 from captionscale.tools.caption_result import View
-from captionscale.tools.demo.request_body import Body, TooLargeError
+from captionscale.tools.demo.request_body import Body, RequestError
 from captionscale.tools.demo.service import Service
 
-PREVIEW_SIZE = 448
-"""Of a preview's shorter side, at most, in pixels."""
-_MAX_ASPECT = 4
-"""Of a preview: longer side by shorter side."""
+PREVIEW_SIZE = 448  # of a preview's shorter side, at most, in pixels
+_MAX_ASPECT = 4  # of a preview: longer side by shorter side
 
 
 @dataclass(frozen=True, eq=False)
 class DecodedImage:
     """What is kept of an image."""
 
-    view: View
-    """What the model sees."""
-    preview: bytes
-    """The image as a small JPEG."""
+    view: View  # what the model sees
+    preview: bytes  # the image as a small JPEG
 
 
 @dataclass(frozen=True, eq=False)
 class Upload:
     """A file that the page received."""
 
-    name: str
-    """The sender's name for it, without folders."""
-    image: DecodedImage | UserError
-    expires: float
-    """By `time.monotonic`."""
+    name: str  # the sender's name for it, without folders
+    image: Future[DecodedImage]  # done
+    expires: float  # by `time.monotonic`
 
 
 def decode_upload(service: Service, data: bytes, place: str) -> Future[DecodedImage]:
@@ -69,48 +63,44 @@ class Uploads:
         return found
 
     async def receive(self, content_type: str | None, body: AsyncIterator[bytes]) -> list[str]:
-        """Receive the files of a form, and return a token for each, in their order.
-
-        Args:
-            content_type: The form's.
-            body: From `chunks`.
+        """Receive the files of a form, from `chunks`, and return a token for each, in their order.
 
         Raises:
-            TooLargeError: A file of too many bytes, or too many files.
-            UserError: Not a form.
-            BusyError: There is no memory for another file.
-            TooSlowError: The form arrives too slowly.
+            UserError: Not a form; RequestError: too large, too many or too slow files, or no memory for one.
         """
-        limit, form, tokens = self._service.limits.max_files, _Form(content_type), list[str]()
+        try:
+            return await self._receive(_Form(content_type), body)
+        except FormParserError as error:
+            raise UserError(
+                f"the upload: a damaged form ({error}), expected a form of files; use the page"
+            ) from None
+
+    async def _receive(self, form: "_Form", body: AsyncIterator[bytes]) -> list[str]:
+        limit, tokens = self._service.limits.max_files, list[str]()
         with ExitStack() as held:
-            name, part = "", None
             async for chunk in body:
                 for event, data in form.parse(chunk):
                     if event == "begin":
                         if len(tokens) == limit:
-                            raise TooLargeError(
+                            raise RequestError(
+                                413,
                                 f"the upload: more than {limit} files, expected at most {limit}; drop fewer,"
-                                " or use captionscale caption"
+                                " or use captionscale caption",
                             )
-                        part = held.enter_context(self._service.memory_budget.body())
-                    elif event == "name":
-                        name = _base_name(data)
-                    elif part is not None and event == "data":
+                        name, part = _base_name(data), held.enter_context(self._service.memory_budget.body())
+                    elif event == "data":
                         self._service.check_size(part.size + len(data), name)
                         part.add(data)
-                    elif part is not None:
+                    else:
                         tokens.append(await self._put(name, part))
                         held.close()
-                        name, part = "", None
         return tokens
 
     async def _put(self, name: str, body: Body) -> str:
-        image: DecodedImage | UserError
-        try:
-            image = await asyncio.wrap_future(decode_upload(self._service, body.complete(), name))
-        # Shown in place of its caption.
-        except UserError as error:
-            image = error
+        image = decode_upload(self._service, body.complete(), name)
+        # Its error is shown in place of its caption.
+        with suppress(UserError):
+            await asyncio.wrap_future(image)
         token = f"{secrets.token_urlsafe(24)}.jpg"
         self._uploads[token] = Upload(name, image, time.monotonic() + self._service.limits.upload_ttl_s)
         self._remove_old()
@@ -126,46 +116,40 @@ class Uploads:
 
 
 class _Form:
-    """Parses a form of files into the events `begin`, `name`, `data` and `end`."""
+    """Parses a form of files into the events `begin` (with the file's name), `data` and `end`."""
 
     def __init__(self, content_type: str | None):
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data" or b"boundary" not in options:
             raise UserError("the upload: not a form, expected a form of files; use the page")
         self._events: list[tuple[str, bytes]] = []
-        self._key, self._value = bytearray(), bytearray()
-        try:
-            self._parser = MultipartParser(
-                options[b"boundary"],
-                {
-                    "on_part_begin": lambda: self._events.append(("begin", b"")),
-                    "on_header_field": lambda data, start, end: self._key.extend(data[start:end]),
-                    "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
-                    "on_header_end": self._end_header,
-                    "on_part_data": lambda data, start, end: self._events.append(("data", data[start:end])),
-                    "on_part_end": lambda: self._events.append(("end", b"")),
-                },
-            )
-        except FormParserError as error:
-            raise _damaged(error) from None
+        self._key, self._value, self._name = bytearray(), bytearray(), b""
+        self._parser = MultipartParser(
+            options[b"boundary"],
+            {
+                "on_header_field": lambda data, start, end: self._key.extend(data[start:end]),
+                "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+                "on_header_end": self._end_header,
+                "on_headers_finished": self._begin,
+                "on_part_data": lambda data, start, end: self._events.append(("data", data[start:end])),
+                "on_part_end": lambda: self._events.append(("end", b"")),
+            },
+        )
 
-    def parse(self, chunk: bytes) -> Iterator[tuple[str, bytes]]:
-        try:
-            self._parser.write(chunk)
-        except FormParserError as error:
-            raise _damaged(error) from None
+    def parse(self, chunk: bytes) -> list[tuple[str, bytes]]:
+        self._parser.write(chunk)
         events, self._events = self._events, []
-        yield from events
+        return events
 
     def _end_header(self) -> None:
         if self._key.lower() == b"content-disposition":
-            options = parse_options_header(bytes(self._value))[1]
-            self._events.append(("name", options.get(b"filename", b"")))
-        self._key, self._value = bytearray(), bytearray()
+            self._name = parse_options_header(bytes(self._value))[1].get(b"filename", b"")
+        self._key.clear()
+        self._value.clear()
 
-
-def _damaged(error: FormParserError) -> UserError:
-    return UserError(f"the upload: a damaged form ({error}), expected a form of files; use the page")
+    def _begin(self) -> None:
+        self._events.append(("begin", self._name))
+        self._name = b""
 
 
 def _base_name(data: bytes) -> str:

@@ -3,15 +3,12 @@
 import json
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.table import Table
 from rich.text import Text
 
 from captionscale import assets
@@ -19,15 +16,29 @@ from captionscale.config import Config
 from captionscale.errors import UserError
 from captionscale.progress import SafeConsole, spinner
 from captionscale.tools.doctor import machine, network, storage, throughput
-from captionscale.tools.doctor.network import Rendezvous
 from captionscale.tools.doctor.plan import Plan, parse_slurm_time
-from captionscale.tools.doctor.report import Check, CheckResult, document, failure_of, run_checks, verdict
+from captionscale.tools.doctor.report import FORMAT, Check, CheckResult, failure_of, run_check, verdict
 from captionscale.tools.launcher import detect_nodes
 from captionscale.tools.profiles import pluralize, read_profile
 from captionscale.train import preemption
+from captionscale.version import __version__
 
+_CHECKS = (
+    Check("versions", machine.versions, 10, needs_plan=False),
+    Check("gpus", machine.gpus, 30, needs_plan=False),
+    Check("java", machine.java, 30, needs_plan=False),
+    Check("workers", machine.workers, 10),
+    Check("shards", storage.shards, 30),
+    Check("batches", storage.batches, 30),
+    Check("weights", storage.weights, 30),
+    Check("disk", storage.disk, 45),
+    Check("run", storage.run, 90, slow=True),
+    Check("loading", throughput.loading, 90, slow=True),
+    Check("finish", throughput.finish, 90),
+    Check("evaluator", machine.evaluator, 90, needs_plan=False, slow=True),
+)
 _STYLES = {"ok": "green", "warning": "yellow", "failure": "bold red"}
-_PORT_AFTER = 1000
+_PORT_OFFSET = 1000
 """Added to the port of the training that follows."""
 _OTHERS_S = 60.0
 
@@ -61,139 +72,80 @@ def doctor(
     Returns:
         Whether no check failed.
     """
-    began, host, lines = time.monotonic(), os.uname().nodename, []
-    show = _printer(as_json)
-    rendezvous = None
+    began, host = time.monotonic(), os.uname().nodename
+    rendezvous, plan = None, None
+    errors: list[CheckResult] = []
+    checks = [check for check in _CHECKS if not (quick and check.slow)]
     try:
         job_nodes, node, address, port = detect_nodes()
         if job_nodes > 1:
-            rendezvous = network.rendezvous(node, job_nodes, address, port + _PORT_AFTER)
+            joined = rendezvous = network.rendezvous(node, job_nodes, address, port + _PORT_OFFSET)
             host = rendezvous.hosts[node]
+            checks.insert(3, Check("nodes", lambda _: network.check_links(joined), 60, needs_plan=False))
     except UserError as error:
-        lines.append(replace(failure_of(error), check="nodes", host=host))
+        errors.append(replace(failure_of(error), check="nodes", host=host))
     except (RuntimeError, OSError) as error:
-        found = f"{address}:{port + _PORT_AFTER}, the first node: {str(error).splitlines()[0]}"
-        lines.append(CheckResult("nodes", "failure", found, "check that node and the network", host=host))
-    plan = None
+        found = f"{address}:{port + _PORT_OFFSET}, the first node: {str(error).splitlines()[0]}"
+        errors.append(CheckResult("nodes", "failure", found, "check that node and the network", host=host))
     try:
         facts = read_profile(assets.find("launch", profile, ".yaml")) if profile else {}
-        left_s = preemption.job_end_time() - time.time()
-        limit = parse_slurm_time(time_limit) if time_limit else left_s if math.isfinite(left_s) else None
+        limit_s = parse_slurm_time(time_limit) if time_limit else preemption.job_end_time() - time.time()
         if load is not None:
-            plan = _plan(
-                load(), out, nodes or (rendezvous.count if rendezvous else 1), gpus, facts, limit, quick
-            )
+            nodes = nodes or (rendezvous.count if rendezvous else 1)
+            elsewhere = "SLURM_JOB_ID" not in os.environ and (nodes > 1 or gpus or math.isfinite(limit_s))
+            processes = gpus or int(facts.get("num_processes", 1))
+            # Without a profile: as `captionscale train` on this machine.
+            facts = facts or {"use_cpu": not gpus and not torch.cuda.is_available()}
+            plan = Plan(load(), out, facts, nodes, processes, limit_s, not elsewhere, quick)
     except UserError as error:
-        lines.append(replace(failure_of(error), check="config", host=host))
+        errors.append(replace(failure_of(error), check="config", host=host))
+
+    results: list[CheckResult] = []
     prints = rendezvous is None or rendezvous.is_main
-    for line in lines:
-        show(line)
-    for check in _checks(plan, rendezvous, quick):
-        with spinner(f"doctor: {check.name}", quiet=not prints):
-            results = list(run_checks([check], host))
-        for line in results:
-            lines.append(line)
-            if prints:
-                show(line)
+    console = SafeConsole()
+
+    def add(new: list[CheckResult]) -> None:
+        results.extend(new)
+        for result in new if prints and not as_json else []:
+            console.print(_line(result), soft_wrap=True)
+
+    add(errors)
+    for check in checks:
+        if plan is not None or not check.needs_plan:
+            with spinner(f"doctor: {check.name}", quiet=not prints):
+                found_by_check = run_check(check, plan, host)
+            add(found_by_check)
     if rendezvous is not None:
-        problems = [asdict(line) for line in lines if line.state != "ok"]
-        for each in rendezvous.gather(problems, _OTHERS_S):
-            lines.append(CheckResult(**each))  # type: ignore[arg-type]
-            show(lines[-1])
-    if prints:
-        _print_summary(lines, as_json, time.monotonic() - began)
-    failed = verdict(lines) == "failure"
+        add(rendezvous.gather([result for result in results if result.state != "ok"], _OTHERS_S))
+    if prints and as_json:
+        print(json.dumps(_document(results), indent=1))
+    elif prints:
+        print(f"{_summary(results)} ({time.monotonic() - began:.1f} s)")
+    failed = verdict(results) == "failure"
     return not (rendezvous.share_verdict(failed, _OTHERS_S) if rendezvous else failed)
 
 
-def _plan(
-    settings: Config,
-    out: Path | None,
-    nodes: int,
-    gpus: int | None,
-    facts: Mapping[str, Any],
-    limit_s: float | None,
-    quick: bool,
-) -> Plan:
-    in_job = "SLURM_JOB_ID" in os.environ
-    local_processes = gpus or int(facts.get("num_processes", 1))
-    # Without a profile: as `captionscale train` on this machine.
-    facts = facts or {"use_cpu": not gpus and not torch.cuda.is_available()}
-    elsewhere = not in_job and (nodes > 1 or gpus is not None or limit_s is not None)
-    return Plan(settings, out, facts, nodes, local_processes, limit_s, not elsewhere, quick)
+def _line(result: CheckResult) -> Text:
+    text = Text.assemble(
+        (f"{result.state:<8}", _STYLES[result.state] if result.measured else "dim"),
+        f" {result.check:<10} {result.found}" + f"; {result.cure}" * bool(result.cure),
+    )
+    return text.append(f" [{result.host}]" if result.host and result.state != "ok" else "", "dim")
 
 
-def _checks(plan: Plan | None, rendezvous: Rendezvous | None, quick: bool) -> list[Check]:
-    """Return the checks, the fast ones first."""
-    slow = 90.0
-    checks = [
-        Check("versions", lambda: machine.versions(plan), 10),
-        Check("gpus", lambda: machine.gpus(plan), 30),
-        Check("java", lambda: machine.java(plan), 30),
-    ]
-    if rendezvous is not None:
-        checks.append(Check("nodes", lambda: network.check_links(rendezvous), 60))
-    if plan is not None:
-        checks += [
-            Check("workers", lambda: machine.workers(plan), 10),
-            Check("shards", lambda: storage.shards(plan), 30),
-            Check("batches", lambda: storage.batches(plan), 30),
-            Check("weights", lambda: storage.weights(plan), 30),
-            Check("disk", lambda: storage.disk(plan), 45),
-        ]
-        if plan.run is not None and not quick:
-            checks.append(Check("run", lambda: storage.run(plan), slow))
-        if not quick:
-            checks.append(Check("loading", lambda: throughput.loading(plan), slow))
-        checks.append(Check("finish", lambda: throughput.finish(plan), slow))
-    if not quick:
-        checks.append(Check("evaluator", lambda: machine.evaluator(plan), slow))
-    return checks
+def _document(results: list[CheckResult]) -> dict[str, object]:
+    """Return the JSON document that `docs/running.md` describes."""
+    return {
+        "format": FORMAT,
+        "captionscale": __version__,
+        "verdict": verdict(results),
+        "results": [asdict(result) for result in results],
+    }
 
 
-def _printer(as_json: bool) -> Callable[[CheckResult], None]:
-    """Return what prints each result at once, unless a table or JSON follows."""
-    if as_json or sys.stdout.isatty():
-        return lambda _: None
-    return lambda line: print(_plain(line), flush=True)
-
-
-def _plain(line: CheckResult) -> str:
-    text = f"{line.state:<8} {line.check:<10} {line.found}" + (f"; {line.cure}" if line.cure else "")
-    return text if not line.host or line.state == "ok" else f"{text} [{line.host}]"
-
-
-def _print_summary(lines: list[CheckResult], as_json: bool, took_s: float) -> None:
-    if as_json:
-        print(json.dumps(document(lines), indent=1))
-        return
-    several = len({line.host for line in lines}) > 1
-    if sys.stdout.isatty():
-        out = SafeConsole()
-        table = Table(show_lines=False, pad_edge=False)
-        for heading in ("", "check", "result, and what to do"):
-            table.add_column(heading, overflow="fold")
-        for line in lines:
-            style = _STYLES[line.state] if line.measured else "dim"
-            table.add_row(_mark(line, style), line.check, _cell(line, several))
-        out.print(table)
-    unknown = sum(line.state == "ok" and not line.measured for line in lines)
-    counts = {state: sum(line.state == state for line in lines) for state in _STYLES}
+def _summary(results: list[CheckResult]) -> str:
+    unknown = sum(not result.measured and result.state == "ok" for result in results)
+    counts = {state: sum(result.state == state for result in results) for state in _STYLES}
     summary = f"{counts['ok'] - unknown} ok" + f", {unknown} not measured" * bool(unknown)
     summary += f", {pluralize(counts['warning'], 'warning')}, {pluralize(counts['failure'], 'failure')}"
-    ending = {"ok": "the job can start", "warning": "the job can start", "failure": "the job would fail"}
-    print(f"doctor: {summary}; {ending[verdict(lines)]} ({took_s:.1f} s)")
-
-
-def _mark(line: CheckResult, style: str) -> Text:
-    return Text(line.state if line.measured else "-", style)
-
-
-def _cell(line: CheckResult, several: bool) -> Text:
-    """Return the result, the cure, and the node if there are several."""
-    text = Text(line.found, "" if line.measured else "dim")
-    if line.cure:
-        text.append(f"\n-> {line.cure}", "bold")
-    if line.state != "ok" and several:
-        text.append(f"  [{line.host}]", "dim")
-    return text
+    return f"doctor: {summary}; the job {'would fail' if counts['failure'] else 'can start'}"

@@ -6,7 +6,8 @@ import platform
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from packaging.requirements import Requirement
@@ -21,7 +22,7 @@ from captionscale.tools.profiles import check_core_count, is_zero, oversubscript
 from captionscale.version import __version__
 
 _TIMEOUT_S = 20
-_SLOW_LINKS = ("SYS", "NODE")
+_SLOW_LINKS = {"SYS", "NODE"}
 """Names in nvidia-smi of links that cross the CPU interconnect."""
 
 CAPTIONS = {
@@ -34,7 +35,7 @@ REFERENCES = {
     2: ["a dog runs through the green grass", "the black dog is running in a field"],
     3: ["two women sit on a bench near the water", "a couple sits on a wooden bench near the sea"],
 }
-EXPECTED: Mapping[str, float] = {
+EXPECTED = {
     "BLEU-1": 0.961538462,
     "BLEU-2": 0.891243166,
     "BLEU-3": 0.822299744,
@@ -53,21 +54,20 @@ def versions(plan: Plan | None) -> Iterator[CheckResult]:
         extras |= {"deepspeed"} if is_zero(plan.profile) else set()
         extras |= {"track"} if plan.settings.train.trackers else set()
     try:
-        asked = [Requirement(line) for line in importlib.metadata.requires("captionscale") or []]
+        needs = [Requirement(line) for line in importlib.metadata.requires("captionscale") or []]
     except importlib.metadata.PackageNotFoundError:
         yield skipped("captionscale is not installed, so its requirements are unknown")
         return
     unfit = []
-    for need in asked:
+    for need in needs:
         # Environment markers name the extra of a package.
         if need.marker and not any(need.marker.evaluate({"extra": extra}) for extra in extras):
             continue
-        try:
+        found = "none"
+        with suppress(importlib.metadata.PackageNotFoundError):
             found = importlib.metadata.version(need.name)
-        except importlib.metadata.PackageNotFoundError:
-            found = ""
-        if not need.specifier.contains(found or "0", prereleases=True) or not found:
-            unfit.append(f"{need.name}{need.specifier} (found {found or 'none'})")
+        if found == "none" or not need.specifier.contains(found, prereleases=True):
+            unfit.append(f"{need.name}{need.specifier} (found {found})")
     if unfit:
         names = "', '".join(sorted(extras - {""}))
         yield failure(
@@ -77,7 +77,7 @@ def versions(plan: Plan | None) -> Iterator[CheckResult]:
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield ok(
         f"captionscale {__version__}, Python {platform.python_version()}, torch {torch.__version__} ({cuda});"
-        f" {len(asked)} requirements read"
+        f" {len(needs)} requirements read"
     )
 
 
@@ -85,51 +85,47 @@ def gpus(plan: Plan | None) -> Iterator[CheckResult]:
     """Check the GPUs, their interconnect, and whether there is one for each process."""
     names = gpu_names()
     found = len(names)
-    seen = _nvidia_smi("--query-gpu=index", "--format=csv,noheader")
     expected = plan.processes_per_node if plan is not None and not plan.cpu else 0
-    if seen and not found:
-        # GPUs may be hidden from a CPU run or on a login node.
-        result = failure if expected and plan is not None and plan.in_job else warning
-        yield result(
+    required = expected and plan is not None and plan.in_job
+    # GPUs may be hidden from a CPU run or on a login node.
+    if not found and (seen := _output("nvidia-smi", "--query-gpu=index", "--format=csv,noheader")):
+        yield (failure if required else warning)(
             f"nvidia-smi sees {pluralize(len(seen), 'GPU')}, but torch {torch.__version__} none",
             "compare the driver with torch's CUDA, check CUDA_VISIBLE_DEVICES, or ask SLURM for GPUs",
         )
-    if not found:
-        if expected and plan is not None and plan.in_job:
-            yield failure(
-                f"none, expected {expected}, one for each process",
-                "ask SLURM for --gpus, or take --profile cpu",
-            )
-        elif expected:
-            yield skipped("none on this machine; those of the job are checked when it starts")
-        else:
-            yield ok("none on this machine: it computes on the CPU")
-        return
     for number in range(found):
-        yield from _computes(number)
-    shown = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
-    memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(found))
-    if expected > found and (plan is None or plan.in_job):
+        yield from _check_compute(number)
+    if required and expected > found:
+        cure = f"pass --processes {found}" if found else "pass --profile cpu"
         yield failure(
-            f"{shown}, expected {expected}, one for each process",
-            f"take --processes {found}, or ask for more",
+            f"{_summary(names) or 'none'}, expected {expected}, one for each process",
+            f"{cure}, or request more GPUs (sbatch --gpus)",
         )
+    elif not found and expected:
+        yield skipped("none on this machine; those of the job are checked when it starts")
+    elif not found:
+        yield ok("none on this machine: it computes on the CPU")
     elif len(set(names)) > 1:
-        yield warning(f"{shown}: each step waits for the slowest", "take nodes with GPUs of one kind")
+        yield warning(f"{_summary(names)}: each step waits for the slowest", "use nodes with equal GPUs")
     else:
-        yield ok(f"{shown}, {memory / 1e9:.0f} GB each")
+        memory = torch.cuda.get_device_properties(0).total_memory
+        yield ok(f"{_summary(names)}, {memory / 1e9:.0f} GB each")
     if found > 1:
         yield _interconnect()
 
 
-def _computes(number: int) -> Iterator[CheckResult]:
+def _summary(names: list[str]) -> str:
+    return ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
+
+
+def _check_compute(number: int) -> Iterator[CheckResult]:
     """Refuse a GPU that does not compute: broken, in exclusive use, or unsupported by this torch."""
     try:
         works = torch.ones(3, device=f"cuda:{number}").sum().item() == 3
         fault = "" if works else "its sums are wrong"
-    # Of all errors of devices and their memory.
+    # The base class of errors of devices and their memory.
     except RuntimeError as error:
-        fault = " ".join(str(error).splitlines()[:1])[:200]
+        fault = str(error).partition("\n")[0][:200]
     if fault:
         yield failure(
             f"GPU {number} does not compute: {fault}",
@@ -140,7 +136,7 @@ def _computes(number: int) -> Iterator[CheckResult]:
 
 def _interconnect() -> CheckResult:
     # A row for each GPU: its name, its link to each GPU (X: itself) and network card, and its cores.
-    lines = (line.split() for line in _nvidia_smi("topo", "-m"))
+    lines = (line.split() for line in _output("nvidia-smi", "topo", "-m"))
     rows = [line for line in lines if "X" in line and line[0].startswith("GPU")]
     links = Counter(link for row in rows for link in row[1 : 1 + len(rows)] if link != "X")
     if not links:
@@ -148,18 +144,18 @@ def _interconnect() -> CheckResult:
     pairs = ", ".join(f"{link} ({count // 2} pairs)" for link, count in links.most_common())
     # Of the whole machine: nvidia-smi ignores CUDA_VISIBLE_DEVICES.
     shown = f"interconnect of {len(rows)} GPUs: {pairs}"
-    if any(link in _SLOW_LINKS for link in links):
-        return warning(
-            f"{shown}: some are connected only through the CPUs",
-            "expect slower gradient all-reduce; train.compress_gradients halves its size",
-        )
-    return ok(shown)
+    if not links.keys() & _SLOW_LINKS:
+        return ok(shown)
+    return warning(
+        f"{shown}: some are connected only through the CPUs",
+        "expect slower gradient all-reduce; train.compress_gradients halves its size",
+    )
 
 
-def _nvidia_smi(*options: str) -> list[str]:
-    if shutil.which("nvidia-smi") is None:
+def _output(*command: str) -> list[str]:
+    """Return the lines that a command prints; none if it is missing or fails."""
+    if shutil.which(command[0]) is None:
         return []
-    command = ["nvidia-smi", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
     return done.stdout.splitlines() if done.returncode == 0 else []
 
@@ -181,16 +177,16 @@ def java(_: Plan | None) -> Iterator[CheckResult]:
 def workers(plan: Plan) -> Iterator[CheckResult]:
     """Compare the decoding threads with the cores."""
     threads = plan.processes_per_node * plan.settings.data.workers
-    asked = f"{pluralize(plan.processes_per_node, 'process')} x data.workers = {plan.settings.data.workers}"
+    planned = f"{pluralize(plan.processes_per_node, 'process')} x data.workers = {plan.settings.data.workers}"
     if not plan.in_job:
-        yield skipped(f"{asked} need {threads} cores of each node, and this machine is not one of them")
+        yield skipped(f"{planned} need {threads} cores of each node, and this machine is not one of them")
         return
     check_core_count(plan.settings, plan.processes_per_node)
     if note := oversubscription_note(plan.settings, plan.processes_per_node):
         found, _, cure = note.partition("; ")
         yield warning(found, cure)
     else:
-        yield ok(f"{asked} on {cpu_count()} cores of {os.uname().nodename}")
+        yield ok(f"{planned} on {cpu_count()} cores of {os.uname().nodename}")
 
 
 def evaluator(_: Plan | None) -> Iterator[CheckResult]:

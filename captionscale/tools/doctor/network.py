@@ -1,14 +1,14 @@
 """Checks of the network between the nodes of a job: an all-reduce of each pair of nodes.
 
-A collective of all nodes would just hang if one is dead. Each pair forms a process group of its own with a
-deadline, so a dead or slow link is named by its two ends.
+A collective of all nodes would hang if one is dead. Each pair has its own process group with a timeout, so a
+dead or slow link is named by its two ends.
 """
 
 import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from statistics import median
 from typing import Any
@@ -40,19 +40,18 @@ class Rendezvous:
         """Whether this node prints for all."""
         return self.node == 0
 
-    def gather(self, lines: list[dict[str, object]], timeout_s: float) -> list[dict[str, object]]:
+    def gather(self, results: list[CheckResult], timeout_s: float) -> list[CheckResult]:
         """Send results to the first node, which returns those that arrived in time."""
         if not self.is_main:
-            self.store.set(f"lines/{self.node}", json.dumps(lines))
+            self.store.set(f"results/{self.node}", json.dumps([asdict(result) for result in results]))
             return []
         others, deadline = [], time.monotonic() + timeout_s
         for node, host in self.hosts.items():
-            key = f"lines/{node}"
-            if node and _wait(self.store, key, deadline):
-                others += json.loads(self.store.get(key))
+            if node and _wait(self.store, f"results/{node}", deadline):
+                others += [CheckResult(**fields) for fields in json.loads(self.store.get(f"results/{node}"))]
             elif node:
                 late = warning(f"{host} has not answered within {timeout_s:g} s", "check that node")
-                others.append({**vars(late), "check": "nodes", "host": host, "measured": False})
+                others.append(replace(late, check="nodes", host=host, measured=False))
         return others
 
     def share_verdict(self, failed: bool, timeout_s: float) -> bool:
@@ -61,14 +60,13 @@ class Rendezvous:
             self.store.set("verdict", str(int(failed)))
             deadline = time.monotonic() + _PAIR_S
             # The store ends with this process.
-            for node in self.hosts:
-                if node:
-                    _wait(self.store, f"heard/{node}", deadline)
+            for node in self.hosts.keys() - {0}:
+                _wait(self.store, f"received/{node}", deadline)
             return failed
         if not _wait(self.store, "verdict", time.monotonic() + timeout_s):
             return failed
         failed = self.store.get("verdict") == b"1"
-        self.store.set(f"heard/{self.node}", "1")
+        self.store.set(f"received/{self.node}", "1")
         return failed
 
 
@@ -80,50 +78,50 @@ def rendezvous(node: int, count: int, address: str, port: int) -> Rendezvous:
     """
     timeout = timedelta(seconds=_MEET_S)
     store = TCPStore(address, port, None, node == 0, timeout=timeout, wait_for_workers=False)
-    store.set(f"here/{node}", os.uname().nodename)
+    store.set(f"host/{node}", os.uname().nodename)
     if node == 0:
         deadline = time.monotonic() + _MEET_S
-        came = [each for each in range(count) if _wait(store, f"here/{each}", deadline)]
-        store.set("came", json.dumps(came))
-    elif not _wait(store, "came", time.monotonic() + 2 * _MEET_S):
+        connected = [each for each in range(count) if _wait(store, f"host/{each}", deadline)]
+        store.set("connected", json.dumps(connected))
+    elif not _wait(store, "connected", time.monotonic() + 2 * _MEET_S):
         raise RuntimeError(f"the first node, {address}, does not answer")
-    arrived = json.loads(store.get("came"))
-    if node not in arrived:
+    hosts = {each: store.get(f"host/{each}").decode() for each in json.loads(store.get("connected"))}
+    if node not in hosts:
         raise RuntimeError(f"this node connected more than {_MEET_S:g} s after the first one")
-    names = {each: store.get(f"here/{each}").decode() for each in arrived}
     # In tests all nodes are one machine.
-    same = len(set(names.values())) < len(names)
-    return Rendezvous(
-        store, node, count, {each: f"{name}#{each}" if same else name for each, name in names.items()}
-    )
+    if len(set(hosts.values())) < len(hosts):
+        hosts = {each: f"{host}#{each}" for each, host in hosts.items()}
+    return Rendezvous(store, node, count, hosts)
 
 
 def check_links(nodes: Rendezvous) -> Iterator[CheckResult]:
     """Run an all-reduce between every two nodes; all call it, and the first yields dead and slow links."""
-    mine: dict[str, float | str] = {}
+    own: dict[str, float | str] = {}
     deadline = time.monotonic() + _ALL_S
     for left, right in _rounds(sorted(nodes.hosts), nodes.node):
         if time.monotonic() > deadline:
             break
-        mine[f"{left}-{right}"] = _all_reduce_speed(nodes, left, right)
-    nodes.store.set(f"pairs/{nodes.node}", json.dumps(mine))
-    if nodes.is_main:
-        found: dict[str, float | str] = {}
-        for node in nodes.hosts:
-            if _wait(nodes.store, f"pairs/{node}", deadline + 2 * _PAIR_S):
-                for pair, value in json.loads(nodes.store.get(f"pairs/{node}")).items():
-                    # One end suffices to call a link dead.
-                    found[pair] = value if pair not in found or isinstance(value, str) else found[pair]
-        yield from report_links(nodes.hosts, nodes.count, found)
+        own[f"{left}-{right}"] = _all_reduce_speed(nodes, left, right)
+    nodes.store.set(f"pairs/{nodes.node}", json.dumps(own))
+    if not nodes.is_main:
+        return
+    speeds: dict[str, float | str] = {}
+    for node in nodes.hosts:
+        if _wait(nodes.store, f"pairs/{node}", deadline + 2 * _PAIR_S):
+            for pair, value in json.loads(nodes.store.get(f"pairs/{node}")).items():
+                # An error at one end suffices.
+                if isinstance(value, str) or pair not in speeds:
+                    speeds[pair] = value
+    yield from report_links(nodes.hosts, nodes.count, speeds)
 
 
-def report_links(hosts: dict[int, str], count: int, found: dict[str, float | str]) -> Iterator[CheckResult]:
+def report_links(hosts: dict[int, str], count: int, speeds: dict[str, float | str]) -> Iterator[CheckResult]:
     """Yield the results of all pairs of nodes.
 
     Args:
         hosts: Connected nodes by index.
         count: Expected number of nodes.
-        found: Bytes per second of each pair such as `0-1`, or an error.
+        speeds: Bytes per second of each pair such as `0-1`, or an error.
     """
     cure = (
         "check the network between them (interfaces: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME), or exclude one"
@@ -133,27 +131,22 @@ def report_links(hosts: dict[int, str], count: int, found: dict[str, float | str
         yield failure(
             f"node {node} of {count} did not connect within {_MEET_S:g} s", "check that node, or --exclude it"
         )
-
-    def name(pair: str) -> str:
-        left, right = map(int, pair.split("-"))
-        return f"{hosts[left]} and {hosts[right]}"
-
-    speeds = {pair: value for pair, value in found.items() if not isinstance(value, str)}
-    usual = median(speeds.values()) if speeds else 0.0
-    for pair, value in sorted(found.items()):
-        if isinstance(value, str):
-            yield failure(f"no all-reduce between {name(pair)} ({value})", cure)
-        elif value < usual / _SLOW:
+    measured = [speed for speed in speeds.values() if not isinstance(speed, str)]
+    usual = median(measured) if measured else 0.0
+    for pair, speed in sorted(speeds.items()):
+        ends = " and ".join(hosts[int(node)] for node in pair.split("-"))
+        if isinstance(speed, str):
+            yield failure(f"no all-reduce between {ends} ({speed})", cure)
+        elif speed < usual / _SLOW:
             yield warning(
-                f"all-reduce between {name(pair)}: {value / 1e6:,.0f} MB/s, the median is {usual / 1e6:,.0f}",
-                cure,
+                f"all-reduce between {ends}: {speed / 1e6:,.0f} MB/s, the median is {usual / 1e6:,.0f}", cure
             )
     pairs = len(hosts) * (len(hosts) - 1) // 2
-    if speeds:
-        partial = "" if len(found) == pairs else f" of {pairs}, for lack of time,"
+    if measured:
+        partial = "" if len(speeds) == pairs else f" of {pairs}, for lack of time,"
         yield ok(
-            f"all-reduce between {len(speeds)} pairs{partial} of {len(hosts)} nodes, over gloo (TCP): median"
-            f" {usual / 1e6:,.0f} MB/s, slowest {min(speeds.values()) / 1e6:,.0f}"
+            f"all-reduce between {len(measured)} pairs{partial} of {len(hosts)} nodes, over gloo (TCP):"
+            f" median {usual / 1e6:,.0f} MB/s, slowest {min(measured) / 1e6:,.0f}"
         )
 
 
@@ -187,8 +180,6 @@ def _all_reduce_speed(nodes: Rendezvous, left: int, right: int) -> float | str:
 
 def _wait(store: TCPStore, key: str, deadline: float) -> bool:
     """Return whether a key is set before the deadline."""
-    while not store.check([key]):
-        if time.monotonic() > deadline:
-            return False
+    while not (found := bool(store.check([key]))) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return True
+    return found

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from captionscale import vocab
 from captionscale.config import Config
@@ -16,7 +15,7 @@ from captionscale.data.sampler import BatchSampler
 from captionscale.data.shards import Split
 from captionscale.data.storage import Storage, open_storage
 from captionscale.errors import UserError
-from captionscale.model.captioner import Captioner
+from captionscale.train.log_reader import read_metric
 from captionscale.train.run_folder import VOCAB_FILE, checkpoint_folder, checkpoint_steps
 from captionscale.train.setup import make_sampler, total_steps
 from captionscale.vocab import Vocabulary
@@ -36,8 +35,8 @@ class Plan:
     """As `profiles.read_profile` returns it."""
     nodes: int
     processes_per_node: int
-    time_limit_s: float | None
-    """Of the job; None: unknown or unlimited."""
+    time_limit_s: float
+    """Of the job; infinity: unknown or unlimited."""
     in_job: bool
     """Whether the run will use this machine."""
     quick: bool
@@ -73,24 +72,25 @@ class Plan:
         """Steps of the whole run."""
         return total_steps(self.settings, self.sampler)
 
+    @property
+    def saved_step(self) -> int:
+        """Step of the run's newest checkpoint; 0: none."""
+        return max(checkpoint_steps(self.run), default=0) if self.run else 0
+
+    def metric(self, key: str) -> list[float]:
+        """Return a metric's values in the run's log."""
+        return list(read_metric(self.run, key).values()) if self.run else []
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """That of the newest checkpoint, or one of about the same size, built from some images."""
-        saved = checkpoint_steps(self.run) if self.run else []
-        if self.run and saved:
-            return vocab.load(checkpoint_folder(self.run, saved[-1]) / VOCAB_FILE)
+        if self.run and self.saved_step:
+            return vocab.load(checkpoint_folder(self.run, self.saved_step) / VOCAB_FILE)
         data = self.settings.data
-        items = np.arange(len(self.split))
-        if len(items) > _SAMPLED:
-            items = np.random.default_rng(0).choice(items, _SAMPLED, replace=False)
+        count = min(len(self.split), _SAMPLED)
+        items = np.random.default_rng(0).choice(len(self.split), count, replace=False)
         captions = (caption for item in items.tolist() for caption in self.split.captions(item))
         return vocab.build(captions, data.min_count, data.max_vocab_size)
-
-    @cached_property
-    def meta_captioner(self) -> Captioner:
-        """The captioner on the meta device."""
-        with torch.device("meta"):
-            return Captioner(self.settings.model, len(self.vocabulary))
 
 
 def parse_slurm_time(text: str) -> float:
@@ -108,9 +108,7 @@ def parse_slurm_time(text: str) -> float:
         raise UserError(
             f"--time {text}: not a time, expected one as SLURM writes it; pass one such as 4:00:00 or 2-00"
         )
-    days, first, second, third = (int(part) if part else 0 for part in found.groups())
-    if found[1] is not None:
+    days, first, second, third = (int(part or 0) for part in found.groups())
+    if found[1] or found[4]:
         return float(((days * 24 + first) * 60 + second) * 60 + third)
-    if found[4] is not None:
-        return float((first * 60 + second) * 60 + third)
     return float(first * 60 + second)

@@ -1,16 +1,14 @@
 """Results of checks, none of which can fail, hang or hide the others."""
 
 import os
-import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from captionscale.errors import UserError
-from captionscale.version import __version__
 
 State = Literal["ok", "warning", "failure"]
 _STATES: tuple[State, ...] = ("ok", "warning", "failure")
@@ -40,11 +38,15 @@ class CheckResult:
 
 @dataclass(frozen=True)
 class Check:
-    """A check, and its deadline."""
+    """A check, and when it is run."""
 
     name: str
-    run: Callable[[], Iterable[CheckResult]]
-    deadline_s: float | int
+    run: Callable[[Any], Iterable[CheckResult]]
+    """Takes the plan."""
+    deadline_s: int
+    needs_plan: bool = True
+    slow: bool = False
+    """Left out by `--quick`."""
 
 
 def ok(found: str) -> CheckResult:
@@ -73,58 +75,38 @@ def failure_of(error: UserError) -> CheckResult:
     return failure(found, cure) if separator else failure(cure, "see above")
 
 
-def run_checks(checks: Iterable[Check], host: str) -> Iterator[CheckResult]:
-    """Yield the results of checks, each run in a thread that is abandoned at its deadline.
+def run_check(check: Check, plan: object, host: str) -> list[CheckResult]:
+    """Return the results of a check, run in a thread that is abandoned at its deadline."""
+    results: list[CheckResult] = []
+    began = time.monotonic()
 
-    Args:
-        checks: Run one after the other.
-        host: Name of this machine.
-    """
-    cure = "check whether this machine is overloaded, or its file system or a device hangs"
-    late = replace(warning("", cure), measured=False)
-    for check in checks:
-        began, over = time.monotonic(), False
-        results: queue.Queue[CheckResult | None] = queue.Queue()
-        threading.Thread(target=_ask, args=(check, results), name=_THREAD + check.name, daemon=True).start()
-        while True:
-            left = check.deadline_s - (time.monotonic() - began)
-            try:
-                line = results.get(timeout=max(0.0, left))
-            except queue.Empty:
-                line, over = replace(late, found=f"no answer within {check.deadline_s:g} s"), True
-            if line is None:
-                break
-            yield replace(line, check=check.name, host=host, seconds=round(time.monotonic() - began, 3))
-            if over:
-                break
+    def add(result: CheckResult) -> None:
+        seconds = round(time.monotonic() - began, 3)
+        results.append(replace(result, check=check.name, host=host, seconds=seconds))
 
+    def run() -> None:
+        try:
+            for result in check.run(plan):
+                add(result)
+        except UserError as error:
+            add(failure_of(error))
+        # The other checks run whatever it is.
+        except Exception as error:
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            add(replace(warning(f"could not be checked ({text})", "check it by hand"), measured=False))
 
-def _ask(check: Check, results: "queue.Queue[CheckResult | None]") -> None:
-    try:
-        for line in check.run():
-            results.put(line)
-    except UserError as error:
-        results.put(failure_of(error))
-    # Whatever it is, the other checks run.
-    except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        results.put(replace(warning(f"could not be checked ({text})", "check it by hand"), measured=False))
-    results.put(None)
+    thread = threading.Thread(target=run, name=_THREAD + check.name, daemon=True)
+    thread.start()
+    thread.join(check.deadline_s)
+    if thread.is_alive():
+        cure = "check whether this machine is overloaded, or its file system or a device hangs"
+        add(replace(warning(f"no answer within {check.deadline_s:g} s", cure), measured=False))
+    return results.copy()
 
 
-def verdict(lines: Iterable[CheckResult]) -> State:
+def verdict(results: Iterable[CheckResult]) -> State:
     """Return the worst state."""
-    return max((line.state for line in lines), key=_STATES.index, default="ok")
-
-
-def document(lines: list[CheckResult]) -> dict[str, Any]:
-    """Return the JSON document that `docs/running.md` describes."""
-    return {
-        "format": FORMAT,
-        "captionscale": __version__,
-        "verdict": verdict(lines),
-        "results": [asdict(line) for line in lines],
-    }
+    return max((result.state for result in results), key=_STATES.index, default="ok")
 
 
 def exit_process(code: int) -> None:

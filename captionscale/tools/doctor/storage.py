@@ -14,6 +14,7 @@ from captionscale.data.shards import Split
 from captionscale.data.storage import RemoteStorage, read_manifest
 from captionscale.data.verification import check_sample
 from captionscale.errors import UserError
+from captionscale.model.captioner import Captioner
 from captionscale.progress import format_duration
 from captionscale.tools.doctor.plan import Plan
 from captionscale.tools.doctor.report import CheckResult, failure, failure_of, ok, skipped, warning
@@ -21,8 +22,7 @@ from captionscale.tools.profiles import check_process_count, pluralize
 from captionscale.train.checkpoint import find_latest, open_checkpoint
 from captionscale.train.disk_space import check_disk_space, checkpoint_bytes
 from captionscale.train.fingerprint import make_fingerprint, resume_conflicts
-from captionscale.train.log_reader import read_metric
-from captionscale.train.run_folder import LOG_FILE, checkpoint_steps
+from captionscale.train.run_folder import LOG_FILE
 
 _SAMPLES, _QUICK_SAMPLES = 200, 20
 _PROBE_BYTES, _QUICK_PROBE_BYTES = 256 << 20, 32 << 20
@@ -38,39 +38,33 @@ def shards(plan: Plan) -> Iterator[CheckResult]:
             " training images",
             f"set data.val_split to another of {', '.join(sorted(splits))}",
         )
-    opened: list[Split] = []
+    counts = []
     for name in dict.fromkeys((data.train_split, data.val_split)):
         try:
             split = Split(plan.storage, name)
             split.require_captions("to train; pack the data set with its captions")
         except UserError as error:
             yield failure_of(error)
-        else:
-            opened.append(split)
+            continue
+        counts.append(f"{name} {split.info.images:,} images with {split.info.captions:,} captions")
+        if not isinstance(plan.storage, RemoteStorage):
+            yield _check_samples(split, _QUICK_SAMPLES if plan.quick else _SAMPLES)
     if isinstance(plan.storage, RemoteStorage):
         yield skipped(f"samples of {plan.storage}: each shard's hash is checked when it is downloaded")
-    else:
-        for split in opened:
-            yield from _sampled(split, plan.quick)
-    if opened:
-        counts = ", ".join(
-            f"{split.name} {split.info.images:,} images with {split.info.captions:,} captions"
-            for split in opened
-        )
-        yield ok(f"{plan.storage}: {counts}")
+    if counts:
+        yield ok(f"{plan.storage}: {', '.join(counts)}")
 
 
-def _sampled(split: Split, quick: bool) -> Iterator[CheckResult]:
-    count = min(len(split), _QUICK_SAMPLES if quick else _SAMPLES)
+def _check_samples(split: Split, count: int) -> CheckResult:
+    count = min(len(split), count)
     # Not seeded: each call checks other samples.
     items = np.random.default_rng().choice(len(split), count, replace=False)
-    found = [problem for item in items.tolist() for problem in check_sample(split, item, deep=False)]
-    if found:
-        more = f" (and {len(found) - 1} more of {count} samples)" if len(found) > 1 else ""
-        line = failure_of(UserError(found[0]))
-        yield failure(line.found + more, f"{line.cure}; captionscale verify {split.storage} names them all")
-    else:
-        yield ok(f"{split.name}: checksums of {count:,} of {len(split):,} samples hold")
+    problems = [problem for item in items.tolist() for problem in check_sample(split, item, deep=False)]
+    if not problems:
+        return ok(f"{split.name}: checksums of {count:,} of {len(split):,} samples hold")
+    more = f" (and {len(problems) - 1} more of {count} samples)" if len(problems) > 1 else ""
+    first = failure_of(UserError(problems[0]))
+    return failure(first.found + more, f"{first.cure}; captionscale verify {split.storage} names them all")
 
 
 def batches(plan: Plan) -> Iterator[CheckResult]:
@@ -94,12 +88,12 @@ def batches(plan: Plan) -> Iterator[CheckResult]:
 
 def weights(plan: Plan) -> Iterator[CheckResult]:
     """Check the weights that the run starts from."""
-    encoder, start = plan.settings.model.encoder, plan.settings.train.init_from
-    if plan.run and checkpoint_steps(plan.run):
-        yield ok(f"{plan.run}: resumes from step {checkpoint_steps(plan.run)[-1]:,}")
-    elif start is not None:
-        saved = open_checkpoint(start)
-        yield ok(f"train.init_from = {start}: step {saved.train_state.step:,} is whole")
+    encoder, init_from = plan.settings.model.encoder, plan.settings.train.init_from
+    if plan.saved_step:
+        yield ok(f"{plan.run}: resumes from step {plan.saved_step:,}")
+    elif init_from is not None:
+        step = open_checkpoint(init_from).train_state.step
+        yield ok(f"train.init_from = {init_from}: step {step:,} is whole")
     elif encoder.weights == "imagenet":
         name = Path(torchvision.models.get_model_weights(encoder.name).IMAGENET1K_V1.url).name
         path = Path(torch.hub.get_dir(), "checkpoints", name)
@@ -124,21 +118,19 @@ def weights(plan: Plan) -> Iterator[CheckResult]:
 
 def run(plan: Plan) -> Iterator[CheckResult]:
     """Check whether a run in the folder can be resumed with this config."""
-    assert plan.run is not None
-    if not plan.run.exists():
-        yield ok(f"{plan.run}: does not exist yet")
+    if plan.run is None:
         return
-    skipped_checkpoints: list[str] = []
-    saved = find_latest(plan.run, skipped_checkpoints.append)
-    for text in skipped_checkpoints:
+    damaged: list[str] = []
+    saved = find_latest(plan.run, damaged.append)
+    for text in damaged:
         yield warning(
             text.removeprefix("warning: "), "remove it, or leave it: the run resumes from an older one"
         )
     if saved is None:
-        yield ok(f"{plan.run}: no checkpoint yet")
+        yield ok(f"{plan.run}: {'no checkpoint' if plan.run.exists() else 'does not exist'} yet")
         return
-    conflicts = resume_conflicts(saved.fingerprint, make_fingerprint(plan.settings, shards=plan.split.sha256))
-    if conflicts:
+    fingerprint = make_fingerprint(plan.settings, shards=plan.split.sha256)
+    if conflicts := resume_conflicts(saved.fingerprint, fingerprint):
         yield failure(
             f"{saved.folder}: is of another experiment: {'; '.join(conflicts)}",
             "restore these settings, or choose another --out",
@@ -149,10 +141,10 @@ def run(plan: Plan) -> Iterator[CheckResult]:
 
 def disk(plan: Plan) -> Iterator[CheckResult]:
     """Check write speed, free space for checkpoints, and their time against `train.grace_s`."""
-    folder = _nearest(plan.run or Path())
-    probe = _QUICK_PROBE_BYTES if plan.quick else _PROBE_BYTES
+    path = (plan.run or Path()).absolute()
+    folder = next(each for each in (path, *path.parents) if os.path.lexists(each))
     try:
-        speed = _write(folder, probe)
+        speed = _write_speed(folder, _QUICK_PROBE_BYTES if plan.quick else _PROBE_BYTES)
     except OSError as error:
         yield failure(
             f"{folder}: cannot be written ({error.strerror})",
@@ -160,31 +152,27 @@ def disk(plan: Plan) -> Iterator[CheckResult]:
         )
         return
     yield ok(f"{folder}: writes {speed / 1e6:,.0f} MB/s")
-    size = checkpoint_bytes(plan.meta_captioner, bool(plan.settings.train.ema_decay))
-    keep = plan.settings.train.keep_checkpoints
-    check_disk_space(plan.run or folder, size, keep, folder)
+    train = plan.settings.train
+    with torch.device("meta"):
+        captioner = Captioner(plan.settings.model, len(plan.vocabulary))
+    size, keep = checkpoint_bytes(captioner, bool(train.ema_decay)), train.keep_checkpoints
+    check_disk_space(plan.run or folder, size, keep)
     yield ok(f"{folder}: has space for {keep + 3} checkpoints of {size / 1e6:,.0f} MB")
     # Measured saves include hashing.
-    took = max(read_metric(plan.run, "save_s").values(), default=0.0) if plan.run else 0.0
-    needed, grace = max(took, size / speed), plan.settings.train.grace_s
-    source = f"by {plan.run}/{LOG_FILE}" if took > size / speed else "at this disk's speed"
-    summary = f"a checkpoint takes {format_duration(needed)} ({source}), train.grace_s is {grace:g}"
+    logged = max(plan.metric("save_s"), default=0.0)
+    needed = max(logged, size / speed)
+    source = f"by {plan.run}/{LOG_FILE}" if logged > size / speed else "at this disk's speed"
+    summary = f"a checkpoint takes {format_duration(needed)} ({source}), train.grace_s is {train.grace_s:g}"
     cure = f"set train.grace_s to {max(30, round(4 * needed))} or more, and SLURM's --signal accordingly"
-    if needed > grace:
+    if needed > train.grace_s:
         yield failure(summary + ": a job at its time limit would lose its work", cure)
-    elif needed > grace / 2:
+    elif needed > train.grace_s / 2:
         yield warning(summary + ": a slow step or disk would lose the last steps", cure)
     else:
         yield ok(summary)
 
 
-def _nearest(path: Path) -> Path:
-    """Return a folder, or its nearest existing parent."""
-    path = path.absolute()
-    return next(each for each in (path, *path.parents) if os.path.lexists(each))
-
-
-def _write(folder: Path, size: int) -> float:
+def _write_speed(folder: Path, size: int) -> float:
     """Write up to `size` bytes with fsync, and return bytes per second."""
     block = os.urandom(1 << 20)
     written, began = 0, time.monotonic()

@@ -4,9 +4,10 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,13 +22,14 @@ from captionscale.data.storage import open_storage
 from captionscale.data.transforms import center_crop
 from captionscale.errors import UserError
 from captionscale.files import not_writable
+from captionscale.model.encoders.encoder import interpolation_of
 from captionscale.progress import spinner
 from captionscale.tools.export import example
 from captionscale.tools.export.card import model_card
-from captionscale.tools.export.check import Check, check
+from captionscale.tools.export.check import check
 from captionscale.tools.export.parts import ExportedCaptioner, Part, Run, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
-from captionscale.train.checkpoint import Checkpoint, open_checkpoint
+from captionscale.train.checkpoint import open_checkpoint
 from captionscale.train.checkpoint_writer import write_metadata
 from captionscale.train.run_folder import MODEL_FILE, VOCAB_FILE
 from captionscale.version import __version__
@@ -70,11 +72,9 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
     config = saved.config()
     with _new(out) as folder:
         if to == "hub":
-            weights = saved.captioner().state_dict()
+            weights = {name: it.contiguous() for name, it in saved.captioner().state_dict().items()}
             # save_file raises an undocumented error on a full disk.
-            (folder / MODEL_FILE).write_bytes(
-                save({name: each.contiguous() for name, each in weights.items()})
-            )
+            (folder / MODEL_FILE).write_bytes(save(weights))
             write_metadata(folder, saved.train_state, {}, _without_paths(config), saved.vocabulary())
             checked = None
         else:
@@ -85,17 +85,30 @@ def export(run: Path, to: Kind, out: Path, *, batch: int | None, shards: str | N
             for part in made:
                 with spinner(f"exporting {part.name}"):
                     programs[part.name] = _WRITERS[to](part, folder, batch)
-            checked = check(
-                captioner, ExportedCaptioner(made, programs, batch), images, config.data.max_words
-            )
+            exported = ExportedCaptioner(made, programs, batch)
+            checked = check(captioner, exported, images, config.data.max_words)
             saved.vocabulary().save(folder / VOCAB_FILE)
         if to == "onnx":
             shutil.copy(example.__file__, folder / "example.py")
         # The hub expects this name.
         name = "config.json" if to == "hub" else "export.json"
-        (folder / name).write_text(json.dumps(_settings(saved, batch, checked), indent=1), encoding="utf-8")
-        text = model_card(run, saved, to, checked, shards)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        settings = {
+            "format": FORMAT,
+            "library_name": "captionscale",
+            "library_version": __version__,
+            "model_type": f"{config.model.encoder.name}-{config.model.decoder.name}",
+            "image_size": config.data.image_size,
+            "interpolation": interpolation_of(config.model),
+            "max_words": config.data.max_words,
+            "beam": config.search.beam,
+            "length_penalty": config.search.length_penalty,
+            "batch_size": batch,
+            "weights_sha256": saved.sha256,
+            "checked": checked and asdict(checked),
+        }
+        (folder / name).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        card = model_card(run, saved, to, checked, shards)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     if checked is None:
         return f"{out}: complete; load it with captionscale.load({str(out)!r}), and review its README.md"
     return (
@@ -124,7 +137,7 @@ def _new(out: Path) -> Iterator[Path]:
 
 def _images(config: Config, shards: str | None) -> UInt8[Tensor, "image 3 height width"]:
     """Return the first images of the validation split as the encoder sees them."""
-    data = config.data
+    data, interpolation = config.data, interpolation_of(config.model)
     try:
         split = Split(open_storage(shards or data.shards, data.cache, data.cache_gb), data.val_split)
     except UserError as error:
@@ -132,39 +145,19 @@ def _images(config: Config, shards: str | None) -> UInt8[Tensor, "image 3 height
             f"export: found no images to check on ({error}), expected the run's shards; pass --shards DIR"
         ) from None
     views = [
-        center_crop(decode_image(split.image(item), f"image {item}"), data.image_size)
+        center_crop(decode_image(split.image(item), f"image {item}"), data.image_size, interpolation)
         for item in range(min(len(split), _IMAGES))
     ]
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).contiguous()
 
 
-def _settings(saved: Checkpoint, batch: int | None, checked: Check | None) -> dict[str, Any]:
-    config = saved.config()
-    return {
-        "format": FORMAT,
-        "library_name": "captionscale",
-        "library_version": __version__,
-        "model_type": f"{config.model.encoder.name}-{config.model.decoder.name}",
-        "image_size": config.data.image_size,
-        "max_words": config.data.max_words,
-        "beam": config.search.beam,
-        "length_penalty": config.search.length_penalty,
-        "batch_size": batch,
-        "weights_sha256": saved.sha256,
-        "checked": checked and checked.to_dict(),
-    }
-
-
 def _without_paths(config: Config) -> Config:
     """Return the config without the folders of this machine."""
     encoder, train = config.model.encoder, config.train
-    start = train.init_from and Path(train.init_from.name)
-    return config.model_copy(
-        update={
-            "data": config.data.model_copy(update={"shards": Path(config.data.shards).name, "cache": None}),
-            "model": config.model.model_copy(
-                update={"encoder": encoder.model_copy(update={"weights": Path(encoder.weights).name})}
-            ),
-            "train": train.model_copy(update={"init_from": start}),
-        }
-    )
+    encoder = encoder.model_copy(update={"weights": Path(encoder.weights).name})
+    sections = {
+        "data": config.data.model_copy(update={"shards": Path(config.data.shards).name, "cache": None}),
+        "model": config.model.model_copy(update={"encoder": encoder}),
+        "train": train.model_copy(update={"init_from": train.init_from and Path(train.init_from.name)}),
+    }
+    return config.model_copy(update=sections)

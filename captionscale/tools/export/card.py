@@ -20,15 +20,7 @@ _DECODERS = {
 
 
 def model_card(run: Path, saved: Checkpoint, to: str, checked: Check | None, shards: str | None) -> str:
-    """Return the card, in Markdown.
-
-    Args:
-        run: The run's folder, with the receipts.
-        saved: The exported checkpoint.
-        to: As of `export`.
-        checked: Comparison with the model, if any.
-        shards: As of `export`.
-    """
+    """Return the card of a run's exported checkpoint, in Markdown; `to` and `shards` as of `export`."""
     config = saved.config()
     data = config.data
     try:

@@ -1,15 +1,17 @@
 """Check exported programs against the model."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
+from captionscale.model.decoders.decoder import StepDecoder
 from captionscale.model.search.generate import search
 from captionscale.progress import progress
 from captionscale.tools.export.parts import ExportedCaptioner
@@ -28,10 +30,6 @@ class Check:
     """Greatest difference of any logit, over all tokens of all captions."""
     tolerance: float = TOLERANCE
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return asdict(self)
-
 
 @torch.no_grad()
 def check(
@@ -40,13 +38,7 @@ def check(
     images: UInt8[Tensor, "image 3 height width"],
     max_words: int,
 ) -> Check:
-    """Compare exported programs with their model.
-
-    Args:
-        captioner: In evaluation mode.
-        exported: The programs.
-        images: To caption by greedy search.
-        max_words: Of a caption.
+    """Compare exported programs with their model, in evaluation mode, by greedy search.
 
     Raises:
         UserError: A logit differs by more than `TOLERANCE`, or a caption differs.
@@ -55,12 +47,12 @@ def check(
     with progress("comparing with the model", len(images), transient=True) as bar:
         for first in range(0, len(images), _BATCH):
             batch = images[first : first + _BATCH]
-            features, theirs = captioner.encode(batch), exported.encode(batch)
+            pairs = (captioner.decoder, captioner.encode(batch)), (exported, exported.encode(batch))
             captions, others = (
-                [found[0].tokens for found in search(*each, beam=1, max_words=max_words, length_penalty=0.0)]
-                for each in ((captioner.decoder, features), (exported, theirs))
+                [found[0].tokens for found in search(*pair, beam=1, max_words=max_words, length_penalty=0.0)]
+                for pair in pairs
             )
-            greatest = max(greatest, _difference(captioner, exported, features, theirs, captions))
+            greatest = max(greatest, _difference(*pairs, captions))
             if greatest > TOLERANCE or captions != others:
                 found = f"logits differ by {greatest:.2g}" + " and so do captions" * (captions != others)
                 raise UserError(
@@ -73,23 +65,22 @@ def check(
 
 
 def _difference(
-    captioner: Captioner,
-    exported: ExportedCaptioner,
-    features: Tensor,
-    theirs: Tensor,
+    model: tuple[StepDecoder, Tensor],
+    exported: tuple[StepDecoder, Tensor],
     captions: Sequence[Sequence[int]],
 ) -> float:
-    """Return the greatest difference of any logit when both read the same captions."""
-    ours: Any = captioner.decoder.start(features)
-    state = exported.start(theirs)
-    tokens = torch.full((len(captions),), START)
+    """Return the greatest difference of any logit when both decoders read the same captions."""
+    (decoder, features), (program, exported_features) = model, exported
+    state: Any = decoder.start(features)
+    exported_state: Any = program.start(exported_features)
+    rows = [torch.tensor([START, *caption]) for caption in captions]
+    inputs = pad_sequence(rows, batch_first=True, padding_value=START)
     greatest = 0.0
-    for time in range(max(map(len, captions))):
-        logits, ours, _ = captioner.decoder.step(tokens, ours)
-        found, state, _ = exported.step(tokens, state)
-        reading = torch.tensor([time < len(caption) for caption in captions])
-        difference = (logits - found).abs()[reading].max()
+    for time, tokens in enumerate(inputs[:, :-1].unbind(1)):
+        logits, state, _ = decoder.step(tokens, state)
+        exported_logits, exported_state, _ = program.step(tokens, exported_state)
+        unfinished = torch.tensor([time < len(caption) for caption in captions])
+        difference = (logits - exported_logits).abs()[unfinished].max()
         # NaN is a difference.
         greatest = max(greatest, float(torch.nan_to_num(difference, nan=torch.inf)))
-        tokens = torch.tensor([caption[time] if time < len(caption) else START for caption in captions])
     return greatest

@@ -42,12 +42,13 @@ def run(program: Any, **inputs: np.ndarray) -> dict[str, np.ndarray]:
     return {name: value[:rows] for name, value in zip(names, program.run(names, inputs), strict=True)}
 
 
-def load_image(path: Path, size: int) -> np.ndarray:
+def load_image(path: Path, size: int, interpolation: str) -> np.ndarray:
     """Return an image's center square as the encoder takes it: bytes, channels first."""
     image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    square = image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BILINEAR)
+    square = image.crop((left, top, left + side, top + side))
+    square = square.resize((size, size), Image.Resampling[interpolation.upper()])
     return np.asarray(square).transpose(2, 0, 1)[None]
 
 
@@ -92,7 +93,7 @@ def main() -> None:
     options = parser.parse_args()
     for path in options.images:
         try:
-            image = load_image(path, settings["image_size"])
+            image = load_image(path, settings["image_size"], settings["interpolation"])
         except (OSError, Image.DecompressionBombError) as error:
             raise SystemExit(f"{path}: no readable image ({error}); repair or remove it") from None
         tokens, _ = search(image, options.beam, settings["length_penalty"], settings["max_words"])

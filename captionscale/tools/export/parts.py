@@ -29,36 +29,15 @@ class Part:
     outputs: tuple[str, ...]
 
 
-class _Encoder(nn.Module):
-    def __init__(self, captioner: Captioner):
+class _Program(nn.Module):
+    """A function of the weights of a module, from a tuple of tensors to a tuple of tensors."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., tuple[Tensor, ...]]):
         super().__init__()
-        self.captioner = captioner
+        self.module, self.function = module, function
 
     def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (self.captioner.encode(*inputs),)
-
-
-class _Start(nn.Module):
-    def __init__(self, captioner: Captioner, names: Sequence[str]):
-        super().__init__()
-        self.decoder, self.names = captioner.decoder, names
-
-    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        state = self.decoder.start(*inputs)
-        return tuple(getattr(state, name) for name in self.names)
-
-
-class _Step(nn.Module):
-    def __init__(self, captioner: Captioner, kind: type[Any], names: Sequence[str], changing: Sequence[str]):
-        super().__init__()
-        self.decoder, self.kind, self.names, self.changing = captioner.decoder, kind, names, changing
-
-    def forward(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        tokens, *tensors = inputs
-        state = self.kind(**dict(zip(self.names, tensors, strict=True)))
-        logits, after, attention = self.decoder.step(tokens, state)
-        seen = () if attention is None else (attention,)
-        return (logits, *seen, *(getattr(after, name) for name in self.changing))
+        return self.function(*inputs)
 
 
 @torch.no_grad()
@@ -70,26 +49,43 @@ def parts(captioner: Captioner, image_size: int, batch: int) -> list[Part]:
         image_size: Side of the images, in pixels.
         batch: Size of the example batch.
     """
+    decoder = captioner.decoder
     images = torch.randint(256, (batch, 3, image_size, image_size), dtype=torch.uint8)
     features = captioner.encode(images)
-    state: Any = captioner.decoder.start(features)
+    state: Any = decoder.start(features)
     tokens = torch.ones(batch, dtype=torch.long)
-    _, after, attention = captioner.decoder.step(tokens, state)
+    _, after, attention = decoder.step(tokens, state)
     names = [name for name, value in state._asdict().items() if isinstance(value, Tensor)]
     # Attention keys and values do not change.
     changing = [name for name in names if getattr(after, name) is not getattr(state, name)]
     # A tensor that occurs twice would become one input.
     tensors = {name: getattr(state, name).clone() for name in names}
-    common = ("logits", *(() if attention is None else ("attention",)))
+
+    def encode(images: Tensor) -> tuple[Tensor, ...]:
+        return (captioner.encode(images),)
+
+    def start(features: Tensor) -> tuple[Tensor, ...]:
+        state = decoder.start(features)
+        return tuple(getattr(state, name) for name in names)
+
+    def step(tokens: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        before = type(state)(**dict(zip(names, tensors, strict=True)))
+        logits, after, attention = decoder.step(tokens, before)
+        return (
+            logits,
+            *(() if attention is None else (attention,)),
+            *(getattr(after, name) for name in changing),
+        )
+
+    outputs = (
+        "logits",
+        *(() if attention is None else ("attention",)),
+        *(NEXT_PREFIX + it for it in changing),
+    )
     return [
-        Part("encoder", _Encoder(captioner), {"images": images}, ("features",)),
-        Part("start", _Start(captioner, names), {"features": features}, (*names,)),
-        Part(
-            "step",
-            _Step(captioner, type(state), names, changing),
-            {"tokens": tokens, **tensors},
-            (*common, *(NEXT_PREFIX + name for name in changing)),
-        ),
+        Part("encoder", _Program(captioner, encode), {"images": images}, ("features",)),
+        Part("start", _Program(decoder, start), {"features": features}, (*names,)),
+        Part("step", _Program(decoder, step), {"tokens": tokens, **tensors}, outputs),
     ]
 
 
@@ -97,17 +93,9 @@ class ExportedCaptioner:
     """Exported programs with the interface that search uses: `encode`, `start`, `step` and `select`."""
 
     def __init__(self, parts: Sequence[Part], programs: dict[str, Run], batch: int | None):
-        """Combine programs.
-
-        Args:
-            parts: Before the export.
-            programs: By name of the part.
-            batch: Fixed batch size; None: any.
-        """
+        """Combine the programs of all parts, by name; `batch` is their fixed batch size, None: any."""
         self._programs, self._batch = programs, batch
-        step = parts[-1]
-        self._names = [*step.inputs][1:]
-        self._outputs = step.outputs
+        self._names, self._outputs = [*parts[-1].inputs][1:], parts[-1].outputs
 
     def encode(self, images: Tensor) -> Float[Tensor, "image region feature"]:
         """Return the features of images."""
@@ -122,10 +110,8 @@ class ExportedCaptioner:
     ) -> tuple[Float[Tensor, "batch word"], tuple[Tensor, ...], None]:
         """Return the logits of the next word and the state after this one."""
         found = dict(zip(self._outputs, self._run("step", [tokens, *state]), strict=True))
-        after = [
-            found.get(NEXT_PREFIX + name, before) for name, before in zip(self._names, state, strict=True)
-        ]
-        return found["logits"], tuple(after), None
+        named = zip(self._names, state, strict=True)
+        return found["logits"], tuple(found.get(NEXT_PREFIX + name, old) for name, old in named), None
 
     def select(self, state: tuple[Tensor, ...], rows: Int[Tensor, "selected"]) -> tuple[Tensor, ...]:
         """Return the state of these rows."""

@@ -13,11 +13,11 @@ from captionscale.tools.export.parts import Part, Run
 
 
 def write_onnx(part: Part, folder: Path, batch: int | None) -> Run:
-    """Write a part as an ONNX graph, and return a function that runs it with ONNX Runtime.
+    """Write a part as `NAME.onnx`, and return a function that runs it with ONNX Runtime.
 
     Args:
         part: In evaluation mode.
-        folder: For `NAME.onnx`.
+        folder: An existing one.
         batch: Fixed batch size; None: any.
     """
     import onnxruntime

@@ -44,7 +44,7 @@ def test_missing_images_are_counted_and_the_first_three_named(touch, write, read
 
 
 @readers
-def test_the_folder_inside_that_holds_the_images_is_named(touch, write, read):
+def test_the_subfolder_with_the_images_is_named(touch, write, read):
     inner = touch("i", "annotations/x", "train2017/1_a.jpg") / "train2017"
     (inner.parent / "a link to itself").symlink_to("a link to itself")
     with pytest.raises(UserError, match=f"; give the folder {inner}$"):

@@ -64,7 +64,7 @@ def test_the_largest_id_of_64_bits_is_one(touch, write):
     assert record.image_id == 2**63 - 1
 
 
-def test_a_mark_that_windows_puts_before_the_text_is_no_part_of_it(touch, write):
+def test_a_byte_order_mark_is_removed(touch, write):
     file = write("c.json", b'\xef\xbb\xbf{"images": [{"id": 1, "file_name": "1.jpg"}]}\r\n')
     assert len(coco.read_official(touch("i", "1.jpg"), file, "test")) == 1
 
@@ -151,7 +151,7 @@ def test_references_need_no_image_but_captions(write):
         coco.read_references(write("c.json", content))
 
 
-def test_a_record_with_five_captions_takes_half_a_kilobyte_beside_their_letters(touch, write):
+def test_a_record_with_five_captions_takes_half_a_kilobyte_plus_its_text(touch, write):
     # A million images with five captions each are to be read in 2 GB, of which the file itself takes a third.
     count, caption = 2000, "A dog runs over a field of grass."
     names = {n: f"{n:012}.jpg" for n in range(count)}
@@ -281,7 +281,7 @@ def test_half_of_the_annotations_or_those_of_2017_are_refused(tmp_path, coco_201
             coco.read_karpathy_lists(tmp_path / "coco", [*coco_2014, other], tmp_path / "lists", "train")
 
 
-def test_a_folder_that_lacks_the_images_is_told_from_the_one_that_has_them(tmp_path, coco_2014):
+def test_the_folder_that_has_the_images_is_named(tmp_path, coco_2014):
     with pytest.raises(
         UserError, match=r"9 images .* of 9 missing; expected each .*; give the folder .*/coco$"
     ):

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from captionscale.data.packing import pack
 from captionscale.data.sources import custom
 from captionscale.data.sources.record import Record
 from captionscale.errors import UserError
@@ -43,7 +44,7 @@ def test_rows_of_one_image_are_joined_and_images_counted_as_they_appear(images, 
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.ndjson"])
-def test_json_lines_say_the_same_with_one_caption_or_many(images, write, name):
+def test_json_lines_are_equivalent_with_one_caption_or_many(images, write, name):
     lines = [
         {"image": "b.jpg", "caption": 'A dog, a "hot" day\nand a cat'},
         {"image": "cats/a.jpg", "caption": ["Ein Kätzchen"]},
@@ -65,7 +66,7 @@ def test_a_row_may_name_its_split_and_its_image_id_in_any_order_of_columns(image
     assert custom.read_table(write("t.jsonl", "\n".join(lines)), images, "train", lambda _: 1) == records
 
 
-def test_ids_are_counted_from_what_the_splits_of_the_table_tell(images, write):
+def test_ids_are_counted_from_the_first_id_of_the_splits(images, write):
     asked = []
 
     def first_image_id(splits):
@@ -80,7 +81,7 @@ def test_ids_are_counted_from_what_the_splits_of_the_table_tell(images, write):
     assert asked == [{"train", "val"}]
 
 
-def test_one_image_may_be_spelt_in_two_ways(images, write):
+def test_one_image_may_be_written_as_two_paths(images, write):
     table = write("t.csv", "image,caption\ncats/a.jpg,a\n./cats//a.jpg,b\ncats/../cats/a.jpg,c\n")
     assert facts(custom.read_table(table, images, "train", lambda _: 1)) == [
         (1, "train", "cats/a.jpg", ("a", "b", "c"))
@@ -91,7 +92,7 @@ TABLE_FAULTS = {
     "another ending": (
         "t.txt",
         CSV,
-        "t.txt: a table's ending tells its layout; expected .csv, .tsv, .jsonl, .ndj",
+        "t.txt: a table's ending gives its layout; expected .csv, .tsv, .jsonl, .ndj",
     ),
     "no header": (
         "t.csv",
@@ -250,7 +251,7 @@ def test_a_faulty_table_is_refused_with(tmp_path, images, write, fault):
 # ---- folders
 
 
-def test_images_anywhere_below_a_folder_have_their_captions_beside_them(touch, write):
+def test_images_anywhere_below_a_folder_have_their_captions_next_to_them(touch, write):
     images = touch(
         "i", "b.jpg", "a.b.PNG", "z/deep/1.jpeg", ".hidden.jpg", ".git/1.jpg", "x/._1.jpg", "z/notes.md"
     )
@@ -310,7 +311,7 @@ def test_faulty_folders_are_refused(tmp_path, touch, write):
     images = touch("i", *(f"{n}.jpg" for n in range(1, 6)))
     write("i/4.txt", "four")
     with pytest.raises(
-        UserError, match=r"/i: 4 images \(1.jpg, 2.jpg, 3.jpg, ...\) of 5 without a .txt beside"
+        UserError, match=r"/i: 4 images \(1.jpg, 2.jpg, 3.jpg, ...\) of 5 without a .txt next to"
     ):
         custom.read_folder(images, "test", lambda _: 1)
     for n in range(1, 6):
@@ -326,12 +327,12 @@ def test_faulty_folders_are_refused(tmp_path, touch, write):
         custom.read_folder(images, "test", lambda _: 1)
     (images / "2.png").touch()
     with pytest.raises(
-        UserError, match=r"/i/2.txt: beside 2\.(jpg|png) and 2\.(jpg|png); expected a name of its"
+        UserError, match=r"/i/2.txt: next to 2\.(jpg|png) and 2\.(jpg|png); expected a name of its"
     ):
         custom.read_folder(images, "test", lambda _: 1)
 
 
-def test_a_name_that_no_file_can_say_in_utf8_is_refused(touch):
+def test_a_name_that_is_not_utf8_is_refused(tmp_path, touch):
     images = touch("i")
     try:
         (images / os.fsdecode(b"caf\xe9.jpg")).touch()
@@ -340,10 +341,10 @@ def test_a_name_that_no_file_can_say_in_utf8_is_refused(touch):
     with pytest.raises(
         UserError, match=r"caf\\udce9.jpg': the name is not UTF-8; expected one that is; rename"
     ):
-        custom.read_folder(images, "test", lambda _: 1)
+        pack(custom.read_folder(images, "test", lambda _: 1), tmp_path / "out", sources=[])
 
 
-def test_a_real_folder_of_photographs_is_read(real_data):
+def test_a_real_folder_of_images_is_read(real_data):
     records = custom.read_folder(real_data / "coco_sample", "test", lambda _: 1)
     assert len(records) == 204
     assert records[0].name.startswith("train2017/")

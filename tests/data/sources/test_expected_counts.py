@@ -17,7 +17,7 @@ def test_records_of_the_expected_totals_pass():
     expected_counts.check_counts([], {}, "coco")
 
 
-def test_the_slip_that_is_the_fields_most_common_one_is_told():
+def test_the_most_common_mistake_is_named():
     records = [Record(1, "train", ("a",), "i", "1.jpg")] * 82_783
     with pytest.raises(
         UserError,

@@ -44,7 +44,7 @@ def test_the_line_of_kaggles_flickr30k_that_lacks_its_second_bar_is_read(touch, 
     assert record.captions[3:] == ("Caption 3 | with a bar .", "A dog runs across the grass .")
 
 
-def test_captions_stand_by_their_number_whatever_the_order_of_the_lines(touch, write):
+def test_captions_are_sorted_by_their_number(touch, write):
     shuffled = "".join(f"1.jpg#{n}\tcaption {n}\n" for n in (10, 2, 0, 9, 1))
     (record,) = flickr.read(touch("i", "1.jpg"), write("t", shuffled), None)
     assert record.captions == tuple(f"caption {n}" for n in (0, 1, 2, 9, 10))
@@ -145,7 +145,7 @@ def test_a_faulty_flickr_file_is_refused_with(tmp_path, fault, touch, write):
 LIST_FAULTS = {
     "an image in two splits": (
         {"train.txt": "30_b.jpg\n4_a.jpg", "Flickr_8k.testImages.txt": "4_a"},
-        "train.txt: 4_a.jpg is in a test list too; expected it in one split,",
+        "train.txt: 4_a.jpg is in the list of test too; expected it in one split,",
     ),
     "a listed image without captions": (
         {"val.txt": "30_b.jpg\n5.jpg\n"},

@@ -138,7 +138,7 @@ def test_an_image_id_twice_is_refused_even_if_one_of_them_is_left_out(images, wr
             karpathy.read(images, write("d.json", coco(*both)), "drop")
 
 
-def test_a_folder_too_deep_or_not_deep_enough_is_told(images, write):
+def test_a_folder_too_deep_or_not_deep_enough_is_reported(images, write):
     file = write("d.json", coco(image(1, "val")))
     with pytest.raises(
         UserError, match=f"1 image .val2014/COCO_.* of 1 missing; .*; give the folder {images}$"

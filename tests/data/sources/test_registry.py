@@ -91,7 +91,7 @@ def test_each_source_fulfills_the_contract(name: str, tmp_path: Path) -> None:
         ("json:JSONDecoder", "derived from captionscale.data.sources.source.Source; see docs/extending.md"),
     ],
 )
-def test_what_is_no_source_is_named(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_source_is_named(name: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["pack", name, "--out", "x"])
     assert says in capsys.readouterr().err

@@ -168,7 +168,7 @@ def test_what_gnu_tar_packs_is_read(tmp_path, touch, write):
     ]
 
 
-def test_tars_of_a_folder_come_by_name_beside_those_given(tar):
+def test_tars_of_a_folder_are_sorted_by_name_and_join_those_given(tar):
     names = [f"i/{letter}.tar" for letter in "hgfedcba"]
     for name in [*names, "i/._a.tar", "c.tar"]:
         path = tar(name, {"1.jpg": name.encode()})
@@ -178,7 +178,7 @@ def test_tars_of_a_folder_come_by_name_beside_those_given(tar):
     assert tars.find_tars([path.parent / "i"]) == [path.parent / name for name in in_order[1:]]
 
 
-def test_captions_that_are_there_but_empty_leave_their_image_out(tar):
+def test_images_with_empty_captions_are_skipped(tar):
     samples = {"1.jpg": b"1", "1.txt": b" ", "2.jpg": b"2", "2.json": {"caption": None}}
     assert facts(tars.read([tar("a.tar", samples)], "test", lambda _: 1)) == [(1, (), b"1"), (2, (), b"2")]
     samples |= {"3.jpg": b"3", "3.json": {"caption": ["a", " "], "captions": ["b"]}, "3.txt": b"a\n"}
@@ -188,7 +188,7 @@ def test_captions_that_are_there_but_empty_leave_their_image_out(tar):
 FAULTS = {
     "an image without captions": (
         {"1.jpg": b"1", "1.txt": b"a", "2.jpg": b"2", "2.json": {"width": 3}},
-        "a.tar: 2.jpg has no captions, others have; expected a .txt, or a .json with caption, beside",
+        "a.tar: 2.jpg has no captions, others have; expected a .txt, or a .json with caption, with",
     ),
     "two images of one key": (
         {"1.jpg": b"1", "1.png": b"2", "1.txt": b"a"},
@@ -256,7 +256,7 @@ def test_a_tar_cut_short_anywhere_is_refused_with_the_byte(tar, tmp_path):
     assert len(tars.read([cut], "train", lambda _: 1)) == 2
 
 
-def test_no_damage_to_a_header_loses_a_sample_without_a_word(tar):
+def test_no_damage_to_a_header_loses_a_sample_silently(tar):
     path = tar("a.tar", {f"{n}.{ending}": b"x%d" % n for n in range(3) for ending in ("jpg", "txt")})
     whole = path.read_bytes()
     for at in range(0, 6 * 1024, 37):

@@ -15,7 +15,8 @@ from PIL import Image
 import captionscale
 from captionscale.tools.captioner_api import CaptionPipeline
 from captionscale.tools.demo.endpoint import create_api
-from captionscale.tools.demo.service import BusyError, Limits, Service
+from captionscale.tools.demo.request_body import RequestError
+from captionscale.tools.demo.service import Limits, Service
 
 LIMITS = Limits(max_file_bytes=200_000, max_pixels=1_000_000, max_batch_size=8, max_queue_delay_s=0.05)
 JPEG = {"Content-Type": "image/jpeg"}
@@ -56,7 +57,7 @@ def post(url: str, data: bytes, headers: dict[str, str] = JPEG, **params: str | 
     return httpx.post(f"{url}/caption", content=data, headers=headers, params=params, timeout=300)
 
 
-def test_fifty_at_once_with_bad_ones_among_them_each_have_their_own_answer(
+def test_fifty_concurrent_requests_some_of_them_invalid_each_get_their_own_answer(
     url: str, pipeline: Counting, synthetic_coco: Path
 ) -> None:
     files = sorted(
@@ -64,18 +65,23 @@ def test_fifty_at_once_with_bad_ones_among_them_each_have_their_own_answer(
     )[:40]
     alone = [pipeline.caption([file], beam=3)[0] for file in files]
     pipeline.batches.clear()
-    huge = io.BytesIO()
-    Image.new("1", (1001, 1000)).save(huge, "PNG")
-    bad = [
+    large = io.BytesIO()
+    Image.new("1", (1001, 1000)).save(large, "PNG")
+    invalid = [
         (b"", JPEG, 422, "not a readable image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", JPEG, 422, "not a readable image"),
         (b"<svg/>", {"Content-Type": "image/svg+xml"}, 415, "found image/svg+xml, expected image/jpeg"),
         (files[0].read_bytes()[:500], JPEG, 422, "not a readable image"),
-        (huge.getvalue(), {"Content-Type": "image/png"}, 422, "1,001,000 pixels, expected at most 1,000,000"),
+        (
+            large.getvalue(),
+            {"Content-Type": "image/png"},
+            422,
+            "1,001,000 pixels, expected at most 1,000,000",
+        ),
         (bytes(200_001), JPEG, 413, "expected at most 200,000"),
     ]
-    good = [(file.read_bytes(), JPEG, 200, "") for file in files]
-    requests = [*good[:20], *bad, *good[20:], *bad[:4]]
+    valid = [(file.read_bytes(), JPEG, 200, "") for file in files]
+    requests = [*valid[:20], *invalid, *valid[20:], *invalid[:4]]
     assert len(requests) == 50
 
     with ThreadPoolExecutor(50) as pool:
@@ -96,7 +102,7 @@ def test_fifty_at_once_with_bad_ones_among_them_each_have_their_own_answer(
     assert max(pipeline.batches) <= LIMITS.max_batch_size
 
 
-def test_get_is_answered_with_how_to_ask(url: str) -> None:
+def test_get_is_refused_with_the_method_to_use(url: str) -> None:
     answer = httpx.get(f"{url}/caption", timeout=600)
     assert answer.status_code == 405
     assert "expected POST" in answer.json()["error"]
@@ -137,7 +143,7 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit(url: str) -> None:
     assert answer.status_code == 413
 
 
-def test_a_request_beyond_the_limit_is_told_when_to_come_again(pipeline: Counting) -> None:
+def test_a_request_beyond_the_limit_gets_503_and_retry_after(pipeline: Counting) -> None:
     service = Service(pipeline, Limits(max_requests=1))
     app = create_api(service, "tiny")
 
@@ -146,7 +152,7 @@ def test_a_request_beyond_the_limit_is_told_when_to_come_again(pipeline: Countin
             return await client.post("/caption", content=b"", headers=JPEG)
 
     with service.admit():
-        with pytest.raises(BusyError, match="1 requests are waiting, expected at most 1"), service.admit():
+        with pytest.raises(RequestError, match="1 requests are waiting, expected at most 1"), service.admit():
             pass
         answer = asyncio.run(ask())
     assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")

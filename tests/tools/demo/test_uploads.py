@@ -13,9 +13,9 @@ from PIL import Image
 import captionscale
 from captionscale.data import decode
 from captionscale.errors import UserError
-from captionscale.tools.demo.request_body import TooLargeError, chunks
+from captionscale.tools.demo.request_body import RequestError, chunks
 from captionscale.tools.demo.service import Limits, Service
-from captionscale.tools.demo.uploads import DecodedImage, Uploads
+from captionscale.tools.demo.uploads import Uploads
 
 LIMITS = Limits(max_file_bytes=100_000, max_files=5, max_uploads=7)
 
@@ -41,8 +41,8 @@ def send(uploads: Uploads, *files: tuple[str, bytes]) -> list[str]:
         try:
             body = chunks(request.receive, Limits().min_rate)
             return JSONResponse(await uploads.receive(request.headers["content-type"], body))
-        except TooLargeError as error:
-            return PlainTextResponse(str(error), 413)
+        except RequestError as error:
+            return PlainTextResponse(str(error), error.status)
 
     async def post() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
@@ -50,7 +50,7 @@ def send(uploads: Uploads, *files: tuple[str, bytes]) -> list[str]:
 
     answer = asyncio.run(post())
     if answer.status_code != 200:
-        raise TooLargeError(answer.text)
+        raise RequestError(413, answer.text)
     return answer.json()
 
 
@@ -58,30 +58,27 @@ def test_an_upload_is_kept_as_the_model_s_view_and_a_preview(
     service: Service, uploads: Uploads, synthetic_coco: Path
 ) -> None:
     file = next((synthetic_coco / "test2017").iterdir())
-    wide = io.BytesIO()
-    Image.new("RGB", (9000, 10), "red").save(wide, "PNG")
+    wide_png = io.BytesIO()
+    Image.new("RGB", (9000, 10), "red").save(wide_png, "PNG")
     first, second, third = send(
-        uploads, (f"../a/{file.name}", file.read_bytes()), ("w.png", wide.getvalue()), ("no.txt", b"text")
+        uploads, (f"../a/{file.name}", file.read_bytes()), ("w.png", wide_png.getvalue()), ("no.txt", b"text")
     )
     upload = uploads.get(first)
     assert upload.name == file.name
-    assert isinstance(upload.image, DecodedImage)
-    assert (upload.image.view == service.pipeline.view(file)).all()
-    assert decode.decode_image(upload.image.preview, "").shape == decode.read_image(file).shape
-    thin = uploads.get(second).image
-    assert isinstance(thin, DecodedImage)
+    image, thin = upload.image.result(), uploads.get(second).image.result()
+    assert (image.view == service.pipeline.view(file)).all()
+    assert decode.decode_image(image.preview, "").shape == decode.read_image(file).shape
     assert decode.decode_image(thin.preview, "").shape == (10, 40, 3)
-    bad = uploads.get(third).image
-    assert isinstance(bad, UserError)
-    assert "no.txt: not a readable image" in str(bad)
+    with pytest.raises(UserError, match=r"no\.txt: not a readable image"):
+        uploads.get(third).image.result()
     with pytest.raises(UserError, match="not there, expected an image dropped"):
         uploads.get(str(file))
 
 
 def test_too_many_or_too_large_files_are_refused_while_they_are_received(uploads: Uploads) -> None:
-    with pytest.raises(TooLargeError, match="more than 5 files"):
+    with pytest.raises(RequestError, match="more than 5 files"):
         send(uploads, *[("a", b"x")] * 6)
-    with pytest.raises(TooLargeError, match="expected at most 100,000"):
+    with pytest.raises(RequestError, match="expected at most 100,000"):
         send(uploads, ("a", bytes(100_001)))
 
 

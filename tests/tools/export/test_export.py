@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 import torch
 from experiment import peaked_run
-from sayings import build_decoder
+from tiny_decoders import build_decoder
 
 import captionscale
 from captionscale.cli import main
@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def unchecked() -> Iterator[None]:
-    """While a program is traced its sizes are symbols, which are no `int` to beartype."""
+    """Sizes are symbols while a program is traced; beartype does not accept them as `int`."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
@@ -62,7 +62,7 @@ def export(run: Path, out: Path, to: str, *options: str) -> None:
 
 @pytest.mark.parametrize("name", list(OPTIONS))
 @pytest.mark.parametrize(("write", "batch"), [(write_onnx, None), (write_torch, None), (write_torch, 3)])
-def test_programs_caption_as_the_model_does_whatever_the_batch(tmp_path: Path, name, write, batch) -> None:
+def test_programs_caption_as_the_model_does_at_any_batch_size(tmp_path: Path, name, write, batch) -> None:
     model = captioner(name)
     made = parts(model, SIZE, batch or 2)
     exported = ExportedCaptioner(made, {part.name: write(part, tmp_path, batch) for part in made}, batch)
@@ -73,7 +73,7 @@ def test_programs_caption_as_the_model_does_whatever_the_batch(tmp_path: Path, n
             for each, features in ((model.decoder, model.encode(images)), (exported, exported.encode(images)))
         )
         for mine, other in zip(ours, theirs, strict=True):
-            # The others of a beam may be as likely as each other, but for rounding.
+            # Others of a beam may differ in order by rounding.
             assert mine[0].tokens == other[0].tokens
             for one, two in zip(mine, other, strict=True):
                 assert two.log_prob == pytest.approx(one.log_prob, abs=1e-3)
@@ -96,12 +96,12 @@ def test_the_example_writes_the_captions_of_the_command_without_this_package_or_
     run: Path, synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options
 ) -> None:
     export(run, tmp_path / "out", "onnx", *options)
-    said = capsys.readouterr().out
-    assert said.startswith(
+    printed = capsys.readouterr().out
+    assert printed.startswith(
         f"{tmp_path / 'out'}: checked on 8 images of split 'val': greatest difference of logits"
     )
-    assert said.endswith("the same captions by greedy search\n")
-    # They have the size that the model sees: pillow and torch resize a little differently.
+    assert printed.endswith("the same captions by greedy search\n")
+    # They have the model's image size: pillow and torch resize a little differently.
     files = [str(file) for file in sorted((synthetic_coco / "test2017").iterdir())]
     forbidden = "import sys; sys.modules['captionscale'] = sys.modules['torch'] = None; "
     run_it = "import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
@@ -169,11 +169,11 @@ def test_a_refused_export_is_one_line_and_leaves_nothing(
         (run, "torch", ["--batch-size", "0"], "--batch-size 0: expected at least 1"),
         (run, "torch", ["--shards", str(tmp_path)], "export: found no images to check on"),
     ]
-    for folder, to, options, told in refused:
+    for folder, to, options, expected in refused:
         with pytest.raises(SystemExit) as caught:
             export(folder, out, to, *options)
         assert caught.value.code == 1
-        assert told in capsys.readouterr().err
+        assert expected in capsys.readouterr().err
         assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(bundle, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Tiny decoders with strong opinions, and every way to have captions of them."""
+"""Tiny decoders with peaked distributions, and every search over them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +38,7 @@ def peaked_decoder(name: str, seed: int, words: int = 3) -> tuple[Any, Tensor]:
 
 
 def mask_special_tokens(decoder: Any) -> Any:
-    """Return the decoder, which gives tokens that nothing says no probability."""
+    """Return the decoder, which gives special tokens no probability."""
     with torch.no_grad():
         decoder.output_projection.bias[[PAD, START, UNK]] = -1e9
     return decoder
