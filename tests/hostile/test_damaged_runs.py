@@ -16,7 +16,6 @@ from captionscale.errors import UserError
 from captionscale.tools.export import bundle
 from captionscale.train import log_reader, sample_log
 from captionscale.train.log_writer import LogWriter
-from captionscale.train.loop import train
 from captionscale.train.run_folder import LOG_FILE, remove_partial_checkpoints
 
 GARBAGE = b"\xff\xfe{" * 10
@@ -39,11 +38,9 @@ ODD_LINES = (
 
 
 @pytest.fixture(scope="module")
-def done(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of six steps, with checkpoints of steps 3 and 6."""
-    folder = tmp_path_factory.mktemp("done")
-    train(tiny_config(folder, packed), folder / "run")
-    return folder / "run"
+    return shutil.copytree(trained, tmp_path_factory.mktemp("done") / "run")
 
 
 @pytest.fixture

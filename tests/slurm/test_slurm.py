@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from experiment import load_weights, logged_losses, max_abs_difference, tiny_config
 
@@ -33,6 +33,18 @@ CHANGES = (
     "train.score_every=30",
 )
 DEADLINE_S = 600
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(CHECKOUT / "tests")!r})
+if __name__ == "__main__":
+    if sys.argv[1] == "launch":
+        # Its rank is a fork of it, which saves the time of its imports.
+        import forked
+        forked.prepare()
+    from captionscale.cli import main
+    main()
+"""
+"""The command `captionscale`."""
 
 Slurm = Callable[..., str]
 
@@ -45,6 +57,10 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     if os.geteuid():
         pytest.skip("needs root, to start SLURM's daemons")
     home = tmp_path_factory.mktemp("cluster")
+    program = home / "bin" / "captionscale"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\n{PROGRAM}")
+    program.chmod(0o755)
     profile = home / "one.yaml"
     profile.write_text((CHECKOUT / "launch/cpu.yaml").read_text().replace("processes: 2", "processes: 1"))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -55,7 +71,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
         "CAPTIONSCALE_PROFILE": str(profile),
         "CAPTIONSCALE_LOGS": str(home / "logs"),
         "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{home / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
 
     def run(*command: str | Path, folder: Path = CHECKOUT, **more: str) -> str:
@@ -127,8 +143,8 @@ def _interrupt(slurm: Slurm, facts: SimpleNamespace) -> None:
     _until(lambda: _restarted(slurm, job, 2), "the restart after requeue")
     second = checkpoint_steps(run)[-1]
     _until(lambda: _trained(run, second + 1), "steps after the second restart")
-    [process] = [path.name for path in Path("/proc").glob("[0-9]*") if _is_rank(path, "1", run)]
-    os.kill(int(process), signal.SIGKILL)
+    [process] = [each for each in psutil.process_iter() if _is_rank(each, "1", run)]
+    process.kill()
     began = time.monotonic()
     _until(lambda: _restarts(slurm, job) == 3, "the end after SIGKILL")
     facts.ended_s = time.monotonic() - began
@@ -175,13 +191,14 @@ def _trained(run: Path, least: int) -> bool:
     return bool(steps := checkpoint_steps(run)) and steps[-1] >= least
 
 
-def _is_rank(process: Path, rank: str, run: Path) -> bool:
+def _is_rank(process: psutil.Process, node: str, run: Path) -> bool:
+    """Whether it is the rank of a node: a child of the launcher there."""
     try:
-        words = (process / "cmdline").read_bytes().split(b"\0")
-        environment = (process / "environ").read_bytes().split(b"\0")
-    except OSError:
+        return process.environ().get("SLURM_NODEID") == node and all(
+            str(run) in each.cmdline() for each in (process, *process.parents()[:1])
+        )
+    except psutil.Error:
         return False
-    return str(run).encode() in words and f"RANK={rank}".encode() in environment
 
 
 def _field(slurm: Slurm, job: str, name: str) -> str:

@@ -7,18 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from experiment import tiny_config
 
 from captionscale.cli import main
 
 
 @pytest.fixture(scope="module")
-def run(packed: Path, tmp_path_factory) -> Path:
+def run(trained: Path, tmp_path_factory) -> Path:
     """A tiny run of two epochs, not yet scored."""
-    folder = tmp_path_factory.mktemp("report")
-    tiny_config(folder, packed)
-    main(["train", str(folder / "experiment.toml"), "--out", str(folder / "run")])
-    return folder / "run"
+    return shutil.copytree(trained.parent, tmp_path_factory.mktemp("report") / "copy") / "run"
 
 
 @pytest.fixture
