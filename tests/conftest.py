@@ -1,4 +1,4 @@
-"""What many tests read: drawn pictures in COCO's layout, and the shards made from them.
+"""Fixtures of many tests: synthetic images in COCO's layout, and the shards made from them.
 
 captionscale is imported inside the fixtures: jaxtyping can check only what is imported after it.
 """
@@ -30,9 +30,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Real data sets, beside the checkout on some machines."""
+    """Real data sets, next to the checkout on some machines."""
     if not SHARED.is_dir():
-        pytest.skip("needs ../shared/data beside the checkout")
+        pytest.skip("needs ../shared/data next to the checkout")
     return SHARED
 
 
@@ -54,7 +54,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
 
 @pytest.fixture(scope="session")
 def synthetic_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in COCO 2017 layout: 48 train, 8 val and 8 test pictures of 64 pixels. Not to be changed."""
+    """A folder in COCO 2017 layout: 48 train, 8 val and 8 test images of 64 pixels. Not to be changed."""
     from captionscale.data.synthetic import write_coco
 
     return made_once(tmp_path_factory, "scenes", lambda out: write_coco(out, counts=COUNTS, size=64))
@@ -95,6 +95,22 @@ def forked() -> Iterator[None]:
     from forked import programs
 
     with programs():
+        yield
+
+
+@pytest.fixture(scope="module")
+def warm_meteor() -> Iterator[None]:
+    """METEOR is loaded once for all `score` commands of a module."""
+    from captionscale.score import metrics
+
+    with metrics.Evaluator() as evaluator, pytest.MonkeyPatch.context() as patch:
+
+        def measure(*texts: Any, **options: object) -> Any:
+            assert not options.pop("reference_implementation")
+            assert {*options} == {"meteor_gb"}
+            return evaluator.measure(*texts)
+
+        patch.setattr(metrics, "measure", measure)
         yield
 
 

@@ -90,18 +90,18 @@ def written(line: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def furnished(synthetic_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """What each page finds, not to be changed; METEOR is loaded once for all that is typed."""
-    from captionscale.score import metrics
-
+def furnished(
+    synthetic_coco: Path,
+    warm_meteor: None,  # noqa: ARG001
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """What each page finds, not to be changed."""
     folder = tmp_path_factory.mktemp("reader")
     readers_folder.make_folder(folder, synthetic_coco)
-    with metrics.Evaluator() as evaluator, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "measure", evaluator.measure)
-        with pytest.MonkeyPatch.context() as within:
-            within.chdir(folder)
-            readers_folder.run_setup_commands()
-        yield folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        readers_folder.run_setup_commands()
+    return folder
 
 
 @pytest.fixture

@@ -56,24 +56,21 @@ def test_coco_goes_from_raw_files_to_verified_shards(
     assert (tmp_path / "saved.jpg").read_bytes() == image.read_bytes()
 
 
+@pytest.mark.usefixtures("warm_meteor")
 def test_a_run_is_scored_with_a_receipt_and_captions_for_every_image(
-    run: Path, synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    from captionscale.score import Receipt, metrics
+    run: Path, synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from captionscale.score import Receipt
 
-    with metrics.Evaluator() as evaluator:
-        # METEOR is loaded once for all three commands.
-        monkeypatch.setattr(metrics, "measure", evaluator.measure)
-        said = _say(capsys, "score", run, "--split", "test", "--beam", "2")
-        _say(capsys, "score", run, "--split", "test", "--beam", "2", "--out", tmp_path / "again.json")
-        [folder] = (run / "scores").glob("*/")
-        # Captions alone, without the run that wrote them, have the same scores.
-        by_file = _say(
-            capsys, "score", "--captions", folder / "captions.json",
-            "--references", synthetic_coco / "annotations" / "captions_test2017.json",
-            "--out", tmp_path / "other.json",
-        )  # fmt: skip
+    said = _say(capsys, "score", run, "--split", "test", "--beam", "2")
+    _say(capsys, "score", run, "--split", "test", "--beam", "2", "--out", tmp_path / "again.json")
+    [folder] = (run / "scores").glob("*/")
+    # Captions alone, without the run that wrote them, have the same scores.
+    by_file = _say(
+        capsys, "score", "--captions", folder / "captions.json",
+        "--references", synthetic_coco / "annotations" / "captions_test2017.json",
+        "--out", tmp_path / "other.json",
+    )  # fmt: skip
     names = [line.split()[0] for line in said.splitlines()[:7]]
     assert names == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr-D"]
     assert said.splitlines()[:7] == by_file.splitlines()[:7]

@@ -139,6 +139,8 @@ def test_missing_runs_and_unwritable_folders_are_refused(run, images, tmp_path, 
     assert "no: no such folder" in _error_of(capsys, "attend", tmp_path / "no", images[0], "--out", tmp_path)
     assert "no checkpoint, so no run" in _error_of(capsys, "attend", tmp_path, images[0], "--out", tmp_path)
     assert "expected either" in _error_of(capsys, "attend", run, "--out", tmp_path)
-    assert "no such file" in _error_of(capsys, "attend", run, tmp_path / "no.jpg", "--out", tmp_path)
+    assert "No such file or directory" in _error_of(
+        capsys, "attend", run, tmp_path / "no.jpg", "--out", tmp_path
+    )
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in _error_of(capsys, "attend", run, images[0], "--out", tmp_path / "file")
