@@ -9,7 +9,7 @@ import tracemalloc
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from threading import Event
 
@@ -259,10 +259,9 @@ def test_phrases_are_split_as_by_the_normalizer():
 
 def test_matching_pairs_and_phrases_with_other_characters_are_kept():
     with gzip.open(Path(paraphrases.meteor.__file__).with_name("data") / "paraphrase-en.gz", "rt") as file:
-        lines = [line.rstrip("\n") for line in islice(file, 30_000)]
-    pair = next(
-        each for each in zip(lines[1::3], lines[2::3], strict=True) if re.fullmatch("[a-z ]+", "".join(each))
-    )
+        lines = (line.rstrip("\n") for line in file)
+        entries = zip(lines, lines, lines, strict=True)
+        pair = next(each[1:] for each in entries if re.fullmatch("[a-z ]+", "".join(each[1:])))
     entries = paraphrases.filter_table([f"the {pair[0]} runs"], [f"a dog {pair[1]}"])
     pairs = {tuple(entry.decode().split("\n")[1:3]) for entry in entries}
     other = {each for each in pairs if re.search(r"[^a-z0-9 ]", "".join(each))}
