@@ -106,8 +106,8 @@ def warm_meteor() -> Iterator[None]:
     with metrics.Evaluator() as evaluator, pytest.MonkeyPatch.context() as patch:
 
         def measure(*texts: Any, **options: object) -> Any:
-            assert not options.pop("reference_implementation")
-            assert {*options} == {"meteor_gb"}
+            assert not options.pop("reference_implementation", False)
+            assert {*options} <= {"meteor_gb"}
             return evaluator.measure(*texts)
 
         patch.setattr(metrics, "measure", measure)
