@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -46,6 +47,8 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     with FileLock(out.parent.with_suffix(".lock")):
         if not out.exists():
             making = out.parent / "making" / name
+            # Of a worker that failed.
+            rmtree(making.parent, ignore_errors=True)
             make(making)
             making.rename(out)
             making.parent.rmdir()

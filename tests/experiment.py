@@ -107,8 +107,12 @@ def spawn_ranks(
 
 def join_all(processes: list[subprocess.Popen[bytes]]) -> None:
     """Wait for all processes, and expect them to have done well."""
-    for process in processes:
-        process.wait(600)
+    try:
+        for process in processes:
+            process.wait(600)
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0] * len(processes)
 
 

@@ -25,7 +25,7 @@ import threading
 import time
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,7 @@ def _can_fork(words: list[str], given: dict[str, Any], environment: dict[str, st
     options |= {"restore_signals": True, "gid": None, "gids": None, "uid": None, "umask": -1}
     return (
         words[0] == sys.executable
+        and given["executable"] in (None, words[0])
         and _program(words[1:]) is not None
         and not given["pass_fds"]
         and all(given[name] == value for name, value in options.items())
@@ -180,6 +181,8 @@ def _serve(connection: socket.socket) -> None:
         answer = os.read(reading, 8)
         os.close(reading)
         os.waitpid(between, 0)
+        if len(answer) != 8:
+            sys.exit("the fork server could not fork")
         connection.sendall(answer)
 
 
@@ -205,8 +208,10 @@ def _fork(request: dict[str, Any], streams: list[int], between: int | None = Non
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        try:
             stream.flush()
+        except (OSError, ValueError):
+            code = code or 120
     if code == -signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

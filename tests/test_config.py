@@ -124,8 +124,8 @@ def test_a_file_may_leave_to_a_change_what_has_no_default(tmp_path) -> None:
             f"{SMALL}[train]\nscore_metric = 'BLEU'",
             (
                 "train: score_metric = 'BLEU': input should be 'BLEU-4', 'METEOR', 'ROUGE-L', 'CIDEr-D' or"
-                " module:Class (Metric of generated captions that selects the best checkpoint, or"
-                " `module:Class`.)"
+                " module:Class; did you mean 'BLEU-4'? (Metric of generated captions that selects the best"
+                " checkpoint, or `module:Class`.)"
             ),
         ),
         (

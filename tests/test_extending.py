@@ -25,6 +25,7 @@ from captionscale.train.objective import objective_class
 
 PAGE = Path(__file__).parents[1] / "docs" / "extending.md"
 EXAMPLES = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
+assert len(EXAMPLES) == 5
 
 
 @pytest.fixture

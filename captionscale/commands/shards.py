@@ -55,10 +55,13 @@ def add(commands: Commands) -> None:
         example = f"pack {name} {arguments} --out shards"
         add_parser(sources, name, f"pack {text}", example, help=text).set_defaults(source=name)
 
+    words: list[str] = []
+
     def add_plugin(text: str) -> str:
-        # argparse converts a value before it looks for the value among the choices.
-        if is_plugin(text) and text not in sources.choices:
+        # argparse converts each word, the first one before it looks for that among the choices.
+        if not words and is_plugin(text):
             sources.add_parser(text).set_defaults(source=text)
+        words.append(text)
         return text
 
     sources.type = add_plugin

@@ -14,8 +14,6 @@ from captionscale.commands.arguments import (
     positive,
 )
 
-_DRY_RUN = "print the command, and exit"
-
 
 def add(commands: Commands) -> None:
     """Add them to the command line."""
@@ -51,7 +49,7 @@ def add(commands: Commands) -> None:
         help="number of processes over all nodes (default: the profile's)",
     )
     launch.add_argument("--log-dir", type=Path, metavar="DIR", help="also write each process's output there")
-    launch.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+    launch.add_argument("--dry-run", action="store_true", help="print the command, and exit")
     launch.set_defaults(parse=commands.parse)
     launch.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
 
@@ -65,7 +63,7 @@ def add(commands: Commands) -> None:
     submit.add_argument("--out", type=Path, metavar="RUN", help="folder of the run (default: runs/CONFIG)")
     add_job_size(submit, 1)
     add_profile(submit, "gpu")
-    submit.add_argument("--dry-run", action="store_true", help=_DRY_RUN)
+    submit.add_argument("--dry-run", action="store_true", help="print the job's script, and exit")
 
     drill = commands.add(
         "drill",

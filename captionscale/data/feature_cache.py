@@ -68,17 +68,17 @@ class FeatureFile:
         """Return the file's content; refuse a file that is damaged or missing."""
         try:
             fault = self._fault(self.path)
+            if not fault:
+                return FeatureReader(self.path, np.lib.format.open_memmap(self.path, mode="r"))
         except OSError as error:
             raise UserError(
                 f"{self.path}: {error.strerror}, expected the features of images; all machines of a run must"
                 " see one folder of shards; or set train.cache_features = false"
             ) from None
-        if fault:
-            raise UserError(
-                f"{self.path}: damaged ({fault}), expected {self.size_bytes:,} bytes that hold {self.shape}"
-                " numbers of half precision; delete it, and the next run computes it again"
-            )
-        return FeatureReader(self.path, np.lib.format.open_memmap(self.path, mode="r"))
+        raise UserError(
+            f"{self.path}: damaged ({fault}), expected {self.size_bytes:,} bytes that hold {self.shape}"
+            " numbers of half precision; delete it, and the next run computes it again"
+        )
 
     def create(self) -> None:
         """Create the partial file, or keep one of an earlier run."""

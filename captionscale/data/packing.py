@@ -93,7 +93,7 @@ def pack(
         by_split = {split: list(group) for split, group in groups}
         fingerprints = {split: _fingerprint(group, hashes, options) for split, group in by_split.items()}
         plan = _Plan(_tool(options), fingerprints)
-        if plan.splits.items() <= _fingerprints(before).items():
+        if before.splits and plan.splits.items() <= _fingerprints(before).items():
             rmtree(out / WORK, ignore_errors=True)
             progress(sum(map(len, by_split.values())))
             return before

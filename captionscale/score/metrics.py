@@ -131,13 +131,14 @@ class Evaluator:
         per_image: dict[str, list[float]] = {}
         for metric in chosen:
             rows = statistics[metric.family]
-            values[metric.name] = metric.corpus_value(rows)
+            # A metric of the user's own may return a NumPy number.
+            values[metric.name] = float(metric.corpus_value(rows))
             per_image[metric.name] = metric.corpus_score(rows).tolist()
         if self._reference_implementation:
             own = pycocoevalcap_scores(
                 dict(enumerate([text] for text in candidates)), dict(enumerate(targets)), list(values)
             )
-            if "METEOR" in values:
+            if self._meteor in chosen:
                 own["METEOR"] = self._meteor.reference(statistics["METEOR"])
             for name, (value, of_images) in own.items():
                 values[name], per_image[name] = float(value), [float(each) for each in of_images]

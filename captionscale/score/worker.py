@@ -84,14 +84,17 @@ class BackgroundScorer:
             with suppress(BrokenPipeError):
                 answer = self._answer(captions)
         except OSError as error:
-            failure = f"does not start ({error}), mostly as memory is short"
+            failure = f"scoring: its process does not start ({error}), mostly as memory is short"
         else:
             if answer.endswith("\n"):
                 reply: dict[str, Any] = json.loads(answer)
                 return reply
             code = self._end()
-            failure = f"ended with exit code {code} before it had scored, mostly because memory is short"
-        return {"error": f"scoring: its process {failure}; give the job more", "died": True}
+            failure = (
+                f"scoring: its process ended with exit code {code} before it had scored, mostly because"
+                " memory is short"
+            )
+        return {"error": f"{failure}; give the job more", "died": True}
 
     def _answer(self, captions: str) -> str:
         process = self._process

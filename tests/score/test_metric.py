@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import metric_contract
+import numpy as np
 import pytest
 
 from captionscale.errors import UserError
@@ -51,3 +52,17 @@ def test_the_default_signature_changes_with_the_code(tmp_path: Path, monkeypatch
     monkeypatch.setattr("inspect.getfile", lambda _: str(changed))
     assert Broken().signature.split()[:2] == before.split()[:2]
     assert Broken().signature != before
+
+
+def test_a_corpus_value_may_be_a_numpy_number() -> None:
+    class Words(MeanMetric):
+        name = "Words"
+
+        def per_image(self, candidates: list[str], _: object) -> list[float]:
+            return [len(each.split()) for each in candidates]
+
+        def corpus_value(self, statistics: np.ndarray) -> np.float32:
+            return np.float32(statistics[:, 0].mean())
+
+    scores = measure({1: "a dog"}, {1: ["a dog"]}, [Words()])
+    assert type(scores.values["Words"]) is float

@@ -30,7 +30,7 @@ class WideGrid(Encoder):
 def test_attention_maps_have_the_declared_grid_without_prefix_tokens() -> None:
     torch.manual_seed(0)
     captioner = Captioner(Model(), len(VOCABULARY))
-    captioner.encoder = WideGrid(EncoderConfig(name="wide"))
+    captioner.encoder = WideGrid(EncoderConfig(name="tests:WideGrid"))
     captioner.decoder = type(captioner.decoder)(captioner.decoder.config, 5, len(VOCABULARY))
     features = captioner.eval().encode(torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8))
     (result,) = build_caption_results(captioner, features, [[4, 5, END]], VOCABULARY, 32)

@@ -106,9 +106,13 @@ def restrict_gradio(blocks: gr.Blocks, uploads: Uploads, limits: Limits, css: st
         if name in own_files:
             return Response(own_files[name], media_type="image/webp")
         try:
-            preview = uploads.get(name).image.result().preview
+            image = uploads.get(name).image
         except UserError as error:
             return PlainTextResponse(str(error), 404)
+        # Raising the stored error would add to its traceback each time.
+        if failure := image.exception():
+            return PlainTextResponse(str(failure), 404)
+        preview = image.result().preview
         return Response(preview, media_type="image/jpeg", headers={"Cache-Control": "no-store"})
 
     app.mount("/", _Gradio(mounted, blocks, uploads, limits))

@@ -85,7 +85,11 @@ class PageHandlers:
         """Caption an upload."""
         if token is None:
             return None, gr.Radio(choices=[]), [], ""
-        return self.caption(PageState(self._uploads.get(token).image.result()), *controls)
+        image = self._uploads.get(token).image
+        # Raising the stored error would add to its traceback each time.
+        if error := image.exception():
+            raise UserError(*error.args)
+        return self.caption(PageState(image.result()), *controls)
 
     @_user_errors()
     def on_sample_select(self, event: gr.SelectData, *controls: Any) -> tuple[Any, ...]:

@@ -108,7 +108,7 @@ def gpus(plan: Plan | None) -> Iterator[CheckResult]:
     elif len(set(names)) > 1:
         yield warning(f"{_summary(names)}: each step waits for the slowest", "use nodes with equal GPUs")
     else:
-        memory = torch.cuda.get_device_properties(0).total_memory
+        memory = min(torch.cuda.get_device_properties(number).total_memory for number in range(found))
         yield ok(f"{_summary(names)}, {memory / 1e9:.0f} GB each")
     if found > 1:
         yield _interconnect()

@@ -91,7 +91,7 @@ def run_check(check: Check, plan: object, host: str) -> list[CheckResult]:
         except UserError as error:
             add(failure_of(error))
         # The other checks run whatever it is.
-        except Exception as error:
+        except BaseException as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             add(replace(warning(f"could not be checked ({text})", "check it by hand"), measured=False))
 
