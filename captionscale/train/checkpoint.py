@@ -158,13 +158,13 @@ class Checkpoint:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights; raise UserError if they are of another model than the config's."""
-        return self._load(MODEL_FILE, self._meta_captioner.state_dict())
+        return self._load(MODEL_FILE, self.shape_model.state_dict())
 
     def ema_weights(self) -> dict[str, Tensor]:
         """Return the moving average of the weights, empty if the run has none; otherwise as `weights`."""
         if EMA_FILE not in self._state.sha256:
             return {}
-        weights = self._meta_captioner.state_dict()
+        weights = self.shape_model.state_dict()
         return self._load(
             EMA_FILE, {name: each for name, each in weights.items() if each.is_floating_point()}
         )
@@ -176,7 +176,7 @@ class Checkpoint:
         except (OSError, ValueError) as error:
             raise self._damaged(error) from None
         expected: dict[str, Tensor] = {}
-        for name, parameter in self._meta_captioner.named_parameters():
+        for name, parameter in self.shape_model.named_parameters():
             # Frozen parameters have none.
             if f"{name}/step" in found:
                 expected |= {f"{name}/{key}": parameter for key in MOMENTS}
@@ -190,7 +190,8 @@ class Checkpoint:
             raise self._damaged(ValueError(f"{name}: {error}")) from None
 
     @cached_property
-    def _meta_captioner(self) -> Captioner:
+    def shape_model(self) -> Captioner:
+        """The captioner whose shapes tensors must have; one that is built already may be assigned."""
         with torch.device("meta"):
             return Captioner(self.config().model, len(self.vocabulary()))
 

@@ -129,6 +129,7 @@ def build_run(config: Config, folder: Path, ranks: Ranks, stack: ExitStack) -> R
     if settings.compile_encoder:
         captioner.encoder.compile_training()
     if saved is not None:
+        saved.shape_model = captioner
         captioner.load_state_dict(saved.weights())
     writer = CheckpointWriter(folder, config, vocabulary, fingerprint)
     stack.callback(writer.close)

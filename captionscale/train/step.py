@@ -54,10 +54,11 @@ def micro_batch_loss(
         doubly_stochastic_weight: Weight of the penalty on uneven attention.
         sampling_prob: Probability of reading the model's own token (scheduled sampling).
     """
-    labels = target.tokens[:, 1:]
+    # Before the forward pass is queued: on a GPU, copying the rows waits for what is.
+    labels, rows = target.tokens[:, 1:], target.rows
     inputs = (target.images, target.input_tokens, target.lengths, target.image_index)
     logits, attention = model(*inputs, sampling_prob)
-    losses = cross_entropy(mask_unsampleable_tokens(logits, target), labels, label_smoothing, target.rows)
+    losses = cross_entropy(mask_unsampleable_tokens(logits, target), labels, label_smoothing, rows)
     if doubly_stochastic_weight and attention is not None:
         losses = losses + doubly_stochastic_weight * doubly_stochastic_penalty(attention, labels)
     return losses @ target.weights(num_tokens, cross_entropy_weight)

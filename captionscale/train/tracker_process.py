@@ -90,7 +90,7 @@ def _serve() -> None:
 
     trackers: dict[str, _Wandb | _MLflow] = {}
     num_lines, lost = 0, Counter[str]()
-    for name in task["names"]:
+    for name in dict.fromkeys(task["names"]):
         try:
             trackers[name] = tracker = _open(name, run, task["settings"])
         # `wandb` raises SystemExit where it cannot ask for a key.

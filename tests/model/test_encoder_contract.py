@@ -100,7 +100,7 @@ def test_an_image_size_that_is_no_int_is_refused(name) -> None:
     kind = encoder_class(name)
     tall = type("Tall", (kind,), {"image_size": (64, 32)})
     with pytest.raises(UserError, match=r"its image_size is \(64, 32\), expected an int"):
-        tall(build(name).config)
+        tall(build(name).config)(torch.zeros(1, 3, 64, 32, dtype=torch.uint8))
 
 
 def test_weights_that_cannot_be_downloaded_are_an_error_with_the_cure(name) -> None:

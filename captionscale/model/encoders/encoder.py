@@ -53,11 +53,6 @@ class Encoder(nn.Module):
                 f"model.encoder.name = '{config.name}': its interpolation is '{self.interpolation}', expected"
                 " 'bilinear' or 'bicubic', by which images are resized; change the encoder"
             )
-        if not isinstance(self.image_size, int | None):
-            raise UserError(
-                f"model.encoder.name = '{config.name}': its image_size is {self.image_size!r}, expected an"
-                " int, as images are square, or None; change the encoder"
-            )
         self.config, self.backbone, self.feature_size = config, backbone, feature_size
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in (self.mean, self.std))
         self.shift: Tensor
@@ -153,6 +148,11 @@ class Encoder(nn.Module):
 
     def forward(self, images: UInt8[Tensor, "image 3 height width"]) -> Float[Tensor, "image region feature"]:
         """Return the features of images."""
+        if not isinstance(self.image_size, int | None):
+            raise UserError(
+                f"model.encoder.name = '{self.config.name}': its image_size is {self.image_size!r}, expected"
+                " an int, as images are square, or None; change the encoder"
+            )
         if self.image_size and images.shape[2:] != (self.image_size, self.image_size):
             raise UserError(
                 f"data.image_size = {images.shape[2]}: encoder '{self.config.name}' cannot read it, expected"
