@@ -141,12 +141,14 @@ def _build_page(service: Service, name: str, samples: Split | None, uploads: Upl
         # These wait for the model; the limit leaves threads to other events.
         slow = {**private, "concurrency_id": "model", "concurrency_limit": 8}
         upload.input(handlers.on_upload, [upload, *controls], shown, **slow)
-        gallery.select(handlers.on_sample_select, controls, shown, **slow)
+        # Of choices made while one is pending, gradio's default drops all; this keeps the last.
+        last: dict[str, Any] = {"trigger_mode": "always_last"}
+        gallery.select(handlers.on_sample_select, controls, shown, **slow, **last)
         again.click(handlers.caption, [state, *controls], shown, **slow)
         controls[0].change(handlers.caption, [state, *controls], shown, **slow)
         files.upload(handlers.on_files, [files, *controls], [table, download], **slow)
-        captions.select(handlers.on_caption_select, state, [state, words, image], **private)
-        words.select(handlers.on_word_select, state, image, **private)
+        captions.select(handlers.on_caption_select, state, [state, words, image], **private, **last)
+        words.select(handlers.on_word_select, state, image, **private, **last)
         blocks.queue(default_concurrency_limit=8, max_size=service.limits.max_requests)
     return blocks
 
