@@ -15,6 +15,8 @@ import pytest
 # Before torch is imported, here and in what tests start: they compute little, and threads of several
 # processes would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Programs that tests start train with tiny_encoder.py.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
 # Each worker and each process that a test starts would compile our modules again.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -92,7 +94,7 @@ def trained(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(tmp_path_factory, "trained", make) / "run"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session", autouse=True)
 def forked() -> Iterator[None]:
     """Python programs are forked from a server that has imported torch, instead of started: see forked.py."""
     from forked import programs

@@ -31,10 +31,7 @@ TINY_OVERRIDES = (
     "data.max_words=8",
     "data.color_jitter=0.1",
     "data.workers=1",
-    # A step of layer4 of resnet18 takes four times as long, and a checkpoint ten times as much.
-    "model.encoder.name=mobilenet_v2",
-    "model.encoder.weights=none",
-    'model.encoder.trainable=["features.18"]',
+    'model.encoder={name="tiny_encoder:TinyEncoder", weights="none", trainable=["second"]}',
     "model.decoder.embed_size=16",
     "model.decoder.hidden_size=16",
     "model.decoder.attention_size=16",

@@ -91,7 +91,6 @@ def test_packing_needs_images(tmp_path: Path) -> None:
         importlib.import_module("pack").main(["--tiny", "--images", str(tmp_path)])
 
 
-@pytest.mark.usefixtures("forked")
 def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     # In a process of its own, without the tests' checks of types: its model is only the parts of a run.
     script = Path(__file__).parents[1] / "benchmarks" / "gpu.py"

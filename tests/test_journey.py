@@ -106,7 +106,6 @@ def test_images_are_captioned_one_line_each(
     assert [line.split("\t")[0] for line in lines] == [str(image) for image in images]
 
 
-@pytest.mark.usefixtures("forked")
 def test_ranks_without_work_wait_for_nobody_and_change_nothing(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

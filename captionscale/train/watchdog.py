@@ -84,6 +84,8 @@ class Watchdog:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             self._store = TCPStore(*address, is_master=False, timeout=timedelta(seconds=self._stall_s))
         self.beat(self._step)
+        # At once, or the others could not tell that this rank stopped before its first one.
+        self._publish(self._status())
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -116,8 +118,7 @@ class Watchdog:
                 self.beat()
             own = self._status()
             try:
-                if self._store is not None:
-                    self._store.set(_key(self._rank), json.dumps(asdict(own)))
+                self._publish(own)
                 # From half the time on, to count the heartbeats of the others.
                 if self._rank > 1 or own.stalled_s < self._stall_s / 2:
                     self._read, reported = {}, False
@@ -139,6 +140,10 @@ class Watchdog:
             if ends:
                 # The launcher ends the others; nothing else ends a hanging main thread.
                 os._exit(1)
+
+    def _publish(self, status: RankStatus) -> None:
+        if self._store is not None:
+            self._store.set(_key(self._rank), json.dumps(asdict(status)))
 
     def _is_downloading(self) -> bool:
         """Return whether the main thread waits for images while another one downloads a shard."""

@@ -552,7 +552,6 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.usefixtures("forked")
 def test_a_pack_killed_at_ten_random_moments_gives_the_bytes_of_an_unkilled_one(
     synthetic_coco: Path, tmp_path: Path
 ) -> None:

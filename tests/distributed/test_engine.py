@@ -97,7 +97,6 @@ def test_two_ranks_of_zero_have_the_weights_losses_and_optimizer_state_of_one_pr
     _expect_the_same(tmp_path / "run", alone)
 
 
-@pytest.mark.usefixtures("forked")
 def test_a_run_resumes_from_zero_2_in_one_process_and_back_with_the_same_result(
     alone: Path, packed: Path, tmp_path: Path
 ) -> None:

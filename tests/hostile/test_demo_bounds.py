@@ -278,7 +278,6 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.usefixtures("forked")
 def test_a_signal_stops_the_server_whatever_is_in_progress(run: Path, photo: bytes, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, "demo", str(run), "--port", "0"],

@@ -126,7 +126,6 @@ def test_every_string_of_an_experiment_is_stripped(tmp_path: Path, monkeypatch: 
     assert "https://host/x" in str(error.value)
 
 
-@pytest.mark.usefixtures("forked")
 def test_no_byte_that_a_run_leaves_has_the_password(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

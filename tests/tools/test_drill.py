@@ -16,7 +16,6 @@ def run_drill(folder: Path, packed: Path, *changes: str, **options: object) -> b
     return drill.drill(settings, folder / "drill", **given)
 
 
-@pytest.mark.usefixtures("forked")
 def test_a_run_killed_and_resumed_is_one_result_and_a_changed_sample_log_is_found(
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

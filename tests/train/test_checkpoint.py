@@ -283,7 +283,7 @@ def test_a_failed_write_is_reported_once_by_the_next_check_save_or_close(
     assert "warning: " in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("config", "forked")
+@pytest.mark.usefixtures("config")
 def test_a_run_killed_during_a_write_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     program = """if True:
         import sys, torch
