@@ -103,6 +103,15 @@ def forked() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def started() -> Iterator[None]:
+    """Programs are started, for a test of the start itself, of imports, or of what /proc shows."""
+    from forked import programs
+
+    with programs(forked=False):
+        yield
+
+
 @pytest.fixture(scope="module")
 def warm_meteor() -> Iterator[None]:
     """METEOR is loaded once for all `score` commands of a module."""

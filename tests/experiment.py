@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import forked
 import numpy as np
 from safetensors.torch import load_file
 from torch import Tensor
@@ -95,11 +94,10 @@ def spawn_ranks(
     shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     shared |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": os.pathsep.join(sys.path), **environment}
     command = [sys.executable, "-c", _WORK, pickle.dumps((work, arguments)).hex()]
-    with forked.programs():
-        return [
-            subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(ranks)
-        ]
+    return [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(ranks)
+    ]
 
 
 def join_all(processes: list[subprocess.Popen[bytes]]) -> None:

@@ -1,10 +1,10 @@
 """Programs forked from a server that has imported what takes each of them seconds, torch above all.
 
-The fixture `forked` has `subprocess` do so with the Python programs of this process, whose first word is
+The fixture `forked` has `subprocess` do so with all Python programs of this process, whose first word is
 `sys.executable`. They have parent, session, streams, environment, folder, arguments and exit code as if they
 were started; but /proc shows the command line and environment of the server. A launcher among them forks its
 ranks.
-A test of the start itself, or of imports, does without.
+A test of the start itself, of imports or of /proc uses the fixture `started`.
 """
 
 import atexit
@@ -50,13 +50,14 @@ _installed: list[str] | None = None
 
 
 @contextmanager
-def programs() -> Iterator[None]:
-    """Have `subprocess` fork them where that makes no difference, in this context."""
-    subprocess.Popen._execute_child = start  # type: ignore[attr-defined]
+def programs(*, forked: bool = True) -> Iterator[None]:
+    """Have `subprocess` fork them where that makes no difference, or start them, in this context."""
+    before = subprocess.Popen._execute_child  # type: ignore[attr-defined]
+    subprocess.Popen._execute_child = start if forked else _start  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        subprocess.Popen._execute_child = _start  # type: ignore[attr-defined]
+        subprocess.Popen._execute_child = before  # type: ignore[attr-defined]
 
 
 def start(self: Any, *arguments: Any) -> None:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import forked
 import pytest
 from experiment import peaked_run
 
@@ -18,13 +17,12 @@ WAIT_MS = 180_000
 
 def start(run: Path, folder: Path, *options: str) -> subprocess.Popen[str]:
     """Start the demo with a temporary folder of its own."""
-    with forked.programs():
-        return subprocess.Popen(
-            [sys.executable, "-m", "captionscale", "demo", str(run), "--port", "0", *options],
-            env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    return subprocess.Popen(
+        [sys.executable, "-m", "captionscale", "demo", str(run), "--port", "0", *options],
+        env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
