@@ -326,7 +326,9 @@ def test_a_disk_too_small_for_the_checkpoints_is_refused_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_reserved_buffer_has_the_size_of_a_checkpoint(tmp_path: Path, config: Config) -> None:
+def test_the_reserved_buffer_has_the_size_of_a_checkpoint(tmp_path: Path) -> None:
+    # Large next to the headers of the files.
+    config = tiny_config(tmp_path, tmp_path, "model.decoder.hidden_size=512")
     model, engine = _stepped(config)
     writer = CheckpointWriter(tmp_path, config, VOCABULARY, {})
     writer.reserve(model)

@@ -114,7 +114,7 @@ def test_a_run_with_cached_features_has_the_losses_of_one_without(
     train(cached, tmp_path / "one")
     assert logged_losses(tmp_path / "one") == expected
     stderr = capfd.readouterr().err
-    assert "computing features of 48 images (4 x 1,280 numbers each), once: 0.00 GB in" in stderr
+    assert "computing features of 48 images (16 x 32 numbers each), once: 0.00 GB in" in stderr
     shutil.rmtree(shards / "features")
     join_all(start_training(2, cached, tmp_path / "two"))
     assert logged_losses(tmp_path / "two") == expected
