@@ -2,7 +2,7 @@
 
 The fixture `forked` has `subprocess` do so with all Python programs of this process, whose first word is
 `sys.executable`. They have parent, session, streams, environment, folder, arguments and exit code as if they
-were started; but /proc shows the command line and environment of the server. A launcher among them forks its
+were started; but /proc shows the environment of the server, and the command line as far as there is room. A launcher among them forks its
 ranks.
 A test of the start itself, of imports or of /proc uses the fixture `started`.
 """
@@ -140,7 +140,8 @@ def _server(_: int) -> socket.socket:
     """Start the server of a process; it ends when the socket closes."""
     ours, its = socket.socketpair()
     with its:
-        command = [sys.executable, __file__, str(its.fileno())]
+        # The last word is room for the command lines of programs.
+        command = [sys.executable, __file__, str(its.fileno()), " " * 5_000]
         process = subprocess.Popen(command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
     atexit.register(process.wait)
     atexit.register(ours.close)
@@ -251,6 +252,14 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
     sys.path[:] = [*filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *_installed]
 
 
+def _show(command: list[str]) -> None:
+    """Have /proc show a command line as that of this process."""
+    # Fields 48 and 49, of which the third follows the name.
+    start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[45:47])
+    text = "\0".join(command).encode()[: end - start - 1]
+    ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
+
+
 def _run(words: list[str]) -> int:
     """Run a program; return its exit code."""
     if words[:2] == ["-I", "-S"]:
@@ -258,6 +267,7 @@ def _run(words: list[str]) -> int:
 
         subprocesses._end_with(int(words[3]))
         words = words[5:]
+    _show([sys.executable, *words])
     program = _program(words)
     assert program is not None
     try:

@@ -286,31 +286,40 @@ def test_a_failed_write_is_reported_once_by_the_next_check_save_or_close(
 @pytest.mark.usefixtures("config")
 def test_a_run_killed_during_a_write_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
     program = """if True:
-        import sys, torch
+        import sys, threading, torch
         from pathlib import Path
         from captionscale import toml
+        from captionscale.train import checkpoint_writer
         from captionscale.train.state import TrainState
         from captionscale.train.checkpoint_writer import CheckpointWriter
         from captionscale.vocab import SPECIAL_TOKENS, Vocabulary
-        run = Path(sys.argv[1])
+        run, real = Path(sys.argv[1]), checkpoint_writer.write_metadata
+
+        def tear(folder, state, *others):
+            if state.step == 3:
+                with (folder / "model.safetensors").open("r+b") as file:
+                    file.truncate(1_000)
+                threading.Event().wait()
+            real(folder, state, *others)
+
+        checkpoint_writer.write_metadata = tear
         writer = CheckpointWriter(run, toml.load(run / "experiment.toml"), Vocabulary(SPECIAL_TOKENS), {})
-        for step in range(1, 1000):
-            writer.save(TrainState(step=step), {"a": torch.full([20_000_000], step)}, {})
+        for step in range(1, 9):
+            writer.save(TrainState(step=step), {"a": torch.full([1_000], step)}, {})
     """
     process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
     deadline = time.monotonic() + 600
     torn = tmp_path / "checkpoints" / "step-00000003.tmp" / "model.safetensors"
-    while not torn.exists():
+    while not torn.exists() or torn.stat().st_size != 1_000:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.001)
     process.kill()
     process.wait()
-    assert torn.exists(), "it was killed too late"
     saved = find_latest(tmp_path, pytest.fail)
     assert saved is not None
     assert saved.train_state.step == 2
-    assert torch.equal(load_file(saved.folder / MODEL_FILE)["a"], torch.full([20_000_000], 2))
+    assert torch.equal(load_file(saved.folder / MODEL_FILE)["a"], torch.full([1_000], 2))
     assert resume(tmp_path, {}) is not None
     assert not torn.exists()
     assert checkpoint_steps(tmp_path) == [1, 2]

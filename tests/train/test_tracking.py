@@ -101,6 +101,7 @@ def test_an_unreachable_server_is_a_warning(tmp_path, monkeypatch, capsys) -> No
     assert "warning: mlflow cannot be reached" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("started")
 def test_a_failing_tracker_is_one_warning_and_gets_the_other_lines(
     services, tmp_path, monkeypatch, capsys
 ) -> None:
