@@ -16,7 +16,9 @@ import pytest
 # processes would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Programs that tests start train with tiny_encoder.py.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+)
 # Each worker and each process that a test starts would compile our modules again.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -2,8 +2,8 @@
 
 The fixture `forked` has `subprocess` do so with all Python programs of this process, whose first word is
 `sys.executable`. They have parent, session, streams, environment, folder, arguments and exit code as if they
-were started; but /proc shows the environment of the server, and the command line as far as there is room. A launcher among them forks its
-ranks.
+were started; but /proc shows the environment of the server, and the command line as far as there is room.
+A launcher among them forks its ranks.
 A test of the start itself, of imports or of /proc uses the fixture `started`.
 """
 

@@ -428,6 +428,7 @@ def test_the_info_of_an_ordinary_jpeg_does_not_need_pillow(monkeypatch: pytest.M
             assert image_info(data, "here", full_decode=whole) == ImageInfo(40, 30, "jpg")
 
 
+@pytest.mark.usefixtures("started")
 def test_reading_images_imports_no_torch() -> None:
     code = "import sys; import captionscale.data.decode; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

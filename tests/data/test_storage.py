@@ -320,6 +320,7 @@ def test_verify_downloads_a_damaged_shard_again(server: Server, tmp_path: Path) 
     assert place.pread(SHARDS[0], 0, SIZE) == CONTENT[0]
 
 
+@pytest.mark.usefixtures("started")
 def test_neither_the_cache_nor_a_folder_needs_fsspec(folder: Path) -> None:
     script = f"""
 import sys

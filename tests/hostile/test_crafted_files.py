@@ -185,8 +185,8 @@ CHECKPOINTS: dict[str, tuple[Change, str]] = {
     "64 layers": (setting("num_layers = 2", "num_layers = 64"), "tensors are not the model's"),
     "10^6 threads": (setting("workers = 1", "workers = 1000000"), "less than or equal to 1000"),
     "another encoder": (
-        setting('name = "mobilenet_v2"', 'name = "resnet152"'),
-        "resnet152 has no part 'features.18'",
+        setting('name = "tiny_encoder:TinyEncoder"', 'name = "resnet152"'),
+        "resnet152 has no part 'second'",
     ),
     "deep TOML": (setting("seed = 0", f"seed = {DEEP}"), "nested too deeply"),
     "a number of 5,000 digits": (setting("seed = 0", f"seed = {'9' * 5000}"), "not a TOML file"),

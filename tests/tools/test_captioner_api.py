@@ -39,6 +39,7 @@ def test_python_returns_the_captions_of_the_command(
         assert len(caption.words) == len(caption.probabilities) == len(caption.attention_maps or ())
 
 
+@pytest.mark.usefixtures("started")
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import captionscale, sys; captionscale.load; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout == b"False\n"

@@ -232,6 +232,7 @@ def test_a_figure_that_cannot_be_written_does_not_suppress_the_table(
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.usefixtures("started")
 def test_matplotlib_is_imported_only_for_a_figure(small: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from captionscale.tools.dataset_stats import print_stats\n"

@@ -17,7 +17,7 @@ from captionscale.commands.parser import parser
 from captionscale.config import Config
 from captionscale.data.shards import Split
 from captionscale.errors import UserError
-from captionscale.model.encoders.torchvision import TorchvisionEncoder as Encoder
+from captionscale.model.encoders.encoder import Encoder
 from captionscale.score.metrics import METRICS, measure
 from captionscale.tools.doctor import machine, network, storage, throughput
 from captionscale.tools.doctor.doctor import doctor
@@ -210,7 +210,8 @@ def test_a_job_that_would_fail_is_refused_with_a_cure(
     assert lines["java"][0].state == "ok"
 
 
-def test_the_slow_checks_measure_loading_and_the_step(packed, capsys) -> None:
+def test_the_slow_checks_measure_loading_and_the_step(packed, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(throughput, "_LOAD_S", 0.1)
     passed, lines = run_doctor(packed, capsys, quick=False)
     assert passed
     assert re.search(
@@ -348,6 +349,9 @@ def test_a_step_that_exceeds_gpu_memory_is_refused(packed, capsys, monkeypatch) 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it")
 
     monkeypatch.setattr(throughput, "training_step", full)
+    monkeypatch.setattr(throughput, "_LOAD_S", 0.1)
+    # Without METEOR, which takes seconds.
+    monkeypatch.setattr(machine, "EXPECTED", {"BLEU-4": machine.EXPECTED["BLEU-4"]})
     passed, lines = run_doctor(packed, capsys, quick=False)
     assert not passed
     assert "does not fit into the GPU's memory (CUDA out of memory" in failures(lines)["finish"]

@@ -48,7 +48,11 @@ def test_a_run_killed_and_resumed_is_one_result_and_a_changed_sample_log_is_foun
 @pytest.mark.parametrize(
     ("changes", "options", "named"),
     [
-        (["model.encoder.batch_norm=trained"], {}, "pass --set model.encoder.batch_norm=frozen"),
+        (
+            ['model.encoder={name="resnet18", weights="none", batch_norm="trained"}'],
+            {},
+            "pass --set model.encoder.batch_norm=frozen",
+        ),
         ([], {"kills": 6}, "--kills 6: a run of 6 steps has too few"),
         ([], {"ranks": (1, 9)}, "holds 4 micro-batches of train.micro_batch = 4, expected one for each of 9"),
     ],
