@@ -17,7 +17,9 @@ import pytest
 # processes would fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Programs that tests start train with tiny_encoder.py.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH")))
+)
 # Each worker and each process that a test starts would compile our modules again.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -115,7 +117,7 @@ def started() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def warm_meteor(synthetic_coco: Path) -> Iterator[None]:
-    """METEOR is loaded once for all `score` and `doctor` commands of a module, if they read `synthetic_coco`."""
+    """METEOR is loaded once for all commands of a module that score captions of `synthetic_coco`."""
     from captionscale.score import metrics
     from captionscale.tools import quickstart
     from captionscale.tools.doctor import machine
