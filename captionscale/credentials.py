@@ -39,21 +39,21 @@ def strip_and_remember(text: str) -> str:
 
     One warning for each of them: they are not saved.
     """
-
-    def remember(found: re.Match[str]) -> str:
-        stripped = _strip(found[0])
-        if stripped != found[0] and restore(stripped) != found[0]:
-            urls = _remembered() | {stripped.rstrip("/"): found[0]}
-            os.environ[_GIVEN] = json.dumps(urls)
-            _warn(stripped)
-        return stripped
-
-    return _URL.sub(remember, text)
+    return _URL.sub(_strip_and_remember, text)
 
 
 def restore(url: str) -> str:
     """Return a URL as it was given, with its credentials."""
     return _remembered().get(url.rstrip("/"), url)
+
+
+def _strip_and_remember(found: re.Match[str]) -> str:
+    stripped = _strip(found[0])
+    if stripped != found[0] and restore(stripped) != found[0]:
+        urls = _remembered() | {stripped.rstrip("/"): found[0]}
+        os.environ[_GIVEN] = json.dumps(urls)
+        _warn(stripped)
+    return stripped
 
 
 def _remembered() -> dict[str, str]:

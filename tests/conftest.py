@@ -3,6 +3,7 @@
 captionscale is imported inside the fixtures: jaxtyping can check only what is imported after it.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -115,18 +116,29 @@ def started() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def warm_meteor() -> Iterator[None]:
-    """METEOR is loaded once for all `score` commands of a module."""
+def warm_meteor(synthetic_coco: Path) -> Iterator[None]:
+    """METEOR is loaded once for all commands of a module that score captions of `synthetic_coco`."""
     from captionscale.score import metrics
+    from captionscale.tools import quickstart
+    from captionscale.tools.doctor import machine
+    from captionscale.train import scst_checks
 
+    references = [text for texts in machine.REFERENCES.values() for text in texts]
+    for split in ("val", "test"):
+        document = json.loads((synthetic_coco / "annotations" / f"captions_{split}2017.json").read_text())
+        references += [line["caption"] for line in document["annotations"]]
     with metrics.Evaluator() as evaluator, pytest.MonkeyPatch.context() as patch:
+        # It starts again for references that are not among the first ones.
+        evaluator.measure({0: references[0]}, {0: references}, ["METEOR"])
 
         def measure(*texts: Any, **options: object) -> Any:
             assert not options.pop("reference_implementation", False)
-            assert {*options} <= {"meteor_gb"}
+            assert {*options} <= {"meteor_gb", "workers"}
             return evaluator.measure(*texts)
 
-        patch.setattr(metrics, "measure", measure)
+        # All that hold it by name: one imported later would keep this one.
+        for module in (metrics, machine, quickstart, scst_checks):
+            patch.setattr(module, "measure", measure)
         yield
 
 

@@ -1,4 +1,7 @@
-"""The demo's server in a thread of the test."""
+"""The demo's server in a thread of the test.
+
+Requests to it pass `verify=False`: for each of them httpx would load all certificates, though it needs none.
+"""
 
 import os
 import socket

@@ -23,8 +23,12 @@ LOGIN = "Basic " + base64.b64encode(f"me:{PASSWORD}".encode()).decode()
 
 IN_TURN = """
 import json, os, sys
+import numpy as np
 from captionscale import cli
+from captionscale.score.meteor import Meteor
 
+# Its Java takes seconds, and is given captions alone.
+Meteor.statistics = lambda _, captions, references: np.zeros((len(captions), Meteor.width))
 codes = []
 for command in json.loads(sys.argv[1]):
     os.environ.pop("CAPTIONSCALE_URLS", None)

@@ -1,8 +1,6 @@
 """The demo's application: a run's endpoint, with a page at its root on which users try the run."""
 
 import math
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,7 +17,7 @@ from captionscale.tools.demo.request_filter import restrict_gradio
 from captionscale.tools.demo.service import MAX_BEAM, MAX_SAMPLES, Service
 from captionscale.tools.demo.sessions import COLUMNS, PageHandlers, percent
 from captionscale.tools.demo.uploads import Uploads
-from captionscale.tools.ensemble import open_ensemble
+from captionscale.tools.ensemble import CheckpointEnsemble
 
 _STATE_TTL_S = 3600
 _METHODS = (
@@ -43,11 +41,8 @@ _CSS = """
 """
 
 
-def open_app(
-    run: Path, others: Sequence[Path], checkpoint: str, shards: str | None
-) -> tuple[FastAPI, Service]:
-    """Return a run's application and its service; the arguments are those of `serve`."""
-    members = open_ensemble(run, others, checkpoint=checkpoint, overrides=[])
+def open_app(members: CheckpointEnsemble, name: str, shards: str | None) -> tuple[FastAPI, Service]:
+    """Return the application of runs that caption together, and its service."""
     service, data = Service(CaptionPipeline(members)), members.config.data
     samples: Split | None = None
     try:
@@ -59,7 +54,7 @@ def open_app(
         reason = str(error)
     if samples is None:
         say(f"note: the page offers no sample images: {reason}; name a folder with --shards DIR")
-    return create_app(service, run.resolve().name, samples), service
+    return create_app(service, name, samples), service
 
 
 def create_app(service: Service, name: str, samples: Split | None) -> FastAPI:

@@ -50,11 +50,15 @@ def serve(
         # Read when gradio is imported. All that it writes is deleted with this folder, even after a kill.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
         with spinner("making the page ready"):
+            from captionscale.tools.ensemble import open_ensemble
+
+            # Before gradio, whose import takes seconds.
+            members = open_ensemble(run, others, checkpoint=checkpoint, overrides=[])
             from captionscale.tools.demo.connections import Server
             from captionscale.tools.demo.origins import OriginMiddleware
             from captionscale.tools.demo.page import open_app
 
-            app, service = open_app(run, others, checkpoint, shards)
+            app, service = open_app(members, run.resolve().name, shards)
         public = _announce(host, listening.getsockname()[1], share)
         app.add_middleware(OriginMiddleware, host=host, allowed=allowed, secure=public)
         # uvicorn shuts down at these signals, then raises them again.
