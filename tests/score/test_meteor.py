@@ -271,7 +271,7 @@ def test_matching_pairs_and_phrases_with_other_characters_are_kept():
 
 
 def test_phrases_of_many_captions_take_little_memory():
-    # All sums and powers at once take 4 GB for 40,000 images.
+    # A table of all of them as texts would take more than the captions' files.
     draw = random.Random(0)
     texts = [" ".join(f"w{draw.randrange(9000)}" for _ in range(10)) for _ in range(10_000)]
     tracemalloc.start()
