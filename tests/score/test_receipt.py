@@ -338,6 +338,7 @@ def test_references_with_other_scores_have_another_hash() -> None:
         assert references_sha256(other) != own
 
 
+@pytest.mark.usefixtures("started")
 def test_scores_need_no_torch() -> None:
     program = (
         "import sys; from captionscale.score import score\n"
