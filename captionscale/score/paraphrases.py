@@ -29,7 +29,7 @@ _MASKS = np.frombuffer(
     b"".join(b"\xff" * count + bytes(_BYTES - count) for count in range(_BYTES + 1)), np.uint64
 )
 """Of so many first bytes of eight."""
-# Lines hashed together: each of their n-grams takes a hundred bytes.
+# Lines hashed together.
 _LINES = 4096
 _BLOCK_BYTES = 1 << 17
 # They filter blocks while others are decompressed; zlib and NumPy release the GIL.
