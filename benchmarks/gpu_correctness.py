@@ -21,6 +21,7 @@ from gpu_model import (
     synchronize,
     train_step,
 )
+from loop_overhead import NoValidation
 from safetensors.torch import load_file
 from synthetic_run import COCO_WORDS, write_shards
 from torch import Tensor
@@ -160,25 +161,6 @@ def waits(report: Report, _: Path, tiny: bool) -> None:
     report.check("waits", "in a step of two micro-batches", len(caught), 0)
 
 
-class _NoValidation:
-    """Validation needs Java and says nothing of the GPU."""
-
-    out_of_patience = False
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def run(self) -> bool:
-        """Do nothing."""
-        return True
-
-    def log_scores(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def resume(report: Report, folder: Path, tiny: bool) -> None:
     """Compare a run with one that resumes at half of its steps."""
     last = 2 if tiny else 20
@@ -197,7 +179,7 @@ def resume(report: Report, folder: Path, tiny: bool) -> None:
     for precision in precisions:
         config = load_config(tiny, *overrides, f"train.precision={precision}")
         first, second = folder / f"{precision}-one", folder / f"{precision}-resumed"
-        with patch.object(loop, "Validation", _NoValidation), exact_fp32():
+        with patch.object(loop, "Validation", NoValidation), exact_fp32():
             loop.train(config, first)
             shutil.copytree(first, second)
             shutil.rmtree(checkpoint_folder(second, last))

@@ -8,6 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from comparison import Table
@@ -20,7 +22,7 @@ from captionscale.config import Config
 from captionscale.data.loader import Batch
 from captionscale.distributed.ranks import Ranks
 from captionscale.model.decoders.decoder import packed_index
-from captionscale.train.loop import train_loop
+from captionscale.train import loop
 from captionscale.train.setup import Run, build_run
 from captionscale.vocab import PAD
 
@@ -28,6 +30,25 @@ Share = list[tuple[int, Batch]]
 
 _WARM_UP, _BATCHES = 5, 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NoValidation:
+    """Validation needs Java, takes seconds and is not measured."""
+
+    out_of_patience = False
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def run(self) -> bool:
+        """Do nothing."""
+        return True
+
+    def log_scores(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +93,11 @@ def loop_overhead(settings: Config, folder: Path, pairs: int) -> Table:
         training = build_run(settings, run, ranks, stack)
         work = [share for _, share in itertools.islice(training.steps_with_batches(), _BATCHES)]
         seconds: list[tuple[float, float]] = []
-        train_loop(_Alternating(**vars(training), work=work, bare=_bare_step(training), seconds=seconds))
-    # The last step also scores and saves.
+        with patch.object(loop, "Validation", NoValidation):
+            loop.train_loop(
+                _Alternating(**vars(training), work=work, bare=_bare_step(training), seconds=seconds)
+            )
+    # The last step also saves.
     kept = seconds[_WARM_UP:-1]
     costs = sorted(100 * (ours / bare - 1) for ours, bare in kept)
     low, middle, high = (costs[len(costs) * quarter // 4] for quarter in (1, 2, 3))

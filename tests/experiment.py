@@ -54,11 +54,11 @@ def tiny_config(folder: Path, packed: Path, *changes: str) -> config.Config:
     return settings
 
 
-def peaked_run(folder: Path, packed: Path) -> Path:
+def peaked_run(folder: Path, packed: Path, *changes: str) -> Path:
     """Write an untrained run with one checkpoint that distinguishes images and has sharp probabilities."""
     import torch
 
-    settings = tiny_config(folder, packed, "data.image_size=64")
+    settings = tiny_config(folder, packed, "data.image_size=64", *changes)
     split = Split(packed, "train")
     captions = split.references().values()
     vocabulary = build((caption for each in captions for caption in each), 1, None)

@@ -9,8 +9,10 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
+import comparison
 import pytest
 import torch
 from experiment import tiny_config
@@ -41,13 +43,27 @@ def _open_files(request: pytest.FixtureRequest) -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _worker_processes() -> Iterator[None]:
+    """They share one import of torch, whether packing or training."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    forkserver.set_forkserver_preload(["captionscale.train.loop"])
+    yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_compares_its_candidates(
-    name: str, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    packed: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads, arguments = torch.get_num_threads(), ["--tiny", "--json"]
-    if name == "training_step":
-        # Without one it trains quickstart's network, as the benchmark `scale` does.
+    monkeypatch.setattr(comparison, "_MATRIX", 256)
+    if name in ("training_step", "scale"):
+        # Without one they train quickstart's network.
         tiny_config(tmp_path, packed)
         arguments.append(str(tmp_path / "experiment.toml"))
     tables = importlib.import_module(name).main(arguments)

@@ -10,7 +10,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,14 @@ from captionscale.errors import UserError
 _MAX_WORDS = 7
 
 _NEWLINE, _SPACE = b"\n "
-# Any odd number has an inverse modulo 2**64.
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _SIEVE_BITS = 24
-# Lines hashed together: the sums take eight bytes for each character.
+_BYTES = 8
+_MASKS = np.frombuffer(
+    b"".join(b"\xff" * count + bytes(_BYTES - count) for count in range(_BYTES + 1)), np.uint64
+)
+"""Of so many first bytes of eight."""
+# Lines hashed together.
 _LINES = 4096
 _BLOCK_BYTES = 1 << 17
 # They filter blocks while others are decompressed; zlib and NumPy release the GIL.
@@ -142,21 +145,15 @@ def _n_grams(block: bytes) -> UInt64[np.ndarray, "phrase"]:
 def _hashes(
     block: bytes, starts: Int64[np.ndarray, "part"], ends: Int64[np.ndarray, "part"]
 ) -> UInt64[np.ndarray, "part"]:
-    """Return a polynomial hash of each part of a block."""
-    powers, inverses = _powers(1 << len(block).bit_length())
-    sums = np.zeros(len(block) + 1, np.uint64)
-    np.cumsum(np.frombuffer(block, np.uint8) * powers[: len(block)], out=sums[1:])
-    hashes: UInt64[np.ndarray, "part"] = (sums[ends] - sums[starts]) * inverses[starts]
+    """Return a hash of the length and the first, middle and last eight bytes of each part of a block."""
+    # The eight bytes from each on.
+    eights = np.ndarray(len(block), np.uint64, block + bytes(_BYTES), strides=(1,))
+    lengths = ends - starts
+    mask, last = _MASKS[lengths.clip(max=_BYTES)], np.maximum(starts, ends - _BYTES)
+    hashes: UInt64[np.ndarray, "part"] = lengths.astype(np.uint64)
+    for places in (starts, (starts + last) // 2, last):
+        hashes = hashes * np.uint64(_MULTIPLIER) + (eights[places] & mask)
     return hashes
-
-
-@lru_cache(maxsize=32)
-def _powers(count: int) -> tuple[UInt64[np.ndarray, "power"], UInt64[np.ndarray, "power"]]:
-    """Return m**0, m**1, ... and m**0, m**-1, ..., modulo 2**64."""
-    factors = np.full((2, count), [[_MULTIPLIER], [pow(_MULTIPLIER, -1, 1 << 64)]], np.uint64)
-    factors[:, 0] = 1
-    powers, inverses = np.multiply.accumulate(factors, axis=1)
-    return powers, inverses
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
@@ -166,8 +163,10 @@ def _blocks(path: Path) -> Iterator[bytes]:
         with gzip.open(path) as file:
             while piece := file.read(_BLOCK_BYTES):
                 block = rest + piece
-                ends = np.flatnonzero(np.frombuffer(block, np.uint8) == _NEWLINE)
-                whole = ends[len(ends) // 3 * 3 - 1] + 1 if len(ends) >= 3 else 0
+                end = len(block)
+                for _ in range(block.count(b"\n") % 3 + 1):
+                    end = block.rfind(b"\n", 0, end)
+                whole = end + 1
                 rest = block[whole:]
                 yield block[:whole]
         if rest or not whole:

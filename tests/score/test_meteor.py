@@ -127,12 +127,33 @@ def evaluator():
         yield evaluator
 
 
+@pytest.fixture(scope="module")
+def table(random_captions):
+    """The part of the paraphrase table for all captions next to the random references."""
+    references = [text for group in random_captions[1].values() for text in group]
+    return paraphrases.filter_table(tokenize(references), None)
+
+
+@pytest.fixture
+def filtered(table, monkeypatch):
+    """JVMs take a table that is filtered already."""
+    monkeypatch.setattr(paraphrases, "filter_table", lambda *_: table)
+
+
+@pytest.fixture(scope="module")
+def warm(random_captions, evaluator, table):
+    """The scores of the random captions, by JVMs that stay warm."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paraphrases, "filter_table", lambda *_: table)
+        return evaluator.measure(*random_captions, ["METEOR"])
+
+
 def test_a_filtered_table_and_several_jvms_give_the_same_scores_as_one_with_the_whole_table(
-    random_captions, evaluator
+    random_captions, evaluator, warm
 ):
     captions, references = random_captions
+    assert len(evaluator._meteor._jvms) == 2
     once = measure(captions, references, ["METEOR"])
-    warm = evaluator.measure(captions, references, ["METEOR"])
     whole = measure(captions, references, ["METEOR"], reference_implementation=True)
     assert once.per_image == warm.per_image
     # The JVM adds the same numbers up in another order.
@@ -146,9 +167,8 @@ def test_a_filtered_table_and_several_jvms_give_the_same_scores_as_one_with_the_
     assert score(whole.statistics["METEOR"].sum(0)) == pytest.approx(whole.values["METEOR"], abs=1e-12)
 
 
-def test_scores_do_not_depend_on_order_ids_or_the_batch(random_captions, evaluator):
+def test_scores_do_not_depend_on_order_ids_or_the_batch(random_captions, evaluator, warm):
     captions, references = random_captions
-    batch = evaluator.measure(captions, references, ["METEOR"])
     order = random.Random(3).sample(list(captions), len(captions))
     # Other ids: the images are dealt to other JVMs, in another order.
     ids = {image: 10_000 - place for place, image in enumerate(order)}
@@ -158,19 +178,19 @@ def test_scores_do_not_depend_on_order_ids_or_the_batch(random_captions, evaluat
         ["METEOR"],
     )
     per_image = dict(zip(moved.image_ids, moved.per_image["METEOR"], strict=True))
-    assert [per_image[ids[image]] for image in captions] == batch.per_image["METEOR"]
+    assert [per_image[ids[image]] for image in captions] == warm.per_image["METEOR"]
     texts = tokenize([text for image in order[:100] for text in (captions[image], *references[image])])
     for image in order[:100]:
         caption, *group = (texts.pop(0) for _ in range(1 + len(references[image])))
         [alone] = evaluator._meteor.statistics([caption], [group])
-        assert alone.tolist() == batch.statistics["METEOR"][image].tolist()
+        assert alone.tolist() == warm.statistics["METEOR"][image].tolist()
 
 
 @pytest.fixture(scope="module")
 def many_captions():
     """Candidates and their references, tokenized."""
-    texts = tokenize(_random_texts(3000, seed=5))
-    return texts[:990], [texts[990 + 2 * place :][: 1 + place % 3] for place in range(990)]
+    texts = tokenize(_random_texts(1000, seed=5))
+    return texts[:330], [texts[330 + 2 * place :][: 1 + place % 3] for place in range(330)]
 
 
 def test_bleu_and_rouge_l_do_not_depend_on_order_or_the_batch(many_captions):
@@ -204,9 +224,10 @@ def test_cider_d_does_not_depend_on_order_or_the_batch(many_captions):
     assert ciderd.cider_d(*words) == close(batch)
     shuffled = ([part[place] for place in order] for part in (candidates, references))
     assert ciderd.cider_d(*shuffled) == close(ciderd.cider_d(candidates, references)[order])
-    assert (batch > 0).sum() > 300
+    assert (batch > 0).sum() > 100
 
 
+@pytest.mark.usefixtures("filtered")
 def test_close_during_the_start_lasts_until_open(monkeypatch):
     jvms, before = meteor.Meteor(workers=1, once=True), set(_java_children(os.getpid()))
     filter_table, started, closed = paraphrases.filter_table, Event(), Event()
@@ -268,10 +289,10 @@ def test_matching_pairs_and_phrases_with_other_characters_are_kept():
     assert pair in pairs
     assert len(pairs - other) < 100
     assert len(other) > 10_000
+    assert paraphrases.filter_table(["a dog"], None, lambda: True) == []
 
 
 def test_phrases_of_many_captions_take_little_memory():
-    # All sums and powers at once take 4 GB for 40,000 images.
     draw = random.Random(0)
     texts = [" ".join(f"w{draw.randrange(9000)}" for _ in range(10)) for _ in range(10_000)]
     tracemalloc.start()
@@ -281,9 +302,10 @@ def test_phrases_of_many_captions_take_little_memory():
     phrases = "".join(f"{' '.join(text.split()[2:9])}\n" for text in texts)
     *_, hashes = paraphrases.hash_lines(phrases.encode())
     assert found.contains(hashes).all()
-    assert peak < 100e6
+    assert peak < 50e6
 
 
+@pytest.mark.usefixtures("filtered")
 def test_a_dead_jvm_is_started_again_once(random_captions, evaluator, monkeypatch):
     captions, references = ({image: texts[image] for image in range(100)} for texts in random_captions)
     before = evaluator.measure(captions, references, ["METEOR"])
@@ -327,7 +349,10 @@ def test_no_jvm_outlives_a_killed_process():
         pytest.skip("needs Linux, to look for processes")
     program = """
 import time
+from captionscale.score import paraphrases
 from captionscale.score.metrics import Evaluator
+# It takes seconds, and has no part in this.
+paraphrases.filter_table = lambda *_: []
 images = range(600)
 evaluator = Evaluator(workers=2)
 evaluator.measure(dict.fromkeys(images, "a dog"), dict.fromkeys(images, ["a dog runs"]), ["METEOR"])

@@ -13,24 +13,28 @@ from tiny_decoders import build_decoder
 
 import captionscale
 from captionscale.cli import main
-from captionscale.config_model import Model, TorchvisionConfig
+from captionscale.config_model import EncoderConfig, Model, TorchvisionConfig
 from captionscale.errors import UserError
 from captionscale.model.captioner import Captioner
 from captionscale.model.search.generate import search
 from captionscale.score import score
 from captionscale.tools.export import bundle
 from captionscale.tools.export.check import check
-from captionscale.tools.export.parts import ExportedCaptioner, parts
+from captionscale.tools.export.parts import ExportedCaptioner, Part, Run, parts
 from captionscale.tools.export.programs import write_onnx, write_torch
 from captionscale.train.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.long
 
 SIZE = 32
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {"image_batch_norm": True, "tie_weights": True},
-    "attention": {"attention_gate": True, "word_head": "maxout"},
-    "top_down": {"variational_dropout": True},
+TINY = EncoderConfig(name="tiny_encoder:TinyEncoder")
+MODELS: dict[str, tuple[EncoderConfig, dict[str, Any]]] = {
+    "plain": (
+        TorchvisionConfig(name="resnet18", weights="none"),
+        {"image_batch_norm": True, "tie_weights": True},
+    ),
+    "attention": (TINY, {"attention_gate": True, "word_head": "maxout"}),
+    "top_down": (TINY, {"variational_dropout": True}),
 }
 
 
@@ -44,13 +48,16 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def run(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return peaked_run(tmp_path_factory.mktemp("export"), packed)
+    _, options = MODELS["attention"]
+    changes = [f"model.decoder.{key}={json.dumps(value)}" for key, value in options.items()]
+    return peaked_run(tmp_path_factory.mktemp("export"), packed, *changes)
 
 
 def captioner(name: str) -> Captioner:
     torch.manual_seed(0)
-    settings = build_decoder(name, 1, 9, embed_size=8, hidden_size=8, **OPTIONS[name]).config
-    made = Captioner(Model(encoder=TorchvisionConfig(name="resnet18", weights="none"), decoder=settings), 30)
+    encoder, options = MODELS[name]
+    settings = build_decoder(name, 1, 9, embed_size=8, hidden_size=8, **options).config
+    made = Captioner(Model(encoder=encoder, decoder=settings), 30)
     for parameter in made.decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return made.eval()
@@ -60,13 +67,8 @@ def export(run: Path, out: Path, to: str, *options: str) -> None:
     main(["export", str(run), "--format", to, "--out", str(out), *options])
 
 
-@pytest.mark.parametrize("name", list(OPTIONS))
-@pytest.mark.parametrize(("write", "batch"), [(write_onnx, None), (write_torch, None), (write_torch, 3)])
-def test_programs_caption_as_the_model_does_at_any_batch_size(tmp_path: Path, name, write, batch) -> None:
-    model = captioner(name)
-    made = parts(model, SIZE, batch or 2)
-    exported = ExportedCaptioner(made, {part.name: write(part, tmp_path, batch) for part in made}, batch)
-    images = torch.randint(256, (5, 3, SIZE, SIZE), dtype=torch.uint8)
+def assert_equal_captions(model: Captioner, exported: ExportedCaptioner, size: int) -> None:
+    images = torch.randint(256, (5, 3, size, size), dtype=torch.uint8)
     for beam in (1, 4):
         ours, theirs = (
             search(each, features, beam=beam, max_words=8, length_penalty=0.7)
@@ -80,8 +82,27 @@ def test_programs_caption_as_the_model_does_at_any_batch_size(tmp_path: Path, na
     assert check(model, exported, images, 8).logits < 3e-4
 
 
+@pytest.mark.parametrize(
+    ("name", "write", "batch"),
+    [
+        *((name, write_torch, None) for name in MODELS),
+        ("attention", write_torch, 3),
+        # The command exports a decoder with attention below.
+        ("plain", write_onnx, None),
+        ("top_down", write_onnx, None),
+    ],
+)
+def test_programs_caption_as_the_model_does_at_any_batch_size(tmp_path: Path, name, write, batch) -> None:
+    model = captioner(name)
+    made = parts(model, SIZE, batch or 2)
+    programs = {part.name: write(part, tmp_path, batch) for part in made[name != "plain" :]}
+    # An encoder is the same whatever the decoder.
+    programs.setdefault("encoder", lambda inputs: made[0].module(tuple(inputs)))
+    assert_equal_captions(model, ExportedCaptioner(made, programs, batch), SIZE)
+
+
 def test_programs_that_differ_from_the_model_are_refused(tmp_path: Path) -> None:
-    model = captioner("plain")
+    model = captioner("top_down")
     made = parts(model, SIZE, 2)
     programs = {part.name: write_torch(part, tmp_path, None) for part in made}
     step = programs["step"]
@@ -91,21 +112,36 @@ def test_programs_that_differ_from_the_model_are_refused(tmp_path: Path) -> None
         check(model, ExportedCaptioner(made, programs, None), images, 8)
 
 
-@pytest.mark.parametrize("options", [(), ("--batch-size", "3")], ids=["any batch", "batches of 3"])
-def test_the_example_writes_the_captions_of_the_command_without_this_package_or_torch(
-    run: Path, synthetic_coco: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options
+@pytest.mark.parametrize("batch", [None, 3], ids=["any batch", "batches of 3"])
+def test_onnx_programs_and_their_example_caption_as_the_command_without_this_package_or_torch(
+    run: Path,
+    synthetic_coco: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int | None,
 ) -> None:
-    export(run, tmp_path / "out", "onnx", *options)
+    programs: dict[str, Run] = {}
+
+    def write(part: Part, folder: Path, batch: int | None) -> Run:
+        programs[part.name] = write_onnx(part, folder, batch)
+        return programs[part.name]
+
+    monkeypatch.setitem(bundle._WRITERS, "onnx", write)
+    export(run, tmp_path / "out", "onnx", *(() if batch is None else ("--batch-size", str(batch))))
     printed = capsys.readouterr().out
     assert printed.startswith(
         f"{tmp_path / 'out'}: checked on 8 images of split 'val': greatest difference of logits"
     )
     assert printed.endswith("the same captions by greedy search\n")
+    model = open_checkpoint(run).captioner()
+    assert_equal_captions(model, ExportedCaptioner(parts(model, 64, 1), programs, batch), 64)
     # They have the model's image size: pillow and torch resize a little differently.
     files = [str(file) for file in sorted((synthetic_coco / "test2017").iterdir())]
     forbidden = "import sys; sys.modules['captionscale'] = sys.modules['torch'] = None; "
     run_it = "import runpy; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
-    for beam in ("1", "3"):
+    # A beam begins with one row, which fills up a batch of 3 as greedy search does.
+    for beam in ("1", "3") if batch is None else ("3",):
         command = [sys.executable, "-c", forbidden + run_it, str(tmp_path / "out" / "example.py"), *files]
         done = subprocess.run([*command, "--beam", beam], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
