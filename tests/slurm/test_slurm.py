@@ -28,6 +28,7 @@ CLUSTER = Path(__file__).with_name("cluster.sh")
 TOLERANCE = 1e-5
 # 60 steps of a tenth of a second with small checkpoints: enough time to interrupt a run.
 CHANGES = (
+    'model.encoder={name="mobilenet_v2", weights="none", trainable=["features.18"]}',
     "train.epochs=20",
     "train.save_every=3",
     "train.score_every=30",
