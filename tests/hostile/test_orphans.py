@@ -19,6 +19,9 @@ import captionscale
 from captionscale import subprocesses
 from captionscale.train import loop
 
+# Processes are found by their environments in /proc.
+pytestmark = pytest.mark.usefixtures("started")
+
 PACKAGE = Path(captionscale.__file__).parent
 MARK = "CAPTIONSCALE_TEST_MARK"
 DEADLINE_S = 120
