@@ -141,6 +141,10 @@ def reader(
     someone = Reader()
     yield someone
     someone.leave()
+    # Another test would be given what a page's plug-in is here.
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder):
+            del sys.modules[name]
 
 
 def launched(arguments: list[str]) -> None:
